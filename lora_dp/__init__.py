@@ -1,0 +1,40 @@
+"""LoRA fine-tuning under differential privacy: private layers, an engine that keeps its ε, a federation on top."""
+
+from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
+from lora_dp.adapters import (
+    LoRAConfig,
+    inject_lora,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+    unmerge_adapters,
+)
+from lora_dp.engine import PrivacyEngine
+from lora_dp.filtering import GaussianFilter, LaplacianFilter
+from lora_dp.isolation import IsolationError
+from lora_dp.layers import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
+from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.sampling import PrivateDataLoader
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPEmbedding",
+    "DPLayerNorm",
+    "DPLinear",
+    "DPLoRALinear",
+    "GaussianFilter",
+    "IsolationError",
+    "LaplacianFilter",
+    "Ledger",
+    "LoRAConfig",
+    "PrivacyBudgetExceeded",
+    "PrivacyEngine",
+    "PrivateDataLoader",
+    "PrivateOptimizer",
+    "inject_lora",
+    "load_adapter",
+    "merge_adapters",
+    "save_adapter",
+    "unmerge_adapters",
+]

@@ -1,0 +1,106 @@
+"""Set-up of a model: every trainable parameter covered by a private layer, nothing that mixes examples."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_dp.layers import DPLoRALinear, PrivateModule
+from lora_dp.recording import Recorder
+
+
+@dataclass(frozen=True)
+class PrivateParameter:
+    """A parameter that the private step trains.
+
+    Attributes:
+        name: qualified name in the model.
+        parameter: the parameter itself.
+        layer: number of its module among the private ones, for per-layer clipping.
+        factor: "A" or "B" for LoRA's factors, None for what every phase trains.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layer: int
+    factor: str | None
+
+
+def cover(model: nn.Module) -> list[PrivateParameter]:
+    """All trainable parameters of ``model``, each in one private layer.
+
+    Raises:
+        ValueError: BatchNorm in the model, nothing trainable, a trainable parameter outside every private layer,
+            or one shared by two of them; each by name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"'{name}' is a {type(module).__name__}, which mixes the examples of a batch: replace it by GroupNorm "
+                "or LayerNorm, which do not.")
+    covered: dict[int, PrivateParameter] = {}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PrivateModule)]
+    for number, (prefix, module) in enumerate(layers):
+        for name, parameter in module.private_parameters().items():
+            full = f"{prefix}.{name}" if prefix else name
+            if isinstance(module, DPLoRALinear) and name == "weight":
+                raise ValueError(
+                    f"'{full}' is the frozen weight under an adapter but requires grad: freeze it, or use DPLinear "
+                    "to train it whole.")
+            if id(parameter) in covered:
+                raise ValueError(
+                    f"'{full}' and '{covered[id(parameter)].name}' are one parameter in two layers: untie them or "
+                    "freeze it.")
+            factor = {"lora_A": "A", "lora_B": "B"}.get(name)
+            covered[id(parameter)] = PrivateParameter(full, parameter, number, factor)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in covered:
+            raise ValueError(
+                f"'{name}' is trainable but no private layer covers it: freeze it (requires_grad_(False)), or name "
+                "its module in LoRAConfig.trainable_modules (Linear, Conv1D, LayerNorm and Embedding can be covered).")
+    if not covered:
+        raise ValueError("The model has nothing to train: inject adapters with inject_lora first.")
+    return list(covered.values())
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, covered: Mapping[int, PrivateParameter]) -> None:
+    """Refuse an optimizer that would move a parameter that the private step does not cover.
+
+    Raises:
+        ValueError: it holds an uncovered trainable parameter.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and id(parameter) not in covered:
+                raise ValueError(
+                    f"The optimizer holds a trainable parameter of shape {tuple(parameter.shape)} that was not in a "
+                    "private layer of the model when it was made private: freeze it, or call make_private again.")
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """N: the first dimension of the model's first tensor argument (the inputs before other keywords).
+
+    Raises:
+        ValueError: no tensor among the arguments.
+    """
+    first = [kwargs[key] for key in ("input_ids", "pixel_values", "inputs_embeds") if kwargs.get(key) is not None]
+    for leaf in pytree.tree_leaves((args, first, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    raise ValueError("The model was called without a tensor: its first tensor argument tells the number of examples.")
+
+
+def attach(model: nn.Module, recorder: Recorder) -> None:
+    """Give every private layer of ``model`` the recorder, and the recorder the names of the parameters."""
+    recorder.names.update((id(parameter), name) for name, parameter in model.named_parameters())
+    for module in model.modules():
+        if isinstance(module, PrivateModule):
+            module.recorder = recorder
+
+
+def recorder_of(model: nn.Module) -> Recorder | None:
+    """The recorder that the private layers of ``model`` have, if any."""
+    return next((module.recorder for module in model.modules() if isinstance(module, PrivateModule)), None)

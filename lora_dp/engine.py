@@ -1,0 +1,253 @@
+"""PrivacyEngine: the only place where the privacy ideas meet."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lora_dp.accounting import (
+    Accountant,
+    Ledger,
+    PoissonGaussian,
+    PrivacyBudgetExceeded,
+    calibrate_noise_multiplier,
+    check_delta,
+    check_epsilon,
+    max_steps,
+)
+from lora_dp.clipping import ClippingName, make_clip_rule
+from lora_dp.coverage import attach, batch_size, cover, recorder_of
+from lora_dp.filtering import Filter
+from lora_dp.isolation import LossFunction, check_isolation
+from lora_dp.mechanism import Mechanism
+from lora_dp.optimizer import LossReduction, PrivateOptimizer
+from lora_dp.phases import PhasesName
+from lora_dp.randomness import SecureSource, SeededSource
+from lora_dp.recording import NormMethod, Recorder
+from lora_dp.sampling import PrivateDataLoader
+
+
+class _Budget:
+    """Raises before the step that would overrun (ε, δ); knows by counting how many steps are left."""
+
+    def __init__(
+        self, ledger: Ledger, event: PoissonGaussian, epsilon: float, delta: float, accountant: Accountant, planned: int
+    ):
+        self.ledger, self.event, self.epsilon, self.delta, self.accountant = ledger, event, epsilon, delta, accountant
+        # The noise was calibrated to ``planned`` steps from an empty ledger: they need no search.
+        self._counted_to, self._room = 0, planned
+
+    def check(self) -> None:
+        if self.ledger.steps != self._counted_to or self._room < 1:
+            self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
+        if self._room < 1:
+            raise PrivacyBudgetExceeded(
+                f"The next step would exceed ε = {self.epsilon:g} at δ = {self.delta:g} (spent so far: "
+                f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
+                "plan more steps with a larger noise_multiplier from the start.")
+        self._room -= 1
+        self._counted_to = self.ledger.steps + 1
+
+
+class PrivacyEngine:
+    """Makes training differentially private and keeps the account of it.
+
+    Guarantee: with the returned loader and optimizer, the sequence of released updates is (ε, δ)-differentially
+    private under adding or removing one example, with (ε, δ) from :meth:`get_epsilon`, as long as sampling and noise
+    stay secret (the default; not with ``reproducible_seed``).
+
+    Args:
+        accountant: "pld" (tighter) or "rdp", both of Google's dp-accounting.
+        reproducible_seed: sampling and noise follow this seed. For research only: a release is then no longer
+            protected against whoever can guess the seed.
+
+    Attributes:
+        ledger: every step taken so far.
+    """
+
+    def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
+        if accountant not in ("pld", "rdp"):
+            raise ValueError(f"Unknown accountant '{accountant}': choose 'pld' or 'rdp'.")
+        self.accountant: Accountant = accountant
+        self.ledger = Ledger()
+        self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
+
+    def make_private(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float, clipping: ClippingName = "flat", phases: PhasesName = "AB",
+        loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        """Make one training run private at a given noise.
+
+        Args:
+            model: with private layers for everything that is trainable (:func:`lora_dp.inject_lora`).
+            optimizer: any of ``torch.optim`` over the model's trainable parameters.
+            data_loader: its batch size is the expected batch size; batches are drawn by Poisson sampling.
+            noise_multiplier: σ, in units of ``max_grad_norm``.
+            max_grad_norm: clip bound C; inf (with σ = 0) means no clipping.
+            clipping: "flat", "per_layer" (each layer at C / √layers) or "automatic".
+            phases: which of LoRA's factors each step trains: "B", "A", "AB" (both) or "BA" (alternating).
+            loss_reduction: how the loss joins the examples of a batch: "mean" or "sum".
+            low_pass: filter on the noisy gradient of each LoRA factor (:mod:`lora_dp.filtering`).
+            norm_method: how per-example norms are computed; "auto" takes the cheaper.
+
+        Returns:
+            The same model, the private optimizer, and the loader to train on.
+
+        Raises:
+            ValueError: the model has BatchNorm or an uncovered trainable parameter, the optimizer holds such a
+                parameter, the data set is empty, or a number is out of range; always by name.
+            TypeError: an iterable data set.
+        """
+        return self._make(
+            model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
+            norm_method, None)
+
+    def make_private_with_epsilon(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        target_epsilon: float, target_delta: float, max_grad_norm: float, epochs: float | None = None,
+        steps: int | None = None, clipping: ClippingName = "flat", phases: PhasesName = "AB",
+        loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
+
+        Args:
+            target_epsilon: ε of the run, what the ledger already holds not included in the calibration but in the
+                budget.
+            target_delta: δ, well below one over the number of examples.
+            epochs: length of the run in passes over the data; give this or ``steps``.
+            steps: length of the run in steps.
+
+        Raises:
+            ValueError: as above, ε ≤ 0, δ outside (0, 1), or not exactly one of epochs and steps.
+            PrivacyBudgetExceeded: by the optimizer, before a step that would overrun the target.
+        """
+        check_epsilon(target_epsilon)
+        check_delta(target_delta)
+        if (epochs is None) == (steps is None):
+            raise ValueError("Give the length of the run either as epochs or as steps.")
+        probe = PrivateDataLoader(data_loader, self.source, lambda _: None, lambda: None)
+        if steps is None:
+            assert epochs is not None
+            steps = math.ceil(epochs * probe.steps_per_epoch)
+        if steps < 1:
+            raise ValueError(f"The run must have at least one step, got {steps}.")
+        noise_multiplier = calibrate_noise_multiplier(
+            target_epsilon, target_delta, probe.sample_rate, steps, self.accountant)
+        return self._make(
+            model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
+            norm_method, (target_epsilon, target_delta, steps))
+
+    def _make(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float, clipping: ClippingName, phases: PhasesName,
+        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
+        budget: tuple[float, float, int] | None,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"Unknown loss_reduction '{loss_reduction}': choose 'mean' or 'sum'.")
+        if norm_method not in ("auto", "direct", "ghost"):
+            raise ValueError(f"Unknown norm_method '{norm_method}': choose 'auto', 'direct' or 'ghost'.")
+        parameters = cover(model)
+        mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
+        loader = PrivateDataLoader(
+            data_loader, self.source, lambda size: private.expect_batch(size), lambda: private.step_on_empty_batch())
+        event = PoissonGaussian(noise_multiplier, loader.sample_rate)
+        limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
+        recorder = recorder_of(model) or _record(model)
+        attach(model, recorder)
+        private = PrivateOptimizer(
+            optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, ledger=self.ledger,
+            expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
+            low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None)
+        return model, private, loader
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε spent so far at ``delta``; inf once a step without noise was taken.
+
+        Raises:
+            ValueError: δ outside (0, 1).
+        """
+        return self.ledger.epsilon(delta, self.accountant)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored)."""
+        source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
+        return {"accountant": self.accountant, "ledger": self.ledger.state_dict(), "source": source}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`. A secure source goes on with a new key.
+
+        Raises:
+            ValueError: a damaged ledger, or the state of a reproducible run in an engine that is not.
+        """
+        if (state["source"] is None) == isinstance(self.source, SeededSource):
+            raise ValueError(
+                "The saved engine and this one differ in reproducible_seed: make this one as the saved one was.")
+        self.ledger.load_state_dict(state["ledger"])
+        self.accountant = state["accountant"]
+        if isinstance(self.source, SeededSource):
+            self.source.load_state_dict(state["source"])
+
+    def check_isolation(self, model: nn.Module, batch: Any, criterion: LossFunction | None = None) -> None:
+        """Prove on one batch that no example's rows, outputs or gradients depend on another (see
+        :mod:`lora_dp.isolation`). The first training batch is checked by itself, except for a loss that is
+        computed outside the model: give it here.
+
+        Args:
+            model: with private layers.
+            batch: a dict of keyword arguments (with labels, the model's own loss is checked), a tensor, or a pair
+                (inputs, targets) with a ``criterion``; at least two examples.
+            criterion: loss(model output, targets).
+
+        Raises:
+            IsolationError: naming the module, or the loss, in which examples meet.
+            ValueError: fewer than two examples, or targets without a criterion.
+        """
+        args, kwargs, targets = _call(batch, criterion)
+        n = batch_size(args, kwargs)
+        if n < 2:
+            raise ValueError(f"The isolation check needs a batch of at least two examples, got {n}.")
+        modes = {module: module.training for module in model.modules()}
+        if not model.training:
+            model.train()
+        try:
+            check_isolation(model, args, kwargs, n, targets=targets, criterion=criterion)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        return (), dict(batch), None
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    inputs, targets = batch
+    if criterion is None:
+        raise ValueError("A batch of inputs and targets needs the criterion that joins them.")
+    return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
+
+
+def _record(model: nn.Module) -> Recorder:
+    """Give the model a recorder and open a pass at each of its training forwards."""
+    recorder = Recorder()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            recorder.suspended = True
+            return
+        n = batch_size(args, kwargs)
+        if not recorder.isolation_checked and n > 1:
+            check_isolation(module, args, kwargs, n)
+            recorder.isolation_checked = True
+        recorder.open(n)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.suspended = False
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, always_call=True)
+    return recorder

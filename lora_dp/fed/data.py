@@ -1,0 +1,348 @@
+"""Data of the federation: opens a data set, finds its columns, encodes it for the model at hand.
+
+Two steps, because the model needs the number of classes and the data need the model's input format:
+
+    raw = open_data(config)                                       # nothing encoded yet
+    loaded = load_model(model_config, raw.num_labels, raw.kind)
+    splits = encode(raw, loaded.spec)
+
+The names and number of classes are taken to be public.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from lora_dp.fed.examples import Examples, ImageExamples, TextExamples, multiple_of_8
+
+Kind = Literal["image", "text"]
+
+VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
+LABEL_NAMES = ("label", "labels", "target", "class", "category", "y")
+INPUT_NAMES = ("image", "img", "text", "sentence", "content", "review", "document", "question")
+
+
+@dataclass
+class DataConfig:
+    """The data set and where to find things in it."""
+
+    dataset: str = "digits"
+    """"digits" (scikit-learn's 1,797), or a local folder or hub name that datasets.load_dataset opens."""
+    subset: str | None = None
+    """Configuration of a hub data set that has several, e.g. sst2 of nyu-mll/glue."""
+    input_column: str | None = None
+    """Column of images or texts; found by itself when left out."""
+    label_column: str | None = None
+    """Column of labels; found by itself when left out."""
+    validation_split: str | None = None
+    """Split to evaluate on; by default validation, valid, val, dev or test, else a part of train."""
+    validation_fraction: float = 0.2
+    """Part of train held out (stratified by label) when the data set has no split to evaluate on."""
+    split_seed: int = 0
+    """Seed of that held-out part: public, and independent of the run's seed."""
+    max_length: int = 128
+    """Longest text in tokens; the rest is cut off."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}: it must lie between 0 and 1"
+            )
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The images a model takes: float32 (channels, height, width), (pixel / 255 - mean) / std."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The texts a model takes: a Transformers tokenizer with a padding token, and the most tokens."""
+
+    tokenizer: Any
+    max_length: int
+
+
+InputSpec = ImageSpec | TextSpec
+
+
+@dataclass(frozen=True)
+class RawData:
+    """A data set as opened: inputs are PIL images or strings, labels int64 classes from 0."""
+
+    kind: Kind
+    label_names: list[str]
+    train_inputs: Sequence[Any]
+    train_labels: np.ndarray
+    validation_inputs: Sequence[Any]
+    validation_labels: np.ndarray
+    max_length: int
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Encoded data: examples to partition over the clients, and examples to evaluate on."""
+
+    train: Examples
+    validation: Examples
+    label_names: list[str]
+    kind: Kind
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+
+def open_data(config: DataConfig) -> RawData:
+    """Opens the data set and finds its splits, input column, label column and classes.
+
+    Integer and string labels become 0, 1, … in sorted order of the train split's values.
+
+    Raises:
+        ValueError: data set, split or column missing or not recognised; no examples; labels not classes.
+    """
+    if config.dataset == "digits":
+        return _open_digits(config)
+    train_split, validation_split = _find_splits(_load(config), config)
+    label_column = _find_label_column(train_split.features, config)
+    input_column, kind = _find_input_column(train_split.features, label_column, config)
+    names, classes = _classes(train_split, label_column)
+    labels = _as_classes(train_split, label_column, classes)
+    if validation_split is None:
+        train, held_out = _hold_out(labels, config)
+        validation_split, validation_labels = train_split.select(held_out), labels[held_out]
+        train_split, labels = train_split.select(train), labels[train]
+    else:
+        validation_labels = _as_classes(validation_split, label_column, classes)
+        _check_column(input_column, validation_split.features, "input_column")
+    return RawData(
+        kind=kind,
+        label_names=names,
+        train_inputs=train_split[input_column],
+        train_labels=labels,
+        validation_inputs=validation_split[input_column],
+        validation_labels=validation_labels,
+        max_length=config.max_length,
+    )
+
+
+def encode(raw: RawData, spec: InputSpec) -> Splits:
+    """Encodes both splits for a model.
+
+    Images are made grey or RGB and resized to the model's size (bilinear, antialiased; the whole image, its
+    aspect ratio not kept); texts are cut to the shorter of the configured and the model's limit.
+
+    Raises:
+        ValueError: the model takes another kind of input than the data have; a missing text or image; an
+            image of more than 8 bits a channel.
+    """
+    if isinstance(spec, ImageSpec) != (raw.kind == "image"):
+        other = "image" if isinstance(spec, ImageSpec) else "text"
+        raise ValueError(f"the data set holds {raw.kind}s but the model takes {other}s: choose another model")
+
+    def encode_split(inputs: Iterable[Any], labels: np.ndarray) -> Examples:
+        targets = torch.as_tensor(labels, dtype=torch.long)
+        if isinstance(spec, ImageSpec):
+            return ImageExamples(_image_tensor(inputs, spec), targets, spec.mean, spec.std)
+        return _text_examples(list(inputs), targets, spec, raw.max_length)
+
+    return Splits(
+        train=encode_split(raw.train_inputs, raw.train_labels),
+        validation=encode_split(raw.validation_inputs, raw.validation_labels),
+        label_names=raw.label_names,
+        kind=raw.kind,
+    )
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Resizes float images (N, C, H, W) bilinearly with antialiasing: the one resampling used everywhere."""
+    return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _image_tensor(images: Iterable[Image.Image | None], spec: ImageSpec) -> Tensor:
+    """uint8 (N, C, H, W) of the model's size."""
+    mode = "L" if spec.channels == 1 else "RGB"
+    tensors = []
+    for row, image in enumerate(images):
+        if image is None:
+            raise ValueError(f"row {row} has no image: remove such rows from the data set")
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"row {row} has more than 8 bits a channel: convert the images to 8 bits first")
+        pixels = torch.from_numpy(np.array(image.convert(mode))).view(
+            image.height, image.width, spec.channels
+        )
+        scaled = resize(pixels.permute(2, 0, 1).unsqueeze(0).float(), spec.height, spec.width)
+        tensors.append(scaled.round_().clamp_(0, 255).to(torch.uint8))
+    return torch.cat(tensors)
+
+
+def _text_examples(texts: list[Any], labels: Tensor, spec: TextSpec, max_length: int) -> TextExamples:
+    if missing := [row for row, text in enumerate(texts) if not isinstance(text, str)]:
+        raise ValueError(f"row {missing[0]} has no text: remove such rows from the data set")
+    limit = min(max_length, spec.max_length)
+    pad_id = spec.tokenizer.pad_token_id
+    encoded = spec.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)
+    # a text without any token would leave attention nothing to look at
+    rows = [ids or [pad_id] for ids in encoded["input_ids"]]
+    width = min(multiple_of_8(max(map(len, rows))), limit)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int32)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+    return TextExamples(ids, torch.tensor([len(tokens) for tokens in rows]), labels, pad_id)
+
+
+def _open_digits(config: DataConfig) -> RawData:
+    digits = load_digits()
+    # their grey levels run from 0 to 16
+    images = [Image.fromarray(pixels) for pixels in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
+    train, held_out = _hold_out(digits.target, config)
+    return RawData(
+        kind="image",
+        label_names=[str(name) for name in digits.target_names],
+        train_inputs=[images[row] for row in train],
+        train_labels=digits.target[train],
+        validation_inputs=[images[row] for row in held_out],
+        validation_labels=digits.target[held_out],
+        max_length=config.max_length,
+    )
+
+
+def _load(config: DataConfig) -> datasets.DatasetDict:
+    name, path = config.dataset, Path(config.dataset).expanduser()
+    local = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if local and not path.is_dir():
+        raise ValueError(f"no folder {name}: give a folder that datasets.load_dataset opens, or a hub name")
+    try:
+        return datasets.load_dataset(str(path) if local else name, config.subset)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        where = "in the folder" if local else "on the hub"
+        raise ValueError(f"no data set could be opened {where} {name}: {reason}") from error
+
+
+def _find_splits(
+    opened: datasets.DatasetDict, config: DataConfig
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    names = list(opened)
+    listed = ", ".join(names)
+    if "train" not in names and len(names) > 1:
+        raise ValueError(
+            f"{config.dataset} has the splits {listed} but none called train: rename one of them"
+        )
+    train_name = "train" if "train" in names else names[0]
+    wanted = config.validation_split or next((name for name in VALIDATION_NAMES if name in names), None)
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"{config.dataset} has no split {wanted}: set validation_split to one of {listed}")
+    validation_name = None if wanted == train_name else wanted
+    for name in (train_name, validation_name):
+        if name is not None and len(opened[name]) == 0:
+            raise ValueError(f"the {name} split of {config.dataset} is empty: give a data set with examples")
+    return opened[train_name], opened[validation_name] if validation_name else None
+
+
+def _check_column(name: str, features: datasets.Features, option: str) -> str:
+    if name not in features:
+        raise ValueError(f"no column {name} in the data set: set {option} to one of {', '.join(features)}")
+    return name
+
+
+def _only_or_common(candidates: list[str], common: Sequence[str]) -> str | None:
+    if len(candidates) == 1:
+        return candidates[0]
+    return next((name for name in common if name in candidates), None)
+
+
+def _find_label_column(features: datasets.Features, config: DataConfig) -> str:
+    if config.label_column is not None:
+        return _check_column(config.label_column, features, "label_column")
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    column = _only_or_common(typed or [name for name in features if name in LABEL_NAMES], LABEL_NAMES)
+    if column is None:
+        raise ValueError(
+            f"cannot tell the column of labels: set label_column to one of {', '.join(features)}"
+        )
+    return column
+
+
+def _find_input_column(features: datasets.Features, labels: str, config: DataConfig) -> tuple[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image):
+            kinds[name] = "image"
+        elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+            kinds[name] = "text"
+    column = config.input_column
+    if column is None:
+        images = [name for name, kind in kinds.items() if kind == "image" and name != labels]
+        texts = [name for name, kind in kinds.items() if kind == "text" and name != labels]
+        column = _only_or_common(images or texts, INPUT_NAMES)
+        if column is None:
+            listed = ", ".join(features)
+            raise ValueError(
+                f"cannot tell the column of images or texts: set input_column to one of {listed}"
+            )
+    if _check_column(column, features, "input_column") not in kinds:
+        raise ValueError(f"column {column} holds neither images nor texts: set input_column to one that does")
+    return column, kinds[column]
+
+
+def _classes(split: datasets.Dataset, column: str) -> tuple[list[str], dict[Any, int]]:
+    """Names of the classes, and the class of each label value."""
+    feature = split.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names, classes = list(feature.names), {value: value for value in range(feature.num_classes)}
+    else:
+        dtype = str(getattr(feature, "dtype", feature))
+        if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
+            raise ValueError(
+                f"column {column} holds {dtype}, not classes: name integers or strings as label_column"
+            )
+        values = sorted({value for value in split[column] if value is not None})
+        names, classes = [str(value) for value in values], {value: rank for rank, value in enumerate(values)}
+    if len(names) < 2:
+        raise ValueError(f"column {column} holds fewer than two classes: set label_column to another column")
+    return names, classes
+
+
+def _as_classes(split: datasets.Dataset, column: str, classes: dict[Any, int]) -> np.ndarray:
+    _check_column(column, split.features, "label_column")
+    labels = split[column]
+    if unknown := [value for value in labels if value not in classes]:
+        raise ValueError(
+            f"{len(unknown)} rows have a {column} that the train split does not know ({unknown[0]!r}): "
+            "remove them, or set validation_split to a labelled split"
+        )
+    return np.array([classes[value] for value in labels], dtype=np.int64)
+
+
+def _hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the part to train on and of the held-out part, stratified by label, both in order."""
+    rng = np.random.default_rng(config.split_seed)
+    held_out: list[int] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held_out.extend(members[: round(config.validation_fraction * len(members))])
+    if not 0 < len(held_out) < len(labels):
+        raise ValueError(f"{len(labels)} examples are too few to hold some out: name a validation_split")
+    return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)

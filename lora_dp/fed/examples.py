@@ -1,0 +1,124 @@
+"""Encoded examples as tensors: one store in memory, of which every client's part is a view."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+Batch = dict[str, Tensor]
+Indices = Sequence[int] | np.ndarray | Tensor
+
+
+class Examples(Dataset[Batch], ABC):
+    """Map-style data set of dict[str, Tensor] examples: "labels" (int64) and the model's inputs.
+
+    ``[i]`` is one example; a DataLoader fetches a whole batch at once (``__getitems__``) and takes
+    ``collate`` as its collate_fn.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+        self._rows = torch.arange(len(labels))
+
+    @abstractmethod
+    def _inputs(self, rows: Tensor) -> Batch:
+        """The model's inputs for these rows of the store, as one batch."""
+
+    @abstractmethod
+    def _join(self, examples: Sequence[Batch]) -> Batch:
+        """The model's inputs of single examples, as one batch."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Classes of all examples, int64 (N,)."""
+        return self._labels[self._rows]
+
+    def subset(self, indices: Indices) -> Self:
+        """The examples at these indices, as a view: the tensors are shared, not copied."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._rows = self._rows[torch.as_tensor(indices, dtype=torch.long)]
+        return view
+
+    def batch(self, indices: Indices) -> Batch:
+        """The examples at these indices (none is fine) as one batch, first dimension len(indices)."""
+        rows = self._rows[torch.as_tensor(indices, dtype=torch.long)]
+        return {**self._inputs(rows), "labels": self._labels[rows]}
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All examples in order, ``size`` at a time, for evaluation."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
+
+    def collate(self, items: Batch | Sequence[Batch]) -> Batch:
+        """A batch from what ``__getitems__`` returned (as it is) or from a list of single examples."""
+        if isinstance(items, dict):
+            return items
+        return {**self._join(items), "labels": torch.stack([item["labels"] for item in items])}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} examples")
+        return {name: tensor[0] for name, tensor in self.batch([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self.batch(indices)
+
+
+class ImageExamples(Examples):
+    """Images kept as one uint8 tensor (N, C, H, W) of the model's size, normalised as they are fetched.
+
+    "pixel_values": float32, (pixel / 255 - mean) / std per channel.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(labels)
+        self._pixels = pixels
+        self._mean = torch.tensor(mean).view(-1, 1, 1) * 255
+        self._std = torch.tensor(std).view(-1, 1, 1) * 255
+
+    def _inputs(self, rows: Tensor) -> Batch:
+        return {"pixel_values": self._pixels[rows].float().sub_(self._mean).div_(self._std)}
+
+    def _join(self, examples: Sequence[Batch]) -> Batch:
+        return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+
+
+class TextExamples(Examples):
+    """Texts kept as one int32 matrix of token ids (N, longest), padded on the right.
+
+    "input_ids" and "attention_mask" (1 for text, 0 for padding): int64 (batch, T), T the batch's longest text
+    rounded up to a multiple of 8 or, if less, the store's width.
+    """
+
+    def __init__(self, ids: Tensor, lengths: Tensor, labels: Tensor, pad_id: int) -> None:
+        super().__init__(labels)
+        self._ids = ids
+        self._lengths = lengths
+        self._pad_id = pad_id
+
+    def _inputs(self, rows: Tensor) -> Batch:
+        lengths = self._lengths[rows]
+        width = min(multiple_of_8(int(lengths.max()) if len(rows) else 1), self._ids.shape[1])
+        mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
+        return {"input_ids": self._ids[rows, :width].long(), "attention_mask": mask}
+
+    def _join(self, examples: Sequence[Batch]) -> Batch:
+        fill = {"input_ids": self._pad_id, "attention_mask": 0}
+        return {
+            name: pad_sequence([example[name] for example in examples], True, value)
+            for name, value in fill.items()
+        }
+
+
+def multiple_of_8(length: int) -> int:
+    """The smallest multiple of 8 that is not below ``length``: matrix products like such sizes."""
+    return -(-length // 8) * 8

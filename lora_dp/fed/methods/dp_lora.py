@@ -1,0 +1,16 @@
+"""DP-LoRA: both factors in every step, FedIT (arXiv 2305.05644) with DP-SGD; the baseline of arXiv 2602.19926."""
+
+from typing import ClassVar
+
+from lora_dp.fed.methods.base import Method, Phases
+
+
+class DPLoRA(Method):
+    """Every local step trains A and B together. The server averages each: the product of the averages is not the
+    average of the products."""
+
+    name = "dp-lora"
+    learning_rates: ClassVar = {"sgd": 0.5, "adamw": 2e-3}
+
+    def phases(self, round_index: int) -> Phases:
+        return "AB"

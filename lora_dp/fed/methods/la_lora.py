@@ -1,0 +1,19 @@
+"""LA-LoRA: local steps alternate between the factors; the noisy gradients are low-pass filtered (arXiv 2602.19926)."""
+
+from typing import ClassVar
+
+from lora_dp.fed.methods.base import Method, Phases
+
+
+class LALoRA(Method):
+    """Each local step trains one factor: B, A, B, A, …, so that noise in one never multiplies noise in the other.
+
+    The server averages A and B. Filter and the ratio of learning rates are settable (--low_pass, --lr_ratio).
+    """
+
+    name = "la-lora"
+    learning_rates: ClassVar = {"sgd": 0.5, "adamw": 2e-3}
+    lr_ratio = 2.0
+
+    def phases(self, round_index: int) -> Phases:
+        return "BA"

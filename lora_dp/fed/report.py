@@ -1,0 +1,240 @@
+"""What a run shows and leaves behind: the folder of results, the curves, the lines on the console."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from lora_dp.adapters import save_adapter
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.federation import Federation, RoundResult, finite
+
+RESEARCH_ONLY = "research only: sampling and noise follow the seed, so the guarantee does not hold; do not release"
+PUBLIC = (
+    "Taken to be public, not protected: the number of each client's examples (it sets sample rates and weights), which "
+    "clients take part in which rounds, the classes, the validation data, and all settings."
+)
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Raises:
+        ValueError: the folder named in the configuration already holds a run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = config.run.output or _fresh(config)
+        if (self.path / "config.yaml").exists():
+            raise ValueError(f"{self.path} already holds a run: choose another --output.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.yaml", config.to_yaml())
+
+    def add_metrics(self, result: RoundResult) -> None:
+        """Appends one line to metrics.jsonl; it is on its way to the disk when this returns."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result) | {"epsilon": finite(result.epsilon)}) + "\n")
+
+    def write_ledger(self, account: dict[str, Any]) -> None:
+        """Replaces ledger.json; on the disk when this returns."""
+        write_atomically(self.path / "ledger.json", json.dumps(account, indent=1))
+
+    def write_adapter(self, model: nn.Module) -> None:
+        """Saves the global adapter and head as PEFT saves them."""
+        save_adapter(model, self.path / "adapter")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+
+    def draw_curves(self, results: Sequence[RoundResult], config: RunConfig) -> None:
+        """Writes curves.png: accuracy and worst ε by round."""
+        draw_curves(results, config, self.path / "curves.png")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a crash leaves either the old or the new one, and the new one is on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _fresh(config: RunConfig) -> Path:
+    target = config.privacy.target
+    budget = "no-privacy" if target is None else f"eps{target:g}"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.federation.method}-{budget}"
+    candidates = (Path("runs") / (name + (f"-{i}" if i else "")) for i in range(1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def summarise(
+    config: RunConfig, results: Sequence[RoundResult], account: dict[str, Any], status: str
+) -> dict[str, Any]:
+    """summary.json. ε is null where there is no privacy."""
+    first, last = results[0], results[-1]
+    noise = [entry["noise_multiplier"] for client in account["clients"] for entry in client["ledger"]["entries"]]
+    return {
+        "status": status,
+        "release": RESEARCH_ONLY if config.run.reproducible else None,
+        "method": config.federation.method,
+        "model": config.model.name,
+        "dataset": config.data.dataset,
+        "clients": config.federation.clients,
+        "rounds": last.round,
+        "accuracy_before": first.accuracy,
+        "accuracy_after": last.accuracy,
+        "loss_before": first.loss,
+        "loss_after": last.loss,
+        "target_epsilon": config.privacy.target,
+        "worst_epsilon": account["worst_epsilon"],
+        "delta": config.privacy.delta,
+        "accountant": config.privacy.accountant,
+        "privacy_unit": account["unit"],
+        "noise_multiplier": {"smallest": min(noise), "largest": max(noise)} if noise else None,
+        "public": PUBLIC,
+        "bytes_up": sum(result.bytes_up for result in results),
+        "bytes_down": sum(result.bytes_down for result in results),
+        "seconds": round(sum(result.seconds for result in results), 3),
+    }
+
+
+def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
+    """Draws accuracy and worst ε by round into a PNG."""
+    ink, quiet, blue, orange = "#1f2430", "#8a90a0", "#2f6fde", "#e0702f"
+    style = {
+        "font.size": 10, "axes.edgecolor": quiet, "axes.labelcolor": ink, "text.color": ink, "xtick.color": quiet,
+        "ytick.color": quiet, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
+        "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True, "grid.color": "#e8eaf0",
+        "axes.axisbelow": True,
+    }
+    rounds = [result.round for result in results]
+    private = config.privacy.target is not None
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.6, 3.8) if private else (5.6, 3.8), layout="constrained", dpi=160)
+        axes = figure.subplots(1, 2 if private else 1, squeeze=False)[0]
+        accuracy = [result.accuracy for result in results]
+        axes[0].axhline(accuracy[0], color=quiet, linewidth=1, linestyle=(0, (4, 3)))
+        axes[0].annotate(
+            f"before: {accuracy[0]:.1%}", (rounds[-1], accuracy[0]), xytext=(0, -4), textcoords="offset points",
+            ha="right", va="top", color=quiet, fontsize=9)
+        _curve(axes[0], rounds, accuracy, blue, f"{accuracy[-1]:.1%}")
+        axes[0].set_title("Accuracy on validation data")
+        axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        if private:
+            epsilon = [result.epsilon for result in results]
+            axes[1].axhline(config.privacy.target, color=quiet, linewidth=1, linestyle=(0, (4, 3)))
+            axes[1].annotate(
+                f"budget: {config.privacy.target:g}", (0, config.privacy.target), xytext=(0, 4),
+                textcoords="offset points", ha="left", va="bottom", color=quiet, fontsize=9)
+            _curve(axes[1], rounds, epsilon, orange, f"{epsilon[-1]:.3g}")
+            axes[1].set_title(f"Worst client's ε at δ = {config.privacy.delta:g}")
+            axes[1].set_ylim(0, max(*epsilon, config.privacy.target) * 1.12)
+        for axis in axes:
+            axis.set_xlabel("round")
+            axis.set_xlim(0, max(rounds[-1], 1) * 1.08)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.tick_params(length=0)
+        marks = " · research only, not for release" if config.run.reproducible else ""
+        figure.suptitle(
+            f"{config.federation.method} · {config.model.name} on {config.data.dataset} · "
+            f"{config.federation.clients} clients{marks}", fontsize=10, color=quiet, x=0.01, ha="left")
+        figure.savefig(path)
+
+
+def _curve(axis: Any, x: Sequence[int], y: Sequence[float], colour: str, label: str) -> None:
+    axis.plot(x, y, color=colour, linewidth=2, marker="o", markersize=3.5, markeredgewidth=0)
+    axis.fill_between(x, y, min(y), color=colour, alpha=0.08, linewidth=0)
+    axis.annotate(
+        label, (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="center", color=colour, weight="bold")
+
+
+class ConsoleReport:
+    """Lines of a run on the console; the moving bar only where there is a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal)
+        self._task: TaskID | None = None
+
+    def begin(self, config: RunConfig, federation: Federation) -> None:
+        """Says what is about to run."""
+        sizes = [len(client.examples) for client in federation.clients]
+        noise = [client.event.noise_multiplier for client in federation.clients]
+        target, chosen = config.privacy.target, config.federation
+        self._print(
+            f"[bold]{chosen.method}[/] · {config.model.name}, r = {config.model.r} · {config.data.dataset}: "
+            f"{sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each), "
+            f"{len(federation.validation)} to validate on")
+        if target is None:
+            self._print("[yellow]no privacy[/] (ε = ∞): nothing is clipped, no noise is added")
+        else:
+            self._print(
+                f"ε = {target:g} at δ = {config.privacy.delta:g} for every client, noise multiplier "
+                f"{_span(noise, '.3g')}, {config.privacy.clipping} clipping")
+        steps = chosen.rounds * (chosen.clients_per_round or chosen.clients) * chosen.local_steps
+        self._task = self.progress.add_task("round 1", total=steps)
+
+    def step(self) -> None:
+        """One local step was taken."""
+        assert self._task is not None
+        self.progress.advance(self._task)
+
+    def round(self, result: RoundResult, rounds: int) -> None:
+        """One line for a round."""
+        width = len(str(rounds))
+        epsilon = f"{result.epsilon:6.3f}" if finite(result.epsilon) is not None else "∞"
+        sent = f"   sent {_size(result.bytes_up + result.bytes_down)}" if result.round else ""
+        name = f"round {result.round:>{width}}/{rounds}" if result.round else "start".ljust(7 + 2 * width)
+        self._print(f"{name}   loss {result.loss:6.4f}   accuracy {result.accuracy:6.1%}   worst ε {epsilon}{sent}")
+        if self._task is not None:
+            self.progress.update(self._task, description=f"round {min(result.round + 1, rounds)}")
+
+    def end(self, summary: dict[str, Any], folder: Path) -> None:
+        """The table at the end."""
+        worst = "∞ (no privacy)" if summary["worst_epsilon"] is None else f"{summary['worst_epsilon']:.4g}"
+        table = Table(title=None, show_header=False, box=None, padding=(0, 3, 0, 0))
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        table.add_row("accuracy before", f"{summary['accuracy_before']:.1%}")
+        table.add_row("accuracy after", f"[bold]{summary['accuracy_after']:.1%}[/]")
+        table.add_row(f"worst ε at δ = {summary['delta']:g}", f"[bold]{worst}[/]")
+        table.add_row("sent up, down", f"{_size(summary['bytes_up'])}, {_size(summary['bytes_down'])}")
+        table.add_row("time", f"{summary['seconds']:.0f} s")
+        table.add_row("results", str(folder))
+        if summary["status"] != "finished":
+            table.add_row("status", f"[yellow]{summary['status']}[/]")
+        if summary["release"]:
+            table.add_row("release", f"[yellow]{summary['release']}[/]")
+        self.console.print()
+        self.console.print(table)
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,48 @@
+"""The one object that owns the clip rule, the clip bound and the noise, and so matches noise to sensitivity."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_dp.clipping import ClipRule
+from lora_dp.noise import NormalSource, add_noise, grid_sensitivity
+
+
+class Mechanism:
+    """Σᵢ mᵢcᵢgᵢ + σ·C·z of one private step (Abadi et al. 2016, arXiv 1607.00133).
+
+    Args:
+        rule: clip rule with its bound C.
+        noise_multiplier: σ, the noise's deviation in units of the rule's sensitivity; 0 adds none.
+        source: of standard normals.
+
+    Raises:
+        ValueError: σ negative or NaN, or above 0 without a finite clip bound.
+    """
+
+    def __init__(self, rule: ClipRule, noise_multiplier: float, source: NormalSource):
+        if not 0 <= noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier must be 0 or a finite positive number, got {noise_multiplier}.")
+        if noise_multiplier and math.isinf(rule.sensitivity):
+            raise ValueError("Noise without clipping protects nobody: set a finite max_grad_norm.")
+        self.rule, self.noise_multiplier, self.source = rule, noise_multiplier, source
+
+    def noise_std(self, size: int) -> float:
+        """Deviation of the noise on a sum of ``size`` numbers, the grid's rounding included."""
+        if self.noise_multiplier == 0:
+            return 0.0
+        return self.noise_multiplier * grid_sensitivity(self.rule.sensitivity, self.noise_multiplier, size)
+
+    def coefficients(self, sq_norms: Tensor, layers: Tensor, layer_count: int, mask: Tensor | None) -> Tensor:
+        """cᵢ·mᵢ by parameter and example: (P, N); see :class:`lora_dp.clipping.ClipRule`."""
+        coefficients = self.rule.coefficients(sq_norms, layers, layer_count)
+        if mask is None:
+            return coefficients
+        return torch.where(mask.to(coefficients.device), coefficients, torch.zeros_like(coefficients))
+
+    def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        """The clipped sums of all trained parameters, noised: same shapes and dtypes."""
+        std = self.noise_std(sum(value.numel() for value in sums))
+        return [add_noise(value, std, self.source) for value in sums]

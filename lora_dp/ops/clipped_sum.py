@@ -1,0 +1,64 @@
+"""Σᵢ cᵢ Gᵢ, from the kept gradients or recomputed from (left, right) as one row-scaled product."""
+
+import torch
+from torch import Tensor
+
+from lora_dp.ops.registry import define, wide_dtype
+
+
+def _sum_kept_reference(gradients: Tensor, coefficients: Tensor) -> Tensor:
+    flat = gradients.flatten(1)
+    # 0 · NaN is NaN: what an excluded example holds must not reach the sum.
+    flat = flat.masked_fill((coefficients == 0).unsqueeze(1), 0)
+    return (coefficients.to(flat.dtype) @ flat).view(gradients.shape[1:])
+
+
+def _sum_kept_fake(gradients: Tensor, coefficients: Tensor) -> Tensor:
+    return gradients.new_empty(gradients.shape[1:])
+
+
+def _sum_pairs_reference(left: Tensor, right: Tensor, coefficients: Tensor, scale: float) -> Tensor:
+    dtype = wide_dtype(left.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    excluded = (coefficients == 0).view(-1, 1, 1)
+    weighted = (left * (scale * coefficients.to(dtype)).view(-1, 1, 1)).masked_fill_(excluded, 0)
+    return weighted.flatten(0, 1).t() @ right.masked_fill(excluded, 0).flatten(0, 1)
+
+
+def _sum_pairs_fake(left: Tensor, right: Tensor, coefficients: Tensor, scale: float) -> Tensor:
+    return left.new_empty((left.shape[2], right.shape[2]), dtype=wide_dtype(left.dtype))
+
+
+_sum_kept = define("clipped_sum_kept(Tensor gradients, Tensor coefficients) -> Tensor",
+                   _sum_kept_reference, _sum_kept_fake)
+_sum_pairs = define(
+    "clipped_sum_pairs(Tensor left, Tensor right, Tensor coefficients, float scale) -> Tensor",
+    _sum_pairs_reference, _sum_pairs_fake)
+
+
+def clipped_sum_kept(gradients: Tensor, coefficients: Tensor) -> Tensor:
+    """Σᵢ cᵢ Gᵢ of kept per-example gradients.
+
+    Args:
+        gradients: (N, *shape), float32 or float64.
+        coefficients: (N,) non-negative and finite; an example with 0 contributes nothing, whatever it holds.
+
+    Returns:
+        (*shape) in the dtype of ``gradients``.
+    """
+    return _sum_kept(gradients, coefficients)
+
+
+def clipped_sum_pairs(left: Tensor, right: Tensor, coefficients: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · Σᵢ cᵢ Σₜ leftᵢₜ ⊗ rightᵢₜ without forming any Gᵢ.
+
+    Args:
+        left: (N, T, p), any floating dtype.
+        right: (N, T, q), same dtype.
+        coefficients: (N,) as for :func:`clipped_sum_kept`.
+        scale: factor of the whole gradient.
+
+    Returns:
+        (p, q) in float32, or float64 for float64 inputs.
+    """
+    return _sum_pairs(left, right, coefficients, scale)

@@ -1,0 +1,49 @@
+"""Squared per-example gradient norms without the gradients: the ghost norm.
+
+‖Σₜ leftₜ ⊗ rightₜ‖² = Σ_{t,t'} (leftₜ·leftₜ')(rightₜ·rightₜ')   (Goodfellow 2015, arXiv 1510.01799;
+for sequences Li et al. 2022, arXiv 2110.05679).
+"""
+
+import torch
+from torch import Tensor
+
+from lora_dp.ops.registry import define, wide_dtype
+
+# Rows of the Gram matrix held at once: memory stays N · 256 · T, never N · T · T.
+_TILE = 256
+
+
+def _reference(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    dtype = wide_dtype(left.dtype)
+    left, right = left.to(dtype), right.to(dtype)
+    if left.shape[1] == 1:
+        norms = left.square().sum((1, 2)) * right.square().sum((1, 2))
+        return norms.mul_(scale * scale)
+    left_t, right_t = left.transpose(1, 2), right.transpose(1, 2)
+    norms = left.new_zeros(left.shape[0])
+    for start in range(0, left.shape[1], _TILE):
+        rows = slice(start, start + _TILE)
+        norms += (torch.bmm(left[:, rows], left_t) * torch.bmm(right[:, rows], right_t)).sum((1, 2))
+    # Rounding can leave a tiny negative number where the gradient is zero.
+    return norms.clamp_(min=0).mul_(scale * scale)
+
+
+def _fake(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return left.new_empty((left.shape[0],), dtype=wide_dtype(left.dtype))
+
+
+_op = define("ghost_sq_norm(Tensor left, Tensor right, float scale) -> Tensor", _reference, _fake)
+
+
+def ghost_sq_norm(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """‖scale · Σₜ leftᵢₜ ⊗ rightᵢₜ‖² for every example.
+
+    Args:
+        left: (N, T, p), any floating dtype.
+        right: (N, T, q), same dtype.
+        scale: factor of the gradient (enters squared).
+
+    Returns:
+        (N,) in float32, or float64 for float64 inputs. NaN stays NaN.
+    """
+    return _op(left, right, scale)

@@ -1,0 +1,213 @@
+"""The private optimizer: per-example gradients in, one noised step of any ``torch.optim`` optimizer out."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_dp.accounting import Ledger, PoissonGaussian
+from lora_dp.coverage import PrivateParameter, check_optimizer
+from lora_dp.filtering import Filter
+from lora_dp.mechanism import Mechanism
+from lora_dp.phases import Phases, PhasesName
+from lora_dp.recording import NormMethod, Recorder
+
+LossReduction = Literal["mean", "sum"]
+
+
+class PrivateOptimizer(torch.optim.Optimizer):
+    """Wraps an optimizer so that its steps are ĝ = (Σᵢ mᵢcᵢgᵢ + σCz) / L with L the *expected* batch size.
+
+    Made by :meth:`lora_dp.PrivacyEngine.make_private`. Learning-rate schedulers take it as any optimizer; its
+    state dict is the wrapped one's. Each step appends its event to the ledger before the noised gradient exists.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
+        mechanism: Mechanism, event: PoissonGaussian, ledger: Ledger, expected_batch_size: int, phases: PhasesName,
+        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
+        before_release: Callable[[], None],
+    ):
+        self.original_optimizer = optimizer
+        self.mechanism, self.event, self.ledger = mechanism, event, ledger
+        self.expected_batch_size = expected_batch_size
+        self.steps_taken = 0
+        self._recorder = recorder
+        self._covered = {id(p.parameter): p for p in parameters}
+        self._phases = Phases(phases)
+        self._loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
+        self._before_release = before_release
+        self._sums: dict[int, Tensor] = {}
+        self._examples = 0
+        self._drawn: deque[int] = deque()
+        self._skip_next = False
+        # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
+        self._non_finite_examples: Tensor | int = 0
+        check_optimizer(optimizer, self._covered)
+        self.activate()
+
+    # What torch's schedulers and users see of an optimizer is the wrapped one's.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.original_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.original_optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.original_optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the parameters must be covered.
+
+        Raises:
+            ValueError: at the next step, if one is not.
+        """
+        self.original_optimizer.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return (f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, clipping={self.mechanism.rule}, "
+                f"phases='{self._phases.name}', {self.original_optimizer!r})")
+
+    def activate(self) -> None:
+        """Make this optimizer the one for which the model records, where several share one model."""
+        factors = self._phases.factors(self.steps_taken)
+        self._recorder.trained = frozenset(
+            key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
+        self._recorder.method = self._norm_method
+        self._recorder.owner = self
+
+    def set_phases(self, phases: PhasesName) -> None:
+        """Train these factors from the next step on; a cycle such as "BA" starts where ``steps_taken`` says.
+
+        Raises:
+            ValueError: unknown phases.
+            RuntimeError: in the middle of a logical batch.
+        """
+        if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
+            raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
+        self._phases = Phases(phases)
+        self.activate()
+
+    def expect_batch(self, size: int) -> None:
+        """Told by the private loader: a batch of ``size`` examples was drawn."""
+        self._drawn.append(size)
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
+        self._skip_next = do_skip
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
+        if self._recorder.current is not None and self._recorder.current.filled:
+            self._recorder.discard()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
+    ) -> Any:
+        """Clip and add the examples of the last pass; unless told to skip, noise the sum and update.
+
+        Args:
+            closure: runs forward and backward once, as torch's; its value is returned.
+            mask: (N,) bool; an example with False contributes nothing (padding up to a fixed batch size). With
+                ``loss_reduction="mean"`` the loss must be the mean over all N, padding included.
+
+        Raises:
+            PrivacyBudgetExceeded: the step would overrun the target ε; nothing has been released.
+            RuntimeError: nothing was recorded, another optimizer is active, or the batch is not the one drawn.
+            ValueError: a wrong mask, or the wrapped optimizer holds an uncovered parameter.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        self._accumulate(mask)
+        if self._skip_next:
+            self._skip_next = False
+        else:
+            self._check_drawn(mask)
+            self._release()
+        return value
+
+    def step_on_empty_batch(self) -> None:
+        """The step of a batch in which Poisson sampling drew nobody: noise alone. Never skip it.
+
+        Raises:
+            PrivacyBudgetExceeded: as for :meth:`step`.
+            RuntimeError: a logical batch is under way.
+        """
+        if self._examples:
+            raise RuntimeError("A logical batch is under way: step() it before the next one.")
+        self.activate()
+        self._release()
+
+    def _accumulate(self, mask: Tensor | None) -> None:
+        if self._recorder.owner is not self:
+            raise RuntimeError("Another private optimizer is recording on this model: call activate() before forward.")
+        finished = self._recorder.take()
+        n = finished.n
+        if mask is not None and (mask.shape != (n,) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}.")
+        self._examples += n
+        slots = list(finished.slots.items())
+        if not slots or n == 0:
+            return
+        # A mean over the micro-batch has divided each example's gradient by N.
+        scale = float(n) if self._loss_reduction == "mean" else 1.0
+        with torch.no_grad():
+            device = slots[0][1].leaf.device
+            sq_norms = torch.stack([slot.sq_norms().to(device) for _, slot in slots]).mul_(scale * scale)
+            numbers = [self._covered[key].layer for key, _ in slots]
+            trained = sorted({p.layer for key, p in self._covered.items() if key in finished.trained})
+            layers = torch.tensor([trained.index(number) for number in numbers], device=device)
+            coefficients = self.mechanism.coefficients(sq_norms, layers, len(trained), mask) * scale
+            self._non_finite_examples = self._non_finite_examples + (~torch.isfinite(sq_norms.sum(0))).sum()
+            for (key, slot), row in zip(slots, coefficients, strict=True):
+                total = slot.weighted_sum(row.to(slot.leaf.device))
+                self._sums[key] = total if key not in self._sums else self._sums[key].add_(total)
+
+    def _check_drawn(self, mask: Tensor | None) -> None:
+        while self._drawn:
+            drawn = self._drawn.popleft()
+            if drawn == self._examples or (mask is not None and drawn <= self._examples):
+                return
+        self._sums, examples, self._examples = {}, self._examples, 0
+        raise RuntimeError(
+            f"This step saw {examples} examples, which is no batch that the private loader drew: train on the loader "
+            "that make_private returned, each batch once and whole (micro-batches add up to it).")
+
+    def _release(self) -> None:
+        check_optimizer(self.original_optimizer, self._covered)
+        self._before_release()
+        self.ledger.append(self.event)
+        trained = [p for key, p in self._covered.items() if key in self._recorder.trained]
+        sums = [self._sums.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
+        self._sums, self._examples = {}, 0
+        for entry in self._covered.values():
+            entry.parameter.grad = None
+        with torch.no_grad():
+            for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
+                gradient = noisy.div_(self.expected_batch_size)
+                if self._low_pass is not None and p.factor is not None:
+                    gradient = self._low_pass(gradient)
+                p.parameter.grad = gradient.to(p.parameter.dtype)
+        self.original_optimizer.step()
+        self.steps_taken += 1
+        self.activate()
+
+
+def _zeros_like(parameter: nn.Parameter) -> Tensor:
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.zeros(parameter.shape, dtype=wide, device=parameter.device)

@@ -1,0 +1,33 @@
+"""Which of LoRA's factors each step trains."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+PhasesName = Literal["B", "A", "AB", "BA"]
+
+_CYCLES: dict[str, tuple[frozenset[str], ...]] = {
+    "B": (frozenset("B"),),
+    "A": (frozenset("A"),),
+    "AB": (frozenset("AB"),),
+    "BA": (frozenset("B"), frozenset("A")),
+}
+
+
+@dataclass(frozen=True)
+class Phases:
+    """"B" or "A": that factor alone; "AB": both in every step; "BA": B, A, B, A, … (arXiv 2602.19926).
+
+    Raises:
+        ValueError: another name.
+    """
+
+    name: PhasesName
+
+    def __post_init__(self) -> None:
+        if self.name not in _CYCLES:
+            raise ValueError(f"Unknown phases '{self.name}': choose one of {', '.join(_CYCLES)}.")
+
+    def factors(self, step: int) -> frozenset[str]:
+        """The factors, of "A" and "B", that step number ``step`` (from 0) trains."""
+        cycle = _CYCLES[self.name]
+        return cycle[step % len(cycle)]

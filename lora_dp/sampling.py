@@ -1,0 +1,134 @@
+"""Poisson sampling: each example joins each step's batch independently with the sample rate.
+
+It is what the accounting assumes (amplification by sampling; Mironov, Talwar and Zhang 2019, arXiv 1908.10530).
+A shuffled pass over the data is not that.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+
+class UniformSource(Protocol):
+    """Where uniform draws come from (``lora_dp.randomness``)."""
+
+    def uniform(self, n: int) -> Tensor:
+        """``n`` independent values in [0, 1), float64."""
+        ...
+
+
+class PoissonSampler(Sampler[list[int]]):
+    """Batches of indices; a batch may be empty.
+
+    Args:
+        size: number of examples.
+        sample_rate: probability of each example, in (0, 1].
+        steps: batches in one iteration.
+        source: of uniform draws. Amplification holds only while the draws stay secret.
+    """
+
+    def __init__(self, size: int, sample_rate: float, steps: int, source: UniformSource):
+        self.size, self.sample_rate, self.steps, self.source = size, sample_rate, steps, source
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield self.draw()
+
+    def draw(self) -> list[int]:
+        """The indices of one batch, ascending."""
+        return torch.nonzero(self.source.uniform(self.size) < self.sample_rate).flatten().tolist()
+
+
+class _NonEmpty(Sampler[list[int]]):
+    """Hands non-empty batches on and counts the empty ones before each, for workers that fetch ahead."""
+
+    def __init__(self, sampler: PoissonSampler):
+        self.sampler = sampler
+        self.drawn: deque[tuple[int, int]] = deque()
+        self.empty_at_end = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.drawn.clear()
+        self.empty_at_end = 0
+        for batch in self.sampler:
+            if batch:
+                self.drawn.append((self.empty_at_end, len(batch)))
+                self.empty_at_end = 0
+                yield batch
+            else:
+                self.empty_at_end += 1
+
+
+class PrivateDataLoader:
+    """Iterates over Poisson batches of a data set.
+
+    Each draw is a step of the mechanism. An empty draw cannot be shown to a model, so the loader takes that step
+    itself, as pure noise, through ``on_empty``.
+
+    Args:
+        loader: the user's loader: its data set, collate function and workers are kept, its batch size gives the
+            expected batch, its order is not used.
+        source: of uniform draws.
+        on_batch: called with the size of each batch just before it is handed out.
+        on_empty: called for each empty draw, in its place among the batches.
+
+    Raises:
+        ValueError: no examples, no batch size, a batch size above the number of examples, or an own sampler.
+        TypeError: an iterable data set, which cannot be Poisson sampled.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], source: UniformSource, on_batch: Callable[[int], None],
+        on_empty: Callable[[], None],
+    ):
+        dataset: Dataset[Any] = loader.dataset
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError("An iterable data set cannot be Poisson sampled: use a map-style one with a length.")
+        size = len(dataset)
+        if size == 0:
+            raise ValueError("The data set is empty: a private step needs at least one example to sample from.")
+        if loader.batch_size is None or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+            raise ValueError(
+                "Give a loader with a batch_size and no sampler of its own: its batches are redrawn by Poisson "
+                "sampling, which the accounting describes.")
+        if loader.batch_size > size:
+            raise ValueError(
+                f"The batch size {loader.batch_size} is above the {size} examples there are: choose at most {size}.")
+        self.dataset = dataset
+        self.expected_batch_size = loader.batch_size
+        self.sample_rate = loader.batch_size / size
+        self.steps_per_epoch = max(1, round(1 / self.sample_rate))
+        self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
+        self._options: dict[str, Any] = {
+            "collate_fn": loader.collate_fn, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
+            "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+        if loader.num_workers:
+            self._options["prefetch_factor"] = loader.prefetch_factor
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.take(self.steps_per_epoch)
+
+    def take(self, steps: int) -> Iterator[Any]:
+        """The batches of exactly ``steps`` draws (empty ones are stepped, not yielded)."""
+        size = len(self.dataset)  # type: ignore[arg-type]
+        batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
+        for batch in DataLoader(self.dataset, batch_sampler=batches, **self._options):
+            empty, drawn = batches.drawn.popleft()
+            for _ in range(empty):
+                self._on_empty()
+            self._on_batch(drawn)
+            yield batch
+        for _ in range(batches.empty_at_end):
+            self._on_empty()

@@ -1,0 +1,68 @@
+"""What is installed: the native library, the kernels under their own name, the typing marker."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import lora_dp
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_version_and_license() -> None:
+    metadata = importlib.metadata.metadata("lora-dp")
+    assert metadata["Version"] == "0.1.0"
+    assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_native_library_loads_without_torch(tmp_path: Path) -> None:
+    """No torch at build time, so a new torch release cannot break the binary."""
+    spec = importlib.util.find_spec("lora_dp._native")
+    assert spec is not None and spec.origin is not None
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_native', {spec.origin!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print('torch' in sys.modules, hasattr(module, 'chacha20_keystream'))"
+    )
+    assert run_python(code, tmp_path) == "False True"
+
+
+def test_imports_are_the_same_in_the_repository_and_elsewhere(tmp_path: Path) -> None:
+    code = (
+        "import lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.randomness\n"
+        "print(*(m.__file__ for m in (lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.randomness)))"
+    )
+    assert run_python(code, tmp_path) == run_python(code, ROOT)
+
+
+def test_no_package_called_kernels_is_installed(tmp_path: Path) -> None:
+    """That name is another project's, and transformers looks for it."""
+    top_level = {path.parts[0] for path in importlib.metadata.files("lora-dp") or []}
+    assert "kernels" not in top_level
+    # From the repository's root the folder can be seen: it must not pass for that project either.
+    code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run_python(code, ROOT) == run_python(code, tmp_path)
+
+
+def test_the_folder_above_the_repository_is_not_importable(tmp_path: Path) -> None:
+    """An install must not make every neighbour of a checkout look like a package."""
+    paths = run_python("import sys; print(*sys.path, sep='\\n')", tmp_path).splitlines()
+    assert str(ROOT.parent) not in paths
+
+
+def test_package_is_typed() -> None:
+    assert (files(lora_dp) / "py.typed").is_file()
