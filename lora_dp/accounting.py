@@ -5,7 +5,7 @@ Google's ``dp-accounting`` composes it under the add-or-remove-one relation, by 
 
 - ``"pld"`` (privacy loss distributions, Doroshenko et al. 2022, arXiv 2207.04380): tight, from 10 ms to a second;
 - ``"rdp"`` (Rényi DP, Mironov et al. 2019, arXiv 1908.10530): under a millisecond once a kind of step has been seen,
-  with an epsilon some 5 to 25 % larger.
+  with an epsilon some 5 to 25 % larger, and more at sample rates below 0.001.
 
 Both give an upper bound on the true epsilon. Planning (a noise multiplier, a number of steps) is built on the same
 numbers, so that what was planned and what is reported never disagree.
@@ -34,7 +34,10 @@ _FORMAT, _VERSION = "lora-dp ledger", 1
 _EPSILON_TOLERANCE = 1e-3  # a calibrated epsilon lies at most this much, relatively, below its target
 _LEAST_NOISE = 0.1  # calibration does not look below: one such step alone has an epsilon near 90
 _VOID_NOISE = 0.01  # so little noise hides nothing (epsilon above 5,000 a step): counted as none
-_PLD_LIMIT = 100.0  # above this epsilon a PLD needs gigabytes to say "no privacy": the RDP bound says it at once
+_PLD_LIMIT = (
+    100.0  # above this epsilon a PLD needs gigabytes to say "no privacy": the RDP bound says it at once
+)
+_COARSE = 4  # how much coarser the first search of a PLD is
 _MOST_STEPS = 10**9
 
 # dp-accounting's default orders from 2 on, and more between 64 and 1024. Its fractional orders below 2 do not
@@ -103,7 +106,9 @@ class PoissonGaussian:
         if self.noise_multiplier == 0:
             return dp_event.NonPrivateDpEvent()
         gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
-        return gaussian if self.sample_rate == 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
+        return (
+            gaussian if self.sample_rate == 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
+        )
 
 
 Entry = tuple[PoissonGaussian, int]
@@ -114,33 +119,36 @@ def _rdp_of_step(event: PoissonGaussian) -> np.ndarray:
     """Rényi divergence of one step at every order of ``_ORDERS``; inf at an order that is not computed."""
     usable = np.ones(len(_ORDERS), dtype=bool)
     if 0.4 < event.sample_rate < 0.6:
-        usable = (_ORDERS == 2) | (_ORDERS >= 3)  # the series of the orders between converges too slowly here, and warns
+        usable = (_ORDERS == 2) | (
+            _ORDERS >= 3
+        )  # the series of the orders between converges too slowly here, and warns
     rdp = np.full(len(_ORDERS), math.inf)
     rdp[usable] = RdpAccountant(_ORDERS[usable]).compose(event.dp_event()).rdp
     return rdp
 
 
 def _pld_interval(event: PoissonGaussian) -> float:
-    """Grid step of the privacy loss: a twentieth of one step's loss deviation, within 2e-5 and 1e-3.
+    """Grid step of the privacy loss: a twentieth of one step's loss deviation, at most 1e-3, at most 100,000 a step's range.
 
-    The deviation is ``q·√(e^(1/σ²) − 1)`` to first order in q. Rounding is pessimistic and costs second order in the grid
-    step: measured against a grid of 2e-5, below 0.03 % of epsilon. The default of dp-accounting, 1e-4, is up to ten times
-    slower at large q, and up to 1 % looser at small q.
+    The deviation is ``q·√(e^(1/σ²) − 1)`` to first order in q; the range ends ten standard deviations of the noise out.
     """
-    deviation = event.sample_rate * math.sqrt(math.expm1(min(event.noise_multiplier**-2, 100.0)))
-    return min(1e-3, max(2e-5, deviation / 20))
+    inverse = min(1 / event.noise_multiplier, 100.0)
+    deviation = event.sample_rate * math.sqrt(math.expm1(min(inverse**2, 100.0)))
+    loss = inverse**2 / 2 + 10 * inverse
+    reach = loss if loss > 100 else math.log1p(event.sample_rate * math.expm1(loss))
+    return min(1e-3, max(deviation / 20, reach / 100_000, 5e-6))
 
 
 @functools.lru_cache(maxsize=16384)
-def _epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant) -> float:
-    """Epsilon of a composition in which every kind of step stands once."""
+def _epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant, coarsening: int = 1) -> float:
+    """Epsilon of a composition in which every kind of step stands once; a coarser grid is faster and a little looser."""
     if any(event.noise_multiplier < _VOID_NOISE for event, _ in entries):
         return math.inf
     rdp = sum((count * _rdp_of_step(event) for event, count in entries), np.zeros(len(_ORDERS)))
     bound = float(compute_epsilon(_ORDERS, rdp, delta)[0])
     if not entries or accountant == "rdp" or bound > _PLD_LIMIT:
         return bound
-    interval = min(_pld_interval(event) for event, _ in entries)
+    interval = coarsening * min(_pld_interval(event) for event, _ in entries)
     pld = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
     for event, count in entries:
         pld.compose(event.dp_event(), count)
@@ -215,7 +223,9 @@ class Ledger:
                 raise ValueError(f"format {state['format']!r}, version {state['version']!r}")
             loaded = Ledger()
             for entry in state["entries"]:
-                loaded.append(PoissonGaussian(entry["noise_multiplier"], entry["sample_rate"]), entry["count"])
+                loaded.append(
+                    PoissonGaussian(entry["noise_multiplier"], entry["sample_rate"]), entry["count"]
+                )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Not a ledger of version {_VERSION} ({type(error).__name__}: {error}): "
@@ -266,38 +276,45 @@ def calibrate_noise_multiplier(
     _check_accountant(accountant)
     steps = operator.index(steps)
     if steps < 1:
-        raise ValueError(f"steps must be 1 or more to calibrate the noise, not {steps}: epochs / sample_rate steps make a run.")
+        raise ValueError(
+            f"steps must be 1 or more to calibrate the noise, not {steps}: epochs / sample_rate steps make a run."
+        )
     PoissonGaussian(_LEAST_NOISE, sample_rate)  # checks the rate
     return _calibrate(float(target_epsilon), float(target_delta), float(sample_rate), steps, accountant)
 
 
 @functools.lru_cache(maxsize=1024)
 def _calibrate(target: float, delta: float, sample_rate: float, steps: int, accountant: Accountant) -> float:
-    def epsilon_of(noise: float) -> float:
-        return _epsilon(((PoissonGaussian(noise, sample_rate), steps),), delta, accountant)
+    def epsilon_of(noise: float, accountant: Accountant, coarsening: int = 1) -> float:
+        return _epsilon(((PoissonGaussian(noise, sample_rate), steps),), delta, accountant, coarsening)
 
-    if accountant == "rdp":
-        return _smallest_noise(epsilon_of, target, guess=1.0, factor=2.0)
-    # PLD needs a little less noise than RDP: the search starts there, and narrowly.
-    return _smallest_noise(epsilon_of, target, guess=_calibrate(target, delta, sample_rate, steps, "rdp"), factor=1.1)
+    noise = _smallest_noise(lambda noise: epsilon_of(noise, "rdp"), target, guess=1.0, factor=2.0)
+    if accountant == "pld":  # each search starts where a cheaper one ended, so that few evaluations are dear
+        noise = _smallest_noise(lambda noise: epsilon_of(noise, "pld", _COARSE), target, noise, factor=1.1)
+        noise = _smallest_noise(lambda noise: epsilon_of(noise, "pld"), target, noise, factor=1.005)
+    return noise
 
 
-def _smallest_noise(epsilon_of: Callable[[float], float], target: float, guess: float, factor: float) -> float:
-    """The root of a falling function: a bracket whose width doubles, then regula falsi where log ε is near linear in log σ."""
+def _smallest_noise(
+    epsilon_of: Callable[[float], float], target: float, guess: float, factor: float
+) -> float:
+    """The root of a falling function: a bracket that grows faster and faster, then regula falsi in log ε and log σ."""
     low = high = guess
     low_epsilon = high_epsilon = epsilon_of(guess)
     while high_epsilon > target:
         low, low_epsilon = high, high_epsilon
         high, factor = high * factor, factor**2
         high_epsilon = epsilon_of(high)
-    while low_epsilon <= target:
+    enough, aim = target * (1 - _EPSILON_TOLERANCE), target * (1 - _EPSILON_TOLERANCE / 2)
+    while low_epsilon < enough:
         high, high_epsilon = low, low_epsilon
         if low <= _LEAST_NOISE:
             return high
         low, factor = max(low / factor, _LEAST_NOISE), factor**2
         low_epsilon = epsilon_of(low)
-    aim = target * (1 - _EPSILON_TOLERANCE / 2)
-    while high_epsilon < target * (1 - _EPSILON_TOLERANCE) and high / low > 1 + 1e-9:
+    if low_epsilon <= target:
+        return low
+    while high_epsilon < enough and high / low > 1 + 1e-9:
         fraction = 0.5
         if high_epsilon > 0 and low_epsilon < math.inf:
             fraction = math.log(low_epsilon / aim) / math.log(low_epsilon / high_epsilon)
@@ -326,30 +343,49 @@ def max_steps(
     check_delta(target_delta)
     _check_accountant(accountant)
 
-    def epsilon_after(steps: int) -> float:
-        return _epsilon(_gathered((*ledger.entries, (event, steps))), target_delta, accountant)
+    def epsilon_after(steps: int, accountant: Accountant, coarsening: int = 1) -> float:
+        entries = _gathered((*ledger.entries, (event, steps)))
+        return _epsilon(entries, target_delta, accountant, coarsening)
 
-    low, low_epsilon = 0, epsilon_after(0)
-    if low_epsilon > target_epsilon:
+    if epsilon_after(0, accountant) > target_epsilon:
         return 0
-    high = 1
-    if accountant == "pld":
-        high = max(1, max_steps(ledger, event, target_epsilon, target_delta, "rdp"))
-    while (high_epsilon := epsilon_after(high)) <= target_epsilon:
+    steps = _most_steps(lambda steps: epsilon_after(steps, "rdp"), target_epsilon, guess=1, stride=1)
+    if accountant == "pld":  # as in _calibrate
+        steps = _most_steps(
+            lambda n: epsilon_after(n, "pld", _COARSE), target_epsilon, steps, stride=1 + steps // 8
+        )
+        steps = _most_steps(
+            lambda n: epsilon_after(n, "pld"), target_epsilon, steps, stride=1 + steps // 1000
+        )
+    return steps
+
+
+def _most_steps(epsilon_after: Callable[[int], float], target: float, guess: int, stride: int) -> int:
+    """The largest number of steps within the target, 0 if none: a bracket by growing strides, then regula falsi in ε²."""
+    low = high = guess
+    low_epsilon = high_epsilon = epsilon_after(guess)
+    while low_epsilon > target:
+        high, high_epsilon = low, low_epsilon
+        if low == 0:
+            return 0
+        low, stride = max(low - stride, 0), 3 * stride
+        low_epsilon = epsilon_after(low)
+    while high_epsilon <= target:
+        low, low_epsilon = high, high_epsilon
         if high == _MOST_STEPS:
             return high
-        low, low_epsilon = high, high_epsilon
-        high = min(high + high // 2 + 1, _MOST_STEPS)
+        high, stride = min(high + stride, _MOST_STEPS), 3 * stride
+        high_epsilon = epsilon_after(high)
     probes = 0
     while high - low > 1:
-        # ε² is near linear in the steps; a bisection in every third place bounds the number of probes where it is not.
+        # ε² is near linear in the steps; every third probe halves instead, to bound their number where it is not.
         probes += 1
         fraction = 0.5
         if probes % 3 and low_epsilon < high_epsilon < math.inf:
-            fraction = (target_epsilon**2 - low_epsilon**2) / (high_epsilon**2 - low_epsilon**2)
+            fraction = (target**2 - low_epsilon**2) / (high_epsilon**2 - low_epsilon**2)
         middle = min(max(low + round(fraction * (high - low)), low + 1), high - 1)
         middle_epsilon = epsilon_after(middle)
-        if middle_epsilon > target_epsilon:
+        if middle_epsilon > target:
             high, high_epsilon = middle, middle_epsilon
         else:
             low, low_epsilon = middle, middle_epsilon

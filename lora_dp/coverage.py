@@ -34,7 +34,7 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
 
     Raises:
         ValueError: BatchNorm in the model, nothing trainable, a trainable parameter outside every private layer,
-            or one shared by two of them; each by name.
+            or one that another module shares; each by name.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -50,17 +50,20 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
                 raise ValueError(
                     f"'{full}' is the frozen weight under an adapter but requires grad: freeze it, or use DPLinear "
                     "to train it whole.")
-            if id(parameter) in covered:
-                raise ValueError(
-                    f"'{full}' and '{covered[id(parameter)].name}' are one parameter in two layers: untie them or "
-                    "freeze it.")
             factor = {"lora_A": "A", "lora_B": "B"}.get(name)
-            covered[id(parameter)] = PrivateParameter(full, parameter, number, factor)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in covered:
-            raise ValueError(
-                f"'{name}' is trainable but no private layer covers it: freeze it (requires_grad_(False)), or name "
-                "its module in LoRAConfig.trainable_modules (Linear, Conv1D, LayerNorm and Embedding can be covered).")
+            covered.setdefault(id(parameter), PrivateParameter(full, parameter, number, factor))
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            if parameter.requires_grad and id(parameter) not in covered:
+                raise ValueError(
+                    f"'{full}' is trainable but no private layer covers it: freeze it (requires_grad_(False)), or name "
+                    "its module in LoRAConfig.trainable_modules (Linear, Conv1D, LayerNorm and Embedding can be "
+                    "covered).")
+            if parameter.requires_grad and covered[id(parameter)].name != full:
+                raise ValueError(
+                    f"'{full}' and '{covered[id(parameter)].name}' are one parameter in two modules: untie them or "
+                    "freeze it.")
     if not covered:
         raise ValueError("The model has nothing to train: inject adapters with inject_lora first.")
     return list(covered.values())

@@ -156,12 +156,16 @@ class PrivacyEngine:
             data_loader, self.source, lambda size: private.expect_batch(size), lambda: private.step_on_empty_batch())
         event = PoissonGaussian(noise_multiplier, loader.sample_rate)
         limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
-        recorder = recorder_of(model) or _record(model)
-        attach(model, recorder)
+        present = recorder_of(model)
+        recorder = present or Recorder()
         private = PrivateOptimizer(
             optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, ledger=self.ledger,
             expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
             low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None)
+        # Last: a refusal above leaves the model as it was.
+        if present is None:
+            _record(model, recorder)
+        attach(model, recorder)
         return model, private, loader
 
     def get_epsilon(self, delta: float) -> float:
@@ -231,9 +235,8 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
 
 
-def _record(model: nn.Module) -> Recorder:
-    """Give the model a recorder and open a pass at each of its training forwards."""
-    recorder = Recorder()
+def _record(model: nn.Module, recorder: Recorder) -> None:
+    """Open a pass at each training forward of the model."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -250,4 +253,3 @@ def _record(model: nn.Module) -> Recorder:
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, always_call=True)
-    return recorder

@@ -20,7 +20,9 @@ FilterName = Literal["gaussian", "laplacian"]
 
 def _check_strength(strength: float) -> None:
     if not 0 <= strength < math.inf:
-        raise ValueError(f"The filter's strength must be a finite number >= 0, not {strength}: 0 turns it off.")
+        raise ValueError(
+            f"The filter's strength must be a finite number >= 0, not {strength}: 0 turns it off."
+        )
 
 
 def _working_copy(grad: Tensor) -> Tensor:
@@ -31,7 +33,9 @@ def _working_copy(grad: Tensor) -> Tensor:
             "leave biases and other parameters unfiltered."
         )
     if not grad.is_floating_point():
-        raise TypeError(f"A low-pass filter takes a floating-point gradient, not {grad.dtype}: convert it first.")
+        raise TypeError(
+            f"A low-pass filter takes a floating-point gradient, not {grad.dtype}: convert it first."
+        )
     return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 

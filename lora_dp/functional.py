@@ -167,11 +167,11 @@ class _RecordedLoRA(torch.autograd.Function):
         slots, scaling = ctx.slots, ctx.scaling
         g = grads[0]
         rows = g.reshape(ctx.x_shape[:-1].numel(), g.shape[-1])
-        dx = u = grad_A = grad_B = grad_bias = None
+        dx = grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
             dx, u = lora_backward(rows, weight, lora_A, lora_B, scaling)
             dx = dx.view(ctx.x_shape)
-        elif slots["lora_A"] is not None:
+        else:
             u = rows @ lora_B
         if slots["lora_A"] is not None:
             slot = slots["lora_A"]

@@ -118,8 +118,8 @@ def check_isolation(
                     "apart by example; freeze it or leave it out of the private layers.")
         for i in (0, n - 1):
             _check_gradient_rows(base, i, n)
-            others = pytree.tree_map(partial(_only, i=i, n=n), (args, kwargs, targets))
-            _check_replaced(base, _run(model, *others, criterion), i, n)
+            other_args, other_kwargs, other_targets = pytree.tree_map(partial(_only, i=i, n=n), (args, kwargs, targets))
+            _check_replaced(base, _run(model, other_args, other_kwargs, other_targets, criterion), i, n)
 
 
 def _only(leaf: Any, i: int, n: int) -> Any:
@@ -161,7 +161,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
 
 
 def _loss(result: Any, targets: Any, criterion: LossFunction | None) -> Tensor | None:

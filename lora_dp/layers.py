@@ -92,6 +92,9 @@ class DPLoRALinear(PrivateModule):
         ValueError: rank, alpha or dropout out of range.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, r: int, alpha: float | None = None,
         dropout: float = 0.0, rslora: bool = False, fan_in_fan_out: bool = False,
@@ -144,7 +147,8 @@ class DPLoRALinear(PrivateModule):
         linear_features(linear)
         layer = cls.__new__(cls)
         PrivateModule.__init__(layer)
-        layer._build(linear.weight, linear.bias, r, alpha, dropout, rslora, _is_transposed(linear))  # type: ignore[arg-type]
+        layer._build(
+            linear.weight, linear.bias, r, alpha, dropout, rslora, _is_transposed(linear))  # type: ignore[arg-type]
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -207,14 +211,17 @@ class DPLinear(PrivateModule):
         device, dtype: of the parameters.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, fan_in_fan_out: bool = False,
         device: Any = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
         plain = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        weight = nn.Parameter(plain.weight.detach().t().contiguous()) if fan_in_fan_out else plain.weight
-        self._build(weight, plain.bias, fan_in_fan_out)
+        stored = plain.weight.detach().t().contiguous() if fan_in_fan_out else plain.weight.detach()
+        self._build(nn.Parameter(stored), plain.bias, fan_in_fan_out)
 
     def _build(self, weight: nn.Parameter, bias: nn.Parameter | None, fan_in_fan_out: bool) -> None:
         self.in_features, self.out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
@@ -253,6 +260,9 @@ class DPLayerNorm(PrivateModule):
         bias: whether there is a bias.
         device, dtype: of the parameters.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, normalized_shape: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, *,

@@ -21,7 +21,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     """Wraps an optimizer so that its steps are ĝ = (Σᵢ mᵢcᵢgᵢ + σCz) / L with L the *expected* batch size.
 
     Made by :meth:`lora_dp.PrivacyEngine.make_private`. Learning-rate schedulers take it as any optimizer; its
-    state dict is the wrapped one's. Each step appends its event to the ledger before the noised gradient exists.
+    state dict is the wrapped one's with ``steps_taken``. Each step appends its event to the ledger before the noised gradient exists.
     """
 
     def __init__(
@@ -40,11 +40,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
         self._before_release = before_release
         self._sums: dict[int, Tensor] = {}
-        self._examples = 0
+        self._examples = self._kept = 0
         self._drawn: deque[int] = deque()
         self._skip_next = False
         # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
         self._non_finite_examples: Tensor | int = 0
+        if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
+            raise TypeError(
+                f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
+                "gradient a step, and not yet a private one.")
         check_optimizer(optimizer, self._covered)
         self.activate()
 
@@ -62,10 +66,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
-        return self.original_optimizer.state_dict()
+        return {**self.original_optimizer.state_dict(), "steps_taken": self.steps_taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.original_optimizer.load_state_dict(state_dict)
+        self.steps_taken = state_dict.get("steps_taken", self.steps_taken)
+        if self._recorder.owner is self:
+            self.activate()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the parameters must be covered.
@@ -76,11 +83,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.add_param_group(param_group)
 
     def __repr__(self) -> str:
-        return (f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, clipping={self.mechanism.rule}, "
-                f"phases='{self._phases.name}', {self.original_optimizer!r})")
+        return (f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, "
+                f"clipping={self.mechanism.rule}, phases='{self._phases.name}', {self.original_optimizer!r})")
 
     def activate(self) -> None:
         """Make this optimizer the one for which the model records, where several share one model."""
+        if self._recorder.owner is not self:
+            self._recorder.discard()  # another's examples must not enter a step of this one
         factors = self._phases.factors(self.steps_taken)
         self._recorder.trained = frozenset(
             key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
@@ -113,7 +122,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._recorder.discard()
         self.original_optimizer.zero_grad(set_to_none)
 
-    def step(  # type: ignore[override]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
     ) -> Any:
         """Clip and add the examples of the last pass; unless told to skip, noise the sum and update.
@@ -136,7 +145,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self._skip_next:
             self._skip_next = False
         else:
-            self._check_drawn(mask)
+            self._check_drawn()
             self._release()
         return value
 
@@ -161,6 +170,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}.")
         self._examples += n
+        self._kept += n if mask is None else int(mask.sum())
         slots = list(finished.slots.items())
         if not slots or n == 0:
             return
@@ -178,23 +188,28 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 total = slot.weighted_sum(row.to(slot.leaf.device))
                 self._sums[key] = total if key not in self._sums else self._sums[key].add_(total)
 
-    def _check_drawn(self, mask: Tensor | None) -> None:
+    def _check_drawn(self) -> None:
         while self._drawn:
-            drawn = self._drawn.popleft()
-            if drawn == self._examples or (mask is not None and drawn <= self._examples):
+            # Equal but for a mask, which may drop padding and drawn examples, never add any.
+            if self._kept <= self._drawn.popleft() <= self._examples:
                 return
-        self._sums, examples, self._examples = {}, self._examples, 0
+        examples = self._examples
+        self._collect()
         raise RuntimeError(
             f"This step saw {examples} examples, which is no batch that the private loader drew: train on the loader "
             "that make_private returned, each batch once and whole (micro-batches add up to it).")
 
+    def _collect(self) -> dict[int, Tensor]:
+        sums, self._sums, self._examples, self._kept = self._sums, {}, 0, 0
+        return sums
+
     def _release(self) -> None:
+        collected = self._collect()
         check_optimizer(self.original_optimizer, self._covered)
         self._before_release()
         self.ledger.append(self.event)
         trained = [p for key, p in self._covered.items() if key in self._recorder.trained]
-        sums = [self._sums.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
-        self._sums, self._examples = {}, 0
+        sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         for entry in self._covered.values():
             entry.parameter.grad = None
         with torch.no_grad():

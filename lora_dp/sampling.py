@@ -122,7 +122,7 @@ class PrivateDataLoader:
 
     def take(self, steps: int) -> Iterator[Any]:
         """The batches of exactly ``steps`` draws (empty ones are stepped, not yielded)."""
-        size = len(self.dataset)  # type: ignore[arg-type]
+        size = len(self.dataset)
         batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
         for batch in DataLoader(self.dataset, batch_sampler=batches, **self._options):
             empty, drawn = batches.drawn.popleft()

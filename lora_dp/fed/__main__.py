@@ -1,5 +1,6 @@
 """Command line: ``python -m lora_dp.fed [run | pretrain] [options]``."""
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -7,7 +8,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from rich.console import Console
 
-from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions
+from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.models import ModelConfig
 from lora_dp.fed.pretrain import PretrainConfig, pretrain
@@ -20,7 +21,18 @@ Fine-tune a model with LoRA over a federation of clients, each with an (ε, δ) 
 Without options: a tiny vision transformer on scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
 Another command, pretrain, makes that vision transformer: pretrain --help."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
+MODEL_HELP = """"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or a local folder."""
+REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+# What jsonargparse says of types, in plain words.
+_PLAIN = (
+    (r'Parser key "(\w+)": ', r"--\1: "),
+    (r"Expected a <class '(\w+)'>", r"expected \1"),
+    (r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1"),
+    (r"Does not validate .*? Errors: - (.*) Given value type: .* Given value: ", r"\1. Got value: "),
+    (r" - Expected a <class 'NoneType'>| - expected NoneType", ""),
+    (r" - expected (one of )?", " or "),
+)
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -31,6 +43,9 @@ class _Formatter(DefaultHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.splitlines())
+
+    def _get_default_metavar_for_optional(self, action: Any) -> str:
+        return "VALUE"
 
     def _get_help_string(self, action: Any) -> str:
         text = str(action.help or "").rstrip()
@@ -44,7 +59,10 @@ class _Parser(ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.stderr.write(f"error: {' '.join(message.split())} ({self.prog} --help lists the options)\n")
+        message = " ".join(message.split())
+        for pattern, plain in _PLAIN:
+            message = re.sub(pattern, plain, message)
+        sys.stderr.write(f"error: {message} ({self.prog} --help lists the options)\n")
         sys.exit(2)
 
 
@@ -58,12 +76,13 @@ def _parser(prog: str, description: str, usage: str) -> ArgumentParser:
 def run_parser() -> ArgumentParser:
     """Options of a run: flat, in groups, as in the config.yaml that a run writes."""
     parser = _parser(PROG, RUN_HELP, f"{PROG} [run] [--option value ...]")
-    for group in (FederationConfig, PrivacyConfig, OptimizationConfig, DataConfig):
-        parser.add_class_arguments(group)
-    added = parser.add_class_arguments(ModelConfig, skip={"name"})
-    group = next(g for g in parser._action_groups if any(a.dest == added[0] for a in g._group_actions))
-    group.add_argument("--model", type=str, default=ModelConfig.name, help=_attribute_help(ModelConfig, "name"))
-    parser.add_class_arguments(RunOptions)
+    for kind in (FederationConfig, PrivacyConfig, OptimizationConfig, DataConfig, ModelConfig, RunOptions):
+        group = parser.add_argument_group(heading(kind))
+        if kind is ModelConfig:
+            group.add_argument("--model", default=ModelConfig.name, help=MODEL_HELP)
+        group.add_class_arguments(kind, as_group=False, skip={"name", "reproducible"})
+        if kind is RunOptions:
+            group.add_argument("--reproducible", action="store_true", help=REPRODUCIBLE_HELP)
     return parser
 
 
@@ -73,3 +92,44 @@ def pretrain_parser() -> ArgumentParser:
     parser = _parser(prog, PRETRAIN_HELP, f"{prog} [--option value ...]")
     parser.add_class_arguments(PretrainConfig)
     return parser
+
+
+def _run(options: dict[str, Any]) -> int:
+    outcome = run(RunConfig.from_flat(options), Console())
+    return INTERRUPTED if outcome.interrupted else 0
+
+
+def _pretrain(options: dict[str, Any]) -> int:
+    print(f"weights written to {pretrain(PretrainConfig(**options))}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (by default sys.argv's) and returns the exit code: 2 for a wrong option or input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words.pop(0) if words and not words[0].startswith("-") else "run"
+    commands = {"run": (run_parser, _run), "pretrain": (pretrain_parser, _pretrain)}
+    if command not in commands:
+        sys.stderr.write(f"error: there is no command {command!r}: choose {' or '.join(commands)}\n")
+        return 2
+    make_parser, action = commands[command]
+    # --local-steps is --local_steps.
+    words = [_underscored(word) for word in words]
+    options = make_parser().parse_args(words).as_dict()
+    options.pop("config", None)
+    try:
+        return action(options)
+    except (ValueError, OSError, ImportError, IsolationError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
+if __name__ == "__main__":
+    sys.exit(main())

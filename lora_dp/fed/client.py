@@ -14,7 +14,7 @@ from lora_dp.adapters import adapter_state, load_adapter_state
 from lora_dp.clipping import ClippingName
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data import Examples
+from lora_dp.fed.examples import Examples
 from lora_dp.fed.methods import Method, State, factor
 from lora_dp.fed.models import logits
 from lora_dp.filtering import FilterName, make_filter

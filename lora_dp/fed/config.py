@@ -82,7 +82,9 @@ class PrivacyConfig:
         if self.epsilon is not None:
             _require(float(self.epsilon) > 0, f"epsilon must be positive (or none), not {self.epsilon}.")
         _require(0 < self.delta < 1, f"delta must lie between 0 and 1, not {self.delta}: try 1e-5.")
-        _require(self.max_grad_norm > 0, f"max_grad_norm must be positive, not {self.max_grad_norm}.")
+        _require(
+            0 < self.max_grad_norm < math.inf, f"max_grad_norm must be positive and finite, not {self.max_grad_norm}."
+        )
 
     @property
     def target(self) -> float | None:
@@ -198,6 +200,11 @@ class RunConfig:
             if group.name == "model":
                 values = {"model": values.pop("name"), **values}
             values.pop("output", None)
-            heading = (type(getattr(self, group.name)).__doc__ or "").strip().splitlines()[0].rstrip(".")
-            parts.append(f"\n# {heading}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()}")
+            title = heading(type(getattr(self, group.name)))
+            parts.append(f"\n# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()}")
         return "\n".join(parts) + "\n"
+
+
+def heading(group: type) -> str:
+    """The title of a group of options: the first line of its docstring."""
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")

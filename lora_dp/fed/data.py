@@ -17,7 +17,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -175,26 +174,18 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
     )
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resizes float images (N, C, H, W) bilinearly with antialiasing: the one resampling used everywhere."""
-    return F.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
-
-
 def _image_tensor(images: Iterable[Image.Image | None], spec: ImageSpec) -> Tensor:
     """uint8 (N, C, H, W) of the model's size."""
     mode = "L" if spec.channels == 1 else "RGB"
-    tensors = []
+    arrays = []
     for row, image in enumerate(images):
         if image is None:
             raise ValueError(f"row {row} has no image: remove such rows from the data set")
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"row {row} has more than 8 bits a channel: convert the images to 8 bits first")
-        pixels = torch.from_numpy(np.array(image.convert(mode))).view(
-            image.height, image.width, spec.channels
-        )
-        scaled = resize(pixels.permute(2, 0, 1).unsqueeze(0).float(), spec.height, spec.width)
-        tensors.append(scaled.round_().clamp_(0, 255).to(torch.uint8))
-    return torch.cat(tensors)
+        scaled = image.convert(mode).resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+        arrays.append(np.asarray(scaled).reshape(spec.height, spec.width, spec.channels))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def _text_examples(texts: list[Any], labels: Tensor, spec: TextSpec, max_length: int) -> TextExamples:
@@ -238,7 +229,8 @@ def _load(config: DataConfig) -> datasets.DatasetDict:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = "in the folder" if local else "on the hub"
-        raise ValueError(f"no data set could be opened {where} {name}: {reason}") from error
+        remedy = "check its name, and that every split has rows"
+        raise ValueError(f"no data set could be opened {where} {name} ({reason}): {remedy}") from error
 
 
 def _find_splits(
@@ -255,9 +247,6 @@ def _find_splits(
     if wanted is not None and wanted not in names:
         raise ValueError(f"{config.dataset} has no split {wanted}: set validation_split to one of {listed}")
     validation_name = None if wanted == train_name else wanted
-    for name in (train_name, validation_name):
-        if name is not None and len(opened[name]) == 0:
-            raise ValueError(f"the {name} split of {config.dataset} is empty: give a data set with examples")
     return opened[train_name], opened[validation_name] if validation_name else None
 
 

@@ -15,7 +15,8 @@ from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
 from lora_dp.adapters import adapter_state, load_adapter_state
 from lora_dp.fed.client import Client, LocalTraining
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data import Examples, encode, open_data
+from lora_dp.fed.data import encode, open_data
+from lora_dp.fed.examples import Examples
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models import load_model, logits
 from lora_dp.fed.partition import partition

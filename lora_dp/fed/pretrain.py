@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_dp.fed.data import DataConfig, ImageSpec, RawData, encode, open_data, resize
+from lora_dp.fed.data import DataConfig, ImageSpec, RawData, encode, open_data
 from lora_dp.fed.models import DEFAULT_WEIGHTS, build_default, logits
 
 ARCHITECTURE: dict[str, Any] = {
@@ -91,6 +91,10 @@ def pretrain(config: PretrainConfig) -> Path:
     return _save(model, raw, config)
 
 
+def _resize(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
 def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Random variants (N, 1, size, size) of white-on-black images (N, 1, H, W) in [0, 1]."""
     n, _, height, width = images.shape
@@ -123,8 +127,8 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     images = torch.where(pen < 0.25, thicker, torch.where(pen < 0.5, thinner, images))
 
     # scans: some of few pixels; then contrast and grain
-    images = resize(images, size, size)
-    coarse = resize(resize(images, COARSE, COARSE), size, size)
+    images = _resize(images, size)
+    coarse = _resize(_resize(images, COARSE), size)
     images = torch.where(chosen(0.4), coarse, images)
     images = (images * per_image(uniform(0.7, 1.15))).clamp(0, 1).pow(per_image(uniform(-0.5, 0.5).exp()))
     grain = torch.randn(images.shape, generator=generator) * per_image(uniform(0.0, 0.08))

@@ -1,6 +1,5 @@
 """Σᵢ cᵢ Gᵢ, from the kept gradients or recomputed from (left, right) as one row-scaled product."""
 
-import torch
 from torch import Tensor
 
 from lora_dp.ops.registry import define, wide_dtype

@@ -15,17 +15,19 @@ _TILE = 256
 
 def _reference(left: Tensor, right: Tensor, scale: float) -> Tensor:
     dtype = wide_dtype(left.dtype)
-    left, right = left.to(dtype), right.to(dtype)
+    # In float32 a tiny factor's square would vanish beside a huge one, and terms of either sign could cancel: the
+    # norm would come out below that of what is summed, and the example would be clipped too little.
+    left, right = left.double(), right.double()
     if left.shape[1] == 1:
         norms = left.square().sum((1, 2)) * right.square().sum((1, 2))
-        return norms.mul_(scale * scale)
+        return norms.mul_(scale * scale).to(dtype)
     left_t, right_t = left.transpose(1, 2), right.transpose(1, 2)
     norms = left.new_zeros(left.shape[0])
     for start in range(0, left.shape[1], _TILE):
         rows = slice(start, start + _TILE)
         norms += (torch.bmm(left[:, rows], left_t) * torch.bmm(right[:, rows], right_t)).sum((1, 2))
     # Rounding can leave a tiny negative number where the gradient is zero.
-    return norms.clamp_(min=0).mul_(scale * scale)
+    return norms.clamp_(min=0).mul_(scale * scale).to(dtype)
 
 
 def _fake(left: Tensor, right: Tensor, scale: float) -> Tensor:
