@@ -34,14 +34,13 @@ _FORMAT, _VERSION = "lora-dp ledger", 1
 _EPSILON_TOLERANCE = 1e-3  # a calibrated epsilon lies at most this much, relatively, below its target
 _LEAST_NOISE = 0.1  # calibration does not look below: one such step alone has an epsilon near 90
 _VOID_NOISE = 0.01  # so little noise hides nothing (epsilon above 5,000 a step): counted as none
-_PLD_LIMIT = (
-    100.0  # above this epsilon a PLD needs gigabytes to say "no privacy": the RDP bound says it at once
-)
+_PLD_LIMIT = 100.0  # above this epsilon a PLD needs gigabytes to say "no privacy": the RDP bound says it at once
 _COARSE = 4  # how much coarser the first search of a PLD is
 _MOST_STEPS = 10**9
 
-# dp-accounting's default orders from 2 on, and more between 64 and 1024. Its fractional orders below 2 do not
-# converge, and warn, at many (noise, rate). Against its defaults epsilon is at most 0.1 % larger at epsilon 1 to 8.
+# dp-accounting's default orders from 2 on, and more above 64. Its fractional orders below 2 do not converge, and warn,
+# at many (noise, rate). What leaving them out costs was measured at nine (rate, steps) with rates from 0.001 to 1 and
+# delta 1e-5: epsilon 0.00 % larger than with the defaults at 0.1, 1, 3 and 8; at 16 up to 5.5 %, at a rate near 1/2.
 _ORDERS = np.array(
     [2 + i / 10 for i in range(90)]
     + [float(order) for order in range(11, 65)]
@@ -79,8 +78,8 @@ def _check_accountant(accountant: str) -> None:
 class PoissonGaussian:
     """One private step: every example joins with probability ``sample_rate``; Gaussian noise is added to the sum.
 
-    ``noise_multiplier`` is the noise's standard deviation divided by the sensitivity (the clipping norm); 0 means a step
-    without privacy. Raises ValueError for a negative or non-finite noise multiplier, or a sample rate outside (0, 1].
+    ``noise_multiplier`` is the noise's standard deviation divided by the sensitivity (the clipping norm); 0 means a
+    step without privacy. Raises ValueError for a negative or non-finite noise, or a sample rate outside (0, 1].
     """
 
     noise_multiplier: float
@@ -106,9 +105,7 @@ class PoissonGaussian:
         if self.noise_multiplier == 0:
             return dp_event.NonPrivateDpEvent()
         gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
-        return (
-            gaussian if self.sample_rate == 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
-        )
+        return gaussian if self.sample_rate == 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
 
 
 Entry = tuple[PoissonGaussian, int]
@@ -118,19 +115,20 @@ Entry = tuple[PoissonGaussian, int]
 def _rdp_of_step(event: PoissonGaussian) -> np.ndarray:
     """Rényi divergence of one step at every order of ``_ORDERS``; inf at an order that is not computed."""
     usable = np.ones(len(_ORDERS), dtype=bool)
-    if 0.4 < event.sample_rate < 0.6:
-        usable = (_ORDERS == 2) | (
-            _ORDERS >= 3
-        )  # the series of the orders between converges too slowly here, and warns
+    if 0.4 < event.sample_rate < 0.6:  # here the series of the orders between converges too slowly, and warns
+        usable = (_ORDERS == 2) | (_ORDERS >= 3)
     rdp = np.full(len(_ORDERS), math.inf)
     rdp[usable] = RdpAccountant(_ORDERS[usable]).compose(event.dp_event()).rdp
     return rdp
 
 
 def _pld_interval(event: PoissonGaussian) -> float:
-    """Grid step of the privacy loss: a twentieth of one step's loss deviation, at most 1e-3, at most 100,000 a step's range.
+    """Grid step of the privacy loss: a twentieth of one step's loss deviation, within 5e-6 and 1e-3.
 
-    The deviation is ``q·√(e^(1/σ²) − 1)`` to first order in q; the range ends ten standard deviations of the noise out.
+    The deviation is ``q·√(e^(1/σ²) − 1)`` to first order in q. Rounding is pessimistic and costs second order in the
+    grid step: measured against finer grids, at most 0.2 % of epsilon. dp-accounting's own 1e-4 is up to ten times
+    slower at large q, and up to 9 % looser at small q. Where 100,000 grid steps would not span the loss out to ten
+    standard deviations of the noise (small q with little noise), a coarser step is taken.
     """
     inverse = min(1 / event.noise_multiplier, 100.0)
     deviation = event.sample_rate * math.sqrt(math.expm1(min(inverse**2, 100.0)))
@@ -141,7 +139,7 @@ def _pld_interval(event: PoissonGaussian) -> float:
 
 @functools.lru_cache(maxsize=16384)
 def _epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant, coarsening: int = 1) -> float:
-    """Epsilon of a composition in which every kind of step stands once; a coarser grid is faster and a little looser."""
+    """Epsilon of a composition in which every kind of step stands once; a coarser grid is faster and looser."""
     if any(event.noise_multiplier < _VOID_NOISE for event, _ in entries):
         return math.inf
     rdp = sum((count * _rdp_of_step(event) for event, count in entries), np.zeros(len(_ORDERS)))
@@ -223,9 +221,7 @@ class Ledger:
                 raise ValueError(f"format {state['format']!r}, version {state['version']!r}")
             loaded = Ledger()
             for entry in state["entries"]:
-                loaded.append(
-                    PoissonGaussian(entry["noise_multiplier"], entry["sample_rate"]), entry["count"]
-                )
+                loaded.append(PoissonGaussian(entry["noise_multiplier"], entry["sample_rate"]), entry["count"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Not a ledger of version {_VERSION} ({type(error).__name__}: {error}): "
@@ -251,7 +247,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
-        """Read a saved ledger. Raises FileNotFoundError, or ValueError when the file is damaged or of another version."""
+        """Read a saved ledger. Raises FileNotFoundError, or ValueError for a damaged file or another version."""
         ledger = cls()
         try:
             ledger.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -295,10 +291,8 @@ def _calibrate(target: float, delta: float, sample_rate: float, steps: int, acco
     return noise
 
 
-def _smallest_noise(
-    epsilon_of: Callable[[float], float], target: float, guess: float, factor: float
-) -> float:
-    """The root of a falling function: a bracket that grows faster and faster, then regula falsi in log ε and log σ."""
+def _smallest_noise(epsilon_of: Callable[[float], float], target: float, guess: float, factor: float) -> float:
+    """The root of a falling function: a bracket by growing strides, then regula falsi in log ε and log σ."""
     low = high = guess
     low_epsilon = high_epsilon = epsilon_of(guess)
     while high_epsilon > target:
@@ -351,17 +345,13 @@ def max_steps(
         return 0
     steps = _most_steps(lambda steps: epsilon_after(steps, "rdp"), target_epsilon, guess=1, stride=1)
     if accountant == "pld":  # as in _calibrate
-        steps = _most_steps(
-            lambda n: epsilon_after(n, "pld", _COARSE), target_epsilon, steps, stride=1 + steps // 8
-        )
-        steps = _most_steps(
-            lambda n: epsilon_after(n, "pld"), target_epsilon, steps, stride=1 + steps // 1000
-        )
+        steps = _most_steps(lambda n: epsilon_after(n, "pld", _COARSE), target_epsilon, steps, stride=1 + steps // 8)
+        steps = _most_steps(lambda n: epsilon_after(n, "pld"), target_epsilon, steps, stride=1 + steps // 1000)
     return steps
 
 
 def _most_steps(epsilon_after: Callable[[int], float], target: float, guess: int, stride: int) -> int:
-    """The largest number of steps within the target, 0 if none: a bracket by growing strides, then regula falsi in ε²."""
+    """The most steps within the target, 0 if none: a bracket by growing strides, then regula falsi in ε²."""
     low = high = guess
     low_epsilon = high_epsilon = epsilon_after(guess)
     while low_epsilon > target:

@@ -20,9 +20,7 @@ FilterName = Literal["gaussian", "laplacian"]
 
 def _check_strength(strength: float) -> None:
     if not 0 <= strength < math.inf:
-        raise ValueError(
-            f"The filter's strength must be a finite number >= 0, not {strength}: 0 turns it off."
-        )
+        raise ValueError(f"The filter's strength must be a finite number >= 0, not {strength}: 0 turns it off.")
 
 
 def _working_copy(grad: Tensor) -> Tensor:
@@ -33,9 +31,7 @@ def _working_copy(grad: Tensor) -> Tensor:
             "leave biases and other parameters unfiltered."
         )
     if not grad.is_floating_point():
-        raise TypeError(
-            f"A low-pass filter takes a floating-point gradient, not {grad.dtype}: convert it first."
-        )
+        raise TypeError(f"A low-pass filter takes a floating-point gradient, not {grad.dtype}: convert it first.")
     return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -44,8 +40,8 @@ class GaussianFilter:
     """Convolution with a normalised Gaussian along the longer dimension (arXiv 2602.19926; off at strength 0).
 
     ``strength`` is the Gaussian's standard deviation, in entries; the kernel ends at 4 of them. The end entries are
-    repeated outwards, so that a constant stays constant. Of two equal dimensions the last is filtered. Raises ValueError
-    for a negative or non-finite strength.
+    repeated outwards, so that a constant stays constant. Of two equal dimensions the last is filtered. Raises
+    ValueError for a negative or non-finite strength.
     """
 
     strength: float
@@ -74,10 +70,10 @@ class GaussianFilter:
 
 @dataclass(frozen=True)
 class LaplacianFilter:
-    """Laplacian smoothing: solves ``(I + σL) out = grad``, L the graph Laplacian of a periodic grid (off at strength 0).
+    """Laplacian smoothing: solves ``(I + σL) out = grad``, L the Laplacian of a periodic grid (off at strength 0).
 
-    ``strength`` is σ. In the 2-D Fourier domain this divides by ``1 + 2σ(2 − cos ω₁ − cos ω₂)``, as the released code of
-    LA-LoRA does (arXiv 2602.19926), after Osher et al. 2018 (arXiv 1806.06317). Raises ValueError for a negative or
+    ``strength`` is σ. In the 2-D Fourier domain this divides by ``1 + 2σ(2 − cos ω₁ − cos ω₂)``, as the released code
+    of LA-LoRA does (arXiv 2602.19926), after Osher et al. 2018 (arXiv 1806.06317). Raises ValueError for a negative or
     non-finite strength.
     """
 
@@ -106,7 +102,7 @@ Filter = GaussianFilter | LaplacianFilter
 
 
 def make_filter(name: FilterName | None, strength: float) -> Filter | None:
-    """The filter called ``name``, or None (no filter) for None. Raises ValueError for another name or a bad strength."""
+    """The filter called ``name``, or None (no filter) for None. ValueError for another name or a bad strength."""
     if name is None:
         return None
     if name == "gaussian":

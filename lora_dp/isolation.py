@@ -153,16 +153,19 @@ def _suspended(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_SEED)
-        try:
+    # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
+    owned = [(module._buffers, name, buffer) for module in model.modules()
+             for name, buffer in module._buffers.items() if buffer is not None]
+    copies: dict[int, Tensor] = {}
+    for owner, name, buffer in owned:
+        owner[name] = copies.setdefault(id(buffer), buffer.clone())
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(_SEED)
             yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
+    finally:
+        for owner, name, buffer in owned:
+            owner[name] = buffer
 
 
 def _loss(result: Any, targets: Any, criterion: LossFunction | None) -> Tensor | None:

@@ -44,5 +44,11 @@ class Mechanism:
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes and dtypes."""
-        std = self.noise_std(sum(value.numel() for value in sums))
-        return [add_noise(value, std, self.source) for value in sums]
+        sizes = [value.numel() for value in sums]
+        std = self.noise_std(sum(sizes))
+        if std == 0:
+            return list(sums)
+        # One draw for all: dozens of small ones cost more than the noise itself.
+        joined = torch.cat([value.to(sums[0].device, torch.float64).flatten() for value in sums])
+        parts = add_noise(joined, std, self.source).split(sizes)
+        return [part.view(value.shape).to(value) for part, value in zip(parts, sums, strict=True)]

@@ -147,7 +147,10 @@ def find_targets(
         skipped = {*whole, *modules.beneath(_output_heads(model)), *modules.obstacles}
         found = [n for n, m in linear.items() if id(m) not in skipped]
         if not found:
-            raise ValueError("The model has no linear layer to adapt: name other layers in target_modules.")
+            refused = [f": '{n}' is none, since {modules.obstacles[id(m)]}" for n, m in linear.items()
+                       if id(m) in modules.obstacles]
+            raise ValueError(
+                f"There is no linear layer to adapt outside trainable_modules and the head{''.join(refused[:1])}.")
         return _own_names(found, modules)
     found = []
     for entry in [wanted] if isinstance(wanted, str) else wanted:

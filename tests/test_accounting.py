@@ -1,4 +1,4 @@
-"""Accounting: every epsilon against dp-accounting called directly, planning against its own definition, the file on disk."""
+"""Every epsilon against dp-accounting called directly, planning against its own definition, the file on disk."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def test_pld_epsilon_is_dp_accountings(run):
 def test_rdp_epsilon_is_dp_accountings(run):
     ours = ledger_of(run).epsilon(DELTA, "rdp")
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    same_orders = RdpAccountant(
-        [float(order) for order in accounting._ORDERS if order == 2 or order >= 3], relation
-    )
+    same_orders = RdpAccountant([float(order) for order in accounting._ORDERS if order == 2 or order >= 3], relation)
     default_orders = RdpAccountant(neighboring_relation=relation)
     assert ours <= same_orders.compose(described(*run)).get_epsilon(DELTA) * (1 + 1e-12)
     assert ours == pytest.approx(default_orders.compose(described(*run)).get_epsilon(DELTA), rel=1e-3)
@@ -117,9 +115,7 @@ def test_calibration_is_tight_and_never_above(accountant, epsilon, rate, steps):
 
 
 def test_pld_needs_less_noise_than_rdp():
-    assert calibrate_noise_multiplier(3, DELTA, 0.05, 100) < calibrate_noise_multiplier(
-        3, DELTA, 0.05, 100, "rdp"
-    )
+    assert calibrate_noise_multiplier(3, DELTA, 0.05, 100) < calibrate_noise_multiplier(3, DELTA, 0.05, 100, "rdp")
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -167,11 +163,11 @@ def test_rdp_warns_and_logs_nothing(caplog, capfd):
     accounting._rdp_of_step.cache_clear()
     with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
         warnings.simplefilter("error")
-        for rate in (1e-6, 0.01, 0.1, 0.45, 0.49, 0.5, 0.501, 0.55, 0.9, 0.999):
-            for noise in (0.01, 0.1, 0.3, 0.7, 5.0, 300.0, 1e4):
+        for rate in (1e-6, 0.1, 0.39, 0.5, 0.501, 0.61, 0.999):
+            for noise in (0.01, 0.3, 5.0, 300.0, 1e4):
                 assert ledger_of((rate, noise, 3)).epsilon(DELTA, "rdp") >= 0
-            for epsilon in (0.3, 20.0, 80.0):
-                calibrate_noise_multiplier(epsilon, DELTA, rate, 7, "rdp")
+        for rate, epsilon in ((0.1, 80.0), (0.5, 0.3)):
+            calibrate_noise_multiplier(epsilon, DELTA, rate, 7, "rdp")
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
     # The check can fail: dp-accounting's default orders do log on the same step.

@@ -17,8 +17,8 @@ from lora_dp.isolation import IsolationError
 
 PROG = "python -m lora_dp.fed"
 RUN_HELP = """\
-Fine-tune a model with LoRA over a federation of clients, each with an (ε, δ) guarantee of its own for its examples.
-Without options: a tiny vision transformer on scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
+Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
+Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
 Another command, pretrain, makes that vision transformer: pretrain --help."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = """"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or a local folder."""
@@ -39,7 +39,7 @@ class _Formatter(DefaultHelpFormatter):
     """Room for the texts, line breaks of the description kept, "[default]" in place of types and nulls."""
 
     def __init__(self, prog: str, **_: Any) -> None:
-        super().__init__(prog, width=112, max_help_position=32)
+        super().__init__(prog, width=118, max_help_position=32)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.splitlines())

@@ -201,7 +201,7 @@ class ConsoleReport:
         epsilon = f"{result.epsilon:6.3f}" if finite(result.epsilon) is not None else "∞"
         sent = f"   sent {_size(result.bytes_up + result.bytes_down)}" if result.round else ""
         name = f"round {result.round:>{width}}/{rounds}" if result.round else "start".ljust(7 + 2 * width)
-        self._print(f"{name}   loss {result.loss:6.4f}   accuracy {result.accuracy:6.1%}   worst ε {epsilon}{sent}")
+        self._print(f"{name}   loss {result.loss:6.4f}   accuracy {100 * result.accuracy:5.1f} %   worst ε {epsilon}{sent}")
         if self._task is not None:
             self.progress.update(self._task, description=f"round {min(result.round + 1, rounds)}")
 
@@ -211,8 +211,8 @@ class ConsoleReport:
         table = Table(title=None, show_header=False, box=None, padding=(0, 3, 0, 0))
         table.add_column(style="dim")
         table.add_column(overflow="fold")
-        table.add_row("accuracy before", f"{summary['accuracy_before']:.1%}")
-        table.add_row("accuracy after", f"[bold]{summary['accuracy_after']:.1%}[/]")
+        table.add_row("accuracy before", f"{100 * summary['accuracy_before']:.1f} %")
+        table.add_row("accuracy after", f"[bold]{100 * summary['accuracy_after']:.1f} %[/]")
         table.add_row(f"worst ε at δ = {summary['delta']:g}", f"[bold]{worst}[/]")
         table.add_row("sent up, down", f"{_size(summary['bytes_up'])}, {_size(summary['bytes_down'])}")
         table.add_row("time", f"{summary['seconds']:.0f} s")

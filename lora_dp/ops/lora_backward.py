@@ -8,7 +8,8 @@ from lora_dp.ops.registry import define
 def _reference(
     g: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    u = g @ lora_B
+    # Few rows rather than few columns, as in the forward.
+    u = (lora_B.t() @ g.t()).t()
     if weight is None:
         return (u @ lora_A).mul_(scaling), u
     return (g @ weight).addmm_(u, lora_A, alpha=scaling), u
@@ -17,7 +18,7 @@ def _reference(
 def _fake(
     g: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    return g.new_empty((g.shape[0], lora_A.shape[1])), g.new_empty((g.shape[0], lora_B.shape[1]))
+    return g.new_empty((g.shape[0], lora_A.shape[1])), g.new_empty((lora_B.shape[1], g.shape[0])).t()
 
 
 _op = define(

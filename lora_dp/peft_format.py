@@ -1,0 +1,202 @@
+"""Adapters on disk as PEFT keeps them: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Only files and names are handled here, no model. A parameter that our models call ``x.lora_A`` is stored as
+``base_model.model.x.lora_A.weight``.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Settings of PEFT's that say nothing about what the adapted model computes, or that the layers themselves tell.
+_NOTES = {
+    "auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "task_type",
+}
+_READ = {
+    "base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
+    "peft_type", "r", "target_modules", "use_rslora",
+}
+# Other ways to initialise also change the weights beneath the adapter.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass
+class StoredAdapter:
+    """What the two files of an adapter say.
+
+    Attributes:
+        r: rank.
+        alpha: numerator of the scaling.
+        target_modules: names or name endings of the adapted layers, or a regular expression for their full names.
+        modules_to_save: name endings of the modules that are trained whole.
+        dropout: probability on the adapter's input.
+        rslora: whether the scaling is alpha / √r.
+        bias: "none", "all" or "lora_only".
+        fan_in_fan_out: whether the adapted layers are GPT-2's Conv1D.
+        base_model: name or path of the model beneath, if known.
+        tensors: by PEFT's keys.
+    """
+
+    r: int
+    alpha: float
+    target_modules: list[str] | str
+    modules_to_save: list[str]
+    dropout: float
+    rslora: bool
+    bias: str
+    fan_in_fan_out: bool
+    base_model: str | None
+    tensors: dict[str, Tensor]
+
+
+def write(folder: str | os.PathLike[str], adapter: StoredAdapter) -> None:
+    """Write an adapter to ``folder``, which is made if need be.
+
+    A new folder appears whole; in one that exists each of the two files is replaced in one piece.
+    """
+    target = Path(folder).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "base_model_name_or_path": adapter.base_model,
+        "bias": adapter.bias,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "inference_mode": True,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "modules_to_save": adapter.modules_to_save or None,
+        "peft_type": "LORA",
+        "r": adapter.r,
+        "target_modules": adapter.target_modules,
+        "task_type": None,
+        "use_rslora": adapter.rslora,
+    }
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in adapter.tensors.items()}
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        staged = Path(scratch) / "adapter"
+        staged.mkdir()
+        (staged / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            _flush(staged / name)
+        if target.exists():
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                os.replace(staged / name, target / name)
+        else:
+            os.rename(staged, target)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read(folder: str | os.PathLike[str]) -> StoredAdapter:
+    """Read an adapter that PEFT or :func:`write` stored.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: it is not a LoRA adapter, or has an option that is not supported here; by name.
+    """
+    source = Path(folder)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (source / name).is_file():
+            raise FileNotFoundError(
+                f"{source} holds no {name}: give a folder written by save_adapter, or by PEFT's save_pretrained "
+                "with safetensors.")
+    try:
+        config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
+    except ValueError as error:
+        raise ValueError(f"{source / CONFIG_NAME} is not JSON ({error}): save the adapter again.") from error
+    _check_supported(config, source / CONFIG_NAME)
+    targets, bias = config["target_modules"], config.get("bias", "none")
+    tensors = load_file(source / WEIGHTS_NAME)
+    if bias == "all":
+        tensors = {key: tensor for key, tensor in tensors.items() if not _is_repeated_bias(key)}
+    return StoredAdapter(
+        r=config.get("r", 8),
+        alpha=float(config.get("lora_alpha", 8)),
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        modules_to_save=list(config.get("modules_to_save") or []),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        rslora=bool(config.get("use_rslora", False)),
+        bias=bias,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
+        base_model=config.get("base_model_name_or_path"),
+        tensors=tensors,
+    )
+
+
+def _is_repeated_bias(key: str) -> bool:
+    """Under bias="all" PEFT stores those of modules_to_save also as they were, and once more under a wrapper's name."""
+    return key.endswith(".bias") and not {"original_module", "modules_to_save"}.isdisjoint(key.split("."))
+
+
+def _check_supported(config: dict[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} describes a {config.get('peft_type')!r} adapter: only 'LORA' is supported.")
+    init = config.get("init_lora_weights", True)
+    unsupported = {} if init in _PLAIN_INITS else {"init_lora_weights": init}
+    for key, value in config.items():
+        # Not plain falsehood: 0 is a layer's number.
+        unset = value is None or value is False or value in ("", [], {})
+        if key not in _READ | _NOTES and not unset:
+            unsupported[key] = value
+    if unsupported:
+        options = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
+        raise ValueError(f"{path} sets {options}, which is not supported: train a plain LoRA adapter without it.")
+    if not config.get("target_modules"):
+        raise ValueError(f"{path} names no target_modules: save the adapter again with PEFT or save_adapter.")
+
+
+def peft_key(name: str, adapted: Collection[str]) -> str:
+    """PEFT's key for the parameter ``name``, where ``adapted`` are the layers that carry an adapter."""
+    owner, _, leaf = name.rpartition(".")
+    if owner in adapted:
+        name = f"{name}.weight" if leaf in ("lora_A", "lora_B") else f"{owner}.base_layer.{leaf}"
+    return PREFIX + name
+
+
+def _endings(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def matches_target(name: str, targets: Collection[str] | str) -> bool:
+    """PEFT's rule for target_modules: an ending from dot to dot, or a regular expression for the whole name."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(ending in targets for ending in _endings(name))
+
+
+def matches_saved_module(name: str, modules_to_save: Iterable[str]) -> bool:
+    """PEFT's rule for modules_to_save: any ending, even within a word."""
+    return any((PREFIX + name).endswith(entry) for entry in modules_to_save)
+
+
+def target_modules_for(adapted: Sequence[str], names: Iterable[str]) -> list[str] | str:
+    """How to make PEFT adapt exactly ``adapted`` of all module ``names``."""
+    exact = set(adapted)
+    if all(name in exact or not matches_target(name, exact) for name in names):
+        return sorted(exact)
+    return "|".join(re.escape(name) for name in sorted(exact))
+
+
+def modules_to_save_for(roots: Sequence[str], names: Sequence[str]) -> list[str]:
+    """How to make PEFT train exactly the modules ``roots`` of all module ``names``."""
+    return [
+        root if all(name == root or not matches_saved_module(name, [root]) for name in names) else PREFIX + root
+        for root in roots
+    ]

@@ -1,0 +1,176 @@
+"""The command line, as a user meets it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lora_dp.fed import __main__ as cli
+from lora_dp.fed.client import Client
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.runner import Outcome
+
+SMALL = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch_size", "8", "--accountant", "rdp"]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Configurations that were to be run."""
+    seen: list[RunConfig] = []
+
+    def record(config, console):
+        seen.append(config)
+        return Outcome(None, {"status": "finished"}, [])
+
+    monkeypatch.setattr(cli, "run", record)
+    return seen
+
+
+def test_without_arguments_the_embedded_default_runs(ran):
+    assert cli.main([]) == 0
+    assert ran == [RunConfig()]
+    chosen = ran[0]
+    assert (chosen.federation.method, chosen.federation.clients, chosen.federation.rounds) == ("la-lora", 5, 20)
+    assert (chosen.privacy.epsilon, chosen.privacy.delta, chosen.federation.local_steps) == (8.0, 1e-5, 10)
+    assert (chosen.model.name, chosen.data.dataset) == ("default", "digits")
+
+
+@pytest.mark.parametrize("words", [["--epsilon", "3"], ["run", "--epsilon=3"]])
+def test_run_may_be_left_out(ran, words):
+    assert cli.main(words) == 0
+    assert ran[0].privacy.target == 3
+
+
+def test_short_names_reach_every_group(ran):
+    words = "--method rolora --clients 7 --epsilon none --lr 0.3 --model vit_tiny_patch16_224 --dataset ../somewhere " \
+        "--r 2 --seed 4 --reproducible --local-steps 3 --target_modules [qkv,proj] --low-pass gaussian " \
+        "--low_pass_strength 2 --pretrained false --output out"
+    assert cli.main(words.split()) == 0
+    config = ran[0]
+    assert (config.federation.method, config.federation.clients, config.federation.local_steps) == ("rolora", 7, 3)
+    assert (config.privacy.target, config.optimization.lr, config.optimization.low_pass) == (None, 0.3, "gaussian")
+    assert (config.model.name, config.model.r, config.model.pretrained) == ("vit_tiny_patch16_224", 2, False)
+    assert (config.model.target_modules, config.data.dataset) == (["qkv", "proj"], "../somewhere")
+    assert (config.run.seed, config.run.reproducible, str(config.run.output)) == (4, True, "out")
+
+
+def test_a_file_gives_options_and_the_command_line_overrides_them(ran, tmp_path):
+    (tmp_path / "options.yaml").write_text("method: ffa-lora\nepsilon: 1\nmodel: some/model\nreproducible: true\n")
+    assert cli.main(["--config", str(tmp_path / "options.yaml"), "--epsilon", "2"]) == 0
+    config = ran[0]
+    assert (config.federation.method, config.privacy.target, config.model.name) == ("ffa-lora", 2, "some/model")
+    assert config.run.reproducible
+
+
+def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
+    cli.main("--method dp-lora --epsilon none --seed 3 --model x --clients 4 --clients_per_round 2".split())
+    (tmp_path / "config.yaml").write_text(ran[0].to_yaml())
+    assert cli.main(["--config", str(tmp_path / "config.yaml")]) == 0
+    assert ran[1] == ran[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("frobnicate", "there is no command 'frobnicate': choose run or pretrain"),
+        ("--nonsense 1", "unrecognized arguments: --nonsense"),
+        ("--rounds many", "--rounds: expected int. Got value: many"),
+        ("--rounds 0", "rounds must be at least 1, not 0"),
+        ("--partition zipf", "--partition: expected one of 'iid', 'dirichlet'"),
+        ("--low_pass box", "--low_pass: expected one of 'none', 'gaussian', 'laplacian'. Got value: box"),
+        ("--low_pass gaussian", "low_pass gaussian needs low_pass_strength"),
+        ("--low_pass_strength 1", "low_pass_strength needs low_pass"),
+        ("--low_pass none --low_pass_strength 1", "has no effect with low_pass none"),
+        ("--method fedavg", "There is no method 'fedavg': choose la-lora, dp-lora, ffa-lora, rolora"),
+        ("--epsilon 0", "epsilon must be positive (or none), not 0.0"),
+        ("--epsilon lots", "--epsilon: expected float or 'none', 'inf'. Got value: lots"),
+        ("--delta 1", "delta must lie between 0 and 1, not 1.0: try 1e-5"),
+        ("--lr -1", "lr must be positive, not -1.0"),
+        ("--max_grad_norm 0", "max_grad_norm must be positive and finite, not 0.0"),
+        ("--clients 3 --clients_per_round 4", "clients_per_round must be from 1 to the number of clients (3), not 4"),
+        ("--clients 1000", "too few for 1000 clients"),
+        ("--config missing.yaml", "--config: File does not exist"),
+        ("--dataset ./missing", "no folder ./missing"),
+        ("--device abacus", "There is no device 'abacus' here"),
+        ("--target_modules [nothing]", "nothing"),
+        ("pretrain --epochs few", "--epochs: expected int. Got value: few"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_sentence(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(words.split())
+    except SystemExit as end:
+        code = end.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert expected in output.err
+    assert output.err.startswith("error: ") and len(output.err.strip().splitlines()) == 1
+    assert output.out == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["pretrain"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert max(map(len, text.splitlines())) <= 118
+    assert "==" not in text and "<class" not in text and "null" not in text
+    options = set(re.findall(r"^  --(\w+)", text, flags=re.MULTILINE))
+    if command == ["pretrain"]:
+        assert {"dataset", "output", "epochs"} <= options
+    else:
+        assert options >= set(yaml.safe_load(RunConfig().to_yaml())) | {"output", "config"}
+        assert "The federation:\n" in text and "Privacy of each client's examples:\n" in text
+    # Every option is explained.
+    for option in options:
+        assert re.search(rf"--{option}\b[^\n]*\n? +\S", text)
+
+
+def test_a_whole_run_in_a_pipe_is_plain_text(tmp_path):
+    command = [sys.executable, "-m", "lora_dp.fed", *SMALL, "--reproducible", "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    text = done.stdout
+    assert "\x1b" not in text and "\r" not in text and "━" not in text
+    [line] = re.findall(r"^round 1/1 .*$", text, flags=re.MULTILINE)
+    assert re.fullmatch(r"round 1/1   loss \d\.\d{4}   accuracy +\d+\.\d %   worst ε +\d\.\d{3}   sent [\d.]+ kB", line)
+    for word in ("accuracy before", "accuracy after", "worst ε at δ = 1e-05", "research only", "out"):
+        assert word in text
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_the_folder_is_named_after_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*SMALL, "--method", "ffa-lora"]) == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-ffa-lora-eps8", folder.name)
+    assert str(folder.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_run_with_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = Client.train
+
+    def press(client, *args, **kwargs):
+        if client.ledger.steps:
+            signal.raise_signal(signal.SIGINT)
+        return train(client, *args, **kwargs)
+
+    monkeypatch.setattr(Client, "train", press)
+    assert cli.main([*SMALL, "--rounds", "3", "--output", "out"]) == 130
+    assert "interrupted" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 1)
+
+
+def test_ctrl_c_while_the_data_load(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "run", lambda config, console: signal.raise_signal(signal.SIGINT))
+    assert cli.main(SMALL) == 130
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,278 @@
+"""Private layers without an engine: drop-ins for torch's own, with ordinary gradients."""
+
+import gc
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from transformers.pytorch_utils import Conv1D
+
+from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
+from tests.models import assert_refuses, mlp
+from tests.support import make_private
+
+SHAPES = [(7,), (3, 7), (3, 4, 7), (2, 3, 4, 7), (0, 7), (3, 0, 7)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def adapted(dtype: torch.dtype = torch.float32, **options: Any) -> DPLoRALinear:
+    torch.manual_seed(0)
+    layer = DPLoRALinear(7, 5, r=2, alpha=3, dtype=dtype, **options)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def by_hand(layer: DPLoRALinear, x: Tensor) -> Tensor:
+    """The textbook formula from torch's own operations."""
+    weight = layer.weight.t() if layer.fan_in_fan_out else layer.weight
+    return F.linear(x, weight, layer.bias) + layer.scaling * ((x @ layer.lora_A.t()) @ layer.lora_B.t())
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    if actual.shape != expected.shape:
+        return False
+    scale = expected.abs().max() if expected.numel() else 1.0
+    return bool((actual.double() - expected.double()).abs().le(TOLERANCE[dtype] * scale).all())
+
+
+def test_state_dict_names_are_those_of_linear():
+    plain, layer = nn.Linear(7, 5), DPLoRALinear(7, 5, r=2)
+    assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+    assert set(DPLoRALinear(7, 5, bias=False, r=2).state_dict()) == {"weight", "lora_A", "lora_B"}
+    missing, unexpected = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["lora_A", "lora_B"] and not unexpected
+    x = torch.randn(3, 7)
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_new_layer_trains_the_factors_alone():
+    layer = DPLoRALinear(7, 5, r=2)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert not layer.lora_B.any() and layer.lora_A.any()
+    bound = math.sqrt(6 / ((1 + 5) * 7))  # Kaiming-uniform with a = √5
+    assert layer.lora_A.abs().max() <= bound
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_from_linear_shares_and_freezes_the_very_parameters(bias):
+    linear = nn.Linear(7, 5, bias=bias).eval()
+    layer = DPLoRALinear.from_linear(linear, r=2)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert not any(p.requires_grad for p in linear.parameters())
+    assert not layer.training
+    x = torch.randn(3, 7)
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_from_conv1d():
+    conv = Conv1D(5, 7)
+    layer = DPLoRALinear.from_linear(conv, r=2)
+    nn.init.normal_(layer.lora_B)
+    assert layer.weight is conv.weight and layer.fan_in_fan_out
+    assert (layer.in_features, layer.out_features) == (7, 5)
+    assert layer.lora_A.shape == (2, 7) and layer.lora_B.shape == (5, 2)
+    x = torch.randn(3, 4, 7)
+    assert close(layer(x), conv(x) + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t(), torch.float32)
+
+
+@pytest.mark.parametrize(("options", "scaling"), [
+    ({"r": 4}, 1.0), ({"r": 4, "alpha": 8}, 2.0), ({"r": 4, "alpha": 8, "rslora": True}, 4.0)])
+def test_scaling(options, scaling):
+    assert DPLoRALinear(7, 5, **options).scaling == scaling
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_of_any_shape_and_dtype(shape, dtype, fan_in_fan_out):
+    layer = adapted(dtype, fan_in_fan_out=fan_in_fan_out)
+    x = torch.randn(shape, dtype=dtype)
+    out = layer(x)
+    assert out.dtype == dtype
+    assert close(out, by_hand(layer.double(), x.double()), dtype)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 4, 7)])
+def test_gradients_are_those_of_the_formula(shape):
+    layer, x = adapted(torch.float64), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    wanted = [x, layer.lora_A, layer.lora_B]
+    actual = torch.autograd.grad(layer(x).tanh().sum(), wanted)
+    for left, right in zip(actual, torch.autograd.grad(by_hand(layer, x).tanh().sum(), wanted), strict=True):
+        assert close(left, right, torch.float64)
+        assert right.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(dtype):
+    layer, x = adapted(dtype), torch.randn(6, 7, dtype=dtype)
+    (layer(x) * torch.linspace(-1, 1, 5, dtype=dtype)).sum().backward()
+    actual = layer.lora_A.grad.double(), layer.lora_B.grad.double()
+    layer = layer.double()
+    expected = torch.autograd.grad(
+        (by_hand(layer, x.double()) * torch.linspace(-1, 1, 5, dtype=torch.float64)).sum(),
+        [layer.lora_A, layer.lora_B])
+    for left, right in zip(actual, expected, strict=True):
+        assert close(left, right, torch.bfloat16)
+
+
+def test_first_and_second_derivatives():
+    layer = adapted(torch.float64)
+
+    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
+
+    inputs = tuple(t.detach().clone().requires_grad_() for t in (
+        torch.randn(2, 3, 7, dtype=torch.float64), layer.lora_A, layer.lora_B))
+    assert gradcheck(forward, inputs)
+    assert gradgradcheck(forward, inputs)
+
+
+def test_autocast():
+    layer, x = adapted(), torch.randn(3, 4, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+        assert out.dtype == torch.bfloat16
+    out.float().tanh().sum().backward()
+    assert layer.lora_A.grad.dtype == torch.float32
+    assert close(out, by_hand(layer, x), torch.bfloat16)
+    expected = torch.autograd.grad(by_hand(layer, x).tanh().sum(), [layer.lora_A, layer.lora_B])
+    for left, right in zip((layer.lora_A.grad, layer.lora_B.grad), expected, strict=True):
+        assert close(left, right, torch.bfloat16)
+
+
+def test_dropout_is_on_the_adapter_input_alone():
+    layer, x = adapted(dropout=0.5), torch.ones(200, 7)
+    base = F.linear(x, layer.weight, layer.bias)
+    torch.manual_seed(1)
+    update = layer(x) - base
+    torch.manual_seed(1)
+    assert close(update, layer.scaling * F.dropout(x, 0.5) @ layer.lora_A.t() @ layer.lora_B.t(), torch.float32)
+    assert not close(update, by_hand(layer, x) - base, torch.float32)
+    assert close(layer.eval()(x), by_hand(layer, x), torch.float32)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge(dtype, fan_in_fan_out):
+    layer = adapted(dtype, fan_in_fan_out=fan_in_fan_out)
+    x = torch.randn(3, 7, dtype=dtype)
+    frozen, before = layer.weight.detach().clone(), layer(x)
+    layer.merge()
+    layer.merge()
+    assert layer.merged and "merged" in repr(layer)
+    assert not torch.equal(layer.weight, frozen)
+    assert close(layer(x), before, dtype)
+    layer.unmerge()
+    layer.unmerge()
+    assert not layer.merged
+    assert close(layer.weight, frozen, dtype)
+    assert close(layer(x), before, dtype)
+
+
+def test_merged_layer_is_not_trained_privately():
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    model[0].merge()
+    optimizer.expect_batch(4)
+    assert_refuses(RuntimeError, "call unmerge() first", lambda: model(torch.randn(4, 6)))
+    with torch.no_grad():
+        assert model(torch.randn(4, 6)).shape == (4, 3)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_no_grad_leaves_no_graph_and_no_tensor_but_the_output(private):
+    model = mlp()
+    optimizer = make_private(model, batch_size=4) if private else None
+    x = torch.randn(4, 6)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    with torch.no_grad():
+        model(x)
+        before = alive()
+        out = model(x)
+        after = alive()
+    assert out.grad_fn is None
+    assert after == before + 1
+    if optimizer is not None:
+        assert optimizer._recorder.current is None and not optimizer._recorder.superseded
+
+
+def test_recorder_is_no_part_of_the_state():
+    model = mlp()
+    names = list(model.state_dict())
+    make_private(model, batch_size=4)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"r": 0}, "choose r from 1 to 5"), ({"r": -1}, "choose r from 1 to 5"), ({"r": 6}, "choose r from 1 to 5"),
+    ({"r": 2, "alpha": 0}, "alpha must be above 0"), ({"r": 2, "alpha": -1}, "alpha must be above 0"),
+    ({"r": 2, "alpha": math.nan}, "alpha must be above 0"), ({"r": 2, "dropout": 1.0}, "dropout must be in [0, 1)"),
+    ({"r": 2, "dropout": -0.1}, "dropout must be in [0, 1)")])
+def test_bad_options_are_refused(options, words):
+    assert_refuses(ValueError, words, lambda: DPLoRALinear(7, 5, **options))
+    assert_refuses(ValueError, words, lambda: DPLoRALinear.from_linear(nn.Linear(7, 5), **options))
+
+
+@pytest.mark.parametrize("module", [nn.Conv1d(7, 5, 1), nn.Bilinear(7, 7, 5), nn.Identity()])
+def test_what_is_not_linear_is_refused(module):
+    assert_refuses(TypeError, f"got {type(module).__name__}", lambda: DPLoRALinear.from_linear(module, r=2))
+    assert_refuses(TypeError, f"got {type(module).__name__}", lambda: DPLinear.from_linear(module))
+
+
+# The other private layers
+
+
+@pytest.mark.parametrize("plain", [nn.Linear(7, 5), nn.Linear(7, 5, bias=False), Conv1D(5, 7)])
+def test_linear_is_a_drop_in(plain):
+    plain.weight.requires_grad_(False)
+    layer = DPLinear.from_linear(plain)
+    assert layer.weight is plain.weight and layer.bias is plain.bias
+    assert not layer.weight.requires_grad
+    assert set(layer.state_dict()) == set(plain.state_dict())
+    x = torch.randn(2, 3, 7)
+    assert close(layer(x), plain(x), torch.float32)
+
+
+@pytest.mark.parametrize("plain", [nn.LayerNorm(7), nn.LayerNorm(7, bias=False), nn.LayerNorm(7, eps=0.1),
+                                   nn.LayerNorm(7, elementwise_affine=False)])
+def test_layer_norm_is_a_drop_in(plain):
+    layer = DPLayerNorm.from_layer_norm(plain)
+    assert set(layer.state_dict()) == set(plain.state_dict())
+    x = torch.randn(2, 3, 7)
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_layer_norm_over_two_dimensions_is_refused():
+    assert_refuses(ValueError, "freeze this LayerNorm", lambda: DPLayerNorm.from_layer_norm(nn.LayerNorm((3, 7))))
+
+
+def test_embedding_is_a_drop_in():
+    plain = nn.Embedding(9, 4, padding_idx=2)
+    layer = DPEmbedding.from_embedding(plain)
+    assert layer.weight is plain.weight
+    ids = torch.tensor([[1, 2, 2], [8, 1, 1]])
+    gradients = []
+    for module in (plain, layer):
+        out = module(ids)
+        gradients.append(torch.autograd.grad(out.square().sum(), module.weight)[0])
+        assert out.shape == (2, 3, 4)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_embedding_options_that_mix_examples_are_refused(options):
+    assert_refuses(ValueError, "mixes examples", lambda: DPEmbedding.from_embedding(nn.Embedding(9, 4, **options)))
+
+
+def test_training_a_part_outside_the_private_model_is_refused():
+    model = mlp()
+    make_private(model, batch_size=4)
+    assert_refuses(RuntimeError, "outside the model that was made private", lambda: model[0](torch.randn(4, 6)))
