@@ -67,7 +67,8 @@ def _run_missing(runs: list[dict[str, Any]], experiment: Path, common: Common, p
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     todo = [run for run in runs if not any(record["run"] == run for record in done)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(common.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(common.jobs, mp_context=context, max_tasks_per_child=8) as pool:
         futures = {pool.submit(_one_run, {**base, **local, **run}): run for run in todo}
         for number, future in enumerate(as_completed(futures), 1):
             record = {"run": futures[future], **future.result()}

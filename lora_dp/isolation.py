@@ -10,7 +10,7 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,13 @@ class _Trace:
         self.gradients: dict[str, list[Tensor]] = {}
         self.result: Any = None
         self.loss: Tensor | None = None
+        self._tensor_hooks: list[Any] = []
+
+    def close(self) -> None:
+        """Take the hooks off the tensors: through the autograd graph they would keep the trace and the model alive."""
+        for handle in self._tensor_hooks:
+            handle.remove()
+        self._tensor_hooks.clear()
 
     def private(self) -> list[tuple[str, Tensor]]:
         return [(name, output) for name, module, output in self.outputs if _is_trained(module)]
@@ -56,7 +63,8 @@ class _Trace:
                 if keep_outputs:
                     self.outputs.append((name, module, output))
                 if output.requires_grad and _is_trained(module):
-                    output.register_hook(lambda gradient: self.gradients.setdefault(name, []).append(gradient))
+                    self._tensor_hooks.append(output.register_hook(
+                        lambda gradient: self.gradients.setdefault(name, []).append(gradient)))
             return watch
 
         handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules()
@@ -109,8 +117,8 @@ def check_isolation(
     if n < 2:
         return
     # Suspended to the end: checkpointed modules run forward again inside the gradients below.
-    with _suspended(model):
-        base = _run(model, args, kwargs, targets, criterion)
+    with _suspended(model), ExitStack() as traces:
+        base = traces.enter_context(closing(_run(model, args, kwargs, targets, criterion)))
         for name, output in base.private():
             if output.dim() < 2 or output.shape[0] % n:
                 raise IsolationError(
@@ -119,7 +127,8 @@ def check_isolation(
         for i in (0, n - 1):
             _check_gradient_rows(base, i, n)
             other_args, other_kwargs, other_targets = pytree.tree_map(partial(_only, i=i, n=n), (args, kwargs, targets))
-            _check_replaced(base, _run(model, other_args, other_kwargs, other_targets, criterion), i, n)
+            replaced = _run(model, other_args, other_kwargs, other_targets, criterion)
+            _check_replaced(base, traces.enter_context(closing(replaced)), i, n)
 
 
 def _only(leaf: Any, i: int, n: int) -> Any:

@@ -119,7 +119,8 @@ class DPLoRALinear(PrivateModule):
         smaller = min(self.in_features, self.out_features)
         if not 0 < r <= smaller:
             raise ValueError(
-                f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer: choose r from 1 to {smaller}.")
+                f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer: choose r from 1 to {smaller}."
+            )
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}: leave it out for alpha = r.")
         if not 0 <= dropout < 1:

@@ -21,7 +21,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     """Wraps an optimizer so that its steps are ĝ = (Σᵢ mᵢcᵢgᵢ + σCz) / L with L the *expected* batch size.
 
     Made by :meth:`lora_dp.PrivacyEngine.make_private`. Learning-rate schedulers take it as any optimizer; its
-    state dict is the wrapped one's with ``steps_taken``. Each step appends its event to the ledger before the noised gradient exists.
+    state dict is the wrapped one's with ``steps_taken``. Each step appends its event to the ledger before the noised
+    gradient exists.
     """
 
     def __init__(

@@ -173,9 +173,8 @@ def tagging_batch() -> tuple[Tensor, Tensor]:
 
 
 def test_contrastive_loss_is_refused():
-    engine = PrivacyEngine("rdp")
     x, y = examples(4)
-    assert_refuses(IsolationError, "The loss mixes examples", lambda: engine.check_isolation(mlp(), (x, y), contrastive))
+    assert_refuses(IsolationError, "The loss mixes examples", lambda: passes(mlp(), (x, y), contrastive))
     passes(mlp(), (x, y), F.cross_entropy)
     passes(mlp(), (x, y), lambda out, target: F.cross_entropy(out, target, reduction="sum"))
 
@@ -247,7 +246,7 @@ def roberta() -> tuple[nn.Module, Any]:
 
 def checkpointed_vit() -> tuple[nn.Module, Any]:
     model, batch = vit()
-    model.activation_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, batch
 
 

@@ -161,6 +161,18 @@ def test_a_target_whose_name_ends_anothers(settings, tmp_path):
     assert_same(model, load_adapter(copy.deepcopy(plain), tmp_path / "adapter"), "nested", plain)
 
 
+def test_a_shared_layer_is_stored_once_under_its_first_name(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    plain = nn.Sequential(layer, nn.Tanh(), layer)
+    model = ours(plain)
+    save_adapter(model, tmp_path)
+    assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == [
+        f"base_model.model.0.lora_{factor}.weight" for factor in "AB"]
+    x = torch.randn(3, 4)
+    assert torch.equal(load_adapter(copy.deepcopy(plain), tmp_path)(x), model(x))
+
+
 def test_what_is_written(tmp_path):
     plain = build("gpt2")
     plain.config._name_or_path = "some/gpt2"

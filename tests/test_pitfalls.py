@@ -263,11 +263,10 @@ def test_accepting_a_foreign_loader_is_caught(bug):
 def check_empty_batches_are_steps() -> None:
     engine = PrivacyEngine("rdp", reproducible_seed=5)
     model, optimizer, loader = private_run(engine, size=20, batch_size=1, lr=0.1)
-    shown, moved_by_empty = 0, 0
+    shown, moved_by_empty, after = 0, 0, model[2].weight.detach().clone()
     for batch in loader.take(30):
-        # Since the last step every parameter moved if and only if an empty draw lay between.
-        if shown:
-            moved_by_empty += not torch.equal(model[2].weight, after)
+        # Between two batches parameters move only if an empty draw lay there.
+        moved_by_empty += not torch.equal(model[2].weight, after)
         cross_entropy(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ Fine-tune a model with LoRA over a federation of clients, each of which has an (
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
 Another command, pretrain, makes that vision transformer: pretrain --help."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
-MODEL_HELP = """"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or a local folder."""
+MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 # What jsonargparse says of types, in plain words.

@@ -13,6 +13,9 @@ from lora_dp.fed.data import DataConfig
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.models import ModelConfig
 
+# A common starting point, not tuned.
+ADAMW_LEARNING_RATE = 1e-3
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -34,7 +37,7 @@ class FederationConfig:
     local_steps: int = 10
     """Private optimizer steps that a client takes in a round."""
     batch_size: int = 64
-    """Expected size of a Poisson-sampled batch; a client with n examples samples each with probability batch_size / n."""
+    """Expected size of a Poisson-sampled batch: each of a client's n examples joins with probability batch_size / n."""
     partition: Literal["iid", "dirichlet"] = "iid"
     """How examples are spread: alike everywhere, or with label shares drawn from a Dirichlet distribution."""
     dirichlet_alpha: float = 1.0
@@ -99,11 +102,11 @@ class OptimizationConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """A client's optimizer; its state starts anew in every round."""
     lr: float | None = None
-    """Learning rate of A and the head; by default the method's own, tuned on the default model and data."""
+    """Learning rate of A and the head; by default sgd's was tuned for method and epsilon, adamw's is 0.001."""
     lr_ratio: float | None = None
     """Learning rate of B as a multiple of A's; by default 2 for la-lora, else 1."""
     low_pass: Literal["none", "gaussian", "laplacian"] | None = None
-    """Low-pass filter of the noisy adapter gradients (post-processing: costs no privacy); by default the method's own."""
+    """Low-pass filter of the noisy adapter gradients, which costs no privacy; by default the method's own."""
     low_pass_strength: float | None = None
     """Strength of that filter; 0 is no filter."""
 
@@ -156,7 +159,8 @@ class RunConfig:
         method = get_method(self.federation.method)
         chosen = self.optimization
         if chosen.lr is None:
-            chosen.lr = method.learning_rates[chosen.optimizer]
+            sgd = chosen.optimizer == "sgd"
+            chosen.lr = method.learning_rate(self.privacy.target) if sgd else ADAMW_LEARNING_RATE
         if chosen.lr_ratio is None:
             chosen.lr_ratio = method.lr_ratio
         own_filter, own_strength = method.low_pass or ("none", 0.0)

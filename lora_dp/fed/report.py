@@ -71,6 +71,12 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if hasattr(os, "O_DIRECTORY"):  # where folders can be opened: the rename itself must reach the disk
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _fresh(config: RunConfig) -> Path:
@@ -114,39 +120,39 @@ def summarise(
 
 def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
     """Draws accuracy and worst ε by round into a PNG."""
+    target = config.privacy.target
     ink, quiet, blue, orange = "#1f2430", "#8a90a0", "#2f6fde", "#e0702f"
-    style = {
+    style: Any = {
         "font.size": 10, "axes.edgecolor": quiet, "axes.labelcolor": ink, "text.color": ink, "xtick.color": quiet,
         "ytick.color": quiet, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
         "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True, "grid.color": "#e8eaf0",
         "axes.axisbelow": True,
     }
     rounds = [result.round for result in results]
-    private = config.privacy.target is not None
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9.6, 3.8) if private else (5.6, 3.8), layout="constrained", dpi=160)
-        axes = figure.subplots(1, 2 if private else 1, squeeze=False)[0]
+        figure = Figure(figsize=(9.6, 3.8) if target is not None else (5.6, 3.8), layout="constrained", dpi=160)
+        axes = figure.subplots(1, 1 if target is None else 2, squeeze=False)[0]
         accuracy = [result.accuracy for result in results]
         axes[0].axhline(accuracy[0], color=quiet, linewidth=1, linestyle=(0, (4, 3)))
         axes[0].annotate(
-            f"before: {accuracy[0]:.1%}", (rounds[-1], accuracy[0]), xytext=(0, -4), textcoords="offset points",
-            ha="right", va="top", color=quiet, fontsize=9)
+            f"before: {accuracy[0]:.1%}", (rounds[-1], accuracy[0]), xytext=(0, 3), textcoords="offset points",
+            ha="right", va="bottom", color=quiet, fontsize=9)
         _curve(axes[0], rounds, accuracy, blue, f"{accuracy[-1]:.1%}")
         axes[0].set_title("Accuracy on validation data")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        if private:
+        if target is not None:
             epsilon = [result.epsilon for result in results]
-            axes[1].axhline(config.privacy.target, color=quiet, linewidth=1, linestyle=(0, (4, 3)))
+            axes[1].axhline(target, color=quiet, linewidth=1, linestyle=(0, (4, 3)))
             axes[1].annotate(
-                f"budget: {config.privacy.target:g}", (0, config.privacy.target), xytext=(0, 4),
+                f"budget: {target:g}", (0, target), xytext=(0, 4),
                 textcoords="offset points", ha="left", va="bottom", color=quiet, fontsize=9)
             _curve(axes[1], rounds, epsilon, orange, f"{epsilon[-1]:.3g}")
             axes[1].set_title(f"Worst client's ε at δ = {config.privacy.delta:g}")
-            axes[1].set_ylim(0, max(*epsilon, config.privacy.target) * 1.12)
+            axes[1].set_ylim(0, max(*epsilon, target) * 1.12)
         for axis in axes:
             axis.set_xlabel("round")
             axis.set_xlim(0, max(rounds[-1], 1) * 1.08)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             axis.tick_params(length=0)
         marks = " · research only, not for release" if config.run.reproducible else ""
         figure.suptitle(
@@ -171,6 +177,7 @@ class ConsoleReport:
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f} %"),
             TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
+        self._per_round = 0
 
     def begin(self, config: RunConfig, federation: Federation) -> None:
         """Says what is about to run."""
@@ -187,8 +194,8 @@ class ConsoleReport:
             self._print(
                 f"ε = {target:g} at δ = {config.privacy.delta:g} for every client, noise multiplier "
                 f"{_span(noise, '.3g')}, {config.privacy.clipping} clipping")
-        steps = chosen.rounds * (chosen.clients_per_round or chosen.clients) * chosen.local_steps
-        self._task = self.progress.add_task("round 1", total=steps)
+        self._per_round = (chosen.clients_per_round or chosen.clients) * chosen.local_steps
+        self._task = self.progress.add_task("round 1", total=chosen.rounds * self._per_round)
 
     def step(self) -> None:
         """One local step was taken."""
@@ -201,9 +208,12 @@ class ConsoleReport:
         epsilon = f"{result.epsilon:6.3f}" if finite(result.epsilon) is not None else "∞"
         sent = f"   sent {_size(result.bytes_up + result.bytes_down)}" if result.round else ""
         name = f"round {result.round:>{width}}/{rounds}" if result.round else "start".ljust(7 + 2 * width)
-        self._print(f"{name}   loss {result.loss:6.4f}   accuracy {100 * result.accuracy:5.1f} %   worst ε {epsilon}{sent}")
+        accuracy = f"{100 * result.accuracy:5.1f} %"
+        self._print(f"{name}   loss {result.loss:6.4f}   accuracy {accuracy}   worst ε {epsilon}{sent}")
         if self._task is not None:
-            self.progress.update(self._task, description=f"round {min(result.round + 1, rounds)}")
+            # Steps on empty batches were not counted one by one.
+            done, following = result.round * self._per_round, min(result.round + 1, rounds)
+            self.progress.update(self._task, completed=done, description=f"round {following}")
 
     def end(self, summary: dict[str, Any], folder: Path) -> None:
         """The table at the end."""

@@ -14,7 +14,10 @@ def nbytes(state: State) -> int:
 
 
 def draw_clients(eligible: Sequence[int], number: int, rng: np.random.Generator) -> list[int]:
-    """Draws `number` of the clients uniformly without replacement, all when there are no more. Public: amplifies nothing."""
+    """Draws `number` of the clients uniformly without replacement, all if there are no more.
+
+    The draw is public and amplifies nothing.
+    """
     if number >= len(eligible):
         return list(eligible)
     return sorted(int(i) for i in rng.choice(np.asarray(eligible), size=number, replace=False))

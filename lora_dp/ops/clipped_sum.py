@@ -4,10 +4,11 @@ from torch import Tensor
 
 from lora_dp.ops.registry import define, wide_dtype
 
+# 0 · NaN is NaN: what an excluded example holds must not reach a sum. Every example with a non-finite value is
+# excluded, so nan_to_num drops nothing else, at a fifth of the time of masking rows.
+
 
 def _sum_kept_reference(gradients: Tensor, coefficients: Tensor) -> Tensor:
-    # 0 · NaN is NaN: what an excluded example holds must not reach the sum. Every example with a non-finite value is
-    # excluded, so this drops nothing else, at a fifth of the time of masking rows.
     flat = gradients.flatten(1).nan_to_num(0, 0, 0)
     return (coefficients.to(flat.dtype) @ flat).view(gradients.shape[1:])
 
@@ -19,9 +20,8 @@ def _sum_kept_fake(gradients: Tensor, coefficients: Tensor) -> Tensor:
 def _sum_pairs_reference(left: Tensor, right: Tensor, coefficients: Tensor, scale: float) -> Tensor:
     dtype = wide_dtype(left.dtype)
     left, right = left.to(dtype), right.to(dtype)
-    excluded = (coefficients == 0).view(-1, 1, 1)
-    weighted = (left * (scale * coefficients.to(dtype)).view(-1, 1, 1)).masked_fill_(excluded, 0)
-    return weighted.flatten(0, 1).t() @ right.masked_fill(excluded, 0).flatten(0, 1)
+    weighted = (left * (scale * coefficients.to(dtype)).view(-1, 1, 1)).nan_to_num_(0, 0, 0)
+    return weighted.flatten(0, 1).t() @ right.nan_to_num(0, 0, 0).flatten(0, 1)
 
 
 def _sum_pairs_fake(left: Tensor, right: Tensor, coefficients: Tensor, scale: float) -> Tensor:

@@ -46,10 +46,10 @@ def test_run_may_be_left_out(ran, words):
 
 
 def test_short_names_reach_every_group(ran):
-    words = "--method rolora --clients 7 --epsilon none --lr 0.3 --model vit_tiny_patch16_224 --dataset ../somewhere " \
+    line = "--method rolora --clients 7 --epsilon none --lr 0.3 --model vit_tiny_patch16_224 --dataset ../somewhere " \
         "--r 2 --seed 4 --reproducible --local-steps 3 --target_modules [qkv,proj] --low-pass gaussian " \
         "--low_pass_strength 2 --pretrained false --output out"
-    assert cli.main(words.split()) == 0
+    assert cli.main(line.split()) == 0
     config = ran[0]
     assert (config.federation.method, config.federation.clients, config.federation.local_steps) == ("rolora", 7, 3)
     assert (config.privacy.target, config.optimization.lr, config.optimization.low_pass) == (None, 0.3, "gaussian")
@@ -67,7 +67,7 @@ def test_a_file_gives_options_and_the_command_line_overrides_them(ran, tmp_path)
 
 
 def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
-    cli.main("--method dp-lora --epsilon none --seed 3 --model x --clients 4 --clients_per_round 2".split())
+    cli.main(["--method", "dp-lora", "--epsilon", "none", "--seed", "3", "--model", "x", "--clients_per_round", "2"])
     (tmp_path / "config.yaml").write_text(ran[0].to_yaml())
     assert cli.main(["--config", str(tmp_path / "config.yaml")]) == 0
     assert ran[1] == ran[0]

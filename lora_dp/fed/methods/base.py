@@ -1,5 +1,6 @@
 """The interface of a federated method: what a client trains in a round, and how the server combines the updates."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -70,20 +71,27 @@ class Method(ABC):
 
     Attributes:
         name: what --method takes.
-        learning_rates: default learning rate of A and the head for each optimizer ("sgd", "adamw"), tuned for this
-            method by itself on the embedded default run.
+        learning_rates: SGD's learning rates of A and the head by ε (inf: no privacy), tuned for this method by itself
+            on the embedded default run.
         lr_ratio: default learning rate of B as a multiple of A's.
         low_pass: default filter of the noisy gradients and its strength, or None.
     """
 
     name: ClassVar[str]
-    learning_rates: ClassVar[Mapping[str, float]]
+    learning_rates: ClassVar[Mapping[float, float]]
     lr_ratio: ClassVar[float] = 1.0
     low_pass: ClassVar[tuple[Literal["gaussian", "laplacian"], float] | None] = None
 
     @abstractmethod
     def phases(self, round_index: int) -> Phases:
-        """What the local steps of a round (from 0) train: one factor ("B", "A"), both ("AB"), or B, A, B, A … ("BA")."""
+        """What the local steps of a round (from 0) train: one factor ("B", "A"), both ("AB"), or B, A, B, … ("BA")."""
+
+    def learning_rate(self, epsilon: float | None) -> float:
+        """SGD's default learning rate: that of the nearest ε (in ratio) at which the method was tuned."""
+        tuned = self.learning_rates
+        if epsilon is None:
+            return tuned[math.inf]
+        return tuned[min((e for e in tuned if e < math.inf), key=lambda e: abs(math.log(e / epsilon)))]
 
     def trains(self, parameter: str, round_index: int) -> bool:
         """Whether a round changes this parameter, so that it is sent up: the round's factors, and the head always."""

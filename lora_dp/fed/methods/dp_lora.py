@@ -1,5 +1,6 @@
 """DP-LoRA: both factors in every step, FedIT (arXiv 2305.05644) with DP-SGD; the baseline of arXiv 2602.19926."""
 
+from math import inf
 from typing import ClassVar
 
 from lora_dp.fed.methods.base import Method, Phases
@@ -10,7 +11,7 @@ class DPLoRA(Method):
     average of the products."""
 
     name = "dp-lora"
-    learning_rates: ClassVar = {"sgd": 0.5, "adamw": 2e-3}
+    learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 0.5, inf: 0.3}
 
     def phases(self, round_index: int) -> Phases:
         return "AB"

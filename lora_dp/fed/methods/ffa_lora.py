@@ -1,5 +1,6 @@
 """FFA-LoRA: A stays frozen at one random start shared by all (arXiv 2403.12313)."""
 
+from math import inf
 from typing import ClassVar
 
 from lora_dp.fed.methods.base import Method, Phases
@@ -9,7 +10,7 @@ class FFALoRA(Method):
     """Clients train B only. With A shared, averaging B averages the products exactly, and half the bytes travel."""
 
     name = "ffa-lora"
-    learning_rates: ClassVar = {"sgd": 0.5, "adamw": 2e-3}
+    learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 1, inf: 0.3}
 
     def phases(self, round_index: int) -> Phases:
         return "B"

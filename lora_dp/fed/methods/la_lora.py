@@ -1,5 +1,6 @@
 """LA-LoRA: local steps alternate between the factors; the noisy gradients are low-pass filtered (arXiv 2602.19926)."""
 
+from math import inf
 from typing import ClassVar
 
 from lora_dp.fed.methods.base import Method, Phases
@@ -12,7 +13,7 @@ class LALoRA(Method):
     """
 
     name = "la-lora"
-    learning_rates: ClassVar = {"sgd": 0.5, "adamw": 2e-3}
+    learning_rates: ClassVar = {1: 0.07, 3: 0.3, 8: 0.5, inf: 0.3}
     lr_ratio = 2.0
 
     def phases(self, round_index: int) -> Phases:

@@ -1,5 +1,6 @@
 """RoLoRA: whole rounds alternate between the factors (arXiv 2502.01755)."""
 
+from math import inf
 from typing import ClassVar
 
 from lora_dp.fed.methods.base import Method, Phases
@@ -12,7 +13,7 @@ class RoLoRA(Method):
     """
 
     name = "rolora"
-    learning_rates: ClassVar = {"sgd": 0.5, "adamw": 2e-3}
+    learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 0.5, inf: 0.3}
 
     def phases(self, round_index: int) -> Phases:
         return "B" if round_index % 2 == 0 else "A"

@@ -1,0 +1,95 @@
+"""Noise on a grid, and the mechanism that matches it to the sensitivity."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_dp.clipping import make_clip_rule
+from lora_dp.mechanism import Mechanism
+from lora_dp.noise import add_noise, grid_sensitivity, grid_step
+from lora_dp.randomness import SeededSource
+from tests.models import assert_refuses
+
+
+class Silence:
+    """A source whose draws are all zero: what is left of a release is the rounded value."""
+
+    def normal(self, n: int) -> Tensor:
+        return torch.zeros(n, dtype=torch.float64)
+
+
+@given(std=st.floats(1e-12, 1e12))
+def test_step_is_a_power_of_two_below_the_deviation(std):
+    step = grid_step(std)
+    assert math.frexp(step)[0] == 0.5
+    assert std * 2.0**-33 < step <= std * 2.0**-32
+
+
+@settings(deadline=None)
+@given(sigma=st.floats(0.01, 100), bound=st.floats(1e-3, 1e3), size=st.integers(1, 10**9))
+def test_sensitivity_covers_the_rounding_of_every_coordinate(sigma, bound, size):
+    """Two neighbouring sums are rounded by half a step in each coordinate, in opposite directions at worst."""
+    sensitivity = grid_sensitivity(bound, sigma, size)
+    rounding = math.sqrt(size) * grid_step(sigma * sensitivity)
+    assert sensitivity >= (bound + rounding) * (1 - 1e-15)
+    assert sensitivity <= bound * 1.01
+
+
+def test_rounded_neighbours_stay_within_the_grid_sensitivity():
+    sigma, size = 50.0, 40_000
+    mechanism = Mechanism(make_clip_rule("flat", 1.0), sigma, Silence())
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.randn(size, generator=generator, dtype=torch.float64)
+    first = torch.randn(size, generator=generator, dtype=torch.float64)
+    left, right = mechanism.release([first])[0], mechanism.release([first + apart / apart.norm()])[0]
+    assert not torch.equal(left, first)
+    assert (left - right).norm() <= mechanism.noise_std(size) / sigma
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_shape_and_dtype_are_kept(shape, dtype):
+    value = torch.ones(shape, dtype=dtype)
+    noisy = add_noise(value, 0.5, SeededSource(0))
+    assert noisy.shape == shape and noisy.dtype == dtype
+    assert torch.equal(value, torch.ones(shape, dtype=dtype))
+
+
+def test_without_noise_the_value_is_released_as_it_is():
+    value = torch.tensor([0.1, -0.3])
+    mechanism = Mechanism(make_clip_rule("flat", 1.0), 0.0, SeededSource(0))
+    assert torch.equal(mechanism.release([value])[0], value)
+    assert mechanism.noise_std(2) == 0.0
+
+
+@pytest.mark.parametrize("sigma", [0.5, 3.0])
+@pytest.mark.parametrize("rule", ["flat", "per_layer", "automatic"])
+def test_deviation_is_sigma_times_the_sensitivity(rule, sigma):
+    mechanism = Mechanism(make_clip_rule(rule, 0.7), sigma, SeededSource(1))
+    assert mechanism.noise_std(1000) == pytest.approx(sigma * 0.7, rel=1e-6)
+    assert mechanism.noise_std(1000) > sigma * 0.7  # the grid's share
+
+
+def test_every_tensor_of_a_release_gets_noise_of_its_own():
+    sums = [torch.zeros(4, 5), torch.zeros(20)]
+    first, second = Mechanism(make_clip_rule("flat", 1.0), 1.0, SeededSource(1)).release(sums)
+    assert first.shape == (4, 5) and second.shape == (20,)
+    assert not torch.isclose(first.flatten(), second).any()
+
+
+def test_mask_zeroes_coefficients():
+    mechanism = Mechanism(make_clip_rule("flat", 1.0), 1.0, SeededSource(1))
+    coefficients = mechanism.coefficients(
+        torch.full((2, 3), 0.01), torch.tensor([0, 1]), 2, torch.tensor([True, False, True]))
+    assert coefficients.tolist() == [[1, 0, 1]] * 2
+
+
+@pytest.mark.parametrize(("sigma", "bound", "words"), [
+    (-1.0, 1.0, "noise_multiplier must be"), (math.nan, 1.0, "noise_multiplier must be"),
+    (math.inf, 1.0, "noise_multiplier must be"), (1.0, math.inf, "set a finite max_grad_norm")])
+def test_bad_noise_is_refused(sigma, bound, words):
+    assert_refuses(ValueError, words, lambda: Mechanism(make_clip_rule("flat", bound), sigma, SeededSource(0)))

@@ -1,0 +1,158 @@
+"""Slots and passes: norms of what is really summed, by either method, in any dtype."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_dp.recording import Recorder, Slot, prefers_ghost
+from tests.models import assert_refuses
+from tests.support import assert_close
+
+
+def slot_of(shape: tuple[int, ...], n: int, method: str, dtype: torch.dtype = torch.float32) -> Slot:
+    return Slot("layer.weight", nn.Parameter(torch.zeros(shape, dtype=dtype)), n, method)
+
+
+def give(slot: Slot, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """As one use of the parameter in backward would."""
+    gradient = slot.add_outer(left, right, scale)
+    if gradient is not None:
+        slot.leaf.grad = gradient if slot.leaf.grad is None else slot.leaf.grad + gradient
+
+
+def check(slot: Slot, gradients: Tensor, relative: float = 1e-5) -> None:
+    """Norms and weighted sum against the per-example gradients (N, p, q) in float64."""
+    coefficients = torch.linspace(0, 1, slot.n)
+    assert_close(slot.sq_norms(), gradients.square().sum((1, 2)), relative)
+    assert_close(slot.weighted_sum(coefficients), torch.einsum("n,npq->pq", coefficients.double(), gradients), relative)
+
+
+def outer(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * torch.einsum("ntp,ntq->npq", left.double(), right.double())
+
+
+@pytest.mark.parametrize("method", ["auto", "direct", "ghost"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_one_use(tokens, dtype, method):
+    torch.manual_seed(0)
+    left, right = torch.randn(4, tokens, 3, dtype=dtype), torch.randn(4, tokens, 6, dtype=dtype)
+    slot = slot_of((3, 6), 4, method, dtype)
+    give(slot, left, right, 1.5)
+    assert slot.sq_norms().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    check(slot, outer(left, right, 1.5))
+
+
+@pytest.mark.parametrize("methods", [("ghost", "ghost"), ("ghost", "direct"), ("direct", "direct")])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0)])
+def test_uses_of_one_parameter_add_up(methods, scales):
+    torch.manual_seed(0)
+    slot, total = slot_of((3, 6), 4, "auto"), torch.zeros(4, 3, 6, dtype=torch.float64)
+    for method, scale, tokens in zip(methods, scales, (2, 5), strict=True):
+        slot.method = method
+        left, right = torch.randn(4, tokens, 3), torch.randn(4, tokens, 6)
+        give(slot, left, right, scale)
+        total += outer(left, right, scale)
+    check(slot, total)
+
+
+def test_ghost_norm_of_tokens_that_cancel():
+    """Two tokens of 1e4 and opposite sign leave a difference of 1: in float32 the Gram sum would lose it."""
+    torch.manual_seed(0)
+    left = torch.randn(3, 1, 4).repeat(1, 2, 1) * 1e4
+    right = torch.randn(3, 1, 5).repeat(1, 2, 1)
+    right[:, 1] *= -1
+    right[:, 1, 0] += 1e-4
+    slot = slot_of((4, 5), 3, "ghost")
+    give(slot, left, right)
+    assert_close(slot.sq_norms(), outer(left, right).square().sum((1, 2)), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+def test_tiny_times_huge_keeps_its_norm(method):
+    """Squares of 1e-24 vanish in float32, those of 1e19 nearly overflow: their product does neither."""
+    slot = slot_of((4, 5), 2, method)
+    give(slot, torch.full((2, 1, 4), 1e-24), torch.full((2, 1, 5), 1e19))
+    assert_close(slot.sq_norms().double(), torch.full((2,), 20e-10, dtype=torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_excluded_example_adds_exactly_nothing(bad, method):
+    torch.manual_seed(0)
+    left, right = torch.randn(3, 4, 2), torch.randn(3, 4, 5)
+    left[1, 2] = bad
+    slot = slot_of((2, 5), 3, method)
+    give(slot, left, right)
+    assert torch.isfinite(slot.sq_norms()).tolist() == [True, False, True]
+    total = slot.weighted_sum(torch.tensor([1.0, 0.0, 0.5]))
+    kept = outer(left, right)
+    assert_close(total, kept[0] + 0.5 * kept[2])
+
+
+def test_embedding_tokens_add_up_before_the_norm():
+    ids = torch.tensor([[1, 1, 3], [0, 2, 0]])
+    gradient = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    table = torch.zeros(2, 5, 4, dtype=torch.float64)
+    for i in range(2):
+        table[i].index_add_(0, ids[i], gradient[i].double())
+    slot = slot_of((5, 4), 2, "auto")
+    slot.add_embedding(ids[:, :2], gradient[:, :2])  # two lookups in one table
+    slot.add_embedding(ids[:, 2:], gradient[:, 2:])
+    check(slot, table)
+
+
+def test_method_by_cost():
+    assert prefers_ghost(1, 768, 1000)  # a head: the norm is a product of two
+    assert not prefers_ghost(197, 768, 16)  # an adapter on the tokens of an image
+    assert not prefers_ghost(4096, 4096, 16)
+    slot = slot_of((768, 1000), 2, "auto")
+    assert slot.add_outer(torch.randn(2, 1, 768), torch.randn(2, 1, 1000)) is None
+    assert slot_of((768, 16), 2, "auto").add_outer(torch.randn(2, 197, 768), torch.randn(2, 197, 16)) is not None
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 2, 5), (5,)])
+def test_rows_that_n_does_not_divide_are_refused_by_name(shape):
+    assert_refuses(ValueError, f"'layer.weight' received an input of shape {shape} in a batch of 4 examples",
+                   lambda: slot_of((2, 5), 4, "auto").group(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(("shape", "grouped"), [
+    ((4, 5), (4, 1, 5)), ((4, 3, 5), (4, 3, 5)), ((4, 2, 3, 5), (4, 6, 5)), ((8, 3, 5), (4, 6, 5))])
+def test_rows_are_grouped_by_example(shape, grouped):
+    rows = torch.arange(4).repeat_interleave(shape[0] // 4).view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    actual = slot_of((2, 5), 4, "auto").group(rows)
+    assert actual.shape == grouped
+    assert torch.equal(actual, torch.arange(4).view(4, 1, 1).expand(grouped))
+
+
+def test_no_examples():
+    assert slot_of((2, 5), 0, "auto").group(torch.zeros(0, 3, 5)).shape[0] == 0
+    assert_refuses(ValueError, "in a batch of 0 examples",
+                   lambda: slot_of((2, 5), 0, "auto").group(torch.zeros(3, 5)))
+
+
+def test_a_leaf_takes_no_memory():
+    slot = slot_of((1000, 1000), 1000, "auto")
+    assert slot.leaf.shape == (1000, 1000, 1000)
+    assert slot.leaf.untyped_storage().nbytes() == 4
+
+
+def test_passes_hand_over_what_was_filled():
+    parameter = nn.Parameter(torch.zeros(2, 5))
+    recorder = Recorder()
+    recorder.names, recorder.trained = {id(parameter): "p"}, frozenset({id(parameter)})
+    assert recorder.slot(parameter) is None and not recorder.recording
+    recorder.open(2)
+    assert recorder.recording
+    assert recorder.slot(nn.Parameter(torch.zeros(2))) is None
+    give(recorder.slot(parameter), torch.ones(2, 1, 2), torch.ones(2, 1, 5))
+    assert recorder.take().slots[id(parameter)].filled
+    assert recorder.current is None
+    recorder.open(0)
+    assert recorder.take().n == 0
+    recorder.open(2)
+    recorder.discard()
+    assert_refuses(RuntimeError, "No per-example gradient was recorded", recorder.take)

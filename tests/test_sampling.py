@@ -1,0 +1,125 @@
+"""The Poisson loader: every draw is a batch or an empty step, in order, with and without workers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lora_dp.randomness import SecureSource, SeededSource
+from lora_dp.sampling import PoissonSampler, PrivateDataLoader
+
+
+class Numbers(Dataset):
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def collate(batch: list[int]) -> dict[str, Any]:
+    return {"numbers": torch.tensor(batch), "worker": torch.utils.data.get_worker_info() is not None}
+
+
+def events(size: int, batch_size: int, steps: int, workers: int, seed: int = 0) -> tuple[list[Any], PrivateDataLoader]:
+    """What happened, in order: None for an empty draw, (announced size, batch) for a batch."""
+    seen: list[Any] = []
+    announced: list[int] = []
+    options = {"prefetch_factor": 3} if workers else {}
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(size), batch_size=batch_size, collate_fn=collate, num_workers=workers, **options),
+        SeededSource(seed), announced.append, lambda: seen.append(None))
+    for batch in loader.take(steps):
+        assert batch["worker"] == (workers > 0)
+        seen.append((announced[-1], batch["numbers"].tolist()))
+    assert len(announced) == sum(event is not None for event in seen)
+    return seen, loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_draw_is_a_batch_or_an_empty_step_in_its_place(workers):
+    seen, _ = events(5, 1, 40, workers)
+    expected = list(PoissonSampler(5, 0.2, 40, SeededSource(0)))
+    assert len(seen) == 40 and None in seen
+    assert [[] if event is None else event[1] for event in seen] == expected
+    assert all(event is None or event[0] == len(event[1]) > 0 for event in seen)
+
+
+def test_trailing_empty_draws_are_steps_too():
+    """Of 200 seeds some end in an empty draw, some draw nobody at all."""
+    ends = [events(2, 1, 2, 0, seed)[0] for seed in range(200)]
+    assert all(len(seen) == 2 for seen in ends)
+    assert any(seen[-1] is None and seen[0] is not None for seen in ends)
+    assert any(seen == [None, None] for seen in ends)
+
+
+def test_batch_is_announced_before_it_is_handed_out():
+    order: list[str] = []
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(4), batch_size=4), SeededSource(0), lambda n: order.append(f"announced {n}"), lambda: None)
+    for batch in loader.take(2):
+        order.append(f"batch {len(batch)}")
+    assert order == ["announced 4", "batch 4"] * 2
+
+
+def test_rate_one_takes_everybody():
+    seen, loader = events(6, 6, 3, 0)
+    assert seen == [(6, list(range(6)))] * 3
+    assert loader.sample_rate == 1 and len(loader) == 1
+
+
+def test_length_and_rate():
+    _, loader = events(50, 8, 1, 0)
+    assert (loader.sample_rate, len(loader), loader.expected_batch_size) == (8 / 50, 6, 8)
+    assert len(PoissonSampler(50, 0.1, 7, SeededSource(0))) == 7
+
+
+def test_one_iteration_is_an_epoch_and_the_next_one_differs():
+    members: list[list[list[int]]] = []
+    empty: list[None] = []
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(60), batch_size=6), SeededSource(0), lambda n: None, lambda: empty.append(None))
+    for _ in range(2):
+        members.append([batch.tolist() for batch in loader])
+    assert sum(map(len, members)) + len(empty) == 2 * len(loader) == 20
+    assert members[0] != members[1]
+
+
+def test_breaking_off_and_going_on():
+    """Draws that workers made ahead and nobody saw are no steps."""
+    empty: list[None] = []
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(9), batch_size=3, num_workers=2), SeededSource(0), lambda n: None,
+        lambda: empty.append(None))
+    for seen, _batch in enumerate(loader.take(20)):
+        if seen == 2:
+            break
+    empty.clear()
+    assert sum(1 for _ in loader.take(20)) + len(empty) == 20
+
+
+@pytest.mark.parametrize("make_source", [SecureSource, lambda: SeededSource(4)])
+def test_every_example_has_the_same_rate(make_source):
+    """χ² over 40 examples, 4,000 draws each: by Wilson and Hilferty, a right sampler passes 110 with probability
+    below 2e-8."""
+    counts = torch.zeros(40, dtype=torch.float64)
+    sampler = PoissonSampler(40, 0.15, 4000, make_source())
+    for batch in sampler:
+        assert batch == sorted(set(batch))
+        counts[batch] += 1
+    chi2 = ((counts - 600).square() / (600 * 0.85)).sum()
+    assert chi2 < 110
+
+
+def test_dataset_order_of_the_loader_is_not_used():
+    def first(shuffle: bool) -> Tensor:
+        loader = PrivateDataLoader(DataLoader(Numbers(50), batch_size=25, shuffle=shuffle), SeededSource(0),
+                                   lambda n: None, lambda: None)
+        return next(loader.take(1))
+
+    assert torch.equal(first(False), first(True))
