@@ -34,8 +34,14 @@ def grid_sensitivity(sensitivity: float, noise_multiplier: float, size: int) -> 
 
     Rounding moves each coordinate of either of two neighbouring sums by at most half a step, so their distance
     grows by at most √size · step, and step ≤ 2⁻³² · noise_multiplier · (the result). Solved for the result.
+
+    Raises:
+        ValueError: the noise is so large that the grid's rounding alone exceeds the sensitivity.
     """
-    return sensitivity / (1 - math.sqrt(size) * noise_multiplier * 2.0**-GRID_BITS)
+    rounding = math.sqrt(size) * noise_multiplier * 2.0**-GRID_BITS
+    if rounding >= 0.5:
+        raise ValueError(f"noise_multiplier {noise_multiplier:g} is too large for a sum of {size} numbers: lower it.")
+    return sensitivity / (1 - rounding)
 
 
 def add_noise(value: Tensor, std: float, source: NormalSource) -> Tensor:

@@ -83,6 +83,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         self.original_optimizer.add_param_group(param_group)
 
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """A hook on the wrapped optimizer's step, when ``.grad`` holds the noised gradients."""
+        return self.original_optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """A hook after the wrapped optimizer's step."""
+        return self.original_optimizer.register_step_post_hook(hook)
+
     def __repr__(self) -> str:
         return (f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, "
                 f"clipping={self.mechanism.rule}, phases='{self._phases.name}', {self.original_optimizer!r})")

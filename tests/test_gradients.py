@@ -45,10 +45,16 @@ def compare(
     if n == 0:
         assert all(not gradient.any() for gradient in actual.values())
         return
-    expected = clip_and_sum(gradients, rule, bound, lambda name: name.rpartition(".")[0])
-    flat_actual = torch.cat([actual[name].flatten() for name in expected])
-    flat_expected = torch.cat([expected[name].flatten() / expected_batch for name in expected])
-    assert_close(flat_actual, flat_expected)
+    terms = [joined(clip_and_sum([gradient], rule, bound, layer_of)) / expected_batch for gradient in gradients]
+    assert_close(joined(actual), torch.stack(terms).sum(0), scale=sum(float(term.norm()) for term in terms))
+
+
+def joined(gradient: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
+
+
+def layer_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 class OneLayer(nn.Module):

@@ -17,8 +17,9 @@ opacus = pytest.importorskip("opacus")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 N = 5
-# Between the examples' gradient norms of each model: some are clipped, some are not.
-BOUNDS = {"vit": 0.5, "roberta": 0.0045, "swin": 0.5}
+# Between the gradient norms of each model's examples, so that some are clipped and some are not; large beside the 1e-6
+# that Opacus adds to each norm.
+BOUNDS = {"vit": 0.5, "roberta": 2.5, "swin": 0.5}
 
 
 class PlainLoRA(nn.Module):
@@ -51,7 +52,7 @@ def roberta() -> tuple[nn.Module, Tensor]:
     model = RobertaForSequenceClassification(RobertaConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
         max_position_embeddings=20, type_vocab_size=1, pad_token_id=1, num_labels=3, hidden_dropout_prob=0,
-        attention_probs_dropout_prob=0))
+        attention_probs_dropout_prob=0, initializer_range=0.3))
     return model, torch.randint(2, 40, (N, 7))
 
 

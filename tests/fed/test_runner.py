@@ -266,6 +266,12 @@ def test_no_privacy_by_any_name(unlimited):
     assert RunConfig.from_flat({"epsilon": unlimited}).privacy.target is None
 
 
+def test_default_learning_rates():
+    sgd = RunConfig.from_flat({"method": "ffa-lora", "epsilon": 1})
+    adamw = RunConfig.from_flat({"method": "ffa-lora", "epsilon": 1, "optimizer": "adamw"})
+    assert (sgd.optimization.lr, adamw.optimization.lr) == (METHODS["ffa-lora"].learning_rates[1], 1e-3)
+
+
 def test_every_option_has_one_name():
     names = list(yaml.safe_load(RunConfig().to_yaml()))
     groups = [group for name, group in asdict(RunConfig()).items()]

@@ -11,7 +11,7 @@ class DPLoRA(Method):
     average of the products."""
 
     name = "dp-lora"
-    learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.07, 3: 0.3, 8: 0.5, inf: 0.3}
 
     def phases(self, round_index: int) -> Phases:
         return "AB"

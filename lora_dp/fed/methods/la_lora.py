@@ -1,4 +1,4 @@
-"""LA-LoRA: local steps alternate between the factors; the noisy gradients are low-pass filtered (arXiv 2602.19926)."""
+"""LA-LoRA: local steps alternate between the factors, and noisy gradients may be filtered (arXiv 2602.19926)."""
 
 from math import inf
 from typing import ClassVar
@@ -9,7 +9,8 @@ from lora_dp.fed.methods.base import Method, Phases
 class LALoRA(Method):
     """Each local step trains one factor: B, A, B, A, …, so that noise in one never multiplies noise in the other.
 
-    The server averages A and B. Filter and the ratio of learning rates are settable (--low_pass, --lr_ratio).
+    The server averages A and B. The filter (--low_pass, off unless asked for) and the ratio of learning rates
+    (--lr_ratio) are settable.
     """
 
     name = "la-lora"
