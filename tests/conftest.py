@@ -1,0 +1,4 @@
+import torch
+
+# The steps here are too small to share: several threads would only wait for each other.
+torch.set_num_threads(1)
