@@ -164,7 +164,9 @@ class PrivacyEngine:
             low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None)
         # Last: a refusal above leaves the model as it was.
         if present is None:
-            _record(model, recorder)
+            passes = _Passes(recorder)
+            model.register_forward_pre_hook(passes.before, with_kwargs=True)
+            model.register_forward_hook(passes.after, always_call=True)
         attach(model, recorder)
         return model, private, loader
 
@@ -235,21 +237,24 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
 
 
-def _record(model: nn.Module, recorder: Recorder) -> None:
-    """Open a pass at each training forward of the model."""
+class _Passes:
+    """The hooks on the whole model: a pass begins with each training forward. Methods, so that a copy has its own."""
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, recorder: Recorder):
+        self.recorder = recorder
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorder = self.recorder
         if not (module.training and torch.is_grad_enabled()):
             recorder.suspended = True
             return
+        if recorder.owner is None:
+            raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         n = batch_size(args, kwargs)
         if not recorder.isolation_checked and n > 1:
             check_isolation(module, args, kwargs, n)
             recorder.isolation_checked = True
         recorder.open(n)
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.suspended = False
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, always_call=True)
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.recorder.suspended = False

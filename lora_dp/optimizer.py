@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
             ValueError: at the next step, if one is not.
         """
         self.original_optimizer.add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("A private optimizer cannot be copied or pickled, its noise would repeat: use state_dict().")
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         """A hook on the wrapped optimizer's step, when ``.grad`` holds the noised gradients."""

@@ -177,6 +177,10 @@ class Recorder:
         self.isolation_checked = False
         self.owner: object | None = None
 
+    def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
+        # A copied or unpickled model starts unowned: what is recorded belongs to one optimizer and these very tensors.
+        return Recorder, ()
+
     def open(self, n: int) -> None:
         """Begin a pass over a micro-batch of ``n`` examples.
 

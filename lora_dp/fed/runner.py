@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from lora_dp.accounting import PrivacyBudgetExceeded
 from lora_dp.fed.config import RunConfig
@@ -35,6 +37,7 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
         ValueError: settings, data and model that do not go together; nothing has been trained.
     """
     federation = Federation.from_config(config)
+    _match_threads(federation.model)
     folder = RunFolder(config)
     report = ConsoleReport(console or Console())
     results: list[RoundResult] = []
@@ -58,6 +61,12 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
     folder.draw_curves(results, config)
     report.end(summary, folder.path)
     return Outcome(folder.path, summary, results)
+
+
+def _match_threads(model: nn.Module) -> None:
+    """One thread for a tiny model on a CPU: more would wait for each other, for minutes where other work runs too."""
+    if all(p.device.type == "cpu" for p in model.parameters()) and sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)
 
 
 def _train(
