@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import auto_cli
 
 METHODS = ("la-lora", "dp-lora", "ffa-lora", "rolora")
+EPSILONS = ["1", "3", "8", "none"]
 TUNING_SEED = 100  # none of the grid's
 
 
@@ -68,7 +69,7 @@ def _run_missing(runs: list[dict[str, Any]], experiment: Path, common: Common, p
     todo = [run for run in runs if not any(record["run"] == run for record in done)]
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(common.jobs, mp_context=context, max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(common.jobs, mp_context=context) as pool:
         futures = {pool.submit(_one_run, {**base, **local, **run}): run for run in todo}
         for number, future in enumerate(as_completed(futures), 1):
             record = {"run": futures[future], **future.result()}
@@ -79,32 +80,31 @@ def _run_missing(runs: list[dict[str, Any]], experiment: Path, common: Common, p
     return [next(record for record in done if record["run"] == run) for run in runs]
 
 
-def _kind(epsilon: str) -> str:
-    return "plain" if epsilon == "none" else "private"
-
-
 def tune(
-    experiment: Path, rates: list[float], epsilon: str = "3", common: Common = _COMMON
+    experiment: Path, rates: list[float], epsilons: list[str] | None = None, common: Common = _COMMON
 ) -> None:
-    """Tries learning rates for each method at one ε, on a seed that the grid does not use.
+    """Tries learning rates for each method at each ε, on a seed that the grid does not use.
 
     Args:
         experiment: the configuration, docs/experiments/NAME.yaml.
         rates: learning rates to try.
-        epsilon: a number or none.
+        epsilons: numbers, or none for no privacy; 1, 3, 8 and none if left out.
         common: shared options.
     """
+    epsilons = epsilons or EPSILONS
     path = common.output / f"{experiment.stem}-tuning.jsonl"
     runs = [{"method": method, "epsilon": _epsilon(epsilon), "lr": rate, "seed": TUNING_SEED}
-            for method in common.methods for rate in rates]
+            for epsilon in epsilons for method in common.methods for rate in rates]
     records = _run_missing(runs, experiment, common, path)
     best_path = common.output / f"{experiment.stem}-rates.yaml"
     best = yaml.safe_load(best_path.read_text()) if best_path.exists() else {}
-    for method in common.methods:
-        mine = [record for record in records if record["run"]["method"] == method]
-        winner = max(mine, key=lambda record: (record["accuracy"], -record["loss"]))
-        best.setdefault(_kind(epsilon), {})[method] = winner["run"]["lr"]
-        print(method, " ".join(f"{record['run']['lr']:g}: {record['accuracy']:.3f}" for record in mine))
+    for epsilon in epsilons:
+        for method in common.methods:
+            mine = [record for record in records
+                    if (record["run"]["method"], record["run"]["epsilon"]) == (method, _epsilon(epsilon))]
+            winner = min(mine, key=lambda record: record["loss"])
+            best.setdefault(epsilon, {})[method] = winner["run"]["lr"]
+            print(epsilon, method, " ".join(f"{r['run']['lr']:g}: {r['loss']:.3f}, {r['accuracy']:.3f};" for r in mine))
     best_path.write_text(yaml.safe_dump(best, sort_keys=False))
 
 
@@ -123,10 +123,10 @@ def grid(
         seeds: 0, 1 and 2 if left out.
         common: shared options.
     """
-    epsilons, seeds = epsilons or ["1", "3", "8", "none"], seeds or [0, 1, 2]
+    epsilons, seeds = epsilons or EPSILONS, seeds or [0, 1, 2]
     rates = yaml.safe_load((common.output / f"{experiment.stem}-rates.yaml").read_text())
     cells = [(method, epsilon) for method in common.methods for epsilon in epsilons]
-    runs = [{"method": method, "epsilon": _epsilon(epsilon), "lr": rates[_kind(epsilon)][method], "seed": seed}
+    runs = [{"method": method, "epsilon": _epsilon(epsilon), "lr": rates[epsilon][method], "seed": seed}
             for seed in seeds for method, epsilon in cells]
     records = _run_missing(runs, experiment, common, common.output / f"{experiment.stem}.jsonl")
     accuracies = {

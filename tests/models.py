@@ -13,6 +13,11 @@ from tests.support import private_gradients
 
 WIDTH, CLASSES = 6, 3
 
+OPTIMIZERS = [
+    lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=0.01),
+    torch.optim.AdamW, torch.optim.Adagrad, torch.optim.NAdam,
+]
+
 
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """(N, 6) → (N, 3): an adapter and a full-rank head, with 2 · 6 + 8 · 2 + 3 · 8 + 3 = 55 trainable numbers."""
@@ -64,6 +69,15 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Names of the parameters that differ from the snapshot ``before``."""
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def seeded() -> PrivacyEngine:
+    return PrivacyEngine("rdp", reproducible_seed=3)
 
 
 def loader_of(size: int, batch_size: int, **options: Any) -> DataLoader[Any]:

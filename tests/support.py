@@ -1,4 +1,4 @@
-"""What several tests share: the brute-force oracle, and a private run without any noise."""
+"""What several tests share: the brute-force oracle, a private run without any noise, and statistical tests."""
 
 import copy
 import math
@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lora_dp import PrivacyEngine, PrivateOptimizer
 from lora_dp.layers import PrivateModule
+
+RULES = ["flat", "per_layer", "automatic"]
+Z_LIMIT = 5.4
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -90,3 +93,11 @@ def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-5, scale
     scale = float(expected.double().norm()) if scale is None else scale
     distance = float((actual.double() - expected.double()).norm())
     assert distance <= relative * scale + 1e-12, f"relative distance {distance / max(scale, 1e-300):.3g}"
+
+
+def check_deviation(values: Tensor, expected: float) -> None:
+    """Mean zero and deviation ``expected`` of independent normals: two z-tests, false alarm below 2e-7."""
+    n = values.numel()
+    assert abs(float(values.mean())) < Z_LIMIT * expected / math.sqrt(n)
+    z = (float(values.square().mean()) / expected**2 - 1) * math.sqrt(n / 2)
+    assert abs(z) < Z_LIMIT, f"deviation {float(values.std()):.4g} instead of {expected:.4g}"

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear, LoRAConfig, inject_lora
-from tests.support import assert_close, brute_force, clip_and_sum, make_private, private_gradients
-
-RULES = ["flat", "per_layer", "automatic"]
+from tests.support import RULES, assert_close, brute_force, clip_and_sum, make_private, private_gradients
+from tests.tiny_models import HEADS, IMAGES, KINDS, build
 
 
 def trained_names(model: nn.Module, factors: str) -> set[str]:
@@ -20,7 +19,7 @@ def trained_names(model: nn.Module, factors: str) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(dropped or "-")}
 
 
-def randomise(model: nn.Module) -> None:
+def fill_lora_b(model: nn.Module) -> None:
     """B starts at zero, which would make every gradient of A zero."""
     for module in model.modules():
         if isinstance(module, DPLoRALinear):
@@ -91,7 +90,7 @@ def squared_norm(model: nn.Module, batch: Tensor) -> Tensor:
 def test_lora_linear(n, tokens, d_in, d_out, r, phases, rule, method, reduction, seed):
     torch.manual_seed(seed)
     model = OneLayer(DPLoRALinear(d_in, d_out, r=min(r, d_in, d_out), alpha=3))
-    randomise(model)
+    fill_lora_b(model)
     compare(model, torch.randn(n, *tokens, d_in), slice_of, mean_square, n, phases, rule, method, reduction)
 
 
@@ -109,7 +108,7 @@ def test_full_rank_linear(n, tokens, d_in, d_out, rule, method, transposed):
 def test_plain_vectors(rule):
     torch.manual_seed(0)
     model = OneLayer(nn.Sequential(DPLoRALinear(7, 5, r=2), DPLayerNorm(5), DPLinear(5, 3)))
-    randomise(model)
+    fill_lora_b(model)
     compare(model, torch.randn(4, 1, 7), slice_of, mean_square, 4, "AB", rule, "auto")
 
 
@@ -154,7 +153,7 @@ def test_adapter_used_twice_with_different_lengths(phases, method):
             return self.layer(torch.tanh(self.layer(x))[:, :2])
 
     model = Twice()
-    randomise(model)
+    fill_lora_b(model)
     compare(model, torch.randn(4, 5, 6), slice_of, squared_norm, 4, phases, "flat", method, bound=0.05)
 
 
@@ -177,54 +176,21 @@ def test_gradient_checkpointing(reentrant):
             return checkpoint(lambda h: self.layer(h).tanh(), hidden, use_reentrant=reentrant)
 
     model = Checkpointed()
-    randomise(model)
+    fill_lora_b(model)
     compare(model, torch.randn(4, 3, 6), slice_of, squared_norm, 4, "AB", "flat", "auto")
 
 
-def swin() -> nn.Module:
-    import timm
-
-    return timm.models.swin_transformer.SwinTransformer(
-        img_size=16, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depths=(2, 2), num_heads=(2, 2),
-        window_size=4, drop_path_rate=0.0)
-
-
-def transformer(kind: str) -> nn.Module:
-    import transformers as tf
-
-    text = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
-    if kind == "vit":
-        return tf.ViTForImageClassification(tf.ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8,
-            patch_size=4, num_channels=1, num_labels=3))
-    if kind == "roberta":
-        return tf.RobertaForSequenceClassification(tf.RobertaConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-            max_position_embeddings=20, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **text))
-    if kind == "gpt2":
-        return tf.GPT2ForSequenceClassification(tf.GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, n_positions=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **text))
-    return tf.LlamaForSequenceClassification(tf.LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=20,
-        **text))
-
-
-HEADS = {"swin": "head", "vit": "classifier", "roberta": "classifier", "gpt2": "score", "llama": "score"}
-
-
-def build(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = swin() if kind == "swin" else transformer(kind)
-    inject_lora(model, LoRAConfig(r=2, alpha=4, trainable_modules=[HEADS[kind]]))
-    randomise(model)
+def adapted(kind: str) -> nn.Module:
+    model = inject_lora(build(kind), LoRAConfig(r=2, alpha=4, trainable_modules=[HEADS[kind]]))
+    fill_lora_b(model)
     return model.train()
 
 
 def batch_for(kind: str) -> dict[str, Tensor]:
     n = 4
     labels = torch.randint(3, (n,))
-    if kind in ("swin", "vit"):
-        return {"images": torch.randn(n, 1, *((16, 16) if kind == "swin" else (8, 8))), "labels": labels}
+    if kind in IMAGES:
+        return {"images": torch.randn(n, 1, 16, 16), "labels": labels}
     ids = torch.randint(1, 40, (n, 7))
     mask = torch.ones_like(ids)
     # GPT-2 and Llama pick the last token that is no padding: pad on the right, one example not at all.
@@ -244,15 +210,15 @@ def cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("phases", ["A", "B"])
-@pytest.mark.parametrize("kind", list(HEADS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_model(kind, phases, rule):
-    model = build(kind)
+    model = adapted(kind)
     compare(model, batch_for(kind), lambda b, i: {k: v[i : i + 1] for k, v in b.items()}, cross_entropy, 4, phases,
             rule, "auto", bound=0.3)
 
 
 @pytest.mark.parametrize("method", ["direct", "ghost"])
 def test_model_with_either_norm_forced(method):
-    model = build("swin")
-    compare(model, batch_for("swin"), lambda b, i: {k: v[i : i + 1] for k, v in b.items()}, cross_entropy, 4, "AB",
+    model = adapted("timm_swin")
+    compare(model, batch_for("timm_swin"), lambda b, i: {k: v[i : i + 1] for k, v in b.items()}, cross_entropy, 4, "AB",
             "flat", method, bound=0.3)

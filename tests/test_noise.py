@@ -50,6 +50,19 @@ def test_rounded_neighbours_stay_within_the_grid_sensitivity():
     assert (left - right).norm() <= mechanism.noise_std(size) / sigma
 
 
+@pytest.mark.parametrize(("sigma", "size"), [(2.0**31, 1), (1e6, 10**9), (2.0**21, 2**20), (1e300, 3)])
+def test_noise_whose_rounding_exceeds_the_sensitivity_is_refused(sigma, size):
+    """√size · σ · 2⁻³² ≥ 1/2: the grid would be as coarse as what it rounds."""
+    words = f"noise_multiplier {sigma:g} is too large for a sum of {size} numbers: lower it."
+    assert_refuses(ValueError, words, lambda: grid_sensitivity(1.0, sigma, size))
+    mechanism = Mechanism(make_clip_rule("flat", 1.0), sigma, SeededSource(0))
+    assert_refuses(ValueError, words, lambda: mechanism.noise_std(size))
+
+
+def test_the_largest_noise_is_accepted():
+    assert grid_sensitivity(1.0, 2.0**31 * (1 - 2.0**-20), 1) == pytest.approx(2, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
 def test_shape_and_dtype_are_kept(shape, dtype):

@@ -70,6 +70,23 @@ def test_ghost_norm_of_tokens_that_cancel():
     assert_close(slot.sq_norms(), outer(left, right).square().sum((1, 2)), 1e-5)
 
 
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_ghost_sum_of_tokens_that_cancel(tokens):
+    """What float32 would leave of terms of 1e4 is far beyond what their norm, about 1, counts."""
+    torch.manual_seed(0)
+    left = torch.randn(3, 1, 4).repeat(1, tokens, 1) * 1e4
+    right = torch.randn(3, 1, 5).repeat(1, tokens, 1)
+    right[:, 1::2] *= -1
+    right[:, 1, 0] += 1e-4
+    slot, gradients = slot_of((4, 5), 3, "ghost"), outer(left, right)
+    give(slot, left, right)
+    check(slot, gradients, 1e-6)
+    for i, norm in enumerate(slot.sq_norms().double().sqrt()):
+        alone = torch.zeros(3, dtype=torch.float64)
+        alone[i] = 1 / norm
+        assert float(slot.weighted_sum(alone.float()).double().norm()) <= 1 + 1e-6
+
+
 @pytest.mark.parametrize("method", ["direct", "ghost"])
 def test_tiny_times_huge_keeps_its_norm(method):
     """Squares of 1e-24 vanish in float32, those of 1e19 nearly overflow: their product does neither."""

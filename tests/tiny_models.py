@@ -1,4 +1,4 @@
-"""Tiny Transformers and timm classifiers built from configuration, and an input for each."""
+"""Tiny Transformers and timm classifiers built from configuration, without dropout, and an input for each."""
 
 import torch
 import transformers as tf
@@ -16,18 +16,24 @@ TARGETS = {
 }
 KINDS = list(HEADS)
 TEXT = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
+IMAGES = ("vit", "timm_vit", "timm_swin")  # (1, 16, 16) each; the others read text
 
 
 def build(kind: str) -> nn.Module:
-    """A classifier with 3 classes and 2 blocks, in evaluation mode, with weights so large that all matter."""
+    """A classifier with 3 classes and 2 blocks, in evaluation mode, with weights so large that all matter.
+
+    Swin has two stages of 2 blocks, the first with shifted windows.
+    """
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
     if kind == "roberta":
         model: nn.Module = tf.RobertaForSequenceClassification(
-            tf.RobertaConfig(max_position_embeddings=20, **small, **TEXT))
+            tf.RobertaConfig(
+                max_position_embeddings=20, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **small, **TEXT))
     elif kind == "gpt2":
         model = tf.GPT2ForSequenceClassification(
-            tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=20, **TEXT))
+            tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                          **TEXT))
     elif kind == "llama":
         model = tf.LlamaForSequenceClassification(tf.LlamaConfig(num_key_value_heads=1, **small, **TEXT))
     elif kind == "vit":
@@ -38,8 +44,8 @@ def build(kind: str) -> nn.Module:
             img_size=16, patch_size=8, in_chans=1, num_classes=3, embed_dim=16, depth=2, num_heads=2)
     else:
         model = SwinTransformer(
-            img_size=16, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depths=(1, 1), num_heads=(1, 2),
-            window_size=2)
+            img_size=16, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depths=(2, 2), num_heads=(2, 2),
+            window_size=4, drop_path_rate=0.0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.3)
@@ -50,7 +56,7 @@ def build(kind: str) -> nn.Module:
 def logits(model: nn.Module, kind: str) -> Tensor:
     """What the model says to one fixed input, (2, 3)."""
     generator = torch.Generator().manual_seed(1)
-    if "vit" in kind or "swin" in kind:
+    if kind in IMAGES:
         out = model(torch.randn(2, 1, 16, 16, generator=generator))
     else:
         out = model(input_ids=torch.randint(1, 40, (2, 7), generator=generator))

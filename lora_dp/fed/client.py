@@ -16,7 +16,7 @@ from lora_dp.engine import PrivacyEngine
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.methods import Method, State, factor
-from lora_dp.fed.models import logits
+from lora_dp.fed.models import Precision, logits
 from lora_dp.filtering import FilterName, make_filter
 
 
@@ -42,6 +42,7 @@ class LocalTraining:
     max_grad_norm: float
     clipping: ClippingName
     accountant: Literal["pld", "rdp"]
+    precision: Precision = "float32"
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "LocalTraining":
@@ -53,6 +54,7 @@ class LocalTraining:
             None if chosen.low_pass == "none" else chosen.low_pass, chosen.low_pass_strength,
             federation.batch_size, federation.local_steps, federation.participations,
             privacy.target, privacy.delta, privacy.max_grad_norm, privacy.clipping, privacy.accountant,
+            config.model.precision,
         )
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -145,7 +147,7 @@ class Client:
         )
         for batch in batches.take(training.local_steps):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            F.cross_entropy(logits(model, batch), batch["labels"]).backward()
+            F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad()
             on_step()

@@ -130,6 +130,8 @@ class RunOptions:
     """Fixes initialisation, partition and which clients are drawn; batches and noise stay secret and unpredictable."""
     reproducible: bool = False
     """Let batches and noise follow the seed too: for research only, such a run must not be released."""
+    evaluate_every: int = 1
+    """Rounds from one evaluation on the validation data to the next; the last round is always evaluated."""
     output: Path | None = None
     """Folder for the results; by default runs/<time>-<method>-<epsilon>."""
     device: str = "auto"
@@ -137,6 +139,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed must not be negative, not {self.seed}.")
+        _require(self.evaluate_every >= 1, f"evaluate_every must be at least 1, not {self.evaluate_every}.")
 
 
 @dataclass

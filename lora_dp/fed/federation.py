@@ -18,7 +18,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data import encode, open_data
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.methods import Method, get_method
-from lora_dp.fed.models import load_model, logits
+from lora_dp.fed.models import Precision, load_model, logits
 from lora_dp.fed.partition import partition
 from lora_dp.fed.server import Server, draw_clients, nbytes
 
@@ -36,7 +36,7 @@ class RoundResult:
         round: from 1; 0 is the start.
         phases: factors that the round trained.
         participants: clients that took part.
-        loss, accuracy: of the global model on the validation data.
+        loss, accuracy: of the global model on the validation data; None in a round that is not evaluated.
         epsilon: worst ε of all clients so far; inf without privacy.
         bytes_up, bytes_down: tensors sent to and by the server in this round.
         seconds: duration.
@@ -45,8 +45,8 @@ class RoundResult:
     round: int
     phases: str
     participants: list[int]
-    loss: float
-    accuracy: float
+    loss: float | None
+    accuracy: float | None
     epsilon: float
     bytes_up: int
     bytes_down: int
@@ -117,7 +117,9 @@ class Federation:
         eligible = [client.index for client in self.clients if client.can_take_part]
         return draw_clients(eligible, self._per_round, self._draws)
 
-    def run_round(self, participants: Sequence[int], on_step: Callable[[], None] = lambda: None) -> RoundResult:
+    def run_round(
+        self, participants: Sequence[int], on_step: Callable[[], None] = lambda: None, *, evaluate: bool = True
+    ) -> RoundResult:
         """Local training of each participant in turn, and the server's combination.
 
         Updates are combined as they come, so that memory does not grow with the number of clients.
@@ -145,7 +147,7 @@ class Federation:
             raise PrivacyBudgetExceeded("No client has budget left for a round: the run ends here.")
         server.apply(aggregation.result())
         self.rounds_done += 1
-        loss, accuracy = self.evaluate()
+        loss, accuracy = self.evaluate() if evaluate else (None, None)
         return RoundResult(
             self.rounds_done, self.method.phases(index), trained, loss, accuracy, self.worst_epsilon(), up, down,
             time.perf_counter() - start,
@@ -154,7 +156,7 @@ class Federation:
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""
         self.load_global_state()
-        return evaluate(self.model, self.validation, self.device)
+        return evaluate(self.model, self.validation, self.device, self.training.precision)
 
     def load_global_state(self) -> None:
         """Puts the global adapter and head into the model."""
@@ -204,14 +206,16 @@ class Federation:
         return float(len(client.examples)) if self.weighting == "examples" else 1.0
 
 
-def evaluate(model: nn.Module, examples: Examples, device: torch.device) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, examples: Examples, device: torch.device, precision: Precision = "float32"
+) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy (0 … 1) of a model."""
     model.eval()
     total, correct = 0.0, 0
     with torch.no_grad():
         for batch in examples.batches(EVALUATION_BATCH):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            scores = logits(model, batch).float()
+            scores = logits(model, batch, precision)
             total += F.cross_entropy(scores, batch["labels"], reduction="sum").item()
             correct += int((scores.argmax(1) == batch["labels"]).sum())
     return total / len(examples), correct / len(examples)

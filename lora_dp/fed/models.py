@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lora_dp.adapters import LoRAConfig, inject_lora
 from lora_dp.fed.data import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.examples import Batch
+
+Precision = Literal["float32", "bf16"]
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
 
@@ -35,6 +37,8 @@ class ModelConfig:
     """Dropout on the adapters' input."""
     target_modules: list[str] | str = "all-linear"
     """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
+    precision: Precision = "float32"
+    """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
     pretrained: bool = True
     """Load a timm model's published weights (a download); false starts it at random."""
 
@@ -83,13 +87,18 @@ def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 
         return LoadedModel(inject_lora(model, lora).train(), spec, heads)
 
 
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (N, classes) of an encoded batch; "labels" are not shown to the model."""
-    if "pixel_values" in batch:
-        output = model(batch["pixel_values"])
-    else:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    return getattr(output, "logits", output)
+def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
+    """Logits (N, classes), in float32 (float64 of a float64 model), of an encoded batch; "labels" are not shown to the model.
+
+    ``precision`` "bf16" runs the model under autocast; per-example norms and sums stay in float32.
+    """
+    with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=precision == "bf16"):
+        if "pixel_values" in batch:
+            output = model(batch["pixel_values"])
+        else:
+            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    scores: Tensor = getattr(output, "logits", output)
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:

@@ -91,7 +91,7 @@ def summarise(
     config: RunConfig, results: Sequence[RoundResult], account: dict[str, Any], status: str
 ) -> dict[str, Any]:
     """summary.json. ε is null where there is no privacy."""
-    first, last = results[0], results[-1]
+    first, last = results[0], [result for result in results if result.accuracy is not None][-1]
     noise = [entry["noise_multiplier"] for client in account["clients"] for entry in client["ledger"]["entries"]]
     return {
         "status": status,
@@ -100,7 +100,7 @@ def summarise(
         "model": config.model.name,
         "dataset": config.data.dataset,
         "clients": config.federation.clients,
-        "rounds": last.round,
+        "rounds": results[-1].round,
         "accuracy_before": first.accuracy,
         "accuracy_after": last.accuracy,
         "loss_before": first.loss,
@@ -132,12 +132,13 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9.6, 3.8) if target is not None else (5.6, 3.8), layout="constrained", dpi=160)
         axes = figure.subplots(1, 1 if target is None else 2, squeeze=False)[0]
-        accuracy = [result.accuracy for result in results]
+        evaluated = [result.round for result in results if result.accuracy is not None]
+        accuracy = [result.accuracy for result in results if result.accuracy is not None]
         axes[0].axhline(accuracy[0], color=quiet, linewidth=1, linestyle=(0, (4, 3)))
         axes[0].annotate(
             f"before: {accuracy[0]:.1%}", (rounds[-1], accuracy[0]), xytext=(0, 3), textcoords="offset points",
             ha="right", va="bottom", color=quiet, fontsize=9)
-        _curve(axes[0], rounds, accuracy, blue, f"{accuracy[-1]:.1%}")
+        _curve(axes[0], evaluated, accuracy, blue, f"{accuracy[-1]:.1%}")
         axes[0].set_title("Accuracy on validation data")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if target is not None:
@@ -208,8 +209,9 @@ class ConsoleReport:
         epsilon = f"{result.epsilon:6.3f}" if finite(result.epsilon) is not None else "∞"
         sent = f"   sent {_size(result.bytes_up + result.bytes_down)}" if result.round else ""
         name = f"round {result.round:>{width}}/{rounds}" if result.round else "start".ljust(7 + 2 * width)
-        accuracy = f"{100 * result.accuracy:5.1f} %"
-        self._print(f"{name}   loss {result.loss:6.4f}   accuracy {accuracy}   worst ε {epsilon}{sent}")
+        loss = "     –" if result.loss is None else f"{result.loss:6.4f}"
+        accuracy = "    – " if result.accuracy is None else f"{100 * result.accuracy:5.1f} %"
+        self._print(f"{name}   loss {loss}   accuracy {accuracy}   worst ε {epsilon}{sent}")
         if self._task is not None:
             # Steps on empty batches were not counted one by one.
             done, following = result.round * self._per_round, min(result.round + 1, rounds)

@@ -83,4 +83,6 @@ def _train(
         participants = federation.draw()
         # On the disk before anything of this round leaves a client.
         folder.write_ledger(federation.account(pending=participants))
-        result = federation.run_round(participants, report.step)
+        following = result.round + 1
+        evaluate = following % config.run.evaluate_every == 0 or following == rounds
+        result = federation.run_round(participants, report.step, evaluate=evaluate)

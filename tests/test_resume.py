@@ -1,0 +1,73 @@
+"""Seeded runs repeat bit for bit, and saved runs go on where they stopped."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from lora_dp import PrivacyEngine
+from tests.models import OPTIMIZERS, assert_refuses, private_run, seeded, snapshot, train
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seeded_run_repeats_bit_for_bit(workers):
+    results = []
+    for _ in range(2):
+        model, optimizer, loader = private_run(
+            seeded(), size=12, batch_size=2, phases="BA", optimizer=torch.optim.AdamW, workers=workers)
+        train(model, optimizer, loader.take(9))
+        assert optimizer.steps_taken == 9
+        results.append(snapshot(model))
+    assert all(torch.equal(results[0][name], p) for name, p in results[1].items())
+
+
+@pytest.mark.parametrize("taken", [3, 4])
+def test_resumed_run_goes_on_bit_for_bit(taken):
+    """At an odd step too, in the middle of the cycle of phases."""
+
+    def fresh() -> Any:
+        engine = seeded()
+        return engine, *private_run(
+            engine, size=12, batch_size=3, phases="BA", optimizer=OPTIMIZERS[0],
+            target_epsilon=8.0, target_delta=1e-3, steps=8)
+
+    engine, model, optimizer, loader = fresh()
+    train(model, optimizer, loader.take(8))
+    expected, epsilon = snapshot(model), engine.get_epsilon(1e-3)
+
+    engine, model, optimizer, loader = fresh()
+    train(model, optimizer, loader.take(taken))
+    saved = copy.deepcopy((engine.state_dict(), model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, loader.take(2))  # lost in the crash
+
+    engine, model, optimizer, loader = fresh()
+    engine.load_state_dict(saved[0])
+    model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    assert engine.ledger.steps == optimizer.steps_taken == taken
+    train(model, optimizer, loader.take(8 - taken))
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    assert engine.get_epsilon(1e-3) == epsilon
+
+
+def test_optimizer_state_dict_fits_the_plain_optimizer():
+    model, optimizer, loader = private_run(seeded(), optimizer=torch.optim.AdamW)
+    train(model, optimizer, loader.take(3))
+    plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    plain.load_state_dict(optimizer.state_dict())
+    assert int(plain.state[model[2].weight]["step"]) == 3
+    model, optimizer, _ = private_run(seeded(), optimizer=torch.optim.AdamW)
+    optimizer.load_state_dict(plain.state_dict())
+    assert int(optimizer.state[model[2].weight]["step"]) == 3
+
+
+def test_engines_that_differ_in_their_source_are_not_restored():
+    secure, other = PrivacyEngine("rdp"), seeded()
+    assert secure.state_dict()["source"] is None
+    assert_refuses(ValueError, "reproducible_seed", lambda: secure.load_state_dict(other.state_dict()))
+    assert_refuses(ValueError, "reproducible_seed", lambda: other.load_state_dict(secure.state_dict()))
+    third = PrivacyEngine("pld")
+    private_run(third)[1].step_on_empty_batch()
+    secure.load_state_dict(third.state_dict())
+    assert secure.ledger.steps == 1 and secure.accountant == "pld"
