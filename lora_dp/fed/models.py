@@ -88,7 +88,7 @@ def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 
 
 
 def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
-    """Logits (N, classes), in float32 (float64 of a float64 model), of an encoded batch; "labels" are not shown to the model.
+    """Logits (N, classes) of an encoded batch, in float32 or float64; "labels" are not shown to the model.
 
     ``precision`` "bf16" runs the model under autocast; per-example norms and sums stay in float32.
     """
