@@ -28,6 +28,8 @@ from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
+from lora_dp.files import write_atomically
+
 Accountant = Literal["pld", "rdp"]
 
 _FORMAT, _VERSION = "lora-dp ledger", 1
@@ -231,19 +233,7 @@ class Ledger:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger as JSON, atomically: after a crash the file holds either the old ledger or the new one."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.state_dict(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):  # where folders can be opened: the rename itself must reach the disk
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        write_atomically(Path(path), json.dumps(self.state_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:

@@ -1,7 +1,6 @@
 """What a run shows and leaves behind: the folder of results, the curves, the lines on the console."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from torch import nn
 from lora_dp.adapters import save_adapter
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult, finite
+from lora_dp.files import write_atomically
 
 RESEARCH_ONLY = "research only: sampling and noise follow the seed, so the guarantee does not hold; do not release"
 PUBLIC = (
@@ -61,22 +61,6 @@ class RunFolder:
     def draw_curves(self, results: Sequence[RoundResult], config: RunConfig) -> None:
         """Writes curves.png: accuracy and worst ε by round."""
         draw_curves(results, config, self.path / "curves.png")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves either the old or the new one, and the new one is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):  # where folders can be opened: the rename itself must reach the disk
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _fresh(config: RunConfig) -> Path:

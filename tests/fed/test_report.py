@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
-from lora_dp.fed.report import ConsoleReport, RunFolder, draw_curves, summarise, write_atomically
+from lora_dp.fed.report import ConsoleReport, RunFolder, draw_curves, summarise
 
 
 def result(index: int, accuracy: float, epsilon: float) -> RoundResult:
@@ -54,18 +53,6 @@ def test_curves_show_the_runs_colours(tmp_path, epsilon):
 def test_a_single_point_can_be_drawn(tmp_path):
     draw_curves(RESULTS[:1], config(), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "ledger.json", "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "ledger.json", "new")
-    assert (tmp_path / "ledger.json").read_text() == "old"
 
 
 def test_metrics_are_on_disk_line_by_line(tmp_path):
