@@ -13,12 +13,14 @@ numbers, so that what was planned and what is reported never disagree.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import math
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -113,6 +115,18 @@ class PoissonGaussian:
 Entry = tuple[PoissonGaussian, int]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without dp-accounting's warnings on tiny divergences (rounding below 0), one for every order and trial."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 @functools.lru_cache(maxsize=1024)
 def _rdp_of_step(event: PoissonGaussian) -> np.ndarray:
     """Rényi divergence of one step at every order of ``_ORDERS``; inf at an order that is not computed."""
@@ -145,7 +159,8 @@ def _epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant, c
     if any(event.noise_multiplier < _VOID_NOISE for event, _ in entries):
         return math.inf
     rdp = sum((count * _rdp_of_step(event) for event, count in entries), np.zeros(len(_ORDERS)))
-    bound = float(compute_epsilon(_ORDERS, rdp, delta)[0])
+    with _quiet():
+        bound = float(compute_epsilon(_ORDERS, rdp, delta)[0])
     if not entries or accountant == "rdp" or bound > _PLD_LIMIT:
         return bound
     interval = coarsening * min(_pld_interval(event) for event, _ in entries)
@@ -191,6 +206,17 @@ class Ledger:
             count += self._entries.pop()[1]
         if count:
             self._entries.append((event, count))
+
+    def continues(self, earlier: Ledger) -> bool:
+        """Whether this ledger begins with all that ``earlier`` holds."""
+        if not earlier._entries:
+            return True
+        *whole, (event, count) = earlier._entries
+        position = len(whole)
+        return (
+            self._entries[:position] == whole and len(self._entries) > position
+            and self._entries[position][0] == event and self._entries[position][1] >= count
+        )
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """An upper bound on epsilon at ``delta``: 0 when nothing was released, inf after a step without noise.

@@ -1,6 +1,6 @@
 """Set-up of a model: every trainable parameter covered by a private layer, nothing that mixes examples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
             raise ValueError(
                 f"'{name}' is a {type(module).__name__}, which mixes the examples of a batch: replace it by GroupNorm "
                 "or LayerNorm, which do not.")
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise ValueError(
+                f"'{name}' is a {type(module).__name__} that keeps running statistics of the examples, without noise: "
+                "set track_running_stats=False.")
     covered: dict[int, PrivateParameter] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PrivateModule)]
     for number, (prefix, module) in enumerate(layers):
@@ -81,6 +85,20 @@ def check_optimizer(optimizer: torch.optim.Optimizer, covered: Mapping[int, Priv
                 raise ValueError(
                     f"The optimizer holds a trainable parameter of shape {tuple(parameter.shape)} that was not in a "
                     "private layer of the model when it was made private: freeze it, or call make_private again.")
+
+
+def check_holds(optimizer: torch.optim.Optimizer, trained: Iterable[PrivateParameter]) -> None:
+    """Refuse an optimizer that lacks a parameter on whose gradient noise, and so privacy, would be spent in vain.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for entry in trained:
+        if id(entry.parameter) not in held:
+            raise ValueError(
+                f"The optimizer does not hold '{entry.name}', which would be trained: make it after inject_lora, over "
+                "all parameters that require grad, or freeze that one.")
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from lora_dp.accounting import (
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, recorder_of
 from lora_dp.filtering import Filter
-from lora_dp.isolation import LossFunction, check_isolation
+from lora_dp.isolation import LossFunction, check_isolation, has_uneven_tokens
 from lora_dp.mechanism import Mechanism
 from lora_dp.optimizer import LossReduction, PrivateOptimizer
 from lora_dp.phases import PhasesName
@@ -37,10 +37,10 @@ class _Budget:
     ):
         self.ledger, self.event, self.epsilon, self.delta, self.accountant = ledger, event, epsilon, delta, accountant
         # The noise was calibrated to ``planned`` steps from an empty ledger: they need no search.
-        self._counted_to, self._room = 0, planned
+        self._known, self._room = Ledger(), planned
 
     def check(self) -> None:
-        if self.ledger.steps != self._counted_to or self._room < 1:
+        if self.ledger.entries != self._known.entries or self._room < 1:
             self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
         if self._room < 1:
             raise PrivacyBudgetExceeded(
@@ -48,7 +48,8 @@ class _Budget:
                 f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
                 "plan more steps with a larger noise_multiplier from the start.")
         self._room -= 1
-        self._counted_to = self.ledger.steps + 1
+        self._known.load_state_dict(self.ledger.state_dict())
+        self._known.append(self.event)
 
 
 class PrivacyEngine:
@@ -186,14 +187,26 @@ class PrivacyEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`. A secure source goes on with a new key.
 
+        A ledger only grows: what this engine has released since ``state`` was saved was released, and stays.
+
         Raises:
-            ValueError: a damaged ledger, or the state of a reproducible run in an engine that is not.
+            ValueError: a damaged ledger, the state of a reproducible run in an engine that is not, or of another
+                accountant, or a ledger that lacks steps of this engine's.
         """
+        if state["accountant"] != self.accountant:
+            raise ValueError(
+                f"The saved engine used the accountant '{state['accountant']}', this one '{self.accountant}': make "
+                "this one as the saved one was.")
+        loaded = Ledger()
+        loaded.load_state_dict(state["ledger"])
+        if not loaded.continues(self.ledger):
+            raise ValueError(
+                "The saved ledger lacks steps that this engine has taken, which cannot be taken back: load the model "
+                "and the optimizer alone, and keep the engine.")
         if (state["source"] is None) == isinstance(self.source, SeededSource):
             raise ValueError(
                 "The saved engine and this one differ in reproducible_seed: make this one as the saved one was.")
         self.ledger.load_state_dict(state["ledger"])
-        self.accountant = state["accountant"]
         if isinstance(self.source, SeededSource):
             self.source.load_state_dict(state["source"])
 
@@ -251,9 +264,11 @@ class _Passes:
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         n = batch_size(args, kwargs)
-        if not recorder.isolation_checked and n > 1:
+        uneven = not recorder.uneven_checked and has_uneven_tokens(kwargs)
+        if n > 1 and (uneven or not recorder.isolation_checked):
             check_isolation(module, args, kwargs, n)
             recorder.isolation_checked = True
+            recorder.uneven_checked |= uneven
         recorder.open(n)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -4,7 +4,8 @@ A per-example gradient is only that if no other example can change it. Three tri
 
 1. every other example is replaced (by copies of i): no row attributed to i, and no output for i, may change;
 2. a loss made of i's outputs alone must have no gradient in a row attributed to another example;
-3. with a loss at hand: under the replacement of 1, i's rows of its gradient must not change.
+3. with a loss at hand: under the replacement of 1, i's rows of its gradient must not change; and no buffer may take
+   another value, for that would be a statistic of the batch, kept without noise.
 
 They catch batch normalisation, window-major orders, tables shared across the batch and losses that mix examples.
 """
@@ -24,6 +25,8 @@ from lora_dp.layers import PrivateModule
 _SEED = 20260219
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
+# The label that cross entropy and Transformers pass over.
+_IGNORED = -100
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -41,6 +44,7 @@ class _Trace:
         self.gradients: dict[str, list[Tensor]] = {}
         self.result: Any = None
         self.loss: Tensor | None = None
+        self.buffers: dict[str, Tensor] = {}
         self._tensor_hooks: list[Any] = []
 
     def close(self) -> None:
@@ -95,6 +99,16 @@ def _is_trained(module: nn.Module) -> bool:
     return isinstance(module, PrivateModule) and bool(module.private_parameters())
 
 
+def has_uneven_tokens(kwargs: dict[str, Any]) -> bool:
+    """Whether the examples' labels (N, T) count different numbers of tokens: then a mean over the batch's tokens weighs
+    an example by the lengths of the others, which a batch of equal lengths does not show."""
+    labels = kwargs.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point() or not len(labels):
+        return False
+    counts = (labels != _IGNORED).sum(1)
+    return bool((counts != counts[0]).any())
+
+
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None,
@@ -143,6 +157,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any, targets: Any, criterion: Loss
         # forward itself, not __call__: the hooks on the whole model are the engine's.
         trace.result = model.forward(*args, **kwargs)
         trace.loss = _loss(trace.result, targets, criterion)
+        trace.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return trace
 
 
@@ -202,9 +217,11 @@ def _rows(tensor: Tensor, n: int) -> Tensor:
 def _differ(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape:
         return True
-    left, right = left.nan_to_num(), right.nan_to_num()
     if not left.numel():
         return False
+    if not left.is_floating_point():
+        return not torch.equal(left, right)
+    left, right = left.nan_to_num(), right.nan_to_num()
     tolerance = _TOLERANCE.get(left.dtype, _HALF_TOLERANCE)
     return bool((left - right).abs().max() > tolerance * left.abs().max().clamp(min=torch.finfo(left.dtype).tiny))
 
@@ -241,6 +258,11 @@ def _check_replaced(base: _Trace, replaced: _Trace, i: int, n: int) -> None:
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
                 "replace what mixes examples (BatchNorm by GroupNorm, say).")
+    for name, buffer in base.buffers.items():
+        if name in replaced.buffers and _differ(buffer, replaced.buffers[name]):
+            raise IsolationError(
+                f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
+                "off (track_running_stats=False, say) or keep that module in eval().")
     if base.loss is None or replaced.loss is None:
         return
     left_gradients, right_gradients = base.backward(base.loss), replaced.backward(replaced.loss)

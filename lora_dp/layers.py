@@ -37,6 +37,8 @@ class PrivateModule(nn.Module):
         if recorder is None:
             return None
         if not recorder.recording:
+            if recorder.current is not None and not recorder.suspended:
+                recorder.current.reentrant = True
             if self.training and not recorder.suspended and torch.is_grad_enabled():
                 raise RuntimeError(
                     f"A private {type(self).__name__} was called outside the model that was made private: call that "
@@ -194,6 +196,19 @@ class DPLoRALinear(PrivateModule):
         if self.merged:
             self.weight.copy_(self.weight.to(self._update().dtype) - self._update())
             self.merged = False
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Always the plain weight beside the factors: loaded elsewhere, a merged one would count the adapter twice.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            with torch.no_grad():
+                plain = self.weight.to(self._update().dtype) - self._update()
+            destination[f"{prefix}weight"] = plain.to(self.weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            self.merged = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

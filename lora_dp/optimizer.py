@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.coverage import PrivateParameter, check_optimizer
+from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
 from lora_dp.mechanism import Mechanism
 from lora_dp.phases import Phases, PhasesName
@@ -51,6 +51,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
                 "gradient a step, and not yet a private one.")
         check_optimizer(optimizer, self._covered)
+        check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])
         self.activate()
 
     # What torch's schedulers and users see of an optimizer is the wrapped one's.
@@ -130,7 +131,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
-        if self._recorder.current is not None and self._recorder.current.filled:
+        if self._recorder.pending:
             self._recorder.discard()
         self.original_optimizer.zero_grad(set_to_none)
 
@@ -222,8 +223,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.ledger.append(self.event)
         trained = [p for key, p in self._covered.items() if key in self._recorder.trained]
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
-        for entry in self._covered.values():
-            entry.parameter.grad = None
+        # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
+        self.original_optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
                 gradient = noisy.div_(self.expected_batch_size)

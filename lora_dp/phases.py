@@ -27,6 +27,11 @@ class Phases:
         if self.name not in _CYCLES:
             raise ValueError(f"Unknown phases '{self.name}': choose one of {', '.join(_CYCLES)}.")
 
+    @property
+    def all_factors(self) -> frozenset[str]:
+        """The factors that some step trains."""
+        return frozenset().union(*_CYCLES[self.name])
+
     def factors(self, step: int) -> frozenset[str]:
         """The factors, of "A" and "B", that step number ``step`` (from 0) trains."""
         cycle = _CYCLES[self.name]

@@ -149,6 +149,9 @@ class Pass:
         self.n = n
         self.trained = trained
         self.slots: dict[int, Slot] = {}
+        # A private layer ran without gradients inside this training forward: a reentrant checkpoint will run it again
+        # in backward, and must then find this very pass.
+        self.reentrant = False
 
     @property
     def filled(self) -> bool:
@@ -165,6 +168,7 @@ class Recorder:
         owner: the private optimizer for which the model records.
         suspended: inside an evaluation with gradients, which is not recorded.
         isolation_checked: whether a first batch has passed the isolation check.
+        uneven_checked: whether one with token labels of uneven lengths has.
     """
 
     def __init__(self) -> None:
@@ -175,6 +179,7 @@ class Recorder:
         self.superseded: list[Pass] = []
         self.suspended = False
         self.isolation_checked = False
+        self.uneven_checked = False
         self.owner: object | None = None
 
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
@@ -187,7 +192,7 @@ class Recorder:
         Raises:
             RuntimeError: the pass before has gradients that no step has taken.
         """
-        if self.current is not None and self.current.filled:
+        if self.pending:
             raise RuntimeError(
                 "A second forward pass began before the gradients of the first were used: call optimizer.step() "
                 "after each backward (with optimizer.signal_skip_step() before it for the micro-batches of one "
@@ -216,6 +221,11 @@ class Recorder:
                 "loss.backward() before optimizer.step() (an empty batch takes optimizer.step_on_empty_batch())."
             )
         return finished
+
+    @property
+    def pending(self) -> bool:
+        """Whether a forward has been recorded, or will be by its backward, that no step has taken."""
+        return self.current is not None and (self.current.filled or self.current.reentrant)
 
     def discard(self) -> None:
         """Forget whatever was recorded."""

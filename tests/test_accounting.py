@@ -304,3 +304,9 @@ def test_other_bad_values():
             calibrate_noise_multiplier(1, DELTA, 0.1, steps)
     with pytest.raises(ValueError, match="Unknown accountant 'gdp': choose 'pld'"):
         Ledger().epsilon(DELTA, "gdp")
+
+
+def test_a_tiny_target_warns_of_nothing(caplog):
+    with caplog.at_level("WARNING"):
+        calibrate_noise_multiplier(1e-7, 1e-5, 0.2, 10, "rdp")
+    assert not caplog.records

@@ -67,7 +67,22 @@ def test_engines_that_differ_in_their_source_are_not_restored():
     assert secure.state_dict()["source"] is None
     assert_refuses(ValueError, "reproducible_seed", lambda: secure.load_state_dict(other.state_dict()))
     assert_refuses(ValueError, "reproducible_seed", lambda: other.load_state_dict(secure.state_dict()))
-    third = PrivacyEngine("pld")
+    third = PrivacyEngine("rdp")
     private_run(third)[1].step_on_empty_batch()
     secure.load_state_dict(third.state_dict())
-    assert secure.ledger.steps == 1 and secure.accountant == "pld"
+    assert secure.ledger.steps == 1
+    assert_refuses(ValueError, "accountant 'rdp', this one 'pld'",
+                   lambda: PrivacyEngine("pld").load_state_dict(third.state_dict()))
+
+
+def test_steps_taken_cannot_be_unspent():
+    """Going back to an earlier checkpoint with the same engine must not shrink its ledger."""
+    engine = PrivacyEngine("rdp")
+    optimizer = private_run(engine)[1]
+    optimizer.step_on_empty_batch()
+    early = engine.state_dict()
+    optimizer.step_on_empty_batch()
+    assert_refuses(ValueError, "cannot be taken back", lambda: engine.load_state_dict(early))
+    assert engine.ledger.steps == 2
+    engine.load_state_dict(engine.state_dict())
+    assert engine.ledger.steps == 2

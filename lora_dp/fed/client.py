@@ -145,6 +145,9 @@ class Client:
             phases=method.phases(round_index),
             low_pass=make_filter(training.low_pass, training.low_pass_strength),
         )
+        # A cycle of phases goes on through the rounds: with an odd number of local steps too, each factor has its turn.
+        optimizer.steps_taken = round_index * training.local_steps
+        optimizer.activate()
         for batch in batches.take(training.local_steps):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()

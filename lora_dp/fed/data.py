@@ -56,6 +56,11 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}: it must lie between 0 and 1"
             )
+        if self.split_seed < 0:
+            raise ValueError(f"split_seed is {self.split_seed}: it must not be negative")
+        for name in ("subset", "input_column", "label_column", "validation_split"):
+            if self.dataset == "digits" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no meaning for the built-in digits: leave it out, or name a --dataset")
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
 

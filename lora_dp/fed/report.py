@@ -38,7 +38,11 @@ class RunFolder:
         self.path = config.run.output or _fresh(config)
         if (self.path / "config.yaml").exists():
             raise ValueError(f"{self.path} already holds a run: choose another --output.")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"cannot make the folder {self.path} ({error.strerror}): choose another --output") from error
         write_atomically(self.path / "config.yaml", config.to_yaml())
 
     def add_metrics(self, result: RoundResult) -> None:

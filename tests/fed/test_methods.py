@@ -57,6 +57,22 @@ def test_phases_by_round(method, phases):
     assert [get_method(method).phases(index) for index in range(3)] == phases
 
 
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_la_lora_alternates_through_the_rounds(local_steps):
+    """With an odd number of local steps too, each factor has its turn: the cycle does not begin anew in each round."""
+    federation = make_federation("la-lora", replace(PRIVATE, local_steps=local_steps, participations=2))
+    start = {name: tensor.clone() for name, tensor in federation.server.state.items()}
+    federation.run_round([0])
+    middle = {name: tensor.clone() for name, tensor in federation.server.state.items()}
+    federation.run_round([0])
+    b = next(name for name in start if name.endswith("lora_B"))
+    a = next(name for name in start if name.endswith("lora_A"))
+    assert not torch.equal(start[b], middle[b])
+    if local_steps == 1:
+        assert torch.equal(start[a], middle[a]) and torch.equal(middle[b], federation.server.state[b])
+    assert not torch.equal(middle[a], federation.server.state[a])
+
+
 def test_an_unknown_method_names_the_nearest():
     with pytest.raises(ValueError, match="Did you mean rolora"):
         get_method("rolara")
