@@ -97,8 +97,8 @@ def test_a_round_changes_what_the_method_trains_and_nothing_else(method):
 
 
 def centralised(method: str, training: LocalTraining, examples: ImageExamples, rounds: int) -> dict[str, Tensor]:
-    """Plain full-batch torch, written out: what one client without noise or clipping must do. Alternation starts from
-    B again in every round, also after an odd number of steps."""
+    """Plain full-batch torch, written out: what one client without noise or clipping must do. Alternation goes on
+    through the rounds, also after an odd number of steps."""
     model = make_model()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     cycles = {"BA": "BA", "AB": ("AB",), "A": "A", "B": "B"}
@@ -114,7 +114,7 @@ def centralised(method: str, training: LocalTraining, examples: ImageExamples, r
             optimizer.zero_grad()
             F.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
             for name, p in parameters.items():
-                if factor(name) is not None and factor(name) not in cycle[step % len(cycle)]:
+                if factor(name) is not None and factor(name) not in cycle[(index * training.local_steps + step) % len(cycle)]:
                     p.grad = None
             optimizer.step()
     return {name: p.detach() for name, p in parameters.items()}
