@@ -110,11 +110,12 @@ def centralised(method: str, training: LocalTraining, examples: ImageExamples, r
         ]
         optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer](groups)
         cycle = cycles[get_method(method).phases(index)]
-        for step in range(training.local_steps):
+        first = index * training.local_steps
+        for step in range(first, first + training.local_steps):
             optimizer.zero_grad()
             F.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
             for name, p in parameters.items():
-                if factor(name) is not None and factor(name) not in cycle[(index * training.local_steps + step) % len(cycle)]:
+                if factor(name) is not None and factor(name) not in cycle[step % len(cycle)]:
                     p.grad = None
             optimizer.step()
     return {name: p.detach() for name, p in parameters.items()}
