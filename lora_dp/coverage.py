@@ -43,8 +43,8 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
                 "or LayerNorm, which do not.")
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(
-                f"'{name}' is a {type(module).__name__} that keeps running statistics of the examples, without noise: "
-                "set track_running_stats=False.")
+                f"'{name}' ({type(module).__name__}) keeps running statistics of the examples, without noise: set "
+                "track_running_stats=False.")
     covered: dict[int, PrivateParameter] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PrivateModule)]
     for number, (prefix, module) in enumerate(layers):

@@ -60,7 +60,7 @@ def test_a_factor_that_no_phase_trains_may_be_left_out():
 
 def test_running_statistics_are_refused_by_name():
     model = nn.Sequential(nn.InstanceNorm1d(4, track_running_stats=True), DPLinear(8, 3))
-    with pytest.raises(ValueError, match=r"'0' is a InstanceNorm1d that keeps running statistics"):
+    with pytest.raises(ValueError, match=r"'0' \(InstanceNorm1d\) keeps running statistics"):
         make_private(model, batch_size=2)
 
 
