@@ -42,13 +42,13 @@ class _Budget:
     def check(self) -> None:
         if self.ledger.entries != self._known.entries or self._room < 1:
             self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
+            self._known.load_state_dict(self.ledger.state_dict())
         if self._room < 1:
             raise PrivacyBudgetExceeded(
                 f"The next step would exceed ε = {self.epsilon:g} at δ = {self.delta:g} (spent so far: "
                 f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
                 "plan more steps with a larger noise_multiplier from the start.")
         self._room -= 1
-        self._known.load_state_dict(self.ledger.state_dict())
         self._known.append(self.event)
 
 

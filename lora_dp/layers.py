@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import functional
+from lora_dp.ops.registry import wide_dtype
 from lora_dp.recording import Recorder, Slot
 
 
@@ -178,32 +179,32 @@ class DPLoRALinear(PrivateModule):
         return base + functional.lora_linear(
             dropped, None, None, self.lora_A, self.lora_B, self.scaling, slots=adapter_slots)
 
-    def _update(self) -> Tensor:
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(self.scaling)
-        return update.t() if self.fan_in_fan_out else update
+    @torch.no_grad()
+    def _weight_with(self, sign: int) -> Tensor:
+        """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype."""
+        wide = wide_dtype(self.weight.dtype)
+        update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(sign * self.scaling)
+        return (self.weight.to(wide) + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
         """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged."""
         if not self.merged:
-            self.weight.copy_(self.weight.to(self._update().dtype) + self._update())
+            self.weight.copy_(self._weight_with(1))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take s · B A out of ``weight`` again, up to the rounding of its dtype."""
         if self.merged:
-            self.weight.copy_(self.weight.to(self._update().dtype) - self._update())
+            self.weight.copy_(self._weight_with(-1))
             self.merged = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Always the plain weight beside the factors: loaded elsewhere, a merged one would count the adapter twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            with torch.no_grad():
-                plain = self.weight.to(self._update().dtype) - self._update()
-            destination[f"{prefix}weight"] = plain.to(self.weight.dtype)
+            destination[f"{prefix}weight"] = self._weight_with(-1)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}weight" in state_dict:

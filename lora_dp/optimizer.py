@@ -11,6 +11,7 @@ from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
 from lora_dp.mechanism import Mechanism
+from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
 from lora_dp.recording import NormMethod, Recorder
 
@@ -237,5 +238,4 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
 
 def _zeros_like(parameter: nn.Parameter) -> Tensor:
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+    return torch.zeros(parameter.shape, dtype=wide_dtype(parameter.dtype), device=parameter.device)
