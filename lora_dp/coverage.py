@@ -115,8 +115,8 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def attach(model: nn.Module, recorder: Recorder) -> None:
-    """Give every private layer of ``model`` the recorder, and the recorder the names of the parameters."""
-    recorder.names.update((id(parameter), name) for name, parameter in model.named_parameters())
+    """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names."""
+    recorder.parameters.update((id(parameter), (name, parameter)) for name, parameter in model.named_parameters())
     for module in model.modules():
         if isinstance(module, PrivateModule):
             module.recorder = recorder

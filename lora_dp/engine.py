@@ -20,7 +20,7 @@ from lora_dp.accounting import (
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, recorder_of
 from lora_dp.filtering import Filter
-from lora_dp.isolation import LossFunction, check_isolation, has_uneven_tokens
+from lora_dp.isolation import LossFunction, check_isolation
 from lora_dp.mechanism import Mechanism
 from lora_dp.optimizer import LossReduction, PrivateOptimizer
 from lora_dp.phases import PhasesName
@@ -100,7 +100,7 @@ class PrivacyEngine:
         Raises:
             ValueError: the model has BatchNorm or an uncovered trainable parameter, the optimizer holds such a
                 parameter, the data set is empty, or a number is out of range; always by name.
-            TypeError: an iterable data set.
+            TypeError: an iterable data set, or a model that torch.compile has wrapped already.
         """
         return self._make(
             model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
@@ -151,6 +151,8 @@ class PrivacyEngine:
             raise ValueError(f"Unknown loss_reduction '{loss_reduction}': choose 'mean' or 'sum'.")
         if norm_method not in ("auto", "direct", "ghost"):
             raise ValueError(f"Unknown norm_method '{norm_method}': choose 'auto', 'direct' or 'ghost'.")
+        if hasattr(model, "_orig_mod"):
+            raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
         parameters = cover(model)
         mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
         loader = PrivateDataLoader(
@@ -165,9 +167,10 @@ class PrivacyEngine:
             low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None)
         # Last: a refusal above leaves the model as it was.
         if present is None:
-            passes = _Passes(recorder)
-            model.register_forward_pre_hook(passes.before, with_kwargs=True)
-            model.register_forward_hook(passes.after, always_call=True)
+            # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
+            from lora_dp.passes import watch
+
+            watch(model, recorder)
         attach(model, recorder)
         return model, private, loader
 
@@ -248,28 +251,3 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     if criterion is None:
         raise ValueError("A batch of inputs and targets needs the criterion that joins them.")
     return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
-
-
-class _Passes:
-    """The hooks on the whole model: a pass begins with each training forward. Methods, so that a copy has its own."""
-
-    def __init__(self, recorder: Recorder):
-        self.recorder = recorder
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder = self.recorder
-        if not (module.training and torch.is_grad_enabled()):
-            recorder.suspended = True
-            return
-        if recorder.owner is None:
-            raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
-        n = batch_size(args, kwargs)
-        uneven = not recorder.uneven_checked and has_uneven_tokens(kwargs)
-        if n > 1 and (uneven or not recorder.isolation_checked):
-            check_isolation(module, args, kwargs, n)
-            recorder.isolation_checked = True
-            recorder.uneven_checked |= uneven
-        recorder.open(n)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.recorder.suspended = False

@@ -1,8 +1,8 @@
 """The differentiable layer functions: plain without slots, per-example with them.
 
 Without slots every function here is a composition of torch's own differentiable operations (double backward,
-functorch and compilation work as usual). With slots a custom autograd function runs the ops of ``lora_dp.ops``
-and leaves per-example gradients in the slots; the parameters themselves then get no gradient.
+functorch and compilation work as usual). With slots an op of our own runs, whose derivative hands per-example
+gradients to the slots' leaves; the parameters themselves then get no gradient.
 """
 
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lora_dp.ops.lora_backward import lora_backward
 from lora_dp.ops.lora_forward import lora_forward
-from lora_dp.ops.registry import wide_dtype
-from lora_dp.recording import Slot
+from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_u
+from lora_dp.ops.registry import define, wide_dtype
+from lora_dp.recording import Receiver, Slot
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -27,8 +28,12 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(dtype)
 
 
-def _leaf(slot: Slot | None) -> Tensor | None:
-    return None if slot is None else slot.leaf
+def _whole(slot: Slot | None, rows: Tensor) -> Tensor | None:
+    return None if slot is None else slot.receive_whole(rows)
+
+
+def _leaves(receiver: Receiver | None) -> tuple[bool, Tensor | None, Tensor | None]:
+    return (False, None, None) if receiver is None else receiver
 
 
 def lora_linear(
@@ -65,10 +70,14 @@ def lora_linear(
         base = F.linear(x, weight, bias)
         h = F.linear(x, lora_A).reshape(-1, lora_A.shape[0])
         return base.reshape(-1, base.shape[-1]).addmm(h, lora_B.t().to(h.dtype), alpha=scaling).view(base.shape)
-    dtype = _compute_dtype(x)
-    y: Tensor = _RecordedLoRA.apply(
-        x.to(dtype), _cast(weight, dtype), _cast(bias, dtype), _cast(lora_A, dtype), _cast(lora_B, dtype), scaling,
-        slots, _leaf(slots["lora_A"]), _leaf(slots["lora_B"]), _leaf(slots["bias"]))
+    x = x.to(dtype := _compute_dtype(x))
+    (r, d_in), d_out = lora_A.shape, lora_B.shape[0]
+    slot_A, slot_B = slots["lora_A"], slots["lora_B"]
+    ghost_A, *leaves_A = _leaves(None if slot_A is None else slot_A.receive(x, r, d_in, scaling))
+    ghost_B, *leaves_B = _leaves(None if slot_B is None else slot_B.receive(x, d_out, r, scaling))
+    y, _ = _recorded_lora(
+        x, _cast(weight, dtype), _cast(bias, dtype), _cast(lora_A, dtype), _cast(lora_B, dtype), scaling,
+        ghost_A, *leaves_A, ghost_B, *leaves_B, _whole(slots["bias"], x))
     return y
 
 
@@ -95,10 +104,11 @@ def linear(
         weight = weight.t()
     if slots is None:
         return F.linear(x, weight, bias)
-    dtype = _compute_dtype(x)
-    y: Tensor = _RecordedLinear.apply(
-        x.to(dtype), _cast(weight, dtype), _cast(bias, dtype), fan_in_fan_out, slots,
-        _leaf(slots["weight"]), _leaf(slots["bias"]))
+    x = x.to(dtype := _compute_dtype(x))
+    slot, widths = slots["weight"], weight.shape[::-1] if fan_in_fan_out else weight.shape
+    ghost, *leaves = _leaves(None if slot is None else slot.receive(x, *widths))
+    y: Tensor = _recorded_linear(
+        x, _cast(weight, dtype), _cast(bias, dtype), fan_in_fan_out, ghost, *leaves, _whole(slots["bias"], x))
     return y
 
 
@@ -124,7 +134,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, slots: dict[st
         slot, value = slots[name], parameter.detach()
         if slot is not None:
             rows = slot.group(y)
-            value = (value + slot.leaf).to(x.dtype).unsqueeze(1)
+            value = (value + slot.receive_whole(y)).to(x.dtype).unsqueeze(1)
             y = (rows * value if name == "weight" else rows + value).view(x.shape)
         else:
             y = y * value if name == "weight" else y + value
@@ -139,100 +149,138 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, *, slot: Slo
     """
     if slot is None:
         return F.embedding(ids, weight, padding_idx)
-    y: Tensor = _RecordedEmbedding.apply(ids, weight.detach(), padding_idx, slot, slot.leaf)
-    return y
+    grouped, leaf = slot.receive_lookup(ids, weight.dtype)
+    y: Tensor = _recorded_embedding(grouped, weight.detach(), -1 if padding_idx is None else padding_idx, leaf)
+    return y.view(*ids.shape, weight.shape[1])
 
 
-class _RecordedLoRA(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-        scaling: float, slots: dict[str, Slot | None], *leaves: Tensor | None,
-    ) -> Tensor:
-        for slot in slots.values():
-            if slot is not None:
-                slot.group(x)
-        y, h = lora_forward(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, scaling)
-        # The B phase needs h only: the wide input is not kept for the adapter.
-        ctx.save_for_backward(
-            x if slots["lora_A"] is not None else None,
-            h if slots["lora_B"] is not None else None, weight, lora_A, lora_B)
-        ctx.scaling, ctx.slots, ctx.x_shape = scaling, slots, x.shape
-        return y.view(*x.shape[:-1], lora_B.shape[0])
+def _rows(grouped: Tensor) -> Tensor:
+    return grouped.reshape(grouped.shape[:-1].numel(), grouped.shape[-1])
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, h, weight, lora_A, lora_B = ctx.saved_tensors
-        slots, scaling = ctx.slots, ctx.scaling
-        g = grads[0]
-        rows = g.reshape(ctx.x_shape[:-1].numel(), g.shape[-1])
-        dx = grad_A = grad_B = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            dx, u = lora_backward(rows, weight, lora_A, lora_B, scaling)
-            dx = dx.view(ctx.x_shape)
+
+def _by_example(rows: Tensor, leaf: Tensor) -> Tensor:
+    """(rows, ..., d) as (N, T, d), N being a leaf's first dimension."""
+    n = leaf.shape[0]
+    return rows.reshape(n, rows.shape[:-1].numel() // n if n else 1, rows.shape[-1])
+
+
+def _hand_over(ghost: bool, leaf: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of a receiver's two leaves."""
+    left, right = _by_example(left, leaf), _by_example(right, leaf)
+    return (left, right) if ghost else per_example_grad(left, right, scale)
+
+
+def _sum_tokens(rows: Tensor, leaf: Tensor) -> Tensor:
+    return _by_example(rows, leaf).sum(1, dtype=wide_dtype(rows.dtype))
+
+
+def _lora_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    ghost_A: bool, first_A: Tensor | None, second_A: Tensor | None, ghost_B: bool, first_B: Tensor | None,
+    second_B: Tensor | None, bias_leaf: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y, h = lora_forward(_rows(x), weight, bias, lora_A, lora_B, scaling)
+    return y.view(*x.shape[:-1], lora_B.shape[0]), h
+
+
+def _lora_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *_: Any) -> Any:
+    return (x.new_empty((*x.shape[:-1], lora_B.shape[0])),
+            x.new_empty((x.shape[:-1].numel(), lora_A.shape[0])))
+
+
+def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, lora_A, lora_B, scaling, ghost_A, first_A, _, ghost_B, first_B, _, bias_leaf = inputs
+    ctx.set_materialize_grads(False)
+    # The B phase needs h only: the wide input is not kept for the adapter.
+    ctx.save_for_backward(
+        x if first_A is not None else None, output[1] if first_B is not None else None, weight, lora_A, lora_B,
+        first_A, first_B, bias_leaf)
+    ctx.scaling, ctx.ghost_A, ctx.ghost_B, ctx.x_shape = scaling, ghost_A, ghost_B, x.shape
+
+
+def _lora_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = [None] * 13
+    if g is None:
+        return tuple(nothing)
+    x, h, weight, lora_A, lora_B, first_A, first_B, bias_leaf = ctx.saved_tensors
+    rows, scaling, u = _rows(g), ctx.scaling, None
+    found: list[Tensor | None] = list(nothing)
+    wants_dx = ctx.needs_input_grad[0]
+    if first_B is not None:
+        left, right = _by_example(g, first_B), _by_example(h, first_B)
+        if not ctx.ghost_B and (wants_dx or first_A is not None):
+            found[10], found[11], u = per_example_grad_and_u(left, right, lora_B, scaling)
+            u = _rows(u)
         else:
-            u = rows @ lora_B
-        if slots["lora_A"] is not None:
-            slot = slots["lora_A"]
-            grouped = slot.group(x)
-            grad_A = slot.add_outer(u.view(*grouped.shape[:2], u.shape[-1]), grouped, scaling)
-        if slots["lora_B"] is not None:
-            slot = slots["lora_B"]
-            grouped = slot.group(g)
-            grad_B = slot.add_outer(grouped, h.view(*grouped.shape[:2], h.shape[-1]), scaling)
-        if slots["bias"] is not None:
-            grad_bias = _sum_tokens(slots["bias"].group(g))
-        return dx, None, None, None, None, None, None, grad_A, grad_B, grad_bias
+            found[10:12] = (left, right) if ctx.ghost_B else per_example_grad(left, right, scaling)
+    if wants_dx:
+        dx, u = lora_backward(rows, weight, lora_A, lora_B, scaling, u)
+        found[0] = dx.view(ctx.x_shape)
+    elif u is None and first_A is not None:
+        u = rows @ lora_B
+    if first_A is not None:
+        assert u is not None
+        found[7:9] = _hand_over(ctx.ghost_A, first_A, u, _rows(x), scaling)
+    if bias_leaf is not None:
+        found[12] = _sum_tokens(g, bias_leaf)
+    return tuple(found)
 
 
-class _RecordedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool,
-        slots: dict[str, Slot | None], *leaves: Tensor | None,
-    ) -> Tensor:
-        for slot in slots.values():
-            if slot is not None:
-                slot.group(x)
-        ctx.save_for_backward(x if slots["weight"] is not None else None, weight)
-        ctx.slots, ctx.fan_in_fan_out = slots, fan_in_fan_out
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
-        slots, g = ctx.slots, grads[0]
-        dx = g @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
-        if slots["weight"] is not None:
-            slot = slots["weight"]
-            left, right = slot.group(g), slot.group(x)
-            grad_weight = slot.add_outer(right, left) if ctx.fan_in_fan_out else slot.add_outer(left, right)
-        if slots["bias"] is not None:
-            grad_bias = _sum_tokens(slots["bias"].group(g))
-        return dx, None, None, None, None, grad_weight, grad_bias
+_recorded_lora = define(
+    "recorded_lora(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, bool ghost_A,"
+    " Tensor? first_A, Tensor? second_A, bool ghost_B, Tensor? first_B, Tensor? second_B, Tensor? bias_leaf)"
+    " -> (Tensor, Tensor)",
+    _lora_reference, _lora_fake, setup_context=_lora_setup, backward=_lora_backward)
 
 
-class _RecordedEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, slot: Slot, leaf: Tensor
-    ) -> Tensor:
-        ctx.ids = slot.group(ids.unsqueeze(-1)).squeeze(-1)
-        ctx.slot, ctx.padding_idx = slot, padding_idx
-        return F.embedding(ids, weight, padding_idx)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gradient = ctx.slot.group(grads[0])
-        if ctx.padding_idx is not None:
-            gradient = gradient.masked_fill((ctx.ids == ctx.padding_idx).unsqueeze(-1), 0)
-        ctx.slot.add_embedding(ctx.ids, gradient)
-        return None, None, None, None, None
+def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
-def _sum_tokens(grouped: Tensor) -> Tensor:
-    return grouped.sum(1, dtype=wide_dtype(grouped.dtype))
+def _linear_fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, fan_in_fan_out, ghost, first, _, bias_leaf = inputs
+    ctx.save_for_backward(x if first is not None else None, weight, first, bias_leaf)
+    ctx.fan_in_fan_out, ctx.ghost = fan_in_fan_out, ghost
+
+
+def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, first, bias_leaf = ctx.saved_tensors
+    dx = g @ weight if ctx.needs_input_grad[0] else None
+    taken: tuple[Tensor | None, Tensor | None] = (None, None)
+    if first is not None:
+        left, right = (x, g) if ctx.fan_in_fan_out else (g, x)
+        taken = _hand_over(ctx.ghost, first, left, right, 1.0)
+    return dx, None, None, None, None, *taken, None if bias_leaf is None else _sum_tokens(g, bias_leaf)
+
+
+_recorded_linear = define(
+    "recorded_linear(Tensor x, Tensor weight, Tensor? bias, bool fan_in_fan_out, bool ghost, Tensor? first,"
+    " Tensor? second, Tensor? bias_leaf) -> Tensor",
+    _linear_reference, _linear_fake, setup_context=_linear_setup, backward=_linear_backward)
+
+
+def _embedding_reference(ids: Tensor, weight: Tensor, padding_idx: int, leaf: Tensor) -> Tensor:
+    return F.embedding(ids, weight)
+
+
+def _embedding_fake(ids: Tensor, weight: Tensor, padding_idx: int, leaf: Tensor) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
+
+
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.padding_idx = inputs[2]
+
+
+def _embedding_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    ids, = ctx.saved_tensors
+    return None, None, None, g.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
+
+
+_recorded_embedding = define(
+    "recorded_embedding(Tensor ids, Tensor weight, int padding_idx, Tensor leaf) -> Tensor",
+    _embedding_reference, _embedding_fake, setup_context=_embedding_setup, backward=_embedding_backward)

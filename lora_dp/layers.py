@@ -46,8 +46,11 @@ class PrivateModule(nn.Module):
                     "model's own forward (or use torch.no_grad() to evaluate)."
                 )
             return None
-        parameters = self._parameters
-        return {name: None if (p := parameters.get(name)) is None else recorder.slot(p) for name in names}
+        slots: dict[str, Slot | None] = {}
+        for name in names:
+            parameter = self._parameters.get(name)
+            slots[name] = None if parameter is None else recorder.slot(parameter)
+        return slots
 
 
 def _adopt(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -185,7 +185,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}.")
         self._examples += n
         self._kept += n if mask is None else int(mask.sum())
-        slots = list(finished.slots.items())
+        slots = [(key, slot) for key, slot in finished.slots.items() if slot.filled]
         if not slots or n == 0:
             return
         # A mean over the micro-batch has divided each example's gradient by N.
@@ -194,7 +194,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             device = slots[0][1].leaf.device
             sq_norms = torch.stack([slot.sq_norms().to(device) for _, slot in slots]).mul_(scale * scale)
             numbers = [self._covered[key].layer for key, _ in slots]
-            trained = sorted({p.layer for key, p in self._covered.items() if key in finished.trained})
+            trained = sorted({self._covered[key].layer for key in finished.slots})
             layers = torch.tensor([trained.index(number) for number in numbers], device=device)
             coefficients = self.mechanism.coefficients(sq_norms, layers, len(trained), mask) * scale
             self._non_finite_examples = self._non_finite_examples + (~torch.isfinite(sq_norms.sum(0))).sum()

@@ -1,12 +1,15 @@
 """Where one forward and backward pass leaves its per-example gradients until the private step takes them.
 
 A :class:`Pass` belongs to one micro-batch of N examples and holds one :class:`Slot` per trained parameter.
-A slot receives gradients in one of two ways. *Direct*: the layer's function is given an (N, *shape) leaf
-whose autograd gradient is the per-example gradient; uses of one parameter at several places add up by
-themselves. *Ghost*: the function leaves its (left, right) factors and no Gᵢ is ever formed.
+Everything arrives as autograd's gradient of a leaf, so no backward has a side effect and a compiled one works too.
+*Direct*: the layer's function is given an (N, *shape) leaf whose gradient is the per-example gradient; uses of one
+parameter at several places add up by themselves. *Ghost*: two leaves take its (left, right) factors and no Gᵢ is ever
+formed.
 """
 
-from typing import Literal
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +39,71 @@ def prefers_ghost(tokens: int, left: int, right: int) -> bool:
     return ghost < direct
 
 
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
+
+
+def _leaf(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for which autograd will keep a gradient; one stored number stands for all."""
+    return _zero(dtype, device).expand(*shape).requires_grad_()
+
+
+class Receiver(NamedTuple):
+    """Where the backward of one use of a parameter leaves what it finds, as the gradients of two leaves.
+
+    Direct: ``first`` (N, *shape) takes Gᵢ and ``second`` (N,) takes ‖Gᵢ‖. Ghost: they take the factors (N, T, p) and
+    (N, T, q).
+    """
+
+    ghost: bool
+    first: Tensor
+    second: Tensor
+
+
+class _Pair:
+    """The leaves of one ghost use: Gᵢ = scale · Σₜ leftₜ ⊗ rightₜ."""
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float):
+        self.left, self.right, self.scale = left, right, scale
+        self._backwards = backwards = [0]
+
+        # Holds the counter alone: holding the pair would make a cycle through autograd.
+        def count(_: Tensor) -> None:
+            backwards[0] += 1
+
+        right.register_post_accumulate_grad_hook(count)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Left, right and scale, or None if no backward came through this use."""
+        left, right = self.left.grad, self.right.grad
+        if left is None or right is None:
+            return None
+        # Each backward through a kept graph adds its own left, and the same right once more.
+        return left, right if self._backwards[0] == 1 else right / self._backwards[0], self.scale
+
+
 class Slot:
-    """The per-example gradients of one parameter in one pass."""
+    """The per-example gradients of one parameter in one pass.
+
+    Attributes:
+        leaf: (N, *shape), whose gradient is what the direct way found.
+    """
 
     def __init__(self, name: str, parameter: nn.Parameter, n: int, method: NormMethod):
         self.name = name
         self.n = n
         self.method = method
         self.shape = parameter.shape
-        # One stored zero stands for all N · shape values.
-        zero = torch.zeros((), dtype=wide_dtype(parameter.dtype), device=parameter.device)
-        self.leaf = zero.expand(n, *parameter.shape).requires_grad_()
-        self.pairs: list[tuple[Tensor, Tensor, float]] = []
-        self.embeddings: list[tuple[Tensor, Tensor]] = []
+        self.leaf = _leaf((n, *parameter.shape), wide_dtype(parameter.dtype), parameter.device)
+        # Norms, not squares: over several backward passes their sum still bounds the norm of the sum.
+        self._norms = _leaf((n,), self.leaf.dtype, parameter.device)
+        self._uses = 0
+        self._pairs: list[_Pair] = []
+        self._factors: tuple[Tensor, Tensor, float] | None = None
+        self._lookups: list[tuple[Tensor, Tensor]] = []
 
     def group(self, rows: Tensor) -> Tensor:
         """(first, ..., d) with first a multiple of N, example-major, as (N, T, d).
@@ -56,69 +111,129 @@ class Slot:
         Raises:
             ValueError: N does not divide the first dimension.
         """
+        n = self.leaf.shape[0]
         first = rows.shape[0] if rows.dim() > 1 else -1
-        if first < 0 or (first % self.n if self.n else first):
+        if first < 0 or (first % n if n else first):
             raise ValueError(
-                f"'{self.name}' received an input of shape {tuple(rows.shape)} in a batch of {self.n} examples: the "
-                f"first dimension must be a multiple of {self.n}, all rows of one example together; reshape the "
+                f"'{self.name}' received an input of shape {tuple(rows.shape)} in a batch of {n} examples: the "
+                f"first dimension must be a multiple of {n}, all rows of one example together; reshape the "
                 "input or leave this module out of the private layers."
             )
-        tokens = rows.shape[:-1].numel() // self.n if self.n else 1
-        return rows.reshape(self.n, tokens, rows.shape[-1])
+        tokens = rows.shape[:-1].numel() // n if n else 1
+        return rows.reshape(n, tokens, rows.shape[-1])
 
-    def add_outer(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor | None:
-        """Take scale · Σₜ leftₜ ⊗ rightₜ: as the leaf's gradient (returned) or as a ghost pair (None)."""
-        ghost = self.method == "ghost" or (
-            self.method == "auto" and prefers_ghost(left.shape[1], left.shape[2], right.shape[2]))
-        if not ghost:
-            return per_example_grad(left, right, scale)
-        self.pairs.append((left, right, scale))
-        return None
+    def receive(self, rows: Tensor, left: int, right: int, scale: float = 1.0) -> Receiver:
+        """Prepare one use whose backward will find scale · Σₜ leftₜ ⊗ rightₜ.
 
-    def add_embedding(self, ids: Tensor, gradient: Tensor) -> None:
-        """Take an embedding's gradient: ids (N, T) int64, gradient (N, T, d)."""
-        self.embeddings.append((ids, gradient))
+        Args:
+            rows: (first, ..., d) of this use, which tells T, dtype and device.
+            left, right: widths p and q of the factors.
+            scale: factor of the gradient.
+
+        Raises:
+            ValueError: N does not divide the first dimension of ``rows``.
+        """
+        n, tokens = self.group(rows).shape[:2]
+        self._uses += 1
+        # A leaf made inside a compiled graph would never come out of it.
+        if torch.compiler.is_compiling() or not (
+                self.method == "ghost" or (self.method == "auto" and prefers_ghost(tokens, left, right))):
+            return Receiver(False, self.leaf, self._norms)
+        leaves = [_leaf((n, tokens, width), rows.dtype, rows.device) for width in (left, right)]
+        self._pairs.append(_Pair(leaves[0], leaves[1], scale))
+        return Receiver(True, leaves[0], leaves[1])
+
+    def receive_whole(self, rows: Tensor) -> Tensor:
+        """The leaf of one use whose backward finds Gᵢ by other means than an outer product.
+
+        Raises:
+            ValueError: N does not divide the first dimension of ``rows``.
+        """
+        self.group(rows)
+        self._uses += 1
+        return self.leaf
+
+    def receive_lookup(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Prepare one lookup of an embedding's rows.
+
+        Args:
+            ids: (first, ...) int64.
+            dtype: of the table.
+
+        Returns:
+            ids as (N, T), and the leaf (N, T, d) that takes the gradient of what was looked up.
+
+        Raises:
+            ValueError: N does not divide the first dimension of ``ids``.
+            NotImplementedError: inside torch.compile.
+        """
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"'{self.name}' is a trainable embedding, which cannot be recorded under torch.compile: freeze it, or "
+                "do not compile the model.")
+        grouped = self.group(ids.unsqueeze(-1)).squeeze(-1)
+        leaf = _leaf((*grouped.shape, self.shape[-1]), dtype, ids.device)
+        self._lookups.append((grouped, leaf))
+        return grouped, leaf
 
     @property
     def filled(self) -> bool:
-        return self.leaf.grad is not None or bool(self.pairs) or bool(self.embeddings)
+        """Whether a backward has left something."""
+        return (self.leaf.grad is not None or self._factors is not None
+                or any(pair.factors is not None for pair in self._pairs)
+                or any(leaf.grad is not None for _, leaf in self._lookups))
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Gᵢ (N, *shape), where that is what is held; None where it must be recomputed."""
+        self._settle()
+        return None if self._lookups else self.leaf.grad
 
     def _settle(self) -> None:
         # ‖Σ over uses‖ needs cross terms: several ghost pairs become one by joining along T, and pairs
         # beside a direct gradient, or of different scales, are formed and added to it.
-        if len(self.pairs) > 1 or (self.pairs and self.leaf.grad is not None):
-            scales = {scale for _, _, scale in self.pairs}
-            if len(scales) == 1 and self.leaf.grad is None:
-                left = torch.cat([pair[0] for pair in self.pairs], dim=1)
-                right = torch.cat([pair[1] for pair in self.pairs], dim=1)
-                self.pairs = [(left, right, scales.pop())]
-                return
-            for left, right, scale in self.pairs:
-                formed = per_example_grad(left, right, scale)
-                self.leaf.grad = formed if self.leaf.grad is None else self.leaf.grad + formed
-            self.pairs = []
-        if len(self.embeddings) > 1:
-            ids = torch.cat([ids for ids, _ in self.embeddings], dim=1)
-            self.embeddings = [(ids, torch.cat([gradient for _, gradient in self.embeddings], dim=1))]
+        found = [factors for pair in self._pairs if (factors := pair.factors) is not None]
+        if self._factors is not None:
+            found.append(self._factors)
+        self._pairs, self._factors = [], None
+        if self.leaf.grad is None and len({scale for _, _, scale in found}) == 1:
+            left, right, scale = found[0]
+            if len(found) > 1:
+                left, right = torch.cat([pair[0] for pair in found], 1), torch.cat([pair[1] for pair in found], 1)
+            self._factors = (left, right, scale)
+            return
+        for left, right, scale in found:
+            formed, _ = per_example_grad(left, right, scale)
+            self.leaf.grad = formed if self.leaf.grad is None else self.leaf.grad + formed
+
+    def _lookup(self) -> tuple[Tensor, Tensor] | None:
+        """All lookups as one: ids (N, T) and gradient (N, T, d)."""
+        found = [(ids, leaf.grad) for ids, leaf in self._lookups if leaf.grad is not None]
+        if not found:
+            return None
+        return torch.cat([ids for ids, _ in found], 1), torch.cat([gradient for _, gradient in found], 1)
 
     def sq_norms(self) -> Tensor:
         """‖Gᵢ‖² for every example: (N,), float32 or float64."""
         self._settle()
-        if self.pairs:
-            return ghost_sq_norm(*self.pairs[0])
-        if self.embeddings:
-            return _embedding_sq_norms(*self.embeddings[0])
+        if self._factors is not None:
+            return ghost_sq_norm(*self._factors)
+        if (lookup := self._lookup()) is not None:
+            return _embedding_sq_norms(*lookup)
         if self.leaf.grad is None:
             return torch.zeros(self.n, dtype=self.leaf.dtype, device=self.leaf.device)
+        if self._uses == 1 and self._norms.grad is not None:
+            return self._norms.grad.square()
         return self.leaf.grad.flatten(1).square().sum(1)
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         """Σᵢ cᵢ Gᵢ in the parameter's shape; coefficients (N,). An example with cᵢ = 0 adds exactly nothing."""
-        if self.pairs:
-            left, right, scale = self.pairs[0]
+        self._settle()
+        if self._factors is not None:
+            left, right, scale = self._factors
             return clipped_sum_pairs(left, right, coefficients, scale)
-        if self.embeddings:
-            return _embedding_sum(*self.embeddings[0], coefficients, self.shape)
+        if (lookup := self._lookup()) is not None:
+            return _embedding_sum(*lookup, coefficients, self.shape)
         if self.leaf.grad is None:
             return torch.zeros(self.shape, dtype=self.leaf.dtype, device=self.leaf.device)
         return clipped_sum_kept(self.leaf.grad, coefficients)
@@ -143,12 +258,11 @@ def _embedding_sum(ids: Tensor, gradient: Tensor, coefficients: Tensor, shape: t
 
 
 class Pass:
-    """One forward and backward of one micro-batch: N, which parameters are trained, and their slots."""
+    """One forward and backward of one micro-batch: N, and the slots of the trained parameters by their ``id``."""
 
-    def __init__(self, n: int, trained: frozenset[int]):
+    def __init__(self, n: int, slots: dict[int, Slot]):
         self.n = n
-        self.trained = trained
-        self.slots: dict[int, Slot] = {}
+        self.slots = slots
         # A private layer ran without gradients inside this training forward: a reentrant checkpoint will run it again
         # in backward, and must then find this very pass.
         self.reentrant = False
@@ -162,7 +276,7 @@ class Recorder:
     """Connects the private layers of one model with the engine: says what to record, holds what came.
 
     Attributes:
-        names: qualified name of each private parameter, by ``id``.
+        parameters: qualified name of each parameter, and the parameter, by ``id``.
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
         owner: the private optimizer for which the model records.
@@ -172,7 +286,7 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self.names: dict[int, str] = {}
+        self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
         self.trained: frozenset[int] = frozenset()
         self.method: NormMethod = "auto"
         self.current: Pass | None = None
@@ -200,7 +314,9 @@ class Recorder:
             )
         if self.current is not None:
             self.superseded.append(self.current)
-        self.current = Pass(n, self.trained)
+        # All slots now: under torch.compile the layers find their leaves, they cannot make them.
+        self.current = Pass(n, {
+            key: Slot(*entry, n, self.method) for key, entry in self.parameters.items() if key in self.trained})
 
     def take(self) -> Pass:
         """Hand the finished pass over and forget it.
@@ -237,9 +353,4 @@ class Recorder:
 
     def slot(self, parameter: nn.Parameter) -> Slot | None:
         """The slot of ``parameter`` in the current pass, or None if this phase does not train it."""
-        key = id(parameter)
-        if self.current is None or key not in self.current.trained:
-            return None
-        if key not in self.current.slots:
-            self.current.slots[key] = Slot(self.names[key], parameter, self.current.n, self.method)
-        return self.current.slots[key]
+        return None if self.current is None else self.current.slots.get(id(parameter))

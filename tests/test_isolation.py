@@ -328,10 +328,10 @@ def test_the_first_batch_of_one_example_defers_the_check():
 
 
 def test_each_model_is_checked_once(monkeypatch):
-    import lora_dp.engine
+    import lora_dp.passes
 
     calls = []
-    monkeypatch.setattr(lora_dp.engine, "check_isolation", lambda *args, **options: calls.append(1))
+    monkeypatch.setattr(lora_dp.passes, "check_isolation", lambda *args, **options: calls.append(1))
     model = mlp()
     optimizer = make_private(model, batch_size=4)
     for _ in range(3):

@@ -115,7 +115,7 @@ def test_uses_add_up_before_the_norm(method):
 
 def test_adding_norms_of_uses_is_caught(bug):
     def planted(self: Slot) -> Tensor:
-        norms = torch.stack([ghost_sq_norm(*pair) for pair in self.pairs]).sum(0)
+        norms = torch.stack([ghost_sq_norm(*pair.factors) for pair in self._pairs]).sum(0)
         self._settle()
         return norms
 

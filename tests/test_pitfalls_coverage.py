@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lora_dp.coverage
 import lora_dp.engine
 import lora_dp.optimizer
+import lora_dp.passes
 from lora_dp import DPLinear, DPLoRALinear
 from tests.models import assert_refuses, examples, mlp, snapshot, take_step
 from tests.support import make_private
@@ -100,6 +101,6 @@ def test_balancing_loss_is_refused_on_the_first_batch():
 
 
 def test_no_isolation_check_is_caught(bug):
-    bug.setattr(lora_dp.engine, "check_isolation", lambda *args, **options: None)
+    bug.setattr(lora_dp.passes, "check_isolation", lambda *args, **options: None)
     with pytest.raises(AssertionError):
         check_balancing_loss_is_refused()

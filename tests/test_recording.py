@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.recording import Recorder, Slot, prefers_ghost
 from tests.models import assert_refuses
 from tests.support import assert_close
@@ -17,9 +18,9 @@ def slot_of(shape: tuple[int, ...], n: int, method: str, dtype: torch.dtype = to
 
 def give(slot: Slot, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """As one use of the parameter in backward would."""
-    gradient = slot.add_outer(left, right, scale)
-    if gradient is not None:
-        slot.leaf.grad = gradient if slot.leaf.grad is None else slot.leaf.grad + gradient
+    ghost, first, second = slot.receive(left, left.shape[2], right.shape[2], scale)
+    found = (left, right) if ghost else per_example_grad(left, right, scale)
+    torch.autograd.backward([first, second], list(found))
 
 
 def check(slot: Slot, gradients: Tensor, relative: float = 1e-5) -> None:
@@ -116,9 +117,27 @@ def test_embedding_tokens_add_up_before_the_norm():
     for i in range(2):
         table[i].index_add_(0, ids[i], gradient[i].double())
     slot = slot_of((5, 4), 2, "auto")
-    slot.add_embedding(ids[:, :2], gradient[:, :2])  # two lookups in one table
-    slot.add_embedding(ids[:, 2:], gradient[:, 2:])
+    for tokens in (slice(2), slice(2, 3)):  # two lookups in one table
+        _, leaf = slot.receive_lookup(ids[:, tokens], torch.float32)
+        leaf.backward(gradient[:, tokens])
     check(slot, table)
+
+
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+def test_two_backward_passes_through_one_graph_add_up(method):
+    """And the norm is never below that of what is summed."""
+    torch.manual_seed(0)
+    slot, right = slot_of((3, 6), 4, method), torch.randn(4, 2, 6)
+    lefts = torch.randn(2, 4, 2, 3)
+    ghost, first, second = slot.receive(lefts[0], 3, 6, 1.5)
+    for left in lefts:
+        found = (left, right) if ghost else per_example_grad(left, right, 1.5)
+        torch.autograd.backward([first, second], list(found))
+    total = outer(lefts.sum(0), right, 1.5)
+    ones = torch.eye(4)
+    for i in range(4):
+        assert_close(slot.weighted_sum(ones[i]), total[i], 1e-5)
+    assert (slot.sq_norms() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
 
 
 def test_method_by_cost():
@@ -126,8 +145,8 @@ def test_method_by_cost():
     assert not prefers_ghost(197, 768, 16)  # an adapter on the tokens of an image
     assert not prefers_ghost(4096, 4096, 16)
     slot = slot_of((768, 1000), 2, "auto")
-    assert slot.add_outer(torch.randn(2, 1, 768), torch.randn(2, 1, 1000)) is None
-    assert slot_of((768, 16), 2, "auto").add_outer(torch.randn(2, 197, 768), torch.randn(2, 197, 16)) is not None
+    assert slot.receive(torch.randn(2, 1, 768), 768, 1000).ghost
+    assert not slot_of((768, 16), 2, "auto").receive(torch.randn(2, 197, 768), 768, 16).ghost
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 2, 5), (5,)])
@@ -160,7 +179,7 @@ def test_a_leaf_takes_no_memory():
 def test_passes_hand_over_what_was_filled():
     parameter = nn.Parameter(torch.zeros(2, 5))
     recorder = Recorder()
-    recorder.names, recorder.trained = {id(parameter): "p"}, frozenset({id(parameter)})
+    recorder.parameters, recorder.trained = {id(parameter): ("p", parameter)}, frozenset({id(parameter)})
     assert recorder.slot(parameter) is None and not recorder.recording
     recorder.open(2)
     assert recorder.recording

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_dp.ops.clipped_sum import clipped_sum_kept, clipped_sum_pairs
 from lora_dp.ops.lora_backward import lora_backward
 from lora_dp.ops.lora_forward import lora_forward
-from lora_dp.ops.per_example_grad import per_example_grad
+from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_u
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.recording import _embedding_sq_norms, _embedding_sum
 
@@ -45,7 +45,8 @@ def assert_near(actual: Tensor, expected: Tensor, magnitude: Tensor, roundings: 
 @given(shape=shapes, dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1.0, 0.25, 3.0]))
 def test_per_example_grad(shape, dtype, scale):
     left, right = factors(**shape, dtype=dtype)
-    actual = per_example_grad(left, right, scale)
+    actual, norms = per_example_grad(left, right, scale)
+    assert_near(norms, actual.double().flatten(1).norm(dim=1), actual.double().flatten(1).norm(dim=1))
     assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert actual.is_contiguous()
     assert_near(actual, outer(left, right, scale), outer(left.abs(), right.abs(), scale))
@@ -80,7 +81,7 @@ def test_ghost_norm_where_terms_cancel():
 @examples
 @given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_clipped_sum_of_kept_gradients(shape, dtype):
-    gradients = per_example_grad(*factors(**shape, dtype=dtype))
+    gradients, _ = per_example_grad(*factors(**shape, dtype=dtype))
     coefficients = torch.rand(shape["n"], dtype=dtype)
     actual = clipped_sum_kept(gradients, coefficients)
     assert actual.dtype == dtype
@@ -116,7 +117,7 @@ def test_an_excluded_example_adds_exactly_nothing(bad):
     kept = coefficients != 0
     torch.testing.assert_close(
         clipped_sum_pairs(left, right, coefficients), clipped_sum_pairs(left[kept], right[kept], coefficients[kept]))
-    gradients = per_example_grad(left, right)
+    gradients, _ = per_example_grad(left, right)
     torch.testing.assert_close(
         clipped_sum_kept(gradients, coefficients), clipped_sum_kept(gradients[kept], coefficients[kept]))
     ids = torch.tensor([[0, 1], [1, 1], [2, 0]])
@@ -131,7 +132,7 @@ def test_an_excluded_example_adds_exactly_nothing(bad):
 def test_a_non_finite_row_shows_in_its_own_norm_alone(bad):
     left, right = factors(3, 4, 5, 2, 0, torch.float32)
     left[1, 2] = bad
-    direct = per_example_grad(left, right).flatten(1).square().sum(1)
+    _, direct = per_example_grad(left, right)
     assert torch.isfinite(ghost_sq_norm(left, right)).tolist() == [True, False, True]
     assert torch.isfinite(direct).tolist() == [True, False, True]
     ids = torch.tensor([[0, 1, 1, 2]] * 3)
@@ -143,7 +144,7 @@ def test_half_types_accumulate_in_float32(dtype):
     """4,096 ones: a half-precision accumulator stops at 256 (bfloat16) or 2,048 (float16)."""
     ones = torch.ones(1, 4096, 1, dtype=dtype)
     coefficients = torch.ones(1)
-    assert per_example_grad(ones, ones).item() == 4096
+    assert [found.item() for found in per_example_grad(ones, ones)] == [4096, 4096]
     assert ghost_sq_norm(ones, ones).item() == 4096**2
     assert clipped_sum_pairs(ones, ones, coefficients).item() == 4096
     ids = torch.zeros(1, 4096, dtype=torch.int64)
@@ -243,12 +244,12 @@ def op_arguments(n: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     t = {name: tensor.to(dtype) for name, tensor in lora_tensors(2 * n, 4, 6, 2, 0).items()}
     coefficients = torch.rand(n)
     return {
-        "per_example_grad": (left, right, 0.5),
+        "per_example_grad": (left, right, 0.5, None),
         "ghost_sq_norm": (left, right, 0.5),
-        "clipped_sum_kept": (per_example_grad(left, right), coefficients),
+        "clipped_sum_kept": (per_example_grad(left, right)[0], coefficients),
         "clipped_sum_pairs": (left, right, coefficients, 0.5),
         "lora_forward": (t["x"], t["weight"], t["bias"], t["A"], t["B"], 0.5),
-        "lora_backward": (t["g"], t["weight"], t["A"], t["B"], 0.5),
+        "lora_backward": (t["g"], t["weight"], t["A"], t["B"], 0.5, None),
     }
 
 
@@ -259,16 +260,31 @@ def test_opcheck(name, n, dtype):
     """Schema, fake function (shapes, dtypes, strides) and dispatch, as torch checks a custom op."""
     arguments = op_arguments(n, dtype)[name]
     overload = getattr(torch.ops.lora_dp, name).default
-    # The ops run inside autograd functions: none has a gradient of its own.
+    # These run inside the recorded ops' derivatives: none has a gradient of its own.
     torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_opcheck_of_either_orientation(swap):
     left, right = factors(3, 4, 5, 2, 0, torch.float32)
-    arguments = (right, left, 0.5) if swap else (left, right, 0.5)
+    arguments = (right, left, 0.5, None) if swap else (left, right, 0.5, torch.randn(5, 2))
     torch.library.opcheck(
         torch.ops.lora_dp.per_example_grad.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@examples
+@given(shape=shapes, dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_u_beside_the_gradient(shape, dtype):
+    left, right = factors(**shape, dtype=dtype)
+    factor = torch.randn(shape["p"], shape["q"]).to(dtype)
+    gradients, norms, u = per_example_grad_and_u(left, right, factor, 0.5)
+    assert all(map(torch.equal, (gradients, norms), per_example_grad(left, right, 0.5)))
+    assert_near(u, left.double() @ factor.double(), left.double().abs() @ factor.double().abs())
+    t = lora_tensors(shape["n"], 3, shape["p"], shape["q"], 0)
+    g, u = left[:, 0], u[:, 0]
+    dx, same = lora_backward(g, None, t["A"].to(dtype), factor, 0.5, u)
+    assert same is u
+    torch.testing.assert_close(dx, lora_backward(g, None, t["A"].to(dtype), factor, 0.5)[0])
 
 
 @pytest.mark.parametrize("name", ["lora_forward", "lora_backward"])
