@@ -1,13 +1,20 @@
 """The one object that owns the clip rule, the clip bound and the noise, and so matches noise to sensitivity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_dp.clipping import ClipRule
+from lora_dp.clipping import AutomaticClipping, ClipRule, FlatClipping, PerLayerClipping
 from lora_dp.noise import NormalSource, add_noise, grid_sensitivity
+from lora_dp.ops.clip_and_sum import can_clip_and_sum, clip_and_sum
+from lora_dp.ops.clipped_sum import clipped_sum_kept
+
+# What the kernel calls the rules that it knows.
+_KERNEL_RULES: dict[type, Literal["flat", "per_layer", "automatic"]] = {
+    FlatClipping: "flat", PerLayerClipping: "per_layer", AutomaticClipping: "automatic"}
 
 
 class Mechanism:
@@ -41,6 +48,32 @@ class Mechanism:
         if mask is None:
             return coefficients
         return torch.where(mask.to(coefficients.device), coefficients, torch.zeros_like(coefficients))
+
+    def clipped_sums(
+        self, kept: Mapping[int, Tensor], sq_norms: Tensor, layers: Tensor, layer_count: int, mask: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Coefficients of all parameters, and Σᵢ mᵢcᵢ Gᵢ of those whose per-example gradients were kept.
+
+        Args:
+            kept: Gᵢ (N, *shape) by row of ``sq_norms``.
+            sq_norms: (P, N), of gradients not yet multiplied by ``scale``.
+            layers, layer_count: as for :class:`lora_dp.clipping.ClipRule`.
+            mask: (N,) bool or None.
+            scale: factor of every gradient: N where the loss is a mean.
+
+        Returns:
+            (P, N), ``scale`` included, and the sums by row.
+        """
+        rule, gradients = _KERNEL_RULES.get(type(self.rule)), list(kept.values())
+        if rule is not None and can_clip_and_sum(gradients, sq_norms):
+            coefficients, sums = clip_and_sum(
+                gradients, list(kept), sq_norms, layers, layer_count, rule, self.rule.max_grad_norm,
+                getattr(self.rule, "gamma", 0.0), mask, scale)
+            return coefficients, dict(zip(kept, sums, strict=True))
+        coefficients = self.coefficients(sq_norms * (scale * scale), layers, layer_count, mask) * scale
+        return coefficients, {
+            row: clipped_sum_kept(gradient, coefficients[row].to(gradient.device)) for row, gradient in kept.items()}
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes and dtypes."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
+from lora_dp.fused_step import can_fuse, fused_step
 from lora_dp.mechanism import Mechanism
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
@@ -42,6 +43,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
         self._before_release = before_release
         self._sums: dict[int, Tensor] = {}
+        self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
         self._drawn: deque[int] = deque()
         self._skip_next = False
@@ -192,15 +194,27 @@ class PrivateOptimizer(torch.optim.Optimizer):
         scale = float(n) if self._loss_reduction == "mean" else 1.0
         with torch.no_grad():
             device = slots[0][1].leaf.device
-            sq_norms = torch.stack([slot.sq_norms().to(device) for _, slot in slots]).mul_(scale * scale)
-            numbers = [self._covered[key].layer for key, _ in slots]
-            trained = sorted({self._covered[key].layer for key in finished.slots})
-            layers = torch.tensor([trained.index(number) for number in numbers], device=device)
-            coefficients = self.mechanism.coefficients(sq_norms, layers, len(trained), mask) * scale
+            sq_norms = torch.stack([slot.sq_norms().to(device) for _, slot in slots])
+            layers, layer_count = self._layers(tuple(key for key, _ in slots), frozenset(finished.slots), device)
+            kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
+            coefficients, sums = self.mechanism.clipped_sums(
+                kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale)
             self._non_finite_examples = self._non_finite_examples + (~torch.isfinite(sq_norms.sum(0))).sum()
-            for (key, slot), row in zip(slots, coefficients, strict=True):
-                total = slot.weighted_sum(row.to(slot.leaf.device))
+            for row, (key, slot) in enumerate(slots):
+                total = sums[row] if row in sums else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
                 self._sums[key] = total if key not in self._sums else self._sums[key].add_(total)
+
+    def _layers(
+        self, found: tuple[int, ...], trained: frozenset[int], device: torch.device
+    ) -> tuple[Tensor, int]:
+        """The number of each found parameter's layer among those trained, and how many these are."""
+        key = (found, trained, device)
+        if key not in self._layer_numbers:
+            numbers = sorted({self._covered[parameter].layer for parameter in trained})
+            self._layer_numbers[key] = (
+                torch.tensor([numbers.index(self._covered[parameter].layer) for parameter in found], device=device),
+                len(numbers))
+        return self._layer_numbers[key]
 
     def _check_drawn(self) -> None:
         while self._drawn:
@@ -226,6 +240,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)
+        if can_fuse(self.original_optimizer, trained, sums, self.mechanism, self._low_pass):
+            fused_step(
+                self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
+        else:
+            self._step_by_torch(trained, sums)
+        self.steps_taken += 1
+        self.activate()
+
+    def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
@@ -233,8 +256,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
                     gradient = self._low_pass(gradient)
                 p.parameter.grad = gradient.to(p.parameter.dtype)
         self.original_optimizer.step()
-        self.steps_taken += 1
-        self.activate()
 
 
 def _zeros_like(parameter: nn.Parameter) -> Tensor:

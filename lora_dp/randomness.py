@@ -137,6 +137,7 @@ class SeededSource(RandomSource):
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._counted_steps = 0
 
     def uniform_bits(self, n: int) -> Tensor:
         if n < 0:
@@ -144,13 +145,20 @@ class SeededSource(RandomSource):
         bits = torch.empty(n, dtype=torch.int64, device="cpu")
         return bits.random_(-(2**63), None, generator=self._generator)
 
+    def next_counter(self) -> tuple[int, int]:
+        """Seed and step for a counter-based generator on the device: no two calls give the same step."""
+        step = self._counted_steps
+        self._counted_steps += 1
+        return self.seed, step
+
     def state_dict(self) -> dict[str, Tensor]:
         """The place in the stream, as a uint8 tensor under "generator"; the values that follow it repeat."""
-        return {"generator": self._generator.get_state()}
+        return {"generator": self._generator.get_state(), "counted_steps": torch.tensor(self._counted_steps)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continues the stream where `state_dict` was taken."""
         self._generator.set_state(state["generator"])
+        self._counted_steps = int(state["counted_steps"])
 
     def __repr__(self) -> str:
         return f"SeededSource({self.seed})"

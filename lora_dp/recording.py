@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_dp.ops.clipped_sum import clipped_sum_kept, clipped_sum_pairs
+from lora_dp.ops.clipped_sum import clipped_sum_pairs
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
@@ -226,17 +226,15 @@ class Slot:
             return self._norms.grad.square()
         return self.leaf.grad.flatten(1).square().sum(1)
 
-    def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        """Σᵢ cᵢ Gᵢ in the parameter's shape; coefficients (N,). An example with cᵢ = 0 adds exactly nothing."""
+    def recomputed_sum(self, coefficients: Tensor) -> Tensor:
+        """Σᵢ cᵢ Gᵢ where no Gᵢ was kept; coefficients (N,). An example with cᵢ = 0 adds exactly nothing."""
         self._settle()
         if self._factors is not None:
             left, right, scale = self._factors
             return clipped_sum_pairs(left, right, coefficients, scale)
-        if (lookup := self._lookup()) is not None:
-            return _embedding_sum(*lookup, coefficients, self.shape)
-        if self.leaf.grad is None:
-            return torch.zeros(self.shape, dtype=self.leaf.dtype, device=self.leaf.device)
-        return clipped_sum_kept(self.leaf.grad, coefficients)
+        lookup = self._lookup()
+        assert lookup is not None, "nothing was recorded"
+        return _embedding_sum(*lookup, coefficients, self.shape)
 
 
 def _embedding_sq_norms(ids: Tensor, gradient: Tensor) -> Tensor:

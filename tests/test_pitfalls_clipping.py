@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_dp.clipping
-import lora_dp.recording
+import lora_dp.mechanism
 from lora_dp import DPLoRALinear
 from lora_dp.mechanism import Mechanism
 from lora_dp.ops.per_example_norm import ghost_sq_norm
@@ -81,7 +81,7 @@ def test_coefficients_that_let_nan_through_are_caught(bug):
 
 
 def test_zero_times_nan_is_caught(bug):
-    bug.setattr(lora_dp.recording, "clipped_sum_kept", lambda g, c: torch.einsum("n,n...->...", c, g))
+    bug.setattr(lora_dp.mechanism, "clipped_sum_kept", lambda g, c: torch.einsum("n,n...->...", c, g))
     with pytest.raises(AssertionError):
         check_non_finite_examples_contribute_zero("direct", "flat")
 
@@ -187,6 +187,6 @@ def test_sums_keep_float32_inside_autocast(method):
 
 
 def test_half_sums_inside_autocast_are_caught(bug):
-    bug.setattr(lora_dp.recording, "clipped_sum_kept", lambda g, c: (c @ g.flatten(1)).view(g.shape[1:]))
+    bug.setattr(lora_dp.mechanism, "clipped_sum_kept", lambda g, c: (c @ g.flatten(1)).view(g.shape[1:]))
     with pytest.raises(AssertionError):
         check_sums_keep_float32_inside_autocast("direct")

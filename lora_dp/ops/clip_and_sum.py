@@ -1,0 +1,45 @@
+"""Clip coefficients and the clipped sums of all parameters in one launch, where Triton kernels run.
+
+What it computes is defined by the rules of :mod:`lora_dp.clipping` and by :func:`lora_dp.ops.clipped_sum.
+clipped_sum_kept`, which every other device runs.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lora_dp.ops.registry import kernels_take
+
+
+def can_clip_and_sum(gradients: Sequence[Tensor], sq_norms: Tensor) -> bool:
+    """Whether :func:`clip_and_sum` takes these: all on one device with kernels, in float32."""
+    return kernels_take(sq_norms) and all(
+        tensor.dtype == sq_norms.dtype and tensor.device == sq_norms.device for tensor in gradients)
+
+
+def clip_and_sum(
+    gradients: Sequence[Tensor], rows: Sequence[int], sq_norms: Tensor, layers: Tensor, layer_count: int,
+    rule: Literal["flat", "per_layer", "automatic"], max_grad_norm: float, gamma: float, mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """cᵢ for every parameter and example, and Σᵢ cᵢ Gᵢ of ``gradients``; see ``lora_dp.kernels.clip_sum.clip_sum``.
+
+    Args:
+        gradients: each (N, *shape) float32.
+        rows: which row of ``sq_norms`` each belongs to.
+        sq_norms: (P, N) float32, of unscaled gradients.
+        layers: (P,) int64.
+        layer_count: how many layers this phase trains.
+        rule, max_grad_norm, gamma: the clip rule.
+        mask: (N,) bool or None.
+        scale: factor of every gradient (N where the loss is a mean).
+
+    Returns:
+        (P, N) coefficients, mask and scale included, and a sum in the shape of each parameter.
+    """
+    from lora_dp.kernels.clip_sum import clip_sum
+
+    return clip_sum(
+        [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in gradients], rows, sq_norms, layers,
+        layer_count, rule, max_grad_norm, gamma, mask, scale)
