@@ -17,7 +17,8 @@ from lora_dp.mechanism import Mechanism
 from lora_dp.ops.registry import kernels_take
 from lora_dp.randomness import SeededSource
 
-_NAMES: dict[type, Literal["sgd", "adam", "adamw"]] = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
+_NAMES: dict[type, Literal["sgd", "adam", "adamw"]] = {
+    torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 _States = list[tuple[dict[str, Any], dict[str, Any], Tensor]]
 # Options that change the formula, or hand it hooks or tensors that the kernel does not know.
 _UNKNOWN = ("maximize", "amsgrad", "differentiable", "capturable", "fused")
