@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,16 @@ from lora_dp.fused_step import can_fuse, fused_step
 from lora_dp.mechanism import Mechanism
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
-from lora_dp.recording import NormMethod, Recorder
+from lora_dp.recording import NormMethod, Pass, Recorder
 
 LossReduction = Literal["mean", "sum"]
+
+
+class Clipped(NamedTuple):
+    """Clipped sums by the ``id`` of their parameter, and how many examples had a non-finite gradient."""
+
+    sums: dict[int, Tensor]
+    non_finite: Tensor | int
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
@@ -65,6 +72,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.original_optimizer.state
+
+    @property
+    def recorder(self) -> Recorder:
+        """Where the model's passes are recorded."""
+        return self._recorder
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -161,8 +173,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self._skip_next:
             self._skip_next = False
         else:
-            self._check_drawn()
-            self._release()
+            self.release()
         return value
 
     def step_on_empty_batch(self) -> None:
@@ -185,24 +196,43 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if mask is not None and (mask.shape != (n,) or mask.dtype != torch.bool):
             raise ValueError(
                 f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}.")
-        self._examples += n
-        self._kept += n if mask is None else int(mask.sum())
+        self.take(self.clip(finished, mask), n, n if mask is None else int(mask.sum()))
+
+    def clip(self, finished: Pass, mask: Tensor | None) -> Clipped:
+        """Σᵢ mᵢcᵢgᵢ of one finished pass: private still, to be noised before anyone sees it. Waits for no device."""
         slots = [(key, slot) for key, slot in finished.slots.items() if slot.filled]
-        if not slots or n == 0:
-            return
+        if not slots or finished.n == 0:
+            return Clipped({}, 0)
         # A mean over the micro-batch has divided each example's gradient by N.
-        scale = float(n) if self._loss_reduction == "mean" else 1.0
+        scale = float(finished.n) if self._loss_reduction == "mean" else 1.0
         with torch.no_grad():
             device = slots[0][1].leaf.device
             sq_norms = torch.stack([slot.sq_norms().to(device) for _, slot in slots])
             layers, layer_count = self._layers(tuple(key for key, _ in slots), frozenset(finished.slots), device)
             kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
-            coefficients, sums = self.mechanism.clipped_sums(
+            coefficients, by_row = self.mechanism.clipped_sums(
                 kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale)
-            self._non_finite_examples = self._non_finite_examples + (~torch.isfinite(sq_norms.sum(0))).sum()
-            for row, (key, slot) in enumerate(slots):
-                total = sums[row] if row in sums else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
-                self._sums[key] = total if key not in self._sums else self._sums[key].add_(total)
+            sums = {
+                key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
+                for row, (key, slot) in enumerate(slots)}
+            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
+
+    def take(self, clipped: Clipped, examples: int, kept: int) -> None:
+        """Add one micro-batch to the logical batch: its sums, its size, and how many of its examples no mask hid."""
+        self._examples += examples
+        self._kept += kept
+        self._non_finite_examples = self._non_finite_examples + clipped.non_finite
+        for key, total in clipped.sums.items():
+            self._sums[key] = total if key not in self._sums else self._sums[key] + total
+
+    def release(self) -> None:
+        """Noise the logical batch and update; what :meth:`step` does after the last micro-batch.
+
+        Raises:
+            PrivacyBudgetExceeded, RuntimeError: as for :meth:`step`.
+        """
+        self._check_drawn()
+        self._release()
 
     def _layers(
         self, found: tuple[int, ...], trained: frozenset[int], device: torch.device

@@ -1,0 +1,130 @@
+"""A private step of fixed size whose device work is captured once, as a CUDA graph, and replayed.
+
+Poisson sampling draws another number of examples for every batch; a graph wants one. So each batch is padded to a
+fixed size and a mask says who was drawn. Forward, backward, norms, clipping and the sum are in the graph. Noise and
+update, one launch more, are not: each replay must have noise of its own, and its entry in the ledger beforehand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dp.optimizer import Clipped, PrivateOptimizer
+
+# As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
+_WARMUP = 3
+
+
+@dataclass
+class _Captured:
+    """A graph (None on a CPU, where the step just runs again), and what it leaves where."""
+
+    graph: Any
+    loss: Tensor
+    clipped: Clipped
+
+
+class GraphedStep:
+    """Private steps on padded batches, replayed as CUDA graphs: one for each set of factors that a phase trains.
+
+    On a CPU it takes the same steps without a graph.
+
+    Args:
+        model: the model that ``make_private`` returned, in training mode; not compiled.
+        optimizer: its private optimizer.
+        loss: loss(model, *batch), a scalar with the reduction that ``make_private`` was told, without any
+            synchronisation with the host.
+        batch_size: examples after padding. A larger batch is taken as an ordinary step: choose it some deviations above
+            the expected size, which Poisson sampling rarely passes.
+
+    Raises:
+        ValueError: batch_size below 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: PrivateOptimizer, loss: Callable[..., Tensor], *, batch_size: int
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model, self.optimizer, self.loss, self.batch_size = model, optimizer, loss, batch_size
+        self._inputs: list[Tensor] = []
+        self._mask = torch.zeros(0, dtype=torch.bool)
+        self._captured: dict[frozenset[int], _Captured] = {}
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Take one step on a batch that the private loader drew.
+
+        Args:
+            batch: tensors whose first dimension is the number of examples, at least 1; shapes and dtypes beyond it are
+                the same in every call.
+
+        Returns:
+            The loss over the padded batch: it weighs padding too, and depends on private data.
+
+        Raises:
+            ValueError: no tensor, an empty or uneven batch, or other shapes or dtypes than in the first call.
+            PrivacyBudgetExceeded, RuntimeError: as for :meth:`PrivateOptimizer.step`.
+        """
+        sizes = {len(tensor) for tensor in batch}
+        if len(sizes) != 1 or not (n := sizes.pop()):
+            raise ValueError("Give tensors of one batch, all with the same number of examples, at least one.")
+        if n > self.batch_size:
+            loss = self.loss(self.model, *batch)
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+        self._fill(batch, n)
+        self.optimizer.activate()
+        trained = self.optimizer.recorder.trained
+        if trained not in self._captured:
+            self._captured[trained] = self._capture()
+        captured = self._captured[trained]
+        if captured.graph is None:
+            captured.loss, captured.clipped = self._run()
+        else:
+            captured.graph.replay()
+        self.optimizer.take(captured.clipped, n, n)
+        self.optimizer.release()
+        return captured.loss.clone()
+
+    def _fill(self, batch: tuple[Tensor, ...], n: int) -> None:
+        if not self._inputs:
+            device = next(self.model.parameters()).device
+            self._inputs = [torch.empty((self.batch_size, *t.shape[1:]), dtype=t.dtype, device=device) for t in batch]
+            self._mask = torch.zeros(self.batch_size, dtype=torch.bool, device=device)
+        same = len(batch) == len(self._inputs) and all(
+            given.shape[1:] == held.shape[1:] and given.dtype == held.dtype
+            for given, held in zip(batch, self._inputs, strict=True))
+        if not same:
+            held_shapes = ", ".join(f"(·, {', '.join(map(str, held.shape[1:]))}) {held.dtype}" for held in self._inputs)
+            raise ValueError(f"A graph takes the shapes and dtypes of the first call, {held_shapes}: pad to them.")
+        for held, given in zip(self._inputs, batch, strict=True):
+            held[:n].copy_(given, non_blocking=True)
+            # Any valid example will do; the mask gives it no weight.
+            held[n:].copy_(given[:1].expand_as(held[n:]), non_blocking=True)
+        self._mask.fill_(False)
+        self._mask[:n].fill_(True)
+
+    def _run(self) -> tuple[Tensor, Clipped]:
+        loss = self.loss(self.model, *self._inputs)
+        loss.backward()
+        return loss.detach(), self.optimizer.clip(self.optimizer.recorder.take(), self._mask)
+
+    def _capture(self) -> _Captured:
+        if self._mask.device.type != "cuda":
+            return _Captured(None, torch.empty(0), Clipped({}, 0))
+        # Nothing that these passes find is noised or released: they only warm up.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((held.graph.pool() for held in self._captured.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            loss, clipped = self._run()
+        return _Captured(graph, loss, clipped)

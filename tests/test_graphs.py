@@ -1,0 +1,106 @@
+"""A graphed step on padded batches is the ordinary step, on a CPU without and on a GPU with a CUDA graph."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_dp import PrivacyEngine
+from lora_dp.graphs import GraphedStep
+from tests.models import assert_refuses, examples, loader_of, mlp, snapshot
+from tests.support import assert_close, make_private
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")])]
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("phases", ["B", "A", "AB", "BA"])
+@pytest.mark.parametrize("method", ["direct", "auto"])
+def test_same_steps_as_without(device, phases, method):
+    """Batches of several sizes, one of them larger than the padded size."""
+    ends = []
+    for graphed in (False, True):
+        model = mlp().to(device)
+        engine = PrivacyEngine("rdp", reproducible_seed=4)
+        optimizer = make_private(
+            model, batch_size=4, phases=phases, norm_method=method, engine=engine, noise_multiplier=0.5, lr=0.1)
+        step = GraphedStep(model, optimizer, loss, batch_size=5)
+        for seed, n in enumerate((4, 2, 5, 1, 3, 7, 4)):
+            x, y = (tensor.to(device) for tensor in examples(n, seed))
+            optimizer.expect_batch(n)
+            if graphed:
+                step(x, y)
+            else:
+                loss(model, x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert engine.ledger.steps == 7
+        ends.append(snapshot(model))
+    for name, value in ends[0].items():
+        assert_close(ends[1][name], value, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_do_not_repeat_noise(device):
+    """Gradients alike, noise of its own in each of many replays; and every replay is in the ledger."""
+    model = mlp().to(device)
+    engine = PrivacyEngine("rdp")
+    optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0, lr=1e-3)
+    step, before, moves = GraphedStep(model, optimizer, loss, batch_size=4), snapshot(model), []
+    x, y = (tensor.to(device) for tensor in examples(3))
+    for _ in range(12):
+        optimizer.expect_batch(3)
+        step(x, y)
+        after = snapshot(model)
+        moves.append(torch.cat([(after[name] - before[name]).flatten() for name in after]))
+        before = after
+    assert engine.ledger.steps == 12
+    moved = torch.stack(moves)[:, moves[0] != 0].double()
+    correlation = torch.corrcoef(moved - moved.mean(0)) - torch.eye(12, device=device)
+    # 55 numbers a step: noise that repeats would be correlated near 1.
+    assert float(correlation.abs().max()) < 0.8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_padding_has_no_weight(device):
+    """The same drawn examples, padded to 4 or to 64."""
+    ends = []
+    for size in (4, 64):
+        model = mlp().to(device)
+        optimizer = make_private(model, batch_size=4)
+        optimizer.expect_batch(3)
+        GraphedStep(model, optimizer, loss, batch_size=size)(*(tensor.to(device) for tensor in examples(3)))
+        ends.append(snapshot(model))
+    for name, value in ends[0].items():
+        assert_close(ends[1][name], value, 1e-5)
+
+
+def test_on_the_private_loader():
+    engine, model = PrivacyEngine("rdp"), mlp()
+    model, optimizer, loader = engine.make_private(
+        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+    step = GraphedStep(model, optimizer, loss, batch_size=16)
+    for x, y in loader:
+        step(x, y)
+    assert engine.ledger.steps == len(loader)
+
+
+def test_mistakes_are_refused():
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    step, (x, y) = GraphedStep(model, optimizer, loss, batch_size=4), examples(4)
+    optimizer.expect_batch(4)
+    step(x, y)
+    assert_refuses(ValueError, "at least one", lambda: step(x[:0], y[:0]))
+    assert_refuses(ValueError, "same number of examples", lambda: step(x, y[:2]))
+    assert_refuses(ValueError, "the shapes and dtypes of the first call", lambda: step(x.double(), y))
+    assert_refuses(
+        ValueError, "batch_size must be at least 1", lambda: GraphedStep(model, optimizer, loss, batch_size=0))
+    optimizer.expect_batch(3)
+    assert_refuses(RuntimeError, "no batch that the private loader drew", lambda: step(x[:1], y[:1]))
