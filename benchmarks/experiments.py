@@ -81,7 +81,8 @@ def _run_missing(runs: list[dict[str, Any]], experiment: Path, common: Common, p
 
 
 def tune(
-    experiment: Path, rates: list[float], epsilons: list[str] | None = None, common: Common = _COMMON
+    experiment: Path, rates: list[float], epsilons: list[str] | None = None,
+    by: Literal["loss", "accuracy"] = "loss", common: Common = _COMMON
 ) -> None:
     """Tries learning rates for each method at each ε, on a seed that the grid does not use.
 
@@ -89,6 +90,7 @@ def tune(
         experiment: the configuration, docs/experiments/NAME.yaml.
         rates: learning rates to try.
         epsilons: numbers, or none for no privacy; 1, 3, 8 and none if left out.
+        by: what decides; noise makes a model overconfident, so the two can disagree.
         common: shared options.
     """
     epsilons = epsilons or EPSILONS
@@ -102,7 +104,7 @@ def tune(
         for method in common.methods:
             mine = [record for record in records
                     if (record["run"]["method"], record["run"]["epsilon"]) == (method, _epsilon(epsilon))]
-            winner = min(mine, key=lambda record: record["loss"])
+            winner = min(mine, key=lambda record: record["loss"] if by == "loss" else -record["accuracy"])
             best.setdefault(epsilon, {})[method] = winner["run"]["lr"]
             print(epsilon, method, " ".join(f"{r['run']['lr']:g}: {r['loss']:.3f}, {r['accuracy']:.3f};" for r in mine))
     best_path.write_text(yaml.safe_dump(best, sort_keys=False))

@@ -207,7 +207,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         scale = float(finished.n) if self._loss_reduction == "mean" else 1.0
         with torch.no_grad():
             device = slots[0][1].leaf.device
-            sq_norms = torch.stack([slot.sq_norms().to(device) for _, slot in slots])
+            sq_norms = torch.stack([slot.norms().to(device) for _, slot in slots]).square_()
             layers, layer_count = self._layers(tuple(key for key, _ in slots), frozenset(finished.slots), device)
             kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
             coefficients, by_row = self.mechanism.clipped_sums(

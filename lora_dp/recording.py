@@ -213,18 +213,18 @@ class Slot:
             return None
         return torch.cat([ids for ids, _ in found], 1), torch.cat([gradient for _, gradient in found], 1)
 
-    def sq_norms(self) -> Tensor:
-        """‖Gᵢ‖² for every example: (N,), float32 or float64."""
+    def norms(self) -> Tensor:
+        """‖Gᵢ‖ for every example: (N,), float32 or float64."""
         self._settle()
         if self._factors is not None:
-            return ghost_sq_norm(*self._factors)
+            return ghost_sq_norm(*self._factors).sqrt()
         if (lookup := self._lookup()) is not None:
-            return _embedding_sq_norms(*lookup)
+            return _embedding_sq_norms(*lookup).sqrt()
         if self.leaf.grad is None:
             return torch.zeros(self.n, dtype=self.leaf.dtype, device=self.leaf.device)
         if self._uses == 1 and self._norms.grad is not None:
-            return self._norms.grad.square()
-        return self.leaf.grad.flatten(1).square().sum(1)
+            return self._norms.grad
+        return self.leaf.grad.flatten(1).square().sum(1).sqrt()
 
     def recomputed_sum(self, coefficients: Tensor) -> Tensor:
         """Σᵢ cᵢ Gᵢ where no Gᵢ was kept; coefficients (N,). An example with cᵢ = 0 adds exactly nothing."""

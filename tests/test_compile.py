@@ -35,12 +35,12 @@ def fresh_compiler() -> Any:
 
 
 def norms_and_step(model: nn.Module, run: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> tuple[Tensor, dict]:
-    """Per-example squared norms by parameter (P, N), and what one step of σ = 0 releases."""
+    """Per-example norms by parameter (P, N), and what one step of σ = 0 releases."""
     optimizer.zero_grad()
     optimizer.expect_batch(len(x))
     out = run(x)
     F.cross_entropy(getattr(out, "logits", out), y).backward()
-    norms = torch.stack([slot.sq_norms() for slot in optimizer._recorder.current.slots.values()])
+    norms = torch.stack([slot.norms() for slot in optimizer._recorder.current.slots.values()])
     optimizer.step()
     return norms, private_gradients(model)
 

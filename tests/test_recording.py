@@ -31,7 +31,7 @@ def weighted_sum(slot: Slot, coefficients: Tensor) -> Tensor:
 def check(slot: Slot, gradients: Tensor, relative: float = 1e-5) -> None:
     """Norms and weighted sum against the per-example gradients (N, p, q) in float64."""
     coefficients = torch.linspace(0, 1, slot.n)
-    assert_close(slot.sq_norms(), gradients.square().sum((1, 2)), relative)
+    assert_close(slot.norms().square(), gradients.square().sum((1, 2)), relative)
     expected = torch.einsum("n,npq->pq", coefficients.double(), gradients)
     assert_close(weighted_sum(slot, coefficients), expected, relative)
 
@@ -48,7 +48,7 @@ def test_one_use(tokens, dtype, method):
     left, right = torch.randn(4, tokens, 3, dtype=dtype), torch.randn(4, tokens, 6, dtype=dtype)
     slot = slot_of((3, 6), 4, method, dtype)
     give(slot, left, right, 1.5)
-    assert slot.sq_norms().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert slot.norms().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     check(slot, outer(left, right, 1.5))
 
 
@@ -74,7 +74,7 @@ def test_ghost_norm_of_tokens_that_cancel():
     right[:, 1, 0] += 1e-4
     slot = slot_of((4, 5), 3, "ghost")
     give(slot, left, right)
-    assert_close(slot.sq_norms(), outer(left, right).square().sum((1, 2)), 1e-5)
+    assert_close(slot.norms().square(), outer(left, right).square().sum((1, 2)), 1e-5)
 
 
 @pytest.mark.parametrize("tokens", [2, 6])
@@ -88,7 +88,7 @@ def test_ghost_sum_of_tokens_that_cancel(tokens):
     slot, gradients = slot_of((4, 5), 3, "ghost"), outer(left, right)
     give(slot, left, right)
     check(slot, gradients, 1e-6)
-    for i, norm in enumerate(slot.sq_norms().double().sqrt()):
+    for i, norm in enumerate(slot.norms().double()):
         alone = torch.zeros(3, dtype=torch.float64)
         alone[i] = 1 / norm
         assert float(weighted_sum(slot, alone.float()).double().norm()) <= 1 + 1e-6
@@ -99,7 +99,7 @@ def test_tiny_times_huge_keeps_its_norm(method):
     """Squares of 1e-24 vanish in float32, those of 1e19 nearly overflow: their product does neither."""
     slot = slot_of((4, 5), 2, method)
     give(slot, torch.full((2, 1, 4), 1e-24), torch.full((2, 1, 5), 1e19))
-    assert_close(slot.sq_norms().double(), torch.full((2,), 20e-10, dtype=torch.float64), 1e-5)
+    assert_close(slot.norms().square().double(), torch.full((2,), 20e-10, dtype=torch.float64), 1e-5)
 
 
 @pytest.mark.parametrize("method", ["direct", "ghost"])
@@ -110,7 +110,7 @@ def test_excluded_example_adds_exactly_nothing(bad, method):
     left[1, 2] = bad
     slot = slot_of((2, 5), 3, method)
     give(slot, left, right)
-    assert torch.isfinite(slot.sq_norms()).tolist() == [True, False, True]
+    assert torch.isfinite(slot.norms().square()).tolist() == [True, False, True]
     total = weighted_sum(slot, torch.tensor([1.0, 0.0, 0.5]))
     kept = outer(left, right)
     assert_close(total, kept[0] + 0.5 * kept[2])
@@ -143,7 +143,7 @@ def test_two_backward_passes_through_one_graph_add_up(method):
     ones = torch.eye(4)
     for i in range(4):
         assert_close(weighted_sum(slot, ones[i]), total[i], 1e-5)
-    assert (slot.sq_norms() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
+    assert (slot.norms().square() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
 
 
 def test_method_by_cost():

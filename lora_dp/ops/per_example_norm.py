@@ -30,11 +30,18 @@ def _reference(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return norms.clamp_(min=0).mul_(scale * scale).to(dtype)
 
 
+def _kernel(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    from lora_dp.kernels.gram import gram_sq_norm
+
+    return gram_sq_norm(left, right, scale)
+
+
 def _fake(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return left.new_empty((left.shape[0],), dtype=wide_dtype(left.dtype))
 
 
-_op = define("ghost_sq_norm(Tensor left, Tensor right, float scale) -> Tensor", _reference, _fake)
+_op = define(
+    "ghost_sq_norm(Tensor left, Tensor right, float scale) -> Tensor", _reference, _fake, kernel=_kernel)
 
 
 def ghost_sq_norm(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
