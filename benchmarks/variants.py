@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.models import RANK, Shape, batch, build, logits, loss, targets
 from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.graphs import GraphedStep
+from lora_dp.optimizer import PrivateOptimizer
 
 Step = Callable[[], None]
 
@@ -49,20 +51,44 @@ def _nonzero_B(model: nn.Module) -> nn.Module:
     return model
 
 
-def _lora_dp(shape: Shape, phases: Any) -> Step:
+def _private(shape: Shape, phases: Any, seed: int | None = None) -> tuple[nn.Module, PrivateOptimizer]:
     model = _nonzero_B(inject_lora(build(shape), LoRAConfig(r=RANK, target_modules=targets(shape))))
-    model, optimizer, _ = PrivacyEngine().make_private(
+    model, optimizer, _ = PrivacyEngine(reproducible_seed=seed).make_private(
         model=model, optimizer=_adamw(model), data_loader=_loader(shape), noise_multiplier=NOISE_MULTIPLIER,
         max_grad_norm=MAX_GRAD_NORM, phases=phases)
+    return model, optimizer
+
+
+def _lora_dp(shape: Shape, phases: Any, *, seed: int | None = None, compiled: bool = False) -> Step:
+    model, optimizer = _private(shape, phases, seed)
     inputs, labels = batch(shape)
+    run = _compiled(model) if compiled else model
 
     def step() -> None:
         optimizer.expect_batch(shape.examples)
-        loss(model, inputs, labels).backward()
+        loss(run, inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def _graphed(shape: Shape) -> Step:
+    model, optimizer = _private(shape, "B")
+    inputs, labels = batch(shape)
+    graphed = GraphedStep(model, optimizer, loss, batch_size=shape.examples)
+
+    def step() -> None:
+        optimizer.expect_batch(shape.examples)
+        graphed(inputs, labels)
+
+    return step
+
+
+def _compiled(model: nn.Module) -> Any:
+    # Models before this one ran the same code: theirs would count towards the compiler's limit.
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True)
 
 
 def _peft_model(shape: Shape, factors: str) -> nn.Module:
@@ -70,19 +96,22 @@ def _peft_model(shape: Shape, factors: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     plain: Any = build(shape)
-    model = _nonzero_B(get_peft_model(plain, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets(shape))))
+    # Adapters in the model's precision, as ours: by default PEFT would keep them in float32 under a bfloat16 model.
+    model = _nonzero_B(get_peft_model(
+        plain, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets(shape)), autocast_adapter_dtype=False))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(f"lora_{factor}" in name for factor in factors))
     return model.train()
 
 
-def _peft(shape: Shape, factors: str) -> Step:
+def _peft(shape: Shape, factors: str, *, compiled: bool = False) -> Step:
     model = _peft_model(shape, factors)
     optimizer = _adamw(model)
     inputs, labels = batch(shape)
+    run = _compiled(model) if compiled else model
 
     def step() -> None:
-        loss(model, inputs, labels).backward()
+        loss(run, inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -124,8 +153,13 @@ VARIANTS: dict[str, Callable[[Shape], Step]] = {
     "lora-dp, B phase": lambda shape: _lora_dp(shape, "B"),
     "lora-dp, A phase": lambda shape: _lora_dp(shape, "A"),
     "lora-dp, A and B": lambda shape: _lora_dp(shape, "AB"),
+    "lora-dp, B phase, reproducible": lambda shape: _lora_dp(shape, "B", seed=0),
+    "lora-dp, B phase, graphed": _graphed,
     "Opacus hooks, B only": lambda shape: _opacus(shape, "B", "hooks"),
     "Opacus hooks, A and B": lambda shape: _opacus(shape, "AB", "hooks"),
     "Opacus ghost, B only": lambda shape: _opacus(shape, "B", "ghost"),
     "Opacus ghost, A and B": lambda shape: _opacus(shape, "AB", "ghost"),
+    "PEFT plain, A and B, compiled": lambda shape: _peft(shape, "AB", compiled=True),
+    "lora-dp, B phase, compiled": lambda shape: _lora_dp(shape, "B", compiled=True),
 }
+CUDA_ONLY = [name for name in VARIANTS if name.endswith(("reproducible", "graphed", "compiled"))]

@@ -19,14 +19,14 @@ from lora_dp.kernels.tile_table import first_tiles, owner_of, send
 
 CONFIGS = {
     "narrow": Config.of(4, 1, BLOCK_N=16, BLOCK_E=128),
-    "medium": Config.of(4, 1, BLOCK_N=8, BLOCK_E=512),
-    "wide": Config.of(8, 1, BLOCK_N=8, BLOCK_E=1024),
+    "medium": Config.of(4, 1, BLOCK_N=8, BLOCK_E=256),
+    "wide": Config.of(8, 1, BLOCK_N=8, BLOCK_E=512),
 }
 
 # As lora_dp.clipping: cᵢ‖gᵢ‖ ≤ C must hold although ‖gᵢ‖ and cᵢ are rounded to float32.
 _MARGIN = 1 - 2.0**-19
 # Rows of norms read at once.
-_BLOCK_P = 32
+_BLOCK_P = 16
 
 
 @triton.jit

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lora_dp.kernels.launching import Build, Config, check, on_device, pick
 
+# Blocks of 64 tokens: Triton 3.6 takes them for a product that Blackwell's tensor memory can hold, and fails.
 CONFIGS = {
     "tokens_16": Config.of(2, 2, BLOCK_T=16, BLOCK_K=64),
     "tokens_32": Config.of(4, 2, BLOCK_T=32, BLOCK_K=32),
-    "tokens_64": Config.of(8, 2, BLOCK_T=64, BLOCK_K=32),
+    "tokens_32_deep": Config.of(4, 2, BLOCK_T=32, BLOCK_K=64),
 }
 
 # Elements that one program without a dot takes at once.
@@ -27,18 +28,23 @@ _BLOCK = 1024
 @triton.jit
 def _gram(rows, stride_t, stride_k, i, j, tokens, size, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
     """Dots of one block of rows with another, (BLOCK_T, BLOCK_T)."""
+    k = tl.arange(0, BLOCK_K)
     first = i * BLOCK_T + tl.arange(0, BLOCK_T)
     second = j * BLOCK_T + tl.arange(0, BLOCK_T)
-    first_rows = rows + first[None, :].to(tl.int64) * stride_t
-    second_rows = rows + second[:, None].to(tl.int64) * stride_t
+    a_tile = rows + first[:, None].to(tl.int64) * stride_t + k[None, :].to(tl.int64) * stride_k
+    b_tile = rows + second[:, None].to(tl.int64) * stride_t + k[None, :].to(tl.int64) * stride_k
+    step = tl.full((), BLOCK_K, tl.int64)
     dots = tl.zeros((BLOCK_T, BLOCK_T), tl.float64)
-    for start in range(0, size, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        offsets = k.to(tl.int64) * stride_k
-        a = tl.load(first_rows + offsets[:, None], mask=(first < tokens)[None, :] & (k < size)[:, None], other=0.0)
-        b = tl.load(second_rows + offsets[None, :], mask=(second < tokens)[:, None] & (k < size)[None, :], other=0.0)
-        # Both factors are transposed: without that, Triton 3.6 fails on float64 dots of what was half precision.
-        dots = tl.dot(tl.trans(a.to(tl.float64)), tl.trans(b.to(tl.float64)), dots, out_dtype=tl.float64)
+    # Loaded one step ahead. Were the loads in the same step, Triton 3.6 would fail on a float64 dot of half precision.
+    a = tl.load(a_tile, mask=(first < tokens)[:, None] & (k < size)[None, :], other=0.0)
+    b = tl.load(b_tile, mask=(second < tokens)[:, None] & (k < size)[None, :], other=0.0)
+    for start in range(BLOCK_K, size + BLOCK_K, BLOCK_K):
+        x, y = a.to(tl.float64), b.to(tl.float64)
+        a_tile += step * stride_k
+        b_tile += step * stride_k
+        a = tl.load(a_tile, mask=(first < tokens)[:, None] & (k < size - start)[None, :], other=0.0)
+        b = tl.load(b_tile, mask=(second < tokens)[:, None] & (k < size - start)[None, :], other=0.0)
+        dots = tl.dot(x, tl.trans(y), dots, out_dtype=tl.float64)
     return dots
 
 
@@ -55,7 +61,7 @@ def _squares(values, stride, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _finished(total, scale):
-    total *= scale.to(tl.float64) * scale.to(tl.float64)
+    total = total * scale * scale
     # Rounding may leave a small negative number where all terms cancel. NaN is not below zero and stays.
     return tl.where(total < 0, 0.0, total).to(tl.float32)
 
@@ -71,12 +77,16 @@ def _token_kernel(
     tl.store(sq_norms + example, _finished(total, scale))
 
 
-@triton.jit
+# A size of 1 as a constant would unroll the loop of _gram, and what it is written to avoid would happen.
+@triton.jit(do_not_specialize=["p", "q"])
 def _pair_kernel(
     left, right, sums, scale, tokens, p, q, blocks, pairs,
     left_stride_n, left_stride_t, left_stride_k, right_stride_n, right_stride_t, right_stride_k,
-    ONE_PAIR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_PAIR: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
+    # Multiples of 8 can be loaded 16 bytes at a time.
+    p = p // ALIGN * ALIGN
+    q = q // ALIGN * ALIGN
     example = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
     # Blocks on a circle: each pair of blocks at most half of it apart comes exactly once.
@@ -103,8 +113,7 @@ def _add_pairs_kernel(sums, sq_norms, scale, pairs, BLOCK: tl.constexpr):
 
 
 def _default(tokens: int) -> str:
-    """The smallest block that holds the tokens, or the largest."""
-    return next((name for name, config in CONFIGS.items() if config["BLOCK_T"] >= tokens), "tokens_64")
+    return "tokens_16" if tokens <= 16 else "tokens_32"
 
 
 def gram_sq_norm(left: Tensor, right: Tensor, scale: float, *, config: Config | None = None) -> Tensor:
@@ -142,7 +151,7 @@ def gram_sq_norm(left: Tensor, right: Tensor, scale: float, *, config: Config | 
     with on_device(left):
         _pair_kernel[(n * pairs,)](
             left, right, sums, scale, tokens, p, q, blocks, pairs, *left.stride(), *right.stride(),
-            ONE_PAIR=pairs == 1, **config.launch)
+            ONE_PAIR=pairs == 1, ALIGN=8 if p % 8 == q % 8 == 0 else 1, **config.launch)
         if pairs > 1:
             _add_pairs_kernel[(n,)](sums, sq_norms, scale, pairs, BLOCK=_BLOCK)
     return sq_norms
@@ -158,10 +167,9 @@ def builds() -> Iterator[Build]:
             yield Build(
                 f"{name} {dtype}", _pair_kernel,
                 {**pointers, "sums": "*fp64", "scale": "fp32", **dict.fromkeys(sizes, "i32")},
-                {"left_stride_k": 1, "right_stride_k": 1, "ONE_PAIR": False, **dict(config.blocks)},
+                {"left_stride_k": 1, "right_stride_k": 1, "ONE_PAIR": False, "ALIGN": 8, **dict(config.blocks)},
                 config.num_warps, config.num_stages,
-                ("left", "right", "sums", "p", "q", "left_stride_n", "left_stride_t", "right_stride_n",
-                 "right_stride_t"))
+                ("left", "right", "sums", "left_stride_n", "left_stride_t", "right_stride_n", "right_stride_t"))
         yield Build(
             f"one token {dtype}", _token_kernel,
             {**pointers, "sq_norms": "*fp32", "scale": "fp32",

@@ -12,15 +12,16 @@ from typing import Literal
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from lora_dp.kernels.launching import DTYPES, Build, Config, check, multiprocessors, on_device, padded, pick
 from lora_dp.kernels.philox import standard_normal
 from lora_dp.kernels.tile_table import first_tiles, owner_of, send
-from torch import Tensor
 
 CONFIGS = {
     "narrow": Config.of(4, 1, BLOCK=256),
     "medium": Config.of(4, 1, BLOCK=512),
-    "wide": Config.of(4, 1, BLOCK=1024),
+    "wide": Config.of(8, 1, BLOCK=1024),
 }
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -245,7 +246,7 @@ def noise_update(
         addresses += [tensor.data_ptr() for tensor in tensors] if used else [0] * len(sizes)
     shapes = tuple(parameter.shape for parameter in parameters)
     wanted = tuple(bool(filter_strength and each) for each in filtered)
-    columns = _filter_columns(shapes, wanted, math.ceil(3 * filter_strength))
+    columns = _filter_columns(shapes, wanted, math.ceil(4 * filter_strength))
     dtypes = [DTYPES.index(parameter.dtype) for parameter in parameters]
     with on_device(hyper):
         table = send([*addresses, *sizes, *dtypes, *columns, *firsts], hyper.device)

@@ -29,7 +29,7 @@ def standard_normal(seed, element, parameter, step):
     w0, w1, _, _ = tl.philox(seed, low, high, parameter.to(tl.uint32), step.to(tl.uint32))
     u1 = w0.to(tl.float32) * _WORD + 0.5 * _WORD
     # Near 1, where float32 rounds u₁ away, −ln u₁ from 1 − u₁, which it holds.
-    v = (~w0).to(tl.float32) * _WORD + 0.5 * _WORD
+    v = (w0 ^ 0xFFFFFFFF).to(tl.float32) * _WORD + 0.5 * _WORD
     minus_log = tl.where(v < 0.015625, v * (1 + v * (0.5 + v * (0.333333333 + v * 0.25))), -tl.log(u1))
     radius = tl.sqrt_rn(2 * minus_log)
     # The cosine as the sine of its distance to a quarter turn, an exact integer: no large argument to reduce.

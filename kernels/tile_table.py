@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A captured copy reads its host memory again at every replay of the graph, whose end nobody tells us.
+# Tables that a graph under capture will read, with what they are to hold: the graph's end nobody tells us.
 _captured: list[Tensor] = []
+_unfilled: list[tuple[Tensor, list[int]]] = []
 
 
 @triton.jit
@@ -35,8 +36,21 @@ def first_tiles(sizes: tuple[int, ...], block: int) -> tuple[tuple[int, ...], in
 
 
 def send(table: list[int], device: torch.device) -> Tensor:
-    """The table on ``device``, by one copy that never waits for it and that a CUDA graph may capture."""
-    host = torch.tensor(table, dtype=torch.int64)
+    """The table on ``device``, by one copy that never waits for it.
+
+    While a CUDA graph is captured nothing can be copied from ordinary host memory, and nothing runs yet: the table is
+    then filled by :func:`fill_captured`, before the first replay.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
-    return host.to(device, non_blocking=True)
+        held = torch.empty(len(table), dtype=torch.int64, device=device)
+        _captured.append(held)
+        _unfilled.append((held, table))
+        return held
+    return torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def fill_captured() -> None:
+    """Fill the tables of the graphs captured since the last call; call it after each capture."""
+    while _unfilled:
+        held, table = _unfilled.pop()
+        held.copy_(torch.tensor(table, dtype=torch.int64))

@@ -23,14 +23,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from dp_accounting import NeighboringRelation, dp_event
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from lora_dp.files import write_atomically
+
+# dp-accounting is imported where ε is computed: training at a given noise multiplier does without it.
+if TYPE_CHECKING:
+    from dp_accounting import dp_event
 
 Accountant = Literal["pld", "rdp"]
 
@@ -106,6 +107,8 @@ class PoissonGaussian:
 
     def dp_event(self) -> dp_event.DpEvent:
         """The step as ``dp-accounting`` describes it."""
+        from dp_accounting import dp_event
+
         if self.noise_multiplier == 0:
             return dp_event.NonPrivateDpEvent()
         gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
@@ -134,6 +137,8 @@ def _rdp_of_step(event: PoissonGaussian) -> np.ndarray:
     if 0.4 < event.sample_rate < 0.6:  # here the series of the orders between converges too slowly, and warns
         usable = (_ORDERS == 2) | (_ORDERS >= 3)
     rdp = np.full(len(_ORDERS), math.inf)
+    from dp_accounting.rdp import RdpAccountant
+
     rdp[usable] = RdpAccountant(_ORDERS[usable]).compose(event.dp_event()).rdp
     return rdp
 
@@ -158,6 +163,10 @@ def _epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant, c
     """Epsilon of a composition in which every kind of step stands once; a coarser grid is faster and looser."""
     if any(event.noise_multiplier < _VOID_NOISE for event, _ in entries):
         return math.inf
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import compute_epsilon
+
     rdp = sum((count * _rdp_of_step(event) for event, count in entries), np.zeros(len(_ORDERS)))
     with _quiet():
         bound = float(compute_epsilon(_ORDERS, rdp, delta)[0])
@@ -230,6 +239,8 @@ class Ledger:
 
     def dp_event(self) -> dp_event.DpEvent:
         """The run for any accountant of ``dp-accounting``."""
+        from dp_accounting import dp_event
+
         return dp_event.ComposedDpEvent(
             [dp_event.SelfComposedDpEvent(event.dp_event(), count) for event, count in self._entries]
         )

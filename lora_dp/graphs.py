@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_dp.ops.clip_and_sum import after_capture
 from lora_dp.optimizer import Clipped, PrivateOptimizer
 
 # As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
@@ -127,4 +128,5 @@ class GraphedStep:
         pool = next((held.graph.pool() for held in self._captured.values()), None)
         with torch.cuda.graph(graph, pool=pool):
             loss, clipped = self._run()
+        after_capture()
         return _Captured(graph, loss, clipped)

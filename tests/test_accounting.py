@@ -151,7 +151,7 @@ def test_planning_takes_few_dear_evaluations(monkeypatch):
             built.append(value_discretization_interval)
             super().__init__(relation, value_discretization_interval)
 
-    monkeypatch.setattr(accounting, "PLDAccountant", Counted)
+    monkeypatch.setattr("dp_accounting.pld.PLDAccountant", Counted)
     noise = calibrate_noise_multiplier(4.321, DELTA, 0.0123, 789)
     assert 0 < len(built) <= 12
     built.clear()

@@ -43,3 +43,10 @@ def clip_and_sum(
     return clip_sum(
         [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in gradients], rows, sq_norms, layers,
         layer_count, rule, max_grad_norm, gamma, mask, scale)
+
+
+def after_capture() -> None:
+    """Complete what a CUDA graph has captured of :func:`clip_and_sum`; call it before the graph's first replay."""
+    from lora_dp.kernels.tile_table import fill_captured
+
+    fill_captured()

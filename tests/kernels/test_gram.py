@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_dp.kernels.gram import CONFIGS, gram_sq_norm
 from lora_dp.kernels.launching import DTYPES
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 examples = settings(max_examples=20, deadline=None)
 
 
