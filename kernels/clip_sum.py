@@ -20,7 +20,7 @@ from lora_dp.kernels.tile_table import first_tiles, owner_of, send
 CONFIGS = {
     "narrow": Config.of(4, 1, BLOCK_N=16, BLOCK_E=128),
     "medium": Config.of(4, 1, BLOCK_N=8, BLOCK_E=256),
-    "wide": Config.of(8, 1, BLOCK_N=8, BLOCK_E=512),
+    "wide": Config.of(8, 1, BLOCK_N=8, BLOCK_E=1024),
 }
 
 # As lora_dp.clipping: cᵢ‖gᵢ‖ ≤ C must hold although ‖gᵢ‖ and cᵢ are rounded to float32.
@@ -73,16 +73,17 @@ def _clip_sum_kernel(
         address = tl.load(table + owner)
         stride = tl.load(table + count + owner)
         row = tl.load(table + 2 * count + owner)
-        size = tl.load(table + 3 * count + owner)
-        begin = tl.load(table + 4 * count + owner)
-        gradient = address.to(tl.pointer_type(tl.float32))
+        start_of_tile = (tile - tl.load(table + 5 * count + owner)) * BLOCK_E
+        # Inside a tile 32 bits are enough: wider offsets would take up registers.
+        size = tl.minimum(tl.load(table + 3 * count + owner) - start_of_tile, BLOCK_E).to(tl.int32)
+        gradient = address.to(tl.pointer_type(tl.float32)) + start_of_tile
+        out = sums + tl.load(table + 4 * count + owner) + start_of_tile
         if ALIGNED:
             gradient = tl.multiple_of(gradient, 16)
+            out = tl.multiple_of(out, 16)
             stride = tl.multiple_of(stride, 4)
             size = tl.multiple_of(size, 4)
-            begin = tl.multiple_of(begin, 4)
-        first = tl.load(table + 5 * count + owner)
-        elements = (tile - first) * BLOCK_E + tl.arange(0, BLOCK_E)
+        elements = tl.arange(0, BLOCK_E)
         total = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         for start in range(0, n, BLOCK_N):
             examples = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -94,7 +95,7 @@ def _clip_sum_kernel(
                 sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n,
                 parameters, bound, gamma, scale, sq_scale, RULE, BLOCK_P, BLOCK_N)
             total += tl.where((c != 0)[:, None], values, 0.0) * c[:, None]
-        tl.store(sums + begin + elements, tl.sum(total, 0), mask=elements < size)
+        tl.store(out + elements, tl.sum(total, 0), mask=elements < size)
     else:
         row = (tile - tiles).to(tl.int64)
         for start in range(0, n, BLOCK_N):
@@ -117,8 +118,8 @@ def _check(
         check(op, "mask", mask, (n,), like=sq_norms, dtypes=(torch.bool,))
     if rule not in ("flat", "per_layer", "automatic"):
         raise ValueError(f"{op}: rule must be 'flat', 'per_layer' or 'automatic', got {rule!r}.")
-    if not max_grad_norm > 0:
-        raise ValueError(f"{op}: max_grad_norm must be above 0, got {max_grad_norm}.")
+    if not max_grad_norm > 0 or (math.isinf(max_grad_norm) and rule != "flat"):
+        raise ValueError(f"{op}: max_grad_norm must be above 0, and finite but for 'flat', got {max_grad_norm}.")
     if rule == "automatic" and not gamma > 0:
         raise ValueError(f"{op}: gamma must be above 0, got {gamma}.")
     if not 0 < scale < math.inf:

@@ -241,6 +241,7 @@ def _to(value, device):
 @pytest.mark.parametrize("arguments, match", [
     (("other", 1.0, 0.01, None, 1.0), "rule must be"), (("flat", 0.0, 0.01, None, 1.0), "max_grad_norm must be above"),
     (("flat", math.nan, 0.01, None, 1.0), "max_grad_norm must be above 0"),
+    (("per_layer", math.inf, 0.01, None, 1.0), "max_grad_norm must be above 0, and finite"),
     (("automatic", 1.0, 0.0, None, 1.0), "gamma must be above 0"),
     (("flat", 1.0, 0.01, None, math.inf), "scale must be finite")])
 def test_wrong_numbers_are_refused(device, arguments, match):
