@@ -18,10 +18,14 @@ from multiprocessing import get_context
 # Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
+# A build that wants more compiles to next to nothing, and would look as if it fitted.
+TENSOR_COLUMNS = 512
+
 
 @dataclass(frozen=True)
 class Resources:
-    """One build on one architecture: registers a thread, bytes of stack and local memory a thread, shared bytes."""
+    """One build on one architecture: registers a thread, bytes of stack and local memory a thread, shared bytes, and
+    columns of the tensor memory that sm_100 has."""
 
     kernel: str
     label: str
@@ -30,11 +34,13 @@ class Resources:
     stack: int
     local: int
     shared: int
+    tensor: int = 0
 
     @property
     def fits(self) -> bool:
-        """No spills, and no more shared memory than the chip has."""
-        return self.stack == 0 and self.local == 0 and self.shared <= SHARED_LIMITS[self.capability]
+        """No spills, and no more shared and tensor memory than the chip has."""
+        return (self.stack == 0 and self.local == 0 and self.shared <= SHARED_LIMITS[self.capability]
+                and self.tensor <= TENSOR_COLUMNS)
 
 
 def modules() -> list[str]:
@@ -70,7 +76,8 @@ def _measure(module: str, capabilities: Sequence[int]) -> Iterator[Resources]:
                 target=GPUTarget("cuda", capability, 32), options=options)
             registers, stack, local = _usage(compiled.asm["cubin"])
             yield Resources(
-                build.kernel.__name__, build.label, capability, registers, stack, local, compiled.metadata.shared)
+                build.kernel.__name__, build.label, capability, registers, stack, local, compiled.metadata.shared,
+                getattr(compiled.metadata, "tmem_size", None) or 0)
 
 
 def _usage(cubin: bytes) -> tuple[int, int, int]:
@@ -95,11 +102,11 @@ def measure_all(processes: int | None = None) -> Iterator[list[Resources]]:
 
 def main() -> None:
     """Print the table; exit with status 1 if something does not fit."""
-    print(f"{'kernel':<28}{'build':<52}{'sm':>4}{'registers':>11}{'stack':>7}{'local':>7}{'shared':>9}")
+    print(f"{'kernel':<28}{'build':<52}{'sm':>4}{'registers':>11}{'stack':>7}{'local':>7}{'shared':>9}{'tensor':>8}")
     bad = 0
     for rows in measure_all():
         for row in rows:
             bad += not row.fits
             print(f"{row.kernel:<28}{row.label:<52}{row.capability:>4}{row.registers:>11}{row.stack:>7}{row.local:>7}"
-                  f"{row.shared:>9}{'' if row.fits else '  does not fit'}", flush=True)
+                  f"{row.shared:>9}{row.tensor:>8}{'' if row.fits else '  does not fit'}", flush=True)
     raise SystemExit(1 if bad else 0)

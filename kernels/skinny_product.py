@@ -49,7 +49,7 @@ def skinny_product_kernel(
     a_tile = a + ranks[None, :] * stride_ar + ks[:, None] * stride_ak
     in_m, in_r = rows < M, ranks < r
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, tl.minimum(share, K - first), BLOCK_K):
+    for k in range(0, share, BLOCK_K):
         in_k = ks < K - k
         x_block = tl.load(x_tile, mask=in_m[:, None] & in_k[None, :], other=0.0)
         a_block = tl.load(a_tile, mask=in_r[None, :] & in_k[:, None], other=0.0)

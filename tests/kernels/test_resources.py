@@ -39,8 +39,8 @@ def test_every_configuration_is_built():
                        for build in built), f"{name}: {label}"
 
 
-def test_a_spill_or_too_much_shared_memory_does_not_fit():
+def test_a_spill_or_too_much_memory_does_not_fit():
     row = resources.Resources("k", "b", 80, 255, 0, 0, 163 * 1024)
     assert row.fits
-    for change in ({"stack": 8}, {"local": 8}, {"shared": 163 * 1024 + 1}):
+    for change in ({"stack": 8}, {"local": 8}, {"shared": 163 * 1024 + 1}, {"tensor": 513}):
         assert not resources.Resources(**{**row.__dict__, **change}).fits
