@@ -4,7 +4,8 @@
 
 Stages: the tests that need a GPU; compute-sanitizer over every kernel; tuning, which writes ``kernels/tuned.json``; the
 suites for kernels and for whole steps. Each has a time budget, to which comes what earlier ones left; one that fails
-or runs out of time does not stop the others. Exit status: 0 if all passed, 1 if not, 2 without a GPU.
+or runs out of time does not stop the others. Exit status: 0 if all that ran passed
+(compute-sanitizer may be missing: the summary says so), 1 if not, 2 without a GPU.
 """
 
 import argparse

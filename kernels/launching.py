@@ -143,7 +143,7 @@ def padded(size: int, least: int = 16) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: tf32 for float32 only where torch allows it."""
-    allowed = torch.get_float32_matmul_precision() != "highest"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 

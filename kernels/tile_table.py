@@ -4,16 +4,39 @@ A table is a 1-D int64 tensor: one column after another, each with an entry for 
 the number of each tensor's first tile.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tables that a graph under capture will read, with what they are to hold: the graph's end nobody tells us.
-_captured: list[Tensor] = []
-_unfilled: list[tuple[Tensor, list[int]]] = []
+# Entries that the launches of one graph may have in all.
+_CAPACITY = 1 << 16
+
+
+class CapturedTables:
+    """Where the tables of a graph under capture lie: outside the graph's own memory, which its replays write over."""
+
+    def __init__(self, device: torch.device):
+        self._held = torch.empty(_CAPACITY, dtype=torch.int64, device=device)
+        self._entries: list[int] = []
+
+    def place(self, table: list[int]) -> Tensor:
+        begin = len(self._entries)
+        # Each table begins at a multiple of 128 bytes, as a tensor of its own would.
+        self._entries += table + [0] * (-len(table) % 16)
+        if len(self._entries) > _CAPACITY:
+            raise RuntimeError("The graph has too many tables of tensors: capture fewer steps in one graph.")
+        return self._held[begin : begin + len(table)]
+
+    def fill(self) -> None:
+        self._held[: len(self._entries)].copy_(torch.tensor(self._entries, dtype=torch.int64))
+
+
+_capturing: CapturedTables | None = None
 
 
 @triton.jit
@@ -38,19 +61,26 @@ def first_tiles(sizes: tuple[int, ...], block: int) -> tuple[tuple[int, ...], in
 def send(table: list[int], device: torch.device) -> Tensor:
     """The table on ``device``, by one copy that never waits for it.
 
-    While a CUDA graph is captured nothing can be copied from ordinary host memory, and nothing runs yet: the table is
-    then filled by :func:`fill_captured`, before the first replay.
+    Raises:
+        RuntimeError: a CUDA graph is being captured outside :func:`captured_tables`.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        held = torch.empty(len(table), dtype=torch.int64, device=device)
-        _captured.append(held)
-        _unfilled.append((held, table))
-        return held
+        if _capturing is None:
+            raise RuntimeError("Capture this launch inside captured_tables(), which fills its table afterwards.")
+        return _capturing.place(table)
     return torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def fill_captured() -> None:
-    """Fill the tables of the graphs captured since the last call; call it after each capture."""
-    while _unfilled:
-        held, table = _unfilled.pop()
-        held.copy_(torch.tensor(table, dtype=torch.int64))
+@contextlib.contextmanager
+def captured_tables(device: torch.device) -> Iterator[CapturedTables]:
+    """Around the capture of a CUDA graph: its launches' tables, filled at the end, to be kept as long as the graph.
+
+    Nothing can be copied from ordinary host memory while a graph is captured, and nothing runs yet.
+    """
+    global _capturing
+    tables = _capturing = CapturedTables(device)
+    try:
+        yield tables
+        tables.fill()
+    finally:
+        _capturing = None

@@ -5,6 +5,9 @@ functorch and compilation work as usual). With slots an op of our own runs, whos
 gradients to the slots' leaves; the parameters themselves then get no gradient.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,14 +157,27 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, *, slot: Slo
     return y.view(*ids.shape, weight.shape[1])
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward called inside autocast must not round what the forward computed in full."""
+    @functools.wraps(backward)
+    def run(ctx: Any, g: Tensor | None, *rest: Any) -> Any:
+        if g is None or not torch.is_autocast_enabled(g.device.type):
+            return backward(ctx, g, *rest)
+        with torch.autocast(g.device.type, enabled=False):
+            return backward(ctx, g, *rest)
+
+    return run
+
+
 def _rows(grouped: Tensor) -> Tensor:
-    return grouped.reshape(grouped.shape[:-1].numel(), grouped.shape[-1])
+    # math.prod, not Size.numel(), which would compile a graph for every batch size.
+    return grouped.reshape(math.prod(grouped.shape[:-1]), grouped.shape[-1])
 
 
 def _by_example(rows: Tensor, leaf: Tensor) -> Tensor:
     """(rows, ..., d) as (N, T, d), N being a leaf's first dimension."""
     n = leaf.shape[0]
-    return rows.reshape(n, rows.shape[:-1].numel() // n if n else 1, rows.shape[-1])
+    return rows.reshape(n, math.prod(rows.shape[:-1]) // n if n else 1, rows.shape[-1])
 
 
 def _hand_over(ghost: bool, leaf: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -185,7 +201,7 @@ def _lora_reference(
 
 def _lora_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *_: Any) -> Any:
     return (x.new_empty((*x.shape[:-1], lora_B.shape[0])),
-            x.new_empty((x.shape[:-1].numel(), lora_A.shape[0])))
+            x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0])))
 
 
 def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -198,6 +214,7 @@ def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.scaling, ctx.ghost_A, ctx.ghost_B, ctx.x_shape = scaling, ghost_A, ghost_B, x.shape
 
 
+@_without_autocast
 def _lora_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = [None] * 13
     if g is None:
@@ -247,6 +264,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.fan_in_fan_out, ctx.ghost = fan_in_fan_out, ghost
 
 
+@_without_autocast
 def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, first, bias_leaf = ctx.saved_tensors
     dx = g @ weight if ctx.needs_input_grad[0] else None

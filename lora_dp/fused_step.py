@@ -1,8 +1,9 @@
 """Noise, low-pass filter and optimizer step of all parameters in one launch, where Triton kernels run.
 
-For reproducible runs with torch's SGD, Adam or AdamW: the noise comes from a counter-based generator on the device.
-The wrapped optimizer's state and hyper-parameters are read and kept up as it would itself, so schedulers, state dicts
-and a later step by torch go on from there; what it does not leave behind is the noised gradient in ``.grad``.
+For reproducible runs with torch's SGD, Adam or AdamW on float32 parameters: the noise comes from a counter-based
+generator on the device. The wrapped optimizer's state and hyper-parameters are read and kept up as it would itself, so
+schedulers, state dicts and a later step by torch go on from there; what it does not leave behind is the noised gradient
+in ``.grad``.
 """
 
 from collections.abc import Sequence
@@ -46,8 +47,9 @@ def can_fuse(
         return False
     device = trained[0].parameter.device
     return all(
-        kernels_take(p.parameter) and p.parameter.is_contiguous() and p.parameter.device == device
-        and total.dtype == torch.float32 and total.device == device and total.is_contiguous()
+        kernels_take(p.parameter) and all(
+            tensor.dtype == torch.float32 and tensor.device == device and tensor.is_contiguous()
+            for tensor in (p.parameter, total))
         for p, total in zip(trained, sums, strict=True))
 
 
@@ -84,12 +86,12 @@ def fused_step(
         optimizer=name)
 
 
-def _float32(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
-    """The named state, made if it is missing; torch loads that of half-precision parameters in their dtype."""
+def _state(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
+    """The named state, made if it is missing."""
     value = state.get(name)
     if value is None:
-        value = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-    state[name] = value.to(torch.float32).contiguous()
+        value = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+    state[name] = value.contiguous()
     return state[name]
 
 
@@ -103,7 +105,7 @@ def _sgd(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]
         for group, state, _ in states]
     if not states[0][0]["momentum"]:
         return rows, [], []
-    return rows, [_float32(state, "momentum_buffer", parameter) for _, state, parameter in states], []
+    return rows, [_state(state, "momentum_buffer", parameter) for _, state, parameter in states], []
 
 
 def _adam(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]]:
@@ -115,5 +117,5 @@ def _adam(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor
         rows.append(adam_row(
             group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
             step=int(state["step"])))
-    return (rows, [_float32(state, "exp_avg", parameter) for _, state, parameter in states],
-            [_float32(state, "exp_avg_sq", parameter) for _, state, parameter in states])
+    return (rows, [_state(state, "exp_avg", parameter) for _, state, parameter in states],
+            [_state(state, "exp_avg_sq", parameter) for _, state, parameter in states])

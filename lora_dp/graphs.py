@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dp.ops.clip_and_sum import after_capture
+from lora_dp.isolation import has_uneven_tokens
+from lora_dp.layers import DPEmbedding
+from lora_dp.ops.clip_and_sum import captured_tables
 from lora_dp.optimizer import Clipped, PrivateOptimizer
 
 # As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
@@ -21,9 +23,10 @@ _WARMUP = 3
 
 @dataclass
 class _Captured:
-    """A graph (None on a CPU, where the step just runs again), and what it leaves where."""
+    """A graph (None on a CPU, where the step just runs again), what it reads, and what it leaves where."""
 
     graph: Any
+    tables: Any
     loss: Tensor
     clipped: Clipped
 
@@ -42,7 +45,7 @@ class GraphedStep:
             the expected size, which Poisson sampling rarely passes.
 
     Raises:
-        ValueError: batch_size below 1.
+        ValueError: batch_size below 1, or a trainable embedding, by name.
     """
 
     def __init__(
@@ -50,10 +53,14 @@ class GraphedStep:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        for name, module in model.named_modules():
+            if isinstance(module, DPEmbedding) and module.private_parameters():
+                raise ValueError(f"'{name}' is a trainable embedding, which no graph can record: freeze it.")
         self.model, self.optimizer, self.loss, self.batch_size = model, optimizer, loss, batch_size
         self._inputs: list[Tensor] = []
         self._mask = torch.zeros(0, dtype=torch.bool)
         self._captured: dict[frozenset[int], _Captured] = {}
+        self._uneven_seen = False
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take one step on a batch that the private loader drew.
@@ -66,19 +73,25 @@ class GraphedStep:
             The loss over the padded batch: it weighs padding too, and depends on private data.
 
         Raises:
+            TypeError: something else than tensors, such as a dict.
             ValueError: no tensor, an empty or uneven batch, or other shapes or dtypes than in the first call.
-            PrivacyBudgetExceeded, RuntimeError: as for :meth:`PrivateOptimizer.step`.
+            PrivacyBudgetExceeded, RuntimeError: as for :meth:`PrivateOptimizer.step`; or a logical batch of several
+                micro-batches is under way.
         """
+        if not all(isinstance(tensor, Tensor) and tensor.dim() for tensor in batch):
+            raise TypeError("Give the batch as tensors by position, step(input_ids, labels): a graph takes no dict.")
         sizes = {len(tensor) for tensor in batch}
         if len(sizes) != 1 or not (n := sizes.pop()):
             raise ValueError("Give tensors of one batch, all with the same number of examples, at least one.")
-        if n > self.batch_size:
-            loss = self.loss(self.model, *batch)
+        self.optimizer.check_whole_batch()
+        self.optimizer.activate()
+        if n > self.batch_size or self._needs_check(batch, n):
+            device = next(self.model.parameters()).device
+            loss = self.loss(self.model, *(tensor.to(device) for tensor in batch))
             loss.backward()
             self.optimizer.step()
             return loss.detach()
         self._fill(batch, n)
-        self.optimizer.activate()
         trained = self.optimizer.recorder.trained
         if trained not in self._captured:
             self._captured[trained] = self._capture()
@@ -90,6 +103,14 @@ class GraphedStep:
         self.optimizer.take(captured.clipped, n, n)
         self.optimizer.release()
         return captured.loss.clone()
+
+    def _needs_check(self, batch: tuple[Tensor, ...], n: int) -> bool:
+        """Whether the hooks on the model must see this batch itself: padding repeats an example, which proves nothing
+        about isolation, and a replay runs no hooks."""
+        recorder = self.optimizer.recorder
+        uneven = not self._uneven_seen and any(has_uneven_tokens({"labels": tensor}) for tensor in batch)
+        self._uneven_seen |= uneven
+        return uneven or not recorder.isolation_checked
 
     def _fill(self, batch: tuple[Tensor, ...], n: int) -> None:
         if not self._inputs:
@@ -116,7 +137,17 @@ class GraphedStep:
 
     def _capture(self) -> _Captured:
         if self._mask.device.type != "cuda":
-            return _Captured(None, torch.empty(0), Clipped({}, 0))
+            return _Captured(None, None, torch.empty(0), Clipped({}, 0))
+        recorder = self.optimizer.recorder
+        # Its check of labels would wait for the device; ours comes before the replay.
+        before, recorder.uneven_checked = recorder.uneven_checked, True
+        try:
+            return self._capture_graph()
+        finally:
+            recorder.uneven_checked = before
+            recorder.discard()
+
+    def _capture_graph(self) -> _Captured:
         # Nothing that these passes find is noised or released: they only warm up.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -126,7 +157,6 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((held.graph.pool() for held in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with captured_tables(self._mask.device) as tables, torch.cuda.graph(graph, pool=pool):
             loss, clipped = self._run()
-        after_capture()
-        return _Captured(graph, loss, clipped)
+        return _Captured(graph, tables, loss, clipped)

@@ -225,6 +225,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         for key, total in clipped.sums.items():
             self._sums[key] = total if key not in self._sums else self._sums[key] + total
 
+    def check_whole_batch(self) -> None:
+        """Refuse where micro-batches are being added up.
+
+        Raises:
+            RuntimeError: a logical batch is under way, or a step is to be skipped.
+        """
+        if self._examples or self._skip_next:
+            raise RuntimeError("A logical batch of several micro-batches is under way: step() it before the next one.")
+
     def release(self) -> None:
         """Noise the logical batch and update; what :meth:`step` does after the last micro-batch.
 

@@ -146,10 +146,10 @@ class SeededSource(RandomSource):
         return bits.random_(-(2**63), None, generator=self._generator)
 
     def next_counter(self) -> tuple[int, int]:
-        """Seed and step for a counter-based generator on the device: no two calls give the same step."""
+        """Seed, as a signed 64-bit number, and step for a counter-based generator: no two calls give the same step."""
         step = self._counted_steps
         self._counted_steps += 1
-        return self.seed, step
+        return (self.seed + 2**63) % 2**64 - 2**63, step
 
     def state_dict(self) -> dict[str, Tensor]:
         """The place in the stream, as a uint8 tensor under "generator"; the values that follow it repeat."""

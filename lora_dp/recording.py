@@ -8,6 +8,7 @@ formed.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -62,27 +63,30 @@ class Receiver(NamedTuple):
     second: Tensor
 
 
+def _take_gradient(found: list[Tensor], leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    found.append(leaf.grad)
+    leaf.grad = None
+
+
 class _Pair:
     """The leaves of one ghost use: Gᵢ = scale · Σₜ leftₜ ⊗ rightₜ."""
 
     def __init__(self, left: Tensor, right: Tensor, scale: float):
-        self.left, self.right, self.scale = left, right, scale
-        self._backwards = backwards = [0]
-
-        # Holds the counter alone: holding the pair would make a cycle through autograd.
-        def count(_: Tensor) -> None:
-            backwards[0] += 1
-
-        right.register_post_accumulate_grad_hook(count)
+        self.scale = scale
+        self._lefts: list[Tensor] = []
+        self._rights: list[Tensor] = []
+        for leaf, found in ((left, self._lefts), (right, self._rights)):
+            # Taken at once: .grad may share memory with an activation, to which a second backward would add in place.
+            leaf.register_post_accumulate_grad_hook(functools.partial(_take_gradient, found))
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Left, right and scale, or None if no backward came through this use."""
-        left, right = self.left.grad, self.right.grad
-        if left is None or right is None:
+        if not self._lefts:
             return None
-        # Each backward through a kept graph adds its own left, and the same right once more.
-        return left, right if self._backwards[0] == 1 else right / self._backwards[0], self.scale
+        # Each backward through a kept graph brings its own left, and the same right once more.
+        return sum(self._lefts[1:], self._lefts[0]), self._rights[0], self.scale
 
 
 class Slot:
@@ -119,7 +123,7 @@ class Slot:
                 f"first dimension must be a multiple of {n}, all rows of one example together; reshape the "
                 "input or leave this module out of the private layers."
             )
-        tokens = rows.shape[:-1].numel() // n if n else 1
+        tokens = math.prod(rows.shape[:-1]) // n if n else 1
         return rows.reshape(n, tokens, rows.shape[-1])
 
     def receive(self, rows: Tensor, left: int, right: int, scale: float = 1.0) -> Receiver:

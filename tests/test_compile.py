@@ -64,6 +64,18 @@ def test_same_norms_and_step(phases):
     check_same(model, run, *examples(7), (7, 4, 5, 1), phases=phases)
 
 
+def test_batches_of_many_sizes_share_a_graph():
+    """Poisson sampling draws dozens of sizes; a graph for each would soon pass the compiler's limit."""
+    model = Net()
+    optimizer = make_private(model, batch_size=16, lr=0.0, phases="BA")
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for n in (*range(2, 20), 1):
+        norms_and_step(model, run, optimizer, *examples(n))
+    # For each of the two phases: the first size, sizes at large, and a single example.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
 def test_alternating_phases():
     model = Net()
     optimizer = make_private(model, batch_size=6, lr=0.0, phases="BA")

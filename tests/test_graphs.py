@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import PrivacyEngine
+from lora_dp import DPEmbedding, PrivacyEngine
 from lora_dp.graphs import GraphedStep
+from lora_dp.isolation import IsolationError
 from tests.models import assert_refuses, examples, loader_of, mlp, snapshot
 from tests.support import assert_close, make_private
 
@@ -91,16 +92,75 @@ def test_on_the_private_loader():
     assert engine.ledger.steps == len(loader)
 
 
+class Mixing(nn.Module):
+    """Subtracts the mean of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x - x.mean(0))
+
+
+def test_padding_does_not_hide_that_examples_mix():
+    """A batch of one, padded with itself, would prove anything."""
+    model = Mixing()
+    optimizer = make_private(model, batch_size=4)
+    step = GraphedStep(model, optimizer, loss, batch_size=4)
+    optimizer.expect_batch(1)
+    step(*examples(1))
+    optimizer.expect_batch(3)
+    assert_refuses(IsolationError, "", lambda: step(*examples(3)))
+
+
+class Tokens(nn.Module):
+    """A mean over the tokens of the batch, with labels as a keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(x)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_labels_of_uneven_lengths_are_checked_when_they_come():
+    model = Tokens()
+    optimizer = make_private(model, batch_size=4)
+    step = GraphedStep(model, optimizer, lambda model, x, labels: model(x, labels=labels)["loss"], batch_size=6)
+    x, labels = torch.randn(4, 3, 6), torch.randint(3, (4, 3))
+    for _ in range(5):
+        optimizer.expect_batch(4)
+        step(x, labels)
+    labels[0, 1:] = -100
+    optimizer.expect_batch(4)
+    assert_refuses(IsolationError, "The loss mixes examples", lambda: step(x, labels))
+
+
+def test_a_trainable_embedding_is_refused():
+    model = nn.Sequential(DPEmbedding(5, 6), nn.Flatten(0, 1), mlp())
+    optimizer = make_private(model, batch_size=4)
+    assert_refuses(
+        ValueError, "'0' is a trainable embedding", lambda: GraphedStep(model, optimizer, loss, batch_size=4))
+
+
 def test_mistakes_are_refused():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
     step, (x, y) = GraphedStep(model, optimizer, loss, batch_size=4), examples(4)
-    optimizer.expect_batch(4)
-    step(x, y)
+    for _ in range(2):  # the first is an ordinary step, for the isolation check
+        optimizer.expect_batch(4)
+        step(x, y)
     assert_refuses(ValueError, "at least one", lambda: step(x[:0], y[:0]))
     assert_refuses(ValueError, "same number of examples", lambda: step(x, y[:2]))
     assert_refuses(ValueError, "the shapes and dtypes of the first call", lambda: step(x.double(), y))
     assert_refuses(
         ValueError, "batch_size must be at least 1", lambda: GraphedStep(model, optimizer, loss, batch_size=0))
+    assert_refuses(TypeError, "a graph takes no dict", lambda: step({"x": x, "y": y}))
+    optimizer.signal_skip_step()
+    assert_refuses(RuntimeError, "A logical batch", lambda: step(x, y))
+    optimizer.signal_skip_step(False)
     optimizer.expect_batch(3)
     assert_refuses(RuntimeError, "no batch that the private loader drew", lambda: step(x[:1], y[:1]))

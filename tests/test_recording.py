@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_dp import DPLinear
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.recording import Recorder, Slot, prefers_ghost
 from tests.models import assert_refuses
-from tests.support import assert_close
+from tests.support import assert_close, make_private
 
 
 def slot_of(shape: tuple[int, ...], n: int, method: str, dtype: torch.dtype = torch.float32) -> Slot:
@@ -144,6 +145,38 @@ def test_two_backward_passes_through_one_graph_add_up(method):
     for i in range(4):
         assert_close(weighted_sum(slot, ones[i]), total[i], 1e-5)
     assert (slot.norms().square() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
+
+
+def test_a_kept_graph_leaves_the_activations_alone():
+    """Two losses, two backward passes: neither may write into what the graph or the user holds."""
+    model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))
+    optimizer = make_private(model, batch_size=4, norm_method="ghost")
+    x = torch.randn(4, 6)
+    before = x.clone()
+    logits = model(x)
+    logits.square().mean().backward(retain_graph=True)
+    logits.exp().mean().backward()
+    assert torch.equal(x, before)
+    optimizer.expect_batch(4)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("api", ["legacy", "new"])
+def test_sums_are_exact_whatever_products_torch_allows(api):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        if api == "legacy":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            matmul.fp32_precision = "tf32"
+        allowed = matmul.fp32_precision
+        gradients, coefficients = torch.randn(64, 50), torch.rand(64)
+        expected = coefficients.double() @ gradients.double()
+        assert_close(clipped_sum_kept(gradients, coefficients), expected, 1e-6)
+        assert matmul.fp32_precision == allowed
+    finally:
+        matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 def test_method_by_cost():

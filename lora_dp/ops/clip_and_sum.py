@@ -5,8 +5,10 @@ clipped_sum_kept`, which every other device runs.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lora_dp.ops.registry import kernels_take
@@ -45,8 +47,8 @@ def clip_and_sum(
         layer_count, rule, max_grad_norm, gamma, mask, scale)
 
 
-def after_capture() -> None:
-    """Complete what a CUDA graph has captured of :func:`clip_and_sum`; call it before the graph's first replay."""
-    from lora_dp.kernels.tile_table import fill_captured
+def captured_tables(device: torch.device) -> AbstractContextManager[Any]:
+    """Around the capture of a CUDA graph with :func:`clip_and_sum` in it; what it gives must live as long."""
+    from lora_dp.kernels.tile_table import captured_tables
 
-    fill_captured()
+    return captured_tables(device)

@@ -23,9 +23,12 @@ def _kernel(
     g: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, u: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from lora_dp.kernels.adapted_product import adapted_product
+    from lora_dp.kernels.launching import MAX_RANK
     from lora_dp.kernels.low_rank_update import add_low_rank_
     from lora_dp.kernels.skinny_product import skinny_product
 
+    if lora_A.shape[0] > MAX_RANK:
+        return _reference(g, weight, lora_A, lora_B, scaling, u)
     if u is None and weight is not None:
         # The forward's shape of work: W0ᵀ for W0, Bᵀ for A, Aᵀ for B.
         return adapted_product(g, weight.t(), None, lora_B.t(), lora_A.t(), scaling)

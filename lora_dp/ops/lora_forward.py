@@ -21,8 +21,11 @@ def _kernel(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     from lora_dp.kernels.adapted_product import adapted_product
+    from lora_dp.kernels.launching import MAX_RANK
     from lora_dp.kernels.skinny_product import skinny_product
 
+    if lora_A.shape[0] > MAX_RANK:
+        return _reference(x, weight, bias, lora_A, lora_B, scaling)
     if weight is None:
         h = skinny_product(x, lora_A)
         return (h @ lora_B.t()).mul_(scaling), h

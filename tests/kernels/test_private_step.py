@@ -160,6 +160,46 @@ def test_cryptographic_noise_does_not_take_the_launch(device, launches):
     assert "noise_update" not in launches
 
 
+def test_a_seed_of_64_bits(device, launches):
+    engine = PrivacyEngine("rdp", reproducible_seed=2**64 - 1)
+    optimizer = make_private(mlp().to(device), batch_size=4, engine=engine, noise_multiplier=1.0)
+    optimizer.step_on_empty_batch()
+    assert "noise_update" in launches
+
+
+def test_half_precision_parameters_keep_torchs_optimizer(device, launches):
+    """Whose state is in the parameter's dtype: the launch's would be float32, and not resume bit for bit."""
+    optimizer = make_private(mlp(dtype=torch.bfloat16).to(device), batch_size=4, noise_multiplier=1.0)
+    optimizer.step_on_empty_batch()
+    assert "noise_update" not in launches
+
+
+def test_ranks_beyond_the_kernels(device):
+    torch.manual_seed(0)
+    x, g, weight = (torch.randn(shape, device=device) for shape in ((4, 320), (4, 310), (310, 320)))
+    a, b = torch.randn(300, 320, device=device), torch.randn(310, 300, device=device)
+    for call in (lambda: lora_forward(x, weight, None, a, b, 0.5), lambda: lora_backward(g, weight, a, b, 0.5)):
+        ours = call()
+        with reference_only():
+            close(ours, call(), 1e-5)
+
+
+@pytest.mark.parametrize("phases", ["B", "A"])
+def test_backward_inside_autocast(device, phases):
+    """A forward in float32 keeps float32 in its backward."""
+    sums = []
+    for inside in (False, True):
+        model, (x, y) = mlp().to(device), (tensor.to(device) for tensor in examples(4))
+        optimizer = make_private(model, batch_size=4, phases=phases, engine=PrivacyEngine("rdp"), lr=0.0)
+        optimizer.expect_batch(4)
+        out = F.cross_entropy(model(x), y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=inside):
+            out.backward()
+        optimizer.step()
+        sums.append(private_gradients(model))
+    assert_same(sums[1], sums[0], 1e-7)
+
+
 def close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...], relative: float) -> None:
     for mine, expected in zip(ours, reference, strict=True):
         assert mine.dtype == expected.dtype and mine.shape == expected.shape
