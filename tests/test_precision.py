@@ -74,7 +74,7 @@ def rounded_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
     def rounding(product: Any) -> Any:
         def run(left: Tensor, right: Tensor, **options: Any) -> Tensor:
-            if left.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            if left.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee"):
                 left, right = left.bfloat16().float(), right.bfloat16().float()
             return product(left, right, **options)
 
