@@ -85,7 +85,7 @@ class GraphedStep:
             raise ValueError("Give tensors of one batch, all with the same number of examples, at least one.")
         self.optimizer.check_whole_batch()
         self.optimizer.activate()
-        if n > self.batch_size or self._needs_check(batch, n):
+        if n > self.batch_size or self._needs_check(batch):
             device = next(self.model.parameters()).device
             loss = self.loss(self.model, *(tensor.to(device) for tensor in batch))
             loss.backward()
@@ -104,7 +104,7 @@ class GraphedStep:
         self.optimizer.release()
         return captured.loss.clone()
 
-    def _needs_check(self, batch: tuple[Tensor, ...], n: int) -> bool:
+    def _needs_check(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether the hooks on the model must see this batch itself: padding repeats an example, which proves nothing
         about isolation, and a replay runs no hooks."""
         recorder = self.optimizer.recorder

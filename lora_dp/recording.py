@@ -51,6 +51,12 @@ def _leaf(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return _zero(dtype, device).expand(*shape).requires_grad_()
 
 
+def by_example(rows: Tensor, n: int) -> Tensor:
+    """(first, ..., d), example-major with first a multiple of N, as (N, T, d)."""
+    # math.prod, not Size.numel(), which would compile a graph for every batch size.
+    return rows.reshape(n, math.prod(rows.shape[:-1]) // n if n else 1, rows.shape[-1])
+
+
 class Receiver(NamedTuple):
     """Where the backward of one use of a parameter leaves what it finds, as the gradients of two leaves.
 
@@ -123,8 +129,7 @@ class Slot:
                 f"first dimension must be a multiple of {n}, all rows of one example together; reshape the "
                 "input or leave this module out of the private layers."
             )
-        tokens = math.prod(rows.shape[:-1]) // n if n else 1
-        return rows.reshape(n, tokens, rows.shape[-1])
+        return by_example(rows, n)
 
     def receive(self, rows: Tensor, left: int, right: int, scale: float = 1.0) -> Receiver:
         """Prepare one use whose backward will find scale · Σₜ leftₜ ⊗ rightₜ.

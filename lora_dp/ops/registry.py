@@ -50,13 +50,16 @@ def _dispatch(reference: Callable[..., Any], kernel: Callable[..., Any] | None) 
         if tensor is None:
             return reference(first, *rest)
         chosen = kernel if kernel is not None and kernels_take(tensor) else reference
-        # Where backward() or step() is called inside autocast, products of float32 would be rounded to half precision.
-        if not torch.is_autocast_enabled(tensor.device.type):
-            return chosen(first, *rest)
-        with torch.autocast(tensor.device.type, enabled=False):
+        with without_autocast(tensor):
             return chosen(first, *rest)
 
     return run
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where backward() or step() is called inside autocast, products of float32 would be rounded to half precision."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def kernels_take(tensor: Tensor) -> bool:
