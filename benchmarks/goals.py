@@ -72,7 +72,7 @@ def tables(benchmarks: Iterable[Mapping[str, Any]]) -> str:
         extra = benchmark["extra_info"]
         if extra.get("device") == "cuda" and benchmark["group"] in steps:
             steps[benchmark["group"]][extra["variant"]] = extra
-        elif extra.get("way") == "triton":
+        elif extra.get("way") in ("triton", "native") and "kernel" in extra:
             kernels.setdefault(extra["kernel"], []).append((extra, benchmark["stats"]["median"]))
 
     lines = ["| a whole step, bfloat16 | goal | " + " | ".join(steps) + " |", "| --- | ---: |" + " ---: |" * len(steps)]
@@ -89,7 +89,8 @@ def tables(benchmarks: Iterable[Mapping[str, Any]]) -> str:
         ratios = [extra["ratio"] for extra, _ in kernels.get(kernel, ())
                   if extra["dtype"] == "bfloat16" and 2 * math.prod(extra["dims"][:3]) >= LARGE]
         lines.append(f"| {goal.name} | {goal.limit} | {goal.verdict(min(ratios, default=None))} |")
-    medians = [median for extra, median in kernels.get("clip_sum and noise_update", ()) if extra["dtype"] == "bfloat16"]
+    updates = kernels.get("clip_sum and private_update", ())
+    medians = [median for extra, median in updates if extra["dtype"] == "bfloat16"]
     lines.append(f"| {UPDATE_GOAL.name} | {UPDATE_GOAL.limit} | "
                  f"{UPDATE_GOAL.verdict(1e6 * medians[0] if medians else None)} |")
     return "\n".join(lines) + "\n"

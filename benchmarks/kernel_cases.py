@@ -20,10 +20,14 @@ from lora_dp.kernels import (
     noise_update,
     skinny_product,
 )
+from lora_dp.kernels.optimizer_rows import adam_row
+from lora_dp.noise import grid_step
 from lora_dp.ops.lora_forward import lora_forward
 from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_u
 from lora_dp.ops.per_example_norm import ghost_sq_norm
+from lora_dp.ops.private_update import private_update_
 from lora_dp.ops.registry import reference_only
+from lora_dp.randomness import SecureSource
 
 SCALE = 0.5
 RANK = 8
@@ -195,7 +199,7 @@ def clip_case(adapters: Adapters) -> Case:
         return gradients, sq_norms, torch.arange(count, device=device)
 
     return Case(
-        "clip_sum", *_adapters(adapters), torch.float32, 4 * (count * math.prod(shape) * (n + 1) + 2 * count * n),
+        "clip_sum", *_adapters(adapters), torch.float32, 4 * (count * math.prod(shape) * (n + 2) + 2 * count * n),
         draw, {"triton": _clip, "torch": _torch_clip}, clip_sum, graphed=False)
 
 
@@ -223,7 +227,7 @@ def _drawn_states(adapters: Adapters, dtype: torch.dtype, device: torch.device) 
     count, shape, _ = adapters
     sums, first, second = ([torch.randn(shape, device=device) for _ in range(count)] for _ in range(3))
     parameters = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
-    hyper = torch.tensor([noise_update.adam_row(1e-4, weight_decay=0.01, step=3)] * count, device=device)
+    hyper = torch.tensor([adam_row(1e-4, weight_decay=0.01, step=3)] * count, device=device)
     optimizer = torch.optim.AdamW([parameter.requires_grad_() for parameter in parameters], lr=1e-4)
     return (sums, [parameter.detach() for parameter in parameters], first, [each.square() for each in second], hyper,
             torch.tensor([1, 2], device=device), optimizer)
@@ -238,9 +242,40 @@ def noise_case(adapters: Adapters, dtype: torch.dtype) -> Case:
         noise_update, checked=False, graphed=False)
 
 
-def whole_update_case(adapters: Adapters, dtype: torch.dtype) -> Case:
-    """Clip, sum, noise, filter and AdamW: what follows the backward."""
-    clip, noise = clip_case(adapters), noise_case(adapters, dtype)
+def _native(
+    sums: list[Tensor], parameters: list[Tensor], first: list[Tensor], second: list[Tensor], source: SecureSource,
+    optimizer: Any,
+) -> tuple[()]:
+    step, draw = grid_step(1.0), source.next_draw()
+    private_update_(
+        parameters, sums, first, second, [], [adam_row(1e-4, weight_decay=0.01, step=3)] * len(sums), optimizer="adamw",
+        key=draw.key, draw=draw.number, scale=1.0 / step, step=step, expected_batch_size=32.0,
+        filtered=[True] * len(sums), filter_strength=1.0)
+    return ()
+
+
+def _torch_native(
+    sums: list[Tensor], parameters: list[Tensor], first: Any, second: Any, source: Any, optimizer: Any
+) -> tuple[()]:
+    return _torch_noise(sums, parameters, first, second, None, None, optimizer)
+
+
+def native_case(adapters: Adapters, dtype: torch.dtype) -> Case:
+    """Cryptographic noise, low-pass filter and AdamW on every adapter, whose states have its dtype."""
+    def draw(device: torch.device) -> tuple[Any, ...]:
+        sums, parameters, first, second, _, _, optimizer = _drawn_states(adapters, dtype, device)
+        return (sums, parameters, [each.to(dtype) for each in first], [each.to(dtype) for each in second],
+                SecureSource(), optimizer)
+
+    elements = adapters[0] * math.prod(adapters[1])
+    return Case(
+        "private_update", *_adapters(adapters), dtype, elements * (4 + 6 * dtype.itemsize), draw,
+        {"native": _native, "torch": _torch_native}, noise_update, checked=False, graphed=False)
+
+
+def whole_update_case(adapters: Adapters, noise: Case) -> Case:
+    """Clip and sum, then the noise, filter and AdamW of ``noise``: what follows the backward."""
+    clip = clip_case(adapters)
 
     def draw(device: torch.device) -> tuple[Any, ...]:
         return (*clip.inputs(device), *noise.inputs(device)[1:])
@@ -252,9 +287,9 @@ def whole_update_case(adapters: Adapters, dtype: torch.dtype) -> Case:
         return run
 
     return Case(
-        "clip_sum and noise_update", *_adapters(adapters), dtype, clip.bytes_moved + noise.bytes_moved, draw,
-        {"triton": joined(_clip, _noise), "torch": joined(_torch_clip, _torch_noise)}, noise_update, checked=False,
-        graphed=False)
+        f"clip_sum and {noise.kernel}", *_adapters(adapters), noise.dtype, clip.bytes_moved + noise.bytes_moved, draw,
+        {way: joined(_torch_clip if way == "torch" else _clip, run) for way, run in noise.ways.items()}, noise_update,
+        checked=False, graphed=False)
 
 
 def single_kernels(rank: int = RANK) -> Iterator[Case]:

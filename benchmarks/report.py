@@ -82,6 +82,22 @@ def kernel_tables(benchmarks: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def native_tables(benchmarks: Sequence[dict[str, Any]]) -> str:
+    """One table for each native op and size, each way beside its yardstick in the same run."""
+    lines: list[str] = []
+    for op in dict.fromkeys(benchmark["extra_info"]["native"] for benchmark in benchmarks):
+        rows = []
+        for benchmark in benchmarks:
+            extra, median = benchmark["extra_info"], benchmark["stats"]["median"]
+            if extra["native"] != op:
+                continue
+            name = f"{extra['way']} (the yardstick, twice)" if extra["way"] == extra["yardstick"] else extra["way"]
+            speed = f"{extra['bytes_per_second'] / 1e9:.2f}" if "bytes_per_second" in extra else "–"
+            rows.append([name, f"{median * 1e3:.2f}", speed, f"{extra['ratio']:.3f}"])
+        lines += [f"**{op}**", "", *_table(["way", "median, ms", "GB/s", "ratio in time"], rows)]
+    return "\n".join(lines)
+
+
 def _key(benchmark: dict[str, Any]) -> tuple[str, ...]:
     extra = benchmark["extra_info"]
     return extra["kernel"], extra["size"], extra["dtype"]
@@ -97,8 +113,10 @@ def report(paths: Sequence[Path]) -> str:
         parts.append(machine({**results, "benchmarks": rows}) + "\n")
         if steps := [row for row in rows if "variant" in row["extra_info"]]:
             parts.append(step_tables(steps))
-        if kernels := [row for row in rows if "way" in row["extra_info"]]:
+        if kernels := [row for row in rows if "kernel" in row["extra_info"]]:
             parts.append(kernel_tables(kernels))
+        if native := [row for row in rows if "native" in row["extra_info"]]:
+            parts.append(native_tables(native))
         measured += rows if "gpu" in results["machine_info"] else []
     if measured or not paths:
         parts.append(goals.tables(measured))

@@ -9,7 +9,16 @@ if not torch.cuda.is_available():
     pytest.skip("the kernels run on an NVIDIA GPU, and there is none", allow_module_level=True)
 pytest.importorskip("triton")
 
-from benchmarks.kernel_cases import ADAPTERS, DTYPES, Case, products, single_kernels, whole_update_case  # noqa: E402
+from benchmarks.kernel_cases import (  # noqa: E402
+    ADAPTERS,
+    DTYPES,
+    Case,
+    native_case,
+    noise_case,
+    products,
+    single_kernels,
+    whole_update_case,
+)
 from benchmarks.timing import (  # noqa: E402
     DeviceTimer,
     calls_on,
@@ -19,8 +28,11 @@ from benchmarks.timing import (  # noqa: E402
     input_sets,
     spend,
 )
+from lora_dp.ops.native import native  # noqa: E402
 
-CASES = [*(whole_update_case(ADAPTERS, dtype) for dtype in DTYPES), *single_kernels(), *products()]
+NATIVE = [native_case(ADAPTERS, dtype) for dtype in DTYPES] if native.cuda else []
+UPDATES = [*NATIVE, *(noise_case(ADAPTERS, dtype) for dtype in DTYPES)]
+CASES = [*(whole_update_case(ADAPTERS, update) for update in UPDATES), *NATIVE, *single_kernels(), *products()]
 
 
 @pytest.fixture(scope="session")

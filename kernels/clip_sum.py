@@ -2,7 +2,7 @@
 
 Each program sums one tile of one parameter over the examples in a fixed order, with coefficients that it works out
 itself from the (P, N) norms: these are small and stay in cache, and a second launch would cost more. The last P
-programs write the coefficients.
+programs write the coefficients. Sums are in float64: no noise is matched to what a float32 sum rounds away.
 """
 
 import math
@@ -18,7 +18,7 @@ from lora_dp.kernels.launching import Build, Config, check, multiprocessors, on_
 from lora_dp.kernels.tile_table import first_tiles, owner_of, send
 
 CONFIGS = {
-    "narrow": Config.of(4, 1, BLOCK_N=16, BLOCK_E=128),
+    "narrow": Config.of(4, 1, BLOCK_N=16, BLOCK_E=64),
     "medium": Config.of(4, 1, BLOCK_N=8, BLOCK_E=256),
     "wide": Config.of(8, 1, BLOCK_N=8, BLOCK_E=1024),
 }
@@ -84,7 +84,7 @@ def _clip_sum_kernel(
             stride = tl.multiple_of(stride, 4)
             size = tl.multiple_of(size, 4)
         elements = tl.arange(0, BLOCK_E)
-        total = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_E), tl.float64)
         for start in range(0, n, BLOCK_N):
             examples = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
             # Excluded examples are read too: time must not tell who was excluded. Before the coefficients, to overlap.
@@ -94,7 +94,7 @@ def _clip_sum_kernel(
             c = _coefficients(
                 sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n,
                 parameters, bound, gamma, scale, sq_scale, RULE, BLOCK_P, BLOCK_N)
-            total += tl.where((c != 0)[:, None], values, 0.0) * c[:, None]
+            total += tl.where((c != 0)[:, None], values, 0.0).to(tl.float64) * c.to(tl.float64)[:, None]
         tl.store(out + elements, tl.sum(total, 0), mask=elements < size)
     else:
         row = (tile - tiles).to(tl.int64)
@@ -160,7 +160,7 @@ def clip_sum(
 
     Returns:
         Coefficients (P, N) float32, mask and scale included, zero where any of an example's norms is not finite; and
-        Σᵢ cᵢGᵢ of each of ``gradients``, float32, views of one buffer. An example with coefficient zero contributes
+        Σᵢ cᵢGᵢ of each of ``gradients``, float64, views of one buffer. An example with coefficient zero contributes
         nothing, whatever its gradients hold.
 
     Raises:
@@ -171,7 +171,7 @@ def clip_sum(
     shapes = [gradient.shape[1:] for gradient in gradients]
     sizes = tuple(shape.numel() for shape in shapes)
     coefficients = torch.empty((parameters, n), dtype=torch.float32, device=sq_norms.device)
-    sums = torch.empty(sum(sizes), dtype=torch.float32, device=sq_norms.device)
+    sums = torch.empty(sum(sizes), dtype=torch.float64, device=sq_norms.device)
     views = [part.view(shape) for part, shape in zip(sums.split(sizes), shapes, strict=True)] if sizes else []
     if coefficients.numel() == 0:
         return coefficients, [view.zero_() for view in views]
@@ -204,7 +204,7 @@ def builds() -> Iterator[Build]:
     """Every configuration, and every rule in one of them, for ahead-of-time compiling."""
     signature = {
         "table": "*i64", "count": "i32", "tiles": "i32", "sq_norms": "*fp32", "norm_stride_p": "i32", "layers": "*i64",
-        "layer_stride": "i32", "mask": "*i1", "mask_stride": "i32", "coefficients": "*fp32", "sums": "*fp32",
+        "layer_stride": "i32", "mask": "*i1", "mask_stride": "i32", "coefficients": "*fp32", "sums": "*fp64",
         "n": "i32", "parameters": "i32", "bound": "fp32", "gamma": "fp32", "scale": "fp32", "sq_scale": "fp32"}
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
     cases = [(name, "flat", True) for name in CONFIGS] + [(name, "per_layer", True) for name in CONFIGS]

@@ -26,15 +26,13 @@ CONFIGS = {
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 
-# Columns of ``hyper``: the first two are every optimizer's.
+# Columns of ``hyper``, filled by optimizer_rows: the first two are every optimizer's.
 LEARNING_RATE = tl.constexpr(0)
 WEIGHT_DECAY = tl.constexpr(1)
-# sgd: momentum, 1 − dampening, whether Nesterov's, whether the buffer holds nothing yet.
 MOMENTUM = tl.constexpr(2)
 GRADIENT_WEIGHT = tl.constexpr(3)
 NESTEROV = tl.constexpr(4)
 FIRST_STEP = tl.constexpr(5)
-# adam, adamw: 1 − β₁, β₂, 1 − β₂, ε, learning rate / (1 − β₁ᵗ), √(1 − β₂ᵗ). The differences lose digits in float32.
 ONE_MINUS_BETA1 = tl.constexpr(2)
 BETA2 = tl.constexpr(3)
 ONE_MINUS_BETA2 = tl.constexpr(4)
@@ -45,22 +43,6 @@ COLUMNS = {"sgd": 6, "adam": 8, "adamw": 8}
 
 # Below this, a Gaussian's neighbouring weight is 0 in any format; 1 / strength must stay finite.
 _LEAST_STRENGTH = 1e-3
-
-
-def sgd_row(
-    lr: float, *, weight_decay: float = 0.0, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False,
-    first_step: bool = False,
-) -> list[float]:
-    """A parameter's row of ``hyper`` for "sgd"; ``first_step`` where its momentum buffer holds nothing yet."""
-    return [lr, weight_decay, momentum, 1 - dampening, float(nesterov), float(first_step)]
-
-
-def adam_row(
-    lr: float, *, step: int, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-) -> list[float]:
-    """A parameter's row of ``hyper`` for "adam" and "adamw"; ``step`` counts from 1."""
-    beta1, beta2 = betas
-    return [lr, weight_decay, 1 - beta1, beta2, 1 - beta2, eps, lr / (1 - beta1**step), math.sqrt(1 - beta2**step)]
 
 
 @triton.jit
@@ -113,8 +95,8 @@ def _update(
 @triton.jit(do_not_specialize=["count"])
 def _noise_update_kernel(
     table, count, hyper, rng, std, expected_batch_size, inverse_strength,
-    NOISE: tl.constexpr, OPTIMIZER: tl.constexpr, STATE: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, NOISE: tl.constexpr, OPTIMIZER: tl.constexpr, STATE: tl.constexpr, COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
     p = owner_of(table + 9 * count, count, tile, PADDED)
@@ -127,7 +109,7 @@ def _noise_update_kernel(
     offsets = (tile - tl.load(entry + 9 * count)) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
 
-    sums = tl.load(entry + count).to(tl.pointer_type(tl.float32))
+    sums = tl.load(entry + count).to(tl.pointer_type(tl.float64 if WIDE else tl.float32))
     seed = tl.load(rng)
     step = tl.load(rng + 1)
     position = offsets // stride % length
@@ -136,7 +118,7 @@ def _noise_update_kernel(
     for k in range(-reach, reach + 1):
         nearest = tl.minimum(tl.maximum(position + k, 0), length - 1)
         element = offsets + (nearest - position) * stride
-        value = tl.load(sums + element, mask=inside, other=0.0)
+        value = tl.load(sums + element, mask=inside, other=0.0).to(tl.float32)
         if NOISE:
             value += std * standard_normal(seed, element, p, step)
         weight = tl.exp(-0.5 * (k * inverse_strength) * (k * inverse_strength))
@@ -195,7 +177,8 @@ def _check(
         check(op, f"parameters[{i}]", parameter, [None] * getattr(parameter, "ndim", 0), like=hyper, dtypes=DTYPES)
         tensors.append((f"parameters[{i}]", parameter))
         for name, values in lists:
-            check(op, f"{name}[{i}]", values[i], parameter.shape, like=hyper)
+            dtypes = (torch.float32, torch.float64) if name == "sums" else (torch.float32,)
+            check(op, f"{name}[{i}]", values[i], parameter.shape, like=hyper, dtypes=dtypes)
             tensors.append((f"{name}[{i}]", values[i]))
         if filtered[i] and parameter.ndim != 2:
             raise ValueError(f"{op}: filtered[{i}] takes a matrix, got the shape {tuple(parameter.shape)}.")
@@ -218,10 +201,10 @@ def noise_update(
 
     Args:
         parameters: of any shapes, float32, bfloat16 or float16.
-        sums: what each parameter's clipped gradients add up to, its shape, float32.
+        sums: what each parameter's clipped gradients add up to, its shape, all float32 or all float64.
         first: float32 state of each parameter's shape: Adam's first moment, or SGD's momentum buffer ([]: no momentum).
         second: Adam's second moment, likewise; unused for "sgd".
-        hyper: (P, columns) float32, a row of :func:`sgd_row` or :func:`adam_row` for each parameter.
+        hyper: (P, columns) float32, a row of :mod:`~lora_dp.kernels.optimizer_rows` for each parameter.
         rng: (2,) int64, seed and step: on the device, so that a captured graph replays with the next step.
         std: deviation of the noise, in the units of ``sums``; 0 for none.
         expected_batch_size: what the noised sums are divided by.
@@ -234,6 +217,9 @@ def noise_update(
     """
     _check(
         parameters, sums, first, second, hyper, rng, std, expected_batch_size, filter_strength, filtered, optimizer)
+    wide = any(total.dtype == torch.float64 for total in sums)
+    if wide and any(total.dtype != torch.float64 for total in sums):
+        raise TypeError("noise_update: sums must be all float32 or all float64.")
     sizes = tuple(parameter.numel() for parameter in parameters)
     if sum(sizes) == 0:
         return
@@ -252,8 +238,8 @@ def noise_update(
         table = send([*addresses, *sizes, *dtypes, *columns, *firsts], hyper.device)
         _noise_update_kernel[(tiles,)](
             table, len(sizes), hyper, rng, float(std), float(expected_batch_size),
-            1 / max(filter_strength, _LEAST_STRENGTH), NOISE=std > 0, OPTIMIZER=optimizer, STATE=any(stateful),
-            COLUMNS=COLUMNS[optimizer], PADDED=padded(len(sizes)), **config.launch)
+            1 / max(filter_strength, _LEAST_STRENGTH), WIDE=wide, NOISE=std > 0, OPTIMIZER=optimizer,
+            STATE=any(stateful), COLUMNS=COLUMNS[optimizer], PADDED=padded(len(sizes)), **config.launch)
 
 
 def _pick(hyper: Tensor, count: int, elements: int) -> Config:
@@ -275,6 +261,6 @@ def builds() -> Iterator[Build]:
         config = CONFIGS[name]
         yield Build(
             f"fp32 bf16 fp16 {label} {name}{'' if noise else ' without noise'}", _noise_update_kernel, signature,
-            {"NOISE": noise, "OPTIMIZER": optimizer, "STATE": state, "COLUMNS": COLUMNS[optimizer], "PADDED": 256,
-             **dict(config.blocks)},
+            {"WIDE": True, "NOISE": noise, "OPTIMIZER": optimizer, "STATE": state, "COLUMNS": COLUMNS[optimizer],
+             "PADDED": 256, **dict(config.blocks)},
             config.num_warps, config.num_stages, ("table", "hyper", "rng"))

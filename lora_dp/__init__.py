@@ -13,12 +13,14 @@ from lora_dp.engine import PrivacyEngine
 from lora_dp.filtering import GaussianFilter, LaplacianFilter
 from lora_dp.isolation import IsolationError
 from lora_dp.layers import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
+from lora_dp.machine import Backend, backends
 from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.sampling import PrivateDataLoader
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "DPEmbedding",
     "DPLayerNorm",
     "DPLinear",
@@ -32,6 +34,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivateDataLoader",
     "PrivateOptimizer",
+    "backends",
     "inject_lora",
     "load_adapter",
     "merge_adapters",

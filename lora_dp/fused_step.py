@@ -1,12 +1,11 @@
-"""Noise, low-pass filter and optimizer step of all parameters in one launch, where Triton kernels run.
+"""Noise, low-pass filter and optimizer step of all parameters together, where an op does them in one launch or pass.
 
-For reproducible runs with torch's SGD, Adam or AdamW on float32 parameters: the noise comes from a counter-based
-generator on the device. The wrapped optimizer's state and hyper-parameters are read and kept up as it would itself, so
-schedulers, state dicts and a later step by torch go on from there; what it does not leave behind is the noised gradient
-in ``.grad``.
+The wrapped optimizer's state and hyper-parameters are read and kept up as it would itself, so schedulers, state dicts
+and a later step by torch go on from there. Where no op does what the wrapped optimizer's own step would do,
+:func:`find_fused_step` finds none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,27 +13,48 @@ from torch import Tensor
 
 from lora_dp.coverage import PrivateParameter
 from lora_dp.filtering import Filter, GaussianFilter
-from lora_dp.mechanism import Mechanism
+from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
+from lora_dp.mechanism import Mechanism, total
+from lora_dp.noise import grid_step
+from lora_dp.ops.private_update import ExampleSum, can_update, private_update_
 from lora_dp.ops.registry import kernels_take
-from lora_dp.randomness import SeededSource
+from lora_dp.randomness import Draw, RandomSource, SeededSource
 
 _NAMES: dict[type, Literal["sgd", "adam", "adamw"]] = {
     torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 _States = list[tuple[dict[str, Any], dict[str, Any], Tensor]]
-# Options that change the formula, or hand it hooks or tensors that the kernel does not know.
+_Sums = Sequence[Tensor | ExampleSum]
+_Step = Callable[
+    [torch.optim.Optimizer, Sequence[PrivateParameter], _Sums, Mechanism, Filter | None, int], None]
+# Options that change the formula, or hand it hooks or tensors that no kernel knows.
 _UNKNOWN = ("maximize", "amsgrad", "differentiable", "capturable", "fused")
 
 
-def can_fuse(
-    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter], sums: Sequence[Tensor],
-    mechanism: Mechanism, low_pass: Filter | None,
-) -> bool:
-    """Whether :func:`fused_step` does what the wrapped optimizer's own step would do."""
-    if type(optimizer) not in _NAMES or not isinstance(mechanism.source, SeededSource) or not trained:
-        return False
-    if not isinstance(low_pass, GaussianFilter | None):
-        return False
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+def find_fused_step(
+    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter], sums: _Sums, mechanism: Mechanism,
+    low_pass: Filter | None,
+) -> _Step | None:
+    """What does the whole step: the native op, else the Triton kernel for reproducible runs, else None."""
+    if not trained or not isinstance(low_pass, GaussianFilter | None) or not _known(optimizer):
+        return None
+    device = trained[0].parameter.device
+    tensors = [value.gradients if isinstance(value, ExampleSum) else value for value in sums]
+    if any(tensor.device != device or not tensor.is_contiguous()
+           for tensor in [*(p.parameter for p in trained), *tensors]):
+        return None
+    if isinstance(mechanism.source, RandomSource) and all(
+            can_update(p.parameter, _strength(low_pass, p)) and _states_match(optimizer.state.get(p.parameter), p)
+            for p in trained):
+        return _native_step
+    if isinstance(mechanism.source, SeededSource) and kernels_take(trained[0].parameter) and all(
+            p.parameter.dtype == torch.float32 for p in trained):
+        return _triton_step
+    return None
+
+
+def _known(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the wrapped optimizer's step is a formula of ours, the same in all its groups, and nobody hooks it."""
+    if type(optimizer) not in _NAMES or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
     groups = optimizer.param_groups
     if any(group.get(option) for group in groups for option in _UNKNOWN):
@@ -43,47 +63,69 @@ def can_fuse(
         return False
     if any(isinstance(value, Tensor) for group in groups for value in (group["lr"], *group.get("betas", ()))):
         return False
-    if len({bool(group.get("momentum")) for group in groups}) > 1:
-        return False
-    device = trained[0].parameter.device
-    return all(
-        kernels_take(p.parameter) and all(
-            tensor.dtype == torch.float32 and tensor.device == device and tensor.is_contiguous()
-            for tensor in (p.parameter, total))
-        for p, total in zip(trained, sums, strict=True))
+    return len({bool(group.get("momentum")) for group in groups}) <= 1
+
+
+def _strength(low_pass: Filter | None, p: PrivateParameter) -> float:
+    return low_pass.strength if isinstance(low_pass, GaussianFilter) and p.factor is not None else 0.0
+
+
+def _states_match(state: dict[str, Any] | None, p: PrivateParameter) -> bool:
+    values = [] if state is None else [state.get(name) for name in ("momentum_buffer", "exp_avg", "exp_avg_sq")]
+    return all(value is None or (value.dtype == p.parameter.dtype and value.device == p.parameter.device)
+               for value in values)
 
 
 @torch.no_grad()
-def fused_step(
-    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter], sums: Sequence[Tensor],
-    mechanism: Mechanism, low_pass: Filter | None, expected_batch_size: int,
+def _native_step(
+    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter], sums: _Sums, mechanism: Mechanism,
+    low_pass: Filter | None, expected_batch_size: int,
 ) -> None:
-    """θ ← optimizer(θ, low-pass((sum + σC·z) / L)) for every trained parameter; see :func:`can_fuse`.
+    """θ ← optimizer(θ, low-pass((sum + σC·z) / L)) by :func:`private_update_`."""
+    std = mechanism.noise_std(sum(p.parameter.numel() for p in trained))
+    step = grid_step(std) if std else 1.0
+    assert isinstance(mechanism.source, RandomSource)
+    draw = mechanism.source.next_draw() if std else Draw(0, 0)
+    name, rows, first, second = _rows_and_states(optimizer, trained)
+    for p in trained:
+        p.parameter.grad = torch.empty_like(p.parameter)
+    private_update_(
+        [p.parameter.detach() for p in trained], sums, first, second,
+        [p.parameter.grad for p in trained if p.parameter.grad is not None], rows,
+        optimizer="momentum" if name == "sgd" and first else name, key=draw.key, draw=draw.number,
+        scale=std / step if std else 0.0, step=step, expected_batch_size=expected_batch_size,
+        filtered=[_strength(low_pass, p) > 0 for p in trained],
+        filter_strength=low_pass.strength if isinstance(low_pass, GaussianFilter) else 0.0)
 
-    Args:
-        optimizer: torch's SGD, Adam or AdamW.
-        trained: the parameters of this phase.
-        sums: their clipped sums, float32.
-        mechanism: with a seeded source.
-        low_pass: Gaussian, on LoRA's factors alone, or None.
-        expected_batch_size: L.
-    """
+
+@torch.no_grad()
+def _triton_step(
+    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter], sums: _Sums, mechanism: Mechanism,
+    low_pass: Filter | None, expected_batch_size: int,
+) -> None:
+    """The same with noise of a counter-based generator on the device, not cryptographic; ``.grad`` stays empty."""
     from lora_dp.kernels.noise_update import noise_update
 
-    parameters: list[Tensor] = [p.parameter.detach() for p in trained]
+    name, rows, first, second = _rows_and_states(optimizer, trained)
+    assert isinstance(mechanism.source, SeededSource)
+    device = trained[0].parameter.device
+    noise_update(
+        [p.parameter.detach() for p in trained], [total(value).double() for value in sums], first, second,
+        torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True),
+        torch.tensor(mechanism.source.next_counter()).to(device, non_blocking=True),
+        std=mechanism.noise_std(sum(p.parameter.numel() for p in trained)), expected_batch_size=expected_batch_size,
+        filter_strength=low_pass.strength if isinstance(low_pass, GaussianFilter) else 0.0,
+        filtered=[_strength(low_pass, p) > 0 for p in trained], optimizer=name)
+
+
+def _rows_and_states(
+    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter]
+) -> tuple[Literal["sgd", "adam", "adamw"], list[list[float]], list[Tensor], list[Tensor]]:
+    """The formula, its numbers for each parameter, and the states, made where they are missing."""
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     states: _States = [(group_of[id(p.parameter)], optimizer.state[p.parameter], p.parameter) for p in trained]
     name = _NAMES[type(optimizer)]
-    rows, first, second = (_sgd if name == "sgd" else _adam)(states)
-    assert isinstance(mechanism.source, SeededSource)
-    device = parameters[0].device
-    noise_update(
-        parameters, list(sums), first, second, torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True),
-        torch.tensor(mechanism.source.next_counter()).to(device, non_blocking=True),
-        std=mechanism.noise_std(sum(total.numel() for total in sums)), expected_batch_size=expected_batch_size,
-        filter_strength=low_pass.strength if isinstance(low_pass, GaussianFilter) else 0.0,
-        filtered=[low_pass is not None and p.factor is not None for p in trained],
-        optimizer=name)
+    return (name, *(_sgd if name == "sgd" else _adam)(states))
 
 
 def _state(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
@@ -96,8 +138,6 @@ def _state(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
 
 
 def _sgd(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]]:
-    from lora_dp.kernels.noise_update import sgd_row
-
     rows = [
         sgd_row(group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"],
                 dampening=group["dampening"], nesterov=group["nesterov"],
@@ -109,8 +149,6 @@ def _sgd(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]
 
 
 def _adam(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]]:
-    from lora_dp.kernels.noise_update import adam_row
-
     rows = []
     for group, state, _ in states:
         state["step"] = state.get("step", torch.tensor(0.0)) + 1

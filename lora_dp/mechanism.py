@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_dp.clipping import AutomaticClipping, ClipRule, FlatClipping, PerLayerClipping
-from lora_dp.noise import NormalSource, add_noise, grid_sensitivity
+from lora_dp.noise import NoiseSource, add_noise, grid_sensitivity
 from lora_dp.ops.clip_and_sum import can_clip_and_sum, clip_and_sum
 from lora_dp.ops.clipped_sum import clipped_sum_kept
+from lora_dp.ops.private_update import ExampleSum
 
 # What the kernel calls the rules that it knows.
 _KERNEL_RULES: dict[type, Literal["flat", "per_layer", "automatic"]] = {
@@ -23,13 +24,13 @@ class Mechanism:
     Args:
         rule: clip rule with its bound C.
         noise_multiplier: σ, the noise's deviation in units of the rule's sensitivity; 0 adds none.
-        source: of standard normals.
+        source: of rounded Gaussians.
 
     Raises:
         ValueError: σ negative or NaN, or above 0 without a finite clip bound.
     """
 
-    def __init__(self, rule: ClipRule, noise_multiplier: float, source: NormalSource):
+    def __init__(self, rule: ClipRule, noise_multiplier: float, source: NoiseSource):
         if not 0 <= noise_multiplier < math.inf:
             raise ValueError(f"noise_multiplier must be 0 or a finite positive number, got {noise_multiplier}.")
         if noise_multiplier and math.isinf(rule.sensitivity):
@@ -52,7 +53,7 @@ class Mechanism:
     def clipped_sums(
         self, kept: Mapping[int, Tensor], sq_norms: Tensor, layers: Tensor, layer_count: int, mask: Tensor | None,
         scale: float,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    ) -> tuple[Tensor, dict[int, Tensor | ExampleSum]]:
         """Coefficients of all parameters, and Σᵢ mᵢcᵢ Gᵢ of those whose per-example gradients were kept.
 
         Args:
@@ -63,7 +64,7 @@ class Mechanism:
             scale: factor of every gradient: N where the loss is a mean.
 
         Returns:
-            (P, N), ``scale`` included, and the sums by row.
+            (P, N), ``scale`` included, and by row the sums, or what :func:`total` makes one.
         """
         rule, gradients = _KERNEL_RULES.get(type(self.rule)), list(kept.values())
         if rule is not None and can_clip_and_sum(gradients, sq_norms):
@@ -72,16 +73,16 @@ class Mechanism:
                 getattr(self.rule, "gamma", 0.0), mask, scale)
             return coefficients, dict(zip(kept, sums, strict=True))
         coefficients = self.coefficients(sq_norms * (scale * scale), layers, layer_count, mask) * scale
+        wide = coefficients.double()
         return coefficients, {
-            row: clipped_sum_kept(gradient, coefficients[row].to(gradient.device)) for row, gradient in kept.items()}
+            row: ExampleSum(gradient, wide[row].to(gradient.device)) for row, gradient in kept.items()}
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes and dtypes."""
-        sizes = [value.numel() for value in sums]
-        std = self.noise_std(sum(sizes))
-        if std == 0:
-            return list(sums)
-        # One draw for all: dozens of small ones cost more than the noise itself.
-        joined = torch.cat([value.to(sums[0].device, torch.float64).flatten() for value in sums])
-        parts = add_noise(joined, std, self.source).split(sizes)
-        return [part.view(value.shape).to(value) for part, value in zip(parts, sums, strict=True)]
+        std = self.noise_std(sum(value.numel() for value in sums))
+        return add_noise([value.to(sums[0].device) for value in sums], std, self.source)
+
+
+def total(clipped: Tensor | ExampleSum) -> Tensor:
+    """The sum itself."""
+    return clipped if isinstance(clipped, Tensor) else clipped_sum_kept(*clipped)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
-from lora_dp.fused_step import can_fuse, fused_step
-from lora_dp.mechanism import Mechanism
+from lora_dp.fused_step import find_fused_step
+from lora_dp.mechanism import Mechanism, total
+from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
 from lora_dp.recording import NormMethod, Pass, Recorder
@@ -20,9 +21,9 @@ LossReduction = Literal["mean", "sum"]
 
 
 class Clipped(NamedTuple):
-    """Clipped sums by the ``id`` of their parameter, and how many examples had a non-finite gradient."""
+    """Clipped sums, some not yet formed, by the ``id`` of their parameter; how many examples were not finite."""
 
-    sums: dict[int, Tensor]
+    sums: dict[int, Tensor | ExampleSum]
     non_finite: Tensor | int
 
 
@@ -49,7 +50,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._phases = Phases(phases)
         self._loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
         self._before_release = before_release
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor | ExampleSum] = {}
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
         self._drawn: deque[int] = deque()
@@ -212,7 +213,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
             coefficients, by_row = self.mechanism.clipped_sums(
                 kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale)
-            sums = {
+            sums: dict[int, Tensor | ExampleSum] = {
                 key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
                 for row, (key, slot) in enumerate(slots)}
             return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
@@ -222,8 +223,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._examples += examples
         self._kept += kept
         self._non_finite_examples = self._non_finite_examples + clipped.non_finite
-        for key, total in clipped.sums.items():
-            self._sums[key] = total if key not in self._sums else self._sums[key] + total
+        # A whole batch stays as it is, to be summed, noised and used in one pass; parts of one are added up.
+        whole = not self._sums and not self._skip_next
+        for key, part in clipped.sums.items():
+            if whole:
+                self._sums[key] = part
+            else:
+                before = self._sums.get(key)
+                self._sums[key] = total(part) if before is None else total(before) + total(part)
 
     def check_whole_batch(self) -> None:
         """Refuse where micro-batches are being added up.
@@ -266,7 +273,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             f"This step saw {examples} examples, which is no batch that the private loader drew: train on the loader "
             "that make_private returned, each batch once and whole (micro-batches add up to it).")
 
-    def _collect(self) -> dict[int, Tensor]:
+    def _collect(self) -> dict[int, Tensor | ExampleSum]:
         sums, self._sums, self._examples, self._kept = self._sums, {}, 0, 0
         return sums
 
@@ -279,11 +286,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)
-        if can_fuse(self.original_optimizer, trained, sums, self.mechanism, self._low_pass):
-            fused_step(
-                self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
+        step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass)
+        if step is None:
+            self._step_by_torch(trained, [total(value) for value in sums])
         else:
-            self._step_by_torch(trained, sums)
+            step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
         self.steps_taken += 1
         self.activate()
 

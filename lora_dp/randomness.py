@@ -1,26 +1,41 @@
 """Where random values come from: a cryptographic source (the default) and a seeded one for research.
 
-Sampling and noise protect privacy only while nobody can predict them, so the default draws its bits from
-ChaCha20 under a key of the operating system. A seeded source repeats a run, and whoever learns the seed can
-subtract the noise. Both make their values from 64-bit words in the same way: only the bits differ.
+Both draw their bits from ChaCha20 (RFC 8439) under a 256-bit key, and differ in the key alone: the operating system's,
+or one made of a seed. Sampling and noise protect privacy only while nobody can predict them: whoever learns the seed
+can subtract the noise.
+
+Every call takes the source's next draw number. That number, what the bits are for, and the parameter that they belong
+to are the nonce of their stream (``csrc/stream.h``), and blocks are counted within it: no two values of a source ever
+share a block of bits. Nor do sources share keys: each secure one has its own, also after a fork and in a resumed run; a
+seeded one continues its draw numbers when it resumes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import math
 import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from lora_dp.ops.chacha20 import KEY_BYTES, NONCE_BYTES, chacha20_bits
+from lora_dp.ops.native import native
+from lora_dp.ops.rounded_gaussian import rounded_gaussian_
+from lora_dp.ops.sampling_bits import sampling_bits_
 
 _MANTISSA_MASK = 2**53 - 1
 _MANTISSA_STEP = 2.0**-53
+
+
+class Draw(NamedTuple):
+    """Names the bits of one call: the number of a key of the native library, and the number of the draw."""
+
+    key: int
+    number: int
 
 
 class RandomSource(ABC):
@@ -33,12 +48,19 @@ class RandomSource(ABC):
     secure: ClassVar[bool]
 
     @abstractmethod
+    def next_draw(self) -> Draw:
+        """Bits that nothing has used: the caller uses them for one purpose, once."""
+
     def uniform_bits(self, n: int) -> Tensor:
         """`n` integers of 64 uniform bits each: int64, shape (n,), on the CPU.
 
         Raises:
             ValueError: n is negative.
         """
+        if n < 0:
+            raise ValueError(f"n must not be negative, got {n}")
+        draw = self.next_draw()
+        return sampling_bits_(torch.empty(n, dtype=torch.int64, device="cpu"), draw.key, draw.number)
 
     def uniform(self, n: int) -> Tensor:
         """`n` values uniform on the multiples of 2**-53 in [0, 1): float64, shape (n,), on the CPU.
@@ -48,35 +70,25 @@ class RandomSource(ABC):
         """
         return self.uniform_bits(n).bitwise_and_(_MANTISSA_MASK).double().mul_(_MANTISSA_STEP)
 
-    def normal(self, n: int) -> Tensor:
-        """`n` independent standard normals: float64, shape (n,), on the CPU.
-
-        Box and Muller (1958): r = sqrt(-2 ln u1), the values r cos(2 pi u2) and r sin(2 pi u2), with u1 in
-        (0, 1] and u2 in [0, 1) of 53 bits each. The smallest u1 is 2**-53, so no value lies further out than
-        sqrt(106 ln 2) = 8.57 standard deviations; a true normal does with probability 1.0e-17.
+    def rounded_gaussians(self, shapes: Sequence[Sequence[int]], scale: float, device: torch.device) -> list[Tensor]:
+        """Independent rounded Gaussians of deviation `scale`, one int64 tensor of each shape, in one draw.
 
         Raises:
-            ValueError: n is negative.
+            ValueError: scale outside [1, 2³³).
         """
-        if n < 0:
-            raise ValueError(f"n must not be negative, got {n}")
-        pairs = (n + 1) // 2
-        u1, u2 = self.uniform(2 * pairs).view(2, pairs)
-        # 1 - u1 lies in (0, 1], exactly: both are multiples of 2**-53.
-        radius = u1.neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
-        angle = u2.mul_(2.0 * math.pi)
-        values = torch.empty(2, pairs, dtype=torch.float64, device="cpu")
-        torch.mul(torch.cos(angle), radius, out=values[0])
-        torch.mul(angle.sin_(), radius, out=values[1])
-        return values.view(-1)[:n]
+        draw = self.next_draw()
+        return [
+            rounded_gaussian_(
+                torch.empty(torch.Size(shape), dtype=torch.int64, device=device), draw.key, p, draw.number, scale)
+            for p, shape in enumerate(shapes)]
 
 
 class _Stream(NamedTuple):
-    """A key, the nonces not yet used under it, and the process that may use it."""
+    """A key, the draws not yet taken under it, and the process that may use it."""
 
     process: tuple[int, int]
-    key: bytes
-    nonces: Iterator[int]
+    key: int
+    numbers: Iterator[int]
 
 
 _forks = 0
@@ -94,9 +106,9 @@ os.register_at_fork(after_in_child=_count_fork)
 class SecureSource(RandomSource):
     """Cryptographic random values: ChaCha20 (RFC 8439) under a 256-bit key of the operating system.
 
-    Every draw takes a nonce of its own, so no two values share a block of the keystream. A forked process
-    draws a new key before its first value. The key lives in memory only: a source is never printed, copied,
-    pickled or saved, and a resumed run starts a new one.
+    A forked process draws a new key before its first value. The key lives in locked memory of the native library alone,
+    left out of core dumps; Python never sees it. A source is never copied, pickled or saved, and a resumed run
+    starts a new one.
     """
 
     secure = True
@@ -104,16 +116,17 @@ class SecureSource(RandomSource):
     def __init__(self) -> None:
         self._stream = self._new_stream()
 
-    @staticmethod
-    def _new_stream() -> _Stream:
-        return _Stream((os.getpid(), _forks), os.urandom(KEY_BYTES), itertools.count())
+    def _new_stream(self) -> _Stream:
+        key = native.new_key()
+        weakref.finalize(self, native.drop_key, key)
+        return _Stream((os.getpid(), _forks), key, itertools.count())
 
-    def uniform_bits(self, n: int) -> Tensor:
+    def next_draw(self) -> Draw:
         # Read once: another thread may replace the stream, and `next` on a count is atomic.
         stream = self._stream
         if stream.process != (os.getpid(), _forks):
             stream = self._stream = self._new_stream()
-        return chacha20_bits(stream.key, next(stream.nonces).to_bytes(NONCE_BYTES, "little"), n)
+        return Draw(stream.key, next(stream.numbers))
 
     def __repr__(self) -> str:
         return "SecureSource(key hidden)"
@@ -126,39 +139,56 @@ class SecureSource(RandomSource):
 
 
 class SeededSource(RandomSource):
-    """Repeatable random values from torch's Mersenne Twister, for research: not for a private release.
+    """Repeatable random values under a key made of a seed, for research: not for a private release.
 
     Args:
-        seed: any integer that torch.Generator.manual_seed takes.
+        seed: any integer; processes and clients that run side by side need seeds of their own.
     """
 
     secure = False
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._counted_steps = 0
+        self.seed = int(seed)
+        self._next = 0
+        self._key = (-1, -1)
 
-    def uniform_bits(self, n: int) -> Tensor:
-        if n < 0:
-            raise ValueError(f"n must not be negative, got {n}")
-        bits = torch.empty(n, dtype=torch.int64, device="cpu")
-        return bits.random_(-(2**63), None, generator=self._generator)
+    def next_draw(self) -> Draw:
+        if self._key[0] != os.getpid():  # a forked process holds no keys
+            key = native.key_from(hashlib.sha256(f"lora-dp seed {self.seed}".encode()).digest())
+            weakref.finalize(self, native.drop_key, key)
+            self._key = (os.getpid(), key)
+        number = self._next
+        self._next += 1
+        return Draw(self._key[1], number)
 
     def next_counter(self) -> tuple[int, int]:
         """Seed, as a signed 64-bit number, and step for a counter-based generator: no two calls give the same step."""
-        step = self._counted_steps
-        self._counted_steps += 1
-        return (self.seed + 2**63) % 2**64 - 2**63, step
+        number = self._next
+        self._next += 1
+        return (self.seed + 2**63) % 2**64 - 2**63, number
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The place in the stream, as a uint8 tensor under "generator"; the values that follow it repeat."""
-        return {"generator": self._generator.get_state(), "counted_steps": torch.tensor(self._counted_steps)}
+        """The place in the stream, under "draws"; the values that follow it repeat."""
+        return {"draws": torch.tensor(self._next)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continues the stream where `state_dict` was taken."""
-        self._generator.set_state(state["generator"])
-        self._counted_steps = int(state["counted_steps"])
+        """Continues the stream where `state_dict` was taken.
+
+        Raises:
+            ValueError: a state of another kind.
+        """
+        if set(state) != {"draws"} or int(state["draws"]) < 0:
+            raise ValueError(f"Not the state of a seeded source, which holds 'draws' alone: it has {sorted(state)}.")
+        self._next = int(state["draws"])
 
     def __repr__(self) -> str:
         return f"SeededSource({self.seed})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _continued, (self.seed, self._next)
+
+
+def _continued(seed: int, draws: int) -> SeededSource:
+    source = SeededSource(seed)
+    source._next = draws
+    return source

@@ -258,9 +258,9 @@ def _embedding_sq_norms(ids: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _embedding_sum(ids: Tensor, gradient: Tensor, coefficients: Tensor, shape: torch.Size) -> Tensor:
-    gradient = gradient.to(wide_dtype(gradient.dtype))
+    gradient = gradient.double()  # as the other clipped sums
     excluded = (coefficients == 0).view(-1, 1, 1)
-    weighted = (gradient * coefficients.to(gradient.dtype).view(-1, 1, 1)).masked_fill_(excluded, 0)
+    weighted = (gradient * coefficients.double().view(-1, 1, 1)).masked_fill_(excluded, 0)
     return gradient.new_zeros(shape).index_add_(0, ids.reshape(-1), weighted.flatten(0, 1))
 
 

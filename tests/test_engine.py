@@ -159,7 +159,8 @@ def test_filters_come_after_the_noise_and_touch_factors_only(low_pass):
             assert not torch.allclose(plain[name], filtered[name], rtol=1e-2)
             assert torch.allclose(5 * low_pass(plain[name] / 5), filtered[name], rtol=1e-4, atol=1e-5)
         else:
-            assert torch.equal(plain[name], filtered[name])
+            # A filter that no fused step knows leaves sum and update to torch, which rounds to float32 in between.
+            assert torch.allclose(plain[name], filtered[name], rtol=1e-6, atol=1e-6)
 
 
 def test_a_layer_that_the_batch_does_not_use_keeps_its_share_of_the_bound():

@@ -1,6 +1,7 @@
 """Noise on a grid, and the mechanism that matches it to the sensitivity."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from tests.models import assert_refuses
 class Silence:
     """A source whose draws are all zero: what is left of a release is the rounded value."""
 
-    def normal(self, n: int) -> Tensor:
-        return torch.zeros(n, dtype=torch.float64)
+    def rounded_gaussians(self, shapes: Sequence[Sequence[int]], scale: float, device: torch.device) -> list[Tensor]:
+        return [torch.zeros(torch.Size(shape), dtype=torch.int64) for shape in shapes]
 
 
 @given(std=st.floats(1e-12, 1e12))
@@ -67,7 +68,7 @@ def test_the_largest_noise_is_accepted():
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
 def test_shape_and_dtype_are_kept(shape, dtype):
     value = torch.ones(shape, dtype=dtype)
-    noisy = add_noise(value, 0.5, SeededSource(0))
+    noisy, = add_noise([value], 0.5, SeededSource(0))
     assert noisy.shape == shape and noisy.dtype == dtype
     assert torch.equal(value, torch.ones(shape, dtype=dtype))
 

@@ -3,6 +3,7 @@
 Each promise is a check that passes on the real engine. Beside it a bug is planted, and the same check must fail.
 """
 
+import contextlib
 import math
 
 import pytest
@@ -15,6 +16,7 @@ import lora_dp.mechanism
 from lora_dp import DPLoRALinear
 from lora_dp.mechanism import Mechanism
 from lora_dp.ops.per_example_norm import ghost_sq_norm
+from lora_dp.ops.registry import reference_only
 from lora_dp.recording import Slot
 from tests.models import cross_entropy, examples, flat, mlp, one_by_one, take_step
 from tests.support import RULES, assert_close, brute_force, clip_and_sum, make_private
@@ -68,10 +70,12 @@ def check_non_finite_examples_contribute_zero(method: str, rule: str) -> None:
     assert int(optimizer._non_finite_examples) == 2
 
 
+@pytest.mark.parametrize("way", [contextlib.nullcontext, reference_only])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("method", ["direct", "ghost"])
-def test_non_finite_examples_contribute_zero(method, rule):
-    check_non_finite_examples_contribute_zero(method, rule)
+def test_non_finite_examples_contribute_zero(method, rule, way):
+    with way():
+        check_non_finite_examples_contribute_zero(method, rule)
 
 
 def test_coefficients_that_let_nan_through_are_caught(bug):
@@ -81,8 +85,8 @@ def test_coefficients_that_let_nan_through_are_caught(bug):
 
 
 def test_zero_times_nan_is_caught(bug):
-    bug.setattr(lora_dp.mechanism, "clipped_sum_kept", lambda g, c: torch.einsum("n,n...->...", c, g))
-    with pytest.raises(AssertionError):
+    bug.setattr(lora_dp.mechanism, "clipped_sum_kept", lambda g, c: torch.einsum("n,n...->...", c.to(g), g))
+    with pytest.raises(AssertionError), reference_only():
         check_non_finite_examples_contribute_zero("direct", "flat")
 
 
@@ -181,12 +185,14 @@ def check_sums_keep_float32_inside_autocast(method: str) -> None:
     assert torch.equal(*released)
 
 
+@pytest.mark.parametrize("way", [contextlib.nullcontext, reference_only])
 @pytest.mark.parametrize("method", ["direct", "ghost"])
-def test_sums_keep_float32_inside_autocast(method):
-    check_sums_keep_float32_inside_autocast(method)
+def test_sums_keep_float32_inside_autocast(method, way):
+    with way():
+        check_sums_keep_float32_inside_autocast(method)
 
 
 def test_half_sums_inside_autocast_are_caught(bug):
-    bug.setattr(lora_dp.mechanism, "clipped_sum_kept", lambda g, c: (c @ g.flatten(1)).view(g.shape[1:]))
-    with pytest.raises(AssertionError):
+    bug.setattr(lora_dp.mechanism, "clipped_sum_kept", lambda g, c: (c.to(g) @ g.flatten(1)).view(g.shape[1:]))
+    with pytest.raises(AssertionError), reference_only():
         check_sums_keep_float32_inside_autocast("direct")

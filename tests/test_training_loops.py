@@ -25,7 +25,7 @@ from tests.support import assert_close, make_private, private_gradients
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_any_optimizer_steps_as_it_would_on_the_same_gradients(optimizer):
-    """The private gradients, given to the same optimizer by hand, move a twin to the same bits."""
+    """The private gradients, given to the same optimizer by hand, move a twin to the same place."""
     model, private, loader = private_run(seeded(), optimizer=optimizer, lr=0.05)
     twin = mlp()
     by_hand = optimizer([p for p in twin.parameters() if p.requires_grad], lr=0.05)
@@ -36,7 +36,8 @@ def test_any_optimizer_steps_as_it_would_on_the_same_gradients(optimizer):
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             q.grad = None if p.grad is None else p.grad.clone()
         by_hand.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)  # a fused step rounds less often
     assert not torch.equal(model[2].weight, start["2.weight"])
 
 

@@ -38,7 +38,7 @@ def clip_and_sum(
         scale: factor of every gradient (N where the loss is a mean).
 
     Returns:
-        (P, N) coefficients, mask and scale included, and a sum in the shape of each parameter.
+        (P, N) coefficients, mask and scale included, and a sum in the shape of each parameter, float64.
     """
     from lora_dp.kernels.clip_sum import clip_sum
 

@@ -1,56 +1,39 @@
-"""Σᵢ cᵢ Gᵢ, from the kept gradients or recomputed from (left, right) as one row-scaled product."""
+"""Σᵢ cᵢ Gᵢ, from the kept gradients or recomputed from (left, right) as one row-scaled product.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+In float64: what a float32 sum over N examples rounds away, up to N² · 2⁻²⁴ of the clip bound, no noise is matched to.
+"""
 
 import torch
 from torch import Tensor
 
-from lora_dp.ops.registry import define, wide_dtype
+from lora_dp.ops.registry import define
 
-# TF32 or bf16 products, which a user may have allowed, would round cᵢ far beyond the clip rules' margin.
-_PRECISIONS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    allowed = [backend.fp32_precision for backend in _PRECISIONS]
-    if set(allowed) <= {"none", "ieee"}:
-        yield
-        return
-    for backend in _PRECISIONS:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(_PRECISIONS, allowed, strict=True):
-            backend.fp32_precision = precision
+# Numbers that are turned into float64 at once.
+_CHUNK = 2**22
 
 
 def _sum_kept_reference(gradients: Tensor, coefficients: Tensor) -> Tensor:
     # 0 · NaN is NaN: what an excluded example holds must not reach a sum. Every example with a non-finite value is
     # excluded, so nan_to_num drops nothing else, at a fifth of the time of masking rows.
-    flat = gradients.flatten(1).nan_to_num(0, 0, 0)
-    with _full_precision():
-        return (coefficients.to(flat.dtype) @ flat).view(gradients.shape[1:])
+    flat, weights = gradients.flatten(1), coefficients.double()
+    # Some columns at a time: in float64 all of them would take twice the memory of the gradients again.
+    chunks = flat.split(max(_CHUNK // max(len(flat), 1), 1), dim=1)
+    sums = [weights @ chunk.double().nan_to_num(0, 0, 0) for chunk in chunks]
+    return torch.cat(sums).view(gradients.shape[1:])
 
 
 def _sum_kept_fake(gradients: Tensor, coefficients: Tensor) -> Tensor:
-    return gradients.new_empty(gradients.shape[1:])
+    return gradients.new_empty(gradients.shape[1:], dtype=torch.float64)
 
 
 def _sum_pairs_reference(left: Tensor, right: Tensor, coefficients: Tensor, scale: float) -> Tensor:
-    result = wide_dtype(left.dtype)
-    # Where an example's tokens cancel, float32 would leave rounding that its norm, exact, does not count.
-    dtype = result if left.shape[1] == 1 else torch.float64
-    left, right = left.to(dtype), right.to(dtype)
-    weighted = (left * (scale * coefficients.to(dtype)).view(-1, 1, 1)).nan_to_num_(0, 0, 0)
-    with _full_precision():
-        return (weighted.flatten(0, 1).t() @ right.nan_to_num(0, 0, 0).flatten(0, 1)).to(result)
+    left, right = left.double(), right.double()
+    weighted = (left * (scale * coefficients.double()).view(-1, 1, 1)).nan_to_num_(0, 0, 0)
+    return weighted.flatten(0, 1).t() @ right.nan_to_num(0, 0, 0).flatten(0, 1)
 
 
 def _sum_pairs_fake(left: Tensor, right: Tensor, coefficients: Tensor, scale: float) -> Tensor:
-    return left.new_empty((left.shape[2], right.shape[2]), dtype=wide_dtype(left.dtype))
+    return left.new_empty((left.shape[2], right.shape[2]), dtype=torch.float64)
 
 
 _sum_kept = define("clipped_sum_kept(Tensor gradients, Tensor coefficients) -> Tensor",
@@ -69,7 +52,7 @@ def clipped_sum_kept(gradients: Tensor, coefficients: Tensor) -> Tensor:
             example with a non-finite value must have 0.
 
     Returns:
-        (*shape) in the dtype of ``gradients``.
+        (*shape), float64.
     """
     return _sum_kept(gradients, coefficients)
 
@@ -84,6 +67,6 @@ def clipped_sum_pairs(left: Tensor, right: Tensor, coefficients: Tensor, scale: 
         scale: factor of the whole gradient.
 
     Returns:
-        (p, q) in float32, or float64 for float64 inputs.
+        (p, q), float64.
     """
     return _sum_pairs(left, right, coefficients, scale)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("lora_dp", "FRAGMENT")
+LIBRARY = torch.library.Library("lora_dp", "FRAGMENT")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)
+LEAST_CAPABILITY = (8, 0)
 
 _reference_only = False
 
@@ -34,11 +34,11 @@ def define(
         setup_context, backward: the derivative, as for ``torch.library.register_autograd``.
     """
     name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _dispatch(reference, kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lora_dp::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, _dispatch(reference, kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_dp::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"lora_dp::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        torch.library.register_autograd(f"lora_dp::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.lora_dp, name).default
     return overload
 
@@ -76,7 +76,12 @@ def _has_kernels(device: torch.device) -> bool:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return device.type == "cpu"
     return (device.type == "cuda" and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY)
+            and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY)
+
+
+def only_reference() -> bool:
+    """Whether this is inside :func:`reference_only`."""
+    return _reference_only
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def test_the_seed_fixes_start_and_partition_but_neither_batches_nor_noise():
 def test_clients_of_a_reproducible_run_draw_different_noise():
     federation = Federation.from_config(tiny(reproducible=True))
     sources = [client._engine.source for client in federation.clients]
-    assert not sources[0].normal(8).equal(sources[1].normal(8))
+    assert not sources[0].uniform_bits(8).equal(sources[1].uniform_bits(8))
 
 
 def test_the_ledger_on_disk_counts_a_round_before_it_begins(tmp_path, monkeypatch):

@@ -50,7 +50,10 @@ class Case:
             self.sq_norms.double() * scale**2, self.layers.long(), self.layer_count) * scale
         if self.mask is not None:
             coefficients = torch.where(self.mask, coefficients, 0.0)
-        return coefficients, [
+        return coefficients, self.sums_by(coefficients)
+
+    def sums_by(self, coefficients: Tensor) -> list[Tensor]:
+        return [
             sum((c * g.double() for c, g in zip(coefficients[row], gradient, strict=True) if c != 0),
                 torch.zeros(gradient.shape[1:], dtype=torch.float64, device=gradient.device))
             for row, gradient in zip(self.rows, self.gradients, strict=True)]
@@ -62,8 +65,11 @@ class Case:
         torch.testing.assert_close(coefficients.double(), want_coefficients, rtol=1e-6, atol=0)
         assert len(sums) == len(self.gradients)
         for actual, want in zip(sums, want_sums, strict=True):
-            assert actual.dtype == torch.float32 and actual.shape == want.shape
-            assert (actual.double() - want).norm() <= 1e-5 * want.norm()
+            assert actual.dtype == torch.float64 and actual.shape == want.shape
+            assert (actual - want).norm() <= 1e-5 * want.norm()
+        # Beyond the rounding of the coefficients, the sums are those of float64.
+        for actual, want in zip(sums, self.sums_by(coefficients.double()), strict=True):
+            assert (actual - want).norm() <= 1e-13 * want.norm()
 
 
 def make_case(device, sizes, n, kept_elsewhere=1, masked=False, seed=0) -> Case:
@@ -189,7 +195,7 @@ def test_sums_are_views_of_one_buffer_by_one_launch(device, monkeypatch):
     _, sums = case.run("flat", 0.5)
     assert len(launches) == 1
     assert len({total.untyped_storage().data_ptr() for total in sums if total.numel()}) == 1
-    assert sums[0].untyped_storage().nbytes() == 4 * sum(total.numel() for total in sums)
+    assert sums[0].untyped_storage().nbytes() == 8 * sum(total.numel() for total in sums)
 
 
 def test_same_inputs_give_the_same_bits(device):

@@ -14,8 +14,10 @@ from torch import Tensor
 import lora_dp.kernels.noise_update as module
 from lora_dp.filtering import GaussianFilter
 from lora_dp.kernels.launching import Config
-from lora_dp.kernels.noise_update import CONFIGS, adam_row, noise_update, sgd_row
+from lora_dp.kernels.noise_update import CONFIGS, noise_update
+from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
 from lora_dp.kernels.philox import standard_normal
+from lora_dp.ops.private_update import private_update_
 
 TINY = Config.of(1, 1, BLOCK=16)  # many programs
 
@@ -190,6 +192,38 @@ SGD = [
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True}]
 ADAM = [{"lr": 0.01, "weight_decay": 0.0}, {"lr": 0.01, "weight_decay": 0.3, "betas": (0.8, 0.99), "eps": 1e-5}]
 OPTIMIZERS = [("sgd", row) for row in SGD] + [(name, row) for name in ("adam", "adamw") for row in ADAM]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer, arguments", OPTIMIZERS)
+def test_without_noise_the_native_update_is_the_same(device, optimizer, arguments, dtype):
+    """Both from the same start, to a rounding of float32, or of the parameter's dtype."""
+    sizes, strength = [(3, 40), (17,), (50, 3), ()], 0.7
+    generator = torch.Generator().manual_seed(0)
+    theta, sums, first, second = (
+        [torch.randn(size, generator=generator).to(device) for size in sizes] for _ in range(4))
+    second = [state.square() for state in second]
+    theta = [each.to(dtype) for each in theta]
+    row = sgd_row(**arguments) if optimizer == "sgd" else adam_row(**arguments, step=3)
+    has_first, has_second = optimizer != "sgd" or "momentum" in arguments, optimizer != "sgd"
+    # The kernel keeps states in float32, the native update in the parameter's dtype: let both hold the same numbers.
+    first, second = ([state.to(dtype).float() for state in states] for states in (first, second))
+    mine = [each.clone() for each in theta]
+    options = {"expected_batch_size": 3.0, "filter_strength": strength, "filtered": [len(size) == 2 for size in sizes]}
+    private_update_(
+        mine, sums, [state.to(dtype, copy=True) for state in first] if has_first else [],
+        [state.to(dtype, copy=True) for state in second] if has_second else [], [], [row] * len(sizes),
+        optimizer="momentum" if optimizer == "sgd" and has_first else optimizer, key=0, draw=0, scale=0.0, step=1.0,
+        **options)
+    noise_update(
+        theta, sums, [state.clone() for state in first] if has_first else [],
+        [state.clone() for state in second] if has_second else [],
+        torch.tensor([row] * len(sizes), device=device), torch.tensor([0, 0], device=device), std=0.0,
+        optimizer=optimizer, **options)
+    # The kernel rounds the gradient to the parameter's dtype first, and Triton's interpreter cuts bfloat16 off.
+    unit = torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
+    for left, right in zip(mine, theta, strict=True):
+        torch.testing.assert_close(left, right, rtol=2 * unit, atol=unit)
 
 
 @pytest.mark.parametrize("optimizer, arguments", OPTIMIZERS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import GaussianFilter, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp import GaussianFilter, LoRAConfig, PrivacyEngine, fused_step, inject_lora
 from lora_dp.ops import registry
 from lora_dp.ops.lora_backward import lora_backward
 from lora_dp.ops.lora_forward import lora_forward
@@ -97,13 +97,19 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1)
 
 
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine whose install found no CUDA compiler: the update falls to the Triton kernel."""
+    monkeypatch.setattr(fused_step, "can_update", lambda parameter, strength: False)
+
+
 def momentum(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("make", [adamw, torch.optim.Adam, torch.optim.SGD, momentum])
 @pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_update_in_one_launch(device, launches, make, strength):
+def test_update_in_one_launch(device, launches, without_native, make, strength):
     """Without noise, the fused step is torch's optimizer after the filter; its state goes on in torch."""
     ends = []
     for fused in (True, False):
@@ -127,7 +133,7 @@ def test_update_in_one_launch(device, launches, make, strength):
     assert_same(*ends)
 
 
-def test_noise_of_the_launch(device, launches):
+def test_noise_of_the_launch(device, launches, without_native):
     """Its deviation; the same seed repeats it, another step or seed does not; a resumed source goes on."""
     def run(seed: int, resume: bool = False) -> Tensor:
         model, engine = mlp().to(device), PrivacyEngine("rdp", reproducible_seed=seed)
@@ -154,20 +160,20 @@ def test_noise_of_the_launch(device, launches):
     assert float(torch.corrcoef(noise).fill_diagonal_(0).abs().max()) < 0.75
 
 
-def test_cryptographic_noise_does_not_take_the_launch(device, launches):
+def test_cryptographic_noise_does_not_take_the_launch(device, launches, without_native):
     optimizer = make_private(mlp().to(device), batch_size=4, engine=PrivacyEngine("rdp"), noise_multiplier=1.0)
     optimizer.step_on_empty_batch()
     assert "noise_update" not in launches
 
 
-def test_a_seed_of_64_bits(device, launches):
+def test_a_seed_of_64_bits(device, launches, without_native):
     engine = PrivacyEngine("rdp", reproducible_seed=2**64 - 1)
     optimizer = make_private(mlp().to(device), batch_size=4, engine=engine, noise_multiplier=1.0)
     optimizer.step_on_empty_batch()
     assert "noise_update" in launches
 
 
-def test_half_precision_parameters_keep_torchs_optimizer(device, launches):
+def test_half_precision_parameters_keep_torchs_optimizer(device, launches, without_native):
     """Whose state is in the parameter's dtype: the launch's would be float32, and not resume bit for bit."""
     optimizer = make_private(mlp(dtype=torch.bfloat16).to(device), batch_size=4, noise_multiplier=1.0)
     optimizer.step_on_empty_batch()

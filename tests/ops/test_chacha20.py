@@ -1,9 +1,12 @@
-"""ChaCha20 against the test vectors of RFC 8439 and against a plain implementation."""
+"""ChaCha20 against the test vectors of RFC 8439 and against a plain implementation, on every instruction set."""
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,12 +15,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dp import _native
-from lora_dp.ops.chacha20 import chacha20_bits
+from lora_dp.ops.sampling_bits import sampling_bits_
 
 KEY = bytes(range(32))
 NONCE = bytes(range(100, 112))
+LAST_BLOCK = 2**32 - 1
 ROUND = [(0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15)]
 ROUND += [(0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)]
+# From the widest on: the first that a machine runs is the one it chooses.
+INSTRUCTIONS = ["avx512", "avx2", "portable"]
+
+
+def missing(name: str) -> str | None:
+    """Why this machine does not run the kernels called so."""
+    try:
+        _native.keystream(KEY, NONCE, 0, 0, 0, name)
+    except ValueError as error:
+        assert str(error) == f"this machine runs no kernels called '{name}'"
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module", params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest) -> str:
+    why = missing(request.param)
+    if why is not None:
+        assert request.param != "portable"
+        pytest.skip(why)
+    return request.param
+
+
+@pytest.fixture
+def key() -> Iterator[int]:
+    number = _native.key_from(KEY)
+    yield number
+    _native.drop_key(number)
+
+
+def refuses(message: str, action: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        action()
 
 
 def reference_block(key: bytes, nonce: bytes, counter: int) -> bytes:
@@ -44,15 +81,22 @@ def reference_keystream(key: bytes, nonce: bytes, counter: int, n_bytes: int) ->
     return b"".join(reference_block(key, nonce, block) for block in blocks)[:n_bytes]
 
 
-def native_keystream(key: bytes, nonce: bytes, counter: int, n_bytes: int, offset: int = 0) -> bytes:
-    """The native keystream at `offset` bytes into a buffer, whose every other byte must stay as it was."""
-    margin = 128
-    buffer = np.full(margin + n_bytes + margin, 0xA5, np.uint8)
+def written(n_bytes: int, offset: int, write: Callable[[int], None]) -> bytes:
+    """What `write` puts at `offset` bytes into a buffer, whose every other byte must stay as it was."""
+    margin = 2048  # more than the widest kernels compute at once
+    buffer = np.full(margin + offset + n_bytes + margin, 0xA5, np.uint8)
     start = margin + offset
-    _native.chacha20_keystream(key, nonce, counter, buffer.ctypes.data + start, n_bytes)
+    write(buffer.ctypes.data + start)
     untouched = np.concatenate([buffer[:start], buffer[start + n_bytes :]])
     assert (untouched == 0xA5).all(), "wrote outside its buffer"
     return buffer[start : start + n_bytes].tobytes()
+
+
+def native_keystream(
+    key: bytes, nonce: bytes, counter: int, n_bytes: int, instructions: str = "", offset: int = 0
+) -> bytes:
+    return written(
+        n_bytes, offset, lambda out: _native.keystream(key, nonce, counter, out, n_bytes, instructions))
 
 
 # RFC 8439, 2.3.2 and appendix A.1, test vectors 1 to 5: key, nonce, block counter, block.
@@ -100,61 +144,70 @@ KEYSTREAM = (
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block_vectors_of_the_rfc(name: str) -> None:
+def test_block_vectors_of_the_rfc(name: str, instructions: str) -> None:
     key, nonce, counter, expected = BLOCKS[name]
     key, nonce = bytes.fromhex(key), bytes.fromhex(nonce)
-    assert native_keystream(key, nonce, counter, 64).hex() == expected
+    assert native_keystream(key, nonce, counter, 64, instructions).hex() == expected
     assert reference_block(key, nonce, counter).hex() == expected
 
 
-def test_keystream_vector_of_the_rfc() -> None:
-    key, nonce = KEY, bytes.fromhex(KEYSTREAM_NONCE)
-    assert native_keystream(key, nonce, 1, 114).hex() == KEYSTREAM
+def test_keystream_vector_of_the_rfc(instructions: str) -> None:
+    nonce = bytes.fromhex(KEYSTREAM_NONCE)
+    assert native_keystream(KEY, nonce, 1, 114, instructions).hex() == KEYSTREAM
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     key=st.binary(min_size=32, max_size=32),
     nonce=st.binary(min_size=12, max_size=12),
-    counter=st.one_of(st.integers(0, 40), st.integers(2**31 - 20, 2**31 + 20), st.just(2**32 - 64)),
+    counter=st.one_of(st.integers(0, 40), st.integers(2**31 - 20, 2**31 + 20), st.integers(2**32 - 80, 2**32 - 48)),
     n_bytes=st.integers(0, 3000),
     offset=st.integers(0, 70),
 )
 def test_keystream_equals_the_reference(
-    key: bytes, nonce: bytes, counter: int, n_bytes: int, offset: int
+    instructions: str, key: bytes, nonce: bytes, counter: int, n_bytes: int, offset: int
 ) -> None:
-    actual = native_keystream(key, nonce, counter, n_bytes, offset)
+    actual = native_keystream(key, nonce, counter, n_bytes, instructions, offset)
     assert actual == reference_keystream(key, nonce, counter, n_bytes)
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 129, 1000])
-def test_bits_are_the_keystream_in_memory_order(n: int) -> None:
-    bits = chacha20_bits(KEY, NONCE, n, counter=3)
-    assert bits.dtype == torch.int64 and bits.shape == (n,) and bits.device.type == "cpu"
-    assert bits.numpy().tobytes() == reference_keystream(KEY, NONCE, 3, 8 * n)
+def test_every_length_up_to_a_few_vectors_of_blocks(instructions: str) -> None:
+    """The widest kernels write 16 blocks at once, and what is left by itself."""
+    whole = reference_keystream(KEY, NONCE, 7, 64 * 35)
+    for blocks in range(35):
+        for n_bytes in (64 * blocks, 64 * blocks + 1, 64 * blocks + 63):
+            assert native_keystream(KEY, NONCE, 7, n_bytes, instructions) == whole[:n_bytes]
 
 
-def test_a_longer_stream_continues_a_shorter_one() -> None:
-    whole = chacha20_bits(KEY, NONCE, 4096)
-    assert torch.equal(whole[:1000], chacha20_bits(KEY, NONCE, 1000))
-    assert torch.equal(whole[800:], chacha20_bits(KEY, NONCE, 3296, counter=100))
+def test_a_longer_stream_continues_a_shorter_one(instructions: str) -> None:
+    whole = native_keystream(KEY, NONCE, 0, 32768, instructions)
+    assert native_keystream(KEY, NONCE, 0, 8001, instructions) == whole[:8001]
+    assert native_keystream(KEY, NONCE, 100, 26368, instructions) == whole[6400:]
 
 
-def test_default_device_of_torch_does_not_matter() -> None:
-    expected = chacha20_bits(KEY, NONCE, 5)
-    with torch.device("meta"):
-        assert torch.equal(chacha20_bits(KEY, NONCE, 5), expected)
+def test_the_widest_kernels_are_chosen() -> None:
+    assert _native.instructions() == next(name for name in INSTRUCTIONS if missing(name) is None)
+    assert missing("portable") is None
+    for name in ("", _native.instructions()):
+        assert native_keystream(KEY, NONCE, 5, 999, name) == reference_keystream(KEY, NONCE, 5, 999)
+    for name in ("sse2", "Portable", " avx2", "avx512f"):
+        assert missing(name) is not None
 
 
-def test_last_block_is_reachable_and_nothing_beyond_it() -> None:
-    last = 2**32 - 1
-    assert native_keystream(KEY, NONCE, last, 64) == reference_block(KEY, NONCE, last)
-    with pytest.raises(ValueError, match=r"block counter would pass 2\*\*32"):
-        native_keystream(KEY, NONCE, last, 65)
-    with pytest.raises(ValueError, match=r"block counter would pass 2\*\*32"):
-        _native.chacha20_keystream(KEY, NONCE, 0, 64, 2**38 + 1)
-    with pytest.raises(ValueError, match=r"block counter would pass 2\*\*32"):
-        _native.chacha20_keystream(KEY, NONCE, 1, 64, 2**63 - 1)
+def test_last_block_is_reachable_and_nothing_beyond_it(instructions: str) -> None:
+    assert native_keystream(KEY, NONCE, LAST_BLOCK, 64, instructions) == reference_block(KEY, NONCE, LAST_BLOCK)
+    # Lanes beyond the last block are computed with it, and dropped.
+    for blocks in (2, 3, 5, 9, 17, 33):
+        counter = 2**32 - blocks
+        expected = reference_keystream(KEY, NONCE, counter, 64 * blocks)
+        assert native_keystream(KEY, NONCE, counter, 64 * blocks, instructions) == expected
+    buffer = np.zeros(2048, np.uint8)
+    for counter, n_bytes in ((LAST_BLOCK, 65), (0, 2**38 + 1), (1, 2**38), (1, 2**63 - 1), (2**32 - 16, 64 * 16 + 1)):
+        refuses(
+            f"the block counter would pass 2**32: {n_bytes} bytes from block {counter}; "
+            "draw less, or use another nonce",
+            lambda c=counter, n=n_bytes: _native.keystream(KEY, NONCE, c, buffer.ctypes.data, n, instructions))
+    assert not buffer.any()
 
 
 @pytest.mark.parametrize(
@@ -164,31 +217,111 @@ def test_last_block_is_reachable_and_nothing_beyond_it() -> None:
         (KEY + b"x", NONCE, 0, 8, "key must be 32 bytes long, got 33"),
         (KEY, NONCE[:8], 0, 8, "nonce must be 12 bytes long, got 8"),
         (KEY, b"", 0, 8, "nonce must be 12 bytes long, got 0"),
-        (KEY, NONCE, -1, 8, r"counter must lie in \[0, 2\*\*32\), got -1"),
-        (KEY, NONCE, 2**32, 8, r"counter must lie in \[0, 2\*\*32\)"),
+        (KEY, NONCE, -1, 8, "counter must lie in [0, 2**32), got -1"),
+        (KEY, NONCE, 2**32, 8, "counter must lie in [0, 2**32), got 4294967296"),
+        (KEY, NONCE, 2**32, 0, "counter must lie in [0, 2**32), got 4294967296"),
         (KEY, NONCE, 0, -1, "n_bytes must not be negative, got -1"),
+        (KEY, NONCE, 0, -(2**63), "n_bytes must not be negative, got -9223372036854775808"),
     ],
 )
 def test_bad_values_are_refused(key: bytes, nonce: bytes, counter: int, n_bytes: int, message: str) -> None:
     buffer = np.zeros(64, np.uint8)
-    with pytest.raises(ValueError, match=message):
-        _native.chacha20_keystream(key, nonce, counter, buffer.ctypes.data, n_bytes)
+    refuses(message, lambda: _native.keystream(key, nonce, counter, buffer.ctypes.data, n_bytes))
     assert not buffer.any()
 
 
-def test_null_address_and_wrong_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="out_ptr is null"):
-        _native.chacha20_keystream(KEY, NONCE, 0, 0, 8)
-    _native.chacha20_keystream(KEY, NONCE, 0, 0, 0)  # an empty tensor has no address
-    with pytest.raises(TypeError):
-        chacha20_bits("k" * 32, NONCE, 8)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="n must not be negative, got -3"):
-        chacha20_bits(KEY, NONCE, -3)
+def test_null_address_and_wrong_types_are_refused(instructions: str) -> None:
+    refuses("out is null: pass the address of its data",
+            lambda: _native.keystream(KEY, NONCE, 0, 0, 8, instructions))
+    _native.keystream(KEY, NONCE, 0, 0, 0, instructions)  # an empty tensor has no address
+    for arguments in (("k" * 32, NONCE, 0, 0, 8), (KEY, NONCE, 0.0, 0, 8), (KEY, NONCE, 2**63, 0, 8),
+                      (bytearray(KEY), NONCE, 0, 0, 8), (KEY, NONCE, 0, -1, 8), (KEY, NONCE, 0, 0, 8, None)):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            _native.keystream(*arguments)
 
 
-def test_other_threads_run_meanwhile() -> None:
+def sampling_nonce(draw: int) -> bytes:
+    """Words 13 to 15 as csrc/stream.h lays them out: purpose 0 above parameter 0, and the draw, low word first."""
+    purpose, parameter = 0, 0
+    return b"".join(word.to_bytes(4, "little") for word in (purpose << 24 | parameter, draw % 2**32, draw >> 32))
+
+
+@pytest.mark.parametrize("draw", [0, 1, 255, 2**31, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63 - 1])
+def test_sampling_bits_are_the_keystream_of_their_draw(draw: int, key: int) -> None:
+    for n_bytes in (0, 1, 8, 63, 64, 65, 1000, 4097):
+        actual = written(n_bytes, 3, lambda out, n=n_bytes: _native.sampling_bits(key, draw, out, n))
+        assert actual == reference_keystream(KEY, sampling_nonce(draw), 0, n_bytes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(secret=st.binary(min_size=32, max_size=32), draw=st.integers(0, 2**63 - 1), n_bytes=st.integers(0, 700))
+def test_sampling_bits_under_any_key(secret: bytes, draw: int, n_bytes: int) -> None:
+    key = _native.key_from(secret)
+    actual = written(n_bytes, 0, lambda out: _native.sampling_bits(key, draw, out, n_bytes))
+    _native.drop_key(key)
+    assert actual == reference_keystream(secret, sampling_nonce(draw), 0, n_bytes)
+
+
+def test_bad_sampling_draws_are_refused(key: int) -> None:
+    buffer = np.zeros(64, np.uint8)
+    out = buffer.ctypes.data
+    gone = _native.key_from(KEY)
+    _native.drop_key(gone)
+    for arguments, message in (
+        ((gone, 0, out, 8), f"there is no key {gone}"),
+        ((-1, 0, out, 8), "there is no key -1"),
+        ((key, -1, out, 8), "draw must not be negative, got -1"),
+        ((key, 0, out, -8), "n_bytes must not be negative, got -8"),
+        ((key, 0, 0, 8), "out is null: pass the address of its data"),
+        ((key, 0, out, 2**38 + 1), "the block counter would pass 2**32: 274877906945 bytes from block 0; "
+                                   "draw less, or use another nonce"),
+    ):
+        refuses(message, lambda given=arguments: _native.sampling_bits(*given))
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _native.sampling_bits(key, 2**63, out, 8)
+    assert not buffer.any()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (9,), (3, 5)])
+def test_the_op_fills_a_tensor_with_sampling_bits(shape: tuple[int, ...], key: int) -> None:
+    expected = reference_keystream(KEY, sampling_nonce(2**40), 0, 8 * math.prod(shape))
+    out = torch.zeros(shape, dtype=torch.int64)
+    assert sampling_bits_(out, key, 2**40) is out
+    assert out.numpy().tobytes() == expected
+    with torch.device("meta"):
+        assert sampling_bits_(torch.zeros_like(out, device="cpu"), key, 2**40).equal(out)
+    meta = torch.zeros(shape, dtype=torch.int64, device="meta")
+    assert sampling_bits_(meta, -1, 2**40) is meta  # -1 is no key: the native library is not asked
+
+
+@pytest.mark.parametrize("out", [
+    torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.uint64),
+    torch.zeros(4, 3, dtype=torch.int64).T, torch.zeros(8, dtype=torch.int64)[::2]])
+def test_the_op_refuses_other_dtypes_and_layouts(out: torch.Tensor, key: int) -> None:
+    refuses(f"sampling_bits_: out must be contiguous and int64, got {out.dtype} {out.stride()}.",
+            lambda: sampling_bits_(out, key, 0))
+    assert not out.any()
+
+
+def test_the_op_is_one_that_torch_knows(key: int) -> None:
+    torch.library.opcheck(torch.ops.lora_dp.sampling_bits_.default, (torch.zeros(3, 4, dtype=torch.int64), key, 0))
+    gone = _native.key_from(KEY)
+    _native.drop_key(gone)
+    out = torch.zeros(4, dtype=torch.int64)
+    refuses(f"there is no key {gone}", lambda: sampling_bits_(out, gone, 0))
+    refuses("draw must not be negative, got -1", lambda: sampling_bits_(out, key, -1))
+    assert not out.any()
+
+
+@pytest.mark.parametrize("length", [0, 31, 33, 64])
+def test_a_key_of_another_length_is_refused(length: int) -> None:
+    refuses(f"key must be 32 bytes long, got {length}", lambda: _native.key_from(bytes(length)))
+
+
+def check_other_threads_run(call: Callable[[], None]) -> None:
+    """While one thread is in `call`, a native call of a tenth of a second or more, this one goes on."""
     finished = threading.Event()
-    worker = threading.Thread(target=lambda: (chacha20_bits(KEY, NONCE, 2**25), finished.set()))
+    worker = threading.Thread(target=lambda: (call(), finished.set()))
     longest_pause, previous = 0.0, time.perf_counter()
     started = previous
     worker.start()
@@ -198,3 +331,17 @@ def test_other_threads_run_meanwhile() -> None:
     worker.join()
     # With the interpreter lock held, the one native call would be one pause as long as the whole run.
     assert longest_pause < 0.8 * (time.perf_counter() - started)
+
+
+def test_other_threads_run_meanwhile(key: int) -> None:
+    buffer = np.empty(2**26, np.uint8)
+    out, n_bytes = buffer.ctypes.data, buffer.size
+    check_other_threads_run(lambda: _native.keystream(KEY, NONCE, 0, out, n_bytes, "portable"))
+    check_other_threads_run(lambda: _native.sampling_bits(key, 0, out, n_bytes))
+    check_other_threads_run(lambda: _native.rounded_gaussians(key, 0, 0, 3.0, out, n_bytes // 8))
+
+
+def test_a_call_that_holds_the_interpreter_is_noticed() -> None:
+    # One call in C that never lets go of the lock.
+    with pytest.raises(AssertionError):
+        check_other_threads_run(lambda: sum(range(10**7)))

@@ -1,0 +1,65 @@
+"""The native library, and which tensors it takes."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lora_dp.ops import registry
+
+try:
+    from lora_dp import _native as native
+except ImportError as error:
+    raise ImportError(
+        "the native library of lora_dp is not built: run `pip install -e .` in the repository"
+    ) from error
+
+__all__ = ["check_filled", "native", "native_takes", "why_not"]
+
+
+def native_takes(device: torch.device) -> bool:
+    """Whether native ops run on this device; not inside :func:`lora_dp.ops.registry.reference_only`."""
+    return not registry.only_reference() and why_not(device) is None
+
+
+def check_filled(op: str, out: Tensor) -> None:
+    """Refuse a tensor that an op cannot fill with 64-bit integers.
+
+    Raises:
+        ValueError: another dtype or layout, or a tensor that is not in memory.
+    """
+    if out.layout != torch.strided or out._is_zerotensor() or out.dtype != torch.int64 or not out.is_contiguous():
+        got = out.stride() if out.layout == torch.strided else out.layout
+        raise ValueError(f"{op}: out must be contiguous and int64, got {out.dtype} {got}.")
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """What keeps native ops from running on this device; None where they run."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "native ops are for CPUs and NVIDIA GPUs"
+    if not native.cuda:
+        return "installed where no CUDA compiler (nvcc) was found: install again where there is one"
+    if torch.cuda.get_device_capability(device) < registry.LEAST_CAPABILITY:
+        return "compute capability below 8.0"
+    return _failed_trial(device)
+
+
+def _failed_trial(device: torch.device) -> str | None:
+    """Draws a few numbers on the GPU and on the CPU: what was compiled may not fit the driver."""
+    key, n, scale = native.new_key(), 1000, 2.0**32
+    try:
+        found, wanted = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, dtype=torch.int64)
+        native.rounded_gaussians(key, 0, 0, scale, wanted.data_ptr(), n)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            native.rounded_gaussians_cuda(key, 0, 0, scale, found.data_ptr(), n, stream)
+        if torch.equal(found.cpu(), wanted):
+            return None
+        return "a trial gave other numbers than the CPU: please report this"
+    except RuntimeError as error:
+        return f"a trial failed ({error}): install again with an nvcc that fits the driver"
+    finally:
+        native.drop_key(key)

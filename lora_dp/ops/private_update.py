@@ -1,0 +1,304 @@
+"""Noise, low-pass filter and optimizer step of all parameters: one launch on a GPU, one threaded pass on a CPU.
+
+    n ← Σᵢ round(cᵢ Gᵢ / Δ) + round(z · std / Δ)     integers, exact in any order; or round(sum / Δ) for a given sum
+    ĝ ← filter(n · Δ / L)                            Δ = grid step of std (:mod:`lora_dp.noise` has the argument)
+    θ ← optimizer(θ, ĝ)                              torch's SGD, Adam, AdamW
+
+All arithmetic is in double precision, rounded once to each tensor's dtype; CPU and GPU give the same bits.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_dp.ops.native import native, native_takes
+from lora_dp.ops.registry import LIBRARY
+from lora_dp.ops.rounded_gaussian import rounded_gaussian_
+
+UpdateOptimizer = Literal["sgd", "momentum", "adam", "adamw"]
+
+# In the order of the native library's numbers for them.
+_OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COLUMNS = 8
+_TILE_ON_CUDA = 1024
+# Neighbours on either side, reach · stride, that a filtered element may have.
+_MOST_HALO = {"cpu": 2**24, "cuda": 2048}
+
+
+class ExampleSum(NamedTuple):
+    """Σᵢ cᵢ Gᵢ still to be formed: ``gradients`` (N, *shape) float32 or float64, ``coefficients`` (N,) float64.
+
+    An example with coefficient 0 contributes nothing, whatever it holds.
+    """
+
+    gradients: Tensor
+    coefficients: Tensor
+
+
+def filter_reach(strength: float) -> int:
+    """How many entries to either side a Gaussian of this deviation reaches (0: no filter)."""
+    return math.ceil(4 * strength)
+
+
+def filtered_dimension(shape: Sequence[int]) -> tuple[int, int]:
+    """Stride and length of a contiguous matrix's longer dimension, the last of equal ones: a filter runs along it."""
+    rows, columns = shape
+    return (1, columns) if columns >= rows else (columns, rows)
+
+
+def can_update(parameter: Tensor, filter_strength: float) -> bool:
+    """Whether the native update takes this parameter, filtered so (0: not filtered)."""
+    if parameter.dtype not in _DTYPES or not parameter.is_contiguous() or not native_takes(parameter.device):
+        return False
+    if not filter_strength:
+        return True
+    halo = filter_reach(filter_strength) * filtered_dimension(parameter.shape)[0]
+    return halo <= _MOST_HALO[parameter.device.type]
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(strength: float) -> tuple[float, ...]:
+    return tuple(math.exp(-0.5 * (k / strength) ** 2) for k in range(filter_reach(strength) + 1)) if strength else ()
+
+
+def _smoothed(gradient: Tensor, strength: float) -> Tensor:
+    stride, length = filtered_dimension(gradient.shape)
+    along_rows = gradient if stride == 1 else gradient.T
+    position = torch.arange(length, device=gradient.device)
+    (total, *others) = _weights(strength)
+    smooth = total * along_rows
+    for k, weight in enumerate(others, 1):
+        total += 2 * weight
+        left, right = ((position + offset).clamp(0, length - 1) for offset in (-k, k))
+        smooth += weight * (along_rows[:, left] + along_rows[:, right])
+    smooth /= total
+    return smooth if stride == 1 else smooth.T
+
+
+def _stepped(
+    optimizer: str, theta: Tensor, gradient: Tensor, first: Tensor | None, second: Tensor | None, row: list[float]
+) -> Tensor:
+    """In float64; changes the states in place, rounded to their dtype after use."""
+    if optimizer in ("sgd", "momentum"):
+        lr, decay, momentum, weight, nesterov, first_step = row[:6]
+        gradient = gradient + decay * theta
+        if first is not None:
+            buffer = gradient if first_step else momentum * first.double() + weight * gradient
+            first.copy_(buffer)
+            gradient = gradient + momentum * buffer if nesterov else buffer
+        return theta - lr * gradient
+    lr, decay, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction = row
+    assert first is not None and second is not None
+    if optimizer == "adamw":
+        theta = theta * (1 - lr * decay)
+    else:
+        gradient = gradient + decay * theta
+    mean = first.double() + one_minus_beta1 * (gradient - first.double())
+    square = beta2 * second.double() + one_minus_beta2 * gradient * gradient
+    first.copy_(mean)
+    second.copy_(square)
+    return theta - step_size * mean / (square.sqrt() / root_correction + eps)
+
+
+def _reference(
+    parameters: list[Tensor], sums: list[Tensor], coefficients: list[Tensor | None], first: list[Tensor],
+    second: list[Tensor], gradients: list[Tensor], hyper: Tensor, filtered: list[bool], filter_strength: float,
+    optimizer: str, key: int, draw: int, scale: float, step: float, expected_batch_size: float,
+) -> None:
+    rows = hyper.tolist()
+    for p, parameter in enumerate(parameters):
+        weights = coefficients[p]
+        if weights is None:
+            terms = sums[p].double().unsqueeze(0)
+        else:
+            used = weights != 0
+            terms = sums[p][used].double() * weights[used].view(-1, *[1] * parameter.dim())
+        if scale:
+            noise = rounded_gaussian_(
+                torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device), key, p, draw, scale)
+            # As the kernels: what no clipped sum is, NaN or beyond 2⁵¹ steps, must not reach an integer.
+            steps = (terms / step).nan_to_num_(0.0).clamp_(1 - 2.0**51, 2.0**51 - 1).round_().to(torch.int64)
+            gradient = (steps.sum(0) + noise).double() * step
+        else:
+            gradient = terms.sum(0)
+        gradient = gradient / expected_batch_size
+        if filtered[p] and filter_strength:
+            gradient = _smoothed(gradient, filter_strength)
+        if gradients:
+            gradients[p].copy_(gradient)
+        parameter.copy_(_stepped(
+            optimizer, parameter.double(), gradient, first[p] if first else None, second[p] if second else None,
+            rows[p]))
+
+
+def _table(
+    parameters: Sequence[Tensor], sums: Sequence[Tensor], coefficients: Sequence[Tensor | None],
+    first: Sequence[Tensor], second: Sequence[Tensor], gradients: Sequence[Tensor], filtered: Sequence[bool],
+    filter_strength: float,
+) -> list[int]:
+    """The rows of ``struct Row`` in csrc/update_math.h."""
+    table, tiles, reach = [], 0, filter_reach(filter_strength)
+    for p, parameter in enumerate(parameters):
+        weights, size = coefficients[p], parameter.numel()
+        smooth = filtered[p] and filter_strength
+        stride, length = filtered_dimension(parameter.shape) if smooth else (1, 1)
+        table += [
+            parameter.data_ptr(), sums[p].data_ptr(), 0 if weights is None else weights.data_ptr(),
+            first[p].data_ptr() if first else 0, second[p].data_ptr() if second else 0,
+            gradients[p].data_ptr() if gradients else 0, size,
+            0 if weights is None else len(weights), _DTYPES.index(parameter.dtype), _DTYPES.index(sums[p].dtype),
+            max(stride, 1), max(length, 1), reach if smooth and size else 0, tiles]
+        tiles += -(-size // _TILE_ON_CUDA)
+    return table
+
+
+def _native(
+    parameters: list[Tensor], sums: list[Tensor], coefficients: list[Tensor | None], first: list[Tensor],
+    second: list[Tensor], gradients: list[Tensor], hyper: Tensor, filtered: list[bool], filter_strength: float,
+    optimizer: str, key: int, draw: int, scale: float, step: float, expected_batch_size: float,
+) -> None:
+    count, weights = len(parameters), _weights(filter_strength)
+    rows = torch.tensor(_table(parameters, sums, coefficients, first, second, gradients, filtered, filter_strength),
+                        dtype=torch.int64, device="cpu")
+    kernel = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    device, number, noisy = parameters[0].device, _OPTIMIZERS.index(optimizer), scale > 0
+    if device.type == "cpu":
+        native.private_update(
+            key, draw, rows.data_ptr(), hyper.data_ptr(), count, number, noisy, scale, step, expected_batch_size,
+            kernel.data_ptr(), len(weights), torch.get_num_threads())
+        return
+    # One copy for all that the kernel reads beside the tensors.
+    sent = torch.cat([rows, hyper.flatten().view(torch.int64), kernel.view(torch.int64)]).to(device, non_blocking=True)
+    at_hyper = sent.data_ptr() + 8 * rows.numel()
+    with torch.cuda.device(device):
+        native.private_update_cuda(
+            key, draw, rows.data_ptr(), sent.data_ptr(), at_hyper, count, number, noisy, scale, step,
+            expected_batch_size, kernel.data_ptr(), at_hyper + 8 * hyper.numel(), len(weights),
+            torch.cuda.current_stream().cuda_stream)
+
+
+def _run(parameters: list[Tensor], *rest: object) -> None:
+    chosen = _native if native_takes(parameters[0].device) else _reference
+    chosen(parameters, *rest)  # type: ignore[arg-type]
+
+
+def _fake(*arguments: object) -> None:
+    return None
+
+
+LIBRARY.define(
+    "private_update_(Tensor(a!)[] parameters, Tensor[] sums, Tensor?[] coefficients, Tensor(b!)[] first, "
+    "Tensor(c!)[] second, Tensor(d!)[] gradients, Tensor hyper, bool[] filtered, float filter_strength, "
+    "str optimizer, int key, int draw, float scale, float step, float expected_batch_size) -> ()")
+LIBRARY.impl("private_update_", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_dp::private_update_", _fake, lib=LIBRARY)
+
+
+def private_update_(
+    parameters: Sequence[Tensor], sums: Sequence[Tensor | ExampleSum], first: Sequence[Tensor],
+    second: Sequence[Tensor], gradients: Sequence[Tensor], hyper: Sequence[Sequence[float]], *,
+    optimizer: UpdateOptimizer, key: int, draw: int,
+    scale: float, step: float, expected_batch_size: float, filtered: Sequence[bool], filter_strength: float,
+) -> None:
+    """One private step of every parameter, in place.
+
+    The noise of parameter p is :func:`rounded_gaussian_` of (key, p, draw): one call for each draw.
+
+    Args:
+        parameters: any shapes, float32, bfloat16, float16 or float64, contiguous, on one device.
+        sums: of each parameter, its clipped sum (its shape, float32 or float64) or an :class:`ExampleSum`.
+        first: states of the parameters' shapes and dtypes: momentum buffers or first moments; [] for "sgd".
+        second: second moments; [] for "sgd" and "momentum".
+        gradients: where ĝ goes, like the parameters; [] for nowhere.
+        hyper: for each parameter a row of :mod:`lora_dp.kernels.optimizer_rows`.
+        optimizer: "sgd", "momentum", "adam" (weight decay as L2) or "adamw" (decoupled).
+        key, draw: of the noise; unused without.
+        scale: deviation of the noise in steps of the grid, in [1, 2³³); 0: no noise, and no grid.
+        step: the grid's, a power of two; unused without noise.
+        expected_batch_size: L.
+        filtered: whether each parameter, a matrix then, is filtered.
+        filter_strength: of the Gaussian filter, in entries; 0 for none.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape, device or layout, is out of range, or, on a CPU, is
+            not finite. Nothing has changed then.
+    """
+    plain = [part.gradients if isinstance(part, ExampleSum) else part for part in sums]
+    weights = [part.coefficients if isinstance(part, ExampleSum) else None for part in sums]
+    rows = _check(parameters, plain, weights, first, second, gradients, hyper, filtered, filter_strength, optimizer)
+    if scale and not (1 <= scale < 2**33 and step > 0 and math.frexp(step)[0] == 0.5):
+        raise ValueError(
+            f"private_update_: scale must lie in [1, 2³³) and step be a power of two, got {scale} and {step}.")
+    if not 0 < expected_batch_size < math.inf:
+        raise ValueError(f"private_update_: expected_batch_size must be finite and above 0, got {expected_batch_size}.")
+    for p, kept in enumerate(weights):
+        if kept is not None and len(kept) == 0:  # no tensor without elements has an address
+            plain[p], weights[p] = torch.zeros_like(parameters[p], dtype=torch.float64), None
+    if parameters:
+        torch.ops.lora_dp.private_update_(
+            list(parameters), plain, weights, list(first), list(second), list(gradients), rows, list(filtered),
+            float(filter_strength), optimizer, key, draw, float(scale), float(step), float(expected_batch_size))
+
+
+def _check(
+    parameters: Sequence[Tensor], sums: Sequence[Tensor], weights: Sequence[Tensor | None], first: Sequence[Tensor],
+    second: Sequence[Tensor], gradients: Sequence[Tensor], hyper: Sequence[Sequence[float]],
+    filtered: Sequence[bool], filter_strength: float, optimizer: str,
+) -> Tensor:
+    """``hyper`` as a (P, 8) float64 tensor, once all is as it must be."""
+    def refuse(what: str, must: str, got: object) -> ValueError:
+        return ValueError(f"private_update_: {what} must {must}, got {got}.")
+
+    if optimizer not in _OPTIMIZERS:
+        raise refuse("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(optimizer))
+    if not 0 <= filter_strength < math.inf:
+        raise refuse("filter_strength", "be 0 or a finite positive number", filter_strength)
+    count = len(parameters)
+    states = [("first", first), ("second", second)][: {"sgd": 0, "momentum": 1}.get(optimizer, 2)]
+    states += [("gradients", gradients)] if gradients else []
+    for name, values in [("sums", sums), ("hyper", hyper), ("filtered", filtered), *states]:
+        if len(values) != count:
+            raise refuse(name, f"have an entry for each of the {count} parameters", len(values))
+    device = parameters[0].device if parameters and isinstance(parameters[0], Tensor) else torch.device("cpu")
+    check = functools.partial(_check_tensor, device=device)
+    for p, parameter in enumerate(parameters):
+        check(f"parameters[{p}]", parameter, getattr(parameter, "shape", ()), _DTYPES)
+        kept = weights[p]
+        n = () if kept is None else (len(kept),)
+        if kept is not None:
+            check(f"coefficients[{p}]", kept, n, (torch.float64,))
+        check(f"sums[{p}]", sums[p], (*n, *parameter.shape), (torch.float32, torch.float64))
+        for name, values in states:
+            check(f"{name}[{p}]", values[p], parameter.shape, (parameter.dtype,))
+        if filtered[p] and parameter.dim() != 2:
+            raise refuse(f"filtered[{p}]", "be False: a filter takes matrices, not a shape", tuple(parameter.shape))
+        if not can_update(parameter, filter_strength if filtered[p] else 0.0) and native_takes(parameter.device):
+            raise refuse("filter_strength", f"be smaller for the shape {tuple(parameter.shape)} here", filter_strength)
+    rows = torch.tensor([[*row, *[0.0] * (_COLUMNS - len(row))] for row in hyper], dtype=torch.float64, device="cpu")
+    if not rows.isfinite().all():
+        raise refuse("hyper", "be finite", hyper)
+    return rows.view(count, _COLUMNS)
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"private_update_: {name} must be a tensor, got {type(tensor).__name__}.")
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"private_update_: {name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"private_update_: {name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}.")
+    # A lazily negated tensor, or one of zeros, has other numbers in memory, or none.
+    if tensor.is_neg() or tensor._is_zerotensor():
+        raise ValueError(f"private_update_: {name} must have its numbers in memory: give it cloned.")
+    if tensor.device != device or tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise ValueError(
+            f"private_update_: {name} must be contiguous and on {device}, got strides "
+            f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout} on {tensor.device}.")

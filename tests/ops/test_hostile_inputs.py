@@ -1,0 +1,597 @@
+"""Hostile arguments: refused with a Python exception, and nothing has changed; or the work is done, and nothing else.
+
+An address that is not null is believed, so whatever a native function would accept here fits the buffers behind it.
+"""
+
+import math
+import mmap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
+from lora_dp.ops.native import native
+from lora_dp.ops.private_update import ExampleSum, private_update_
+from lora_dp.ops.rounded_gaussian import rounded_gaussian_
+
+REFUSALS = (ValueError, TypeError, OverflowError)
+GUARD = 256
+KEY = native.key_from(bytes(range(32)))
+
+# What no number is: nanobind takes anything with __index__ for an integer, True too.
+NO_NUMBERS = st.sampled_from([None, "8", b"8", [8], (8,), {}, object(), 1j, np.ones(2), Ellipsis, int])
+NO_INTEGERS = st.one_of(NO_NUMBERS, st.sampled_from([0.0, 1.5, math.nan, math.inf, np.float64(8)]))
+BEYOND_64_BITS = st.one_of(st.integers(2**64, 2**200), st.integers(-(2**200), -(2**63) - 1))
+NEGATIVE = st.one_of(st.integers(-3, -1), st.integers(-(2**63), -1))
+HOSTILE_FLOATS = st.one_of(
+    st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, -5e-324, 1e308, -1.0, 0.999, 2.0**33]),
+    st.floats(), NO_NUMBERS, st.just(10**400))
+SCALES = st.floats(1, 2.0**33, exclude_max=True)
+
+
+def hostile(most: int) -> st.SearchStrategy[Any]:
+    """For an integer in [0, most]: what lies outside."""
+    beyond = st.one_of(st.integers(most + 1, most + 3), st.integers(most + 1, 2**64))
+    return st.one_of(NEGATIVE, beyond, BEYOND_64_BITS, NO_INTEGERS)
+
+
+DRAWS, BAD_DRAWS = st.integers(0, 2**63 - 1), hostile(2**63 - 1)
+# Numbers of keys that nobody holds; small ones may be another test's.
+BAD_KEYS = st.one_of(st.integers(-(2**63), 0), st.integers(2**40, 2**63 - 1), BEYOND_64_BITS, NO_INTEGERS)
+
+
+class Buffer:
+    """Bytes between guard zones. Without the rear zone a sanitizer's own follows the last byte, and sees reads too."""
+
+    def __init__(self, content: bytes, rear: int = GUARD):
+        self.whole = np.full(GUARD + len(content) + rear, 0xA5, np.uint8)
+        self.size = len(content)
+        self.bytes[:] = np.frombuffer(content, np.uint8)
+        self.before = self.whole.copy()
+
+    @property
+    def bytes(self) -> np.ndarray:
+        return self.whole[GUARD : GUARD + self.size]
+
+    @property
+    def address(self) -> int:
+        return self.whole.ctypes.data + GUARD
+
+    def changed_within(self, n_bytes: int) -> bool:
+        """Whether all bytes but the first so many of its content, and the guard zones, are as they were."""
+        same = self.whole == self.before
+        return bool(same[:GUARD].all() and same[GUARD + n_bytes :].all())
+
+
+@st.composite
+def arguments(draw: Any, valid: dict[str, Any], bad: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Arguments that are valid but for up to two, and the names of these."""
+    chosen = {name: draw(strategy) for name, strategy in valid.items()}
+    worst = draw(st.sets(st.sampled_from(sorted(bad)), max_size=2))
+    chosen.update({name: draw(bad[name]) for name in sorted(worst)})
+    return chosen, worst
+
+
+def accepts(function: Callable[..., Any], *values: Any, **named: Any) -> bool:
+    try:
+        function(*values, **named)
+    except REFUSALS:
+        return False
+    return True
+
+
+CAPACITY = 3000
+MOST_COUNTER = 2**32 - CAPACITY // 64 - 1
+SIZES = st.integers(0, CAPACITY)
+OUT = object()  # stands for the address of the buffer
+BAD_ADDRESSES = st.one_of(st.just(0), NEGATIVE, BEYOND_64_BITS, NO_INTEGERS)
+INSTRUCTIONS = st.just("")
+BAD_INSTRUCTIONS = st.one_of(st.sampled_from(["portable", "avx9", "\0", "\ud800", "avx2" * 99]), st.text(), NO_NUMBERS)
+BAD_BYTES = st.one_of(st.binary(), NO_INTEGERS, st.sampled_from([bytearray(32), memoryview(bytes(32)), "k" * 32, 32]))
+
+
+def fill(
+    function: Callable[..., Any], chosen: dict[str, Any], worst: set[str], rear: int, width: int, size: str
+) -> bool:
+    """Whether a function fills a buffer with as many items of this width as the argument ``size`` says."""
+    buffer = Buffer(bytes(width * CAPACITY), rear)
+    chosen = {name: buffer.address if value is OUT else value for name, value in chosen.items()}
+    accepted = accepts(function, **chosen)
+    assert accepted or worst
+    assert not (accepted and worst & {"counter", "parameter", "draw", size}), "accepted what is out of range"
+    assert buffer.changed_within(width * int(chosen[size]) if accepted else 0)
+    return accepted
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    call=arguments(
+        {"key": st.binary(min_size=32, max_size=32), "nonce": st.binary(min_size=12, max_size=12),
+         "counter": st.integers(0, MOST_COUNTER), "out": st.just(OUT), "n_bytes": SIZES, "instructions": INSTRUCTIONS},
+        {"key": BAD_BYTES, "nonce": BAD_BYTES, "counter": hostile(2**32 - 1), "out": BAD_ADDRESSES,
+         "n_bytes": hostile(2**38), "instructions": BAD_INSTRUCTIONS}),
+    rear=st.sampled_from([0, GUARD]),
+)
+def test_keystream(call: tuple[dict[str, Any], set[str]], rear: int) -> None:
+    accepted = fill(native.keystream, *call, rear, 1, "n_bytes")
+    assert not accepted or (len(call[0]["key"]), len(call[0]["nonce"])) == (32, 12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    call=arguments(
+        {"key": st.just(KEY), "draw": DRAWS, "out": st.just(OUT), "n_bytes": SIZES},
+        {"key": BAD_KEYS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES,
+         "n_bytes": hostile(2**38)}),
+    rear=st.sampled_from([0, GUARD]),
+)
+def test_sampling_bits(call: tuple[dict[str, Any], set[str]], rear: int) -> None:
+    fill(native.sampling_bits, *call, rear, 1, "n_bytes")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    call=arguments(
+        {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "scale": SCALES,
+         "out": st.just(OUT), "n": SIZES, "instructions": INSTRUCTIONS},
+        {"key": BAD_KEYS, "parameter": hostile(2**24 - 1),
+         "draw": BAD_DRAWS, "scale": HOSTILE_FLOATS, "out": BAD_ADDRESSES, "n": hostile(2**35),
+         "instructions": BAD_INSTRUCTIONS}),
+    rear=st.sampled_from([0, GUARD]),
+)
+def test_rounded_gaussians(call: tuple[dict[str, Any], set[str]], rear: int) -> None:
+    fill(native.rounded_gaussians, *call, rear, 8, "n")
+
+
+BITS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**50 - 1, 2**61, 2**63, 2**64 - 1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(call=arguments(
+    {**{name: BITS for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": SCALES},
+    {**{name: hostile(2**64 - 1) for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": HOSTILE_FLOATS}))
+def test_gaussian_pair(call: tuple[dict[str, Any], set[str]]) -> None:
+    chosen, worst = call
+    try:
+        decided, exact = native.gaussian_pair(**chosen)
+    except REFUSALS:
+        assert worst
+        return
+    assert worst <= {"scale"} and 1 <= chosen["scale"] < 2**33
+    assert decided is None or decided == exact
+    assert max(map(abs, exact)) <= 13.33 * float(chosen["scale"]) + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.one_of(st.binary(min_size=31, max_size=33), BAD_BYTES), number=BAD_KEYS)
+def test_keys(content: Any, number: Any) -> None:
+    accepts(native.drop_key, number)
+    try:
+        key = native.key_from(content)
+    except REFUSALS:
+        assert not (isinstance(content, bytes) and len(content) == 32)
+        return
+    assert accepts(native.rounded_gaussians, key, 0, 0, 1.0, 0, 0)
+    native.drop_key(key)
+    native.drop_key(key)
+    with pytest.raises(ValueError, match="there is no key"):
+        native.rounded_gaussians(key, 0, 0, 1.0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["keystream", "sampling_bits", "rounded_gaussians", "gaussian_pair", "private_update",
+                                  "key_from", "drop_key"])
+def test_wrong_numbers_of_arguments(name: str) -> None:
+    for values, named in [((), {}), ((0,) * 20, {}), ((), {"nothing": 0}), ((), {"key": 0, "bytes": 0})]:
+        with pytest.raises(TypeError):
+            getattr(native, name)(*values, **named)
+
+
+# The columns of struct Row in csrc/update_math.h.
+COLUMNS = ["theta", "sum", "coefficients", "first", "second", "gradient", "size", "examples", "theta_dtype",
+           "sum_dtype", "stride", "length", "reach", "first_tile"]
+CHANGED = ["theta", "first", "second", "gradient"]
+WEIGHTS, EXAMPLES = 40, 3
+BYTES_OF_DTYPE = [4, 2, 2, 8]
+INT64 = st.one_of(st.integers(-3, 70), st.integers(-(2**63), 2**63 - 1),
+                  st.sampled_from([2**20, 2**20 + 1, 2**24, 2**24 + 1, 2**35, 2**35 + 1, 2**62, 2**63 - 1, -(2**63)]))
+
+
+class Rows:
+    """A table of rows with a buffer behind every address, large enough for the widest dtype."""
+
+    def __init__(self, draw: Any):
+        self.random = np.random.default_rng(draw(st.integers(0, 2**32)))
+        self.rear = draw(st.sampled_from([0, GUARD]))
+        self.inputs: list[Buffer] = []
+        self.outputs: list[dict[str, Buffer]] = []
+        self.held = [self.row(draw) for _ in range(draw(st.integers(0, 3)))]  # what the buffers are made for
+        self.rows = [dict(row) for row in self.held]
+
+    def garbage(self, n: int) -> Buffer:
+        return Buffer(self.random.bytes(8 * n), self.rear)
+
+    def input(self, numbers: np.ndarray) -> int:
+        self.inputs.append(Buffer(np.ascontiguousarray(numbers).tobytes(), self.rear))
+        return self.inputs[-1].address
+
+    def row(self, draw: Any) -> dict[str, int]:
+        # A tile has 4096 elements.
+        stride, length = draw(st.sampled_from([(1, 1), (1, 7), (3, 5), (64, 2), (1, 4097), (700, 6), (90, 91)]))
+        size = stride * length * draw(st.integers(0, 2))
+        examples = draw(st.integers(0, EXAMPLES))
+        with_examples = draw(st.booleans())
+        sum_dtype = draw(st.sampled_from([0, 3]))
+        numbers = self.random.standard_normal((examples if with_examples else 1) * size)
+        self.outputs.append({name: self.garbage(size) for name in CHANGED})
+        return {
+            **{name: buffer.address for name, buffer in self.outputs[-1].items()},
+            "sum": self.input(numbers.astype(np.float32 if sum_dtype == 0 else np.float64)),
+            "coefficients": self.input(self.random.standard_normal(examples)) if with_examples else 0,
+            "size": size, "examples": examples, "theta_dtype": draw(st.integers(0, 3)), "sum_dtype": sum_dtype,
+            "stride": stride, "length": length, "reach": draw(st.sampled_from([0, 0, 1, 2, WEIGHTS - 1])),
+            "first_tile": draw(INT64)}
+
+    def damage(self, draw: Any) -> None:
+        """Makes one entry hostile. What would be accepted still fits the buffers."""
+        p = draw(st.integers(0, len(self.rows) - 1))
+        row, held = self.rows[p], self.held[p]
+        name = draw(st.sampled_from(COLUMNS))
+        if name in (*CHANGED, "sum", "coefficients"):
+            # Without coefficients the sum is what the first example, if there is one, holds.
+            assume(name != "coefficients" or held["examples"] > 0)
+            row[name] = 0
+        elif name in ("size", "examples"):
+            row[name] = draw(st.one_of(NEGATIVE, st.integers(0, held[name]), st.integers(2**35 + 1, 2**63 - 1)))
+        elif name == "sum_dtype":
+            row[name] = draw(INT64.filter(lambda dtype: dtype != 3 or held["sum_dtype"] == 3))
+        else:
+            row[name] = draw(INT64)
+        # The scratch of such a row takes hundreds of megabytes.
+        assume(not 2**17 < row["reach"] * row["stride"] <= 2**24)
+
+
+def is_lawful(row: dict[str, int], optimizer: int, weights: int, n_weights: int) -> bool:
+    """Whether a row is one that the native library may take."""
+    size, stride, length, reach = (row[name] for name in ("size", "stride", "length", "reach"))
+    needed = ["theta", *(["first"] if optimizer > 0 else []), *(["second"] if optimizer > 1 else [])]
+    return (
+        0 <= size <= 2**35 and 0 <= row["examples"] <= 2**35 and 0 <= row["theta_dtype"] <= 3
+        and row["sum_dtype"] in (0, 3) and stride >= 1 and length >= 1 and reach >= 0
+        and (not reach or size % stride == 0 and size // stride % length == 0 and reach * stride <= 2**24)
+        and (not reach or bool(weights) and reach < n_weights)
+        and (not size or all(row[name] for name in needed))
+        and (not size or bool(row["sum"]) or bool(row["coefficients"]) and not row["examples"]))
+
+
+@st.composite
+def updates(draw: Any) -> tuple[Rows, dict[str, Any], set[str]]:
+    rows = Rows(draw)
+    damages = draw(st.integers(0, 2)) if rows.rows else 0
+    for _ in range(damages):
+        rows.damage(draw)
+    table = np.array([[row[name] for name in COLUMNS] for row in rows.rows], np.int64)
+    count = len(rows.rows)
+    chosen, worst = draw(arguments(
+        {"key": st.just(KEY), "draw": DRAWS, "rows": st.just(rows.input(table)),
+         "hyper": st.just(rows.input(rows.random.standard_normal((count, 8)))), "count": st.just(count),
+         "optimizer": st.integers(0, 3), "noisy": st.booleans(), "scale": SCALES,
+         "step": st.integers(-1022, 1023).map(lambda power: 2.0**power), "expected_batch_size": st.floats(0.5, 1e6),
+         "weights": st.just(rows.input(rows.random.random(WEIGHTS))), "n_weights": st.just(WEIGHTS),
+         "threads": st.integers(1, 4), "instructions": INSTRUCTIONS},
+        {"key": BAD_KEYS, "draw": BAD_DRAWS,
+         "rows": BAD_ADDRESSES, "hyper": BAD_ADDRESSES, "count": st.one_of(st.integers(0, count), hostile(2**24 - 1)),
+         "optimizer": hostile(3), "noisy": st.one_of(NO_INTEGERS, st.sampled_from([0, 1, 2])), "scale": HOSTILE_FLOATS,
+         "step": HOSTILE_FLOATS, "expected_batch_size": HOSTILE_FLOATS, "weights": BAD_ADDRESSES,
+         "n_weights": st.one_of(NEGATIVE, st.integers(0, WEIGHTS), BEYOND_64_BITS, NO_INTEGERS),
+         "threads": st.one_of(hostile(1024), st.sampled_from([0, 1024])), "instructions": BAD_INSTRUCTIONS}))
+    return rows, chosen, worst | ({"rows"} if damages else set())
+
+
+@settings(max_examples=400, deadline=None)
+@given(case=updates())
+def test_private_update(case: tuple[Rows, dict[str, Any], set[str]]) -> None:
+    rows, chosen, worst = case
+    accepted = accepts(native.private_update, **chosen)
+    assert accepted or worst
+    taken = rows.rows[: chosen["count"]] if accepted else []
+    if accepted:
+        assert not worst & {"draw", "optimizer"} and chosen["count"] >= 0 and 1 <= chosen["threads"] <= 1024
+        assert 0 < chosen["expected_batch_size"] < math.inf
+        if chosen["noisy"]:
+            assert "key" not in worst and 1 <= chosen["scale"] < 2**33 and math.frexp(chosen["step"])[0] == 0.5
+        assert all(is_lawful(row, chosen["optimizer"], chosen["weights"], chosen["n_weights"]) for row in taken)
+    for p, outputs in enumerate(rows.outputs):
+        n_bytes = taken[p]["size"] * BYTES_OF_DTYPE[taken[p]["theta_dtype"]] if p < len(taken) else 0
+        for name, buffer in outputs.items():
+            assert buffer.changed_within(n_bytes), f"{name} of row {p}"
+    assert all(buffer.changed_within(0) for buffer in rows.inputs), "an input was changed"
+
+
+# The ops.
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MARGIN = 64
+
+
+def amid(values: Tensor) -> Tensor:
+    """A copy of these values amid a larger storage."""
+    storage = torch.full((values.numel() + 2 * MARGIN,), 3, dtype=values.dtype)
+    storage[MARGIN : MARGIN + values.numel()] = values.flatten()
+    return storage[MARGIN : MARGIN + values.numel()].view(values.shape)
+
+
+def storage_of(tensor: Tensor) -> np.ndarray:
+    """All bytes behind a tensor."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage()).numpy()
+
+
+class Step:
+    """A valid update of three parameters by :func:`private_update_`; every tensor lies amid a larger storage."""
+
+    def __init__(self, optimizer: str, dtype: torch.dtype, *, examples: bool, noisy: bool, strength: float):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return amid(torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype))
+
+        shapes = [(5, 3), (7,), (2, 2)]
+        n = (4,) if examples else ()
+        self.lists: dict[str, list[Any]] = {
+            "parameters": [random(*shape) for shape in shapes],
+            "sums": [random(*n, *shape, dtype=torch.float32) for shape in shapes],
+            "coefficients": [random(*n, dtype=torch.float64) for _ in shapes] if examples else [],
+            "first": [] if optimizer == "sgd" else [random(*shape) for shape in shapes],
+            "second": [random(*shape) for shape in shapes] if optimizer.startswith("adam") else [],
+            "gradients": [random(*shape) for shape in shapes]}
+        row = adam_row(0.1, step=2, weight_decay=0.1) if optimizer.startswith("adam") else sgd_row(0.1, momentum=0.9)
+        self.hyper: Any = [list(row) for _ in shapes]
+        self.options: dict[str, Any] = {
+            "optimizer": optimizer, "key": KEY, "draw": 3, "scale": 2.0**31 if noisy else 0.0, "step": 2.0**-31,
+            "expected_batch_size": 4.0, "filtered": [True, False, True], "filter_strength": strength}
+        self.tensors = [tensor for values in self.lists.values() for tensor in values]
+        self.before = [storage_of(tensor).copy() for tensor in self.tensors]
+
+    def take(self) -> None:
+        lists = dict(self.lists)
+        kept = lists.pop("coefficients")
+        if kept:
+            lists["sums"] = [ExampleSum(*pair) for pair in zip(lists["sums"], kept, strict=True)]
+        private_update_(*lists.values(), self.hyper, **self.options)
+
+    def unchanged(self) -> bool:
+        return all((storage_of(tensor) == before).all()
+                   for tensor, before in zip(self.tensors, self.before, strict=True))
+
+    def unchanged_outside(self) -> bool:
+        """Whether inputs, and what surrounds the other tensors, are as they were."""
+        inputs = {id(tensor) for name in ("sums", "coefficients") for tensor in self.lists[name]}
+        for tensor, before in zip(self.tensors, self.before, strict=True):
+            same = (storage_of(tensor) == before).reshape(-1, tensor.element_size())
+            if not (same.all() if id(tensor) in inputs else same[:MARGIN].all() and same[-MARGIN:].all()):
+                return False
+        return True
+
+
+STEPS = st.builds(
+    Step, st.sampled_from(["sgd", "momentum", "adam", "adamw"]), st.sampled_from(DTYPES), examples=st.booleans(),
+    noisy=st.booleans(), strength=st.sampled_from([0.0, 0.7]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(step=STEPS)
+def test_a_step_writes_inside_its_tensors_alone(step: Step) -> None:
+    step.take()
+    assert step.unchanged_outside()
+    assert not step.unchanged()
+
+
+DAMAGES: dict[str, Callable[[Tensor], Any]] = {
+    "integers": lambda t: t.to(torch.int32),
+    "complex": lambda t: t.to(torch.complex64),
+    "flags": lambda t: t > 0,
+    "quarter precision": lambda t: t.to(torch.float8_e4m3fn),
+    "one less": lambda t: t.flatten()[:-1],
+    "a dimension more": lambda t: t.unsqueeze(0),
+    "no element": lambda t: t[:0],
+    "a number": lambda t: t.flatten()[0],
+    "every other one": lambda t: torch.stack([t, t], -1)[..., 0],
+    "expanded": lambda t: t.flatten()[:1].expand(t.numel()).view(t.shape) if t.dim() == 1 else t[:1].expand(t.shape),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "oneDNN's": lambda t: t.float().to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t.flatten()], layout=torch.jagged),
+    "list": lambda t: t.tolist(),
+    "array": lambda t: t.double().numpy(),
+    "none": lambda t: None,
+    "type": lambda t: Tensor,
+}
+if torch.cuda.is_available():
+    DAMAGES["on a GPU"] = lambda t: t.cuda()
+
+
+@settings(max_examples=300, deadline=None)
+@given(step=STEPS, name=st.sampled_from(["parameters", "sums", "coefficients", "first", "second", "gradients"]),
+       p=st.integers(0, 2), damage=st.sampled_from(sorted(DAMAGES)))
+def test_a_tensor_that_does_not_fit_is_refused_and_nothing_changes(step: Step, name: str, p: int, damage: str) -> None:
+    assume(step.lists[name])
+    step.lists[name][p] = DAMAGES[damage](step.lists[name][p])
+    with pytest.raises(REFUSALS):
+        step.take()
+    assert step.unchanged()
+
+
+def bad_options() -> Iterator[tuple[str, st.SearchStrategy[Any]]]:
+    yield "optimizer", st.sampled_from(["", "SGD", "adagrad", None, 0, b"sgd", ["sgd"]])
+    yield "draw", BAD_DRAWS
+    yield "scale", st.one_of(HOSTILE_FLOATS, st.floats(0, 1, exclude_min=True, exclude_max=True))
+    yield "step", HOSTILE_FLOATS
+    yield "expected_batch_size", HOSTILE_FLOATS
+    yield "filtered", st.sampled_from([None, [], [True], [True] * 3, [False] * 4, True])
+    yield "filter_strength", HOSTILE_FLOATS.filter(lambda s: not (isinstance(s, float) and 1e3 < s < math.inf))
+    yield "key", BAD_KEYS
+
+
+OPTIONS = dict(bad_options())
+
+
+@settings(max_examples=300, deadline=None)
+@given(step=STEPS, name=st.sampled_from(sorted(OPTIONS)), data=st.data())
+def test_options_out_of_range_change_nothing(step: Step, name: str, data: st.DataObject) -> None:
+    step.options[name] = data.draw(OPTIONS[name])
+    try:
+        step.take()
+    except (*REFUSALS, RuntimeError):  # RuntimeError: torch's, of an argument that no schema takes
+        assert step.unchanged()
+    else:
+        assert step.unchanged_outside()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "0.1", 1j, 10**400, [1.0]])
+def test_hyperparameters_that_are_not_finite_change_nothing(value: Any, optimizer: str) -> None:
+    step = Step(optimizer, torch.float32, examples=True, noisy=True, strength=0.0)
+    step.hyper[2][0] = value
+    with pytest.raises(REFUSALS):
+        step.take()
+    assert step.unchanged()
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=STEPS, where=st.sampled_from(["sums", "coefficients"]), p=st.integers(0, 2), element=st.integers(0, 3),
+       value=st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_sums_that_are_not_finite(step: Step, where: str, p: int, element: int, value: float) -> None:
+    assume(step.lists[where])
+    step.lists[where][p].view(-1)[element] = value
+    step.before = [storage_of(tensor).copy() for tensor in step.tensors]
+    try:
+        step.take()
+    except REFUSALS:
+        assert step.unchanged()
+    else:
+        assert step.lists["coefficients"], "an accumulated sum was accepted"
+        assert step.unchanged_outside()
+
+
+class Subclass(Tensor):
+    pass
+
+
+# Of the same value as the tensor, which is zero for the last.
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "requires grad": lambda t: t.requires_grad_(),
+    "parameter": lambda t: torch.nn.Parameter(t),
+    "subclass": lambda t: t.as_subclass(Subclass),
+    "negated": lambda t: torch._neg_view(t.neg()),
+    "lazy copy": lambda t: torch._lazy_clone(t),
+    "no storage": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+}
+
+
+@pytest.mark.parametrize("name", ["parameters", "sums", "coefficients", "second"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_other_kinds_of_tensors_are_refused_or_give_the_same_bits(kind: str, name: str) -> None:
+    step, plain = (Step("adam", torch.float32, examples=True, noisy=True, strength=0.0) for _ in range(2))
+    if kind == "no storage":
+        step.lists[name][0].zero_()
+        plain.lists[name][0].zero_()
+    step.lists[name][0] = KINDS[kind](step.lists[name][0])
+    with torch.no_grad():
+        plain.take()
+        try:
+            step.take()
+        except (*REFUSALS, RuntimeError):
+            assert kind in ("negated", "no storage")
+            return
+    for left, right in zip(step.lists["parameters"], plain.lists["parameters"], strict=True):
+        assert torch.equal(left, right)
+
+
+def test_no_examples_are_a_step_of_noise() -> None:
+    step, plain = (Step("sgd", torch.float32, examples=True, noisy=True, strength=0.0) for _ in range(2))
+    step.lists["sums"] = [values[:0] for values in step.lists["sums"]]
+    step.lists["coefficients"] = [values[:0] for values in step.lists["coefficients"]]
+    for values in plain.lists["coefficients"]:
+        values.zero_()
+    step.take()
+    plain.take()
+    for left, right in zip(step.lists["parameters"], plain.lists["parameters"], strict=True):
+        assert torch.equal(left, right)
+
+
+def test_many_absurd_examples_end_in_a_finite_number() -> None:
+    """Each stops at the grid's end, 2⁵¹ steps; so many of them pass 2⁶³."""
+    theta = torch.zeros(3)
+    total = ExampleSum(torch.full((5000, 3), 1e30), torch.ones(5000, dtype=torch.float64))
+    private_update_([theta], [total], [], [], [], [sgd_row(1.0)], optimizer="sgd", key=KEY, draw=0, scale=2.0**20,
+                    step=2.0**-20, expected_batch_size=1.0, filtered=[False], filter_strength=0.0)
+    assert theta.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["inside", "outside"])
+def test_inference_tensors(mode: str) -> None:
+    with torch.inference_mode():
+        step = Step("adam", torch.float32, examples=False, noisy=True, strength=0.0)
+        if mode == "inside":
+            step.take()
+    if mode == "inside" or accepts(step.take):
+        assert step.unchanged_outside()
+    else:
+        assert step.unchanged()
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("examples", [False, True])
+def test_what_is_only_read_may_lie_in_read_only_memory(examples: bool, tmp_path: Path) -> None:
+    """A write there would be the end of the process."""
+    step, plain = (Step("adamw", torch.float32, examples=examples, noisy=True, strength=0.7) for _ in range(2))
+    for name in ("sums", "coefficients"):
+        for p, tensor in enumerate(step.lists[name]):
+            path = tmp_path / f"{name}{p}"
+            path.write_bytes(tensor.contiguous().numpy().tobytes())
+            with path.open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            step.lists[name][p] = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    step.take()
+    plain.take()
+    for left, right in zip(step.lists["parameters"], plain.lists["parameters"], strict=True):
+        assert torch.equal(left, right)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    call=arguments(
+        {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "scale": SCALES},
+        {"key": BAD_KEYS, "parameter": hostile(2**24 - 1),
+         "draw": BAD_DRAWS, "scale": HOSTILE_FLOATS}),
+    shape=st.sampled_from([(), (0,), (1,), (7,), (3, 5), (600, 3)]),
+)
+def test_rounded_gaussian(call: tuple[dict[str, Any], set[str]], shape: tuple[int, ...]) -> None:
+    chosen, worst = call
+    out = amid(torch.full(shape, 2**62))
+    before = storage_of(out).copy()
+    try:
+        rounded_gaussian_(out, **chosen)
+    except (*REFUSALS, RuntimeError):
+        assert worst
+        assert (storage_of(out) == before).all()
+        return
+    same = (storage_of(out) == before).reshape(-1, 8)
+    assert same[:MARGIN].all() and same[-MARGIN:].all()
+    assert bool((out != 2**62).all())
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"one less", "a dimension more", "no element", "a number",
+                                                            "meta"}))
+def test_rounded_gaussian_refuses_other_tensors(damage: str) -> None:
+    out = amid(torch.full((5, 3), 9))
+    before = storage_of(out).copy()
+    with pytest.raises((*REFUSALS, RuntimeError)):
+        rounded_gaussian_(DAMAGES[damage](out), KEY, 0, 0, 1.0)
+    assert (storage_of(out) == before).all()

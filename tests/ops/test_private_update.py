@@ -1,0 +1,341 @@
+"""The private update: native against plain torch in float64, against torch's own optimizers, and what it promises."""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_dp.filtering import GaussianFilter
+from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
+from lora_dp.ops import private_update
+from lora_dp.ops.native import native
+from lora_dp.ops.private_update import ExampleSum, can_update, private_update_
+from lora_dp.ops.registry import reference_only
+from lora_dp.ops.rounded_gaussian import rounded_gaussian_
+from lora_dp.ops.sampling_bits import sampling_bits_
+from tests.models import assert_refuses
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIMIZERS = ["sgd", "momentum", "nesterov", "adam", "adamw"]
+# Tiles have 4096 elements on a CPU and 1024 on a GPU.
+SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (1, 4), (0, 4), (4097,), (16, 700), (1100, 8), (4096,)]
+KEY = native.key_from(bytes(range(32)))
+STEP = 2.0**-31
+INSTRUCTIONS = ["portable", "avx2", "avx512"]
+
+
+class Problem:
+    """Random parameters, sums and states; ``take`` runs one update, ``tensors`` is all that it may change."""
+
+    def __init__(
+        self, optimizer: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]] = SHAPES, *, examples: int = 0,
+        noisy: bool = True, strength: float = 0.0, device: str = "cpu", sum_dtype: torch.dtype | None = None,
+    ):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+        wide = sum_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+        self.parameters = [draw(*shape) for shape in shapes]
+        self.sums: list[Any] = [draw(*shape, dtype=wide) for shape in shapes]
+        if examples:
+            weights = torch.rand(examples, generator=generator, dtype=torch.float64).to(device)
+            weights[0] = 0
+            gradients = [draw(examples, *shape, dtype=wide) for shape in shapes]
+            for gradient in gradients:
+                gradient[0] = math.nan  # an excluded example may hold anything
+            self.sums = [ExampleSum(gradient, weights.clone()) for gradient in gradients]
+        self.kind = {"nesterov": "momentum"}.get(optimizer, optimizer)
+        states = {"sgd": 0, "momentum": 1}.get(self.kind, 2)
+        self.first = [draw(*shape) for shape in shapes] if states else []
+        self.second = [draw(*shape).square() for shape in shapes] if states > 1 else []
+        self.gradients = [draw(*shape) for shape in shapes]
+        if self.kind in ("adam", "adamw"):
+            self.hyper = [adam_row(0.03, step=3, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3)] * len(shapes)
+        else:
+            self.hyper = [sgd_row(0.1, weight_decay=0.05, momentum=0.9, dampening=0.2, nesterov=optimizer == "nesterov",
+                                  first_step=p % 2 == 0) for p in range(len(shapes))]
+        self.options = {
+            "scale": 1.3 * 2**32 if noisy else 0.0, "step": STEP, "expected_batch_size": 7.0, "key": KEY, "draw": 5,
+            "filtered": [len(shape) == 2 and bool(strength) for shape in shapes], "filter_strength": strength}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.parameters, *self.first, *self.second, *self.gradients]
+
+    def take(self, **changes: Any) -> list[Tensor]:
+        private_update_(self.parameters, self.sums, self.first, self.second, self.gradients, self.hyper,
+                        optimizer=self.kind, **{**self.options, **changes})
+        return self.tensors
+
+
+def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a.cpu().view(torch.uint8) if a.dim() else a.cpu(), b.cpu().view(torch.uint8) if b.dim()
+                           else b.cpu()) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("examples", [0, 1, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_native_update_gives_the_bits_of_the_float64_reference(optimizer, dtype, examples, strength, noisy):
+    problem = Problem(optimizer, dtype, examples=examples, strength=strength, noisy=noisy)
+    expected = copy.deepcopy(problem)
+    with reference_only():
+        wanted = expected.take()
+    before = copy.deepcopy(problem.tensors)
+    found = problem.take()
+    assert not same_bits(found, before)
+    # torch's float64 square root (MKL's) is not always the nearest; without a grid, sums have an order of their own.
+    if (noisy or not examples) and not (dtype == torch.float64 and optimizer in ("adam", "adamw")):
+        assert same_bits(found, wanted)
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=torch.finfo(dtype).eps, atol=1e-13, equal_nan=True)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_instruction_set_gives_the_same_bits(optimizer, instructions, monkeypatch):
+    update = native.private_update
+    try:
+        native.keystream(bytes(32), bytes(12), 0, 0, 0, instructions)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for dtype in DTYPES:
+        problem = Problem(optimizer, dtype, examples=3, strength=1.0)
+        twin = copy.deepcopy(problem)
+        with monkeypatch.context() as during:
+            during.setattr(native, "private_update", lambda *arguments: update(*arguments, instructions))
+            found = problem.take()
+        assert same_bits(found, twin.take())
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_do_not_change_a_bit(threads):
+    one, several = (Problem("adamw", torch.float32, [(30_000,), (64, 300), (7,)], strength=2.0) for _ in range(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted = one.take()
+        torch.set_num_threads(threads)
+        assert same_bits(several.take(), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def plain_sgd(
+    theta: Tensor, total: Any, *, gradients: Sequence[Tensor] = (), lr: float = 1.0, scale: float = 0.0
+) -> None:
+    """θ ← θ − lr · (total, noised at this scale)."""
+    private_update_(
+        [theta], [total], [], [], gradients, [sgd_row(lr)], optimizer="sgd", key=KEY, draw=0, scale=scale, step=STEP,
+        expected_batch_size=1.0, filtered=[False], filter_strength=0.0)
+
+
+def plain_optimizers() -> Iterator[Any]:
+    for decay in (0.0, 0.1):
+        yield torch.optim.SGD, {"lr": 0.1, "weight_decay": decay}
+        yield torch.optim.SGD, {"lr": 0.1, "weight_decay": decay, "momentum": 0.9}
+        yield torch.optim.SGD, {"lr": 0.1, "weight_decay": decay, "momentum": 0.9, "dampening": 0.3}
+        yield torch.optim.SGD, {"lr": 0.1, "weight_decay": decay, "momentum": 0.9, "nesterov": True}
+        yield torch.optim.Adam, {"lr": 0.1, "weight_decay": decay, "betas": (0.7, 0.9), "eps": 1e-4}
+        yield torch.optim.AdamW, {"lr": 0.1, "weight_decay": decay, "betas": (0.7, 0.9), "eps": 1e-4}
+
+
+@pytest.mark.parametrize(("kind", "options"), list(plain_optimizers()))
+@pytest.mark.parametrize("way", ["native", "reference"])
+def test_steps_are_those_of_torchs_optimizers(kind, options, way):
+    """Five steps in float64 on the same gradients; the low-pass filter is the library's."""
+    generator = torch.Generator().manual_seed(1)
+    smooth = GaussianFilter(0.7)
+    theta = torch.randn(6, 40, generator=generator, dtype=torch.float64)
+    twin = torch.nn.Parameter(theta.clone())
+    plain = kind([twin], **options)
+    adam = kind is not torch.optim.SGD
+    first = [torch.zeros_like(theta)] if adam or options.get("momentum") else []
+    second = [torch.zeros_like(theta)] if adam else []
+    for step in range(1, 6):
+        total = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
+        twin.grad = smooth(total / 8)
+        plain.step()
+        row = adam_row(step=step, **options) if adam else sgd_row(first_step=step == 1, **options)
+        name = {torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}.get(kind, "momentum" if first else "sgd")
+        gradient = torch.empty_like(theta)
+        with reference_only() if way == "reference" else torch.no_grad():
+            private_update_(
+                [theta], [total], first, second, [gradient], [row], optimizer=name, key=0, draw=0, scale=0.0, step=1.0,
+                expected_batch_size=8.0, filtered=[True], filter_strength=0.7)
+        torch.testing.assert_close(gradient, twin.grad, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(theta, twin.detach(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("examples", [0, 5])
+def test_what_leaves_is_an_integer_number_of_grid_steps(examples):
+    """round(Σ) + round(z · std / Δ), the noise of each parameter that of its number and of the draw."""
+    shapes = [(9,), (0,), (5000,), (3, 11)]
+    problem = Problem("sgd", torch.float64, shapes, examples=examples, sum_dtype=torch.float32)
+    problem.parameters = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    problem.hyper = [sgd_row(1.0)] * len(shapes)
+    problem.take(expected_batch_size=1.0)
+    for p, (theta, given_sum) in enumerate(zip(problem.parameters, problem.sums, strict=True)):
+        released = -theta / STEP
+        noise = rounded_gaussian_(torch.empty(theta.shape, dtype=torch.int64), KEY, p, 5, problem.options["scale"])
+        if examples:
+            used = given_sum.coefficients != 0
+            weights = given_sum.coefficients[used].view(-1, *[1] * theta.dim())
+            clipped = (given_sum.gradients[used].double() * weights / STEP).round().sum(0)
+        else:
+            clipped = (given_sum.double() / STEP).round()
+        assert torch.equal(released, clipped + noise)
+
+
+def test_the_sum_over_examples_is_exact_in_any_order():
+    """Magnitudes that no floating-point sum would survive: the order of the examples does not change a bit."""
+    gradients = torch.tensor([1e6, 3e-8, -1e6, 7e-9, 2.5, -3e-8]).repeat_interleave(5).view(6, 5)
+    results = []
+    for order in (range(6), reversed(range(6)), (3, 1, 5, 0, 2, 4)):
+        theta = torch.zeros(5, dtype=torch.float64)
+        order = list(order)
+        part = ExampleSum(gradients[order].contiguous(), torch.ones(6, dtype=torch.float64))
+        plain_sgd(theta, part, scale=2.0**32)
+        results.append(theta)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=st.floats(allow_nan=False, allow_infinity=False, width=32), dtype=st.sampled_from(DTYPES[1:3]))
+def test_half_precision_is_rounded_as_torch_does(value, dtype):
+    wanted = torch.tensor([value]).to(dtype)
+    theta = torch.zeros(1, dtype=dtype)
+    gradient = torch.empty_like(theta)
+    plain_sgd(theta, torch.tensor([value]), gradients=[gradient], lr=0.0)
+    assert torch.equal(gradient, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3])
+def test_every_half_precision_number_is_read_and_written_back(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    theta = every.clone()
+    plain_sgd(theta, torch.zeros(2**16), lr=0.0)
+    finite = every.isfinite()
+    assert torch.equal(theta[finite], every[finite])
+    assert theta[~finite].isnan().all()  # 0 · infinity
+
+
+def test_sums_that_are_not_finite_are_refused_and_change_nothing():
+    for bad in (math.nan, math.inf, -math.inf):
+        problem = Problem("adamw", torch.float32)
+        problem.sums[7][4000] = bad
+        before = copy.deepcopy(problem.tensors)
+        assert_refuses(ValueError, "the sum of parameter 7 holds NaN or infinity: nothing was changed", problem.take)
+        assert same_bits(problem.tensors, before)
+
+
+def test_absurd_sums_stop_at_the_grids_end():
+    for way in (torch.no_grad, reference_only):
+        theta = torch.zeros(2, dtype=torch.float64)
+        part = ExampleSum(torch.tensor([[1e30, -1e30]]), torch.ones(1, dtype=torch.float64))
+        with way():
+            plain_sgd(theta, part, scale=1.0)
+        assert (theta.abs() / STEP - 2.0**51).abs().max() < 20 and theta[0] < 0 < theta[1]
+
+
+def refusals() -> Iterator[Any]:
+    yield "optimizer must be one of", {"optimizer": "rprop"}
+    yield "scale must lie in", {"scale": 0.5}
+    yield "scale must lie in", {"scale": math.nan}
+    yield "scale must lie in", {"scale": 2.0**33}
+    yield "step be a power of two", {"step": 0.3}
+    yield "step be a power of two", {"step": -1.0}
+    yield "expected_batch_size must be finite", {"expected_batch_size": 0.0}
+    yield "expected_batch_size must be finite", {"expected_batch_size": math.inf}
+    yield "filter_strength must be 0 or", {"filter_strength": math.nan}
+    yield "filtered must have an entry for each", {"filtered": [False]}
+    yield "there is no key 123456789", {"key": 123456789}
+    yield "draw must not be negative", {"draw": -1}
+    yield "filtered[0] must be False: a filter takes", {"filtered": [True] * len(SHAPES), "filter_strength": 1.0}
+
+
+@pytest.mark.parametrize(("words", "change"), list(refusals()))
+def test_what_is_out_of_range_is_refused(words, change):
+    problem = Problem("adamw", torch.float32)
+    before = copy.deepcopy(problem.tensors)
+    problem.kind = change.get("optimizer", problem.kind)
+    others = {name: value for name, value in change.items() if name != "optimizer"}
+    assert_refuses(ValueError, words, lambda: problem.take(**others))
+    assert same_bits(problem.tensors, before)
+
+
+@pytest.mark.parametrize("name", ["parameters", "sums", "first", "second", "gradients"])
+def test_tensors_that_do_not_fit_are_refused_by_name(name):
+    where, p = f"{name}[8]", 8
+    for bad, kind, words in [
+        (torch.zeros(16, 699), ValueError, f"{where} must have the shape (16, 700), got (16, 699)"),
+        (torch.zeros(700, 16).T, ValueError, f"{where} must be contiguous and on cpu"),
+        (torch.zeros(16, 700, device="meta"), ValueError, f"{where} must be contiguous and on cpu, got strides"),
+        (torch.zeros(16, 700, dtype=torch.int32), TypeError, f"{where} must be float32"),
+        ([1.0], TypeError, f"{where} must be a tensor, got list"),
+    ]:
+        problem = Problem("adamw", torch.float32)
+        if name == "parameters" and kind is ValueError and "shape" in words:
+            continue  # the others are then what does not fit
+        values = getattr(problem, name)
+        before = copy.deepcopy([t for t in problem.tensors])
+        kept, values[p] = values[p], bad
+        assert_refuses(kind, words, problem.take)
+        values[p] = kept
+        assert same_bits(problem.tensors, before)
+
+
+def test_a_filter_that_reaches_too_far_is_left_to_torch():
+    wide = torch.zeros(4, 2**20)
+    assert can_update(wide, 1000.0) and can_update(wide.T.contiguous(), 1000.0)
+    far = torch.zeros(2**13, 2**12 + 2**11)
+    assert not can_update(far, 2000.0)
+
+
+def test_the_op_is_one_that_torch_knows():
+    problem = Problem("adamw", torch.float32, [(5, 3), (7,)], strength=1.0)
+    arguments = (
+        problem.parameters, problem.sums, [None, None], problem.first, problem.second, problem.gradients,
+        torch.tensor(problem.hyper, dtype=torch.float64), [True, False], 1.0, "adamw", KEY, 0, 2.0**32, STEP, 3.0)
+    torch.library.opcheck(torch.ops.lora_dp.private_update_.default, arguments)
+    assert private_update.filter_reach(1.0) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("examples", [0, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_cpu_and_gpu_give_the_same_bits(optimizer, dtype, examples, strength):
+    if not native.cuda:
+        pytest.skip("installed without a CUDA compiler")
+    for noisy in (True, False):
+        problems = [Problem(optimizer, dtype, examples=examples, strength=strength, noisy=noisy, device=device)
+                    for device in ("cpu", "cuda")]
+        for problem in problems[1:]:
+            for p in range(len(SHAPES)):
+                assert can_update(problem.parameters[p], strength if problem.options["filtered"][p] else 0.0)
+        cpu, gpu = (problem.take() for problem in problems)
+        assert same_bits(gpu, cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 100_003])
+def test_streams_and_noise_are_the_same_on_cpu_and_gpu(n):
+    if not native.cuda:
+        pytest.skip("installed without a CUDA compiler")
+    for fill in (lambda out: sampling_bits_(out, KEY, 9), lambda out: rounded_gaussian_(out, KEY, 2, 9, 1.4 * 2**32)):
+        cpu, gpu = (fill(torch.empty(n, dtype=torch.int64, device=device)) for device in ("cpu", "cuda"))
+        assert torch.equal(gpu.cpu(), cpu)

@@ -1,0 +1,140 @@
+"""When the native update takes a whole step, and that it is then the step that torch would have taken."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_dp import GaussianFilter, LaplacianFilter, PrivacyEngine, fused_step
+from lora_dp.ops.private_update import ExampleSum
+from lora_dp.ops.registry import reference_only
+from tests.models import examples, flat, mlp, snapshot
+from tests.support import make_private, private_gradients
+
+KNOWN = [
+    lambda p: torch.optim.SGD(p, lr=0.1),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The sums of every native update."""
+    seen, update = [], fused_step.private_update_
+    monkeypatch.setattr(fused_step, "private_update_", lambda parameters, sums, *rest, **options: (
+        seen.append(sums), update(parameters, sums, *rest, **options)))
+    return seen
+
+
+def private_mlp(make, *, low_pass=None, dtype=torch.float32, **options):
+    model = mlp(dtype=dtype)
+    optimizer = make_private(model, batch_size=6, low_pass=low_pass, max_grad_norm=0.3, **options)
+    optimizer.original_optimizer = make([p for p in model.parameters() if p.requires_grad])
+    return model, optimizer
+
+
+def step(model, optimizer, seed):
+    x, y = examples(6, seed)
+    optimizer.expect_batch(6)
+    F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("phases", ["AB", "BA"])
+@pytest.mark.parametrize("low_pass", [None, GaussianFilter(0.6)])
+@pytest.mark.parametrize("make", KNOWN)
+def test_steps_are_torchs_with_the_same_noise(make, low_pass, phases, taken):
+    """The noise is a function of the seed, whoever adds it; every third step is torch's, with the state as it is."""
+    ends, gradients = [], []
+    for native in (True, False):
+        model, optimizer = private_mlp(make, low_pass=low_pass, phases=phases, noise_multiplier=0.7,
+                                       engine=PrivacyEngine("rdp", reproducible_seed=5))
+        for number in range(6):
+            with contextlib.nullcontext() if native and number % 3 else reference_only():
+                step(model, optimizer, number)
+                gradients.append(flat(private_gradients(model)))
+            optimizer.zero_grad()
+        ends.append(snapshot(model))
+    assert len(taken) == 4
+    for mine, its in zip(gradients[:6], gradients[6:], strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("engine", [lambda: PrivacyEngine("rdp"), lambda: PrivacyEngine("rdp", reproducible_seed=1)])
+def test_default_noise_takes_the_native_update_and_leaves_the_gradient(engine, taken):
+    model, optimizer = private_mlp(KNOWN[0], noise_multiplier=1.0, engine=engine())
+    before = snapshot(model)
+    step(model, optimizer, 0)
+    assert len(taken) == 1
+    for name, gradient in private_gradients(model).items():
+        torch.testing.assert_close(before[name] - 0.1 * gradient, dict(model.named_parameters())[name].detach())
+
+
+def test_a_whole_batch_is_summed_by_the_update_and_parts_of_one_before(taken):
+    model, optimizer = private_mlp(KNOWN[0], norm_method="direct")
+    step(model, optimizer, 0)
+    assert all(isinstance(part, ExampleSum) for part in taken[0])
+    x, y = examples(6)
+    optimizer.expect_batch(6)
+    for part in (slice(0, 2), slice(2, 6)):
+        (F.cross_entropy(model(x[part]), y[part])).backward()
+        optimizer.signal_skip_step(part.start == 0)
+        optimizer.step()
+    assert len(taken) == 2 and all(isinstance(part, torch.Tensor) for part in taken[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_take_it_too(dtype, taken):
+    model, optimizer = private_mlp(KNOWN[4], dtype=dtype, noise_multiplier=0.5)
+    before = snapshot(model)
+    step(model, optimizer, 0)
+    step(model, optimizer, 1)
+    assert len(taken) == 2 and not torch.equal(before["2.weight"], model[2].weight)
+    assert optimizer.state[model[2].weight]["exp_avg"].dtype == dtype
+
+
+class Derived(torch.optim.SGD):
+    """May do anything in its step."""
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.RMSprop(p, lr=0.1), lambda p: Derived(p, lr=0.1),
+    lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+    lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:]}], lr=0.1)])
+def test_what_has_another_formula_is_left_to_torch(make, taken):
+    model, optimizer = private_mlp(make)
+    step(model, optimizer, 0)
+    assert not taken and optimizer.steps_taken == 1
+
+
+def test_filters_hooks_and_the_reference_are_left_to_torch(taken):
+    model, optimizer = private_mlp(KNOWN[0], low_pass=LaplacianFilter(1.0))
+    step(model, optimizer, 0)
+    model, optimizer = private_mlp(KNOWN[0])
+    seen = []
+    handle = optimizer.register_step_pre_hook(lambda *_: seen.append(flat(private_gradients(model))))
+    step(model, optimizer, 0)
+    assert len(seen) == 1 and seen[0].any()
+    handle.remove()
+    with reference_only():
+        step(model, optimizer, 1)
+    assert not taken
+    step(model, optimizer, 2)
+    assert len(taken) == 1
+
+
+def test_states_of_another_dtype_are_left_to_torch(taken):
+    model, optimizer = private_mlp(KNOWN[4])
+    step(model, optimizer, 0)
+    for state in optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].double()
+    with contextlib.suppress(RuntimeError):  # torch itself may refuse it
+        step(model, optimizer, 1)
+    assert len(taken) == 1
