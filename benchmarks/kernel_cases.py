@@ -246,7 +246,7 @@ def _native(
     sums: list[Tensor], parameters: list[Tensor], first: list[Tensor], second: list[Tensor], source: SecureSource,
     optimizer: Any,
 ) -> tuple[()]:
-    step, draw = grid_step(1.0), source.next_draw()
+    step, draw = grid_step(1.0, 1.0), source.next_draw()
     private_update_(
         parameters, sums, first, second, [], [adam_row(1e-4, weight_decay=0.01, step=3)] * len(sums), optimizer="adamw",
         key=draw.key, draw=draw.number, scale=1.0 / step, step=step, expected_batch_size=32.0,

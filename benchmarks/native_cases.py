@@ -89,7 +89,7 @@ def updates(adapters: Adapters, device: str = "cpu", dtype: torch.dtype = torch.
         if not summed:
             weights = torch.rand(adapters.examples, dtype=torch.float64, device=device)
             sums = [ExampleSum(each, weights) for each in draw(adapters.examples)]
-        source, step, count = SecureSource(), grid_step(1.0), itertools.count(1)
+        source, step, count = SecureSource(), grid_step(1.0, 1.0), itertools.count(1)
 
         def update() -> None:
             draw_ = source.next_draw()

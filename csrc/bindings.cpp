@@ -222,7 +222,7 @@ void private_update(std::int64_t key, std::int64_t draw, std::uintptr_t rows, st
     const std::uint8_t nothing[lora_dp::kChaChaKeyBytes] = {};
     const lora_dp::ChaChaKey held = noisy ? lora_dp::load_key(key) : lora_dp::ChaChaKey(nothing);
     nb::gil_scoped_release unlocked;
-    const std::int64_t bad = lora_dp::first_non_finite(update, at<Row>(rows));
+    const std::int64_t bad = lora_dp::first_non_finite(update, at<Row>(rows), static_cast<int>(threads));
     if (bad >= 0) refuse("the sum of parameter " + std::to_string(bad) + " holds NaN or infinity: nothing was changed");
     lora_dp::update_on_cpu(chosen, held.stream, update, at<Row>(rows), at<double>(hyper), static_cast<int>(threads));
 }

@@ -50,14 +50,24 @@ void add_sums(const lora_dp::Update &update, const lora_dp::Row &row, std::int64
               const lora_dp::Scratch &scratch) {
     const typename Sum::Stored *sums = static_cast<const typename Sum::Stored *>(row.sum) + begin;
     const double per_step = 1.0 / update.step;
-    const std::int64_t examples = row.coefficients == nullptr ? 1 : row.examples;
-    for (std::int64_t i = 0; i < examples; ++i) {
-        const double weight = row.coefficients == nullptr ? 1.0 : row.coefficients[i];
+    if (row.coefficients == nullptr) {
+        if (update.noisy) {
+            for (std::int64_t e = 0; e < n; ++e) scratch.grid[e] += on_wide_grid(Sum::load(sums[e]) * per_step);
+        } else {
+            for (std::int64_t e = 0; e < n; ++e) scratch.exact[e] += Sum::load(sums[e]);
+        }
+        return;
+    }
+    const double most = most_of_each(row.examples);
+    for (std::int64_t i = 0; i < row.examples; ++i) {
+        const double weight = row.coefficients[i];
         // Whatever an excluded example holds, 0 times NaN too, must not reach a sum.
         if (weight == 0) continue;
         const typename Sum::Stored *values = sums + i * row.size;
         if (update.noisy) {
-            for (std::int64_t e = 0; e < n; ++e) scratch.grid[e] += on_grid(weight * Sum::load(values[e]) * per_step);
+            for (std::int64_t e = 0; e < n; ++e) {
+                scratch.grid[e] += on_grid(weight * Sum::load(values[e]) * per_step, most);
+            }
         } else {
             for (std::int64_t e = 0; e < n; ++e) scratch.exact[e] += weight * Sum::load(values[e]);
         }

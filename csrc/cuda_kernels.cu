@@ -61,14 +61,17 @@ template <typename Sum>
 __device__ __forceinline__ double noisy_sum(const Update &update, const Row &row, std::int64_t e, std::int64_t noise) {
     const typename Sum::Stored *sums = static_cast<const typename Sum::Stored *>(row.sum) + e;
     const double per_step = 1.0 / update.step;
-    const std::int64_t examples = row.coefficients == nullptr ? 1 : row.examples;
+    if (row.coefficients == nullptr) {
+        return update.noisy ? from_grid(noise + on_wide_grid(Sum::load(*sums) * per_step)) * update.step : Sum::load(*sums);
+    }
+    const double most = most_of_each(row.examples);
     double exact = 0;
-    for (std::int64_t i = 0; i < examples; ++i) {
-        const double weight = row.coefficients == nullptr ? 1.0 : row.coefficients[i];
+    for (std::int64_t i = 0; i < row.examples; ++i) {
+        const double weight = row.coefficients[i];
         if (weight == 0) continue;
         const double value = weight * Sum::load(sums[i * row.size]);
         if (update.noisy) {
-            noise += on_grid(value * per_step);
+            noise += on_grid(value * per_step, most);
         } else {
             exact += value;
         }

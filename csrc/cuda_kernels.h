@@ -1,5 +1,5 @@
 // What runs on a GPU: the same streams, the same numbers and the same arithmetic as on a CPU. Every function queues one
-// launch on a stream and returns CUDA's status. The key travels as a kernel's argument, never through global memory.
+// launch on a stream and returns CUDA's status. The key travels as a kernel's argument, in no buffer of ours.
 #pragma once
 
 #include "kernels.h"

@@ -53,65 +53,81 @@ const Kernels &kernels() {
 
 namespace {
 
-template <typename Sum>
-bool all_finite(const Row &row) {
-    const typename Sum::Stored *sums = static_cast<const typename Sum::Stored *>(row.sum);
-    double found = 0;  // x - x is NaN for NaN and infinity, and a sum with NaN in it stays NaN
-    for (std::int64_t e = 0; e < row.size; ++e) found += Sum::load(sums[e]) - Sum::load(sums[e]);
-    return found == 0;
-}
+constexpr std::int64_t kTile = 4096;
 
-}  // namespace
-
-std::int64_t first_non_finite(const Update &update, const Row *rows) {
-    for (std::int64_t p = 0; p < update.count; ++p) {
-        if (rows[p].coefficients != nullptr) continue;
-        if (!(rows[p].sum_dtype == kFloat32 ? all_finite<Float32>(rows[p]) : all_finite<Float64>(rows[p]))) return p;
-    }
-    return -1;
-}
-
-void update_on_cpu(const Kernels &chosen, const Stream &key, const Update &update, const Row *rows, const double *hyper,
-                   int threads) {
-    constexpr std::int64_t tile = 4096;
+// Calls work(row, first element, end, thread) for every tile of every row, shared out among so many threads.
+template <typename Work>
+void for_tiles(const Update &update, const Row *rows, int threads, const Work &work) {
     std::vector<std::int64_t> first_tiles{0};
-    std::int64_t most_scratch = 0;
     for (std::int64_t p = 0; p < update.count; ++p) {
-        first_tiles.push_back(first_tiles.back() + (rows[p].size + tile - 1) / tile);
-        const std::int64_t scratch = tile + 2 * rows[p].reach * rows[p].stride + kValuesPerBlock;
-        if (scratch > most_scratch) most_scratch = scratch;
+        first_tiles.push_back(first_tiles.back() + (rows[p].size + kTile - 1) / kTile);
     }
     const std::int64_t tiles = first_tiles.back();
     if (tiles < threads) threads = tiles > 1 ? static_cast<int>(tiles) : 1;
-
-    std::vector<std::int64_t> grid(static_cast<std::size_t>(most_scratch * threads));
-    std::vector<double> exact(2 * grid.size());
     std::atomic<std::int64_t> next{0};
-    const auto work = [&](int thread) {
-        const Scratch scratch{grid.data() + most_scratch * thread, exact.data() + 2 * most_scratch * thread};
+    const auto share = [&](int thread) {
         std::int64_t p = 0;
         for (std::int64_t t; (t = next.fetch_add(1)) < tiles;) {
             while (first_tiles[static_cast<std::size_t>(p) + 1] <= t) ++p;
-            const std::int64_t begin = (t - first_tiles[static_cast<std::size_t>(p)]) * tile;
-            const std::int64_t end = begin + tile < rows[p].size ? begin + tile : rows[p].size;
-            chosen.update_tile(key, update, rows[p], static_cast<std::uint32_t>(p), hyper + p * kHyperColumns, begin, end,
-                               scratch);
+            const std::int64_t begin = (t - first_tiles[static_cast<std::size_t>(p)]) * kTile;
+            work(p, begin, begin + kTile < rows[p].size ? begin + kTile : rows[p].size, thread);
         }
     };
     std::vector<std::thread> others;
     others.reserve(static_cast<std::size_t>(threads));
     try {
         for (int thread = 1; thread < threads; ++thread) {
-            others.emplace_back([&work, thread] {
-                work(thread);
+            others.emplace_back([&share, thread] {
+                share(thread);
                 burn_stack();
             });
         }
     } catch (const std::system_error &) {
         // Fewer threads take the same tiles.
     }
-    work(0);
+    share(0);
     for (std::thread &other : others) other.join();
+}
+
+template <typename Sum>
+bool all_finite(const void *sum, std::int64_t begin, std::int64_t end) {
+    const typename Sum::Stored *sums = static_cast<const typename Sum::Stored *>(sum);
+    double found = 0;  // x - x is NaN for NaN and infinity, and a sum with NaN in it stays NaN
+    for (std::int64_t e = begin; e < end; ++e) found += Sum::load(sums[e]) - Sum::load(sums[e]);
+    return found == 0;
+}
+
+}  // namespace
+
+std::int64_t first_non_finite(const Update &update, const Row *rows, int threads) {
+    std::atomic<std::int64_t> found{update.count};
+    for_tiles(update, rows, threads, [&](std::int64_t p, std::int64_t begin, std::int64_t end, int) {
+        if (rows[p].coefficients != nullptr) return;
+        if (rows[p].sum_dtype == kFloat32 ? all_finite<Float32>(rows[p].sum, begin, end)
+                                          : all_finite<Float64>(rows[p].sum, begin, end)) {
+            return;
+        }
+        std::int64_t least = found;
+        while (p < least && !found.compare_exchange_weak(least, p)) {
+        }
+    });
+    return found == update.count ? -1 : found.load();
+}
+
+void update_on_cpu(const Kernels &chosen, const Stream &key, const Update &update, const Row *rows, const double *hyper,
+                   int threads) {
+    std::int64_t most = 0;
+    for (std::int64_t p = 0; p < update.count; ++p) {
+        const std::int64_t halo = rows[p].reach * rows[p].stride, size = rows[p].size;
+        const std::int64_t needed = kTile + 2 * (halo < size ? halo : size) + kValuesPerBlock;
+        if (needed > most) most = needed;
+    }
+    std::vector<std::int64_t> grid(static_cast<std::size_t>(most * threads));
+    std::vector<double> exact(2 * grid.size());
+    for_tiles(update, rows, threads, [&](std::int64_t p, std::int64_t begin, std::int64_t end, int thread) {
+        chosen.update_tile(key, update, rows[p], static_cast<std::uint32_t>(p), hyper + p * kHyperColumns, begin, end,
+                           Scratch{grid.data() + most * thread, exact.data() + 2 * most * thread});
+    });
 }
 
 }  // namespace lora_dp

@@ -45,7 +45,7 @@ const Kernels &kernels();
 const Kernels *kernels_called(const char *name);
 
 // The first row whose accumulated sum holds NaN or infinity, or -1.
-std::int64_t first_non_finite(const Update &update, const Row *rows);
+std::int64_t first_non_finite(const Update &update, const Row *rows, int threads);
 
 // The whole update, in tiles shared out among so many threads.
 void update_on_cpu(const Kernels &chosen, const Stream &key, const Update &update, const Row *rows, const double *hyper,

@@ -111,6 +111,12 @@ ChaChaKey load_key(std::int64_t number) {
     if (found->second.process != getpid()) {
         throw std::invalid_argument("key " + std::to_string(number) + " belongs to the process that made it: make another");
     }
+    // A process may have the id of a grandparent that is gone: then the page is what tells.
+    std::uint8_t any = 0;
+    for (const std::uint8_t byte : found->second.slot->bytes) any |= byte;
+    if (any == 0) {
+        throw std::invalid_argument("key " + std::to_string(number) + " is empty, as in a forked process: make another");
+    }
     return ChaChaKey(found->second.slot->bytes);
 }
 

@@ -102,12 +102,29 @@ struct Float16 {
     }
 };
 
-// The nearest integer to a number of grid steps, 0 for NaN; what is 2^51 or larger, which no clipped sum is, stops there.
-LORA_DP_BOTH std::int64_t on_grid(double steps) {
-    constexpr double most = 2251799813685247.0;
+// The nearest integer to a number of grid steps, 0 for NaN; what is larger than `most` < 2^51 stops there.
+LORA_DP_BOTH std::int64_t on_grid(double steps, double most) {
     const double upper = steps < most ? steps : (steps != steps ? 0.0 : most);
     const double bounded = upper > -most ? upper : -most;
     return static_cast<std::int64_t>(as_bits(bounded + kRounder) - as_bits(kRounder));
+}
+
+// The same up to 2^62, in two parts: multiples of 2^24, and the rest.
+LORA_DP_BOTH std::int64_t on_wide_grid(double steps) {
+    constexpr double most = 4611686018427387904.0, part = 16777216.0;
+    const double upper = steps < most ? steps : (steps != steps ? 0.0 : most);
+    const double bounded = upper > -most ? upper : -most;
+    const double high = (bounded / part + kRounder) - kRounder;
+    const double low = bounded - high * part;
+    return static_cast<std::int64_t>(((as_bits(high + kRounder) - as_bits(kRounder)) << 24) +
+                                     (as_bits(low + kRounder) - as_bits(kRounder)));
+}
+
+// How far one of so many examples may reach, in steps, so that no sum of theirs and the noise leaves 64 bits. An example
+// that is clipped has at most 2^41 (lora_dp/noise.py).
+LORA_DP_BOTH double most_of_each(std::int64_t examples) {
+    const double share = 4611686018427387904.0 / static_cast<double>(examples > 0 ? examples : 1);
+    return share < 2251799813685247.0 ? share : 2251799813685247.0;
 }
 
 // An integer as a double, rounded once.

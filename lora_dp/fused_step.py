@@ -6,23 +6,24 @@ and a later step by torch go on from there. Where no op does what the wrapped op
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from lora_dp.coverage import PrivateParameter
 from lora_dp.filtering import Filter, GaussianFilter
 from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
 from lora_dp.mechanism import Mechanism, total
-from lora_dp.noise import grid_step
 from lora_dp.ops.private_update import ExampleSum, can_update, private_update_
 from lora_dp.ops.registry import kernels_take
 from lora_dp.randomness import Draw, RandomSource, SeededSource
 
 _NAMES: dict[type, Literal["sgd", "adam", "adamw"]] = {
     torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
-_States = list[tuple[dict[str, Any], dict[str, Any], Tensor]]
+# A parameter's group, its state, itself.
+_Members = list[tuple[dict[str, Any], dict[str, Any], Tensor]]
 _Sums = Sequence[Tensor | ExampleSum]
 _Step = Callable[
     [torch.optim.Optimizer, Sequence[PrivateParameter], _Sums, Mechanism, Filter | None, int], None]
@@ -36,6 +37,9 @@ def find_fused_step(
 ) -> _Step | None:
     """What does the whole step: the native op, else the Triton kernel for reproducible runs, else None."""
     if not trained or not isinstance(low_pass, GaussianFilter | None) or not _known(optimizer):
+        return None
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(p.parameter) not in held for p in trained):
         return None
     device = trained[0].parameter.device
     tensors = [value.gradients if isinstance(value, ExampleSum) else value for value in sums]
@@ -55,6 +59,12 @@ def find_fused_step(
 def _known(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the wrapped optimizer's step is a formula of ours, the same in all its groups, and nobody hooks it."""
     if type(optimizer) not in _NAMES or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        return False
+    # torch's schedulers wrap the step too, to know that it was called, which we tell them.
+    own_step = vars(optimizer).get("step")
+    if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
         return False
     groups = optimizer.param_groups
     if any(group.get(option) for group in groups for option in _UNKNOWN):
@@ -76,26 +86,43 @@ def _states_match(state: dict[str, Any] | None, p: PrivateParameter) -> bool:
                for value in values)
 
 
+class _Plan(NamedTuple):
+    """An update that is about to be taken: its formula, the formula's numbers for each parameter, the states, and what
+    enters each parameter's state once it is taken."""
+
+    name: Literal["sgd", "adam", "adamw"]
+    rows: list[list[float]]
+    first: list[Tensor]
+    second: list[Tensor]
+    states: list[dict[str, Any]]
+
+    def commit(self, optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter]) -> None:
+        """Enter it into the wrapped optimizer."""
+        for p, state in zip(trained, self.states, strict=True):
+            if state:
+                optimizer.state[p.parameter].update(state)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+
+
 @torch.no_grad()
 def _native_step(
     optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter], sums: _Sums, mechanism: Mechanism,
     low_pass: Filter | None, expected_batch_size: int,
 ) -> None:
     """θ ← optimizer(θ, low-pass((sum + σC·z) / L)) by :func:`private_update_`."""
-    std = mechanism.noise_std(sum(p.parameter.numel() for p in trained))
-    step = grid_step(std) if std else 1.0
+    step, scale = mechanism.grid(sum(p.parameter.numel() for p in trained))
     assert isinstance(mechanism.source, RandomSource)
-    draw = mechanism.source.next_draw() if std else Draw(0, 0)
-    name, rows, first, second = _rows_and_states(optimizer, trained)
-    for p in trained:
-        p.parameter.grad = torch.empty_like(p.parameter)
+    draw = mechanism.source.next_draw() if scale else Draw(0, 0)
+    plan, gradients = _plan(optimizer, trained), [torch.empty_like(p.parameter) for p in trained]
     private_update_(
-        [p.parameter.detach() for p in trained], sums, first, second,
-        [p.parameter.grad for p in trained if p.parameter.grad is not None], rows,
-        optimizer="momentum" if name == "sgd" and first else name, key=draw.key, draw=draw.number,
-        scale=std / step if std else 0.0, step=step, expected_batch_size=expected_batch_size,
+        [p.parameter.detach() for p in trained], sums, plan.first, plan.second, gradients, plan.rows,
+        optimizer="momentum" if plan.name == "sgd" and plan.first else plan.name, key=draw.key, draw=draw.number,
+        scale=scale, step=step, expected_batch_size=expected_batch_size,
         filtered=[_strength(low_pass, p) > 0 for p in trained],
         filter_strength=low_pass.strength if isinstance(low_pass, GaussianFilter) else 0.0)
+    plan.commit(optimizer, trained)
+    for p, gradient in zip(trained, gradients, strict=True):
+        p.parameter.grad = gradient
 
 
 @torch.no_grad()
@@ -106,54 +133,56 @@ def _triton_step(
     """The same with noise of a counter-based generator on the device, not cryptographic; ``.grad`` stays empty."""
     from lora_dp.kernels.noise_update import noise_update
 
-    name, rows, first, second = _rows_and_states(optimizer, trained)
+    plan, device = _plan(optimizer, trained), trained[0].parameter.device
     assert isinstance(mechanism.source, SeededSource)
-    device = trained[0].parameter.device
     noise_update(
-        [p.parameter.detach() for p in trained], [total(value).double() for value in sums], first, second,
-        torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True),
+        [p.parameter.detach() for p in trained], [total(value).double() for value in sums], plan.first, plan.second,
+        torch.tensor(plan.rows, dtype=torch.float32).to(device, non_blocking=True),
         torch.tensor(mechanism.source.next_counter()).to(device, non_blocking=True),
         std=mechanism.noise_std(sum(p.parameter.numel() for p in trained)), expected_batch_size=expected_batch_size,
         filter_strength=low_pass.strength if isinstance(low_pass, GaussianFilter) else 0.0,
-        filtered=[_strength(low_pass, p) > 0 for p in trained], optimizer=name)
+        filtered=[_strength(low_pass, p) > 0 for p in trained], optimizer=plan.name)
+    plan.commit(optimizer, trained)
 
 
-def _rows_and_states(
-    optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter]
-) -> tuple[Literal["sgd", "adam", "adamw"], list[list[float]], list[Tensor], list[Tensor]]:
-    """The formula, its numbers for each parameter, and the states, made where they are missing."""
+def _plan(optimizer: torch.optim.Optimizer, trained: Sequence[PrivateParameter]) -> _Plan:
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    states: _States = [(group_of[id(p.parameter)], optimizer.state[p.parameter], p.parameter) for p in trained]
-    name = _NAMES[type(optimizer)]
-    return (name, *(_sgd if name == "sgd" else _adam)(states))
+    members: _Members = [
+        (group_of[id(p.parameter)], optimizer.state.get(p.parameter, {}), p.parameter) for p in trained]
+    return _sgd(members) if _NAMES[type(optimizer)] == "sgd" else _adam(_NAMES[type(optimizer)], members)
 
 
 def _state(state: dict[str, Any], name: str, parameter: Tensor) -> Tensor:
-    """The named state, made if it is missing."""
+    """The named state, zeros if it is missing."""
     value = state.get(name)
     if value is None:
         value = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-    state[name] = value.contiguous()
-    return state[name]
+    contiguous: Tensor = value.contiguous()
+    return contiguous
 
 
-def _sgd(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]]:
+def _sgd(members: _Members) -> _Plan:
     rows = [
         sgd_row(group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"],
                 dampening=group["dampening"], nesterov=group["nesterov"],
                 first_step=state.get("momentum_buffer") is None)
-        for group, state, _ in states]
-    if not states[0][0]["momentum"]:
-        return rows, [], []
-    return rows, [_state(state, "momentum_buffer", parameter) for _, state, parameter in states], []
+        for group, state, _ in members]
+    if not members[0][0]["momentum"]:
+        return _Plan("sgd", rows, [], [], [{} for _ in members])
+    buffers = [_state(state, "momentum_buffer", parameter) for _, state, parameter in members]
+    return _Plan("sgd", rows, buffers, [], [{"momentum_buffer": buffer} for buffer in buffers])
 
 
-def _adam(states: _States) -> tuple[list[list[float]], list[Tensor], list[Tensor]]:
-    rows = []
-    for group, state, _ in states:
-        state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        rows.append(adam_row(
-            group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
-            step=int(state["step"])))
-    return (rows, [_state(state, "exp_avg", parameter) for _, state, parameter in states],
-            [_state(state, "exp_avg_sq", parameter) for _, state, parameter in states])
+def _adam(name: Literal["sgd", "adam", "adamw"], members: _Members) -> _Plan:
+    # As torch: a half-precision default dtype must not hold the count, which would stick at 256.
+    kind = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    steps = [state["step"] + 1 if "step" in state else torch.tensor(1.0, dtype=kind) for _, state, _ in members]
+    rows = [
+        adam_row(group["lr"], weight_decay=group["weight_decay"], betas=group["betas"], eps=group["eps"],
+                 step=int(step))
+        for (group, _, _), step in zip(members, steps, strict=True)]
+    first = [_state(state, "exp_avg", parameter) for _, state, parameter in members]
+    second = [_state(state, "exp_avg_sq", parameter) for _, state, parameter in members]
+    return _Plan(name, rows, first, second, [
+        {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        for step, mean, square in zip(steps, first, second, strict=True)])

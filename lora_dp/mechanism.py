@@ -1,6 +1,7 @@
 """The one object that owns the clip rule, the clip bound and the noise, and so matches noise to sensitivity."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_dp.clipping import AutomaticClipping, ClipRule, FlatClipping, PerLayerClipping
-from lora_dp.noise import NoiseSource, add_noise, grid_sensitivity
+from lora_dp.noise import NoiseSource, add_noise, grid_sensitivity, grid_step
 from lora_dp.ops.clip_and_sum import can_clip_and_sum, clip_and_sum
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.private_update import ExampleSum
@@ -41,7 +42,20 @@ class Mechanism:
         """Deviation of the noise on a sum of ``size`` numbers, the grid's rounding included."""
         if self.noise_multiplier == 0:
             return 0.0
-        return self.noise_multiplier * grid_sensitivity(self.rule.sensitivity, self.noise_multiplier, size)
+        std = self.noise_multiplier * grid_sensitivity(self.rule.sensitivity, self.noise_multiplier, size)
+        if std < sys.float_info.min * 2.0**64:
+            raise ValueError(
+                f"noise_multiplier {self.noise_multiplier:g} at max_grad_norm {self.rule.max_grad_norm:g} is noise too "
+                "small for floating-point numbers: raise one of them.")
+        return std
+
+    def grid(self, size: int) -> tuple[float, float]:
+        """Step of the grid for a sum of ``size`` numbers, and the noise's deviation in steps; (1, 0) without noise."""
+        std = self.noise_std(size)
+        if std == 0:
+            return 1.0, 0.0
+        step = grid_step(std, self.rule.sensitivity)
+        return step, max(std / step, 1.0)
 
     def coefficients(self, sq_norms: Tensor, layers: Tensor, layer_count: int, mask: Tensor | None) -> Tensor:
         """cᵢ·mᵢ by parameter and example: (P, N); see :class:`lora_dp.clipping.ClipRule`."""
@@ -80,7 +94,7 @@ class Mechanism:
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes and dtypes."""
         std = self.noise_std(sum(value.numel() for value in sums))
-        return add_noise([value.to(sums[0].device) for value in sums], std, self.source)
+        return add_noise([value.to(sums[0].device) for value in sums], std, self.rule.sensitivity, self.source)
 
 
 def total(clipped: Tensor | ExampleSum) -> Tensor:

@@ -20,7 +20,9 @@ dtype, a function of what may leave anyway.
 apart by √size · Δ (half of that where each example is rounded by itself). Noise is matched to that sensitivity,
 C + √size · Δ (:func:`grid_sensitivity`); with Δ ≤ 2⁻³² std the increase is below √size · σ · 2⁻³² of C: 2.4e-7 for a
 million numbers at σ = 1. A coarser grid would cost privacy for large models (at 2⁻¹⁶ that would be 1.6 %), a finer one
-would take the integers beyond the 2⁵³ that a float64 holds.
+would take the integers beyond the 2⁵³ that a float64 holds. Where S itself was summed in float64 (micro-batches, the
+ghost way), neighbours may differ by N² · 2⁻⁵³ of C more, 4.8e-7 for N = 65,536: within the margin of 2⁻¹⁹ that the clip
+rules leave.
 
 *What the sampler costs.* The integers are within total variation 2⁻⁷⁴ of a rounded Gaussian each
 (:mod:`lora_dp.ops.rounded_gaussian`; no value beyond 13.32 deviations, where a pair lies with probability 2⁻¹²⁸). A
@@ -44,6 +46,7 @@ from torch import Tensor
 
 # The grid is at most 2⁻³² of the deviation: values up to 2²⁰ deviations stay exact in float64's 53 bits.
 GRID_BITS = 32
+_LEAST_BITS = 40
 
 
 class NoiseSource(Protocol):
@@ -54,32 +57,41 @@ class NoiseSource(Protocol):
         ...
 
 
-def grid_step(std: float) -> float:
-    """The grid's step for noise of deviation ``std`` > 0: a power of two in (2⁻³³, 2⁻³²] · std."""
-    return math.ldexp(1.0, math.frexp(std)[1] - 1 - GRID_BITS)
+def grid_step(std: float, sensitivity: float) -> float:
+    """The grid's step for noise of deviation ``std`` > 0 on sums of this sensitivity: a power of two.
+
+    In (2⁻³³, 2⁻³²] · std; where the noise is below 2⁻⁸ of the sensitivity, which protects nobody, at least 2⁻⁴¹ of the
+    sensitivity, so that one example never has more than 2⁴¹ steps.
+    """
+    return max(_power_below(std) * 2.0**-GRID_BITS, _power_below(sensitivity) * 2.0**-_LEAST_BITS)
+
+
+def _power_below(value: float) -> float:
+    return math.ldexp(1.0, math.frexp(value)[1] - 1)
 
 
 def grid_sensitivity(sensitivity: float, noise_multiplier: float, size: int) -> float:
     """Sensitivity of the rounded sum of ``size`` values.
 
     Rounding moves each coordinate of either of two neighbouring sums by at most half a step, so their distance
-    grows by at most √size · step, and step ≤ 2⁻³² · noise_multiplier · (the result). Solved for the result.
+    grows by at most √size · step, and step ≤ max(2⁻³² · noise_multiplier, 2⁻⁴⁰) · (the result). Solved for the result.
 
     Raises:
         ValueError: the noise is so large that the grid's rounding alone exceeds the sensitivity.
     """
-    rounding = math.sqrt(size) * noise_multiplier * 2.0**-GRID_BITS
+    rounding = math.sqrt(size) * max(noise_multiplier * 2.0**-GRID_BITS, 2.0**-_LEAST_BITS)
     if rounding >= 0.5:
         raise ValueError(f"noise_multiplier {noise_multiplier:g} is too large for a sum of {size} numbers: lower it.")
     return sensitivity / (1 - rounding)
 
 
-def add_noise(values: Sequence[Tensor], std: float, source: NoiseSource) -> list[Tensor]:
+def add_noise(values: Sequence[Tensor], std: float, sensitivity: float, source: NoiseSource) -> list[Tensor]:
     """Each value plus Gaussian noise of deviation ``std``, both rounded to one grid.
 
     Args:
         values: the clipped sums, any shapes, float32 or float64, finite, on one device.
         std: deviation of the noise in the units of ``values``; 0 returns them as they are.
+        sensitivity: of the sums, in the same units.
         source: of rounded Gaussians.
 
     Returns:
@@ -87,9 +99,13 @@ def add_noise(values: Sequence[Tensor], std: float, source: NoiseSource) -> list
     """
     if std == 0 or not values:
         return list(values)
-    step = grid_step(std)
-    noise = source.rounded_gaussians([value.shape for value in values], std / step, values[0].device)
-    return [
-        # Float64 holds these integers exactly; the cast back to float32 only post-processes the release.
-        value.double().div(step).round_().to(torch.int64).add_(drawn).double().mul_(step).to(value.dtype)
-        for value, drawn in zip(values, noise, strict=True)]
+    step = grid_step(std, sensitivity)
+    scale = max(std / step, 1.0)
+    noise = source.rounded_gaussians([value.shape for value in values], scale, values[0].device)
+    return [_on_grid(value, step).add_(drawn).double().mul_(step).to(value.dtype)
+            for value, drawn in zip(values, noise, strict=True)]
+
+
+def _on_grid(value: Tensor, step: float) -> Tensor:
+    """The nearest integers to value / step, within ±2⁶², so that adding noise stays within 64 bits."""
+    return value.double().div(step).clamp_(-(2.0**62), 2.0**62).round_().to(torch.int64)

@@ -12,6 +12,7 @@ from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
 from lora_dp.mechanism import Mechanism, total
+from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
@@ -129,12 +130,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Train these factors from the next step on; a cycle such as "BA" starts where ``steps_taken`` says.
 
         Raises:
-            ValueError: unknown phases.
+            ValueError: unknown phases, or the wrapped optimizer lacks a parameter of theirs.
             RuntimeError: in the middle of a logical batch.
         """
         if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
-        self._phases = Phases(phases)
+        chosen = Phases(phases)
+        check_holds(self.original_optimizer, [
+            p for p in self._covered.values() if p.factor is None or p.factor in chosen.all_factors])
+        self._phases = chosen
         self.activate()
 
     def expect_batch(self, size: int) -> None:
@@ -278,6 +282,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return sums
 
     def _release(self) -> None:
+        refuse_capture("step", next(iter(self._covered.values())).parameter.device)
         collected = self._collect()
         check_optimizer(self.original_optimizer, self._covered)
         self._before_release()
@@ -300,7 +305,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 gradient = noisy.div_(self.expected_batch_size)
                 if self._low_pass is not None and p.factor is not None:
                     gradient = self._low_pass(gradient)
-                p.parameter.grad = gradient.to(p.parameter.dtype)
+                p.parameter.grad = gradient.to(p.parameter)
         self.original_optimizer.step()
 
 

@@ -150,13 +150,14 @@ class SeededSource(RandomSource):
     def __init__(self, seed: int) -> None:
         self.seed = int(seed)
         self._next = 0
-        self._key = (-1, -1)
+        self._key: tuple[tuple[int, int], int] = ((-1, -1), -1)
 
     def next_draw(self) -> Draw:
-        if self._key[0] != os.getpid():  # a forked process holds no keys
+        process = (os.getpid(), _forks)
+        if self._key[0] != process:  # a forked process holds no keys
             key = native.key_from(hashlib.sha256(f"lora-dp seed {self.seed}".encode()).digest())
             weakref.finalize(self, native.drop_key, key)
-            self._key = (os.getpid(), key)
+            self._key = (process, key)
         number = self._next
         self._next += 1
         return Draw(self._key[1], number)
@@ -168,17 +169,21 @@ class SeededSource(RandomSource):
         return (self.seed + 2**63) % 2**64 - 2**63, number
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The place in the stream, under "draws"; the values that follow it repeat."""
-        return {"draws": torch.tensor(self._next)}
+        """The place in the stream, under "draws", and which stream it is; the values that follow it repeat."""
+        return {"draws": torch.tensor(self._next), "seed": torch.tensor(self.seed % 2**62)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continues the stream where `state_dict` was taken.
 
         Raises:
-            ValueError: a state of another kind.
+            ValueError: a state of another kind, or of another seed.
         """
-        if set(state) != {"draws"} or int(state["draws"]) < 0:
-            raise ValueError(f"Not the state of a seeded source, which holds 'draws' alone: it has {sorted(state)}.")
+        if not isinstance(state, dict) or set(state) != {"draws", "seed"} or not all(
+                isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0 and int(value) >= 0
+                for value in state.values()):
+            raise ValueError("Not the state of a seeded source: it must hold the integers 'draws' and 'seed'.")
+        if int(state["seed"]) != self.seed % 2**62:
+            raise ValueError("The saved source had another seed: make this one with the same.")
         self._next = int(state["draws"])
 
     def __repr__(self) -> str:

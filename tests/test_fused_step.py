@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lora_dp import GaussianFilter, LaplacianFilter, PrivacyEngine, fused_step
 from lora_dp.ops.private_update import ExampleSum
@@ -138,3 +139,77 @@ def test_states_of_another_dtype_are_left_to_torch(taken):
     with contextlib.suppress(RuntimeError):  # torch itself may refuse it
         step(model, optimizer, 1)
     assert len(taken) == 1
+
+
+def test_hooks_on_every_optimizer_and_wrapped_steps_are_left_to_torch(taken):
+    model, optimizer = private_mlp(KNOWN[0])
+    seen = []
+    handle = register_optimizer_step_post_hook(lambda *_: seen.append(1))
+    try:
+        step(model, optimizer, 0)
+    finally:
+        handle.remove()
+    assert seen == [1] and not taken
+    own, inner = [], optimizer.original_optimizer
+    inside = inner.step
+    inner.step = lambda *arguments: (own.append(1), inside(*arguments))
+    step(model, optimizer, 1)
+    assert own == [1] and not taken
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_of_the_wrapped_optimizer_counts_the_steps(taken):
+    model, optimizer = private_mlp(KNOWN[0])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer.original_optimizer, 0.5)
+    for number in range(3):
+        step(model, optimizer, number)
+        scheduler.step()
+    assert len(taken) == 3 and optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_adams_count_is_not_rounded(dtype, taken):
+    model, optimizer = private_mlp(KNOWN[4])
+    torch.set_default_dtype(dtype)
+    try:
+        for _ in range(300):
+            optimizer.step_on_empty_batch()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert steps == {300} and len(taken) == 300
+
+
+def test_phases_whose_factors_the_optimizer_lacks_are_refused():
+    model = mlp()
+    optimizer = make_private(model, batch_size=6, phases="B")
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p is not model[0].lora_A]
+    with pytest.raises(ValueError, match="lora_A"):
+        optimizer.set_phases("AB")
+    step(model, optimizer, 0)
+
+
+def test_a_step_that_fails_leaves_no_trace_in_the_wrapped_optimizer():
+    model, optimizer = private_mlp(KNOWN[4])
+    step(model, optimizer, 0)
+    before = snapshot(model)
+    optimizer.param_groups[0]["lr"] = float("inf")
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="hyper must be finite"):
+        step(model, optimizer, 1)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_step_is_not_captured():
+    model = mlp().cuda()
+    optimizer = make_private(model, batch_size=6, noise_multiplier=1.0)
+    optimizer.step_on_empty_batch()
+    steps = optimizer.ledger.steps
+    with pytest.raises(RuntimeError, match="captured graph would repeat"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step_on_empty_batch()
+    assert optimizer.ledger.steps == steps

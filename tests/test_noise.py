@@ -1,5 +1,6 @@
 """Noise on a grid, and the mechanism that matches it to the sensitivity."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora_dp import DPLinear
 from lora_dp.clipping import make_clip_rule
 from lora_dp.mechanism import Mechanism
 from lora_dp.noise import add_noise, grid_sensitivity, grid_step
+from lora_dp.ops.registry import reference_only
 from lora_dp.randomness import SeededSource
 from tests.models import assert_refuses
+from tests.support import make_private
 
 
 class Silence:
@@ -23,11 +27,33 @@ class Silence:
         return [torch.zeros(torch.Size(shape), dtype=torch.int64) for shape in shapes]
 
 
-@given(std=st.floats(1e-12, 1e12))
-def test_step_is_a_power_of_two_below_the_deviation(std):
-    step = grid_step(std)
+@given(std=st.floats(1e-12, 1e12), sensitivity=st.floats(1e-12, 1e12))
+def test_step_is_a_power_of_two_below_the_deviation(std, sensitivity):
+    step = grid_step(std, sensitivity)
     assert math.frexp(step)[0] == 0.5
-    assert std * 2.0**-33 < step <= std * 2.0**-32
+    assert std * 2.0**-33 < step
+    assert step <= std * 2.0**-32 or (step <= sensitivity * 2.0**-40 and std < sensitivity * 2.0**-7)
+    assert sensitivity / step <= 2.0**41 or std >= sensitivity * 2.0**-8
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 1e-4, 1e-6, 1e-8, 1e-11, 1e-13])
+@pytest.mark.parametrize("way", [contextlib.nullcontext, reference_only])
+def test_hardly_any_noise_leaves_the_gradients_as_they_are(sigma, way):
+    """As set to look for a fault: sums of many grid steps neither saturate nor change sign."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(DPLinear(1, 1)).train()
+    optimizer = make_private(model, batch_size=64, noise_multiplier=sigma, max_grad_norm=1.0, loss_reduction="sum")
+    optimizer.expect_batch(64)
+    with way():
+        (100 * model(torch.ones(64, 1))).sum().backward()
+        optimizer.step()
+    for parameter in model.parameters():
+        assert float(parameter.grad) == pytest.approx(math.sqrt(0.5), abs=1e-5 + 0.1 * sigma)
+
+
+def test_noise_that_underflows_is_refused():
+    mechanism = Mechanism(make_clip_rule("flat", 1e-200), 1e-200, SeededSource(0))
+    assert_refuses(ValueError, "is noise too small for floating-point numbers", lambda: mechanism.noise_std(3))
 
 
 @settings(deadline=None)
@@ -35,7 +61,7 @@ def test_step_is_a_power_of_two_below_the_deviation(std):
 def test_sensitivity_covers_the_rounding_of_every_coordinate(sigma, bound, size):
     """Two neighbouring sums are rounded by half a step in each coordinate, in opposite directions at worst."""
     sensitivity = grid_sensitivity(bound, sigma, size)
-    rounding = math.sqrt(size) * grid_step(sigma * sensitivity)
+    rounding = math.sqrt(size) * grid_step(sigma * sensitivity, sensitivity)
     assert sensitivity >= (bound + rounding) * (1 - 1e-15)
     assert sensitivity <= bound * 1.01
 
@@ -68,7 +94,7 @@ def test_the_largest_noise_is_accepted():
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
 def test_shape_and_dtype_are_kept(shape, dtype):
     value = torch.ones(shape, dtype=dtype)
-    noisy, = add_noise([value], 0.5, SeededSource(0))
+    noisy, = add_noise([value], 0.5, 1.0, SeededSource(0))
     assert noisy.shape == shape and noisy.dtype == dtype
     assert torch.equal(value, torch.ones(shape, dtype=dtype))
 

@@ -18,7 +18,6 @@ import lora_dp.mechanism
 from lora_dp import PrivacyEngine, PrivateOptimizer
 from lora_dp.clipping import AutomaticClipping, FlatClipping, PerLayerClipping, make_clip_rule
 from lora_dp.mechanism import Mechanism
-from lora_dp.noise import grid_step
 from lora_dp.randomness import SecureSource, SeededSource
 from tests.models import cross_entropy, examples, flat, mlp, one_by_one, private_run, pure_noise, take_step
 from tests.support import RULES, check_deviation, make_private
@@ -178,7 +177,7 @@ def check_release_is_on_the_grid(dtype: torch.dtype) -> None:
     steps = {}
     for name, value in (("first", first), ("second", second)):
         mechanism = Mechanism(make_clip_rule("flat", 0.9), 1.7, SeededSource(11))
-        step = grid_step(mechanism.noise_std(20001))
+        step, _ = mechanism.grid(20001)
         released, = mechanism.release([value.clone()])
         assert released.dtype == dtype
         steps[name] = released.double() / step
@@ -197,7 +196,7 @@ def test_release_is_on_the_grid(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_floating_point_noise_is_caught(dtype, bug):
     bug.setattr(lora_dp.mechanism, "add_noise",
-                lambda values, std, source: [
+                lambda values, std, sensitivity, source: [
                     (value + std * torch.randn_like(value, dtype=torch.float64)).to(value.dtype) for value in values])
     with pytest.raises(AssertionError):
         check_release_is_on_the_grid(dtype)

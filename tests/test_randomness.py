@@ -759,7 +759,7 @@ def test_a_seeded_source_resumes_where_it_was_saved() -> None:
     expected = [gaussians(source, 11), source.uniform(3)]
     saved.seek(0)
     state = torch.load(saved, weights_only=True)
-    assert set(state) == {"draws"} and int(state["draws"]) == 2
+    assert set(state) == {"draws", "seed"} and int(state["draws"]) == 2
     for taken in (0, 1, 5):
         fresh = SeededSource(7)
         for _ in range(taken):
@@ -777,13 +777,26 @@ def test_a_state_does_not_change_with_its_source() -> None:
 
 
 @pytest.mark.parametrize("state", [
-    {}, {"draws": torch.tensor(-1)}, {"generator": torch.zeros(5056, dtype=torch.uint8)},
-    {"draws": torch.tensor(3), "key": torch.zeros(32, dtype=torch.uint8)}, {"draw": torch.tensor(3)},
-], ids=["empty", "negative", "generator", "more", "misspelt"])
-def test_a_bad_state_is_refused(state: dict[str, torch.Tensor]) -> None:
+    {}, {"draws": torch.tensor(-1), "seed": torch.tensor(7)}, {"generator": torch.zeros(5056, dtype=torch.uint8)},
+    {"draws": torch.tensor(3), "seed": torch.tensor(7), "key": torch.tensor(1)}, {"draw": torch.tensor(3)},
+    {"draws": torch.tensor(1.7), "seed": torch.tensor(7)}, {"draws": torch.tensor(True), "seed": torch.tensor(7)},
+    {"draws": None, "seed": torch.tensor(7)}, None,
+], ids=["empty", "negative", "generator", "more", "misspelt", "fraction", "bool", "none", "nothing"])
+def test_a_bad_state_is_refused(state: Any) -> None:
     source = SeededSource(7)
     source.uniform(1)
-    words = f"Not the state of a seeded source, which holds 'draws' alone: it has {sorted(state)}."
+    words = "Not the state of a seeded source: it must hold the integers 'draws' and 'seed'."
     with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         source.load_state_dict(state)
     assert source.next_draw().number == 1
+
+
+def test_the_state_of_another_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="The saved source had another seed"):
+        SeededSource(7).load_state_dict(SeededSource(8).state_dict())
+
+
+def test_a_key_of_zeros_is_no_key() -> None:
+    """What a page holds that a fork has emptied, in a process that has got its grandparent's number."""
+    with pytest.raises(ValueError, match="is empty, as in a forked process"):
+        draw_from(native.key_from(bytes(32)))

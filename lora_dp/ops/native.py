@@ -1,7 +1,5 @@
 """The native library, and which tensors it takes."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ except ImportError as error:
         "the native library of lora_dp is not built: run `pip install -e .` in the repository"
     ) from error
 
-__all__ = ["check_filled", "native", "native_takes", "why_not"]
+__all__ = ["check_filled", "native", "native_takes", "refuse_capture", "why_not"]
 
 
 def native_takes(device: torch.device) -> bool:
@@ -33,10 +31,23 @@ def check_filled(op: str, out: Tensor) -> None:
         raise ValueError(f"{op}: out must be contiguous and int64, got {out.dtype} {got}.")
 
 
-@functools.cache
+def refuse_capture(op: str, device: torch.device) -> None:
+    """Noise in a CUDA graph would be the same in every replay.
+
+    Raises:
+        RuntimeError: a graph is being captured on this device's current stream.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op}: a captured graph would repeat its noise: leave the private step out of the capture.")
+
+
+# Devices on which the native ops have shown that they run.
+_tried: set[torch.device] = set()
+
+
 def why_not(device: torch.device) -> str | None:
     """What keeps native ops from running on this device; None where they run."""
-    if device.type == "cpu":
+    if device.type == "cpu" or device in _tried:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return "native ops are for CPUs and NVIDIA GPUs"
@@ -44,14 +55,16 @@ def why_not(device: torch.device) -> str | None:
         return "installed where no CUDA compiler (nvcc) was found: install again where there is one"
     if torch.cuda.get_device_capability(device) < registry.LEAST_CAPABILITY:
         return "compute capability below 8.0"
-    return _failed_trial(device)
+    if (failed := _failed_trial(device)) is None:
+        _tried.add(device)
+    return failed
 
 
 def _failed_trial(device: torch.device) -> str | None:
     """Draws a few numbers on the GPU and on the CPU: what was compiled may not fit the driver."""
     key, n, scale = native.new_key(), 1000, 2.0**32
     try:
-        found, wanted = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, dtype=torch.int64)
+        found, wanted = (torch.empty(n, dtype=torch.int64, device=where) for where in (device, "cpu"))
         native.rounded_gaussians(key, 0, 0, scale, wanted.data_ptr(), n)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -60,6 +73,6 @@ def _failed_trial(device: torch.device) -> str | None:
             return None
         return "a trial gave other numbers than the CPU: please report this"
     except RuntimeError as error:
-        return f"a trial failed ({error}): install again with an nvcc that fits the driver"
+        return f"a trial failed ({error}): if it stays so, install again with an nvcc that fits the driver"
     finally:
         native.drop_key(key)

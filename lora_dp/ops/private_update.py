@@ -4,7 +4,7 @@
     ĝ ← filter(n · Δ / L)                            Δ = grid step of std (:mod:`lora_dp.noise` has the argument)
     θ ← optimizer(θ, ĝ)                              torch's SGD, Adam, AdamW
 
-All arithmetic is in double precision, rounded once to each tensor's dtype; CPU and GPU give the same bits.
+All arithmetic is in double precision, and rounded to each tensor's dtype at the end; CPU and GPU give the same bits.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_dp.ops.native import native, native_takes
+from lora_dp.ops.native import native, native_takes, refuse_capture
 from lora_dp.ops.registry import LIBRARY
 from lora_dp.ops.rounded_gaussian import rounded_gaussian_
 
@@ -121,8 +121,9 @@ def _reference(
         if scale:
             noise = rounded_gaussian_(
                 torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device), key, p, draw, scale)
-            # As the kernels: what no clipped sum is, NaN or beyond 2⁵¹ steps, must not reach an integer.
-            steps = (terms / step).nan_to_num_(0.0).clamp_(1 - 2.0**51, 2.0**51 - 1).round_().to(torch.int64)
+            # As the kernels: NaN, or what no clipped gradient is, must not reach an integer.
+            most = 2.0**62 if weights is None else min(2.0**51 - 1, 2.0**62 / max(len(weights), 1))
+            steps = (terms / step).nan_to_num_(0.0).clamp_(-most, most).round_().to(torch.int64)
             gradient = (steps.sum(0) + noise).double() * step
         else:
             gradient = terms.sum(0)
@@ -182,9 +183,25 @@ def _native(
             torch.cuda.current_stream().cuda_stream)
 
 
-def _run(parameters: list[Tensor], *rest: object) -> None:
+def _run(
+    parameters: list[Tensor], sums: list[Tensor], coefficients: list[Tensor | None], first: list[Tensor],
+    second: list[Tensor], gradients: list[Tensor], hyper: Tensor, filtered: list[bool], filter_strength: float,
+    optimizer: str, key: int, draw: int, scale: float, step: float, expected_batch_size: float,
+) -> None:
+    _check(parameters, sums, coefficients, first, second, gradients, hyper, filtered, filter_strength, optimizer)
+    _check_numbers(scale, step, expected_batch_size)
+    if not parameters:
+        return
+    refuse_capture("private_update_", parameters[0].device)
+    sums, coefficients = list(sums), list(coefficients)
+    for p, kept in enumerate(coefficients):
+        if kept is not None and len(kept) == 0:  # no tensor without elements has an address
+            sums[p], coefficients[p] = torch.zeros_like(parameters[p], dtype=torch.float64), None
     chosen = _native if native_takes(parameters[0].device) else _reference
-    chosen(parameters, *rest)  # type: ignore[arg-type]
+    chosen(parameters, sums, coefficients, first, second, gradients, hyper, filtered,
+           filter_strength if any(filtered) else 0.0, optimizer, key, draw, scale, step, expected_batch_size)
+    # What is written through an address, autograd does not see.
+    torch.autograd.graph.increment_version([*parameters, *first, *second, *gradients])
 
 
 def _fake(*arguments: object) -> None:
@@ -230,44 +247,64 @@ def private_update_(
     """
     plain = [part.gradients if isinstance(part, ExampleSum) else part for part in sums]
     weights = [part.coefficients if isinstance(part, ExampleSum) else None for part in sums]
-    rows = _check(parameters, plain, weights, first, second, gradients, hyper, filtered, filter_strength, optimizer)
+    named: list[tuple[str, Sequence[Tensor | None]]] = [
+        ("parameters", parameters), ("sums", plain), ("coefficients", weights), ("first", first), ("second", second),
+        ("gradients", gradients)]
+    for name, values in named:
+        for p, tensor in enumerate(values):
+            if tensor is None and name == "coefficients":
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"private_update_: {name}[{p}] must be a tensor, got {type(tensor).__name__}.")
+            # Torch sends these elsewhere than to our checks: with one on the meta device, to a trial without numbers.
+            if tensor.device != parameters[0].device or tensor.layout != torch.strided or tensor.is_nested:
+                raise _stray(f"{name}[{p}]", tensor, parameters[0].device)
+    rows = [[*row, *[0.0] * (_COLUMNS - len(row))] for row in hyper]
+    torch.ops.lora_dp.private_update_(
+        list(parameters), plain, weights, list(first), list(second), list(gradients),
+        torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), _COLUMNS), list(filtered),
+        float(filter_strength), optimizer, key, draw, float(scale), float(step), float(expected_batch_size))
+
+
+def _stray(name: str, tensor: Tensor, device: torch.device | None) -> ValueError:
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    layout = tensor.stride() if plain else "nested" if tensor.is_nested else tensor.layout
+    return _refusal(name, f"be contiguous and on {device}", f"strides {layout} on {tensor.device}")
+
+
+def _refusal(what: str, must: str, got: object) -> ValueError:
+    return ValueError(f"private_update_: {what} must {must}, got {got}.")
+
+
+def _check_numbers(scale: float, step: float, expected_batch_size: float) -> None:
     if scale and not (1 <= scale < 2**33 and step > 0 and math.frexp(step)[0] == 0.5):
         raise ValueError(
             f"private_update_: scale must lie in [1, 2³³) and step be a power of two, got {scale} and {step}.")
     if not 0 < expected_batch_size < math.inf:
-        raise ValueError(f"private_update_: expected_batch_size must be finite and above 0, got {expected_batch_size}.")
-    for p, kept in enumerate(weights):
-        if kept is not None and len(kept) == 0:  # no tensor without elements has an address
-            plain[p], weights[p] = torch.zeros_like(parameters[p], dtype=torch.float64), None
-    if parameters:
-        torch.ops.lora_dp.private_update_(
-            list(parameters), plain, weights, list(first), list(second), list(gradients), rows, list(filtered),
-            float(filter_strength), optimizer, key, draw, float(scale), float(step), float(expected_batch_size))
+        raise _refusal("expected_batch_size", "be finite and above 0", expected_batch_size)
 
 
 def _check(
     parameters: Sequence[Tensor], sums: Sequence[Tensor], weights: Sequence[Tensor | None], first: Sequence[Tensor],
-    second: Sequence[Tensor], gradients: Sequence[Tensor], hyper: Sequence[Sequence[float]],
-    filtered: Sequence[bool], filter_strength: float, optimizer: str,
-) -> Tensor:
-    """``hyper`` as a (P, 8) float64 tensor, once all is as it must be."""
-    def refuse(what: str, must: str, got: object) -> ValueError:
-        return ValueError(f"private_update_: {what} must {must}, got {got}.")
-
+    second: Sequence[Tensor], gradients: Sequence[Tensor], hyper: Tensor, filtered: Sequence[bool],
+    filter_strength: float, optimizer: str,
+) -> None:
     if optimizer not in _OPTIMIZERS:
-        raise refuse("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(optimizer))
+        raise _refusal("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(optimizer))
     if not 0 <= filter_strength < math.inf:
-        raise refuse("filter_strength", "be 0 or a finite positive number", filter_strength)
+        raise _refusal("filter_strength", "be 0 or a finite positive number", filter_strength)
     count = len(parameters)
     states = [("first", first), ("second", second)][: {"sgd": 0, "momentum": 1}.get(optimizer, 2)]
     states += [("gradients", gradients)] if gradients else []
-    for name, values in [("sums", sums), ("hyper", hyper), ("filtered", filtered), *states]:
+    for name, values in [("sums", sums), ("coefficients", weights), ("hyper", hyper), ("filtered", filtered), *states]:
         if len(values) != count:
-            raise refuse(name, f"have an entry for each of the {count} parameters", len(values))
-    device = parameters[0].device if parameters and isinstance(parameters[0], Tensor) else torch.device("cpu")
-    check = functools.partial(_check_tensor, device=device)
+            raise _refusal(name, f"have an entry for each of the {count} parameters", len(values))
+    _check_tensor("hyper", hyper, (count, _COLUMNS), (torch.float64,), torch.device("cpu"))
+    if not hyper.isfinite().all():
+        raise _refusal("hyper", "be finite", hyper.tolist())
+    check = functools.partial(_check_tensor, device=parameters[0].device if count else None)
     for p, parameter in enumerate(parameters):
-        check(f"parameters[{p}]", parameter, getattr(parameter, "shape", ()), _DTYPES)
+        check(f"parameters[{p}]", parameter, parameter.shape, _DTYPES)
         kept = weights[p]
         n = () if kept is None else (len(kept),)
         if kept is not None:
@@ -276,20 +313,15 @@ def _check(
         for name, values in states:
             check(f"{name}[{p}]", values[p], parameter.shape, (parameter.dtype,))
         if filtered[p] and parameter.dim() != 2:
-            raise refuse(f"filtered[{p}]", "be False: a filter takes matrices, not a shape", tuple(parameter.shape))
+            raise _refusal(f"filtered[{p}]", "be False: a filter takes matrices, not a shape", tuple(parameter.shape))
         if not can_update(parameter, filter_strength if filtered[p] else 0.0) and native_takes(parameter.device):
-            raise refuse("filter_strength", f"be smaller for the shape {tuple(parameter.shape)} here", filter_strength)
-    rows = torch.tensor([[*row, *[0.0] * (_COLUMNS - len(row))] for row in hyper], dtype=torch.float64, device="cpu")
-    if not rows.isfinite().all():
-        raise refuse("hyper", "be finite", hyper)
-    return rows.view(count, _COLUMNS)
+            must = f"be smaller for the shape {tuple(parameter.shape)} here"
+            raise _refusal("filter_strength", must, filter_strength)
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+    name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device | None
 ) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"private_update_: {name} must be a tensor, got {type(tensor).__name__}.")
     if tensor.shape != torch.Size(shape):
         raise ValueError(f"private_update_: {name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}.")
     if tensor.dtype not in dtypes:
@@ -299,6 +331,4 @@ def _check_tensor(
     if tensor.is_neg() or tensor._is_zerotensor():
         raise ValueError(f"private_update_: {name} must have its numbers in memory: give it cloned.")
     if tensor.device != device or tensor.layout != torch.strided or not tensor.is_contiguous():
-        raise ValueError(
-            f"private_update_: {name} must be contiguous and on {device}, got strides "
-            f"{tensor.stride() if tensor.layout == torch.strided else tensor.layout} on {tensor.device}.")
+        raise _stray(name, tensor, device)

@@ -16,14 +16,13 @@ All together: total variation below 2⁻⁷⁴ a value.
 import torch
 from torch import Tensor
 
-from lora_dp.ops.native import check_filled, native, native_takes
+from lora_dp.ops.native import check_filled, native, native_takes, refuse_capture
 from lora_dp.ops.registry import LIBRARY
-
-MOST_SCALE = 2.0**33
 
 
 def _fill(out: Tensor, key: int, parameter: int, draw: int, scale: float) -> None:
     check_filled("rounded_gaussian_", out)
+    refuse_capture("rounded_gaussian_", out.device)
     if out.device.type == "cuda" and native_takes(out.device):
         with torch.cuda.device(out.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -34,6 +33,8 @@ def _fill(out: Tensor, key: int, parameter: int, draw: int, scale: float) -> Non
         values = torch.empty(out.shape, dtype=torch.int64, device="cpu")
         native.rounded_gaussians(key, parameter, draw, scale, values.data_ptr(), values.numel())
         out.copy_(values)
+    # What is written through an address, autograd does not see.
+    torch.autograd.graph.increment_version(out)
 
 
 def _fake(out: Tensor, key: int, parameter: int, draw: int, scale: float) -> None:

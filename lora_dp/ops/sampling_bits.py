@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from lora_dp.ops.native import check_filled, native, native_takes
+from lora_dp.ops.native import check_filled, native, native_takes, refuse_capture
 from lora_dp.ops.registry import LIBRARY
 
 
 def _fill(out: Tensor, key: int, draw: int) -> None:
     check_filled("sampling_bits_", out)
+    refuse_capture("sampling_bits_", out.device)
     if out.device.type == "cuda" and native_takes(out.device):
         with torch.cuda.device(out.device):
             stream = torch.cuda.current_stream().cuda_stream
@@ -19,6 +20,8 @@ def _fill(out: Tensor, key: int, draw: int) -> None:
         bits = torch.empty(out.shape, dtype=torch.int64, device="cpu")
         native.sampling_bits(key, draw, bits.data_ptr(), 8 * bits.numel())
         out.copy_(bits)
+    # What is written through an address, autograd does not see.
+    torch.autograd.graph.increment_version(out)
 
 
 def _fake(out: Tensor, key: int, draw: int) -> None:

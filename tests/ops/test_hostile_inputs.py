@@ -23,6 +23,7 @@ from lora_dp.ops.rounded_gaussian import rounded_gaussian_
 
 REFUSALS = (ValueError, TypeError, OverflowError)
 GUARD = 256
+REARS = st.sampled_from([0, GUARD])
 KEY = native.key_from(bytes(range(32)))
 
 # What no number is: nanobind takes anything with __index__ for an integer, True too.
@@ -70,12 +71,12 @@ class Buffer:
         return bool(same[:GUARD].all() and same[GUARD + n_bytes :].all())
 
 
-@st.composite
-def arguments(draw: Any, valid: dict[str, Any], bad: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """Arguments that are valid but for up to two, and the names of these."""
-    chosen = {name: draw(strategy) for name, strategy in valid.items()}
-    worst = draw(st.sets(st.sampled_from(sorted(bad)), max_size=2))
-    chosen.update({name: draw(bad[name]) for name in sorted(worst)})
+def arguments(draw: Any, valid: dict[str, Any], bad: dict[str, Any], name: str) -> tuple[dict[str, Any], set[str]]:
+    """Arguments that are valid but for the one called so and perhaps another, and the names of these."""
+    chosen = {each: draw(strategy) for each, strategy in valid.items()}
+    worst = {name} | draw(st.one_of(st.just(set()), st.sets(st.sampled_from(sorted(bad)), max_size=1)))
+    worst &= bad.keys()
+    chosen.update({each: draw(bad[each]) for each in sorted(worst)})
     return chosen, worst
 
 
@@ -92,73 +93,57 @@ MOST_COUNTER = 2**32 - CAPACITY // 64 - 1
 SIZES = st.integers(0, CAPACITY)
 OUT = object()  # stands for the address of the buffer
 BAD_ADDRESSES = st.one_of(st.just(0), NEGATIVE, BEYOND_64_BITS, NO_INTEGERS)
-INSTRUCTIONS = st.just("")
 BAD_INSTRUCTIONS = st.one_of(st.sampled_from(["portable", "avx9", "\0", "\ud800", "avx2" * 99]), st.text(), NO_NUMBERS)
 BAD_BYTES = st.one_of(st.binary(), NO_INTEGERS, st.sampled_from([bytearray(32), memoryview(bytes(32)), "k" * 32, 32]))
 
 
-def fill(
-    function: Callable[..., Any], chosen: dict[str, Any], worst: set[str], rear: int, width: int, size: str
-) -> bool:
-    """Whether a function fills a buffer with as many items of this width as the argument ``size`` says."""
-    buffer = Buffer(bytes(width * CAPACITY), rear)
-    chosen = {name: buffer.address if value is OUT else value for name, value in chosen.items()}
-    accepted = accepts(function, **chosen)
-    assert accepted or worst
-    assert not (accepted and worst & {"counter", "parameter", "draw", size}), "accepted what is out of range"
-    assert buffer.changed_within(width * int(chosen[size]) if accepted else 0)
-    return accepted
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    call=arguments(
+BAD_PARAMETERS = hostile(2**24 - 1)
+BITS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**50 - 1, 2**61, 2**63, 2**64 - 1]))
+# Of every function, what its arguments may be and what not.
+FILLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "keystream": (
         {"key": st.binary(min_size=32, max_size=32), "nonce": st.binary(min_size=12, max_size=12),
-         "counter": st.integers(0, MOST_COUNTER), "out": st.just(OUT), "n_bytes": SIZES, "instructions": INSTRUCTIONS},
+         "counter": st.integers(0, MOST_COUNTER), "out": st.just(OUT), "n_bytes": SIZES, "instructions": st.just("")},
         {"key": BAD_BYTES, "nonce": BAD_BYTES, "counter": hostile(2**32 - 1), "out": BAD_ADDRESSES,
          "n_bytes": hostile(2**38), "instructions": BAD_INSTRUCTIONS}),
-    rear=st.sampled_from([0, GUARD]),
-)
-def test_keystream(call: tuple[dict[str, Any], set[str]], rear: int) -> None:
-    accepted = fill(native.keystream, *call, rear, 1, "n_bytes")
-    assert not accepted or (len(call[0]["key"]), len(call[0]["nonce"])) == (32, 12)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    call=arguments(
+    "sampling_bits": (
         {"key": st.just(KEY), "draw": DRAWS, "out": st.just(OUT), "n_bytes": SIZES},
-        {"key": BAD_KEYS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES,
-         "n_bytes": hostile(2**38)}),
-    rear=st.sampled_from([0, GUARD]),
-)
-def test_sampling_bits(call: tuple[dict[str, Any], set[str]], rear: int) -> None:
-    fill(native.sampling_bits, *call, rear, 1, "n_bytes")
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    call=arguments(
+        {"key": BAD_KEYS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES, "n_bytes": hostile(2**38)}),
+    "rounded_gaussians": (
         {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "scale": SCALES,
-         "out": st.just(OUT), "n": SIZES, "instructions": INSTRUCTIONS},
-        {"key": BAD_KEYS, "parameter": hostile(2**24 - 1),
-         "draw": BAD_DRAWS, "scale": HOSTILE_FLOATS, "out": BAD_ADDRESSES, "n": hostile(2**35),
-         "instructions": BAD_INSTRUCTIONS}),
-    rear=st.sampled_from([0, GUARD]),
-)
-def test_rounded_gaussians(call: tuple[dict[str, Any], set[str]], rear: int) -> None:
-    fill(native.rounded_gaussians, *call, rear, 8, "n")
-
-
-BITS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**50 - 1, 2**61, 2**63, 2**64 - 1]))
-
-
-@settings(max_examples=300, deadline=None)
-@given(call=arguments(
+         "out": st.just(OUT), "n": SIZES, "instructions": st.just("")},
+        {"key": BAD_KEYS, "parameter": BAD_PARAMETERS, "draw": BAD_DRAWS, "scale": HOSTILE_FLOATS,
+         "out": BAD_ADDRESSES, "n": hostile(2**35), "instructions": BAD_INSTRUCTIONS}),
+}
+PAIR = (
     {**{name: BITS for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": SCALES},
-    {**{name: hostile(2**64 - 1) for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": HOSTILE_FLOATS}))
-def test_gaussian_pair(call: tuple[dict[str, Any], set[str]]) -> None:
-    chosen, worst = call
+    {**{name: hostile(2**64 - 1) for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": HOSTILE_FLOATS})
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [(function, name) for function, (_, bad) in FILLING.items() for name in ["", *bad]])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_functions_that_fill_a_buffer(function: str, name: str, data: st.DataObject) -> None:
+    chosen, worst = arguments(data.draw, *FILLING[function], name)
+    width, size = (8, "n") if function == "rounded_gaussians" else (1, "n_bytes")
+    buffer = Buffer(bytes(width * CAPACITY), rear=data.draw(REARS))
+    chosen = {each: buffer.address if value is OUT else value for each, value in chosen.items()}
+    accepted = accepts(getattr(native, function), **chosen)
+    assert buffer.changed_within(width * int(chosen[size]) if accepted else 0)
+    assert accepted or worst
+    if accepted:
+        assert not worst & {"counter", "parameter", "draw", size}
+        assert function == "keystream" or "key" not in worst
+        assert function != "keystream" or (len(chosen["key"]), len(chosen["nonce"])) == (32, 12)
+        assert function != "rounded_gaussians" or 1 <= chosen["scale"] < 2**33
+
+
+@pytest.mark.parametrize("name", ["", *PAIR[1]])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_gaussian_pair(name: str, data: st.DataObject) -> None:
+    chosen, worst = arguments(data.draw, *PAIR, name)
     try:
         decided, exact = native.gaussian_pair(**chosen)
     except REFUSALS:
@@ -208,10 +193,10 @@ class Rows:
 
     def __init__(self, draw: Any):
         self.random = np.random.default_rng(draw(st.integers(0, 2**32)))
-        self.rear = draw(st.sampled_from([0, GUARD]))
+        self.rear = draw(REARS)
         self.inputs: list[Buffer] = []
         self.outputs: list[dict[str, Buffer]] = []
-        self.held = [self.row(draw) for _ in range(draw(st.integers(0, 3)))]  # what the buffers are made for
+        self.held = [self.row(draw) for _ in range(draw(st.integers(1, 3)))]  # what the buffers are made for
         self.rows = [dict(row) for row in self.held]
 
     def garbage(self, n: int) -> Buffer:
@@ -223,7 +208,7 @@ class Rows:
 
     def row(self, draw: Any) -> dict[str, int]:
         # A tile has 4096 elements.
-        stride, length = draw(st.sampled_from([(1, 1), (1, 7), (3, 5), (64, 2), (1, 4097), (700, 6), (90, 91)]))
+        stride, length = draw(st.sampled_from([(1, 7), (3, 5), (64, 2), (300, 1), (1, 4097), (700, 6), (90, 91)]))
         size = stride * length * draw(st.integers(0, 2))
         examples = draw(st.integers(0, EXAMPLES))
         with_examples = draw(st.booleans())
@@ -235,14 +220,13 @@ class Rows:
             "sum": self.input(numbers.astype(np.float32 if sum_dtype == 0 else np.float64)),
             "coefficients": self.input(self.random.standard_normal(examples)) if with_examples else 0,
             "size": size, "examples": examples, "theta_dtype": draw(st.integers(0, 3)), "sum_dtype": sum_dtype,
-            "stride": stride, "length": length, "reach": draw(st.sampled_from([0, 0, 1, 2, WEIGHTS - 1])),
+            "stride": stride, "length": length, "reach": draw(st.sampled_from([0, 1, 2, WEIGHTS - 1])),
             "first_tile": draw(INT64)}
 
-    def damage(self, draw: Any) -> None:
-        """Makes one entry hostile. What would be accepted still fits the buffers."""
+    def damage(self, draw: Any, name: str) -> None:
+        """Makes one entry of this column hostile. What would be accepted still fits the buffers."""
         p = draw(st.integers(0, len(self.rows) - 1))
         row, held = self.rows[p], self.held[p]
-        name = draw(st.sampled_from(COLUMNS))
         if name in (*CHANGED, "sum", "coefficients"):
             # Without coefficients the sum is what the first example, if there is one, holds.
             assume(name != "coefficients" or held["examples"] > 0)
@@ -252,7 +236,7 @@ class Rows:
         elif name == "sum_dtype":
             row[name] = draw(INT64.filter(lambda dtype: dtype != 3 or held["sum_dtype"] == 3))
         else:
-            row[name] = draw(INT64)
+            row[name] = draw(st.one_of(st.integers(WEIGHTS - 1, WEIGHTS + 1), INT64))
         # The scratch of such a row takes hundreds of megabytes.
         assume(not 2**17 < row["reach"] * row["stride"] <= 2**24)
 
@@ -270,48 +254,52 @@ def is_lawful(row: dict[str, int], optimizer: int, weights: int, n_weights: int)
         and (not size or bool(row["sum"]) or bool(row["coefficients"]) and not row["examples"]))
 
 
-@st.composite
-def updates(draw: Any) -> tuple[Rows, dict[str, Any], set[str]]:
-    rows = Rows(draw)
-    damages = draw(st.integers(0, 2)) if rows.rows else 0
-    for _ in range(damages):
-        rows.damage(draw)
-    table = np.array([[row[name] for name in COLUMNS] for row in rows.rows], np.int64)
+def update_arguments(rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
     count = len(rows.rows)
-    chosen, worst = draw(arguments(
+    table = np.array([[row[name] for name in COLUMNS] for row in rows.rows], np.int64)
+    return (
         {"key": st.just(KEY), "draw": DRAWS, "rows": st.just(rows.input(table)),
          "hyper": st.just(rows.input(rows.random.standard_normal((count, 8)))), "count": st.just(count),
          "optimizer": st.integers(0, 3), "noisy": st.booleans(), "scale": SCALES,
          "step": st.integers(-1022, 1023).map(lambda power: 2.0**power), "expected_batch_size": st.floats(0.5, 1e6),
          "weights": st.just(rows.input(rows.random.random(WEIGHTS))), "n_weights": st.just(WEIGHTS),
-         "threads": st.integers(1, 4), "instructions": INSTRUCTIONS},
-        {"key": BAD_KEYS, "draw": BAD_DRAWS,
-         "rows": BAD_ADDRESSES, "hyper": BAD_ADDRESSES, "count": st.one_of(st.integers(0, count), hostile(2**24 - 1)),
-         "optimizer": hostile(3), "noisy": st.one_of(NO_INTEGERS, st.sampled_from([0, 1, 2])), "scale": HOSTILE_FLOATS,
-         "step": HOSTILE_FLOATS, "expected_batch_size": HOSTILE_FLOATS, "weights": BAD_ADDRESSES,
+         "threads": st.integers(1, 4), "instructions": st.just("")},
+        {"key": BAD_KEYS, "draw": BAD_DRAWS, "rows": BAD_ADDRESSES, "hyper": BAD_ADDRESSES,
+         "count": st.one_of(st.integers(0, count), hostile(2**24 - 1)), "optimizer": hostile(3),
+         "noisy": st.one_of(NO_INTEGERS, st.sampled_from([0, 1, 2])), "scale": HOSTILE_FLOATS, "step": HOSTILE_FLOATS,
+         "expected_batch_size": HOSTILE_FLOATS, "weights": BAD_ADDRESSES,
          "n_weights": st.one_of(NEGATIVE, st.integers(0, WEIGHTS), BEYOND_64_BITS, NO_INTEGERS),
-         "threads": st.one_of(hostile(1024), st.sampled_from([0, 1024])), "instructions": BAD_INSTRUCTIONS}))
-    return rows, chosen, worst | ({"rows"} if damages else set())
+         "threads": st.one_of(st.sampled_from([0, 1024]), hostile(1024)), "instructions": BAD_INSTRUCTIONS})
 
 
-@settings(max_examples=400, deadline=None)
-@given(case=updates())
-def test_private_update(case: tuple[Rows, dict[str, Any], set[str]]) -> None:
-    rows, chosen, worst = case
+UPDATE_ARGUMENTS = ["key", "draw", "rows", "hyper", "count", "optimizer", "noisy", "scale", "step",
+                    "expected_batch_size", "weights", "n_weights", "threads", "instructions"]
+
+
+@pytest.mark.parametrize("name", ["", *UPDATE_ARGUMENTS, *(f"{column} of a row" for column in COLUMNS)])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_private_update(name: str, data: st.DataObject) -> None:
+    rows = Rows(data.draw)
+    if name.endswith(" of a row"):
+        rows.damage(data.draw, name.removesuffix(" of a row"))
+    if data.draw(st.integers(0, 4)) == 0:
+        rows.damage(data.draw, data.draw(st.sampled_from(COLUMNS)))
+    chosen, worst = arguments(data.draw, *update_arguments(rows), name)
     accepted = accepts(native.private_update, **chosen)
-    assert accepted or worst
     taken = rows.rows[: chosen["count"]] if accepted else []
+    for p, outputs in enumerate(rows.outputs):
+        n_bytes = taken[p]["size"] * BYTES_OF_DTYPE[taken[p]["theta_dtype"]] if p < len(taken) else 0
+        for column, buffer in outputs.items():
+            assert buffer.changed_within(n_bytes), f"{column} of row {p}"
+    assert all(buffer.changed_within(0) for buffer in rows.inputs), "an input was changed"
+    assert accepted or worst or rows.rows != rows.held
     if accepted:
         assert not worst & {"draw", "optimizer"} and chosen["count"] >= 0 and 1 <= chosen["threads"] <= 1024
         assert 0 < chosen["expected_batch_size"] < math.inf
         if chosen["noisy"]:
             assert "key" not in worst and 1 <= chosen["scale"] < 2**33 and math.frexp(chosen["step"])[0] == 0.5
         assert all(is_lawful(row, chosen["optimizer"], chosen["weights"], chosen["n_weights"]) for row in taken)
-    for p, outputs in enumerate(rows.outputs):
-        n_bytes = taken[p]["size"] * BYTES_OF_DTYPE[taken[p]["theta_dtype"]] if p < len(taken) else 0
-        for name, buffer in outputs.items():
-            assert buffer.changed_within(n_bytes), f"{name} of row {p}"
-    assert all(buffer.changed_within(0) for buffer in rows.inputs), "an input was changed"
 
 
 # The ops.
@@ -564,16 +552,13 @@ def test_what_is_only_read_may_lie_in_read_only_memory(examples: bool, tmp_path:
         assert torch.equal(left, right)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    call=arguments(
-        {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "scale": SCALES},
-        {"key": BAD_KEYS, "parameter": hostile(2**24 - 1),
-         "draw": BAD_DRAWS, "scale": HOSTILE_FLOATS}),
-    shape=st.sampled_from([(), (0,), (1,), (7,), (3, 5), (600, 3)]),
-)
-def test_rounded_gaussian(call: tuple[dict[str, Any], set[str]], shape: tuple[int, ...]) -> None:
-    chosen, worst = call
+@pytest.mark.parametrize("name", ["", "key", "parameter", "draw", "scale"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), shape=st.sampled_from([(), (0,), (1,), (7,), (3, 5), (600, 3)]))
+def test_rounded_gaussian(name: str, data: st.DataObject, shape: tuple[int, ...]) -> None:
+    of_native = ({each: values[each] for each in ("key", "parameter", "draw", "scale")}
+                 for values in FILLING["rounded_gaussians"])
+    chosen, worst = arguments(data.draw, *of_native, name)
     out = amid(torch.full(shape, 2**62))
     before = storage_of(out).copy()
     try:
@@ -582,6 +567,7 @@ def test_rounded_gaussian(call: tuple[dict[str, Any], set[str]], shape: tuple[in
         assert worst
         assert (storage_of(out) == before).all()
         return
+    assert worst <= {"scale"} and 1 <= chosen["scale"] < 2**33
     same = (storage_of(out) == before).reshape(-1, 8)
     assert same[:MARGIN].all() and same[-MARGIN:].all()
     assert bool((out != 2**62).all())

@@ -239,7 +239,7 @@ def test_sums_that_are_not_finite_are_refused_and_change_nothing():
         assert same_bits(problem.tensors, before)
 
 
-def test_absurd_sums_stop_at_the_grids_end():
+def test_absurd_gradients_stop_at_the_grids_end():
     for way in (torch.no_grad, reference_only):
         theta = torch.zeros(2, dtype=torch.float64)
         part = ExampleSum(torch.tensor([[1e30, -1e30]]), torch.ones(1, dtype=torch.float64))
@@ -300,6 +300,44 @@ def test_a_filter_that_reaches_too_far_is_left_to_torch():
     assert can_update(wide, 1000.0) and can_update(wide.T.contiguous(), 1000.0)
     far = torch.zeros(2**13, 2**12 + 2**11)
     assert not can_update(far, 2000.0)
+
+
+def test_the_op_itself_refuses_what_does_not_fit():
+    """Without the wrapper: it must raise, not read past the end of a tensor."""
+    row = torch.zeros(1, 8, dtype=torch.float64)
+    for sums in ([torch.zeros(1)], [torch.zeros(3, dtype=torch.int32)], []):
+        with pytest.raises((ValueError, TypeError), match="private_update_: sums"):
+            torch.ops.lora_dp.private_update_(
+                [torch.zeros(3)], sums, [None], [], [], [], row, [False], 0.0, "sgd", KEY, 0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("way", [torch.no_grad, reference_only])
+def test_autograd_sees_what_has_changed(way):
+    """A graph that saved a parameter must not go on with its new numbers."""
+    problem = Problem("adamw", torch.float32, [(3, 4)])
+    before = [tensor._version for tensor in problem.tensors]
+    leaf = torch.ones(3, 4, requires_grad=True)
+    product = (leaf * problem.parameters[0]).sum()
+    with way():
+        problem.take()
+    assert all(tensor._version > old for tensor, old in zip(problem.tensors, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_many_large_examples_do_not_leave_the_integers():
+    for n in (100, 4000, 5000, 10_000):
+        theta = torch.zeros(1, dtype=torch.float64)
+        part = ExampleSum(torch.full((n, 1), 1e30), torch.ones(n, dtype=torch.float64))
+        plain_sgd(theta, part, scale=1.0)
+        assert float(-theta[0] / STEP) == pytest.approx(min(n * 2.0**51, 2.0**62), rel=1e-6)
+
+
+def test_accumulated_sums_may_be_large():
+    theta = torch.zeros(2, dtype=torch.float64)
+    plain_sgd(theta, torch.tensor([2.0**25 + 1, -(2.0**28)], dtype=torch.float64), scale=1.0)
+    steps = -theta / STEP
+    assert abs(steps[0] - (2.0**25 + 1) * 2.0**31) < 20 and abs(steps[1] + 2.0**59) < 200
 
 
 def test_the_op_is_one_that_torch_knows():

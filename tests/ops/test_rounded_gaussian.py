@@ -423,7 +423,10 @@ def test_unseen_bits_come_from_their_own_block(key, instructions):
         expected = [nearest(scaled_by(scale, value)) for value in z]
         values = native_values(key, parameter, first + draw, scale, element + 2, instructions)
         outcomes.append(values[element:] == expected)
-    assert all(outcomes), f"{outcomes.count(False)} of {len(OPEN)} pairs took other bits"
+        # As the odd end, too.
+        values = native_values(key, parameter, first + draw, scale, element + 1, instructions)
+        outcomes.append(values[element:] == expected[:1])
+    assert all(outcomes), f"{outcomes.count(False)} of {len(outcomes)} pairs took other bits"
 
 
 def test_every_parameter_and_draw_has_values_of_its_own(key):
