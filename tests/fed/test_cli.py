@@ -157,6 +157,15 @@ def test_the_folder_is_named_after_the_run(tmp_path, monkeypatch, capsys):
     assert str(folder.relative_to(tmp_path)) in capsys.readouterr().out
 
 
+@pytest.fixture
+def interruptible():
+    """A shell may have started the tests with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_with_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = Client.train
@@ -173,6 +182,7 @@ def test_ctrl_c_ends_a_run_with_its_results(tmp_path, monkeypatch, capsys):
     assert (summary["status"], summary["rounds"]) == ("interrupted", 1)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_the_data_load(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", lambda config, console: signal.raise_signal(signal.SIGINT))
     assert cli.main(SMALL) == 130

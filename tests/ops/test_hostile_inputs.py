@@ -122,7 +122,7 @@ PAIR = (
 
 @pytest.mark.parametrize(
     ("function", "name"), [(function, name) for function, (_, bad) in FILLING.items() for name in ["", *bad]])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_functions_that_fill_a_buffer(function: str, name: str, data: st.DataObject) -> None:
     chosen, worst = arguments(data.draw, *FILLING[function], name)
