@@ -46,7 +46,7 @@ def step(model, optimizer, seed):
 
 
 @pytest.mark.parametrize("phases", ["AB", "BA"])
-@pytest.mark.parametrize("low_pass", [None, GaussianFilter(0.6)])
+@pytest.mark.parametrize("low_pass", [None, GaussianFilter(0.6), GaussianFilter(1e-160)])
 @pytest.mark.parametrize("make", KNOWN)
 def test_steps_are_torchs_with_the_same_noise(make, low_pass, phases, taken):
     """The noise is a function of the seed, whoever adds it; every third step is torch's, with the state as it is."""

@@ -63,7 +63,9 @@ def can_update(parameter: Tensor, filter_strength: float) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _weights(strength: float) -> tuple[float, ...]:
-    return tuple(math.exp(-0.5 * (k / strength) ** 2) for k in range(filter_reach(strength) + 1)) if strength else ()
+    # Beyond 40 deviations a weight is 0 in any format, and the square of a tiny strength's distance would overflow.
+    distances = (min(k / strength, 40.0) for k in range(filter_reach(strength) + 1)) if strength else ()
+    return tuple(math.exp(-0.5 * distance**2) for distance in distances)
 
 
 def _smoothed(gradient: Tensor, strength: float) -> Tensor:
