@@ -12,12 +12,19 @@ except ImportError as error:
         "the native library of lora_dp is not built: run `pip install -e .` in the repository"
     ) from error
 
-__all__ = ["check_filled", "native", "native_takes", "refuse_capture", "why_not"]
+__all__ = ["check_filled", "in_memory", "native", "native_takes", "refuse_capture", "why_not"]
 
 
 def native_takes(device: torch.device) -> bool:
     """Whether native ops run on this device; not inside :func:`lora_dp.ops.registry.reference_only`."""
     return not registry.only_reference() and why_not(device) is None
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether all elements of a contiguous tensor lie in its storage, each at a multiple of its size."""
+    size = tensor.element_size()
+    held = tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + tensor.numel()) * size
+    return tensor.numel() == 0 or (held and tensor.data_ptr() % size == 0)
 
 
 def check_filled(op: str, out: Tensor) -> None:
@@ -29,6 +36,8 @@ def check_filled(op: str, out: Tensor) -> None:
     if out.layout != torch.strided or out._is_zerotensor() or out.dtype != torch.int64 or not out.is_contiguous():
         got = out.stride() if out.layout == torch.strided else out.layout
         raise ValueError(f"{op}: out must be contiguous and int64, got {out.dtype} {got}.")
+    if not in_memory(out):
+        raise ValueError(f"{op}: out reaches beyond its storage, or its address is odd: give it cloned.")
 
 
 def refuse_capture(op: str, device: torch.device) -> None:

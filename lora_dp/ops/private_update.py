@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_dp.ops.native import native, native_takes, refuse_capture
+from lora_dp.ops.native import in_memory, native, native_takes, refuse_capture
 from lora_dp.ops.registry import LIBRARY
 from lora_dp.ops.rounded_gaussian import rounded_gaussian_
 
@@ -261,7 +261,11 @@ def private_update_(
             # Torch sends these elsewhere than to our checks: with one on the meta device, to a trial without numbers.
             if tensor.device != parameters[0].device or tensor.layout != torch.strided or tensor.is_nested:
                 raise _stray(f"{name}[{p}]", tensor, parameters[0].device)
-    rows = [[*row, *[0.0] * (_COLUMNS - len(row))] for row in hyper]
+    wanted = 6 if optimizer in ("sgd", "momentum") else _COLUMNS
+    for p, row in enumerate(hyper):
+        if len(row) != wanted:
+            raise _refusal(f"hyper[{p}]", f"have {wanted} numbers for {optimizer}", len(row))
+    rows = [[*row, *[0.0] * (_COLUMNS - wanted)] for row in hyper]
     torch.ops.lora_dp.private_update_(
         list(parameters), plain, weights, list(first), list(second), list(gradients),
         torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), _COLUMNS), list(filtered),
@@ -334,3 +338,5 @@ def _check_tensor(
         raise ValueError(f"private_update_: {name} must have its numbers in memory: give it cloned.")
     if tensor.device != device or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise _stray(name, tensor, device)
+    if not in_memory(tensor):
+        raise ValueError(f"private_update_: {name} reaches beyond its storage, or its address is odd: give it cloned.")

@@ -311,6 +311,19 @@ def test_the_op_itself_refuses_what_does_not_fit():
                 [torch.zeros(3)], sums, [None], [], [], [], row, [False], 0.0, "sgd", KEY, 0, 0.0, 1.0, 1.0)
 
 
+def test_tensors_beyond_their_storage_and_odd_addresses_are_refused():
+    short = torch.zeros(1000)
+    short.untyped_storage().resize_(64)
+    odd = torch.frombuffer(bytearray(401), dtype=torch.float32, offset=1)
+    for bad in (short, odd):
+        with pytest.raises(ValueError, match="beyond its storage, or its address is odd"):
+            plain_sgd(bad, torch.zeros(len(bad)))
+    numbers = torch.zeros(1000, dtype=torch.int64)
+    numbers.untyped_storage().resize_(64)
+    with pytest.raises(ValueError, match="beyond its storage"):
+        rounded_gaussian_(numbers, KEY, 0, 0, 2.0**32)
+
+
 @pytest.mark.parametrize("way", [torch.no_grad, reference_only])
 def test_autograd_sees_what_has_changed(way):
     """A graph that saved a parameter must not go on with its new numbers."""
