@@ -31,9 +31,11 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def brute_force(model: nn.Module, loss: Loss, examples: list[Any], trained: set[str]) -> list[dict[str, Tensor]]:
-    """Per-example gradients in float64, one ordinary backward for each example."""
-    twin = plain_copy(model)
+def brute_force(
+    model: nn.Module, loss: Loss, examples: list[Any], trained: set[str], dtype: torch.dtype = torch.float64
+) -> list[dict[str, Tensor]]:
+    """Per-example gradients, by default in float64, one ordinary backward for each example."""
+    twin = plain_copy(model).to(dtype)
     gradients = []
     for example in examples:
         twin.zero_grad()
