@@ -21,6 +21,7 @@ from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, recorder_of
 from lora_dp.filtering import Filter
 from lora_dp.isolation import LossFunction, check_isolation
+from lora_dp.layers import DPLoRALinear
 from lora_dp.mechanism import Mechanism
 from lora_dp.optimizer import LossReduction, PrivateOptimizer
 from lora_dp.phases import PhasesName
@@ -79,6 +80,7 @@ class PrivacyEngine:
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
         noise_multiplier: float, max_grad_norm: float, clipping: ClippingName = "flat", phases: PhasesName = "AB",
         loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+        regulate_noise: bool = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Make one training run private at a given noise.
 
@@ -93,6 +95,8 @@ class PrivacyEngine:
             loss_reduction: how the loss joins the examples of a batch: "mean" or "sum".
             low_pass: filter on the noisy gradient of each LoRA factor (:mod:`lora_dp.filtering`).
             norm_method: how per-example norms are computed; "auto" takes the cheaper.
+            regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
+                does not grow with the frozen factor (DEeR, :mod:`lora_dp.regulator`); not with phases "AB".
 
         Returns:
             The same model, the private optimizer, and the loader to train on.
@@ -104,13 +108,14 @@ class PrivacyEngine:
         """
         return self._make(
             model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
-            norm_method, None)
+            norm_method, regulate_noise, None)
 
     def make_private_with_epsilon(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
         target_epsilon: float, target_delta: float, max_grad_norm: float, epochs: float | None = None,
         steps: int | None = None, clipping: ClippingName = "flat", phases: PhasesName = "AB",
         loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+        regulate_noise: bool = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
 
@@ -139,12 +144,12 @@ class PrivacyEngine:
             target_epsilon, target_delta, probe.sample_rate, steps, self.accountant)
         return self._make(
             model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
-            norm_method, (target_epsilon, target_delta, steps))
+            norm_method, regulate_noise, (target_epsilon, target_delta, steps))
 
     def _make(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
         noise_multiplier: float, max_grad_norm: float, clipping: ClippingName, phases: PhasesName,
-        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
+        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod, regulate_noise: bool,
         budget: tuple[float, float, int] | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         if loss_reduction not in ("mean", "sum"):
@@ -164,7 +169,9 @@ class PrivacyEngine:
         private = PrivateOptimizer(
             optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, ledger=self.ledger,
             expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
-            low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None)
+            low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None,
+            adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
+            regulate_noise=regulate_noise)
         # Last: a refusal above leaves the model as it was.
         if present is None:
             # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_dp import functional
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.recording import Recorder, Slot
+from lora_dp.regulator import Regulator
 
 
 class PrivateModule(nn.Module):
@@ -135,6 +136,8 @@ class DPLoRALinear(PrivateModule):
         self.scaling = self.alpha / (math.sqrt(r) if rslora else r)
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
+        # Set by the engine for a step that regulates its noise.
+        self.regulator: Regulator | None = None
         self.weight = weight
         _adopt(self, "bias", bias)
         self.lora_A = nn.Parameter(weight.new_empty(r, self.in_features))
@@ -166,6 +169,23 @@ class DPLoRALinear(PrivateModule):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    @torch.no_grad()
+    def set_rank(self, r: int, alpha: float) -> None:
+        """Change rank and alpha in place: the parameters stay the same objects; new values are to be loaded next.
+
+        Raises:
+            ValueError: a rank that does not fit the layer.
+        """
+        self.alpha = float(alpha)
+        self.scaling = self.alpha / (math.sqrt(r) if self.rslora else r)
+        if r == self.r:
+            return
+        if not 0 < r <= min(self.in_features, self.out_features):
+            raise ValueError(f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer.")
+        self.r = r
+        self.lora_A.data = self.lora_A.data.new_zeros(r, self.in_features)
+        self.lora_B.data = self.lora_B.data.new_zeros(self.out_features, r)
+
     def forward(self, x: Tensor) -> Tensor:
         slots = self._slots("lora_A", "lora_B", "bias")
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
@@ -173,14 +193,18 @@ class DPLoRALinear(PrivateModule):
             if slots is not None:
                 raise RuntimeError("A merged adapter cannot be trained: call unmerge() first.")
             return F.linear(x, weight, self.bias)
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
+        if slots is not None and self.regulator is not None:
+            lora_A, lora_B = self.regulator.reparametrised(lora_A.detach(), lora_B.detach())
         if not (self.dropout and self.training):
-            return functional.lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, slots=slots)
+            return functional.lora_linear(x, weight, self.bias, lora_A, lora_B, self.scaling, slots=slots)
         base = functional.linear(
             x, weight, self.bias, slots=None if slots is None else {"weight": None, "bias": slots["bias"]})
         adapter_slots = None if slots is None else {**slots, "bias": None}
         dropped = F.dropout(x, self.dropout)
         return base + functional.lora_linear(
-            dropped, None, None, self.lora_A, self.lora_B, self.scaling, slots=adapter_slots)
+            dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
 
     @torch.no_grad()
     def _weight_with(self, sign: int) -> Tensor:

@@ -11,12 +11,14 @@ from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
+from lora_dp.layers import DPLoRALinear
 from lora_dp.mechanism import Mechanism, total
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
 from lora_dp.recording import NormMethod, Pass, Recorder
+from lora_dp.regulator import Regulator
 
 LossReduction = Literal["mean", "sum"]
 
@@ -40,7 +42,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
         mechanism: Mechanism, event: PoissonGaussian, ledger: Ledger, expected_batch_size: int, phases: PhasesName,
         loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
-        before_release: Callable[[], None],
+        before_release: Callable[[], None], adapters: Sequence[DPLoRALinear], regulate_noise: bool,
     ):
         self.original_optimizer = optimizer
         self.mechanism, self.event, self.ledger = mechanism, event, ledger
@@ -51,6 +53,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._phases = Phases(phases)
         self._loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
         self._before_release = before_release
+        self._adapters, self._regulate_noise = adapters, regulate_noise
+        self._regulators: dict[int, Regulator] = {}
+        self._check_one_factor(phases)
         self._sums: dict[int, Tensor | ExampleSum] = {}
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
@@ -125,6 +130,22 @@ class PrivateOptimizer(torch.optim.Optimizer):
             key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
         self._recorder.method = self._norm_method
         self._recorder.owner = self
+        self._set_regulators()
+
+    def _check_one_factor(self, phases: PhasesName) -> None:
+        if self._regulate_noise and phases == "AB":
+            raise ValueError("regulate_noise needs steps that train one factor beside a frozen one: not phases 'AB'.")
+
+    def _set_regulators(self) -> None:
+        self._regulators = {}
+        for layer in self._adapters:
+            layer.regulator = None  # whatever another optimizer of this model left there
+            if not self._regulate_noise:
+                continue
+            if id(layer.lora_B) in self._recorder.trained:
+                self._regulators[id(layer.lora_B)] = layer.regulator = Regulator.beside("B", layer.lora_A)
+            elif id(layer.lora_A) in self._recorder.trained:
+                self._regulators[id(layer.lora_A)] = layer.regulator = Regulator.beside("A", layer.lora_B)
 
     def set_phases(self, phases: PhasesName) -> None:
         """Train these factors from the next step on; a cycle such as "BA" starts where ``steps_taken`` says.
@@ -135,6 +156,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
+        self._check_one_factor(phases)
         chosen = Phases(phases)
         check_holds(self.original_optimizer, [
             p for p in self._covered.values() if p.factor is None or p.factor in chosen.all_factors])
@@ -291,7 +313,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)
-        step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass)
+        step = None
+        if not self._regulators:
+            step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass)
         if step is None:
             self._step_by_torch(trained, [total(value) for value in sums])
         else:
@@ -303,6 +327,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
+                if (regulator := self._regulators.get(id(p.parameter))) is not None:
+                    gradient = regulator.restored(gradient)
                 if self._low_pass is not None and p.factor is not None:
                     gradient = self._low_pass(gradient)
                 p.parameter.grad = gradient.to(p.parameter)

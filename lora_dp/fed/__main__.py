@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data import DataConfig
+from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.models import ModelConfig
 from lora_dp.fed.pretrain import PretrainConfig, pretrain
 from lora_dp.fed.runner import run
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.pop("config", None)
     try:
         return action(options)
-    except (ValueError, OSError, ImportError, IsolationError) as error:
+    except (ValueError, OSError, ImportError, IsolationError, TooFewClients) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:

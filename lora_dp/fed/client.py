@@ -1,23 +1,30 @@
-"""One client: its examples, its privacy account, and its part of a round on the model that all clients share."""
+"""A client's part of a round: local training on its examples, and what leaves it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dp.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded, calibrate_noise_multiplier
-from lora_dp.adapters import adapter_state, load_adapter_state
-from lora_dp.clipping import ClippingName
+from lora_dp.accounting import PoissonGaussian
 from lora_dp.engine import PrivacyEngine
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed import as_released
 from lora_dp.fed.examples import Examples
+from lora_dp.fed.exchange import Task, Update, Workspace
 from lora_dp.fed.methods import Method, State, factor
 from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
+from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import FilterName, make_filter
+from lora_dp.randomness import RandomSource, SecureSource, SeededSource
+from lora_dp.regulator import Regulator
+
+# Streams of the seed that must not coincide.
+TRAINING, NOISE, PERTURBATION = 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,6 @@ class LocalTraining:
 
     Attributes:
         learning_rate: of A and the head; B's is this times `lr_ratio`.
-        epsilon: each client's budget for `participations` rounds of `local_steps`, or None without privacy.
     """
 
     optimizer: Literal["sgd", "adamw"]
@@ -36,26 +42,7 @@ class LocalTraining:
     low_pass_strength: float
     batch_size: int
     local_steps: int
-    participations: int
-    epsilon: float | None
-    delta: float
-    max_grad_norm: float
-    clipping: ClippingName
-    accountant: Literal["pld", "rdp"]
     precision: Precision = "float32"
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> "LocalTraining":
-        chosen, federation, privacy = config.optimization, config.federation, config.privacy
-        assert chosen.lr is not None and chosen.lr_ratio is not None
-        assert chosen.low_pass is not None and chosen.low_pass_strength is not None
-        return cls(
-            chosen.optimizer, chosen.lr, chosen.lr_ratio,
-            None if chosen.low_pass == "none" else chosen.low_pass, chosen.low_pass_strength,
-            federation.batch_size, federation.local_steps, federation.participations,
-            privacy.target, privacy.delta, privacy.max_grad_norm, privacy.clipping, privacy.accountant,
-            config.model.precision,
-        )
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """A fresh optimizer over the model's trainable parameters, B's with its own learning rate."""
@@ -68,94 +55,124 @@ class LocalTraining:
         return kind(groups, lr=self.learning_rate)
 
 
-class Client:
-    """A client. Between rounds it holds its examples' indices and its ledger: no model, no optimizer.
+def derived_seed(*path: int) -> int:
+    """A seed of its own for each place in a run, 63 bits."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
-    Guarantee: every update that leaves is the result of noised steps only, so that all of them together are (ε, δ)
-    differentially private under adding or removing one of this client's examples (design: local, example-level).
-    Taken to be public: the number of its examples, which rounds it takes part in, and all settings.
 
-    Args:
-        index: number of the client, from 0.
-        examples: its private data, at least one.
-        training: settings.
-        reproducible_seed: None for secret sampling and noise.
+@dataclass(frozen=True)
+class Trainer:
+    """Does any client's turn on this process's model. It holds nothing of any client: between turns nothing is left.
+
+    Guarantee: with the example as unit, what :meth:`train` returns is the result of noised steps only; with the client
+    as unit and noise by clients, it is noised as a whole. Either way all that a client sends in the planned number of
+    rounds is (ε, δ) differentially private. Taken to be public: the number of a client's examples (not with the client
+    as unit), which rounds it takes part in, and all settings.
+
+    Attributes:
+        workspace: the model.
+        seed: public: fixes dropout and perturbations by round and client.
+        reproducible: batches and noise follow the seed too, for research.
     """
 
-    def __init__(
-        self, index: int, examples: Examples, training: LocalTraining, reproducible_seed: int | None = None
-    ) -> None:
-        self.index, self.examples, self.training = index, examples, training
-        self.batch_size = min(training.batch_size, len(examples))
-        self._engine = PrivacyEngine(training.accountant, reproducible_seed=reproducible_seed)
-        noise = 0.0
-        if training.epsilon is not None:
-            noise = calibrate_noise_multiplier(
-                training.epsilon, training.delta, self.batch_size / len(examples), self.planned_steps,
-                training.accountant,
-            )
-        self.event = PoissonGaussian(noise, self.batch_size / len(examples))
-
-    @property
-    def ledger(self) -> Ledger:
-        """Every step so far."""
-        return self._engine.ledger
-
-    @property
-    def planned_steps(self) -> int:
-        """Steps that the noise is calibrated for."""
-        return self.training.participations * self.training.local_steps
-
-    @property
-    def can_take_part(self) -> bool:
-        """Whether the budget has room for another round; a function of public quantities only."""
-        return self.training.epsilon is None or self.ledger.steps + self.training.local_steps <= self.planned_steps
+    workspace: Workspace
+    method: Method
+    training: LocalTraining
+    plan: PrivacyPlan
+    seed: int
+    reproducible: bool = False
 
     def train(
-        self, model: nn.Module, state: State, method: Method, round_index: int,
-        on_step: Callable[[], None] = lambda: None,
-    ) -> State:
-        """Takes its local steps from the global state and returns the tensors that the round trains.
+        self, client: int, examples: Examples, task: Task, on_step: Callable[[], None] = lambda: None
+    ) -> Update:
+        """One turn of a client.
 
         Args:
-            model: the shared model; left with this client's parameters.
-            state: the global adapter state.
+            client: its number.
+            examples: its private data, at least one.
+            task: what the server asks.
             on_step: called after each batch.
 
         Raises:
-            PrivacyBudgetExceeded: the round would overrun the budget; nothing was trained.
+            ValueError: a state that does not fit the model.
+            RuntimeError: the steps taken are not those that the plan accounts for.
         """
-        if not self.can_take_part:
-            raise PrivacyBudgetExceeded(
-                f"Client {self.index} has spent its budget for {self.planned_steps} steps: it takes part in no more "
-                "rounds."
-            )
-        load_adapter_state(model, state)
+        self.workspace.load(task.state, task.rank)
+        place = (client, task.round, task.turn)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(derived_seed(self.seed, TRAINING, *place))
+            if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
+                as_released.train_la_lora(self, examples, task, on_step)
+            else:
+                self._train_by_engine(examples, task, place, on_step)
+        trained = {
+            name: tensor for name, tensor in self.workspace.state().items()
+            if self.method.trains(name, task.round, task.turn)
+        }
+        if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
+            trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
+        if self.plan.client_adds_noise:
+            trained = self._noised(trained, task, self.plan.event(len(examples)), place)
+        return Update(trained, len(examples))
+
+    def source(self, *place: int) -> RandomSource:
+        """Fresh random bits: secret, or of this place in the run."""
+        return SeededSource(derived_seed(self.seed, *place)) if self.reproducible else SecureSource()
+
+    def _train_by_engine(
+        self, examples: Examples, task: Task, place: tuple[int, int, int], on_step: Callable[[], None]
+    ) -> None:
+        training, plan, model = self.training, self.plan, self.workspace.model
+        device = next(model.parameters()).device
+        protected = plan.examples_are_protected
+        batch_size = min(training.batch_size, len(examples))
+        event = plan.event(len(examples)) if protected else PoissonGaussian(0.0, batch_size / len(examples))
+        seed = derived_seed(self.seed, NOISE, *place) if self.reproducible else None
+        engine = PrivacyEngine(plan.accountant, reproducible_seed=seed)
         model.train()
-        training, device = self.training, next(model.parameters()).device
-        private = training.epsilon is not None
-        loader = DataLoader(self.examples, batch_size=self.batch_size, collate_fn=self.examples.collate)
-        model, optimizer, batches = self._engine.make_private(
+        model, optimizer, batches = engine.make_private(
             model=model,
             optimizer=training.make_optimizer(model),
-            data_loader=loader,
-            noise_multiplier=self.event.noise_multiplier,
-            max_grad_norm=training.max_grad_norm if private else float("inf"),
-            clipping=training.clipping if private else "flat",
-            phases=method.phases(round_index),
+            data_loader=DataLoader(examples, batch_size=batch_size, collate_fn=examples.collate),
+            noise_multiplier=event.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm if protected else float("inf"),
+            clipping=plan.clipping if protected else "flat",
+            phases=self.method.phases(task.round, task.turn),
             low_pass=make_filter(training.low_pass, training.low_pass_strength),
+            regulate_noise=self.method.regulates_noise and protected,
         )
         # A cycle of phases goes on through the rounds: with an odd number of local steps too, each factor has its turn.
-        optimizer.steps_taken = round_index * training.local_steps
+        first = task.round * training.local_steps
+        optimizer.steps_taken = first
         optimizer.activate()
+        perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place))
         for batch in batches.take(training.local_steps):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
+            step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
+            with self.method.local_step(model, step, planned, perturbation):
+                F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad()
             on_step()
-        return {
-            name: tensor.detach().clone()
-            for name, tensor in adapter_state(model).items()
-            if method.trains(name, round_index)
+        if protected and engine.ledger.entries != ((event, plan.releases_per_turn),):
+            raise RuntimeError("The steps that were taken are not those that the budget was planned for.")
+
+    def _noised(self, trained: State, task: Task, event: PoissonGaussian, place: tuple[int, int, int]) -> State:
+        """start + clipped change + noise of this client's own."""
+        start, rules = task.state, regulators(self.method, task.state, task.round, task.turn)
+        change = {
+            name: rules[name].measured(tensor - start[name]) if name in rules else tensor - start[name]
+            for name, tensor in trained.items()
         }
+        bounded = clipped(change, self.plan.max_update_norm)
+        if bounded is None:
+            bounded = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in change.items()}
+        mechanism = client_mechanism(self.plan, event.noise_multiplier, self.source(NOISE, *place))
+        released = dict(zip(bounded, mechanism.release(list(bounded.values())), strict=True))
+        return {name: _moved(start[name], released[name], rules.get(name)) for name in released}
+
+
+def _moved(start: Tensor, change: Tensor, regulator: Regulator | None) -> Tensor:
+    restored = change if regulator is None else regulator.restored(change)
+    return (start.double() + restored).to(start.dtype)
+

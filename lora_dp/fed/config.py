@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from lora_dp.fed.data import DataConfig
-from lora_dp.fed.methods import get_method
+from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models import ModelConfig
 
 # A common starting point, not tuned.
@@ -27,7 +28,10 @@ class FederationConfig:
     """The federation"""
 
     method: str = "la-lora"
-    """How clients train and the server combines: la-lora, dp-lora, ffa-lora or rolora."""
+    """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
+    rac-lora, galore; or flat-lora:NAME, Flat-LoRA over another."""
+    method_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the method itself, for example --method_options.objective cosine (lora-fair)."""
     clients: int = 5
     """Number of clients that the training data are spread over."""
     clients_per_round: int | None = None
@@ -42,12 +46,25 @@ class FederationConfig:
     """How examples are spread: alike everywhere, or with label shares drawn from a Dirichlet distribution."""
     dirichlet_alpha: float = 1.0
     """Concentration of that Dirichlet distribution: the smaller, the more the clients differ."""
-    weighting: Literal["examples", "equal"] = "examples"
-    """Clients' weights in the average: by their number of examples (which is taken to be public), or equal."""
+    weighting: Literal["examples", "equal"] | None = None
+    """Clients' weights in the average: by their number of examples (which is taken to be public), or equal; by default
+    examples, and equal where whole clients are protected."""
+    ranks: list[int] | dict[str, float] | None = None
+    """Ranks of the clients' adapters where they differ: one a client, or shares by rank as in {4: 0.75, 8: 0.25}; for
+    flora and flexlora."""
+    min_clients: int = 1
+    """Fewest updates a round is combined from (fewer clients drawn need only as many as were drawn); with less, the run
+    stops."""
+    client_timeout: float | None = None
+    """Seconds after which a client is left out of the round; no limit by default."""
+    fault_norm: float = 1000.0
+    """Norm above which a client's change is taken for an accident, and left out."""
+    engine: Literal["local", "flower"] = "local"
+    """Where clients work: in this process, or on Flower (simulation)."""
 
     def __post_init__(self) -> None:
-        get_method(self.method)
-        for name in ("clients", "rounds", "local_steps", "batch_size"):
+        get_method(self.method, self.method_options)
+        for name in ("clients", "rounds", "local_steps", "batch_size", "min_clients"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, not {value}.")
         if self.clients_per_round is not None:
@@ -57,6 +74,52 @@ class FederationConfig:
                 f"not {self.clients_per_round}.",
             )
         _require(self.dirichlet_alpha > 0, f"dirichlet_alpha must be positive, not {self.dirichlet_alpha}.")
+        for name in ("client_timeout", "fault_norm"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} must be positive, not {value}.")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        if self.ranks is None:
+            return
+        _require(
+            get_method(self.method, self.method_options).ranks_may_differ,
+            f"{self.method} averages factors, so that all clients need one rank: leave ranks out, or take flora or "
+            "flexlora.",
+        )
+        if isinstance(self.ranks, dict):
+            _require(
+                bool(self.ranks) and all(str(r).isdigit() and int(r) >= 1 for r in self.ranks)
+                and all(share > 0 for share in self.ranks.values()),
+                f"ranks must give each rank (at least 1) a positive share, not {self.ranks}.",
+            )
+        else:
+            _require(
+                len(self.ranks) == self.clients and min(self.ranks) >= 1,
+                f"ranks must be one rank of at least 1 for each of the {self.clients} clients, not {self.ranks}.",
+            )
+
+    @property
+    def largest_rank(self) -> int | None:
+        """Of the ranks that were given."""
+        return None if self.ranks is None else max(int(rank) for rank in self.ranks)
+
+    def client_ranks(self, default: int, seed: int) -> list[int]:
+        """The rank of each client; shares are dealt out as evenly as numbers allow, in an order that the seed fixes."""
+        if self.ranks is None:
+            return [default] * self.clients
+        if not isinstance(self.ranks, dict):
+            return list(self.ranks)
+        ranks = [int(rank) for rank in self.ranks]
+        ends = np.cumsum(list(self.ranks.values())) / sum(self.ranks.values())
+        places = (np.arange(self.clients) + 0.5) / self.clients
+        dealt = np.asarray(ranks)[np.minimum(np.searchsorted(ends, places), len(ranks) - 1)]
+        return [int(rank) for rank in np.random.default_rng(seed).permutation(dealt)]
+
+    @property
+    def client_rate(self) -> float:
+        """Share of the clients that a round draws."""
+        return (self.clients_per_round or self.clients) / self.clients
 
     @property
     def participations(self) -> int:
@@ -66,18 +129,27 @@ class FederationConfig:
 
 @dataclass
 class PrivacyConfig:
-    """Privacy of each client's examples"""
+    """Privacy"""
 
     epsilon: float | Literal["none", "inf"] | None = 8.0
-    """Budget of every client for the whole run (add or remove one example); none switches privacy off."""
+    """Budget of every client for the whole run; none switches privacy off."""
     delta: float = 1e-5
-    """Probability with which that guarantee may fail; well below 1 / (examples of a client)."""
+    """Probability with which that guarantee may fail; well below 1 / (examples of a client), or 1 / clients."""
+    unit: Literal["example", "client"] = "example"
+    """What may be added or removed without notice: one example of a client, or a client with all its examples."""
+    noise_by: Literal["server", "client"] = "server"
+    """With the client as unit: the server is trusted with the updates, and adds noise to their sum; or each client adds
+    its own."""
     max_grad_norm: float = 1.0
-    """Largest norm of one example's gradient after clipping."""
+    """Largest norm of one example's gradient after clipping (unit example)."""
+    max_update_norm: float = 1.0
+    """Largest norm of a client's whole update after clipping (unit client)."""
     clipping: Literal["automatic", "flat", "per_layer"] = "automatic"
     """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer."""
     accountant: Literal["pld", "rdp"] = "pld"
     """How steps are composed: privacy loss distributions (tight), or Rényi (faster)."""
+    mechanism: Literal["sound", "as-released"] = "sound"
+    """as-released does what the authors' code of la-lora or deer does, which guarantees nothing (ε = ∞)."""
 
     def __post_init__(self) -> None:
         if self.epsilon in ("none", "inf", math.inf):
@@ -85,14 +157,28 @@ class PrivacyConfig:
         if self.epsilon is not None:
             _require(float(self.epsilon) > 0, f"epsilon must be positive (or none), not {self.epsilon}.")
         _require(0 < self.delta < 1, f"delta must lie between 0 and 1, not {self.delta}: try 1e-5.")
+        for name in ("max_grad_norm", "max_update_norm"):
+            _require(
+                0 < getattr(self, name) < math.inf, f"{name} must be positive and finite, not {getattr(self, name)}."
+            )
         _require(
-            0 < self.max_grad_norm < math.inf, f"max_grad_norm must be positive and finite, not {self.max_grad_norm}."
+            self.mechanism == "sound" or self.epsilon is not None,
+            "mechanism as-released needs the epsilon that the released code would print: leave epsilon none out.",
+        )
+        _require(
+            self.mechanism == "sound" or self.unit == "example",
+            "mechanism as-released has no unit of privacy, since it guarantees none: leave unit out.",
         )
 
     @property
     def target(self) -> float | None:
         """The budget, or None without privacy."""
         return None if self.epsilon is None else float(self.epsilon)
+
+    @property
+    def kept(self) -> float | None:
+        """The budget that the run keeps; None where it guarantees nothing."""
+        return self.target if self.mechanism == "sound" else None
 
 
 @dataclass
@@ -132,6 +218,8 @@ class RunOptions:
     """Let batches and noise follow the seed too: for research only, such a run must not be released."""
     evaluate_every: int = 1
     """Rounds from one evaluation on the validation data to the next; the last round is always evaluated."""
+    checkpoint_every: int = 1
+    """Rounds from one checkpoint to the next, from which resume goes on."""
     output: Path | None = None
     """Folder for the results; by default runs/<time>-<method>-<epsilon>."""
     device: str = "auto"
@@ -139,7 +227,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed must not be negative, not {self.seed}.")
-        _require(self.evaluate_every >= 1, f"evaluate_every must be at least 1, not {self.evaluate_every}.")
+        for name in ("evaluate_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass
@@ -159,8 +248,20 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Fills what the method decides, so that the written configuration is complete."""
-        method = get_method(self.federation.method)
-        chosen = self.optimization
+        method, chosen, federation = self.method, self.optimization, self.federation
+        whole_clients = self.privacy.unit == "client" and self.privacy.target is not None
+        if federation.weighting is None:
+            federation.weighting = "equal" if whole_clients else "examples"
+        _require(
+            not whole_clients or federation.weighting == "equal",
+            "unit client needs weighting equal: the number of a client's examples is not public there.",
+        )
+        _require(
+            not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
+            "mechanism as-released runs on engine local only.",
+        )
+        if federation.largest_rank is not None:
+            self.model.r = federation.largest_rank
         if chosen.lr is None:
             sgd = chosen.optimizer == "sgd"
             chosen.lr = method.learning_rate(self.privacy.target) if sgd else ADAMW_LEARNING_RATE
@@ -180,6 +281,11 @@ class RunConfig:
                 f"low_pass {chosen.low_pass} needs low_pass_strength, for example 1.",
             )
             chosen.low_pass_strength = own_strength if same else 0.0
+
+    @property
+    def method(self) -> Method:
+        """The method with its options."""
+        return get_method(self.federation.method, self.federation.method_options)
 
     @classmethod
     def from_flat(cls, options: Mapping[str, Any]) -> "RunConfig":

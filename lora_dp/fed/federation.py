@@ -1,9 +1,8 @@
-"""The federation in one process: one model in memory, on which the clients take their turns."""
+"""The round loop: draws clients, carries tasks to them by an engine, checks and combines what comes back."""
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,20 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
-from lora_dp.adapters import adapter_state, load_adapter_state
-from lora_dp.fed.client import Client, LocalTraining
+from lora_dp.accounting import PrivacyBudgetExceeded
+from lora_dp.fed.account import Account, AheadLog
+from lora_dp.fed.client import Trainer, derived_seed
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data import encode, open_data
+from lora_dp.fed.engines import Engine
+from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import Examples
-from lora_dp.fed.methods import Method, get_method
-from lora_dp.fed.models import Precision, load_model, logits
-from lora_dp.fed.partition import partition
-from lora_dp.fed.server import Server, draw_clients, nbytes
+from lora_dp.fed.exchange import Task
+from lora_dp.fed.faults import TooFewClients, fault
+from lora_dp.fed.job import Job, Parts, open_job
+from lora_dp.fed.methods import Aggregation
+from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.noisy_sum import NoisySum
+from lora_dp.fed.server import Server, draw_clients, nbytes, poisson_clients
 
 EVALUATION_BATCH = 256
-# Streams of the seed that must not coincide.
-_DRAWS, _CLIENTS = 1, 2
+# Streams of the seed that must not coincide with those of clients.
+_DRAWS, _BEGIN, _SERVER_NOISE = 1, 6, 7
 
 
 @dataclass(frozen=True)
@@ -35,58 +38,63 @@ class RoundResult:
     Attributes:
         round: from 1; 0 is the start.
         phases: factors that the round trained.
-        participants: clients that took part.
+        participants: clients whose updates were combined; None where the draw is secret.
         loss, accuracy: of the global model on the validation data; None in a round that is not evaluated.
         epsilon: worst ε of all clients so far; inf without privacy.
-        bytes_up, bytes_down: tensors sent to and by the server in this round.
+        bytes_up, bytes_down: tensors sent to and by the server in this round; where the draw is secret, those of the
+            expected number of clients.
         seconds: duration.
+        failed: clients that were left out, each with the reason; their number alone where the draw is secret.
     """
 
     round: int
     phases: str
-    participants: list[int]
+    participants: list[int] | None
     loss: float | None
     accuracy: float | None
     epsilon: float
     bytes_up: int
     bytes_down: int
     seconds: float
+    failed: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Federation:
-    """Method, clients, server and the one model that they share.
+    """Server, clients' accounts, and the engine on which clients work.
 
     Args:
-        model: with adapters in place, on its device.
-        parts: each client's private examples.
+        trainer: with the model, the method and the settings that server and clients share.
+        engine: carries tasks to clients.
+        sizes: number of examples of each client.
         validation: public examples to evaluate on.
-        method: what clients train and how the server combines.
-        training: settings of the clients.
-        rounds: planned.
+        ranks: of each client's adapters; all of the model's rank by default.
         clients_per_round: None for all.
         weighting: "examples" (public numbers) or "equal".
-        seed: of the draws of clients.
-        reproducible: sampling and noise follow the seed too.
+        min_clients: fewest updates that a round is combined from.
+        fault_norm: of a client's change, above which it is left out.
+
+    Attributes:
+        log: where rounds are written ahead; None for none.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[Examples], validation: Examples, method: Method,
-        training: LocalTraining, *, clients_per_round: int | None = None, weighting: str = "examples",
-        seed: int = 0, reproducible: bool = False,
+        self, trainer: Trainer, engine: Engine, sizes: Sequence[int], validation: Examples, *,
+        ranks: Sequence[int] | None = None, clients_per_round: int | None = None, weighting: str = "examples",
+        min_clients: int = 1, fault_norm: float = 1000.0,
     ) -> None:
-        self.model, self.validation, self.method, self.training = model, validation, method, training
-        self.device = next(model.parameters()).device
-        self.weighting = weighting
-        self.clients = [
-            Client(index, part, training, _client_seed(seed, index) if reproducible else None)
-            for index, part in enumerate(parts)
-        ]
-        self.server = Server(adapter_state(model))
+        self.trainer, self.engine, self.validation = trainer, engine, validation
+        self.workspace, self.method, self.plan = trainer.workspace, trainer.method, trainer.plan
+        self.model = self.workspace.model
+        self.device = next(self.model.parameters()).device
+        self.account = Account(self.plan, sizes)
+        self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
+        self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
+        self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
         self.rounds_done = 0
-        self._per_round = clients_per_round or len(self.clients)
-        self._draws = np.random.default_rng([seed, _DRAWS])
+        self.log: AheadLog | None = None
+        self._per_round = clients_per_round or len(sizes)
         # Version of the global state that each client holds.
-        self._seen = [-1] * len(self.clients)
+        self.seen = np.full(len(sizes), -1, dtype=np.int64)
 
     @classmethod
     def from_config(cls, config: RunConfig) -> "Federation":
@@ -95,115 +103,157 @@ class Federation:
         Raises:
             ValueError: data, model and settings that do not go together, in one sentence.
         """
-        device = _device(config.run.device)
-        seed = config.run.seed
-        # Dropout and the like; what privacy rests on comes from the engines' own sources.
-        torch.manual_seed(seed)
-        raw = open_data(config.data)
-        loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
-        splits = encode(raw, loaded.spec)
+        return cls.of_job(config, open_job(config))
+
+    @classmethod
+    def of_job(cls, config: RunConfig, job: Job, engine: Engine | None = None) -> "Federation":
+        """The federation of an opened job, in this process unless another engine is given."""
         chosen = config.federation
-        parts = partition(
-            splits.train.labels.numpy(), chosen.clients, chosen.partition, alpha=chosen.dirichlet_alpha, seed=seed
-        )
+        assert chosen.weighting is not None
         return cls(
-            loaded.model.to(device), [splits.train.subset(part) for part in parts], splits.validation,
-            get_method(chosen.method), LocalTraining.from_config(config), clients_per_round=chosen.clients_per_round,
-            weighting=chosen.weighting, seed=seed, reproducible=config.run.reproducible,
+            job.trainer, engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout), job.sizes,
+            job.validation, ranks=job.ranks, clients_per_round=chosen.clients_per_round, weighting=chosen.weighting,
+            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm,
         )
+
+    @property
+    def clients(self) -> int:
+        """How many there are."""
+        return len(self.ranks)
 
     def draw(self) -> list[int]:
-        """The clients of the next round, among those whose budget has room for it; empty when none has."""
-        eligible = [client.index for client in self.clients if client.can_take_part]
-        return draw_clients(eligible, self._per_round, self._draws)
-
-    def run_round(
-        self, participants: Sequence[int], on_step: Callable[[], None] = lambda: None, *, evaluate: bool = True
-    ) -> RoundResult:
-        """Local training of each participant in turn, and the server's combination.
-
-        Updates are combined as they come, so that memory does not grow with the number of clients.
+        """The clients of the next round, among those whose budget has room for it.
 
         Raises:
-            PrivacyBudgetExceeded: no participant had budget left.
+            PrivacyBudgetExceeded: none has.
         """
-        start = time.perf_counter()
-        index, server = self.rounds_done, self.server
-        aggregation = self.method.aggregation(index)
-        trained: list[int] = []
-        up = down = 0
-        for number in participants:
-            client = self.clients[number]
-            try:
-                update = client.train(self.model, server.state, self.method, index, on_step)
-            except PrivacyBudgetExceeded:
-                continue
-            down += nbytes(server.news(self._seen[number]))
-            up += nbytes(update)
-            self._seen[number] = server.version
-            aggregation.add(update, self._weight(client))
-            trained.append(number)
-        if not trained:
+        eligible = self.account.eligible()
+        if not eligible:
             raise PrivacyBudgetExceeded("No client has budget left for a round: the run ends here.")
-        server.apply(aggregation.result())
+        if self.plan.server_adds_noise:
+            return poisson_clients(self.clients, self.plan.client_rate, self.trainer.source(_DRAWS, self.rounds_done))
+        rng = np.random.default_rng([self.trainer.seed, _DRAWS, self.rounds_done])
+        return draw_clients(eligible, self._per_round, rng)
+
+    def run_round(
+        self, participants: Sequence[int] | None = None, on_step: Callable[[], None] = lambda: None, *,
+        evaluate: bool = True,
+    ) -> RoundResult:
+        """One round: every turn of its participants, and the server's combinations.
+
+        Updates are combined as they come, so that memory does not grow with the number of clients. The round is in the
+        ledger before it begins.
+
+        Args:
+            participants: by default drawn.
+
+        Raises:
+            PrivacyBudgetExceeded: no client, or not all participants, have budget left; nothing was trained.
+            TooFewClients: fewer than ``min_clients`` of them sent a usable update; the last checkpoint is whole.
+        """
+        begin = time.perf_counter()
+        index = self.rounds_done
+        drawn = self.draw() if participants is None else list(participants)
+        if spent := set(drawn) - set(self.account.eligible()):
+            raise PrivacyBudgetExceeded(f"Client {min(spent)} has spent its budget: it takes part in no more rounds.")
+        if self.log is not None:
+            self.log.append(index + 1, drawn)
+        self.account.add_round(drawn)
+        self.server.begin(index, torch.Generator().manual_seed(derived_seed(self.trainer.seed, _BEGIN, index)))
+        up = down = 0
+        failed: list[dict[str, Any]] = []
+        remaining = list(drawn)
+        for turn in range(self.method.turns):
+            sent, received, lost = self._run_turn(index, turn, remaining, on_step)
+            down, up = down + sent, up + received
+            failed += lost
+            remaining = [client for client in remaining if client not in {entry["client"] for entry in lost}]
         self.rounds_done += 1
         loss, accuracy = self.evaluate() if evaluate else (None, None)
+        secret = self.plan.server_adds_noise
+        if secret:
+            failed = [{"client": None, "reason": entry["reason"].partition(":")[0]} for entry in failed]
+        phases = " ".join(dict.fromkeys(self.method.phases(index, turn) for turn in range(self.method.turns)))
         return RoundResult(
-            self.rounds_done, self.method.phases(index), trained, loss, accuracy, self.worst_epsilon(), up, down,
-            time.perf_counter() - start,
+            self.rounds_done, phases, None if secret else remaining, loss, accuracy, self.account.worst_epsilon(),
+            up, down, time.perf_counter() - begin, failed,
         )
+
+    def _run_turn(
+        self, index: int, turn: int, drawn: Sequence[int], on_step: Callable[[], None]
+    ) -> tuple[int, int, list[dict[str, Any]]]:
+        """One exchange; returns bytes down and up, and who was left out."""
+        server, plan = self.server, self.plan
+        names = [n for n in self.workspace.state() if self.method.trains(n, index, turn)]
+        noisy = NoisySum(plan, self.method, server.layers, server.state, index, turn) \
+            if plan.server_adds_noise else None
+        plain: Aggregation | None = None if noisy else self.method.aggregation()
+        failed: list[dict[str, Any]] = []
+        up = down = arrived = 0
+        tasks = {rank: server.task(index, turn, rank) for rank in {self.ranks[client] for client in drawn}}
+        for reply in self.engine.train(self._tasks(drawn, tasks), on_step):
+            task = tasks[self.ranks[reply.client]]
+            reason = reply.failure or fault(reply.update, task, names, self.fault_norm)
+            if reason is None:
+                assert reply.update is not None
+                down += server.news_bytes(int(self.seen[reply.client]), task.rank)
+                up += nbytes(reply.update.tensors)
+                self.seen[reply.client] = server.version
+                if noisy is not None:
+                    noisy.add(reply.update.tensors, task.state)
+                else:
+                    assert plain is not None
+                    plain.add(
+                        self.method.contribution(reply.update.tensors, server.layers),
+                        self._weight(reply.client))
+                arrived += 1
+            else:
+                failed.append({"client": reply.client, "reason": reason})
+        if arrived < min(self.min_clients, len(drawn)) or not (arrived or noisy):
+            reasons = "; ".join(f"client {entry['client']} {entry['reason']}" for entry in failed[:3])
+            raise TooFewClients(
+                f"Round {index + 1} has {arrived} usable updates of {len(drawn)} clients, fewer than min_clients "
+                f"({self.min_clients}) ({reasons}): mend these clients, or lower min_clients, and resume.")
+        if noisy is not None:
+            mean = noisy.result(self.trainer.source(_SERVER_NOISE, index, turn))
+            down, up = self._expected_bytes(index, turn, names)
+        else:
+            assert plain is not None
+            mean = plain.result()
+        server.apply(self.method.combine(mean, server.state, server.layers, index, turn))
+        return down, up, failed
+
+    def _tasks(self, drawn: Sequence[int], tasks: dict[int, Task]) -> Iterator[tuple[int, Task]]:
+        for client in drawn:
+            yield client, tasks[self.ranks[client]]
+
+    def _expected_bytes(self, index: int, turn: int, names: Sequence[str]) -> tuple[int, int]:
+        """Down and up of the expected number of clients: the true ones would tell how many were drawn."""
+        down = up = 0.0
+        for rank in set(self.ranks):
+            share = self.ranks.count(rank) * self.plan.client_rate
+            start = self.server.task(index, turn, rank).state
+            down += share * self.server.news_bytes(self.server.version - 1, rank)
+            up += share * nbytes({name: start[name] for name in names})
+        return round(down), round(up)
+
+    def _weight(self, client: int) -> float:
+        return float(self.account.sizes[client]) if self.weighting == "examples" else 1.0
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""
         self.load_global_state()
-        return evaluate(self.model, self.validation, self.device, self.training.precision)
+        return evaluate(self.model, self.validation, self.device, self.trainer.training.precision)
 
     def load_global_state(self) -> None:
         """Puts the global adapter and head into the model."""
-        load_adapter_state(self.model, self.server.state)
+        self.workspace.load(self.server.state)
 
     def start(self) -> RoundResult:
         """The global model before the first round, as round 0."""
         begin = time.perf_counter()
         loss, accuracy = self.evaluate()
-        return RoundResult(0, "", [], loss, accuracy, self.worst_epsilon(), 0, 0, time.perf_counter() - begin)
-
-    def worst_epsilon(self, pending: Sequence[int] = ()) -> float:
-        """Largest ε of all clients; `pending` ones count with the round that they are about to take part in."""
-        return max(self._epsilon(self._ledger_with(client, client.index in pending)) for client in self.clients)
-
-    def account(self, pending: Sequence[int] = ()) -> dict[str, Any]:
-        """Every client's ledger and ε, ready for JSON (an infinite ε is null). `pending` as above: to be written
-        before the round begins, so that a crash can over-count but never under-count."""
-        clients = []
-        for client in self.clients:
-            ledger = self._ledger_with(client, client.index in pending)
-            clients.append({
-                "client": client.index, "examples": len(client.examples), "steps": ledger.steps,
-                "epsilon": finite(self._epsilon(ledger)), "ledger": ledger.state_dict(),
-            })
-        return {
-            "unit": "one example of one client, added or removed",
-            "delta": self.training.delta,
-            "accountant": self.training.accountant,
-            "target_epsilon": self.training.epsilon,
-            "worst_epsilon": finite(self.worst_epsilon(pending)),
-            "clients": clients,
-        }
-
-    def _ledger_with(self, client: Client, pending: bool) -> Ledger:
-        ledger = Ledger()
-        for event, count in client.ledger.entries:
-            ledger.append(event, count)
-        if pending:
-            ledger.append(client.event, self.training.local_steps)
-        return ledger
-
-    def _epsilon(self, ledger: Ledger) -> float:
-        return ledger.epsilon(self.training.delta, self.training.accountant)
-
-    def _weight(self, client: Client) -> float:
-        return float(len(client.examples)) if self.weighting == "examples" else 1.0
+        return RoundResult(0, "", [], loss, accuracy, self.account.worst_epsilon(), 0, 0, time.perf_counter() - begin)
 
 
 def evaluate(
@@ -221,21 +271,21 @@ def evaluate(
     return total / len(examples), correct / len(examples)
 
 
-def finite(value: float) -> float | None:
-    """The value, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None
+def checkpoint(federation: Federation) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a resumed run needs: tensors, and plain numbers. Sources of randomness are made anew for each round."""
+    return dict(federation.server.state), {
+        "round": federation.rounds_done,
+        "server": federation.server.bookkeeping(),
+        "seen": federation.seen.tolist(),
+    }
 
 
-def _client_seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, _CLIENTS, index]).generate_state(1, np.uint64)[0] >> 1)
+def restore(federation: Federation, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    """Puts what :func:`checkpoint` returned into a federation of the same configuration.
 
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {name!r} here: choose auto or cpu.") from error
-    return device
+    Raises:
+        ValueError: it belongs to another model.
+    """
+    federation.server.restore(tensors, numbers["server"])
+    federation.rounds_done = int(numbers["round"])
+    federation.seen = np.asarray(numbers["seen"], dtype=np.int64)

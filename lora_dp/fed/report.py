@@ -1,9 +1,6 @@
-"""What a run shows and leaves behind: the folder of results, the curves, the lines on the console."""
+"""What a run shows: its summary, the curves, the lines on the console."""
 
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +8,23 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
-from lora_dp.adapters import save_adapter
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.federation import Federation, RoundResult, finite
-from lora_dp.files import write_atomically
+from lora_dp.fed.federation import Federation, RoundResult
+from lora_dp.fed.privacy import AS_RELEASED, UNITS, finite
 
 RESEARCH_ONLY = "research only: sampling and noise follow the seed, so the guarantee does not hold; do not release"
 PUBLIC = (
     "Taken to be public, not protected: the number of each client's examples (it sets sample rates and weights), which "
     "clients take part in which rounds, the classes, the validation data, and all settings."
 )
-
-
-class RunFolder:
-    """The folder of one run.
-
-    Raises:
-        ValueError: the folder named in the configuration already holds a run.
-    """
-
-    def __init__(self, config: RunConfig) -> None:
-        self.path = config.run.output or _fresh(config)
-        if (self.path / "config.yaml").exists():
-            raise ValueError(f"{self.path} already holds a run: choose another --output.")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"cannot make the folder {self.path} ({error.strerror}): choose another --output") from error
-        write_atomically(self.path / "config.yaml", config.to_yaml())
-
-    def add_metrics(self, result: RoundResult) -> None:
-        """Appends one line to metrics.jsonl; it is on its way to the disk when this returns."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(result) | {"epsilon": finite(result.epsilon)}) + "\n")
-
-    def write_ledger(self, account: dict[str, Any]) -> None:
-        """Replaces ledger.json; on the disk when this returns."""
-        write_atomically(self.path / "ledger.json", json.dumps(account, indent=1))
-
-    def write_adapter(self, model: nn.Module) -> None:
-        """Saves the global adapter and head as PEFT saves them."""
-        save_adapter(model, self.path / "adapter")
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
-
-    def draw_curves(self, results: Sequence[RoundResult], config: RunConfig) -> None:
-        """Writes curves.png: accuracy and worst ε by round."""
-        draw_curves(results, config, self.path / "curves.png")
-
-
-def _fresh(config: RunConfig) -> Path:
-    target = config.privacy.target
-    budget = "no-privacy" if target is None else f"eps{target:g}"
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.federation.method}-{budget}"
-    candidates = (Path("runs") / (name + (f"-{i}" if i else "")) for i in range(1000))
-    return next(path for path in candidates if not path.exists())
+PUBLIC_CLIENTS = (
+    "Taken to be public, not protected: the number of clients, the classes, the validation data, and all settings. "
+    "With noise by the server, which clients take part in which rounds is secret, as are the server's logs."
+)
 
 
 def summarise(
@@ -83,6 +35,7 @@ def summarise(
     noise = [entry["noise_multiplier"] for client in account["clients"] for entry in client["ledger"]["entries"]]
     return {
         "status": status,
+        "guarantee": AS_RELEASED if config.privacy.mechanism == "as-released" else None,
         "release": RESEARCH_ONLY if config.run.reproducible else None,
         "method": config.federation.method,
         "model": config.model.name,
@@ -99,16 +52,17 @@ def summarise(
         "accountant": config.privacy.accountant,
         "privacy_unit": account["unit"],
         "noise_multiplier": {"smallest": min(noise), "largest": max(noise)} if noise else None,
-        "public": PUBLIC,
+        "public": PUBLIC if config.privacy.unit == "example" else PUBLIC_CLIENTS,
         "bytes_up": sum(result.bytes_up for result in results),
         "bytes_down": sum(result.bytes_down for result in results),
+        "failed_clients": sum(len(result.failed) for result in results),
         "seconds": round(sum(result.seconds for result in results), 3),
     }
 
 
 def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
     """Draws accuracy and worst ε by round into a PNG."""
-    target = config.privacy.target
+    target = config.privacy.kept
     ink, quiet, blue, orange = "#1f2430", "#8a90a0", "#2f6fde", "#e0702f"
     style: Any = {
         "font.size": 10, "axes.edgecolor": quiet, "axes.labelcolor": ink, "text.color": ink, "xtick.color": quiet,
@@ -143,7 +97,8 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
             axis.set_xlim(0, max(rounds[-1], 1) * 1.08)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             axis.tick_params(length=0)
-        marks = " · research only, not for release" if config.run.reproducible else ""
+        marks = " · no privacy guarantee (as released)" if config.privacy.mechanism == "as-released" else ""
+        marks += " · research only, not for release" if config.run.reproducible else ""
         figure.suptitle(
             f"{config.federation.method} · {config.model.name} on {config.data.dataset} · "
             f"{config.federation.clients} clients{marks}", fontsize=10, color=quiet, x=0.01, ha="left")
@@ -170,21 +125,33 @@ class ConsoleReport:
 
     def begin(self, config: RunConfig, federation: Federation) -> None:
         """Says what is about to run."""
-        sizes = [len(client.examples) for client in federation.clients]
-        noise = [client.event.noise_multiplier for client in federation.clients]
+        sizes = federation.account.sizes.tolist()
+        noise = federation.account.noise_multipliers()
         target, chosen = config.privacy.target, config.federation
         self._print(
-            f"[bold]{chosen.method}[/] · {config.model.name}, r = {config.model.r} · {config.data.dataset}: "
-            f"{sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each), "
+            f"[bold]{chosen.method}[/] · {config.model.name}, r = {_span(federation.ranks, 'd')} · "
+            f"{config.data.dataset}: {sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each), "
             f"{len(federation.validation)} to validate on")
         if target is None:
             self._print("[yellow]no privacy[/] (ε = ∞): nothing is clipped, no noise is added")
+        elif config.privacy.mechanism == "as-released":
+            self._print(f"[yellow]{AS_RELEASED}[/]; it would print ε = {target:g} at δ = {config.privacy.delta:g}")
         else:
+            privacy = config.privacy
+            how = f"{privacy.clipping} clipping" if privacy.unit == "example" else f"added by the {privacy.noise_by}"
             self._print(
-                f"ε = {target:g} at δ = {config.privacy.delta:g} for every client, noise multiplier "
-                f"{_span(noise, '.3g')}, {config.privacy.clipping} clipping")
-        self._per_round = (chosen.clients_per_round or chosen.clients) * chosen.local_steps
+                f"ε = {target:g} at δ = {privacy.delta:g} for {UNITS[privacy.unit]}; noise multiplier "
+                f"{_span(noise, '.3g')}, {how}")
+        self._per_round = (chosen.clients_per_round or chosen.clients) * chosen.local_steps * federation.method.turns
         self._task = self.progress.add_task("round 1", total=chosen.rounds * self._per_round)
+
+    def resumed(self, folder: Path, rounds: int) -> None:
+        """Says from where a run goes on."""
+        self._print(f"resuming {escape(str(folder))} after round {rounds}")
+
+    def warn(self, text: str) -> None:
+        """Something that is not as it should be, but does not stop the run."""
+        self._print(f"[yellow]{escape(text)}[/]")
 
     def step(self) -> None:
         """One local step was taken."""
@@ -200,6 +167,9 @@ class ConsoleReport:
         loss = "     –" if result.loss is None else f"{result.loss:6.4f}"
         accuracy = "    – " if result.accuracy is None else f"{100 * result.accuracy:5.1f} %"
         self._print(f"{name}   loss {loss}   accuracy {accuracy}   worst ε {epsilon}{sent}")
+        for entry in result.failed:
+            who = "a client" if entry["client"] is None else f"client {entry['client']}"
+            self._print(f"[yellow]left out: {who} {escape(entry['reason'])}[/]")
         if self._task is not None:
             # Steps on empty batches were not counted one by one.
             done, following = result.round * self._per_round, min(result.round + 1, rounds)
@@ -217,6 +187,10 @@ class ConsoleReport:
         table.add_row("sent up, down", f"{_size(summary['bytes_up'])}, {_size(summary['bytes_down'])}")
         table.add_row("time", f"{summary['seconds']:.0f} s")
         table.add_row("results", str(folder))
+        if summary["failed_clients"]:
+            table.add_row("left out", f"[yellow]{summary['failed_clients']} times a client[/]")
+        if summary["guarantee"]:
+            table.add_row("guarantee", f"[yellow]{summary['guarantee']}[/]")
         if summary["status"] != "finished":
             table.add_row("status", f"[yellow]{summary['status']}[/]")
         if summary["release"]:

@@ -1,4 +1,4 @@
-"""One run from configuration to results."""
+"""One run from configuration to results, and a run that was cut short to its end."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,13 @@ from rich.console import Console
 from torch import nn
 
 from lora_dp.accounting import PrivacyBudgetExceeded
+from lora_dp.fed import checkpoint
+from lora_dp.fed import federation as rounds
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
-from lora_dp.fed.report import ConsoleReport, RunFolder, summarise
+from lora_dp.fed.folder import RunFolder
+from lora_dp.fed.report import ConsoleReport, draw_curves, summarise
+from lora_dp.fed.results import save_merged
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,59 @@ class Outcome:
 
 
 def run(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Runs a federation and writes config.yaml, metrics.jsonl, ledger.json, adapter/, summary.json and curves.png.
+    """Runs a federation and writes its folder (:mod:`lora_dp.fed.folder`).
 
-    Ctrl-C ends the run after writing the results so far.
+    Ctrl-C ends the run after writing the results so far; :func:`resume` goes on from there.
 
     Raises:
         ValueError: settings, data and model that do not go together; nothing has been trained.
+        TooFewClients: a round had too few usable updates; the run can be resumed.
     """
     federation = Federation.from_config(config)
+    folder = RunFolder.create(config)
+    try:
+        return drive(config, federation, folder, ConsoleReport(console or Console()), [])
+    finally:
+        folder.close()
+
+
+def resume(path: Path, console: Console | None = None) -> Outcome:
+    """Goes on with a run that was killed or interrupted, from its last whole checkpoint.
+
+    A reproducible run ends with the same bits as if it had never stopped. With secret noise the rounds after the
+    checkpoint were released and count, and their budget is spent.
+
+    Raises:
+        ValueError: no run there, or one that has ended; every checkpoint damaged.
+    """
+    folder, config = RunFolder.open(path)
+    try:
+        report = ConsoleReport(console or Console())
+        found, problems = checkpoint.newest(path)
+        federation = Federation.from_config(config)
+        if found is not None:
+            rounds.restore(federation, *found)
+        for problem in problems:
+            report.warn(f"{problem} Going on from the one before it.")
+        report.resumed(path, federation.rounds_done)
+        folder.log.replay(
+            federation.account, reproducible=config.run.reproducible, before=federation.rounds_done + 1)
+        return drive(config, federation, folder, report, folder.keep_rounds(federation.rounds_done)
+                     if found is not None else folder.keep_rounds(-1))
+    finally:
+        folder.close()
+
+
+def drive(
+    config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport, results: list[RoundResult]
+) -> Outcome:
+    """All rounds that are left, and the results.
+
+    Args:
+        results: of the rounds so far, of a resumed run.
+    """
     _match_threads(federation.model)
-    folder = RunFolder(config)
-    report = ConsoleReport(console or Console())
-    results: list[RoundResult] = []
+    federation.log = folder.log
     status = "finished"
     report.begin(config, federation)
     try:
@@ -50,15 +95,16 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
         status = "interrupted"
     except PrivacyBudgetExceeded:
         status = "budget spent"
-    account = federation.account()
+    account = federation.account.report()
     folder.write_ledger(account)
     if not results:
         results.append(federation.start())
     federation.load_global_state()
     folder.write_adapter(federation.model)
+    save_merged(federation.server.state, folder.path)
     summary = summarise(config, results, account, status)
     folder.write_summary(summary)
-    folder.draw_curves(results, config)
+    draw_curves(results, config, folder.path / "curves.png")
     report.end(summary, folder.path)
     return Outcome(folder.path, summary, results)
 
@@ -72,17 +118,18 @@ def _match_threads(model: nn.Module) -> None:
 def _train(
     config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport, results: list[RoundResult]
 ) -> None:
-    rounds = config.federation.rounds
-    result = federation.start()
-    while True:
+    planned = config.federation.rounds
+    if not results:
+        result = federation.start()
         results.append(result)
         folder.add_metrics(result)
-        report.round(result, rounds)
-        if result.round == rounds:
-            return
-        participants = federation.draw()
-        # On the disk before anything of this round leaves a client.
-        folder.write_ledger(federation.account(pending=participants))
-        following = result.round + 1
-        evaluate = following % config.run.evaluate_every == 0 or following == rounds
-        result = federation.run_round(participants, report.step, evaluate=evaluate)
+    report.round(results[-1], planned)
+    while federation.rounds_done < planned:
+        following = federation.rounds_done + 1
+        evaluate = following % config.run.evaluate_every == 0 or following == planned
+        result = federation.run_round(on_step=report.step, evaluate=evaluate)
+        results.append(result)
+        folder.add_metrics(result)
+        if following % config.run.checkpoint_every == 0 or following == planned:
+            checkpoint.write(folder.path, following, *rounds.checkpoint(federation))
+        report.round(result, planned)

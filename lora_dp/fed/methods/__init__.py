@@ -1,30 +1,100 @@
-"""The federated methods, by name."""
+"""The federated methods, by name: ours, and those that other packages offer as entry points of ``lora_dp.methods``."""
 
+import dataclasses
 import difflib
+import functools
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
 
-from lora_dp.fed.methods.base import Aggregation, Method, Phases, State, WeightedAverage, factor
+from lora_dp.fed.methods.base import (
+    Aggregation,
+    Contribution,
+    Layers,
+    Method,
+    Phases,
+    State,
+    WeightedAverage,
+    factor,
+)
+from lora_dp.fed.methods.deer import DEeR
 from lora_dp.fed.methods.dp_lora import DPLoRA
 from lora_dp.fed.methods.ffa_lora import FFALoRA
+from lora_dp.fed.methods.flat_lora import FlatLoRA
+from lora_dp.fed.methods.flexlora import FlexLoRA
+from lora_dp.fed.methods.flora import FLoRA
+from lora_dp.fed.methods.galore import GaLore
 from lora_dp.fed.methods.la_lora import LALoRA
+from lora_dp.fed.methods.lora_fair import LoRAFAIR
+from lora_dp.fed.methods.rac_lora import RACLoRA
 from lora_dp.fed.methods.rolora import RoLoRA
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls
+    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FlatLoRA)
+}
+ENTRY_POINTS = "lora_dp.methods"
 
 
-def get_method(name: str) -> Method:
-    """The method of that name.
+def available() -> dict[str, type[Method]]:
+    """All methods: the ones here, and those that installed packages add.
 
     Raises:
-        ValueError: there is none; the message names the nearest.
+        ValueError: an entry point that cannot be loaded, or is no method.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+    return {**_added(), **METHODS}
+
+
+@functools.cache
+def _added() -> dict[str, type[Method]]:
+    added: dict[str, type[Method]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            cls = point.load()
+        except Exception as error:
+            raise ValueError(
+                f"The method {point.name!r} of {point.value} cannot be loaded ({type(error).__name__}: {error}): mend "
+                "or uninstall its package.") from error
+        if not (isinstance(cls, type) and issubclass(cls, Method)) or point.name in METHODS:
+            raise ValueError(
+                f"The entry point {point.name!r} ({point.value}) must be a subclass of lora_dp.fed.methods.Method with "
+                "a name of its own.")
+        added[point.name] = cls
+    return added
+
+
+def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name; ``flat-lora:NAME`` is Flat-LoRA over another (dp-lora if left out).
+
+    Args:
+        name: as --method takes it.
+        options: of the method itself, by name.
+
+    Raises:
+        ValueError: there is no such method (the message names the nearest) or option, or an option's value is wrong.
+    """
+    given = dict(options or {})
+    first, colon, base = name.partition(":")
+    known = available()
+    if first not in known or colon and first != FlatLoRA.name:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"There is no method {name!r}: choose {', '.join(METHODS)}.{hint}")
-    return METHODS[name]()
+        raise ValueError(f"There is no method {name!r}: choose {', '.join(known)}.{hint}")
+    cls: Any = known[first]
+    if cls is FlatLoRA:
+        rho = {key: given.pop(key) for key in ("rho",) if key in given}
+        return FlatLoRA(get_method(base or DPLoRA.name, given), **rho)
+    allowed = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    for key in given:
+        if key not in allowed:
+            there = f"it has {', '.join(allowed)}" if allowed else "it has none"
+            raise ValueError(f"The method {name} has no option {key!r}: {there}.")
+    method: Method = cls(**given)
+    return method
 
 
 __all__ = [
-    "METHODS", "Aggregation", "DPLoRA", "FFALoRA", "LALoRA", "Method", "Phases", "RoLoRA", "State", "WeightedAverage",
+    "METHODS", "Aggregation", "Contribution", "DEeR", "DPLoRA", "FFALoRA", "FLoRA", "FlatLoRA", "FlexLoRA", "GaLore",
+    "LALoRA", "Layers", "LoRAFAIR", "Method", "Phases", "RACLoRA", "RoLoRA", "State", "WeightedAverage", "available",
     "factor", "get_method",
 ]

@@ -1,15 +1,22 @@
 """The interface of a federated method: what a client trains in a round, and how the server combines the updates."""
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lora_dp.fed.lowrank import LowRank, LowRankSum, Matrix
 
 Phases = Literal["B", "A", "AB", "BA"]
 State = dict[str, Tensor]
+# What the server sums: tensors, and matrices of low rank that need not be formed.
+Contribution = dict[str, Matrix]
 
 
 def factor(name: str) -> Literal["A", "B"] | None:
@@ -18,16 +25,35 @@ def factor(name: str) -> Literal["A", "B"] | None:
     return "A" if last == "lora_A" else "B" if last == "lora_B" else None
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The adapted layers of the model.
+
+    Attributes:
+        shapes: (d_out, d_in) of each adapted weight, by the layer's name.
+        r: rank of the server's adapters, the largest of all clients'.
+        alpha: LoRA's alpha; None means alpha = r at every rank.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    r: int
+    alpha: float | None = None
+
+    def scaling(self, rank: int) -> float:
+        """s of an adapter of that rank: the weight is W0 + s·B·A."""
+        return 1.0 if self.alpha is None else self.alpha / rank
+
+
 class Aggregation(ABC):
     """One round's combination of updates, fed one client at a time: memory does not depend on how many there are."""
 
     @abstractmethod
-    def add(self, update: State, weight: float) -> None:
-        """Takes in one client's trained tensors; `weight` is its public, unnormalised share."""
+    def add(self, contribution: Contribution, weight: float) -> None:
+        """Takes in what one client contributes; ``weight`` is its public, unnormalised share."""
 
     @abstractmethod
-    def result(self) -> State:
-        """The combined tensors, in the dtypes of the updates.
+    def result(self) -> Contribution:
+        """The mean.
 
         Raises:
             RuntimeError: nothing was added.
@@ -35,39 +61,63 @@ class Aggregation(ABC):
 
 
 class WeightedAverage(Aggregation):
-    """Σ wₖ xₖ / Σ wₖ (FedAvg, McMahan et al. 2017, arXiv 1602.05629), accumulated in float64."""
+    """Σ wₖ xₖ / Σ wₖ (FedAvg, McMahan et al. 2017, arXiv 1602.05629), accumulated in float64.
+
+    The mean has the dtypes of the updates; that of matrices of low rank is in float64.
+    """
 
     def __init__(self) -> None:
-        self._sums: State = {}
+        self._sums: dict[str, Tensor | LowRankSum] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._weight = 0.0
 
-    def add(self, update: State, weight: float) -> None:
-        """Adds one update.
+    def add(self, contribution: Contribution, weight: float) -> None:
+        """Adds one contribution.
 
         Raises:
-            ValueError: the weight is not positive, or the tensors are not those of the updates before.
+            ValueError: the weight is not positive, or the names are not those of the contributions before.
         """
         if not weight > 0:
             raise ValueError(f"An update's weight must be positive, not {weight}.")
         if not self._sums:
-            self._dtypes = {name: tensor.dtype for name, tensor in update.items()}
-            self._sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in update.items()}
-        if update.keys() != self._sums.keys():
-            odd = sorted(update.keys() ^ self._sums.keys())
+            for name, value in contribution.items():
+                if isinstance(value, LowRank):
+                    self._sums[name] = LowRankSum()
+                else:
+                    self._sums[name] = torch.zeros_like(value, dtype=torch.float64)
+                    self._dtypes[name] = value.dtype
+        if contribution.keys() != self._sums.keys():
+            odd = sorted(contribution.keys() ^ self._sums.keys())
             raise ValueError(f"Updates of one round must hold the same tensors; these differ: {', '.join(odd)}.")
-        for name, tensor in update.items():
-            self._sums[name].add_(tensor.to(torch.float64), alpha=weight)
+        for name, value in contribution.items():
+            total = self._sums[name]
+            if isinstance(total, LowRankSum):
+                total.add(value, weight)
+            else:
+                assert isinstance(value, Tensor)
+                total.add_(value.to(torch.float64), alpha=weight)
         self._weight += weight
 
-    def result(self) -> State:
+    def result(self) -> Contribution:
         if not self._weight:
             raise RuntimeError("No update was added: a round needs at least one client.")
-        return {name: (total / self._weight).to(self._dtypes[name]) for name, total in self._sums.items()}
+        return {
+            name: total.value(1 / self._weight) if isinstance(total, LowRankSum)
+            else (total / self._weight).to(self._dtypes[name])
+            for name, total in self._sums.items()
+        }
 
 
 class Method(ABC):
-    """A federated method. A subclass is one file; its instance holds no client's state.
+    """A federated method. A subclass is one file, a frozen dataclass if it has options; it holds no client's state.
+
+    A round of a method has one turn, or several: in each, clients start from the global state, train, and their
+    updates are combined. What a subclass must say is :meth:`phases`; the rest has defaults that average the trained
+    factors (FedAvg).
+
+    Tensors are named as the model's parameters: ``<layer>.lora_A`` (r, d_in), ``<layer>.lora_B`` (d_out, r), the
+    head's.
+    ``<layer>.merged`` (d_out, d_in) is what methods that merge have added to a frozen weight so far.
 
     Attributes:
         name: what --method takes.
@@ -75,16 +125,22 @@ class Method(ABC):
             on the embedded default run.
         lr_ratio: default learning rate of B as a multiple of A's.
         low_pass: default filter of the noisy gradients and its strength, or None.
+        turns: exchanges of a round.
+        ranks_may_differ: whether clients may have adapters of different ranks.
+        regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.regulator`).
     """
 
     name: ClassVar[str]
-    learning_rates: ClassVar[Mapping[float, float]]
+    learning_rates: ClassVar[Mapping[float, float]] = {1: 0.1, 3: 0.3, 8: 0.5, math.inf: 0.3}
     lr_ratio: ClassVar[float] = 1.0
     low_pass: ClassVar[tuple[Literal["gaussian", "laplacian"], float] | None] = None
+    turns: ClassVar[int] = 1
+    ranks_may_differ: ClassVar[bool] = False
+    regulates_noise: ClassVar[bool] = False
 
     @abstractmethod
-    def phases(self, round_index: int) -> Phases:
-        """What the local steps of a round (from 0) train: one factor ("B", "A"), both ("AB"), or B, A, B, … ("BA")."""
+    def phases(self, round_index: int, turn: int = 0) -> Phases:
+        """What the local steps of a turn train: one factor ("B", "A"), both ("AB"), or B, A, B, … ("BA")."""
 
     def learning_rate(self, epsilon: float | None) -> float:
         """SGD's default learning rate: that of the nearest ε (in ratio) at which the method was tuned."""
@@ -93,11 +149,64 @@ class Method(ABC):
             return tuned[math.inf]
         return tuned[min((e for e in tuned if e < math.inf), key=lambda e: abs(math.log(e / epsilon)))]
 
-    def trains(self, parameter: str, round_index: int) -> bool:
-        """Whether a round changes this parameter, so that it is sent up: the round's factors, and the head always."""
+    def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
+        """Whether a turn changes this parameter, so that it is sent up: its factors, and the head always."""
         which = factor(parameter)
-        return which is None or which in self.phases(round_index)
+        return which is None or which in self.phases(round_index, turn)
 
-    def aggregation(self, round_index: int) -> Aggregation:
-        """A fresh combination for one round."""
+    def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
+        """Tensors that the server replaces before a round: fresh factors, for example. Public: it sees no client.
+
+        Args:
+            state: the global state.
+            layers: the adapted layers.
+            generator: seeded by the run's seed and the round.
+        """
+        return {}
+
+    def for_client(self, state: State, layers: Layers, rank: int) -> State:
+        """What a client with adapters of this rank starts from."""
+        return state
+
+    def local_step(
+        self, model: nn.Module, step: int, steps: int, generator: torch.Generator
+    ) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of local step ``step`` (from 0) of all ``steps`` that the run plans."""
+        return contextlib.nullcontext()
+
+    def contribution(self, update: State, layers: Layers) -> Contribution:
+        """What of a client's update the server sums: linear, so that noise on the sum protects it."""
+        return dict(update)
+
+    def aggregation(self) -> Aggregation:
+        """A fresh combination for one turn."""
         return WeightedAverage()
+
+    def combine(
+        self, mean: Contribution, state: State, layers: Layers, round_index: int, turn: int = 0
+    ) -> Contribution:
+        """The global tensors after a turn.
+
+        Args:
+            mean: mean contribution; matrices of low rank may be dense here.
+            state: the global state that the clients started from.
+
+        Returns:
+            New values by name; a value of ``<layer>.merged`` is added to what was merged before.
+        """
+        return mean
+
+
+def products(update: State, layers: Layers) -> Contribution:
+    """s·B·A of every adapted layer of an update, as ``<layer>.product``, at the rank that the update has."""
+    found: Contribution = {}
+    for layer in layers.shapes:
+        lora_A, lora_B = update[f"{layer}.lora_A"], update[f"{layer}.lora_B"]
+        found[f"{layer}.product"] = LowRank(lora_B * layers.scaling(lora_A.shape[0]), lora_A)
+    return found
+
+
+def kaiming(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """LoRA's start of A: uniform within ±1/√d_in, as ``nn.init.kaiming_uniform_(a=√5)``."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return (uniform / math.sqrt(shape[1])).to(like)

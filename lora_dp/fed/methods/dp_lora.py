@@ -13,5 +13,5 @@ class DPLoRA(Method):
     name = "dp-lora"
     learning_rates: ClassVar = {1: 0.07, 3: 0.3, 8: 0.5, inf: 0.3}
 
-    def phases(self, round_index: int) -> Phases:
+    def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "AB"

@@ -12,5 +12,5 @@ class FFALoRA(Method):
     name = "ffa-lora"
     learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 1, inf: 0.3}
 
-    def phases(self, round_index: int) -> Phases:
+    def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "B"

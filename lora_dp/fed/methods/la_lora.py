@@ -18,5 +18,5 @@ class LALoRA(Method):
     lr_ratio = 2.0
     low_pass = ("gaussian", 0.5)
 
-    def phases(self, round_index: int) -> Phases:
+    def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "BA"

@@ -15,5 +15,5 @@ class RoLoRA(Method):
     name = "rolora"
     learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 0.5, inf: 0.3}
 
-    def phases(self, round_index: int) -> Phases:
+    def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "B" if round_index % 2 == 0 else "A"

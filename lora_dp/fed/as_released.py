@@ -1,0 +1,110 @@
+"""``--mechanism as-released``: what authors' released code does in place of private training. It guarantees nothing.
+
+It is here so that papers can be reproduced, and so that anyone can see what honest privacy costs beside it. Read from
+the code of LA-LoRA (github.com/junkangLiu0/LA-LORA) and DEeR (github.com/CUHK-AIM-Group/DEeR); written anew.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from lora_dp.accounting import calibrate_noise_multiplier
+from lora_dp.fed.examples import Examples
+from lora_dp.fed.methods import DEeR, LALoRA, Method, State, factor
+from lora_dp.fed.models import logits
+from lora_dp.fed.privacy import PrivacyPlan
+from lora_dp.fed.regulated import regulators
+from lora_dp.filtering import make_filter
+from lora_dp.phases import Phases
+
+if TYPE_CHECKING:
+    from lora_dp.fed.client import Trainer
+    from lora_dp.fed.exchange import Task
+
+# Above which LA-LoRA's code does not raise its clip bound.
+LARGEST_BOUND = 0.4
+
+
+def check(method: Method) -> None:
+    """Raise ValueError for a method whose released mechanism is not here."""
+    if not isinstance(method, LALoRA | DEeR):
+        raise ValueError(
+            f"mechanism as-released is there for la-lora and deer, not for {method.name}: leave it out for the sound "
+            "one.")
+
+
+def replaces_training(method: Method) -> bool:
+    """Whether the released code perturbs each local step (LA-LoRA), rather than the whole update (DEeR)."""
+    return isinstance(method, LALoRA)
+
+
+def claimed_noise_multiplier(plan: PrivacyPlan, method: Method) -> float:
+    """σ that the released code would use for the ε that it prints.
+
+    LA-LoRA's accountant composes one event a round at the clients' sample rate, though noise is added at every local
+    step to a batch gradient that is clipped at a bound read off the data. DEeR's composes minibatch steps over the
+    examples of all clients together, though it perturbs once a turn.
+    """
+    assert plan.epsilon is not None
+    if replaces_training(method):
+        rate, steps = plan.client_rate, plan.rounds
+    else:
+        rate, steps = min(1.0, plan.batch_size / plan.examples), plan.rounds * plan.steps * plan.clients
+    return calibrate_noise_multiplier(plan.epsilon, plan.delta, rate, steps, plan.accountant)
+
+
+def train_la_lora(trainer: Trainer, examples: Examples, task: Task, on_step: Callable[[], None]) -> None:
+    """LA-LoRA's local steps: the *batch* gradient of each tensor is clipped at the median of the tensors' norms (at
+    most 0.4) and noised in proportion to that bound; batches are shuffled."""
+    training, model = trainer.training, trainer.workspace.model
+    noise_multiplier = claimed_noise_multiplier(trainer.plan, trainer.method)
+    device = next(model.parameters()).device
+    model.train()
+    optimizer, low_pass = training.make_optimizer(model), make_filter(training.low_pass, training.low_pass_strength)
+    phases = Phases(trainer.method.phases(task.round, task.turn))
+    batch_size = min(training.batch_size, len(examples))
+    step, last = task.round * training.local_steps, (task.round + 1) * training.local_steps
+    while step < last:
+        for batch in DataLoader(examples, batch_size, shuffle=True, collate_fn=examples.collate):
+            if step == last:
+                break
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            optimizer.zero_grad()
+            F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
+            trained = phases.factors(step)
+            gradients = {}
+            for name, parameter in model.named_parameters():
+                if factor(name) is not None and factor(name) not in trained:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    gradients[name] = parameter.grad
+            bound = min(statistics.median(float(g.norm()) for g in gradients.values()), LARGEST_BOUND)
+            for name, gradient in gradients.items():
+                gradient.mul_(min(1.0, bound / max(float(gradient.norm()), 1e-30)))
+                gradient.add_(torch.randn_like(gradient), alpha=noise_multiplier * bound / batch_size)
+                if low_pass is not None and factor(name) is not None:
+                    gradient.copy_(low_pass(gradient))
+            optimizer.step()
+            step += 1
+            on_step()
+
+
+def noised_deer_update(plan: PrivacyPlan, method: Method, trained: State, task: Task) -> State:
+    """DEeR's update: the change of each *tensor* is clipped by itself, in the plain norm, and noised once with noise in
+    the weight's shape mapped back onto the factor, its deviation divided by √clients; the head is left as it is."""
+    noise_multiplier = claimed_noise_multiplier(plan, method)
+    deviation = noise_multiplier * plan.max_update_norm / plan.clients**0.5
+    rules = regulators(method, task.state, task.round, task.turn)
+    noised = dict(trained)
+    for name, rule in rules.items():
+        change = trained[name] - task.state[name]
+        change = change * min(1.0, plan.max_update_norm / max(float(change.norm()), 1e-30))
+        noise = rule.restored(torch.randn_like(change) * deviation)
+        noised[name] = task.state[name] + change + noise
+    return noised

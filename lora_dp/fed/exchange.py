@@ -1,0 +1,105 @@
+"""What server and clients exchange, and the one model on which a process does its work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_dp.adapters import adapter_state, load_adapter_state
+from lora_dp.fed.methods import Layers, State
+from lora_dp.layers import DPLoRALinear
+
+MERGED = ".merged"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client: train one turn of one round from this state.
+
+    Attributes:
+        round, turn: from 0.
+        rank: of this client's adapters.
+        state: global tensors as this client is to start from them; ``<layer>.merged`` is added to a frozen weight.
+    """
+
+    round: int
+    turn: int
+    rank: int
+    state: State
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's answer: the tensors that the turn trains, and what it is weighted by.
+
+    Attributes:
+        tensors: by name, noised already unless the server adds the noise.
+        examples: of the client, taken to be public where weights follow them.
+    """
+
+    tensors: State
+    examples: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a task: an update, or the reason why there is none."""
+
+    client: int
+    update: Update | None
+    failure: str | None = None
+
+
+class Workspace:
+    """The model of a process: whoever's turn it is loads the state that it starts from.
+
+    Args:
+        model: with adapters in place.
+
+    Attributes:
+        layers: the adapted layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._adapted = {name: m for name, m in model.named_modules() if isinstance(m, DPLoRALinear)}
+        config = getattr(model, "lora_config", None)
+        ranks = {layer.r for layer in self._adapted.values()}
+        self.layers = Layers(
+            {name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()},
+            max(ranks, default=0), config.alpha if config is not None else None)
+        self._loaded: dict[str, Tensor] = {}
+
+    def state(self) -> State:
+        """Copies of the adapters and the head."""
+        return adapter_state(self.model)
+
+    def load(self, state: Mapping[str, Tensor], rank: int | None = None) -> None:
+        """Puts a state into the model, whose adapters take the rank that is given (by default the largest).
+
+        Raises:
+            ValueError: names or shapes that are not this model's.
+        """
+        rank = rank or self.layers.r
+        for layer in self._adapted.values():
+            if layer.r != rank:
+                layer.set_rank(rank, layer.alpha if self.layers.alpha is not None else rank)
+        load_adapter_state(self.model, {n: t for n, t in state.items() if not n.endswith(MERGED)})
+        for name, layer in self._adapted.items():
+            self._load_merged(name, layer, state.get(name + MERGED))
+
+    @torch.no_grad()
+    def _load_merged(self, name: str, layer: DPLoRALinear, merged: Tensor | None) -> None:
+        # The same tensor as last time is in the weight already: the usual case, for all clients of a round.
+        if merged is self._loaded.get(name):
+            return
+        if not hasattr(layer, "original_weight"):
+            layer.original_weight = layer.weight.detach().clone()
+        original: Tensor = layer.original_weight  # type: ignore[assignment]
+        if merged is None:
+            layer.weight.copy_(original)
+            del self._loaded[name]
+            return
+        layer.weight.copy_(original + (merged.t() if layer.fan_in_fan_out else merged).to(original))
+        self._loaded[name] = merged

@@ -1,0 +1,105 @@
+"""What a configuration names, opened: the data, split over the clients, and the model with what trains it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_dp.fed import as_released
+from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.data import encode, open_data
+from lora_dp.fed.examples import Examples
+from lora_dp.fed.exchange import Workspace
+from lora_dp.fed.models import load_model
+from lora_dp.fed.partition import partition
+from lora_dp.fed.privacy import PrivacyPlan
+
+_RANKS = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """An opened run; server and clients alike open it from the configuration.
+
+    Attributes:
+        trainer: does a client's turn.
+        train: all private examples.
+        parts: indices of each client's examples.
+        validation: public examples to evaluate on.
+        ranks: of each client's adapters.
+    """
+
+    trainer: Trainer
+    train: Examples
+    parts: list[np.ndarray]
+    validation: Examples
+    ranks: list[int]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of examples of each client."""
+        return [len(part) for part in self.parts]
+
+    def examples(self, client: int) -> Examples:
+        """A client's private examples, as a view."""
+        return self.train.subset(self.parts[client])
+
+
+class Parts(Sequence[Examples]):
+    """Each client's examples, made when they are asked for: an idle client is a list of indices."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __len__(self) -> int:
+        return len(self._job.parts)
+
+    def __getitem__(self, client: int) -> Examples:  # type: ignore[override]
+        return self._job.examples(client)
+
+
+def open_job(config: RunConfig) -> Job:
+    """Opens data and model and splits the examples over the clients.
+
+    Raises:
+        ValueError: data, model and settings that do not go together, in one sentence.
+    """
+    device = _device(config.run.device)
+    seed, chosen, privacy = config.run.seed, config.federation, config.privacy
+    torch.manual_seed(seed)
+    raw = open_data(config.data)
+    ranks = chosen.client_ranks(config.model.r, derived_seed(seed, _RANKS))
+    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
+    splits = encode(raw, loaded.spec)
+    parts = partition(
+        splits.train.labels.numpy(), chosen.clients, chosen.partition, alpha=chosen.dirichlet_alpha, seed=seed)
+    method = config.method
+    optimization = config.optimization
+    assert optimization.lr is not None and optimization.lr_ratio is not None
+    assert optimization.low_pass is not None and optimization.low_pass_strength is not None
+    training = LocalTraining(
+        optimization.optimizer, optimization.lr, optimization.lr_ratio,
+        None if optimization.low_pass == "none" else optimization.low_pass, optimization.low_pass_strength,
+        chosen.batch_size, chosen.local_steps, config.model.precision)
+    plan = PrivacyPlan(
+        privacy.target, privacy.delta, privacy.accountant, privacy.unit, privacy.noise_by, privacy.max_grad_norm,
+        privacy.max_update_norm, privacy.clipping, chosen.batch_size, chosen.local_steps, method.turns, chosen.rounds,
+        chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, len(splits.train))
+    if privacy.mechanism == "as-released":
+        as_released.check(method)
+    trainer = Trainer(
+        Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
+    return Job(trainer, splits.train, parts, splits.validation, ranks)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {name!r} here: choose auto or cpu.") from error
+    return device

@@ -1,0 +1,91 @@
+"""Flat-LoRA: any method with a loss that is smoothed over random changes of the weight (arXiv 2409.14396)."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from lora_dp.fed.methods.base import Aggregation, Contribution, Layers, Method, Phases, State
+from lora_dp.layers import DPLoRALinear
+
+
+@dataclass(frozen=True)
+class FlatLoRA(Method):
+    """The base method with the loss at W + ε, W = W0 + s·B·A and ε_row ~ N(0, (ρₜ·‖W_row‖/√d_in)²), new at each step.
+
+    ρₜ rises to ρ on a half cosine over the run. ε comes from the run's seed and the weights, which are public or have
+    been released, so it changes nothing about privacy.
+
+    Args:
+        base: the method beneath.
+        rho: ρ.
+    """
+
+    base: Method
+    rho: float = 0.05
+
+    name: ClassVar[str] = "flat-lora"
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 0:
+            raise ValueError(f"flat-lora's rho must not be negative, not {self.rho}: 0.05 is usual.")
+        # What a class attribute says of a method is here what the base says.
+        for name in ("learning_rates", "lr_ratio", "low_pass", "turns", "ranks_may_differ", "regulates_noise"):
+            object.__setattr__(self, name, getattr(self.base, name))
+
+    def phases(self, round_index: int, turn: int = 0) -> Phases:
+        return self.base.phases(round_index, turn)
+
+    def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
+        return self.base.begin(state, layers, round_index, generator)
+
+    def for_client(self, state: State, layers: Layers, rank: int) -> State:
+        return self.base.for_client(state, layers, rank)
+
+    def contribution(self, update: State, layers: Layers) -> Contribution:
+        return self.base.contribution(update, layers)
+
+    def aggregation(self) -> Aggregation:
+        return self.base.aggregation()
+
+    def combine(
+        self, mean: Contribution, state: State, layers: Layers, round_index: int, turn: int = 0
+    ) -> Contribution:
+        return self.base.combine(mean, state, layers, round_index, turn)
+
+    def local_step(
+        self, model: nn.Module, step: int, steps: int, generator: torch.Generator
+    ) -> AbstractContextManager[None]:
+        strength = self.rho * (1 - math.cos(math.pi * min(step + 1, steps) / steps)) / 2
+        return _perturbed(model, strength, generator)
+
+
+@contextlib.contextmanager
+def _perturbed(model: nn.Module, strength: float, generator: torch.Generator) -> Iterator[None]:
+    """The adapted weights with ε added; afterwards the very tensors that were there before."""
+    originals: list[tuple[DPLoRALinear, torch.Tensor]] = []
+    try:
+        for layer in model.modules():
+            if isinstance(layer, DPLoRALinear):
+                frozen = layer.weight.data
+                originals.append((layer, frozen))
+                layer.weight.data = frozen + _noise(layer, strength, generator)
+        yield
+    finally:
+        for layer, frozen in originals:
+            layer.weight.data = frozen
+
+
+@torch.no_grad()
+def _noise(layer: DPLoRALinear, strength: float, generator: torch.Generator) -> torch.Tensor:
+    """ε in the layout of ``layer.weight``."""
+    update = layer.scaling * (layer.lora_B @ layer.lora_A)
+    weight = (layer.weight.t() if layer.fan_in_fan_out else layer.weight) + update
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
+    noise = drawn * weight.norm(dim=1, keepdim=True) * (strength / math.sqrt(layer.in_features))
+    return noise.t() if layer.fan_in_fan_out else noise

@@ -1,0 +1,141 @@
+"""What each participation releases and how much noise that takes: the two units of privacy, and none."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lora_dp.accounting import Accountant, PoissonGaussian, calibrate_noise_multiplier
+from lora_dp.clipping import ClippingName, make_clip_rule
+from lora_dp.fed.methods import State
+from lora_dp.mechanism import Mechanism
+from lora_dp.randomness import RandomSource
+
+Unit = Literal["example", "client"]
+NoiseBy = Literal["client", "server"]
+MechanismName = Literal["sound", "as-released"]
+
+UNITS = {
+    "example": "one example of one client, added or removed",
+    "client": "one client with all its examples, added or removed",
+}
+AS_RELEASED = "no privacy guarantee (ε = ∞): this is what the authors' released code does"
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """The privacy of a whole run; public, and the same for server and clients.
+
+    Attributes:
+        epsilon: budget at ``delta``; None without privacy.
+        unit: whose presence is hidden: an example's or a client's.
+        noise_by: with the client as unit, who adds the noise. The server's hides a client in the sum of all, and the
+            secret draw of clients amplifies; a client's own protects it from the server too.
+        max_grad_norm: bound of an example's gradient (unit example).
+        max_update_norm: bound of a client's whole update (unit client).
+        batch_size: expected, at most a client's number of examples.
+        steps: private steps of a client in a turn.
+        turns: of a round.
+        rounds: planned for the run.
+        participations: rounds that a client's budget is planned for.
+        client_rate: probability with which a client takes part in a round.
+        clients: number of clients.
+        mechanism: "as-released" for what authors' code does, which guarantees nothing.
+        examples: of all clients together; used for the noise of DEeR's released code alone.
+    """
+
+    epsilon: float | None
+    delta: float
+    accountant: Accountant
+    unit: Unit
+    noise_by: NoiseBy
+    max_grad_norm: float
+    max_update_norm: float
+    clipping: ClippingName
+    batch_size: int
+    steps: int
+    turns: int
+    rounds: int
+    participations: int
+    client_rate: float
+    clients: int
+    mechanism: MechanismName = "sound"
+    examples: int = 0
+
+    @property
+    def private(self) -> bool:
+        """Whether the run claims an ε."""
+        return self.epsilon is not None and self.mechanism == "sound"
+
+    @property
+    def examples_are_protected(self) -> bool:
+        """Whether clients train with per-example clipping and noise."""
+        return self.private and self.unit == "example"
+
+    @property
+    def client_adds_noise(self) -> bool:
+        """Whether a client clips and noises its whole update."""
+        return self.private and self.unit == "client" and self.noise_by == "client"
+
+    @property
+    def server_adds_noise(self) -> bool:
+        """Whether the server clips updates and noises their sum. The draw of clients is then secret."""
+        return self.private and self.unit == "client" and self.noise_by == "server"
+
+    @property
+    def releases_per_turn(self) -> int:
+        """Events that one turn adds to a client's ledger."""
+        return 1 if self.unit == "client" and self.private else self.steps
+
+    @property
+    def releases_per_round(self) -> int:
+        """Events that one round adds to a client's ledger."""
+        return self.turns * self.releases_per_turn
+
+    @property
+    def planned_releases(self) -> int:
+        """Events that the noise is calibrated for."""
+        return (self.rounds if self.server_adds_noise else self.participations) * self.releases_per_round
+
+    def sample_rate(self, examples: int) -> float:
+        """Probability of each draw that amplifies: of an example, of a client, or 1."""
+        if self.server_adds_noise:
+            return self.client_rate
+        if self.client_adds_noise:
+            return 1.0
+        return min(self.batch_size, examples) / examples
+
+    def event(self, examples: int) -> PoissonGaussian:
+        """One release of a client with so many examples, its noise calibrated to the budget.
+
+        Raises:
+            ValueError: no noise reaches the budget.
+        """
+        rate = self.sample_rate(examples)
+        if not self.private:
+            return PoissonGaussian(0.0, rate)
+        assert self.epsilon is not None
+        return PoissonGaussian(calibrate_noise_multiplier(
+            self.epsilon, self.delta, rate, self.planned_releases, self.accountant), rate)
+
+
+def client_mechanism(plan: PrivacyPlan, noise_multiplier: float, source: RandomSource) -> Mechanism:
+    """The Gaussian mechanism on whole updates, each clipped to ``max_update_norm``."""
+    return Mechanism(make_clip_rule("flat", plan.max_update_norm), noise_multiplier, source)
+
+
+def clipped(change: State, bound: float) -> dict[str, Tensor] | None:
+    """The change of all tensors together scaled to norm ≤ ``bound``, in float64; None if it is not finite."""
+    wide = {name: tensor.detach().double() for name, tensor in change.items()}
+    norm = math.sqrt(sum(float(tensor.square().sum()) for tensor in wide.values()))
+    if not math.isfinite(norm):
+        return None
+    # A margin of a few roundings, as for examples (lora_dp.clipping).
+    scale = min(1.0, bound * (1 - 2.0**-40) / norm) if norm else 1.0
+    return {name: tensor * scale for name, tensor in wide.items()}
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
