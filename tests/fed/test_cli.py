@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lora_dp.fed import __main__ as cli
-from lora_dp.fed.client import Client
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.runner import Outcome
 
@@ -129,7 +129,7 @@ def test_help(command, capsys):
         assert {"dataset", "output", "epochs"} <= options
     else:
         assert options >= set(yaml.safe_load(RunConfig().to_yaml())) | {"output", "config"}
-        assert "The federation:\n" in text and "Privacy of each client's examples:\n" in text
+        assert "The federation:\n" in text and "Privacy:\n" in text
     # Every option is explained.
     for option in options:
         assert re.search(rf"--{option}\b[^\n]*\n? +\S", text)
@@ -168,14 +168,14 @@ def interruptible():
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_with_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train = Client.train
+    train = Trainer.train
 
-    def press(client, *args, **kwargs):
-        if client.ledger.steps:
+    def press(trainer, client, examples, task, on_step):
+        if task.round:
             signal.raise_signal(signal.SIGINT)
-        return train(client, *args, **kwargs)
+        return train(trainer, client, examples, task, on_step)
 
-    monkeypatch.setattr(Client, "train", press)
+    monkeypatch.setattr(Trainer, "train", press)
     assert cli.main([*SMALL, "--rounds", "3", "--output", "out"]) == 130
     assert "interrupted" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
-from lora_dp.fed.report import ConsoleReport, RunFolder, draw_curves, summarise
+from lora_dp.fed.folder import RunFolder
+from lora_dp.fed.report import ConsoleReport, draw_curves, summarise
 
 
 def result(index: int, accuracy: float, epsilon: float) -> RoundResult:
@@ -56,7 +57,7 @@ def test_a_single_point_can_be_drawn(tmp_path):
 
 
 def test_metrics_are_on_disk_line_by_line(tmp_path):
-    folder = RunFolder(config(output=tmp_path / "run"))
+    folder = RunFolder.create(config(output=tmp_path / "run"))
     for number, each in enumerate(RESULTS, 1):
         folder.add_metrics(each)
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == number
@@ -81,7 +82,7 @@ def show(federation: Federation, terminal: bool) -> str:
 def test_lines_without_a_terminal(federation):
     lines = show(federation, terminal=False).splitlines()
     assert lines[0].startswith("la-lora · default, r = 4 · digits: 1438 private examples at 2 clients (719 each)")
-    assert lines[1].startswith("ε = 8 at δ = 1e-05 for every client, noise multiplier ")
+    assert lines[1].startswith("ε = 8 at δ = 1e-05 for one example of one client, added or removed; noise multiplier ")
     assert lines[2:] == [
         "start       loss 0.5000   accuracy  50.0 %   worst ε  0.000",
         "round 1/2   loss 0.3000   accuracy  70.0 %   worst ε  4.000   sent 2 MB",

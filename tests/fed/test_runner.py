@@ -12,12 +12,17 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_dp.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded
-from lora_dp.fed.client import Client
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.exchange import Task
+from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation
-from lora_dp.fed.methods import METHODS, factor
+from lora_dp.fed.methods import METHODS, Layers, factor, get_method
+from lora_dp.fed.privacy import PrivacyPlan
 from lora_dp.fed.runner import run
 from lora_dp.fed.server import Server, draw_clients, nbytes
+
+MERGING = ("flora", "rac-lora", "galore")
 
 TINY = {"clients": 2, "rounds": 2, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
@@ -43,7 +48,8 @@ def test_a_run_leaves_everything_behind(tmp_path, method):
     folder = tmp_path / "run"
     outcome = run(tiny(folder, method=method))
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "config.yaml", "curves.png", "ledger.json", "metrics.jsonl", "summary.json",
+        ".lock", "adapter", "checkpoints", "config.yaml", "curves.png", "ledger.json", "ledger.jsonl",
+        *(["merged.safetensors"] if method in MERGING else []), "metrics.jsonl", "summary.json",
     ]
     metrics = lines(folder)
     assert [line["round"] for line in metrics] == [0, 1, 2]
@@ -71,14 +77,15 @@ def test_the_ledger_holds_every_step_and_its_epsilon(tmp_path):
     assert account["worst_epsilon"] == max(client["epsilon"] for client in account["clients"])
 
 
-def test_the_adapter_on_disk_is_the_one_that_was_evaluated(tmp_path):
-    from lora_dp.adapters import load_adapter
+@pytest.mark.parametrize("method", ["la-lora", "galore", "flexlora"])
+def test_the_result_on_disk_is_what_was_evaluated(tmp_path, method):
     from lora_dp.fed.federation import evaluate
+    from lora_dp.fed.results import load_result
 
-    outcome = run(tiny(tmp_path / "run", lr=1.0))
+    outcome = run(tiny(tmp_path / "run", lr=1.0, method=method))
     fresh = Federation.from_config(tiny())
     before = fresh.evaluate()
-    load_adapter(fresh.model, tmp_path / "run" / "adapter")
+    load_result(fresh.model, tmp_path / "run")
     after = evaluate(fresh.model, fresh.validation, fresh.device)
     assert after == pytest.approx((outcome.rounds[-1].loss, outcome.rounds[-1].accuracy), rel=1e-5)
     assert after != pytest.approx(before, rel=1e-3)
@@ -100,49 +107,53 @@ def test_the_written_configuration_runs_the_same_again_bit_for_bit(tmp_path):
 def test_the_seed_fixes_start_and_partition_but_neither_batches_nor_noise():
     one, two, other = (Federation.from_config(tiny(seed=seed)) for seed in (3, 3, 4))
     assert all(tensor.equal(two.server.state[name]) for name, tensor in one.server.state.items())
-    assert all(a.examples.labels.equal(b.examples.labels) for a, b in zip(one.clients, two.clients, strict=True))
+    parts = [[part.labels for part in federation.engine.parts] for federation in (one, two, other)]
+    assert all(a.equal(b) for a, b in zip(parts[0], parts[1], strict=True))
     assert not all(tensor.equal(other.server.state[name]) for name, tensor in one.server.state.items())
-    assert not one.clients[0].examples.labels.equal(other.clients[0].examples.labels)
+    assert not parts[0][0].equal(parts[2][0])
     one.run_round([0])
     two.run_round([0])
     other_state = two.server.state
     assert not any(tensor.equal(other_state[name]) for name, tensor in one.server.state.items() if factor(name) == "B")
 
 
-def test_clients_of_a_reproducible_run_draw_different_noise():
-    federation = Federation.from_config(tiny(reproducible=True))
-    sources = [client._engine.source for client in federation.clients]
-    assert not sources[0].uniform_bits(8).equal(sources[1].uniform_bits(8))
+def test_clients_and_rounds_of_a_reproducible_run_draw_different_noise():
+    trainer = Federation.from_config(tiny(reproducible=True)).trainer
+    places = [(client, index, turn) for client in range(2) for index in range(2) for turn in range(2)]
+    drawn = [tuple(trainer.source(3, *place).uniform_bits(4).tolist()) for place in places]
+    assert len(set(drawn)) == len(places)
+    assert drawn[0] == tuple(trainer.source(3, *places[0]).uniform_bits(4).tolist())
 
 
-def test_the_ledger_on_disk_counts_a_round_before_it_begins(tmp_path, monkeypatch):
-    train, seen = Client.train, []
+def test_the_log_on_disk_counts_a_round_before_it_begins(tmp_path, monkeypatch):
+    train, seen = Trainer.train, []
 
-    def watch(client, *args, **kwargs):
-        account = json.loads((tmp_path / "run" / "ledger.json").read_text())
-        seen.append((client.index, account["clients"][client.index]["steps"], client.ledger.steps))
-        return train(client, *args, **kwargs)
+    def watch(trainer, client, examples, task, on_step):
+        entries = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+        seen.append((client, task.round, entries[-1]))
+        return train(trainer, client, examples, task, on_step)
 
-    monkeypatch.setattr(Client, "train", watch)
+    monkeypatch.setattr(Trainer, "train", watch)
     run(tiny(tmp_path / "run"))
-    assert seen == [(0, 2, 0), (1, 2, 0), (0, 4, 2), (1, 4, 2)]
+    expected = [(client, index, {"round": index + 1, "clients": [0, 1]}) for index in range(2) for client in range(2)]
+    assert seen == expected
 
 
 def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch):
-    train = Client.train
+    train = Trainer.train
 
-    def interrupted(client, *args, **kwargs):
-        if client.ledger.steps >= 2 and client.index == 1:
+    def interrupted(trainer, client, examples, task, on_step):
+        if task.round == 1 and client == 1:
             raise KeyboardInterrupt
-        return train(client, *args, **kwargs)
+        return train(trainer, client, examples, task, on_step)
 
-    monkeypatch.setattr(Client, "train", interrupted)
+    monkeypatch.setattr(Trainer, "train", interrupted)
     outcome = run(tiny(tmp_path / "run"))
     assert outcome.interrupted
     assert [line["round"] for line in lines(tmp_path / "run")] == [0, 1]
     account = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    # Client 0 had taken its steps of the second round, which count although no round came of them.
-    assert [client["steps"] for client in account["clients"]] == [4, 2]
+    # The second round had begun: it counts although nothing came of it.
+    assert [client["steps"] for client in account["clients"]] == [4, 4]
     assert outcome.summary["worst_epsilon"] == account["clients"][0]["epsilon"] > outcome.rounds[-1].epsilon
     assert adapter(tmp_path / "run") and (tmp_path / "run" / "curves.png").exists()
 
@@ -158,41 +169,34 @@ def test_without_privacy_epsilon_is_infinite_and_nothing_is_noised(tmp_path):
 
 
 def test_noise_is_calibrated_to_the_planned_participations():
-    federation = Federation.from_config(tiny(clients=4, clients_per_round=2, rounds=5, local_steps=3))
-    for client in federation.clients:
-        # 5 rounds × 2 places over 4 clients: 2.5, so 3 rounds of 3 steps.
-        assert client.planned_steps == 9
+    account = Federation.from_config(tiny(clients=4, clients_per_round=2, rounds=5, local_steps=3)).account
+    # 5 rounds × 2 places over 4 clients: 2.5, so 3 rounds of 3 steps.
+    assert account.plan.planned_releases == 9
+    for client, size in enumerate(account.sizes):
         ledger = Ledger()
-        ledger.append(client.event, 9)
+        ledger.append(account.event(client), 9)
         assert 8 * 0.998 < ledger.epsilon(1e-5, "rdp") <= 8
-        assert client.event.sample_rate == 16 / len(client.examples)
+        assert account.event(client).sample_rate == 16 / size
 
 
 def test_a_client_whose_budget_is_spent_takes_no_more_part():
     federation = Federation.from_config(tiny(clients=3, clients_per_round=1, rounds=3))
-    assert federation.training.participations == 1
+    assert federation.plan.participations == 1
     for remaining in ({0, 1, 2}, {1, 2}, {2}):
         assert set(federation.draw()) <= remaining
         federation.run_round([min(remaining)])
-    assert federation.draw() == []
-    assert 0 < federation.worst_epsilon() <= 8
-    client, before = federation.clients[0], dict(federation.server.state)
-    with pytest.raises(PrivacyBudgetExceeded, match="Client 0 has spent its budget"):
-        client.train(federation.model, before, federation.method, 3)
-    assert client.ledger.steps == 2
+    before, counts = dict(federation.server.state), [federation.account.releases(client) for client in range(3)]
+    assert 0 < federation.account.worst_epsilon() <= 8
     with pytest.raises(PrivacyBudgetExceeded, match="No client has budget left"):
-        federation.run_round([0, 1])
+        federation.draw()
+    with pytest.raises(PrivacyBudgetExceeded, match="Client 0 has spent its budget"):
+        federation.run_round([0])
     assert all(tensor.equal(before[name]) for name, tensor in federation.server.state.items())
-
-
-def test_a_spent_client_does_not_stop_the_others():
-    federation = Federation.from_config(tiny(rounds=1))
-    federation.run_round([0])
-    assert federation.run_round([0, 1]).participants == [1]
+    assert counts == [federation.account.releases(client) for client in range(3)] == [2, 2, 2]
 
 
 def test_a_run_ends_when_every_budget_is_spent(tmp_path, monkeypatch):
-    monkeypatch.setattr(Client, "planned_steps", 2)
+    monkeypatch.setattr(PrivacyPlan, "planned_releases", 2)
     outcome = run(tiny(tmp_path / "run"))
     assert outcome.summary["status"] == "budget spent" and outcome.summary["rounds"] == 1
 
@@ -201,9 +205,10 @@ def test_a_run_ends_when_every_budget_is_spent(tmp_path, monkeypatch):
 def test_weights(weighting):
     config = tiny(weighting=weighting, partition="dirichlet", dirichlet_alpha=0.5, reproducible=True, method="ffa-lora")
     federation, twin = Federation.from_config(config), Federation.from_config(config)
-    updates = [client.train(twin.model, twin.server.state, twin.method, 0) for client in twin.clients]
+    task = Task(0, 0, 4, twin.server.state)
+    updates = [twin.trainer.train(client, twin.engine.parts[client], task).tensors for client in range(2)]
     federation.run_round([0, 1])
-    sizes = [len(client.examples) for client in federation.clients]
+    sizes = federation.account.sizes.tolist()
     assert sizes[0] != sizes[1]
     share = sizes[0] / sum(sizes) if weighting == "examples" else 0.5
     for name, update in updates[0].items():
@@ -223,7 +228,7 @@ def test_only_what_changed_travels():
 
 
 def test_the_server_refuses_what_does_not_fit():
-    server = Server({"x": torch.zeros(2)})
+    server = Server({"x": torch.zeros(2)}, Layers({}, 1), get_method("la-lora"))
     for wrong in ({"y": torch.zeros(2)}, {"x": torch.zeros(3)}):
         with pytest.raises(ValueError, match="does not fit"):
             server.apply(wrong)
@@ -278,8 +283,19 @@ def test_every_option_has_one_name():
     assert len(names) == sum(len(group) for group in groups) - 1  # all but the output folder
 
 
-def test_the_event_is_what_the_engine_accounts(monkeypatch):
+def test_steps_that_are_not_accounted_for_are_an_error(monkeypatch):
+    """The engine's own ledger is compared with the plan after every turn: here the loader slips in one more draw."""
+    from lora_dp.sampling import PrivateDataLoader
+
+    take = PrivateDataLoader.take
+    monkeypatch.setattr(PrivateDataLoader, "take", lambda loader, steps: take(loader, steps + 1))
+    federation = Federation.from_config(tiny())
+    with pytest.raises(TooFewClients, match="not those that the budget was planned for"):
+        federation.run_round()
+
+
+def test_all_private_steps_are_in_the_account():
     federation = Federation.from_config(tiny())
     federation.run_round([0])
-    assert federation.clients[0].ledger.entries == ((federation.clients[0].event, 2),)
-    assert isinstance(federation.clients[0].event, PoissonGaussian)
+    assert (federation.account.releases(0), federation.account.releases(1)) == (2, 0)
+    assert isinstance(federation.account.event(0), PoissonGaussian)
