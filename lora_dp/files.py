@@ -20,9 +20,34 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):  # where folders can be opened: the rename itself must reach the disk
-        folder = os.open(path.parent, os.O_DIRECTORY)
+    _sync_folder(path.parent)
+
+
+def append_durably(path: Path, line: bytes) -> None:
+    """Append a line, which ends with its line break; on the disk when this returns.
+
+    A part of a line that a crash left at the end is cut off first.
+    """
+    new = not path.exists()
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = end
+        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
+            whole -= 1
+        if whole < end:
+            file.truncate(whole)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names in a folder reach the disk with the folder, where folders can be opened."""
+    if hasattr(os, "O_DIRECTORY"):
+        number = os.open(folder, os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(number)
         finally:
-            os.close(folder)
+            os.close(number)

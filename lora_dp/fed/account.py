@@ -1,7 +1,6 @@
 """Every client's ledger in a run: who may still take part, what ε it adds up to, and the log written ahead."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ import numpy as np
 
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.fed.privacy import UNITS, PrivacyPlan, finite
+from lora_dp.files import append_durably
 
 LOG = "ledger.jsonl"
+_FEW = 8
 
 
 class Account:
@@ -54,11 +55,19 @@ class Account:
         """ε of one client so far; 0 before its first release, inf without privacy."""
         return self._epsilon(self.event(client), self.releases(client))
 
-    def worst_epsilon(self) -> float:
-        """The largest ε of all clients."""
+    def worst_epsilon(self, *, exact: bool = True) -> float:
+        """The largest ε of all clients; an upper bound of it, quickly, where ``exact`` is not asked for and they differ
+        in more than a few ways."""
         counts = np.broadcast_to(self._counts, self.sizes.shape)
-        kinds = {(int(size), int(count)) for size, count in np.unique(np.stack([self.sizes, counts]), axis=1).T}
-        return max(self._epsilon(self._events[size], count) for size, count in kinds)
+        pairs = np.unique(np.stack([self.sizes, counts]), axis=1).T.tolist()
+        kinds = {(self._events[size], count) for size, count in pairs}
+        if exact or len(kinds) <= _FEW or not self.plan.private:
+            return max(self._epsilon(*kind) for kind in kinds)
+        bound = max(_ledger(*kind).epsilon(self.plan.delta, "rdp") for kind in kinds)
+        # The noise was calibrated so that no planned number of releases exceeds the budget.
+        assert self.plan.epsilon is not None
+        within = int(counts.max()) <= self.plan.planned_releases
+        return min(bound, self.plan.epsilon) if within else bound
 
     def noise_multipliers(self) -> list[float]:
         """σ of each kind of client."""
@@ -73,7 +82,8 @@ class Account:
             count = self.releases(client)
             clients.append({
                 "client": "all" if shared else client,
-                "examples": int(self.sizes.sum()) if shared else int(self.sizes[client]),
+                # With whole clients protected, how many examples one has is not public.
+                "examples": None if plan.unit == "client" and plan.private else int(self.sizes[client]),
                 "steps": count,
                 "epsilon": finite(self.epsilon(client)),
                 "ledger": _ledger(self.event(client), count).state_dict(),
@@ -114,51 +124,39 @@ class AheadLog:
     def append(self, number: int, clients: Sequence[int]) -> None:
         """Writes that round ``number`` (from 1) begins with these clients; on the disk when this returns."""
         line = json.dumps({"round": number, "clients": list(clients)}, separators=(",", ":")) + "\n"
-        with self.path.open("ab") as file:
-            # After a crash the last line may be torn: its round had not begun. It must not spoil the next one.
-            if file.tell() and not self._ends_whole():
-                line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_durably(self.path, line.encode())
 
-    def _ends_whole(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
-
-    def replay(self, account: Account, *, reproducible: bool, before: int | None = None) -> None:
-        """Counts every round of the log into an account.
+    def replay(self, account: Account, *, rounds_done: int, reproducible: bool) -> None:
+        """Counts the rounds of the log into an account.
 
         Args:
-            reproducible: count a round that was begun several times once.
-            before: of a reproducible run, only rounds with a smaller number: the others will be done again.
+            rounds_done: the round of the checkpoint that the run goes on from.
+            reproducible: count each round up to that one once; those after it will release the same bits again.
 
         Raises:
-            ValueError: a line inside the log is damaged, so that releases may have been forgotten.
+            ValueError: a line is damaged or missing, so that releases may have been forgotten.
         """
+        # What follows the last line break was cut off by a crash: its round had not begun.
+        lines = (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")[:-1]
         rounds: list[tuple[int, list[int]]] = []
-        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         for index, line in enumerate(lines):
-            if not line:
-                continue
             try:
                 entry = json.loads(line)
-                rounds.append((int(entry["round"]), [int(client) for client in entry["clients"]]))
+                number, clients = int(entry["round"]), [int(client) for client in entry["clients"]]
+                if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
+                    raise ValueError(f"round {number} out of turn")
             except (ValueError, KeyError, TypeError) as error:
-                if _torn(line):
-                    continue
-                raise ValueError(
-                    f"Line {index + 1} of {self.path} is damaged: what was released cannot be counted any more. "
-                    "Restore the file from a backup; do not go on with this run.") from error
+                raise ValueError(self._lost(f"line {index + 1} is damaged")) from error
+            rounds.append((number, clients))
+        if max((n for n, _ in rounds), default=0) < rounds_done:
+            raise ValueError(self._lost(f"it ends before round {rounds_done}"))
         if reproducible:
-            rounds = [(n, clients) for n, clients in dict(rounds).items() if before is None or n < before]
+            rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
         for _, clients in rounds:
             if clients and not 0 <= min(clients) <= max(clients) < len(account.sizes):
                 raise ValueError(f"{self.path} names clients that this run does not have: it belongs to another run.")
             account.add_round(clients)
 
-
-def _torn(line: bytes) -> bool:
-    """Whether a line is the beginning of one that a crash cut off: nothing of it was begun."""
-    return b"}" not in line
+    def _lost(self, what: str) -> str:
+        return (f"The log {self.path} is not whole ({what}): what was released cannot be counted any more. Restore it "
+                "from a backup; do not go on with this run.")

@@ -6,6 +6,7 @@ The JSON file is written last: a checkpoint without it does not exist.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def write(folder: Path, number: int, tensors: Mapping[str, Tensor], numbers: Map
 
 def rounds(folder: Path) -> list[int]:
     """Numbers of the checkpoints there are, ascending."""
-    return sorted(int(path.stem.removeprefix("round-")) for path in (folder / FOLDER).glob("round-*.json"))
+    found = (re.fullmatch(r"round-(\d+)\.json", path.name) for path in (folder / FOLDER).glob("round-*.json"))
+    return sorted(int(match[1]) for match in found if match)
 
 
 def read(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dp.accounting import PoissonGaussian
+from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed import as_released
 from lora_dp.fed.examples import Examples
@@ -154,7 +154,15 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
             on_step()
-        if protected and engine.ledger.entries != ((event, plan.releases_per_turn),):
+        if protected:
+            self._check_ledger(engine.ledger, event)
+
+    def _check_ledger(self, ledger: Ledger, planned: PoissonGaussian) -> None:
+        """Raise RuntimeError unless the steps taken are those accounted for, at a rate that is not above theirs."""
+        taken = ledger.entries
+        if len(taken) != 1 or taken[0][1] != self.plan.releases_per_turn or not (
+                taken[0][0].noise_multiplier >= planned.noise_multiplier
+                and taken[0][0].sample_rate <= planned.sample_rate):
             raise RuntimeError("The steps that were taken are not those that the budget was planned for.")
 
     def _noised(self, trained: State, task: Task, event: PoissonGaussian, place: tuple[int, int, int]) -> State:

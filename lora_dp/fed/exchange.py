@@ -44,11 +44,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a task: an update, or the reason why there is none."""
+    """What came of a task: an update, or the reason why there is none.
+
+    Attributes:
+        failure: in words that tell nothing of the data.
+        detail: more, for the eyes of whoever runs the client: it may quote its data.
+    """
 
     client: int
     update: Update | None
     failure: str | None = None
+    detail: str = ""
 
 
 class Workspace:

@@ -1,7 +1,7 @@
 """Which updates are left out of a round: what a broken or hostile client may send must not reach the global model."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -21,18 +21,18 @@ def fault(update: Update | None, task: Task, names: Iterable[str], largest_norm:
         names: of the tensors that the turn trains.
         largest_norm: of the whole change, above which it is taken for an accident.
     """
-    if update is None or not isinstance(update, Update):
+    if not isinstance(update, Update) or not isinstance(update.tensors, Mapping):
         return "sent nothing"
     expected, tensors = set(names), update.tensors
     if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
+        odd = sorted(map(str, set(tensors) ^ expected))
         return f"sent other tensors than were asked for: {', '.join(odd[:3])}"
     squares = 0.0
     for name, tensor in tensors.items():
         start = task.state[name]
         if not isinstance(tensor, torch.Tensor) or tensor.shape != start.shape:
             return f"sent {name} with shape {tuple(getattr(tensor, 'shape', ()))} for {tuple(start.shape)}"
-        if not tensor.is_floating_point():
+        if tensor.dtype != start.dtype:
             return f"sent {name} as {tensor.dtype}"
         squares += float((tensor.double() - start.double()).square().sum())
     if not math.isfinite(squares):

@@ -17,7 +17,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import Engine
 from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import Examples
-from lora_dp.fed.exchange import Task
+from lora_dp.fed.exchange import Reply, Task
 from lora_dp.fed.faults import TooFewClients, fault
 from lora_dp.fed.job import Job, Parts, open_job
 from lora_dp.fed.methods import Aggregation
@@ -32,8 +32,9 @@ _DRAWS, _BEGIN, _SERVER_NOISE = 1, 6, 7
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What is known after a round. All of it is public: the loss is that of the validation data, which are taken to be
-    public; losses and norms on private examples are never computed for show.
+    """What is known after a round. The loss is that of the validation data, which are taken to be public; losses and
+    norms on private examples are never computed for show. All of it is public but, where the draw is secret, ``failed``
+    and ``seconds``, which tell of it.
 
     Attributes:
         round: from 1; 0 is the start.
@@ -44,7 +45,7 @@ class RoundResult:
         bytes_up, bytes_down: tensors sent to and by the server in this round; where the draw is secret, those of the
             expected number of clients.
         seconds: duration.
-        failed: clients that were left out, each with the reason; their number alone where the draw is secret.
+        failed: clients that were left out, each with the reason.
     """
 
     round: int
@@ -55,7 +56,7 @@ class RoundResult:
     epsilon: float
     bytes_up: int
     bytes_down: int
-    seconds: float
+    seconds: float | None
     failed: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -157,8 +158,27 @@ class Federation:
         if spent := set(drawn) - set(self.account.eligible()):
             raise PrivacyBudgetExceeded(f"Client {min(spent)} has spent its budget: it takes part in no more rounds.")
         if self.log is not None:
-            self.log.append(index + 1, drawn)
+            self.log.append(index + 1, [] if self.plan.server_adds_noise else drawn)
         self.account.add_round(drawn)
+        before = self.server.snapshot()
+        try:
+            up, down, remaining, failed = self._run_turns(index, drawn, on_step)
+            loss, accuracy = self.evaluate() if evaluate else (None, None)
+        except BaseException:
+            # Interrupted or with too few updates: the global state stays that of the last whole round.
+            self.server.go_back(before)
+            raise
+        self.rounds_done += 1
+        phases = " ".join(dict.fromkeys(self.method.phases(index, turn) for turn in range(self.method.turns)))
+        return RoundResult(
+            self.rounds_done, phases, None if self.plan.server_adds_noise else remaining, loss, accuracy,
+            self.account.worst_epsilon(exact=False), up, down, time.perf_counter() - begin, failed,
+        )
+
+    def _run_turns(
+        self, index: int, drawn: Sequence[int], on_step: Callable[[], None]
+    ) -> tuple[int, int, list[int], list[dict[str, Any]]]:
+        """Bytes up and down, the clients that took part to the end, and those that were left out."""
         self.server.begin(index, torch.Generator().manual_seed(derived_seed(self.trainer.seed, _BEGIN, index)))
         up = down = 0
         failed: list[dict[str, Any]] = []
@@ -167,17 +187,9 @@ class Federation:
             sent, received, lost = self._run_turn(index, turn, remaining, on_step)
             down, up = down + sent, up + received
             failed += lost
-            remaining = [client for client in remaining if client not in {entry["client"] for entry in lost}]
-        self.rounds_done += 1
-        loss, accuracy = self.evaluate() if evaluate else (None, None)
-        secret = self.plan.server_adds_noise
-        if secret:
-            failed = [{"client": None, "reason": entry["reason"].partition(":")[0]} for entry in failed]
-        phases = " ".join(dict.fromkeys(self.method.phases(index, turn) for turn in range(self.method.turns)))
-        return RoundResult(
-            self.rounds_done, phases, None if secret else remaining, loss, accuracy, self.account.worst_epsilon(),
-            up, down, time.perf_counter() - begin, failed,
-        )
+            gone = {entry["client"] for entry in lost}
+            remaining = [client for client in remaining if client not in gone]
+        return up, down, remaining, failed
 
     def _run_turn(
         self, index: int, turn: int, drawn: Sequence[int], on_step: Callable[[], None]
@@ -189,9 +201,14 @@ class Federation:
             if plan.server_adds_noise else None
         plain: Aggregation | None = None if noisy else self.method.aggregation()
         failed: list[dict[str, Any]] = []
+        details: list[str] = []
+        waiting = set(drawn)
         up = down = arrived = 0
         tasks = {rank: server.task(index, turn, rank) for rank in {self.ranks[client] for client in drawn}}
-        for reply in self.engine.train(self._tasks(drawn, tasks), on_step):
+        for reply in self._replies(drawn, tasks, on_step):
+            if reply.client not in waiting:
+                continue  # a second answer, or one that nobody asked for
+            waiting.remove(reply.client)
             task = tasks[self.ranks[reply.client]]
             reason = reply.failure or fault(reply.update, task, names, self.fault_norm)
             if reason is None:
@@ -209,11 +226,11 @@ class Federation:
                 arrived += 1
             else:
                 failed.append({"client": reply.client, "reason": reason})
+                details.append(f"client {reply.client} {reason}" + (f": {reply.detail}" if reply.detail else ""))
         if arrived < min(self.min_clients, len(drawn)) or not (arrived or noisy):
-            reasons = "; ".join(f"client {entry['client']} {entry['reason']}" for entry in failed[:3])
             raise TooFewClients(
-                f"Round {index + 1} has {arrived} usable updates of {len(drawn)} clients, fewer than min_clients "
-                f"({self.min_clients}) ({reasons}): mend these clients, or lower min_clients, and resume.")
+                f"Round {index + 1} has too few usable updates: {arrived} of {len(drawn)}, min_clients is "
+                f"{self.min_clients} ({'; '.join(details[:3])}). Mend these clients, or lower min_clients, and resume.")
         if noisy is not None:
             mean = noisy.result(self.trainer.source(_SERVER_NOISE, index, turn))
             down, up = self._expected_bytes(index, turn, names)
@@ -223,9 +240,14 @@ class Federation:
         server.apply(self.method.combine(mean, server.state, server.layers, index, turn))
         return down, up, failed
 
-    def _tasks(self, drawn: Sequence[int], tasks: dict[int, Task]) -> Iterator[tuple[int, Task]]:
-        for client in drawn:
-            yield client, tasks[self.ranks[client]]
+    def _replies(self, drawn: Sequence[int], tasks: dict[int, Task], on_step: Callable[[], None]) -> Iterator[Reply]:
+        """The engine's replies, and one for each client from which there was none."""
+        silent = dict.fromkeys(drawn)
+        for reply in self.engine.train(((client, tasks[self.ranks[client]]) for client in drawn), on_step):
+            silent.pop(reply.client, None)
+            yield reply
+        for client in silent:
+            yield Reply(client, None)
 
     def _expected_bytes(self, index: int, turn: int, names: Sequence[str]) -> tuple[int, int]:
         """Down and up of the expected number of clients: the true ones would tell how many were drawn."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,9 +17,10 @@ from lora_dp.fed.account import LOG, AheadLog
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.privacy import finite
-from lora_dp.files import write_atomically
+from lora_dp.files import append_durably, write_atomically
 
 METRICS = "metrics.jsonl"
+SERVER_ONLY = "server-only.jsonl"
 ENDED = ("finished", "budget spent")
 
 
@@ -55,6 +57,9 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"cannot make the folder {path} ({error.strerror}): choose another --output") from error
         folder = cls(path)
+        if (path / "config.yaml").exists():
+            folder.close()
+            raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
         write_atomically(path / "config.yaml", config.to_yaml())
         return folder
 
@@ -77,9 +82,15 @@ class RunFolder:
         self._lock.close()
 
     def add_metrics(self, result: RoundResult) -> None:
-        """Appends one line to metrics.jsonl; it is on its way to the disk when this returns."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(_line(result))
+        """Appends one line to metrics.jsonl; on the disk when this returns.
+
+        Where the draw is secret, who failed goes to a file that only the server's own user may read.
+        """
+        append_durably(self.path / METRICS, _line(result).encode())
+        if result.participants is None and result.failed:
+            file_number = os.open(self.path / SERVER_ONLY, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(file_number, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"round": result.round, "failed": result.failed}) + "\n")
 
     def keep_rounds(self, last: int) -> list[RoundResult]:
         """Cuts metrics.jsonl (and updates.jsonl) back to the rounds up to ``last``, and returns them.
@@ -141,11 +152,14 @@ def whole_lines(path: Path) -> list[str]:
     """The lines of a JSON-lines file, without one at the end that a crash cut off."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.endswith("}")]
+    return [line for line in path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1] if line]
 
 
 def _line(result: RoundResult) -> str:
-    return json.dumps(asdict(result) | {"epsilon": finite(result.epsilon)}) + "\n"
+    public = asdict(result) | {"epsilon": finite(result.epsilon)}
+    if result.participants is None:
+        public |= {"failed": [], "seconds": None}
+    return json.dumps(public) + "\n"
 
 
 def _fresh(config: RunConfig) -> Path:

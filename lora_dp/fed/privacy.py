@@ -99,12 +99,17 @@ class PrivacyPlan:
         return (self.rounds if self.server_adds_noise else self.participations) * self.releases_per_round
 
     def sample_rate(self, examples: int) -> float:
-        """Probability of each draw that amplifies: of an example, of a client, or 1."""
+        """Probability of each draw that amplifies: of an example (or a little more), of a client, or 1.
+
+        Numbers of examples are rounded down by up to 2 %, so that clients that are nearly alike share one calibration;
+        the rate that is accounted is then as much above the one that is drawn with, and ε is on the safe side.
+        """
         if self.server_adds_noise:
             return self.client_rate
         if self.client_adds_noise:
             return 1.0
-        return min(self.batch_size, examples) / examples
+        size = _rung(examples)
+        return min(self.batch_size, size) / size
 
     def event(self, examples: int) -> PoissonGaussian:
         """One release of a client with so many examples, its noise calibrated to the budget.
@@ -118,6 +123,14 @@ class PrivacyPlan:
         assert self.epsilon is not None
         return PoissonGaussian(calibrate_noise_multiplier(
             self.epsilon, self.delta, rate, self.planned_releases, self.accountant), rate)
+
+
+def _rung(examples: int) -> int:
+    """The largest step of a ladder with steps of 2 % that is not above this number; below 50 every number is one."""
+    if examples <= 50:
+        return examples
+    step = math.floor(math.log(examples) / math.log(1.02))
+    return max(rung for k in (step - 1, step, step + 1) if (rung := math.floor(1.02**k)) <= examples)
 
 
 def client_mechanism(plan: PrivacyPlan, noise_multiplier: float, source: RandomSource) -> Mechanism:

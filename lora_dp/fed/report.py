@@ -32,6 +32,7 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json. ε is null where there is no privacy."""
     first, last = results[0], [result for result in results if result.accuracy is not None][-1]
+    secret = last.participants is None
     noise = [entry["noise_multiplier"] for client in account["clients"] for entry in client["ledger"]["entries"]]
     return {
         "status": status,
@@ -55,8 +56,8 @@ def summarise(
         "public": PUBLIC if config.privacy.unit == "example" else PUBLIC_CLIENTS,
         "bytes_up": sum(result.bytes_up for result in results),
         "bytes_down": sum(result.bytes_down for result in results),
-        "failed_clients": sum(len(result.failed) for result in results),
-        "seconds": round(sum(result.seconds for result in results), 3),
+        "failed_clients": None if secret else sum(len(result.failed) for result in results),
+        "seconds": None if secret else round(sum(result.seconds or 0.0 for result in results), 3),
     }
 
 
@@ -185,7 +186,8 @@ class ConsoleReport:
         table.add_row("accuracy after", f"[bold]{100 * summary['accuracy_after']:.1f} %[/]")
         table.add_row(f"worst ε at δ = {summary['delta']:g}", f"[bold]{worst}[/]")
         table.add_row("sent up, down", f"{_size(summary['bytes_up'])}, {_size(summary['bytes_down'])}")
-        table.add_row("time", f"{summary['seconds']:.0f} s")
+        if summary["seconds"] is not None:
+            table.add_row("time", f"{summary['seconds']:.0f} s")
         table.add_row("results", str(folder))
         if summary["failed_clients"]:
             table.add_row("left out", f"[yellow]{summary['failed_clients']} times a client[/]")

@@ -12,6 +12,7 @@ from lora_dp.accounting import PrivacyBudgetExceeded
 from lora_dp.fed import checkpoint
 from lora_dp.fed import federation as rounds
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.folder import RunFolder
 from lora_dp.fed.report import ConsoleReport, draw_curves, summarise
@@ -68,10 +69,10 @@ def resume(path: Path, console: Console | None = None) -> Outcome:
         for problem in problems:
             report.warn(f"{problem} Going on from the one before it.")
         report.resumed(path, federation.rounds_done)
-        folder.log.replay(
-            federation.account, reproducible=config.run.reproducible, before=federation.rounds_done + 1)
-        return drive(config, federation, folder, report, folder.keep_rounds(federation.rounds_done)
-                     if found is not None else folder.keep_rounds(-1))
+        done = federation.rounds_done
+        folder.log.replay(federation.account, rounds_done=done, reproducible=config.run.reproducible)
+        results = folder.keep_rounds(done if found is not None else -1)
+        return drive(config, federation, folder, report, results)
     finally:
         folder.close()
 
@@ -86,7 +87,7 @@ def drive(
     """
     _match_threads(federation.model)
     federation.log = folder.log
-    status = "finished"
+    status, problem = "finished", None
     report.begin(config, federation)
     try:
         with report.progress:
@@ -95,6 +96,8 @@ def drive(
         status = "interrupted"
     except PrivacyBudgetExceeded:
         status = "budget spent"
+    except TooFewClients as error:
+        status, problem = "stopped", error
     account = federation.account.report()
     folder.write_ledger(account)
     if not results:
@@ -103,9 +106,12 @@ def drive(
     folder.write_adapter(federation.model)
     save_merged(federation.server.state, folder.path)
     summary = summarise(config, results, account, status)
-    folder.write_summary(summary)
     draw_curves(results, config, folder.path / "curves.png")
+    # Last: a run with a summary has ended, and nothing is missing.
+    folder.write_summary(summary)
     report.end(summary, folder.path)
+    if problem is not None:
+        raise problem
     return Outcome(folder.path, summary, results)
 
 

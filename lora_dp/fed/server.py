@@ -96,6 +96,15 @@ class Server:
             self._changed[name] = self.version
         self._starts = {}
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """All there is, for :meth:`go_back`; tensors are replaced and never changed, so nothing is copied."""
+        return dict(self.state), self.version, dict(self._changed), dict(self._additions)
+
+    def go_back(self, snapshot: tuple[Any, ...]) -> None:
+        """Is as it was at :meth:`snapshot`."""
+        self.state, self.version, self._changed, self._additions = snapshot
+        self._starts = {}
+
     def bookkeeping(self) -> dict[str, Any]:
         """Versions and sizes, ready for JSON; the tensors are :attr:`state`."""
         return {"version": self.version, "changed": self._changed, "additions": self._additions}

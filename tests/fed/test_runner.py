@@ -71,7 +71,8 @@ def test_the_ledger_holds_every_step_and_its_epsilon(tmp_path):
         ledger.load_state_dict(client["ledger"])
         [(event, count)] = ledger.entries
         assert count == client["steps"] == 4
-        assert event.sample_rate == 16 / client["examples"]
+        # Rates are accounted on a ladder of 2 %, never below the true one.
+        assert 1 <= event.sample_rate * client["examples"] / 16 < 1.03
         assert client["epsilon"] == ledger.epsilon(1e-5, "rdp") <= 8
     assert sum(client["examples"] for client in account["clients"]) == 1438
     assert account["worst_epsilon"] == max(client["epsilon"] for client in account["clients"])
@@ -176,7 +177,7 @@ def test_noise_is_calibrated_to_the_planned_participations():
         ledger = Ledger()
         ledger.append(account.event(client), 9)
         assert 8 * 0.998 < ledger.epsilon(1e-5, "rdp") <= 8
-        assert account.event(client).sample_rate == 16 / size
+        assert 1 <= account.event(client).sample_rate * size / 16 < 1.03
 
 
 def test_a_client_whose_budget_is_spent_takes_no_more_part():

@@ -1,4 +1,4 @@
-"""The units of privacy: examples, or whole clients with noise by the server or by themselves; and what is as released."""
+"""The units of privacy: examples, or whole clients with noise by the server or by themselves; what is as released."""
 
 import math
 import statistics
@@ -27,7 +27,8 @@ class Scripted:
 
     def train(self, tasks, on_step):
         for client, task in tasks:
-            names = [n for n in self.federation.workspace.state() if self.federation.method.trains(n, task.round, task.turn)]
+            trains = self.federation.method.trains
+            names = [n for n in self.federation.workspace.state() if trains(n, task.round, task.turn)]
             generator = torch.Generator().manual_seed(client)
             yield Reply(client, Update({
                 name: task.state[name] + self.changes[client] * torch.randn(
@@ -197,7 +198,7 @@ def test_the_draw_is_poisson_and_secret():
 
 @pytest.mark.parametrize("method", ["la-lora", "deer", "flora"])
 def test_a_client_s_update_is_noised_as_a_whole(method):
-    """Twins with and without noise: the difference has the deviation that the plan says, measured as the method does."""
+    """Twins with and without noise: the difference has the deviation that the plan says, as the method measures it."""
     options = {"weighting": "equal", **CLIENT, "max_update_norm": 0.25}
     silent = make_federation(method, epsilon=None)
     rules = {}
@@ -299,7 +300,8 @@ def test_what_makes_no_sense_is_refused(options, message, tmp_path):
 
 
 def test_ranks_by_shares():
-    federation = RunConfig.from_flat({"method": "flora", "clients": 10, "ranks": {"2": 0.5, "4": 0.3, "8": 0.2}}).federation
+    shares = {"2": 0.5, "4": 0.3, "8": 0.2}
+    federation = RunConfig.from_flat({"method": "flora", "clients": 10, "ranks": shares}).federation
     ranks = federation.client_ranks(4, seed=1)
     assert sorted(ranks) == [2] * 5 + [4] * 3 + [8] * 2
     assert ranks == federation.client_ranks(4, seed=1) != federation.client_ranks(4, seed=2)

@@ -32,7 +32,8 @@ class LocalEngine:
             except IsolationError:
                 raise  # the model mixes examples: nobody's privacy can be kept, and no other client will do better
             except Exception as error:
-                yield Reply(client, None, f"{type(error).__name__}: {error}")
+                failure = str(error) if isinstance(error, ClientTimeout) else f"raised {type(error).__name__}"
+                yield Reply(client, None, failure, str(error))
             else:
                 yield Reply(client, update)
 
@@ -43,7 +44,7 @@ class LocalEngine:
 
         def step() -> None:
             if time.monotonic() > end:
-                raise ClientTimeout(f"no answer within {limit:g} s")
+                raise ClientTimeout(f"gave no answer within {limit:g} s")
             on_step()
 
         return step
