@@ -1,8 +1,9 @@
-"""Command line: ``python -m lora_dp.fed [run | pretrain] [options]``."""
+"""Command line: ``python -m lora_dp.fed [run | resume | pretrain] [options]``."""
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
@@ -13,14 +14,17 @@ from lora_dp.fed.data import DataConfig
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.models import ModelConfig
 from lora_dp.fed.pretrain import PretrainConfig, pretrain
-from lora_dp.fed.runner import run
+from lora_dp.fed.runner import resume, run
 from lora_dp.isolation import IsolationError
 
 PROG = "python -m lora_dp.fed"
 RUN_HELP = """\
 Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
-Another command, pretrain, makes that vision transformer: pretrain --help."""
+Other commands (each has --help): resume a run that was cut short; pretrain makes that vision transformer."""
+RESUME_HELP = """\
+Go on with a run that was killed or interrupted, from its last checkpoint. With secret noise, the round that was cut
+short has been released and counts."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
@@ -95,6 +99,24 @@ def pretrain_parser() -> ArgumentParser:
     return parser
 
 
+def _on_a_run(command: str, description: str) -> ArgumentParser:
+    """Options of a command that takes the folder of a run."""
+    prog = f"{PROG} {command}"
+    parser = _Parser(prog=prog, usage=f"{prog} RUN", description=description, formatter_class=_Formatter)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="Folder of the run, as in runs/<time>-la-lora-eps8.")
+    return parser
+
+
+def resume_parser() -> ArgumentParser:
+    """Options of resume."""
+    return _on_a_run("resume", RESUME_HELP)
+
+
+def _resume(options: dict[str, Any]) -> int:
+    outcome = resume(options["folder"], Console())
+    return INTERRUPTED if outcome.interrupted else 0
+
+
 def _run(options: dict[str, Any]) -> int:
     outcome = run(RunConfig.from_flat(options), Console())
     return INTERRUPTED if outcome.interrupted else 0
@@ -105,15 +127,22 @@ def _pretrain(options: dict[str, Any]) -> int:
     return 0
 
 
+COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]], int]]] = {
+    "run": (run_parser, _run),
+    "resume": (resume_parser, _resume),
+    "pretrain": (pretrain_parser, _pretrain),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (by default sys.argv's) and returns the exit code: 2 for a wrong option or input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words.pop(0) if words and not words[0].startswith("-") else "run"
-    commands = {"run": (run_parser, _run), "pretrain": (pretrain_parser, _pretrain)}
-    if command not in commands:
-        sys.stderr.write(f"error: there is no command {command!r}: choose {' or '.join(commands)}\n")
+    if command not in COMMANDS:
+        *others, last = COMMANDS
+        sys.stderr.write(f"error: there is no command {command!r}: choose {', '.join(others)} or {last}\n")
         return 2
-    make_parser, action = commands[command]
+    make_parser, action = COMMANDS[command]
     # --local-steps is --local_steps.
     words = [_underscored(word) for word in words]
     options = make_parser().parse_args(words).as_dict()

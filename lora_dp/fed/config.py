@@ -264,7 +264,9 @@ class RunConfig:
             self.model.r = federation.largest_rank
         if chosen.lr is None:
             sgd = chosen.optimizer == "sgd"
-            chosen.lr = method.learning_rate(self.privacy.target) if sgd else ADAMW_LEARNING_RATE
+            # A client that is protected as a whole trains without noise of its own.
+            budget = None if whole_clients else self.privacy.target
+            chosen.lr = method.learning_rate(budget) if sgd else ADAMW_LEARNING_RATE
         if chosen.lr_ratio is None:
             chosen.lr_ratio = method.lr_ratio
         own_filter, own_strength = method.low_pass or ("none", 0.0)

@@ -76,7 +76,7 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("frobnicate", "there is no command 'frobnicate': choose run or pretrain"),
+        ("frobnicate", "there is no command 'frobnicate': choose run, "),
         ("--nonsense 1", "unrecognized arguments: --nonsense"),
         ("--rounds many", "--rounds: expected int. Got value: many"),
         ("--rounds 0", "rounds must be at least 1, not 0"),
@@ -100,6 +100,10 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--dataset ./missing", "no folder ./missing"),
         ("--device abacus", "There is no device 'abacus' here"),
         ("--target_modules [nothing]", "nothing"),
+        ("--method_options.rho 1", "The method la-lora has no option 'rho'"),
+        ("--method flat-lora:nothing", "There is no method 'nothing'"),
+        ("--ranks [2,2,2,2,4]", "take flora or flexlora"),
+        ("resume missing", "missing holds no run"),
         ("pretrain --epochs few", "--epochs: expected int. Got value: few"),
     ],
 )
@@ -114,6 +118,18 @@ def test_a_wrong_option_is_one_clear_sentence(words, expected, capsys, tmp_path,
     assert expected in output.err
     assert output.err.startswith("error: ") and len(output.err.strip().splitlines()) == 1
     assert output.out == "" and not list(tmp_path.iterdir())
+
+
+def test_methods_options_ranks_and_units(ran):
+    words = ("--method lora-fair --method_options.objective cosine --unit client --noise_by client "
+             "--max-update-norm 0.5 --min_clients 2 --client_timeout 60")
+    assert cli.main(words.split()) == 0
+    assert cli.main(["--method", "flora", "--ranks", "{4: 0.5, 8: 0.5}", "--clients", "4"]) == 0
+    assert cli.main(["--method", "flexlora", "--ranks", "[2,4,8,16,2]"]) == 0
+    assert ran[0].method.objective == "cosine"
+    assert (ran[0].privacy.unit, ran[0].privacy.noise_by, ran[0].federation.weighting) == ("client", "client", "equal")
+    assert ran[1].federation.client_ranks(4, 0).count(8) == 2 and ran[1].model.r == 8
+    assert ran[2].federation.client_ranks(4, 0) == [2, 4, 8, 16, 2] and ran[2].model.r == 16
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["pretrain"]])

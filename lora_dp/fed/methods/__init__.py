@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -36,31 +35,25 @@ METHODS: dict[str, type[Method]] = {
 ENTRY_POINTS = "lora_dp.methods"
 
 
-def available() -> dict[str, type[Method]]:
-    """All methods: the ones here, and those that installed packages add.
-
-    Raises:
-        ValueError: an entry point that cannot be loaded, or is no method.
-    """
-    return {**_added(), **METHODS}
+def available() -> list[str]:
+    """Names of all methods: the ones here, and those that installed packages add."""
+    return [*METHODS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in METHODS)]
 
 
-@functools.cache
-def _added() -> dict[str, type[Method]]:
-    added: dict[str, type[Method]] = {}
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            cls = point.load()
-        except Exception as error:
-            raise ValueError(
-                f"The method {point.name!r} of {point.value} cannot be loaded ({type(error).__name__}: {error}): mend "
-                "or uninstall its package.") from error
-        if not (isinstance(cls, type) and issubclass(cls, Method)) or point.name in METHODS:
-            raise ValueError(
-                f"The entry point {point.name!r} ({point.value}) must be a subclass of lora_dp.fed.methods.Method with "
-                "a name of its own.")
-        added[point.name] = cls
-    return added
+def _method_class(name: str) -> type[Method]:
+    """The class of an available method; a package's is loaded when it is asked for, and its own alone."""
+    if name in METHODS:
+        return METHODS[name]
+    [point, *_] = entry_points(group=ENTRY_POINTS, name=name)
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise ValueError(
+            f"The method {name!r} of {point.value} cannot be loaded ({type(error).__name__}: {error}): mend or "
+            "uninstall its package.") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"The method {name!r} ({point.value}) must be a subclass of lora_dp.fed.methods.Method.")
+    return cls
 
 
 def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
@@ -80,7 +73,7 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"There is no method {name!r}: choose {', '.join(known)}.{hint}")
-    cls: Any = known[first]
+    cls: Any = _method_class(first)
     if cls is FlatLoRA:
         rho = {key: given.pop(key) for key in ("rho",) if key in given}
         return FlatLoRA(get_method(base or DPLoRA.name, given), **rho)
