@@ -189,17 +189,20 @@ def _check_unmerged(model: nn.Module) -> None:
             raise ValueError(f"The adapter of '{name}' is merged: call unmerge_adapters before loading another.")
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of both LoRA factors of each layer and of all else that requires grad, named as the model does."""
+def exchanged_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Both LoRA factors of each layer and all else that requires grad, named as the model does: what travels."""
     factors = {id(factor) for layer in _adapters(model).values() for factor in (layer.lora_A, layer.lora_B)}
     return {
-        name: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
+        name: parameter for name, parameter in model.named_parameters()
         if parameter.requires_grad or id(parameter) in factors
     }
 
 
-@torch.no_grad()
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of :func:`exchanged_parameters`."""
+    return {name: parameter.detach().clone() for name, parameter in exchanged_parameters(model).items()}
+
+
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy what :func:`adapter_state` returned into a model with the same adapters.
 
@@ -207,11 +210,19 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ValueError: the names or shapes differ, or an adapter is merged; the model is then unchanged.
     """
     _check_unmerged(model)
-    own = dict(model.named_parameters())
-    shapes = {name: own[name].shape for name in adapter_state(model)}
-    _check_tensors(state, shapes, "The state")
+    load_parameters(exchanged_parameters(model), state)
+
+
+@torch.no_grad()
+def load_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters of the same names.
+
+    Raises:
+        ValueError: the names or shapes differ; nothing was copied.
+    """
+    _check_tensors(state, {name: parameter.shape for name, parameter in parameters.items()}, "The state")
     for name, tensor in state.items():
-        own[name].copy_(tensor)
+        parameters[name].copy_(tensor)
 
 
 def _check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str) -> None:

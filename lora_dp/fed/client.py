@@ -105,10 +105,7 @@ class Trainer:
                 as_released.train_la_lora(self, examples, task, on_step)
             else:
                 self._train_by_engine(examples, task, place, on_step)
-        trained = {
-            name: tensor for name, tensor in self.workspace.state().items()
-            if self.method.trains(name, task.round, task.turn)
-        }
+        trained = self.workspace.state(lambda name: self.method.trains(name, task.round, task.turn))
         if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
             trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
         if self.plan.client_adds_noise:

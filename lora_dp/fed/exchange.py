@@ -1,12 +1,12 @@
 """What server and clients exchange, and the one model on which a process does its work."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_dp.adapters import adapter_state, load_adapter_state
+from lora_dp.adapters import exchanged_parameters, load_parameters
 from lora_dp.fed.methods import Layers, State
 from lora_dp.layers import DPLoRALinear
 
@@ -75,11 +75,18 @@ class Workspace:
         self.layers = Layers(
             {name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()},
             max(ranks, default=0), config.alpha if config is not None else None)
+        # A change of rank keeps the parameters the same objects.
+        self._parameters = exchanged_parameters(model)
         self._loaded: dict[str, Tensor] = {}
 
-    def state(self) -> State:
-        """Copies of the adapters and the head."""
-        return adapter_state(self.model)
+    def state(self, wanted: Callable[[str], bool] = lambda name: True) -> State:
+        """Copies of the adapters and the head; of those names only that are wanted."""
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items() if wanted(name)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors of :meth:`state`."""
+        return list(self._parameters)
 
     def load(self, state: Mapping[str, Tensor], rank: int | None = None) -> None:
         """Puts a state into the model, whose adapters take the rank that is given (by default the largest).
@@ -91,7 +98,7 @@ class Workspace:
         for layer in self._adapted.values():
             if layer.r != rank:
                 layer.set_rank(rank, layer.alpha if self.layers.alpha is not None else rank)
-        load_adapter_state(self.model, {n: t for n, t in state.items() if not n.endswith(MERGED)})
+        load_parameters(self._parameters, {n: t for n, t in state.items() if not n.endswith(MERGED)})
         for name, layer in self._adapted.items():
             self._load_merged(name, layer, state.get(name + MERGED))
 

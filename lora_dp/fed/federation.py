@@ -196,7 +196,7 @@ class Federation:
     ) -> tuple[int, int, list[dict[str, Any]]]:
         """One exchange; returns bytes down and up, and who was left out."""
         server, plan = self.server, self.plan
-        names = [n for n in self.workspace.state() if self.method.trains(n, index, turn)]
+        names = [n for n in self.workspace.names if self.method.trains(n, index, turn)]
         noisy = NoisySum(plan, self.method, server.layers, server.state, index, turn) \
             if plan.server_adds_noise else None
         plain: Aggregation | None = None if noisy else self.method.aggregation()

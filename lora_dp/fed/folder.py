@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -75,7 +76,10 @@ class RunFolder:
             status = json.loads((path / "summary.json").read_text(encoding="utf-8")).get("status")
             if status in ENDED:
                 raise ValueError(f"The run in {path} has ended ({status}): there is nothing to resume.")
-        return cls(path), config
+        folder = cls(path)
+        for left in path.glob(".adapter-*"):  # a crash while the adapter was saved
+            shutil.rmtree(left)
+        return folder, config
 
     def close(self) -> None:
         """Lets other processes work here."""

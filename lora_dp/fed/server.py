@@ -120,7 +120,9 @@ class Server:
                 raise ValueError(f"The checkpoint was made for another model: {name!r} does not fit.")
         if missing := self.state.keys() - state.keys():
             raise ValueError(f"The checkpoint was made for another model: it lacks {min(missing)!r}.")
-        self.state = {name: self._like(tensor, name) for name, tensor in state.items()}
+        # In the order of an uninterrupted run: random draws follow it.
+        order = [*self.state, *(layer + MERGED for layer in self.layers.shapes if layer + MERGED in state)]
+        self.state = {name: self._like(state[name], name) for name in order}
         self.version = int(bookkeeping["version"])
         self._changed = {name: int(version) for name, version in bookkeeping["changed"].items()}
         self._additions = {name: (int(size), int(before)) for name, (size, before) in bookkeeping["additions"].items()}

@@ -39,8 +39,8 @@ def test_the_documented_example_runs(install, tmp_path):
     name, cls = re.search(r'^(\S+) = "my_package.warm_up:(\w+)"', toml, re.MULTILINE).groups()
     install(name, cls, source)
     outcome = run(RunConfig.from_flat({
-        "method": name, "method_options": {"until": 1}, "clients": 2, "rounds": 2, "local_steps": 2, "accountant": "rdp",
-        "device": "cpu", "output": tmp_path / "run"}))
+        "method": name, "method_options": {"until": 1}, "clients": 2, "rounds": 2, "local_steps": 2,
+        "accountant": "rdp", "device": "cpu", "output": tmp_path / "run"}))
     assert [result.phases for result in outcome.rounds] == ["", "B", "AB"]
     assert 0 < outcome.summary["worst_epsilon"] <= 8
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
