@@ -94,7 +94,7 @@ class Federation:
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self._per_round = clients_per_round or len(sizes)
-        # Version of the global state that each client holds.
+        # Version of the global state that each client holds; not kept where the draw is secret.
         self.seen = np.full(len(sizes), -1, dtype=np.int64)
 
     @classmethod
@@ -213,16 +213,15 @@ class Federation:
             reason = reply.failure or fault(reply.update, task, names, self.fault_norm)
             if reason is None:
                 assert reply.update is not None
-                down += server.news_bytes(int(self.seen[reply.client]), task.rank)
-                up += nbytes(reply.update.tensors)
-                self.seen[reply.client] = server.version
                 if noisy is not None:
                     noisy.add(reply.update.tensors, task.state)
                 else:
                     assert plain is not None
-                    plain.add(
-                        self.method.contribution(reply.update.tensors, server.layers),
-                        self._weight(reply.client))
+                    contribution = self.method.contribution(reply.update.tensors, server.layers)
+                    plain.add(contribution, self._weight(reply.client))
+                    down += server.news_bytes(int(self.seen[reply.client]), task.rank)
+                    up += nbytes(reply.update.tensors)
+                    self.seen[reply.client] = server.version
                 arrived += 1
             else:
                 failed.append({"client": reply.client, "reason": reason})

@@ -1,11 +1,14 @@
 """The units of privacy: examples, or whole clients with noise by the server or by themselves; what is as released."""
 
+import io
+import json
 import math
 import statistics
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
 from lora_dp.fed.config import RunConfig
@@ -157,7 +160,7 @@ def noise_of_empty_rounds(method, rounds, **options):
 
 def test_nobody_drawn_is_noise_alone_of_the_right_size():
     options = {**SERVER, "max_update_norm": 0.5, "client_rate": 0.5, "clients": 6}
-    drawn = noise_of_empty_rounds("ffa-lora", 300, **options)
+    drawn = noise_of_empty_rounds("ffa-lora", 60, **options)
     federation = make_federation("ffa-lora", **options)
     sigma = federation.plan.event(1).noise_multiplier * 0.5 / (0.5 * 6)
     values = torch.stack([torch.cat([d["1.lora_B"].flatten(), d["4.weight"].flatten()]) for d in drawn])
@@ -168,7 +171,7 @@ def test_nobody_drawn_is_noise_alone_of_the_right_size():
 
 def test_deer_s_server_noise_is_regulated():
     options = {**SERVER, "max_update_norm": 0.5}
-    drawn = noise_of_empty_rounds("deer", 300, **options)
+    drawn = noise_of_empty_rounds("deer", 60, **options)
     federation = make_federation("deer", **options)
     rule = Regulator.beside("B", federation.server.state["1.lora_A"])
     sigma = federation.plan.event(1).noise_multiplier * 0.5 / 3
@@ -193,6 +196,52 @@ def test_the_draw_is_poisson_and_secret():
     assert result.bytes_up == round(0.25 * 40 * whole)  # of the expected number, whoever was drawn
 
 
+def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
+    """Two runs whose draws differ, but nothing else: their folders differ in nothing but what the noise has touched."""
+    from lora_dp.fed import federation
+    from lora_dp.fed.runner import run
+
+    folders = []
+    for number, drawn in enumerate(([0], [1, 2])):
+        monkeypatch.setattr(federation, "poisson_clients", lambda *_, drawn=drawn: drawn)
+        folders.append(tmp_path / str(number))
+        run(RunConfig.from_flat({
+            "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 2, "local_steps": 1, "accountant": "rdp",
+            "device": "cpu", "output": folders[-1]}), Console(file=io.StringIO()))
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in folders]
+    assert names[0] == names[1] and "server-only.jsonl" not in names[0]
+    assert len({(folder / "ledger.jsonl").read_text() for folder in folders}) == 1
+    assert len({(folder / "ledger.json").read_text() for folder in folders}) == 1
+    metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    for first, second in zip(*metrics, strict=True):
+        released = {"loss", "accuracy"} | ({"seconds"} if first["round"] == 0 else set())
+        assert {n: v for n, v in first.items() if n not in released} == {
+            n: v for n, v in second.items() if n not in released}
+        assert first["round"] == 0 or (first["participants"], first["seconds"]) == (None, None)
+    numbers = [json.loads((folder / "checkpoints" / "round-000002.json").read_text())["numbers"] for folder in folders]
+    assert numbers[0] == numbers[1]
+
+
+def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
+    from lora_dp.fed import federation
+    from lora_dp.fed.client import Trainer
+    from lora_dp.fed.runner import run
+
+    train = Trainer.train
+    monkeypatch.setattr(federation, "poisson_clients", lambda *_: [0, 1, 2])
+    monkeypatch.setattr(Trainer, "train", lambda own, client, *a: 1 / 0 if client == 1 else train(own, client, *a))
+    screen = io.StringIO()
+    outcome = run(RunConfig.from_flat({
+        "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 1, "local_steps": 1, "accountant": "rdp",
+        "device": "cpu", "output": tmp_path / "run"}), Console(file=screen))
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["failed"] == []
+    assert outcome.summary["failed_clients"] is None
+    private = tmp_path / "run" / "server-only.jsonl"
+    assert json.loads(private.read_text())["failed"] == [{"client": 1, "reason": "raised ZeroDivisionError"}]
+    assert private.stat().st_mode & 0o077 == 0
+    assert "left out: client 1 raised ZeroDivisionError" in screen.getvalue()
+
+
 # Client noise
 
 
@@ -205,9 +254,9 @@ def test_a_client_s_update_is_noised_as_a_whole(method):
     if method == "deer":
         rules = {n: Regulator.beside("B", silent.server.state[n[:-1] + "A"]) for n in ("1.lora_B", "3.lora_B")}
     noise = []
-    for seed in range(150):
-        federation = make_federation(method, seed=seed, **options)
-        twin = make_federation(method, epsilon=None, seed=seed)
+    for seed in range(30):
+        federation = make_federation(method, sizes=(12,), seed=seed, **options)
+        twin = make_federation(method, sizes=(12,), epsilon=None, seed=seed)
         noised, plain = updates(federation)[0], updates(twin)[0]
         start = federation.server.state
         change = {n: rules[n].measured(plain[n] - start[n]) if n in rules else plain[n] - start[n] for n in plain}
@@ -272,8 +321,6 @@ def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
     printed = capsys.readouterr().out
     assert "no privacy guarantee (ε = ∞)" in printed and "it would print ε = 8" in printed
     assert "worst ε ∞" in printed.replace("   ", " ")
-    import json
-
     account = json.loads((tmp_path / "run" / "ledger.json").read_text())
     assert account["worst_epsilon"] is None and account["mechanism"] == "as-released"
     assert all(entry["epsilon"] is None for entry in account["clients"])
