@@ -1,5 +1,6 @@
 """The round loop: draws clients, carries tasks to them by an engine, checks and combines what comes back."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lora_dp.accounting import PrivacyBudgetExceeded
 from lora_dp.fed.account import Account, AheadLog
 from lora_dp.fed.client import Trainer, derived_seed
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.diagnostics.updates import UpdateRecorder, expected_noise_norm
 from lora_dp.fed.engines import Engine
 from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import Examples
@@ -76,6 +78,8 @@ class Federation:
 
     Attributes:
         log: where rounds are written ahead; None for none.
+        recorded: what the released updates of the last round say, turn by turn, ready for JSON; empty where single
+            updates are not released.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Federation:
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
         self.rounds_done = 0
         self.log: AheadLog | None = None
+        self.recorded: list[dict[str, Any]] = []
         self._per_round = clients_per_round or len(sizes)
         # Version of the global state that each client holds; not kept where the draw is secret.
         self.seen = np.full(len(sizes), -1, dtype=np.int64)
@@ -160,6 +165,7 @@ class Federation:
         if self.log is not None:
             self.log.append(index + 1, [] if self.plan.server_adds_noise else drawn)
         self.account.add_round(drawn)
+        self.recorded = []
         before = self.server.snapshot()
         try:
             up, down, remaining, failed = self._run_turns(index, drawn, on_step)
@@ -201,6 +207,7 @@ class Federation:
             if plan.server_adds_noise else None
         plain: Aggregation | None = None if noisy else self.method.aggregation()
         failed: list[dict[str, Any]] = []
+        recorder, noise_norm = UpdateRecorder(), functools.cache(functools.partial(self._noise_norm, index, turn))
         details: list[str] = []
         waiting = set(drawn)
         up = down = arrived = 0
@@ -222,6 +229,9 @@ class Federation:
                     down += server.news_bytes(int(self.seen[reply.client]), task.rank)
                     up += nbytes(reply.update.tensors)
                     self.seen[reply.client] = server.version
+                    recorder.add(
+                        reply.client, reply.update.tensors, task.state,
+                        noise_norm(task.rank, int(self.account.sizes[reply.client])))
                 arrived += 1
             else:
                 failed.append({"client": reply.client, "reason": reason})
@@ -236,6 +246,7 @@ class Federation:
         else:
             assert plain is not None
             mean = plain.result()
+            self.recorded.append({"round": index + 1, "turn": turn, **recorder.summary()})
         server.apply(self.method.combine(mean, server.state, server.layers, index, turn))
         return down, up, failed
 
@@ -247,6 +258,10 @@ class Federation:
             yield reply
         for client in silent:
             yield Reply(client, None)
+
+    def _noise_norm(self, index: int, turn: int, rank: int, examples: int) -> float | None:
+        noise_multiplier = self.plan.event(examples).noise_multiplier
+        return expected_noise_norm(self.trainer, self.server.task(index, turn, rank), examples, noise_multiplier)
 
     def _expected_bytes(self, index: int, turn: int, names: Sequence[str]) -> tuple[int, int]:
         """Down and up of the expected number of clients: the true ones would tell how many were drawn."""

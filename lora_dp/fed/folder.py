@@ -21,6 +21,7 @@ from lora_dp.fed.privacy import finite
 from lora_dp.files import append_durably, write_atomically
 
 METRICS = "metrics.jsonl"
+UPDATES = "updates.jsonl"
 SERVER_ONLY = "server-only.jsonl"
 ENDED = ("finished", "budget spent")
 
@@ -96,6 +97,12 @@ class RunFolder:
             with open(file_number, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"round": result.round, "failed": result.failed}) + "\n")
 
+    def add_updates(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Appends to updates.jsonl what the released updates of a round say."""
+        if lines:
+            with (self.path / UPDATES).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
     def keep_rounds(self, last: int) -> list[RoundResult]:
         """Cuts metrics.jsonl (and updates.jsonl) back to the rounds up to ``last``, and returns them.
 
@@ -107,7 +114,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path / METRICS} lacks rounds before the checkpoint (round {last}): restore it from a backup.")
         write_atomically(self.path / METRICS, "".join(_line(result) for result in results))
-        updates = self.path / "updates.jsonl"
+        updates = self.path / UPDATES
         if updates.exists():
             kept = [line for line in whole_lines(updates) if json.loads(line)["round"] <= last]
             write_atomically(updates, "".join(line + "\n" for line in kept))

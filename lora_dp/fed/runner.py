@@ -135,6 +135,7 @@ def _train(
         evaluate = following % config.run.evaluate_every == 0 or following == planned
         result = federation.run_round(on_step=report.step, evaluate=evaluate)
         results.append(result)
+        folder.add_updates(federation.recorded)
         folder.add_metrics(result)
         if following % config.run.checkpoint_every == 0 or following == planned:
             checkpoint.write(folder.path, following, *rounds.checkpoint(federation))

@@ -50,6 +50,7 @@ def test_a_run_leaves_everything_behind(tmp_path, method):
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock", "adapter", "checkpoints", "config.yaml", "curves.png", "ledger.json", "ledger.jsonl",
         *(["merged.safetensors"] if method in MERGING else []), "metrics.jsonl", "summary.json",
+        "updates.jsonl",
     ]
     metrics = lines(folder)
     assert [line["round"] for line in metrics] == [0, 1, 2]
@@ -61,6 +62,15 @@ def test_a_run_leaves_everything_behind(tmp_path, method):
     assert summary["worst_epsilon"] == metrics[2]["epsilon"]
     assert summary["accuracy_before"] == metrics[0]["accuracy"] and summary["accuracy_after"] == metrics[2]["accuracy"]
     assert "number of each client's examples" in summary["public"]
+
+
+def test_what_updates_say_is_recorded_where_single_ones_are_released(tmp_path):
+    run(tiny(tmp_path / "deer", method="deer", clients=3))
+    recorded = [json.loads(line) for line in (tmp_path / "deer" / "updates.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["turn"]) for line in recorded] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert all(line["clients"] == [0, 1, 2] and 0 < min(line["noise_share"]) < 2 for line in recorded)
+    run(tiny(tmp_path / "secret", unit="client", clients=3))
+    assert not (tmp_path / "secret" / "updates.jsonl").exists()
 
 
 def test_the_ledger_holds_every_step_and_its_epsilon(tmp_path):

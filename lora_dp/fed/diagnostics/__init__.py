@@ -1,0 +1,1 @@
+"""Why a run ended as it did: the quantities by which papers explain their methods. See :mod:`.inspect`."""
