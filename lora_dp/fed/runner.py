@@ -1,5 +1,6 @@
 """One run from configuration to results, and a run that was cut short to its end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
         ValueError: settings, data and model that do not go together; nothing has been trained.
         TooFewClients: a round had too few usable updates; the run can be resumed.
     """
-    federation = Federation.from_config(config)
-    folder = RunFolder.create(config)
-    try:
-        return drive(config, federation, folder, ConsoleReport(console or Console()), [])
-    finally:
-        folder.close()
+    def work(federation: Federation) -> Outcome:
+        folder = RunFolder.create(config)
+        try:
+            return drive(config, federation, folder, ConsoleReport(console or Console()), [])
+        finally:
+            folder.close()
+
+    return _with_federation(config, work)
 
 
 def resume(path: Path, console: Console | None = None) -> Outcome:
@@ -61,20 +64,33 @@ def resume(path: Path, console: Console | None = None) -> Outcome:
     """
     folder, config = RunFolder.open(path)
     try:
-        report = ConsoleReport(console or Console())
-        found, problems = checkpoint.newest(path)
-        federation = Federation.from_config(config)
-        if found is not None:
-            rounds.restore(federation, *found)
-        for problem in problems:
-            report.warn(f"{problem} Going on from the one before it.")
-        report.resumed(path, federation.rounds_done)
-        done = federation.rounds_done
-        folder.log.replay(federation.account, rounds_done=done, reproducible=config.run.reproducible)
-        results = folder.keep_rounds(done if found is not None else -1)
-        return drive(config, federation, folder, report, results)
+        return _with_federation(config, lambda federation: _go_on(
+            config, federation, folder, ConsoleReport(console or Console())))
     finally:
         folder.close()
+
+
+def _go_on(config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport) -> Outcome:
+    found, problems = checkpoint.newest(folder.path)
+    if found is not None:
+        rounds.restore(federation, *found)
+    for problem in problems:
+        report.warn(f"{problem} Going on from the one before it.")
+    done = federation.rounds_done
+    report.resumed(folder.path, done)
+    folder.log.replay(federation.account, rounds_done=done, reproducible=config.run.reproducible)
+    return drive(config, federation, folder, report, folder.keep_rounds(done if found is not None else -1))
+
+
+def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -> Outcome:
+    """Does the work on the engine that the configuration names."""
+    if config.federation.engine == "local":
+        return work(Federation.from_config(config))
+    try:
+        from lora_dp.fed.engines.flower import simulate
+    except ImportError as error:
+        raise ImportError('engine flower needs Flower: pip install "lora-dp[flower]"') from error
+    return simulate(config, work)
 
 
 def drive(

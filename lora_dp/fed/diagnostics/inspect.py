@@ -22,13 +22,12 @@ from lora_dp.fed.diagnostics.intruder import THRESHOLD, TOP, adapted_layers, int
 from lora_dp.fed.diagnostics.plots import draw_inspection
 from lora_dp.fed.diagnostics.sharpness import loss_curves, top_eigenvalue
 from lora_dp.fed.examples import Batch, Examples
-from lora_dp.fed.folder import ENDED, read_config, whole_lines
+from lora_dp.fed.folder import ENDED, UPDATES, read_config, whole_lines
 from lora_dp.fed.job import open_job
 from lora_dp.fed.privacy import finite
 from lora_dp.fed.results import load_result
 from lora_dp.files import write_atomically, write_bytes_atomically
 
-UPDATES = "updates.jsonl"
 # So that the embedded model takes less than half a minute on a CPU, and one of 20 million parameters some minutes. The
 # number must depend on the model alone: sharpness on other examples is another sharpness.
 MOST_EXAMPLES, MOST_FOR_LARGE, LARGE = 512, 128, 10**7

@@ -1,0 +1,1 @@
+"""Private federated fine-tuning as a Flower app."""

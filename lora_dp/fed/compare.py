@@ -1,0 +1,444 @@
+"""A grid of runs, methods × ε × seeds: which cells there are, and running those that are left."""
+
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_dp.fed import runner, tables
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.folder import ENDED, RunFolder, read_config
+from lora_dp.files import write_atomically
+
+DEFINITION = "compare.yaml"
+FAILURES = "failures.json"
+_BY_GRID = ("method", "epsilon", "seed", "output")
+Budget = float | Literal["none"]
+
+
+@dataclass
+class CompareConfig:
+    """The grid"""
+
+    methods: list[str] = field(default_factory=lambda: ["la-lora", "dp-lora", "ffa-lora", "rolora"])
+    """Methods to compare: the rows of the table."""
+    epsilons: list[float | Literal["none"]] = field(default_factory=lambda: [1.0, 3.0, 8.0, "none"])
+    """Budgets of every client, none for no privacy: the columns."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each cell is run once with each of these; the table has mean and spread over them."""
+    processes: int = 1
+    """Runs at the same time, each in a process of its own with one thread for the CPU."""
+    output: Path | None = None
+    """Folder of the comparison, the same again to go on with it; by default runs/<time>-compare."""
+
+    def __post_init__(self) -> None:
+        self.epsilons = ["none" if e in ("none", "inf", None, float("inf")) else float(e) for e in self.epsilons]
+        if self.processes < 1:
+            raise ValueError(f"processes must be at least 1, not {self.processes}.")
+        for name in ("methods", "epsilons", "seeds"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} is empty: give at least one.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has {max(values, key=values.count)} twice: leave one out.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    method: str
+    epsilon: Budget
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Its folder, within that of the comparison."""
+        budget = "none" if self.epsilon == "none" else f"{self.epsilon:.12g}"
+        return Path("cells") / self.method.replace(":", "-") / f"eps{budget}" / f"seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.method}, {tables.budget_name(self.epsilon)}, seed {self.seed}"
+
+
+class Grid:
+    """All cells of a comparison, and what they have in common.
+
+    Args:
+        config: methods, budgets and seeds.
+        common: options of a run as :meth:`RunConfig.from_flat` takes them, without those that the grid sets.
+
+    Raises:
+        ValueError: an option that the grid sets, or one that does not fit a cell, which is named.
+    """
+
+    def __init__(self, config: CompareConfig, common: Mapping[str, Any]) -> None:
+        if found := [name for name in _BY_GRID if name in common]:
+            raise ValueError(f"The grid sets {found[0]} of its cells: leave it out of the common options.")
+        self.cells = [Cell(m, e, s) for m in config.methods for e in config.epsilons for s in config.seeds]
+        self.common = {**_defaults(), **common}
+        self._lists = {name: list(getattr(config, name)) for name in ("methods", "epsilons", "seeds")}
+        self.configs: dict[Cell, RunConfig] = {}
+        for cell in self.cells:
+            options = {"method": cell.method, "epsilon": cell.epsilon, "seed": cell.seed}
+            try:
+                self.configs[cell] = RunConfig.from_flat({**common, **options})
+            except ValueError as error:
+                raise ValueError(f"The cell {cell} cannot be run: {error}") from error
+        if len({cell.path for cell in self.cells}) < len(self.cells):
+            raise ValueError("Two cells of the grid would share a folder: leave out methods or budgets nearly alike.")
+
+    @property
+    def example(self) -> RunConfig:
+        """The configuration of one cell, for what all have in common."""
+        return self.configs[self.cells[0]]
+
+    def definition(self) -> dict[str, Any]:
+        """Everything that defines the results, as plain values."""
+        plain = json.loads(json.dumps({**self._lists, **self.common}, default=str))
+        return {str(name): value for name, value in plain.items()}
+
+    @classmethod
+    def read(cls, folder: Path) -> "Grid":
+        """The grid of an existing comparison.
+
+        Raises:
+            ValueError: there is none, or its definition is damaged.
+        """
+        given = _read_definition(folder)
+        own = {name: given.pop(name) for name in ("methods", "epsilons", "seeds") if name in given}
+        return cls(CompareConfig(**own), given)
+
+
+def compare(config: CompareConfig, common: Mapping[str, Any], console: Console | None = None) -> Path:
+    """Runs all cells of a grid that have not finished, and writes tables and plot (:mod:`lora_dp.fed.tables`).
+
+    A cell that a crash or Ctrl-C cut short is resumed. One that fails is a dash in the table, and the others go on;
+    the next call tries it again. With several processes call it under ``if __name__ == "__main__":``, since they
+    import the calling script.
+
+    Args:
+        common: options of a run as :meth:`RunConfig.from_flat` takes them, for all cells; method, epsilon, seed and
+            output are the grid's.
+
+    Returns:
+        The folder of the comparison: compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex and
+        .png, and failures.json where a cell failed.
+
+    Raises:
+        ValueError: an option that does not fit, of any cell; a folder with another comparison. Nothing has been run.
+        KeyboardInterrupt: Ctrl-C; the tables of what has finished are written, and a further call goes on.
+    """
+    console = console or Console()
+    grid = Grid(config, common)
+    folder = config.output or _fresh()
+    with _held(folder):
+        _check_definition(grid, folder)
+        left = [cell for cell in grid.cells if ended_summary(folder / cell.path) is None]
+        jobs = [_placed(grid.configs[cell], folder / cell.path) for cell in left]
+        by_path = {folder / cell.path: cell for cell in left}
+        total, interrupted = len(grid.cells), False
+        failures: dict[Cell, str] = {}
+        _say(console, f"{total} cells, {total - len(left)} of them finished before · {folder}")
+        results = _in_processes(jobs, min(config.processes, len(jobs))) if config.processes > 1 else _here(jobs)
+        with _progress(console) as progress:
+            bar = progress.add_task("cells", total=total, completed=total - len(left))
+            for path, reason in results:
+                cell = by_path[path]
+                if reason == _INTERRUPTED:
+                    interrupted = True
+                    continue
+                if reason is not None:
+                    failures[cell] = reason
+                _say(console, _line(cell, path, reason))
+                progress.advance(bar)
+        _write_failures(folder, failures)
+        cells = read_cells(grid, folder)
+        tables.write(folder, cells, caption(grid, cells), failures={str(c): r for c, r in failures.items()})
+    if interrupted:
+        _say(console, f"interrupted: the same command with --output {folder} goes on")
+        raise KeyboardInterrupt
+    _say(console, "\n" + tables.plain(cells))
+    for cell, reason in failures.items():
+        _say(console, f"failed: {cell}: {reason}")
+    _say(console, f"results: {folder}")
+    return folder
+
+
+def ended_summary(path: Path) -> dict[str, Any] | None:
+    """The summary of a cell that has ended, else None."""
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("status") in ENDED else None
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """Why cells failed in the last call, by their folder within that of the comparison."""
+    try:
+        entries = json.loads((folder / FAILURES).read_text(encoding="utf-8"))
+        return {entry["folder"]: entry["reason"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def read_cells(grid: Grid, folder: Path) -> "tables.DataFrame":
+    """One row a cell, in the order of the grid: its definition, its status, and all numbers of its summary."""
+    failures = read_failures(folder)
+    rows = []
+    for cell in grid.cells:
+        summary = ended_summary(folder / cell.path)
+        reason = failures.get(cell.path.as_posix()) if summary is None else None
+        status = summary["status"] if summary else "failed" if reason else "not finished"
+        rows.append(tables.row(cell.method, cell.epsilon, cell.seed, status, reason, cell.path, summary or {}))
+    return tables.frame(rows)
+
+
+def caption(grid: Grid, cells: "tables.DataFrame") -> str:
+    """What the table shows, and what must be known to read it."""
+    return tables.caption(grid.example, cells, tuned=grid.common.get("lr") is None)
+
+
+def _defaults() -> dict[str, Any]:
+    """The options of a run that cells have in common, as flat options."""
+    found: dict[str, Any] = {}
+    for group in dataclasses.fields(RunConfig):
+        kind: Any = group.default_factory
+        for each in dataclasses.fields(kind):
+            name = "model" if (group.name, each.name) == ("model", "name") else each.name
+            made = each.default_factory is not dataclasses.MISSING
+            found[name] = each.default_factory() if made else each.default  # type: ignore[misc]
+    return {name: value for name, value in found.items() if name not in _BY_GRID}
+
+
+def _fresh() -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
+    candidates = [Path("runs") / (name + (f"-{i}" if i else "")) for i in range(1000)]
+    return next(path for path in candidates if not path.exists())
+
+
+class _held:
+    """The folder of a comparison, made if need be, and held by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {folder} ({error.strerror}): choose another --output") from error
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        self._lock = (self._folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ValueError(
+                f"Another process is at work in {self._folder}: wait for it, or choose another --output.") from error
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+
+def _read_definition(folder: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load((folder / DEFINITION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{folder} holds no comparison ({DEFINITION} is missing or cannot be read): name another.") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{folder / DEFINITION} is no definition of a comparison: restore it from a backup.")
+    return given
+
+
+def _check_definition(grid: Grid, folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} holds a run: choose another --output for the comparison.")
+    new = grid.definition()
+    if not (folder / DEFINITION).exists():
+        text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+        write_atomically(folder / DEFINITION, f"# python -m lora_dp.fed compare --config {DEFINITION}\n{text}")
+        return
+    old = {**_defaults(), **_read_definition(folder)}
+    different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if different:
+        raise ValueError(
+            f"{folder} holds another comparison ({', '.join(different)} differ): choose another --output, or go on "
+            f"with its own {DEFINITION} as --config.")
+
+
+def _placed(config: RunConfig, path: Path) -> RunConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output=path))
+
+
+def _write_failures(folder: Path, failures: Mapping[Cell, str]) -> None:
+    if failures:
+        entries = [{**dataclasses.asdict(c), "folder": c.path.as_posix(), "reason": r} for c, r in failures.items()]
+        write_atomically(folder / FAILURES, json.dumps(entries, indent=1, ensure_ascii=False))
+    else:
+        (folder / FAILURES).unlink(missing_ok=True)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _line(cell: Cell, path: Path, reason: str | None) -> str:
+    summary = ended_summary(path)
+    if summary is None:
+        return f"{cell}   failed: {reason}"
+    note = "" if summary["status"] == "finished" else f"   {summary['status']}"
+    return f"{cell}   accuracy {100 * summary['accuracy_after']:.1f} %{note}"
+
+
+# What follows runs the cells. A result is the cell's folder, and None or why it has not ended.
+_INTERRUPTED = "interrupted"
+Result = tuple[Path, str | None]
+
+
+def run_cell(config: RunConfig) -> Result:
+    """Runs or resumes one cell in this process; errors and Ctrl-C become the result's reason."""
+    path = config.run.output
+    assert path is not None
+    try:
+        outcome = _run_or_resume(config, path)
+        return path, _INTERRUPTED if outcome.interrupted else None
+    except KeyboardInterrupt:
+        return path, _INTERRUPTED
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return path, text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
+    quiet = Console(quiet=True)
+    if not path.exists():
+        return runner.run(config, quiet)
+    # Refused while another process is at work there, whose folder must stay where it is.
+    RunFolder(path).close()
+    try:
+        begun = read_config(path)
+    except ValueError:
+        begun = None
+    if begun is not None:
+        if begun.to_yaml() != config.to_yaml():
+            raise ValueError(f"{path} holds a run with other settings: move it away.")
+        try:
+            return runner.resume(path, quiet)
+        except ValueError:
+            pass
+    aside = next(p for i in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{i}")).exists())
+    path.rename(aside)
+    try:
+        return runner.run(config, quiet)
+    except BaseException:
+        # What stops a new run as well, a missing data set perhaps, was not the old one's fault.
+        if not path.exists():
+            aside.rename(path)
+        raise
+
+
+def _here(jobs: Sequence[RunConfig]) -> Iterator[Result]:
+    """One cell after another in this process, up to the first that is interrupted."""
+    for job in jobs:
+        result = run_cell(job)
+        yield result
+        if result[1] == _INTERRUPTED:
+            return
+
+
+def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Iterator[Result]:
+    """Several cells at a time. Where a process dies, those that were under way are tried once more, each alone."""
+    waiting, context = deque(jobs), multiprocessing.get_context("spawn")
+    while waiting:
+        stop, suspects = context.Event(), []
+        running: dict[Future[Result], RunConfig] = {}
+        with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(stop,)) as pool:
+            try:
+                while (waiting or running) and not suspects:
+                    while waiting and len(running) < processes:
+                        running[pool.submit(_work, waiting[0])] = waiting.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(future)
+                        if isinstance(future.exception(), BrokenProcessPool):
+                            suspects.append(job)
+                        else:
+                            yield future.result()
+            except BrokenProcessPool:  # from submit
+                pass
+            except KeyboardInterrupt:
+                stop.set()
+                for future, job in running.items():
+                    broken = future.exception() is not None
+                    yield (job.run.output or Path(), _INTERRUPTED) if broken else future.result()
+                waiting.clear()
+                yield jobs[0].run.output or Path(), _INTERRUPTED
+                return
+            suspects += running.values()
+        for job in suspects:
+            if processes == 1:
+                yield job.run.output or Path(), "its process died (was memory short?)"
+            else:
+                yield from _in_processes([job], 1)
+
+
+_stopping: Event
+
+
+def _start_worker(stop: Event) -> None:
+    """Of a process of the pool. Ctrl-C reaches it through ``stop``, whoever of the processes the terminal told."""
+    global _stopping
+    _stopping = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
+
+
+def _watch(stop: Event) -> None:
+    parent = multiprocessing.parent_process()
+    while not stop.wait(0.5):
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # nobody is left to hand results to; checkpoints are whole at any time
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _work(config: RunConfig) -> Result:
+    """One cell in a process of the pool."""
+    def once(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the results so far are being written
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        if _stopping.is_set():
+            raise KeyboardInterrupt
+        return run_cell(config)
+    except KeyboardInterrupt:
+        return config.run.output or Path(), _INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,12 @@
+"""Imported before Flower: finds it, and switches off what Flower and Ray report to their makers, unless the
+environment says otherwise."""
+
+import importlib.util
+import os
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
+
+if importlib.util.find_spec("flwr") is None:
+    raise ImportError('engine flower needs Flower: pip install "lora-dp[flower]"')
