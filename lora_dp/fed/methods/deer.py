@@ -14,7 +14,7 @@ class DEeR(Method):
     """
 
     name = "deer"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.05, 3: 0.15, 8: 0.5, inf: 0.3}
     turns = 2
     regulates_noise = True
 

@@ -15,7 +15,7 @@ class FlexLoRA(Method):
     """
 
     name = "flexlora"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.05, 3: 0.1, 8: 0.25, inf: 0.3}
     ranks_may_differ = True
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:

@@ -15,7 +15,7 @@ class FLoRA(Method):
     """
 
     name = "flora"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.1, 3: 0.2, 8: 0.5, inf: 0.3}
     ranks_may_differ = True
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:

@@ -21,7 +21,7 @@ class GaLore(Method):
     """
 
     name = "galore"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.1, 3: 0.2, 8: 0.5, inf: 0.3}
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "A" if round_index % 2 == 0 else "B"

@@ -25,7 +25,7 @@ class LoRAFAIR(Method):
     objective: Literal["ridge", "cosine"] = "ridge"
 
     name: ClassVar[str] = "lora-fair"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.1, 3: 0.2, 8: 0.5, inf: 0.3}
 
     def __post_init__(self) -> None:
         if not self.regularisation > 0:

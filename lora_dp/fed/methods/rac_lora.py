@@ -23,7 +23,7 @@ class RACLoRA(Method):
     trained: Literal["A", "B"] = "B"
 
     name: ClassVar[str] = "rac-lora"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.2, 3: 0.3, 8: 0.5, inf: 0.3}
 
     def __post_init__(self) -> None:
         if self.trained not in ("A", "B"):
