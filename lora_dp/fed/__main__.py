@@ -21,10 +21,14 @@ PROG = "python -m lora_dp.fed"
 RUN_HELP = """\
 Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
-Other commands (each has --help): resume a run that was cut short; pretrain makes that vision transformer."""
+Other commands (each has --help): resume a run that was cut short; inspect one that has ended; pretrain makes that
+vision transformer."""
 RESUME_HELP = """\
 Go on with a run that was killed or interrupted, from its last checkpoint. With secret noise, the round that was cut
 short has been released and counts."""
+INSPECT_HELP = """\
+Measure a finished run, to see why a method wins: intruder dimensions of the adapted weights, sharpness of the model,
+alignment of the clients' updates, the share of noise in them. Only validation data are used."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
@@ -117,6 +121,18 @@ def _resume(options: dict[str, Any]) -> int:
     return INTERRUPTED if outcome.interrupted else 0
 
 
+def inspect_parser() -> ArgumentParser:
+    """Options of inspect."""
+    return _on_a_run("inspect", INSPECT_HELP)
+
+
+def _inspect(options: dict[str, Any]) -> int:
+    from lora_dp.fed.diagnostics.inspect import inspect_run
+
+    inspect_run(options["folder"], Console())
+    return 0
+
+
 def _run(options: dict[str, Any]) -> int:
     outcome = run(RunConfig.from_flat(options), Console())
     return INTERRUPTED if outcome.interrupted else 0
@@ -130,6 +146,7 @@ def _pretrain(options: dict[str, Any]) -> int:
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]], int]]] = {
     "run": (run_parser, _run),
     "resume": (resume_parser, _resume),
+    "inspect": (inspect_parser, _inspect),
     "pretrain": (pretrain_parser, _pretrain),
 }
 

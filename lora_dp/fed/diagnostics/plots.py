@@ -30,22 +30,18 @@ def draw_inspection(report: dict[str, Any], file: BinaryIO) -> None:
     """
     rounds = report["updates"]["rounds"] if report["updates"] else []
     noisy = any(entry["noise_share"] is not None for entry in rounds)
-    below = 0 if not rounds else 3 if noisy else 2
     layers = report["intruder_dimensions"]["layers"]
     top = max(3.6, 0.19 * min(len(layers), _MOST_NAMES) + 1.0)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11.0, top + (3.4 if below else 0.0)), layout="constrained", dpi=160)
-        grid = GridSpec(
-            2 if below else 1, 6, figure=figure, height_ratios=[top, 3.4] if below else None)
+        figure = Figure(figsize=(11.0, top + (3.4 if rounds else 0.0)), layout="constrained", dpi=160)
+        grid = GridSpec(2 if rounds else 1, 6, figure=figure, height_ratios=[top, 3.4] if rounds else None)
         _draw_directions(figure.add_subplot(grid[0, :3]), report["intruder_dimensions"])
         _draw_losses(figure.add_subplot(grid[0, 3:]), report["sharpness"])
-        if below:
-            width = 6 // below
-            last = rounds[-1]
-            _draw_matrix(figure.add_subplot(grid[1, :width]), report["updates"]["last"], last["round"])
-            _draw_cosines(figure.add_subplot(grid[1, width:2 * width]), rounds)
+        if rounds:
+            _draw_matrix(figure.add_subplot(grid[1, :2]), report["updates"]["last"])
+            _draw_cosines(figure.add_subplot(grid[1, 2:4] if noisy else grid[1, 2:]), rounds)
             if noisy:
-                _draw_noise(figure.add_subplot(grid[1, 2 * width:]), rounds)
+                _draw_noise(figure.add_subplot(grid[1, 4:]), rounds)
         budget = "no privacy" if report["epsilon"] is None else f"ε = {report['epsilon']:g}"
         figure.suptitle(
             f"{report['method']} · {budget} · {report['model']} on {report['dataset']} · loss on {report['examples']} "
@@ -92,7 +88,7 @@ def _draw_losses(axis: Any, sharpness: dict[str, Any]) -> None:
     axis.tick_params(length=0)
 
 
-def _draw_matrix(axis: Any, last: dict[str, Any], number: int) -> None:
+def _draw_matrix(axis: Any, last: dict[str, Any]) -> None:
     cosine = np.array(last["cosine"], dtype=float)
     image = axis.imshow(np.ma.masked_invalid(cosine), cmap=_OPPOSITE_TO_ALIKE, vmin=-1, vmax=1)
     clients = [str(client) for client in last["clients"]]
@@ -101,7 +97,6 @@ def _draw_matrix(axis: Any, last: dict[str, Any], number: int) -> None:
             if np.isfinite(value):
                 axis.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=8,
                           color="#ffffff" if abs(value) > 0.6 else INK)
-    axis.set_anchor("W")
     step = max(1, -(-len(clients) // 12))
     axis.set_xticks(range(0, len(clients), step), clients[::step])
     axis.set_yticks(range(0, len(clients), step), clients[::step])
@@ -109,7 +104,7 @@ def _draw_matrix(axis: Any, last: dict[str, Any], number: int) -> None:
     axis.spines[:].set_visible(False)
     axis.set_xlabel("client")
     axis.set_ylabel("client")
-    axis.set_title(f"Cosine of updates, round {number}")
+    axis.set_title(f"Cosine of updates, round {last['round']}")
     axis.tick_params(length=0)
     bar = axis.figure.colorbar(image, ax=axis, shrink=0.9, ticks=[-1, 0, 1])
     bar.outline.set_visible(False)

@@ -197,15 +197,6 @@ class Method(ABC):
         return mean
 
 
-def products(update: State, layers: Layers) -> Contribution:
-    """s·B·A of every adapted layer of an update, as ``<layer>.product``, at the rank that the update has."""
-    found: Contribution = {}
-    for layer in layers.shapes:
-        lora_A, lora_B = update[f"{layer}.lora_A"], update[f"{layer}.lora_B"]
-        found[f"{layer}.product"] = LowRank(lora_B * layers.scaling(lora_A.shape[0]), lora_A)
-    return found
-
-
 def kaiming(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
     """LoRA's start of A: uniform within ±1/√d_in, as ``nn.init.kaiming_uniform_(a=√5)``."""
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1

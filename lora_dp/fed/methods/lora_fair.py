@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_dp.fed.lowrank import LowRank, Matrix, dense
-from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State, products
+from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State
+from lora_dp.fed.methods.by_product import products, without_products
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LoRAFAIR(Method):
     def combine(
         self, mean: Contribution, state: State, layers: Layers, round_index: int, turn: int = 0
     ) -> Contribution:
-        combined = {name: value for name, value in mean.items() if not name.endswith(".product")}
+        combined = without_products(mean)
         scaling = layers.scaling(layers.r)
         for layer in layers.shapes:
             lora_A, lora_B = (dense(mean[f"{layer}.lora_{which}"]).double() for which in "AB")
