@@ -23,8 +23,8 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def append_durably(path: Path, line: bytes) -> None:
-    """Append a line, which ends with its line break; on the disk when this returns.
+def append_durably(path: Path, lines: bytes) -> None:
+    """Append lines, each of which ends with its line break; on the disk when this returns.
 
     A part of a line that a crash left at the end is cut off first.
     """
@@ -36,7 +36,7 @@ def append_durably(path: Path, line: bytes) -> None:
             whole -= 1
         if whole < end:
             file.truncate(whole)
-        file.write(line)
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
     if new:

@@ -1,5 +1,6 @@
-"""Command line: ``python -m lora_dp.fed [run | resume | pretrain] [options]``."""
+"""Command line: ``python -m lora_dp.fed [run | compare | resume | report | inspect | pretrain] [options]``."""
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from rich.console import Console
 
+from lora_dp.fed.compare import CompareConfig
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.faults import TooFewClients
@@ -21,8 +23,13 @@ PROG = "python -m lora_dp.fed"
 RUN_HELP = """\
 Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
-Other commands (each has --help): resume a run that was cut short; inspect one that has ended; pretrain makes that
-vision transformer."""
+Other commands (each has --help): compare runs a grid of methods, budgets and seeds; resume goes on with a run that was
+cut short; report makes a page of a run or a comparison; inspect says why a method wins; pretrain makes the model."""
+COMPARE_HELP = """\
+Run methods × budgets × seeds and write the table (Markdown, CSV, LaTeX) with a plot:
+  --methods la-lora,deer --epsilons 1,8,none --seeds 0,1,2
+Started again with the same --output it goes on where it stopped. All other options of a run are common to all runs."""
+REPORT_HELP = "Write report.html, one self-contained page of a run or a comparison, into its folder."
 RESUME_HELP = """\
 Go on with a run that was killed or interrupted, from its last checkpoint. With secret noise, the round that was cut
 short has been released and counts."""
@@ -32,6 +39,7 @@ alignment of the clients' updates, the share of noise in them. Only validation d
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
+_LISTS = ("--methods", "--epsilons", "--seeds", "--ranks")
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 # What jsonargparse says of types, in plain words.
 _PLAIN = (
@@ -82,16 +90,32 @@ def _parser(prog: str, description: str, usage: str) -> ArgumentParser:
     return parser
 
 
-def run_parser() -> ArgumentParser:
+def _add_run_options(parser: ArgumentParser, skip: set[str]) -> None:
     """Options of a run: flat, in groups, as in the config.yaml that a run writes."""
-    parser = _parser(PROG, RUN_HELP, f"{PROG} [run] [--option value ...]")
     for kind in (FederationConfig, PrivacyConfig, OptimizationConfig, DataConfig, ModelConfig, RunOptions):
         group = parser.add_argument_group(heading(kind))
         if kind is ModelConfig:
             group.add_argument("--model", default=ModelConfig.name, help=MODEL_HELP)
-        group.add_class_arguments(kind, as_group=False, skip={"name", "reproducible"})
+        named = {field.name for field in dataclasses.fields(kind)}
+        group.add_class_arguments(kind, as_group=False, skip=({"name", "reproducible"} | skip) & named)
         if kind is RunOptions:
             group.add_argument("--reproducible", action="store_true", help=REPRODUCIBLE_HELP)
+
+
+def run_parser() -> ArgumentParser:
+    """Options of a run."""
+    parser = _parser(PROG, RUN_HELP, f"{PROG} [run] [--option value ...]")
+    _add_run_options(parser, set())
+    return parser
+
+
+def compare_parser() -> ArgumentParser:
+    """Options of a comparison: the grid's, and those that all its runs have in common."""
+    prog = f"{PROG} compare"
+    parser = _parser(prog, COMPARE_HELP, f"{prog} [--option value ...]")
+    group = parser.add_argument_group(heading(CompareConfig))
+    group.add_class_arguments(CompareConfig, as_group=False)
+    _add_run_options(parser, {"method", "epsilon", "seed", "output"})
     return parser
 
 
@@ -109,6 +133,11 @@ def _on_a_run(command: str, description: str) -> ArgumentParser:
     parser = _Parser(prog=prog, usage=f"{prog} RUN", description=description, formatter_class=_Formatter)
     parser.add_argument("folder", type=Path, metavar="RUN", help="Folder of the run, as in runs/<time>-la-lora-eps8.")
     return parser
+
+
+def report_parser() -> ArgumentParser:
+    """Options of report."""
+    return _on_a_run("report", REPORT_HELP)
 
 
 def resume_parser() -> ArgumentParser:
@@ -133,6 +162,21 @@ def _inspect(options: dict[str, Any]) -> int:
     return 0
 
 
+def _report(options: dict[str, Any]) -> int:
+    from lora_dp.fed.page import write_page
+
+    print(f"page written to {write_page(options['folder'])}")
+    return 0
+
+
+def _compare(options: dict[str, Any]) -> int:
+    from lora_dp.fed.compare import compare
+
+    grid = {field.name: options.pop(field.name) for field in dataclasses.fields(CompareConfig)}
+    compare(CompareConfig(**grid), options, Console())
+    return 0
+
+
 def _run(options: dict[str, Any]) -> int:
     outcome = run(RunConfig.from_flat(options), Console())
     return INTERRUPTED if outcome.interrupted else 0
@@ -145,7 +189,9 @@ def _pretrain(options: dict[str, Any]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]], int]]] = {
     "run": (run_parser, _run),
+    "compare": (compare_parser, _compare),
     "resume": (resume_parser, _resume),
+    "report": (report_parser, _report),
     "inspect": (inspect_parser, _inspect),
     "pretrain": (pretrain_parser, _pretrain),
 }
@@ -161,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     make_parser, action = COMMANDS[command]
     # --local-steps is --local_steps.
-    words = [_underscored(word) for word in words]
+    words = _as_lists([_underscored(word) for word in words])
     options = make_parser().parse_args(words).as_dict()
     options.pop("config", None)
     try:
@@ -171,6 +217,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _as_lists(words: list[str]) -> list[str]:
+    """--seeds 0,1,2 is --seeds [0,1,2]."""
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in _LISTS and equals:
+            words[index] = f"{name}={_bracketed(value)}"
+        elif name in _LISTS and index + 1 < len(words):
+            words[index + 1] = _bracketed(words[index + 1])
+    return words
+
+
+def _bracketed(value: str) -> str:
+    return value if value.startswith(("[", "{")) else f"[{value}]"
 
 
 def _underscored(word: str) -> str:

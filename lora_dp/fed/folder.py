@@ -98,10 +98,9 @@ class RunFolder:
                 file.write(json.dumps({"round": result.round, "failed": result.failed}) + "\n")
 
     def add_updates(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Appends to updates.jsonl what the released updates of a round say."""
+        """Appends to updates.jsonl what the released updates of a round say; on the disk when this returns."""
         if lines:
-            with (self.path / UPDATES).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            append_durably(self.path / UPDATES, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def keep_rounds(self, last: int) -> list[RoundResult]:
         """Cuts metrics.jsonl (and updates.jsonl) back to the rounds up to ``last``, and returns them.

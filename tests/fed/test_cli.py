@@ -125,14 +125,37 @@ def test_methods_options_ranks_and_units(ran):
              "--max-update-norm 0.5 --min_clients 2 --client_timeout 60")
     assert cli.main(words.split()) == 0
     assert cli.main(["--method", "flora", "--ranks", "{4: 0.5, 8: 0.5}", "--clients", "4"]) == 0
-    assert cli.main(["--method", "flexlora", "--ranks", "[2,4,8,16,2]"]) == 0
+    assert cli.main(["--method", "flexlora", "--ranks", "2,4,8,16,2"]) == 0
     assert ran[0].method.objective == "cosine"
     assert (ran[0].privacy.unit, ran[0].privacy.noise_by, ran[0].federation.weighting) == ("client", "client", "equal")
     assert ran[1].federation.client_ranks(4, 0).count(8) == 2 and ran[1].model.r == 8
     assert ran[2].federation.client_ranks(4, 0) == [2, 4, 8, 16, 2] and ran[2].model.r == 16
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["pretrain"]])
+@pytest.mark.parametrize(
+    "words", ["--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3", "--methods=[la-lora,flat-lora:deer] "
+              "--epsilons=[1,none] --seeds=3"])
+def test_compare_takes_lists_and_common_options(monkeypatch, words):
+    import lora_dp.fed.compare
+
+    seen = []
+    monkeypatch.setattr(lora_dp.fed.compare, "compare", lambda grid, common, console: seen.append((grid, common)))
+    assert cli.main(["compare", *words.split(), "--local-steps", "3", "--processes", "2"]) == 0
+    [(grid, common)] = seen
+    assert (grid.methods, grid.epsilons, grid.seeds) == (["la-lora", "flat-lora:deer"], [1.0, "none"], [3])
+    assert grid.processes == 2 and common["local_steps"] == 3
+    assert not {"method", "epsilon", "seed", "output"} & set(common)
+    RunConfig.from_flat(common)
+
+
+@pytest.mark.parametrize("command", ["resume", "report", "inspect"])
+def test_a_command_on_a_folder_that_is_no_run(command, tmp_path, capsys):
+    assert cli.main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.strip().splitlines()) == 1 and str(tmp_path) in error
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["pretrain"], ["compare"], ["resume"], ["report"], ["inspect"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
@@ -141,7 +164,11 @@ def test_help(command, capsys):
     assert max(map(len, text.splitlines())) <= 118
     assert "==" not in text and "<class" not in text and "null" not in text
     options = set(re.findall(r"^  --(\w+)", text, flags=re.MULTILINE))
-    if command == ["pretrain"]:
+    if command in (["resume"], ["report"], ["inspect"]):
+        assert "RUN" in text
+    elif command == ["compare"]:
+        assert {"methods", "epsilons", "seeds", "local_steps"} <= options and not {"method", "epsilon"} & options
+    elif command == ["pretrain"]:
         assert {"dataset", "output", "epochs"} <= options
     else:
         assert options >= set(yaml.safe_load(RunConfig().to_yaml())) | {"output", "config"}
