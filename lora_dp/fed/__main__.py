@@ -23,8 +23,8 @@ PROG = "python -m lora_dp.fed"
 RUN_HELP = """\
 Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
-Other commands (each has --help): compare runs a grid of methods, budgets and seeds; resume goes on with a run that was
-cut short; report makes a page of a run or a comparison; inspect says why a method wins; pretrain makes the model."""
+Other commands (each has --help): compare runs a grid of methods, budgets and seeds; resume goes on with a run that
+was cut short; report makes a page of a run or comparison; inspect says why a method wins; pretrain makes the model."""
 COMPARE_HELP = """\
 Run methods × budgets × seeds and write the table (Markdown, CSV, LaTeX) with a plot:
   --methods la-lora,deer --epsilons 1,8,none --seeds 0,1,2

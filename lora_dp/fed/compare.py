@@ -1,5 +1,6 @@
 """A grid of runs, methods × ε × seeds: which cells there are, and running those that are left."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from pandas import DataFrame
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -159,17 +161,18 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
         failures: dict[Cell, str] = {}
         _say(console, f"{total} cells, {total - len(left)} of them finished before · {folder}")
         results = _in_processes(jobs, min(config.processes, len(jobs))) if config.processes > 1 else _here(jobs)
-        with _progress(console) as progress:
+        with _progress(console) as progress, contextlib.closing(results):
             bar = progress.add_task("cells", total=total, completed=total - len(left))
-            for path, reason in results:
-                cell = by_path[path]
-                if reason == _INTERRUPTED:
-                    interrupted = True
-                    continue
-                if reason is not None:
-                    failures[cell] = reason
-                _say(console, _line(cell, path, reason))
-                progress.advance(bar)
+            try:
+                for path, reason in results:
+                    if reason == _INTERRUPTED:
+                        raise KeyboardInterrupt
+                    if reason is not None:
+                        failures[by_path[path]] = reason
+                    _say(console, _line(by_path[path], path, reason))
+                    progress.advance(bar)
+            except KeyboardInterrupt:
+                interrupted = True
         _write_failures(folder, failures)
         cells = read_cells(grid, folder)
         tables.write(folder, cells, caption(grid, cells), failures={str(c): r for c, r in failures.items()})
@@ -201,7 +204,7 @@ def read_failures(folder: Path) -> dict[str, str]:
         return {}
 
 
-def read_cells(grid: Grid, folder: Path) -> "tables.DataFrame":
+def read_cells(grid: Grid, folder: Path) -> DataFrame:
     """One row a cell, in the order of the grid: its definition, its status, and all numbers of its summary."""
     failures = read_failures(folder)
     rows = []
@@ -213,7 +216,7 @@ def read_cells(grid: Grid, folder: Path) -> "tables.DataFrame":
     return tables.frame(rows)
 
 
-def caption(grid: Grid, cells: "tables.DataFrame") -> str:
+def caption(grid: Grid, cells: DataFrame) -> str:
     """What the table shows, and what must be known to read it."""
     return tables.caption(grid.example, cells, tuned=grid.common.get("lr") is None)
 
@@ -223,10 +226,8 @@ def _defaults() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in dataclasses.fields(RunConfig):
         kind: Any = group.default_factory
-        for each in dataclasses.fields(kind):
-            name = "model" if (group.name, each.name) == ("model", "name") else each.name
-            made = each.default_factory is not dataclasses.MISSING
-            found[name] = each.default_factory() if made else each.default  # type: ignore[misc]
+        values = vars(kind())
+        found |= {"model": values.pop("name"), **values} if group.name == "model" else values
     return {name: value for name, value in found.items() if name not in _BY_GRID}
 
 
@@ -236,27 +237,20 @@ def _fresh() -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-class _held:
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
     """The folder of a comparison, made if need be, and held by one process at a time."""
-
-    def __init__(self, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder} ({error.strerror}): choose another --output") from error
+    with (folder / ".lock").open("w") as lock:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"cannot make the folder {folder} ({error.strerror}): choose another --output") from error
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        self._lock = (self._folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
             raise ValueError(
-                f"Another process is at work in {self._folder}: wait for it, or choose another --output.") from error
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
+                f"Another process is at work in {folder}: wait for it, or choose another --output.") from error
+        yield
 
 
 def _read_definition(folder: Path) -> dict[str, Any]:
@@ -363,7 +357,7 @@ def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
         raise
 
 
-def _here(jobs: Sequence[RunConfig]) -> Iterator[Result]:
+def _here(jobs: Sequence[RunConfig]) -> Generator[Result, None, None]:
     """One cell after another in this process, up to the first that is interrupted."""
     for job in jobs:
         result = run_cell(job)
@@ -372,17 +366,19 @@ def _here(jobs: Sequence[RunConfig]) -> Iterator[Result]:
             return
 
 
-def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Iterator[Result]:
+def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result, None, None]:
     """Several cells at a time. Where a process dies, those that were under way are tried once more, each alone."""
     waiting, context = deque(jobs), multiprocessing.get_context("spawn")
     while waiting:
-        stop, suspects = context.Event(), []
+        stop = context.Event()
+        suspects: list[RunConfig] = []
         running: dict[Future[Result], RunConfig] = {}
         with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(stop,)) as pool:
             try:
                 while (waiting or running) and not suspects:
                     while waiting and len(running) < processes:
-                        running[pool.submit(_work, waiting[0])] = waiting.popleft()
+                        future = pool.submit(_work, waiting[0])
+                        running[future] = waiting.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job = running.pop(future)
                         if isinstance(future.exception(), BrokenProcessPool):
@@ -391,14 +387,9 @@ def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Iterator[Result]
                             yield future.result()
             except BrokenProcessPool:  # from submit
                 pass
-            except KeyboardInterrupt:
-                stop.set()
-                for future, job in running.items():
-                    broken = future.exception() is not None
-                    yield (job.run.output or Path(), _INTERRUPTED) if broken else future.result()
-                waiting.clear()
-                yield jobs[0].run.output or Path(), _INTERRUPTED
-                return
+            except BaseException:
+                stop.set()  # and the pool waits until they have written what they have
+                raise
             suspects += running.values()
         for job in suspects:
             if processes == 1:

@@ -76,6 +76,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         "state": {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors.items()},
         "numbers": numbers,
         "metrics": [without_seconds(entry) for entry in lines(folder / "metrics.jsonl")],
+        "updates": [path.read_text() for path in folder.glob("updates.jsonl")],
         "ledger": json.loads((folder / "ledger.json").read_text()),
         "summary": without_seconds(json.loads((folder / "summary.json").read_text())),
     }

@@ -132,7 +132,9 @@ class FlowerEngine:
 
     def _meet(self) -> None:
         """Asks nodes that are new who they are, and hears those that have answered."""
-        new = [node for node in self._grid.get_node_ids() if node not in self._known]
+        listed = list(self._grid.get_node_ids())
+        self._known &= set(listed)  # one that went away and comes back is asked again
+        new = [node for node in listed if node not in self._known]
         for start in range(0, len(new), _PUSHED_AT_ONCE):
             questions = [
                 Message(RecordDict({messages.CONFIG: self._config}), dst_node_id=node, message_type="query")
@@ -153,11 +155,11 @@ class FlowerEngine:
             if isinstance(said, str) or not 0 <= said.client < self._clients:
                 reason = said if isinstance(said, str) else f"claims to be client {said.client} of {self._clients}"
                 _LOG.warning("Node %d is left out: it %s.", node, reason)
-                if reply.has_error():
-                    self._known.discard(node)
                 continue
             self._introductions.setdefault(said.client, said)
-            self._claims.setdefault(said.client, []).append(node)
+            claims = self._claims.setdefault(said.client, [])
+            if node not in claims:
+                claims.append(node)
 
     def _node(self, client: int, online: set[int]) -> int | None:
         """The first connected node that claimed the client's number: no later one takes it away."""
