@@ -4,30 +4,22 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pandas import DataFrame
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_dp.fed import runner, tables
+from lora_dp.fed import tables
+from lora_dp.fed.cells import INTERRUPTED, run_all
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.folder import ENDED, RunFolder, read_config
+from lora_dp.fed.folder import ENDED
 from lora_dp.files import write_atomically
 
 DEFINITION = "compare.yaml"
@@ -160,12 +152,11 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
         total, interrupted = len(grid.cells), False
         failures: dict[Cell, str] = {}
         _say(console, f"{total} cells, {total - len(left)} of them finished before · {folder}")
-        results = _in_processes(jobs, min(config.processes, len(jobs))) if config.processes > 1 else _here(jobs)
-        with _progress(console) as progress, contextlib.closing(results):
+        with _progress(console) as progress, contextlib.closing(run_all(jobs, config.processes)) as results:
             bar = progress.add_task("cells", total=total, completed=total - len(left))
             try:
                 for path, reason in results:
-                    if reason == _INTERRUPTED:
+                    if reason == INTERRUPTED:
                         raise KeyboardInterrupt
                     if reason is not None:
                         failures[by_path[path]] = reason
@@ -308,128 +299,3 @@ def _line(cell: Cell, path: Path, reason: str | None) -> str:
         return f"{cell}   failed: {reason}"
     note = "" if summary["status"] == "finished" else f"   {summary['status']}"
     return f"{cell}   accuracy {100 * summary['accuracy_after']:.1f} %{note}"
-
-
-# What follows runs the cells. A result is the cell's folder, and None or why it has not ended.
-_INTERRUPTED = "interrupted"
-Result = tuple[Path, str | None]
-
-
-def run_cell(config: RunConfig) -> Result:
-    """Runs or resumes one cell in this process; errors and Ctrl-C become the result's reason."""
-    path = config.run.output
-    assert path is not None
-    try:
-        outcome = _run_or_resume(config, path)
-        return path, _INTERRUPTED if outcome.interrupted else None
-    except KeyboardInterrupt:
-        return path, _INTERRUPTED
-    except Exception as error:
-        text = " ".join(str(error).split())
-        return path, text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
-    quiet = Console(quiet=True)
-    if not path.exists():
-        return runner.run(config, quiet)
-    # Refused while another process is at work there, whose folder must stay where it is.
-    RunFolder(path).close()
-    try:
-        begun = read_config(path)
-    except ValueError:
-        begun = None
-    if begun is not None:
-        if begun.to_yaml() != config.to_yaml():
-            raise ValueError(f"{path} holds a run with other settings: move it away.")
-        try:
-            return runner.resume(path, quiet)
-        except ValueError:
-            pass
-    aside = next(p for i in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{i}")).exists())
-    path.rename(aside)
-    try:
-        return runner.run(config, quiet)
-    except BaseException:
-        # What stops a new run as well, a missing data set perhaps, was not the old one's fault.
-        if not path.exists():
-            aside.rename(path)
-        raise
-
-
-def _here(jobs: Sequence[RunConfig]) -> Generator[Result, None, None]:
-    """One cell after another in this process, up to the first that is interrupted."""
-    for job in jobs:
-        result = run_cell(job)
-        yield result
-        if result[1] == _INTERRUPTED:
-            return
-
-
-def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result, None, None]:
-    """Several cells at a time. Where a process dies, those that were under way are tried once more, each alone."""
-    waiting, context = deque(jobs), multiprocessing.get_context("spawn")
-    while waiting:
-        stop = context.Event()
-        suspects: list[RunConfig] = []
-        running: dict[Future[Result], RunConfig] = {}
-        with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(stop,)) as pool:
-            try:
-                while (waiting or running) and not suspects:
-                    while waiting and len(running) < processes:
-                        future = pool.submit(_work, waiting[0])
-                        running[future] = waiting.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        job = running.pop(future)
-                        if isinstance(future.exception(), BrokenProcessPool):
-                            suspects.append(job)
-                        else:
-                            yield future.result()
-            except BrokenProcessPool:  # from submit
-                pass
-            except BaseException:
-                stop.set()  # and the pool waits until they have written what they have
-                raise
-            suspects += running.values()
-        for job in suspects:
-            if processes == 1:
-                yield job.run.output or Path(), "its process died (was memory short?)"
-            else:
-                yield from _in_processes([job], 1)
-
-
-_stopping: Event
-
-
-def _start_worker(stop: Event) -> None:
-    """Of a process of the pool. Ctrl-C reaches it through ``stop``, whoever of the processes the terminal told."""
-    global _stopping
-    _stopping = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
-
-
-def _watch(stop: Event) -> None:
-    parent = multiprocessing.parent_process()
-    while not stop.wait(0.5):
-        if parent is not None and not parent.is_alive():
-            os._exit(1)  # nobody is left to hand results to; checkpoints are whole at any time
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def _work(config: RunConfig) -> Result:
-    """One cell in a process of the pool."""
-    def once(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the results so far are being written
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, once)
-    try:
-        if _stopping.is_set():
-            raise KeyboardInterrupt
-        return run_cell(config)
-    except KeyboardInterrupt:
-        return config.run.output or Path(), _INTERRUPTED
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)

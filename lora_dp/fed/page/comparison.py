@@ -1,0 +1,66 @@
+"""What the page of a comparison shows, from its folder."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+
+from lora_dp.fed import tables
+from lora_dp.fed.compare import Grid, caption, read_cells
+from lora_dp.fed.folder import ENDED
+from lora_dp.fed.page import figures
+from lora_dp.fed.privacy import AS_RELEASED
+from lora_dp.fed.report import RESEARCH_ONLY
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """The variables of comparison.html.j2, of a grid that may still be running.
+
+    Raises:
+        ValueError: the definition is damaged, or does not fit this version.
+    """
+    grid = Grid.read(folder)
+    cells = read_cells(grid, folder)
+    ended = cells["status"].isin(ENDED)
+    config = grid.example
+    budgets = sorted(cells["epsilon"].unique(), key=lambda budget: float("inf") if budget == "none" else budget)
+    return {
+        "title": f"Comparison on {config.data.dataset}",
+        "folder": folder.resolve().name,
+        "methods": list(cells["method"].unique()),
+        "budgets": [tables.budget_name(budget) for budget in budgets],
+        "seeds": sorted(cells["seed"].unique()),
+        "count": len(cells),
+        "finished": int(ended.sum()),
+        "warnings": [text for text, given in (
+            (AS_RELEASED, config.privacy.mechanism == "as-released"), (RESEARCH_ONLY, config.run.reproducible)
+        ) if given],
+        "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
+        "table": _table(cells),
+        "caption": caption(grid, cells),
+        "plot": figures.grid(cells) if ended.any() else None,
+        "cells": [_cell(folder, row) for row in cells.to_dict("records")],
+        "failures": [row for row in cells.to_dict("records") if row["status"] == "failed"],
+        "budget_name": tables.budget_name,
+        "settings": yaml.safe_dump(grid.definition(), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _table(cells: Any) -> dict[str, Any]:
+    """Column heads and rows (method, [(text, best)]); the best of a column is told by a mark that no text has."""
+    mark = "\0"
+    shown = tables.table(cells, lambda entry: entry + mark)
+    return {
+        "head": list(shown.columns),
+        "rows": [
+            (method, [(entry.rstrip(mark), entry.endswith(mark)) for entry in row])
+            for method, row in zip(shown.index, shown.to_numpy().tolist(), strict=True)],
+    }
+
+
+def _cell(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """One cell with a link to its folder, or to its own page where it has one."""
+    page = Path(row["folder"]) / "report.html"
+    target = page.as_posix() if (folder / page).exists() else f"{row['folder']}/"
+    return {**row, "link": quote(target), "exists": (folder / row["folder"]).exists()}
