@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from rich.console import Console
 
-from lora_dp.fed.compare import CompareConfig
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.faults import TooFewClients
+from lora_dp.fed.grid import CompareConfig
 from lora_dp.fed.models import ModelConfig
 from lora_dp.fed.pretrain import PretrainConfig, pretrain
 from lora_dp.fed.runner import resume, run
@@ -39,7 +39,7 @@ alignment of the clients' updates, the share of noise in them. Only validation d
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
-_LISTS = ("--methods", "--epsilons", "--seeds", "--ranks")
+_LISTS = ("--methods", "--epsilons", "--seeds", "--learning_rates", "--ranks")
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 # What jsonargparse says of types, in plain words.
 _PLAIN = (

@@ -1,17 +1,15 @@
-"""A grid of runs, methods × ε × seeds: which cells there are, and running those that are left."""
+"""Running a grid: the cells that are left, several at a time if need be, and then its tables and plot."""
 
 import contextlib
 import dataclasses
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pandas import DataFrame
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,107 +17,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_dp.fed import tables
 from lora_dp.fed.cells import INTERRUPTED, run_all
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.folder import ENDED
+from lora_dp.fed.grid import (
+    DEFINITION,
+    FAILURES,
+    Cell,
+    CompareConfig,
+    Grid,
+    caption,
+    defaults,
+    ended_summary,
+    read_cells,
+    read_definition,
+    read_trials,
+)
 from lora_dp.files import write_atomically
-
-DEFINITION = "compare.yaml"
-FAILURES = "failures.json"
-_BY_GRID = ("method", "epsilon", "seed", "output")
-Budget = float | Literal["none"]
-
-
-@dataclass
-class CompareConfig:
-    """The grid"""
-
-    methods: list[str] = field(default_factory=lambda: ["la-lora", "dp-lora", "ffa-lora", "rolora"])
-    """Methods to compare: the rows of the table."""
-    epsilons: list[float | Literal["none"]] = field(default_factory=lambda: [1.0, 3.0, 8.0, "none"])
-    """Budgets of every client, none for no privacy: the columns."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Each cell is run once with each of these; the table has mean and spread over them."""
-    processes: int = 1
-    """Runs at the same time, each in a process of its own with one thread for the CPU."""
-    output: Path | None = None
-    """Folder of the comparison, the same again to go on with it; by default runs/<time>-compare."""
-
-    def __post_init__(self) -> None:
-        self.epsilons = ["none" if e in ("none", "inf", None, float("inf")) else float(e) for e in self.epsilons]
-        if self.processes < 1:
-            raise ValueError(f"processes must be at least 1, not {self.processes}.")
-        for name in ("methods", "epsilons", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise ValueError(f"{name} is empty: give at least one.")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} has {max(values, key=values.count)} twice: leave one out.")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison."""
-
-    method: str
-    epsilon: Budget
-    seed: int
-
-    @property
-    def path(self) -> Path:
-        """Its folder, within that of the comparison."""
-        budget = "none" if self.epsilon == "none" else f"{self.epsilon:.12g}"
-        return Path("cells") / self.method.replace(":", "-") / f"eps{budget}" / f"seed{self.seed}"
-
-    def __str__(self) -> str:
-        return f"{self.method}, {tables.budget_name(self.epsilon)}, seed {self.seed}"
-
-
-class Grid:
-    """All cells of a comparison, and what they have in common.
-
-    Args:
-        config: methods, budgets and seeds.
-        common: options of a run as :meth:`RunConfig.from_flat` takes them, without those that the grid sets.
-
-    Raises:
-        ValueError: an option that the grid sets, or one that does not fit a cell, which is named.
-    """
-
-    def __init__(self, config: CompareConfig, common: Mapping[str, Any]) -> None:
-        if found := [name for name in _BY_GRID if name in common]:
-            raise ValueError(f"The grid sets {found[0]} of its cells: leave it out of the common options.")
-        self.cells = [Cell(m, e, s) for m in config.methods for e in config.epsilons for s in config.seeds]
-        self.common = {**_defaults(), **common}
-        self._lists = {name: list(getattr(config, name)) for name in ("methods", "epsilons", "seeds")}
-        self.configs: dict[Cell, RunConfig] = {}
-        for cell in self.cells:
-            options = {"method": cell.method, "epsilon": cell.epsilon, "seed": cell.seed}
-            try:
-                self.configs[cell] = RunConfig.from_flat({**common, **options})
-            except ValueError as error:
-                raise ValueError(f"The cell {cell} cannot be run: {error}") from error
-        if len({cell.path for cell in self.cells}) < len(self.cells):
-            raise ValueError("Two cells of the grid would share a folder: leave out methods or budgets nearly alike.")
-
-    @property
-    def example(self) -> RunConfig:
-        """The configuration of one cell, for what all have in common."""
-        return self.configs[self.cells[0]]
-
-    def definition(self) -> dict[str, Any]:
-        """Everything that defines the results, as plain values."""
-        plain = json.loads(json.dumps({**self._lists, **self.common}, default=str))
-        return {str(name): value for name, value in plain.items()}
-
-    @classmethod
-    def read(cls, folder: Path) -> "Grid":
-        """The grid of an existing comparison.
-
-        Raises:
-            ValueError: there is none, or its definition is damaged.
-        """
-        given = _read_definition(folder)
-        own = {name: given.pop(name) for name in ("methods", "epsilons", "seeds") if name in given}
-        return cls(CompareConfig(**own), given)
 
 
 def compare(config: CompareConfig, common: Mapping[str, Any], console: Console | None = None) -> Path:
@@ -135,7 +46,7 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
 
     Returns:
         The folder of the comparison: compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex and
-        .png, and failures.json where a cell failed.
+        .png; trials/ and trials.csv where learning rates were tried, and failures.json where a run failed.
 
     Raises:
         ValueError: an option that does not fit, of any cell; a folder with another comparison. Nothing has been run.
@@ -146,27 +57,29 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
     folder = config.output or _fresh()
     with _held(folder):
         _check_definition(grid, folder)
-        left = [cell for cell in grid.cells if ended_summary(folder / cell.path) is None]
-        jobs = [_placed(grid.configs[cell], folder / cell.path) for cell in left]
-        by_path = {folder / cell.path: cell for cell in left}
-        total, interrupted = len(grid.cells), False
+        everything = grid.trials + grid.cells
+        finished = sum(ended_summary(folder / cell.path) is not None for cell in everything)
+        _say(console, f"{len(everything)} runs, {finished} of them finished before · {folder}")
         failures: dict[Cell, str] = {}
-        _say(console, f"{total} cells, {total - len(left)} of them finished before · {folder}")
-        with _progress(console) as progress, contextlib.closing(run_all(jobs, config.processes)) as results:
-            bar = progress.add_task("cells", total=total, completed=total - len(left))
+        interrupted = False
+        with _progress(console) as progress:
+            bar = progress.add_task("runs", total=len(everything), completed=finished)
+
+            def ended(cell: Cell, reason: str | None) -> None:
+                if reason is not None:
+                    failures[cell] = reason
+                _say(console, _line(cell, folder / cell.path, reason))
+                progress.advance(bar)
+
             try:
-                for path, reason in results:
-                    if reason == INTERRUPTED:
-                        raise KeyboardInterrupt
-                    if reason is not None:
-                        failures[by_path[path]] = reason
-                    _say(console, _line(by_path[path], path, reason))
-                    progress.advance(bar)
+                _run_left(grid, grid.trials, folder, config.processes, ended)
+                _run_left(grid, grid.cells, folder, config.processes, ended)
             except KeyboardInterrupt:
                 interrupted = True
         _write_failures(folder, failures)
-        cells = read_cells(grid, folder)
-        tables.write(folder, cells, caption(grid, cells), failures={str(c): r for c, r in failures.items()})
+        cells, trials = read_cells(grid, folder), read_trials(grid, folder)
+        named = {str(cell): reason for cell, reason in failures.items()}
+        tables.write(folder, cells, trials, caption(grid, cells, trials), failures=named)
     if interrupted:
         _say(console, f"interrupted: the same command with --output {folder} goes on")
         raise KeyboardInterrupt
@@ -177,49 +90,25 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
     return folder
 
 
-def ended_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of a cell that has ended, else None."""
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("status") in ENDED else None
-
-
-def read_failures(folder: Path) -> dict[str, str]:
-    """Why cells failed in the last call, by their folder within that of the comparison."""
-    try:
-        entries = json.loads((folder / FAILURES).read_text(encoding="utf-8"))
-        return {entry["folder"]: entry["reason"] for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def read_cells(grid: Grid, folder: Path) -> DataFrame:
-    """One row a cell, in the order of the grid: its definition, its status, and all numbers of its summary."""
-    failures = read_failures(folder)
-    rows = []
-    for cell in grid.cells:
-        summary = ended_summary(folder / cell.path)
-        reason = failures.get(cell.path.as_posix()) if summary is None else None
-        status = summary["status"] if summary else "failed" if reason else "not finished"
-        rows.append(tables.row(cell.method, cell.epsilon, cell.seed, status, reason, cell.path, summary or {}))
-    return tables.frame(rows)
-
-
-def caption(grid: Grid, cells: DataFrame) -> str:
-    """What the table shows, and what must be known to read it."""
-    return tables.caption(grid.example, cells, tuned=grid.common.get("lr") is None)
-
-
-def _defaults() -> dict[str, Any]:
-    """The options of a run that cells have in common, as flat options."""
-    found: dict[str, Any] = {}
-    for group in dataclasses.fields(RunConfig):
-        kind: Any = group.default_factory
-        values = vars(kind())
-        found |= {"model": values.pop("name"), **values} if group.name == "model" else values
-    return {name: value for name, value in found.items() if name not in _BY_GRID}
+def _run_left(
+    grid: Grid, cells: Sequence[Cell], folder: Path, processes: int, ended: Callable[[Cell, str | None], None]
+) -> None:
+    """Runs those cells that have not ended, at the learning rates that are theirs, and tells what came of each."""
+    jobs: dict[Path, tuple[Cell, RunConfig]] = {}
+    for cell in cells:
+        path = folder / cell.path
+        if ended_summary(path) is not None:
+            continue
+        rate = cell.trial or grid.chosen_rate(folder, cell)
+        if rate is None and grid.rates:
+            ended(cell, "a trial of its learning rates failed")
+        else:
+            jobs[path] = cell, _placed(grid.config(cell, rate), path)
+    with contextlib.closing(run_all([config for _, config in jobs.values()], processes)) as results:
+        for path, reason in results:
+            if reason == INTERRUPTED:
+                raise KeyboardInterrupt
+            ended(jobs[path][0], reason)
 
 
 def _fresh() -> Path:
@@ -244,17 +133,6 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read_definition(folder: Path) -> dict[str, Any]:
-    try:
-        given = yaml.safe_load((folder / DEFINITION).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{folder} holds no comparison ({DEFINITION} is missing or cannot be read): name another.") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{folder / DEFINITION} is no definition of a comparison: restore it from a backup.")
-    return given
-
-
 def _check_definition(grid: Grid, folder: Path) -> None:
     if (folder / "config.yaml").exists():
         raise ValueError(f"{folder} holds a run: choose another --output for the comparison.")
@@ -263,7 +141,7 @@ def _check_definition(grid: Grid, folder: Path) -> None:
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
         write_atomically(folder / DEFINITION, f"# python -m lora_dp.fed compare --config {DEFINITION}\n{text}")
         return
-    old = {**_defaults(), **_read_definition(folder)}
+    old = {**defaults(), **read_definition(folder)}
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if different:
         raise ValueError(

@@ -43,13 +43,13 @@ def budget_name(epsilon: float | Literal["none"]) -> str:
 
 
 def row(
-    method: str, epsilon: float | Literal["none"], seed: int, status: str, reason: str | None, path: Path,
-    summary: Mapping[str, Any],
+    method: str, epsilon: float | Literal["none"], seed: int, rate: float | None, status: str, reason: str | None,
+    path: Path, summary: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One cell: what defines it, what became of it, and all numbers of its summary."""
     noise = summary.get("noise_multiplier") or {}
     return {
-        "method": method, "epsilon": epsilon, "seed": seed, "status": status,
+        "method": method, "epsilon": epsilon, "seed": seed, "lr": rate, "status": status,
         **{name: summary.get(name) for name in _NUMBERS},
         "noise_multiplier_smallest": noise.get("smallest"), "noise_multiplier_largest": noise.get("largest"),
         "guarantee": summary.get("guarantee"), "release": summary.get("release"),
@@ -108,13 +108,14 @@ def table(
     return DataFrame(shown, index=[name(text(method)) for method in methods]).rename_axis(text("method"))
 
 
-def caption(example: RunConfig, cells: DataFrame, *, tuned: bool) -> str:
+def caption(example: RunConfig, cells: DataFrame, trials: DataFrame, common_rate: float | None) -> str:
     """What the table shows and what must be known to read it.
 
     Args:
         example: the configuration of one cell.
         cells: all of them.
-        tuned: whether each method has its own default learning rate.
+        trials: of learning rates.
+        common_rate: the learning rate where one was given for all cells.
     """
     federation, privacy, seeds = example.federation, example.privacy, sorted(cells["seed"].unique())
     drawn = f", {federation.clients_per_round} of them a round" if federation.clients_per_round else ""
@@ -143,13 +144,27 @@ def caption(example: RunConfig, cells: DataFrame, *, tuned: bool) -> str:
     if len(before):
         low, high = f"{before.min():.1f}", f"{before.max():.1f}"
         parts.append(f"Before training: {low if low == high else f'{low} to {high}'}.")
-    rate = "Learning rates: " + ("each method's default for its ε" if tuned else f"{example.optimization.lr:g} for all")
-    parts.append(f"{rate}.")
+    parts.append(f"Learning rates: {_rates(cells, trials, common_rate)}.")
     if missing := int((~cells["status"].isin(ENDED)).sum()):
         parts.append(f"{missing} of {len(cells)} runs are missing.")
     if spent := int((cells["status"] == "budget spent").sum()):
         parts.append(f"In {spent} runs the budget was spent before the last planned round, after an interruption.")
     return " ".join(parts)
+
+
+def _rates(cells: DataFrame, trials: DataFrame, common: float | None) -> str:
+    if common is not None:
+        return f"{common:g} for all"
+    if not len(trials):
+        return "each method's default for its ε"
+    tried = sorted(trials["lr"].unique())
+    chosen = cells.drop_duplicates(["method", "epsilon"])["lr"].dropna()
+    words = (
+        f"for each method at each ε the best of {', '.join(f'{rate:g}' for rate in tried)} by accuracy on these "
+        f"validation data, one trial each with seed {trials['seed'].iloc[0]}")
+    ends = [f"{int((chosen == rate).sum())} of {len(chosen)} chose the {name}"
+            for rate, name in ((tried[0], "smallest"), (tried[-1], "largest"))]
+    return words + (f" ({', '.join(ends)})" if len(tried) > 1 and len(chosen) else "")
 
 
 def markdown(cells: DataFrame) -> str:
@@ -176,13 +191,16 @@ def _escaped(text: str) -> str:
     return text.translate(_LATEX)
 
 
-def write(folder: Path, cells: DataFrame, words: str, failures: Mapping[str, str]) -> None:
-    """Writes comparison.md, .csv (one row a cell), .tex and, where a cell has ended, .png."""
+def write(folder: Path, cells: DataFrame, trials: DataFrame, words: str, failures: Mapping[str, str]) -> None:
+    """Writes comparison.md, .csv (one row a cell), .tex and, where a cell has ended, .png; trials.csv where there are
+    trials."""
     failed = "".join(f"- {cell}: {reason}\n" for cell, reason in failures.items())
     failed = f"\nFailed:\n\n{failed}" if failed else ""
     write_atomically(folder / "comparison.md", f"{markdown(cells)}\n\n{words}\n{failed}")
     write_atomically(folder / "comparison.csv", cells.to_csv(index=False))
     write_atomically(folder / "comparison.tex", latex(cells, words))
+    if len(trials):
+        write_atomically(folder / "trials.csv", trials.to_csv(index=False))
     if cells["status"].isin(ENDED).any():
         image = io.BytesIO()
         with matplotlib.rc_context(STYLE):

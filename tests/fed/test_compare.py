@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from lora_dp.fed import compare as module
+from lora_dp.fed import grid as module
 from lora_dp.fed import runner, tables
 from lora_dp.fed.compare import Cell, CompareConfig, Grid, compare
 from lora_dp.fed.config import RunConfig
@@ -174,7 +174,7 @@ def test_a_failed_cell_is_a_dash_and_the_others_go_on(tmp_path, fake):
 def test_a_finished_grid_runs_nothing(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid"))
     fake.ran.clear()
-    assert "12 cells, 12 of them finished before" in quietly(grid_config(tmp_path / "grid"))
+    assert "12 runs, 12 of them finished before" in quietly(grid_config(tmp_path / "grid"))
     assert fake.ran == fake.resumed == []
 
 
@@ -242,8 +242,9 @@ def test_compare_yaml_defines_the_same_grid(tmp_path, fake):
     config = grid_config(tmp_path / "grid", epsilons=[8, "none"], methods=["flora"])
     compare(config, {**SMALL, "ranks": {4: 0.5, 8: 0.5}}, Console(quiet=True))
     grid = Grid.read(tmp_path / "grid")
-    assert [c.to_yaml() for c in grid.configs.values()] == [
-        c.to_yaml() for c in Grid(config, {**SMALL, "ranks": {"4": 0.5, "8": 0.5}}).configs.values()]
+    same = Grid(config, {**SMALL, "ranks": {"4": 0.5, "8": 0.5}})
+    assert grid.cells == same.cells
+    assert [grid.config(c, None).to_yaml() for c in grid.cells] == [same.config(c, None).to_yaml() for c in same.cells]
     plain = yaml.safe_load((tmp_path / "grid" / "compare.yaml").read_text())
     assert plain["epsilons"] == [8.0, "none"] and plain["model"] == "default" and plain["lr"] is None
     assert not {"method", "epsilon", "seed", "output", "processes"} & set(plain)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_dp.fed.compare import DEFINITION
+from lora_dp.fed.grid import DEFINITION
 from lora_dp.fed.page import comparison, run, words
 from lora_dp.files import write_atomically
 

@@ -7,8 +7,8 @@ from urllib.parse import quote
 import yaml
 
 from lora_dp.fed import tables
-from lora_dp.fed.compare import Grid, caption, read_cells
 from lora_dp.fed.folder import ENDED
+from lora_dp.fed.grid import Grid, caption, read_cells, read_trials
 from lora_dp.fed.page import figures
 from lora_dp.fed.privacy import AS_RELEASED
 from lora_dp.fed.report import RESEARCH_ONLY
@@ -21,7 +21,7 @@ def content(folder: Path) -> dict[str, Any]:
         ValueError: the definition is damaged, or does not fit this version.
     """
     grid = Grid.read(folder)
-    cells = read_cells(grid, folder)
+    cells, trials = read_cells(grid, folder), read_trials(grid, folder)
     ended = cells["status"].isin(ENDED)
     config = grid.example
     budgets = sorted(cells["epsilon"].unique(), key=lambda budget: float("inf") if budget == "none" else budget)
@@ -38,10 +38,13 @@ def content(folder: Path) -> dict[str, Any]:
         ) if given],
         "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
         "table": _table(cells),
-        "caption": caption(grid, cells),
+        "caption": caption(grid, cells, trials),
         "plot": figures.grid(cells) if ended.any() else None,
         "cells": [_cell(folder, row) for row in cells.to_dict("records")],
-        "failures": [row for row in cells.to_dict("records") if row["status"] == "failed"],
+        "trials": [_cell(folder, row) for row in trials.to_dict("records")],
+        "failures": [
+            {**row, "trial": of is trials} for of in (trials, cells) for row in of.to_dict("records")
+            if row["status"] == "failed"],
         "budget_name": tables.budget_name,
         "settings": yaml.safe_dump(grid.definition(), sort_keys=False, allow_unicode=True),
     }
