@@ -13,7 +13,7 @@ from rich.console import Console
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.faults import TooFewClients
-from lora_dp.fed.grid import CompareConfig
+from lora_dp.fed.grid import CompareConfig, read_failures
 from lora_dp.fed.models import ModelConfig
 from lora_dp.fed.pretrain import PretrainConfig, pretrain
 from lora_dp.fed.runner import resume, run
@@ -173,8 +173,8 @@ def _compare(options: dict[str, Any]) -> int:
     from lora_dp.fed.compare import compare
 
     grid = {field.name: options.pop(field.name) for field in dataclasses.fields(CompareConfig)}
-    compare(CompareConfig(**grid), options, Console())
-    return 0
+    folder = compare(CompareConfig(**grid), options, Console())
+    return 1 if read_failures(folder) else 0
 
 
 def _run(options: dict[str, Any]) -> int:

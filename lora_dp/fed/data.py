@@ -40,6 +40,8 @@ class DataConfig:
     """Configuration of a hub data set that has several, e.g. sst2 of nyu-mll/glue."""
     input_column: str | None = None
     """Column of images or texts; found by itself when left out."""
+    pair_column: str | None = None
+    """Column of second texts, where an example is a pair as of premise and hypothesis; input_column is the first."""
     label_column: str | None = None
     """Column of labels; found by itself when left out."""
     validation_split: str | None = None
@@ -58,9 +60,11 @@ class DataConfig:
             )
         if self.split_seed < 0:
             raise ValueError(f"split_seed is {self.split_seed}: it must not be negative")
-        for name in ("subset", "input_column", "label_column", "validation_split"):
+        for name in ("subset", "input_column", "pair_column", "label_column", "validation_split"):
             if self.dataset == "digits" and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no meaning for the built-in digits: leave it out, or name a --dataset")
+        if self.pair_column is not None and self.pair_column == self.input_column:
+            raise ValueError(f"pair_column and input_column are both {self.pair_column}: name two columns")
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
 
@@ -89,7 +93,7 @@ InputSpec = ImageSpec | TextSpec
 
 @dataclass(frozen=True)
 class RawData:
-    """A data set as opened: inputs are PIL images or strings, labels int64 classes from 0."""
+    """A data set as opened: inputs are PIL images, strings or pairs of strings; labels int64 classes from 0."""
 
     kind: Kind
     label_names: list[str]
@@ -140,15 +144,22 @@ def open_data(config: DataConfig) -> RawData:
     else:
         validation_labels = _as_classes(validation_split, label_column, classes)
         _check_column(input_column, validation_split.features, "input_column")
+        if config.pair_column is not None:
+            _check_column(config.pair_column, validation_split.features, "pair_column")
     return RawData(
         kind=kind,
         label_names=names,
-        train_inputs=train_split[input_column],
+        train_inputs=_inputs(train_split, input_column, config.pair_column),
         train_labels=labels,
-        validation_inputs=validation_split[input_column],
+        validation_inputs=_inputs(validation_split, input_column, config.pair_column),
         validation_labels=validation_labels,
         max_length=config.max_length,
     )
+
+
+def _inputs(split: datasets.Dataset, column: str, pair_column: str | None) -> Sequence[Any]:
+    inputs: Sequence[Any] = split[column]
+    return inputs if pair_column is None else list(zip(inputs, split[pair_column], strict=True))
 
 
 def encode(raw: RawData, spec: InputSpec) -> Splits:
@@ -194,18 +205,30 @@ def _image_tensor(images: Iterable[Image.Image | None], spec: ImageSpec) -> Tens
 
 
 def _text_examples(texts: list[Any], labels: Tensor, spec: TextSpec, max_length: int) -> TextExamples:
-    if missing := [row for row, text in enumerate(texts) if not isinstance(text, str)]:
-        raise ValueError(f"row {missing[0]} has no text: remove such rows from the data set")
+    pairs = bool(texts) and isinstance(texts[0], tuple)
+    for row, text in enumerate(texts):
+        if not all(isinstance(part, str) for part in (text if pairs else (text,))):
+            raise ValueError(f"row {row} has no text: remove such rows from the data set")
     limit = min(max_length, spec.max_length)
     pad_id = spec.tokenizer.pad_token_id
-    encoded = spec.tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)
+    first, second = ([text[0] for text in texts], [text[1] for text in texts]) if pairs else (texts, None)
+    encoded = spec.tokenizer(first, second, truncation=True, max_length=limit, return_attention_mask=False)
     # a text without any token would leave attention nothing to look at
     rows = [ids or [pad_id] for ids in encoded["input_ids"]]
-    width = min(multiple_of_8(max(map(len, rows))), limit)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int32)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-    return TextExamples(ids, torch.tensor([len(tokens) for tokens in rows]), labels, pad_id)
+    lengths = torch.tensor([len(tokens) for tokens in rows])
+    width = min(multiple_of_8(int(lengths.max())), limit)
+    # Models of BERT's kind are told which text a token belongs to.
+    marks = encoded.get("token_type_ids") if pairs else None
+    segments = None if marks is None else _padded(marks, width, 0)
+    return TextExamples(_padded(rows, width, pad_id), lengths, labels, pad_id, segments)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
+    """int32 (len(rows), width)."""
+    matrix = torch.full((len(rows), width), fill, dtype=torch.int32)
+    for row, numbers in zip(matrix, rows, strict=True):
+        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+    return matrix
 
 
 def _open_digits(config: DataConfig) -> RawData:
@@ -286,10 +309,12 @@ def _find_input_column(features: datasets.Features, labels: str, config: DataCon
             kinds[name] = "image"
         elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
             kinds[name] = "text"
-    column = config.input_column
+    column, pair = config.input_column, config.pair_column
+    if pair is not None and kinds.get(_check_column(pair, features, "pair_column")) != "text":
+        raise ValueError(f"column {pair} holds no texts: set pair_column to one that does")
     if column is None:
         images = [name for name, kind in kinds.items() if kind == "image" and name != labels]
-        texts = [name for name, kind in kinds.items() if kind == "text" and name != labels]
+        texts = [name for name, kind in kinds.items() if kind == "text" and name not in (labels, pair)]
         column = _only_or_common(images or texts, INPUT_NAMES)
         if column is None:
             listed = ", ".join(features)
@@ -298,6 +323,8 @@ def _find_input_column(features: datasets.Features, labels: str, config: DataCon
             )
     if _check_column(column, features, "input_column") not in kinds:
         raise ValueError(f"column {column} holds neither images nor texts: set input_column to one that does")
+    if pair is not None and kinds[column] != "text":
+        raise ValueError(f"column {column} holds images, which have no pair_column: leave it out")
     return column, kinds[column]
 
 

@@ -96,11 +96,15 @@ class TextExamples(Examples):
     """Texts kept as one int32 matrix of token ids (N, longest), padded on the right.
 
     "input_ids" and "attention_mask" (1 for text, 0 for padding): int64 (batch, T), T the batch's longest text
-    rounded up to a multiple of 8 or, if less, the store's width.
+    rounded up to a multiple of 8 or, if less, the store's width; for pairs of texts and models that want to know,
+    "token_type_ids", which text of the pair a token belongs to.
     """
 
-    def __init__(self, ids: Tensor, lengths: Tensor, labels: Tensor, pad_id: int) -> None:
+    def __init__(
+        self, ids: Tensor, lengths: Tensor, labels: Tensor, pad_id: int, segments: Tensor | None = None
+    ) -> None:
         super().__init__(labels)
+        self._segments = segments
         self._ids = ids
         self._lengths = lengths
         self._pad_id = pad_id
@@ -109,13 +113,16 @@ class TextExamples(Examples):
         lengths = self._lengths[rows]
         width = min(multiple_of_8(int(lengths.max()) if len(rows) else 1), self._ids.shape[1])
         mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
-        return {"input_ids": self._ids[rows, :width].long(), "attention_mask": mask}
+        batch = {"input_ids": self._ids[rows, :width].long(), "attention_mask": mask}
+        if self._segments is not None:
+            batch["token_type_ids"] = self._segments[rows, :width].long()
+        return batch
 
     def _join(self, examples: Sequence[Batch]) -> Batch:
-        fill = {"input_ids": self._pad_id, "attention_mask": 0}
+        names = [name for name in examples[0] if name != "labels"]
         return {
-            name: pad_sequence([example[name] for example in examples], True, value)
-            for name, value in fill.items()
+            name: pad_sequence([e[name] for e in examples], True, self._pad_id if name == "input_ids" else 0)
+            for name in names
         }
 
 

@@ -96,7 +96,7 @@ def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> 
         if "pixel_values" in batch:
             output = model(batch["pixel_values"])
         else:
-            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
     scores: Tensor = getattr(output, "logits", output)
     return scores if scores.dtype == torch.float64 else scores.float()
 

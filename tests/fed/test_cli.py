@@ -135,17 +135,35 @@ def test_methods_options_ranks_and_units(ran):
 @pytest.mark.parametrize(
     "words", ["--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3", "--methods=[la-lora,flat-lora:deer] "
               "--epsilons=[1,none] --seeds=3"])
-def test_compare_takes_lists_and_common_options(monkeypatch, words):
+def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
     import lora_dp.fed.compare
 
     seen = []
-    monkeypatch.setattr(lora_dp.fed.compare, "compare", lambda grid, common, console: seen.append((grid, common)))
+
+    def fake(grid, common, console):
+        seen.append((grid, common))
+        return tmp_path
+
+    monkeypatch.setattr(lora_dp.fed.compare, "compare", fake)
     assert cli.main(["compare", *words.split(), "--local-steps", "3", "--processes", "2"]) == 0
     [(grid, common)] = seen
     assert (grid.methods, grid.epsilons, grid.seeds) == (["la-lora", "flat-lora:deer"], [1.0, "none"], [3])
     assert grid.processes == 2 and common["local_steps"] == 3
     assert not {"method", "epsilon", "seed", "output"} & set(common)
     RunConfig.from_flat(common)
+
+
+def test_compare_tells_the_shell_that_a_run_failed(monkeypatch, tmp_path, capsys):
+    import lora_dp.fed.runner
+
+    def broken(config, console):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(lora_dp.fed.runner, "run", broken)
+    options = ["--methods", "la-lora", "--epsilons", "8", "--learning-rates", "0.1,0.3", "--seeds", "0"]
+    assert cli.main(["compare", *options, "--output", str(tmp_path / "grid")]) == 1
+    shown = capsys.readouterr().out
+    assert "trial of lr 0.3   failed: RuntimeError: no memory" in shown
 
 
 @pytest.mark.parametrize("command", ["resume", "report", "inspect"])

@@ -11,13 +11,18 @@ SPEC = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 
 
 class Words:
-    """A tokenizer of words: its ids are their lengths."""
+    """A tokenizer of words: its ids are their lengths; it marks which text of a pair a word belongs to."""
 
     pad_token_id = 0
 
-    def __call__(self, texts, truncation, max_length, return_attention_mask):
+    def __call__(self, texts, pairs, truncation, max_length, return_attention_mask):
         assert truncation and not return_attention_mask
-        return {"input_ids": [[len(word) for word in text.split()][:max_length] for text in texts]}
+        if pairs is None:
+            return {"input_ids": [[len(word) for word in text.split()][:max_length] for text in texts]}
+        words = [(a.split(), b.split()) for a, b in zip(texts, pairs, strict=True)]
+        return {
+            "input_ids": [[len(word) for word in a + b][:max_length] for a, b in words],
+            "token_type_ids": [([0] * len(a) + [1] * len(b))[:max_length] for a, b in words]}
 
 
 def write(folder, features=None, **splits):
@@ -191,3 +196,41 @@ def test_refuses_a_model_for_another_kind():
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         DataConfig(**settings)
+
+
+def test_pairs_of_texts(tmp_path):
+    columns = {
+        "premise": ["a man", "two dogs run"], "hypothesis": ["someone", "dogs are running"], "label": [0, 1],
+        "idx": [0, 1]}
+    folder = write(tmp_path / "data", train=columns, validation=columns)
+    raw = open_data(DataConfig(dataset=folder, input_column="premise", pair_column="hypothesis"))
+    assert raw.kind == "text" and raw.train_inputs[1] == ("two dogs run", "dogs are running")
+    examples = encode(raw, TextSpec(Words(), 5)).train
+    batch = examples.batch([1, 0])
+    assert batch["input_ids"].tolist() == [[3, 4, 3, 4, 3], [1, 3, 7, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    joined = examples.collate([examples[1], examples[0]])
+    assert all(torch.equal(joined[name], batch[name]) for name in batch)
+    # The second column is no candidate for the first.
+    renamed = write(tmp_path / "other", train={"one": ["a"] * 4, "two": ["b"] * 4, "label": [0, 0, 1, 1]})
+    assert open_data(DataConfig(dataset=renamed, pair_column="two", validation_fraction=0.5)).train_inputs == [
+        ("a", "b")] * 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"pair_column": "nothing"}, "no column nothing in the data set: set pair_column to one of"),
+    ({"pair_column": "label"}, "column label holds no texts: set pair_column"),
+    ({"input_column": "text", "pair_column": "text"}, "pair_column and input_column are both text"),
+])
+def test_pairs_that_cannot_be(tmp_path, options, message):
+    folder = write_texts(tmp_path / "data", [0, 1, 0, 1])
+    with pytest.raises(ValueError, match=message):
+        open_data(DataConfig(dataset=folder, **options))
+
+
+def test_a_pair_without_its_second_text_is_named(tmp_path):
+    folder = write(tmp_path / "data", train={"a": ["x"] * 4, "b": ["y", None, "y", "y"], "label": [0, 1, 0, 1]})
+    raw = open_data(DataConfig(dataset=folder, input_column="a", pair_column="b", validation_fraction=0.5))
+    with pytest.raises(ValueError, match="has no text"):
+        encode(raw, TextSpec(Words(), 5))

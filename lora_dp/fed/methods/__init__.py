@@ -68,8 +68,9 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """
     given = dict(options or {})
     first, colon, base = name.partition(":")
-    known = available()
-    if first not in known or colon and first != FlatLoRA.name:
+    # Entry points are read from every installed package: not where one of ours is meant.
+    if first not in METHODS and first not in available() or colon and first != FlatLoRA.name:
+        known = available()
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"There is no method {name!r}: choose {', '.join(known)}.{hint}")
