@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import secrets
 import threading
 import time
 import warnings
@@ -38,8 +39,8 @@ from lora_dp.fed.runner import Outcome, drive
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
-# Flower sends a list of messages as one request, whose size is limited.
-_PUSHED_AT_ONCE = 64
+# Messages of one request: Flower limits its size, and holds all that it brings.
+_AT_ONCE = 64
 _REMINDER = 30.0
 # What came of a message of which Flower says that it failed, by its error code.
 _FAILURES = {
@@ -66,9 +67,10 @@ class FlowerEngine:
         self._steps = config.federation.local_steps
         anywhere = dataclasses.replace(config, run=dataclasses.replace(config.run, device="auto"))
         self._config = messages.pack_config(anywhere.to_yaml())
-        # Nodes by client, in the order in which they claimed its number; and whom nobody has heard of yet.
+        # Nodes by client, in the order in which they claimed its number; what the first of them said.
         self._claims: dict[int, list[int]] = {}
         self._introductions: dict[int, Introduction] = {}
+        # Nodes by the question who they are that is not answered yet; all that were asked.
         self._asked: dict[str, int] = {}
         self._known: set[int] = set()
 
@@ -88,7 +90,7 @@ class FlowerEngine:
             content = messages.pack_task(self._config, task, records[id(task)][1])
             batch.append((client, task, Message(
                 content, dst_node_id=node, message_type="train", ttl=self._timeout, group_id=str(task.round + 1))))
-            if len(batch) == _PUSHED_AT_ONCE:
+            if len(batch) == _AT_ONCE:
                 yield from self._push(batch, waiting)
                 batch = []
         yield from self._push(batch, waiting)
@@ -135,10 +137,10 @@ class FlowerEngine:
         listed = list(self._grid.get_node_ids())
         self._known &= set(listed)  # one that went away and comes back is asked again
         new = [node for node in listed if node not in self._known]
-        for start in range(0, len(new), _PUSHED_AT_ONCE):
+        for start in range(0, len(new), _AT_ONCE):
             questions = [
                 Message(RecordDict({messages.CONFIG: self._config}), dst_node_id=node, message_type="query")
-                for node in new[start:start + _PUSHED_AT_ONCE]
+                for node in new[start:start + _AT_ONCE]
             ]
             pushed = set(self._grid.push_messages(questions))
             for question in questions:
@@ -176,10 +178,13 @@ class FlowerEngine:
             else:
                 yield Reply(client, None, "could not be reached")
 
-    def _pull(self, waiting: Mapping[str, Any]) -> list[Message]:
-        """Replies that have come to the messages that are waited for."""
-        found = self._grid.pull_messages(list(waiting)) if waiting else []
-        return [reply for reply in found if reply.metadata.reply_to_message_id in waiting]
+    def _pull(self, waiting: Mapping[str, Any]) -> Iterator[Message]:
+        """Replies that have come to the messages that are waited for, a few of them in memory at a time."""
+        numbers = list(waiting)
+        for start in range(0, len(numbers), _AT_ONCE):
+            for reply in self._grid.pull_messages(numbers[start:start + _AT_ONCE]):
+                if reply.metadata.reply_to_message_id in waiting:
+                    yield reply
 
     def _pause(self) -> None:
         if self._stop.wait(self._poll):
@@ -234,6 +239,9 @@ def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
     """
     if importlib.util.find_spec("ray") is None:
         raise ImportError('engine flower needs Ray to simulate clients: pip install "lora-dp[flower]"')
+    # Ray listens on all interfaces, and does what anyone asks of it who does not have to show a token.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from flwr.simulation import run_simulation
 
     stop, done = threading.Event(), threading.Event()
@@ -266,24 +274,21 @@ def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
 
 def _resources(config: RunConfig) -> dict[str, Any]:
     """One process for each processor that may be used (each GPU, if clients train there), no more than clients."""
-    gpus = torch.cuda.device_count() if config.run.device not in ("cpu",) else 0
+    gpus = torch.cuda.device_count() if config.run.device != "cpu" else 0
     cpus = min(len(os.sched_getaffinity(0)), config.federation.clients)
     return {
-        # A Ray of its own that no other machine can reach.
-        "init_args": {
-            "address": "local", "num_cpus": cpus, "num_gpus": gpus, "_node_ip_address": "127.0.0.1",
-            "logging_level": "ERROR",
-        },
+        "init_args": {"address": "local", "num_cpus": cpus, "num_gpus": gpus, "logging_level": "ERROR"},
         "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if gpus else 0.0},
     }
 
 
 @contextmanager
 def _notices_off() -> Iterator[None]:
-    """Flower's log and Ray's warnings without what is of no use here: notices, and what later versions will do."""
+    """Without Flower's log, since all that matters comes back as replies and exceptions, and without Ray's notices of
+    what later versions will do."""
     logger = logging.getLogger("flwr")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="ray")

@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,14 +19,15 @@ import lora_dp.fed.engines.flower_quiet  # noqa: F401  (before Flower)
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from lora_dp.fed.client import Trainer
-from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import flower_messages as messages
 from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused
 from lora_dp.fed.engines.flower_messages import Introduction
-from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Task, Update
-from lora_dp.fed.job import Job, open_job
+
+if TYPE_CHECKING:
+    from lora_dp.fed.client import Trainer
+    from lora_dp.fed.examples import Examples
+    from lora_dp.fed.job import Job
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,11 +93,11 @@ def _number(node_config: Mapping[str, Any]) -> int:
 class _Node:
     """A run as opened at a node; ``own`` where all of the job's examples are this client's."""
 
-    trainer: Trainer
-    job: Job
+    trainer: "Trainer"
+    job: "Job"
     own: bool
 
-    def examples(self, client: int) -> Examples:
+    def examples(self, client: int) -> "Examples":
         if self.own:
             return self.job.train
         if client >= len(self.job.parts):
@@ -115,6 +116,10 @@ class _Node:
 @functools.lru_cache(maxsize=1)
 def _opened(text: str, folder: str | None) -> _Node:
     """Data and model of a configuration, opened once in a process."""
+    # Here and not above: a SuperNode starts a process for each message, and who only introduces itself needs no models.
+    from lora_dp.fed.config import RunConfig
+    from lora_dp.fed.job import open_job
+
     config = RunConfig.from_flat(yaml.safe_load(text))
     if folder is None:
         job = open_job(config)

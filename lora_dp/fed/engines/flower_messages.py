@@ -5,12 +5,15 @@ from dataclasses import dataclass
 import lora_dp.fed.engines.flower_quiet  # noqa: F401  (before Flower)
 
 # isort: split
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.torch import load, save
 
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.methods import State
 
 CONFIG, TASK, TENSORS, ANSWER = "config", "task", "tensors", "answer"
+_FORMAT = "safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,18 @@ def unpack_task(content: RecordDict) -> Task:
 
 
 def pack_tensors(state: State) -> ArrayRecord:
-    """Tensors by name, copied."""
-    return ArrayRecord({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    """Tensors by name, in one array of bytes: a SuperLink is asked for every array of a record by itself."""
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    return ArrayRecord({_FORMAT: Array(np.frombuffer(data, dtype=np.uint8))})
 
 
 def unpack_tensors(record: ArrayRecord) -> State:
-    """Tensors by name, on the CPU."""
-    return dict(record.to_torch_state_dict(keep_input=True))
+    """Tensors by name, on the CPU.
+
+    Raises:
+        Exception: of any kind, where the bytes are damaged.
+    """
+    return load(record[_FORMAT].numpy().tobytes())
 
 
 def pack_update(update: Update) -> RecordDict:
@@ -76,7 +84,7 @@ def unpack_answer(content: RecordDict) -> Update | str:
     """The update in a reply's content, or the reason why there is none.
 
     Raises:
-        KeyError, TypeError, ValueError: it is no answer.
+        Exception: of any kind, where it is no answer.
     """
     answer = content.config_records[ANSWER]
     if "failure" in answer:

@@ -1,0 +1,164 @@
+"""A node's own ledger: written before anything leaves it, and a budget that the server cannot stretch."""
+
+import json
+import stat
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from lora_dp.accounting import Ledger, PoissonGaussian
+from lora_dp.fed.client import Trainer
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.engines.flower import connected
+from lora_dp.fed.engines.flower_keys import main, make_keys
+from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused
+from lora_dp.fed.faults import TooFewClients
+from tests.fed.engines.loopback import LoopbackGrid
+
+TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
+
+
+def tiny(**options: Any) -> RunConfig:
+    return RunConfig.from_flat({**TINY, **options})
+
+
+def grid(ledger: Any, **budget: float) -> LoopbackGrid:
+    return LoopbackGrid([{"partition-id": 0}, {"partition-id": 1, "ledger": str(ledger), **budget}])
+
+
+def test_it_holds_what_the_server_counts_too(tmp_path):
+    path = tmp_path / "ledger.json"
+    federation = connected(tiny(), grid(path, epsilon=8.0, delta=1e-5))
+    for done in (1, 2, 3):
+        assert federation.run_round().participants == [0, 1]
+        ledger = Ledger.load(path)
+        assert ledger.entries == ((federation.account.event(1), 2 * done),)
+        assert ledger.epsilon(1e-5, "rdp") == federation.account.epsilon(1) <= 8
+
+
+def test_it_is_on_the_disk_before_the_client_trains(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.json"
+    counted = []
+
+    def crash(*_: Any, **__: Any) -> None:
+        counted.append(Ledger.load(path).steps if path.exists() else 0)
+        raise KeyboardInterrupt
+
+    federation = connected(tiny(), grid(path))
+    monkeypatch.setattr(Trainer, "train", crash)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            federation.run_round([1])
+    assert counted == [2, 4] and Ledger.load(path).steps == 4
+
+
+def test_a_server_that_asks_for_more_than_the_clients_own_budget_is_refused(tmp_path):
+    path = tmp_path / "ledger.json"
+    # The server's word: ε = 8 for this run. The client's: 3 for all its data, ever.
+    federation = connected(tiny(min_clients=1), grid(path, epsilon=3.0, delta=1e-5))
+    result = federation.run_round()
+    assert result.participants == [0]
+    assert result.failed == [
+        {"client": 1, "reason": "has no budget left: this turn would lead above its own ε of 3"}]
+    assert not path.exists()
+
+
+def test_it_adds_up_over_runs(tmp_path):
+    path = tmp_path / "ledger.json"
+    for _ in range(2):
+        federation = connected(tiny(), grid(path, epsilon=8.0, delta=1e-5))
+        failed = [federation.run_round().failed for _ in range(3)]
+    # The budget was planned for one run: the second gets nothing.
+    assert all(entry[0]["client"] == 1 and "no budget left" in entry[0]["reason"] for entry in failed)
+    assert Ledger.load(path).steps == 6
+
+
+@pytest.mark.parametrize(
+    "options", [{"epsilon": "none"}, {"unit": "client", "noise_by": "server"}, {"reproducible": True}],
+    ids=["without-privacy", "noise-by-the-server", "noise-from-a-public-seed"])
+def test_a_client_with_a_ledger_sends_nothing_unprotected(tmp_path, options):
+    path = tmp_path / "ledger.json"
+    federation = connected(tiny(**options), grid(path))
+    with pytest.raises(TooFewClients, match="sends nothing that secret noise of its own does not protect"):
+        federation.run_round([1])
+    assert not path.exists()
+
+
+def test_a_client_that_noises_its_whole_update_counts_one_release(tmp_path):
+    path = tmp_path / "ledger.json"
+    federation = connected(tiny(unit="client", noise_by="client"), grid(path))
+    federation.run_round()
+    assert Ledger.load(path).entries == ((federation.plan.event(1), 1),)
+
+
+def test_a_damaged_ledger_stops_the_client(tmp_path):
+    path = tmp_path / "ledger.json"
+    path.write_text("{")
+    federation = connected(tiny(), grid(path))
+    assert federation.run_round().failed == [{"client": 1, "reason": "raised ValueError"}]
+    assert path.read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
+     ({"ledger": "x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
+     ({"ledger": "x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
+     ({"ledger": "x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none")])
+def test_half_a_budget_is_none(node, words):
+    with pytest.raises(Refused, match=words):
+        ClientLedger.of_node(node)
+
+
+def test_the_ledger_composes_events_of_different_runs(tmp_path):
+    plan = connected(tiny(), grid(tmp_path / "other")).plan
+    ledger = ClientLedger(tmp_path / "ledger.json", 4.0, 1e-5)
+    events = [PoissonGaussian(1.0, 0.02), PoissonGaussian(2.0, 0.01)]
+    for event in events:
+        ledger.spend(plan, event, reproducible=False)
+    assert Ledger.load(ledger.path).entries == tuple((event, plan.releases_per_turn) for event in events)
+    with pytest.raises(Refused, match="no budget left"):
+        ledger.spend(replace(plan, steps=10**5), events[0], reproducible=False)
+    assert Ledger.load(ledger.path).steps == 2 * plan.releases_per_turn
+
+
+def test_keys_and_certificates_are_what_flower_wants(tmp_path):
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+    from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+    make_keys(tmp_path / "keys", ["127.0.0.1", "fed.example.org"], 2)
+    root, leaf = (
+        x509.load_pem_x509_certificate((tmp_path / "keys" / name).read_bytes()) for name in ("ca.crt", "server.crt"))
+    policy = PolicyBuilder().store(Store([root])).time(datetime.datetime.now(datetime.UTC))
+    for subject in (x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("fed.example.org")):
+        assert policy.build_server_verifier(subject).verify(leaf, [])
+    with pytest.raises(VerificationError):
+        policy.build_server_verifier(x509.DNSName("other.example.org")).verify(leaf, [])
+    for name in ("server.key", "node-0", "node-1"):
+        assert stat.S_IMODE((tmp_path / "keys" / name).stat().st_mode) == 0o600
+    key = load_ssh_private_key((tmp_path / "keys" / "node-1").read_bytes(), None)
+    public = load_ssh_public_key((tmp_path / "keys" / "node-1.pub").read_bytes())
+    assert isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == public
+
+
+def test_keys_are_never_overwritten(tmp_path, capsys):
+    assert main([str(tmp_path), "--nodes", "1"]) == 0
+    before = (tmp_path / "server.key").read_bytes()
+    assert main([str(tmp_path)]) == 2
+    assert "holds keys already" in capsys.readouterr().err
+    assert (tmp_path / "server.key").read_bytes() == before
+
+
+def test_a_ledger_is_plain_json(tmp_path):
+    federation = connected(tiny(), grid(tmp_path / "ledger.json"))
+    federation.run_round()
+    [entry] = json.loads((tmp_path / "ledger.json").read_text())["entries"]
+    assert entry["count"] == 2 and entry["noise_multiplier"] > 0
