@@ -59,8 +59,8 @@ class FederationConfig:
     """Seconds after which a client is left out of the round; no limit by default."""
     fault_norm: float = 1000.0
     """Norm above which a client's change is taken for an accident, and left out."""
-    engine: Literal["local", "flower"] = "local"
-    """Where clients work: in this process, or on Flower (simulation)."""
+    engine: Literal["local", "flower", "deployed"] = "local"
+    """Where clients work: in this process, or in Flower's simulation; deployed is what flwr run makes of it."""
 
     def __post_init__(self) -> None:
         get_method(self.method, self.method_options)

@@ -64,13 +64,14 @@ def resume(path: Path, console: Console | None = None) -> Outcome:
     """
     folder, config = RunFolder.open(path)
     try:
-        return _with_federation(config, lambda federation: _go_on(
-            config, federation, folder, ConsoleReport(console or Console())))
+        return _with_federation(config, lambda federation: go_on(config, federation, folder, console))
     finally:
         folder.close()
 
 
-def _go_on(config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport) -> Outcome:
+def go_on(config: RunConfig, federation: Federation, folder: RunFolder, console: Console | None = None) -> Outcome:
+    """The rounds that an opened folder lacks, by a federation that has just been made."""
+    report = ConsoleReport(console or Console())
     found, problems = checkpoint.newest(folder.path)
     if found is not None:
         rounds.restore(federation, *found)
@@ -86,6 +87,10 @@ def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -
     """Does the work on the engine that the configuration names."""
     if config.federation.engine == "local":
         return work(Federation.from_config(config))
+    if config.federation.engine == "deployed":
+        raise ValueError(
+            "engine deployed trains where the data are: start it by flwr run, and go on with it by the same command "
+            "with resume=\"FOLDER\" in its --run-config (docs/flower.md).")
     try:
         from lora_dp.fed.engines.flower import simulate
     except ImportError as error:

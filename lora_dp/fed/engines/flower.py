@@ -35,7 +35,7 @@ from lora_dp.fed.federation import Federation
 from lora_dp.fed.folder import RunFolder
 from lora_dp.fed.job import Job, open_job
 from lora_dp.fed.report import ConsoleReport
-from lora_dp.fed.runner import Outcome, drive
+from lora_dp.fed.runner import Outcome, drive, go_on
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
@@ -303,7 +303,11 @@ def server_app() -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        serve(options_of(context.run_config), grid)
+        given = dict(context.run_config)
+        if folder := given.pop("resume", None):
+            serve_again(Path(str(folder)), grid)
+        else:
+            serve(options_of(given), grid)
 
     return app
 
@@ -318,6 +322,22 @@ def serve(config: RunConfig, grid: Grid, console: Console | None = None) -> Outc
         folder.close()
 
 
+def serve_again(path: Path, grid: Grid, console: Console | None = None) -> Outcome:
+    """Goes on with a run whose server was stopped or killed, from its last whole checkpoint.
+
+    Raises:
+        ValueError: no such run there, or one that has ended or was not deployed; every checkpoint damaged.
+    """
+    folder, config = RunFolder.open(path)
+    try:
+        if config.federation.engine != "deployed":
+            raise ValueError(
+                f"The run in {path} was not deployed: go on with it by python -m lora_dp.fed resume {path}.")
+        return go_on(config, connected(config, grid), folder, console)
+    finally:
+        folder.close()
+
+
 def options_of(run_config: Mapping[str, Any]) -> RunConfig:
     """A Flower run configuration (``local-steps = 10``) as that of a run.
 
@@ -327,4 +347,4 @@ def options_of(run_config: Mapping[str, Any]) -> RunConfig:
     options = {name.replace("-", "_"): value for name, value in run_config.items()}
     if "output" in options:
         options["output"] = Path(str(options["output"]))
-    return RunConfig.from_flat({**options, "engine": "flower"})
+    return RunConfig.from_flat({**options, "engine": "deployed"})

@@ -303,7 +303,7 @@ def test_ctrl_c_in_a_simulation_interrupts_the_work_which_ends_in_order(monkeypa
 def test_a_run_configuration_of_flower_is_that_of_a_run(tmp_path):
     config = options_of({"local-steps": 7, "noise-by": "client", "unit": "client", "output": str(tmp_path)})
     assert config.federation.local_steps == 7 and config.privacy.noise_by == "client"
-    assert config.run.output == tmp_path and config.federation.engine == "flower"
+    assert config.run.output == tmp_path and config.federation.engine == "deployed"
     with pytest.raises(ValueError, match="Unknown options: wrong_name"):
         options_of({"wrong-name": 1})
 
@@ -313,6 +313,7 @@ def test_every_option_of_the_shipped_app_is_one():
 
     app = Path(__file__).parents[3] / "examples" / "flower_app"
     settings = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert settings["config"].pop("resume") == ""  # not a run's option, but a run to go on with
     config = options_of(settings["config"])
     assert config.run.output == Path("flower-run") and config.federation.clients == 3
     for component in settings["components"].values():

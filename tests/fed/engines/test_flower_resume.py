@@ -1,0 +1,74 @@
+"""A deployed run whose server is stopped goes on where its clients' data are, and nowhere else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("flwr")
+
+import lora_dp.fed.engines.flower_quiet  # noqa: F401
+
+# isort: split
+from flwr.app import Context, Message, RecordDict
+from safetensors.torch import load_file
+
+from lora_dp.fed.engines.flower import options_of, serve, serve_again, server_app
+from lora_dp.fed.engines.flower_client import client_app
+from lora_dp.fed.runner import resume
+from tests.fed.engines.loopback import LoopbackGrid
+
+QUIET = Console(quiet=True)
+
+
+def config(output: Path) -> Any:
+    return options_of({
+        "clients": 2, "rounds": 3, "local-steps": 1, "batch-size": 16, "accountant": "rdp", "device": "cpu",
+        "reproducible": True, "output": str(output)})
+
+
+def grid() -> LoopbackGrid:
+    return LoopbackGrid([{"partition-id": client, "num-partitions": 2} for client in range(2)])
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def cut_short(output: Path) -> None:
+    """The server dies while the second round is under way."""
+    work = client_app()
+
+    def answer(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == "train" and message.metadata.group_id == "2":
+            raise PowerCut
+        return work(message, context)
+
+    with pytest.raises(PowerCut):
+        serve(config(output), LoopbackGrid([{"partition-id": c, "num-partitions": 2} for c in range(2)], answer), QUIET)
+    assert not (output / "summary.json").exists()
+
+
+def test_it_ends_as_if_it_had_never_stopped(tmp_path):
+    serve(config(tmp_path / "whole"), grid(), QUIET)
+    cut_short(tmp_path / "cut")
+    # What flwr run starts, with the folder in its configuration; the other options there are not asked.
+    server_app()(grid(), Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(),
+        run_config={"resume": str(tmp_path / "cut"), "rounds": 99, "method": "deer"}))
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")]
+    assert weights[0].keys() == weights[1].keys() and all(weights[1][k].equal(v) for k, v in weights[0].items())
+    ledgers = [json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("whole", "cut")]
+    assert ledgers[0] == ledgers[1] and ledgers[1]["clients"][0]["steps"] == 3
+
+
+def test_it_goes_on_nowhere_else(tmp_path):
+    cut_short(tmp_path / "cut")
+    with pytest.raises(ValueError, match="resume=\"FOLDER\" in its --run-config"):
+        resume(tmp_path / "cut", QUIET)
+    text = (tmp_path / "cut" / "config.yaml").read_text()
+    (tmp_path / "cut" / "config.yaml").write_text(text.replace("engine: deployed", "engine: local"))
+    with pytest.raises(ValueError, match="was not deployed: go on with it by python -m lora_dp.fed resume"):
+        serve_again(tmp_path / "cut", grid(), QUIET)
