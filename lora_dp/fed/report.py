@@ -15,6 +15,7 @@ from rich.table import Table
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.privacy import AS_RELEASED, UNITS, finite
+from lora_dp.fed.style import BLUE, ORANGE, QUIET, STYLE
 
 RESEARCH_ONLY = "research only: sampling and noise follow the seed, so the guarantee does not hold; do not release"
 PUBLIC = (
@@ -64,33 +65,26 @@ def summarise(
 def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
     """Draws accuracy and worst ε by round into a PNG."""
     target = config.privacy.kept
-    ink, quiet, blue, orange = "#1f2430", "#8a90a0", "#2f6fde", "#e0702f"
-    style: Any = {
-        "font.size": 10, "axes.edgecolor": quiet, "axes.labelcolor": ink, "text.color": ink, "xtick.color": quiet,
-        "ytick.color": quiet, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
-        "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True, "grid.color": "#e8eaf0",
-        "axes.axisbelow": True,
-    }
     rounds = [result.round for result in results]
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.8) if target is not None else (5.6, 3.8), layout="constrained", dpi=160)
         axes = figure.subplots(1, 1 if target is None else 2, squeeze=False)[0]
         evaluated = [result.round for result in results if result.accuracy is not None]
         accuracy = [result.accuracy for result in results if result.accuracy is not None]
-        axes[0].axhline(accuracy[0], color=quiet, linewidth=1, linestyle=(0, (4, 3)))
+        axes[0].axhline(accuracy[0], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
         axes[0].annotate(
             f"before: {accuracy[0]:.1%}", (rounds[-1], accuracy[0]), xytext=(0, 3), textcoords="offset points",
-            ha="right", va="bottom", color=quiet, fontsize=9)
-        _curve(axes[0], evaluated, accuracy, blue, f"{accuracy[-1]:.1%}")
+            ha="right", va="bottom", color=QUIET, fontsize=9)
+        _curve(axes[0], evaluated, accuracy, BLUE, f"{accuracy[-1]:.1%}")
         axes[0].set_title("Accuracy on validation data")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if target is not None:
             epsilon = [result.epsilon for result in results]
-            axes[1].axhline(target, color=quiet, linewidth=1, linestyle=(0, (4, 3)))
+            axes[1].axhline(target, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
             axes[1].annotate(
                 f"budget: {target:g}", (0, target), xytext=(0, 4),
-                textcoords="offset points", ha="left", va="bottom", color=quiet, fontsize=9)
-            _curve(axes[1], rounds, epsilon, orange, f"{epsilon[-1]:.3g}")
+                textcoords="offset points", ha="left", va="bottom", color=QUIET, fontsize=9)
+            _curve(axes[1], rounds, epsilon, ORANGE, f"{epsilon[-1]:.3g}")
             axes[1].set_title(f"Worst client's ε at δ = {config.privacy.delta:g}")
             axes[1].set_ylim(0, max(*epsilon, target) * 1.12)
         for axis in axes:
@@ -102,7 +96,7 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
         marks += " · research only, not for release" if config.run.reproducible else ""
         figure.suptitle(
             f"{config.federation.method} · {config.model.name} on {config.data.dataset} · "
-            f"{config.federation.clients} clients{marks}", fontsize=10, color=quiet, x=0.01, ha="left")
+            f"{config.federation.clients} clients{marks}", fontsize=10, color=QUIET, x=0.01, ha="left")
         figure.savefig(path)
 
 

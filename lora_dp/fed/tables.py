@@ -13,15 +13,9 @@ from pandas import DataFrame
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.folder import ENDED
 from lora_dp.fed.privacy import UNITS
+from lora_dp.fed.style import INK, QUIET, STYLE
 from lora_dp.files import write_atomically, write_bytes_atomically
 
-INK, QUIET = "#1f2430", "#8a90a0"
-STYLE: Any = {
-    "font.size": 10, "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK, "xtick.color": QUIET,
-    "ytick.color": QUIET, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True, "grid.color": "#e8eaf0",
-    "axes.axisbelow": True,
-}
 # Told apart by shape too, for print in grey and for eyes that do not see the colours.
 _COLOURS = ("#2f6fde", "#e0702f", "#1f9d74", "#b0489a", "#8a6d1f", "#5b5fc7", "#c23b4b", "#2b8fa8", "#6b7280")
 _MARKERS = "osD^vPX<>*h"

@@ -10,13 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-INK, QUIET, BLUE, ORANGE = "#1f2430", "#8a90a0", "#2f6fde", "#e0702f"
-_STYLE: Any = {
-    "font.size": 10, "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK, "xtick.color": QUIET,
-    "ytick.color": QUIET, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True, "grid.color": "#e8eaf0",
-    "axes.axisbelow": True,
-}
+from lora_dp.fed.style import BLUE, INK, ORANGE, QUIET, STYLE
+
 _OPPOSITE_TO_ALIKE = LinearSegmentedColormap.from_list("cosine", [ORANGE, "#ffffff", BLUE])
 # Beyond these, names of layers and numbers in cells could not be read.
 _MOST_NAMES, _MOST_NUMBERS = 32, 8
@@ -32,7 +27,7 @@ def draw_inspection(report: dict[str, Any], file: BinaryIO) -> None:
     noisy = any(entry["noise_share"] is not None for entry in rounds)
     layers = report["intruder_dimensions"]["layers"]
     top = max(3.6, 0.19 * min(len(layers), _MOST_NAMES) + 1.0)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.0, top + (3.4 if rounds else 0.0)), layout="constrained", dpi=160)
         grid = GridSpec(2 if rounds else 1, 6, figure=figure, height_ratios=[top, 3.4] if rounds else None)
         _draw_directions(figure.add_subplot(grid[0, :3]), report["intruder_dimensions"])

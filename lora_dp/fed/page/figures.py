@@ -11,8 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from lora_dp.fed import tables
 from lora_dp.fed.page.words import size
+from lora_dp.fed.style import BLUE, GREEN, PURPLE, QUIET, STYLE
 
-BLUE, ORANGE, GREEN, PURPLE = "#2f6fde", "#e0702f", "#1f9d74", "#5b5fc7"
 # Drawn at the width that a phone shows it in, so that its letters stay as large as the page's.
 _SIZE = (4.6, 2.7)
 _MOST_DOTS = 60
@@ -34,12 +34,12 @@ def curve(
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
         if reference is not None:
-            axes.axhline(reference[0], color=tables.QUIET, linewidth=1, linestyle=(0, (4, 3)))
+            axes.axhline(reference[0], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
             # At the end where the curve is further away.
             right = abs(values[-1] - reference[0]) > abs(values[0] - reference[0])
             axes.annotate(
                 reference[1], (0.98 if right else 0.02, reference[0]), xycoords=("axes fraction", "data"),
-                xytext=(0, 4), textcoords="offset points", color=tables.QUIET, fontsize=9,
+                xytext=(0, 4), textcoords="offset points", color=QUIET, fontsize=9,
                 ha="right" if right else "left")
         dots = "o" if len(rounds) <= _MOST_DOTS else ""
         axes.plot(rounds, values, color=colour, linewidth=2, marker=dots, markersize=3.5, markeredgewidth=0)
@@ -81,7 +81,7 @@ def _finish(axes: Any, rounds: Sequence[int], kind: str) -> None:
 
 
 def _style() -> Any:
-    return {**tables.STYLE, "svg.fonttype": "path", "figure.facecolor": "none", "axes.facecolor": "none"}
+    return {**STYLE, "svg.fonttype": "path", "figure.facecolor": "none", "axes.facecolor": "none"}
 
 
 def _svg(figure: Figure, name: str) -> Markup:

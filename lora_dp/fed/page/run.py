@@ -10,9 +10,9 @@ import numpy as np
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.folder import ENDED, read_config, read_results
 from lora_dp.fed.page import figures, words
-from lora_dp.fed.page.figures import GREEN, ORANGE
 from lora_dp.fed.privacy import AS_RELEASED, UNITS
 from lora_dp.fed.report import PUBLIC, PUBLIC_CLIENTS, RESEARCH_ONLY
+from lora_dp.fed.style import GREEN, ORANGE
 
 # A page of all of 10,000 clients would be of no use to a reader.
 MOST_CLIENTS, MOST_FAILURES = 100, 100
