@@ -98,6 +98,9 @@ class PrivacyEngine:
             regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
                 does not grow with the frozen factor (DEeR, :mod:`lora_dp.regulator`); not with phases "AB".
 
+        Where the model has dropout, masks must be as secret as the noise: torch's generators get a new seed from the
+        operating system here (not with ``reproducible_seed``). Do not seed them again before training has ended.
+
         Returns:
             The same model, the private optimizer, and the loader to train on.
 
@@ -173,6 +176,9 @@ class PrivacyEngine:
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
             regulate_noise=regulate_noise)
         # Last: a refusal above leaves the model as it was.
+        if isinstance(self.source, SecureSource) and _has_dropout(model):
+            # Masks go by the place in a batch: to whoever knew them, one example more shifts those of all behind it.
+            torch.seed()
         if present is None:
             # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
             from lora_dp.passes import watch
@@ -258,3 +264,12 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     if criterion is None:
         raise ValueError("A batch of inputs and targets needs the criterion that joins them.")
     return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether any module drops a part of what it is given, or whole paths, while training."""
+    rates = (
+        module.p if isinstance(module, nn.modules.dropout._DropoutNd) else
+        module.dropout if isinstance(module, DPLoRALinear) else getattr(module, "drop_prob", None)
+        for module in model.modules())
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

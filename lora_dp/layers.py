@@ -174,14 +174,16 @@ class DPLoRALinear(PrivateModule):
         """Change rank and alpha in place: the parameters stay the same objects; new values are to be loaded next.
 
         Raises:
-            ValueError: a rank that does not fit the layer.
+            ValueError: a rank that does not fit the layer, or the adapter is merged.
         """
+        if not 0 < r <= min(self.in_features, self.out_features):
+            raise ValueError(f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer.")
+        if self.merged:
+            raise ValueError("A merged adapter cannot change its rank: call unmerge() first.")
         self.alpha = float(alpha)
         self.scaling = self.alpha / (math.sqrt(r) if self.rslora else r)
         if r == self.r:
             return
-        if not 0 < r <= min(self.in_features, self.out_features):
-            raise ValueError(f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer.")
         self.r = r
         self.lora_A.data = self.lora_A.data.new_zeros(r, self.in_features)
         self.lora_B.data = self.lora_B.data.new_zeros(self.out_features, r)

@@ -291,3 +291,19 @@ def test_a_merged_layer_saves_its_plain_weight():
     assert not other.merged
     torch.testing.assert_close(other(x), expected)
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 9])
+def test_a_rank_that_does_not_fit_changes_nothing(rank):
+    layer = DPLoRALinear(8, 8, r=2, alpha=4)
+    with pytest.raises(ValueError, match=f"Rank {rank} does not fit a 8 → 8 layer"):
+        layer.set_rank(rank, alpha=1)
+    assert (layer.r, layer.alpha, layer.scaling, layer.lora_A.shape) == (2, 4.0, 2.0, (2, 8))
+
+
+def test_a_merged_layer_keeps_its_rank():
+    layer = DPLoRALinear(8, 8, r=2)
+    layer.merge()
+    with pytest.raises(ValueError, match="call unmerge"):
+        layer.set_rank(4, alpha=4)
+    layer.unmerge()

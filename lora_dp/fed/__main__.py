@@ -231,7 +231,9 @@ def _as_lists(words: list[str]) -> list[str]:
 
 
 def _bracketed(value: str) -> str:
-    return value if value.startswith(("[", "{")) else f"[{value}]"
+    if value.startswith("{"):
+        return re.sub(r":(?=\S)", ": ", value)  # YAML takes 4:0.5 for a number of base 60
+    return value if value.startswith("[") else f"[{value}]"
 
 
 def _underscored(word: str) -> str:

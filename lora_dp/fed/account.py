@@ -1,6 +1,7 @@
 """Every client's ledger in a run: who may still take part, what ε it adds up to, and the log written ahead."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,25 @@ class Account:
                 "ledger": _ledger(self.event(client), count).state_dict(),
             })
         return {
-            "unit": UNITS[plan.unit],
+            "unit": UNITS[plan.unit] if plan.private else None,
             "delta": plan.delta,
             "accountant": plan.accountant,
             "target_epsilon": plan.epsilon,
             "mechanism": plan.mechanism,
             "worst_epsilon": finite(self.worst_epsilon()),
             "clients": clients,
+        }
+
+    def terms(self) -> dict[str, Any]:
+        """What the run releases by its plan: public, and ready for JSON."""
+        plan = self.plan
+        hidden = plan.unit == "client" and plan.private
+        return {
+            "unit": plan.unit, "delta": plan.delta, "epsilon": plan.epsilon, "mechanism": plan.mechanism,
+            "noise_by": plan.noise_by if hidden else None, "rounds": plan.rounds,
+            "releases_per_round": plan.releases_per_round, "planned_releases": plan.planned_releases,
+            "sizes": None if hidden else self.sizes.tolist(), "clients": len(self.sizes),
+            "events": [[e.noise_multiplier, e.sample_rate] for e in self._events.values()][:1 if hidden else None],
         }
 
     def _epsilon(self, event: PoissonGaussian, count: int) -> float:
@@ -108,6 +121,15 @@ def _ledger(event: PoissonGaussian, count: int) -> Ledger:
     return ledger
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Equal, numbers to a rounding: another machine may calibrate the same noise to another last bit."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9)
+    return bool(a == b)
+
+
 class AheadLog:
     """The rounds that were begun, each on the disk before anything of it leaves a client.
 
@@ -115,11 +137,36 @@ class AheadLog:
     reproducible run the second time releases the same bits as the first, and counts once.
 
     Args:
-        path: of the file, one JSON object a line.
+        path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def begin(self, account: Account, *, reproducible: bool) -> None:
+        """Writes the terms of a new log, or checks that those of an existing one are the account's.
+
+        Raises:
+            ValueError: they are not: what the log counts was released on other terms.
+        """
+        terms = {**account.terms(), "reproducible": reproducible}
+        lines = self._lines()
+        if not lines:
+            append_durably(self.path, (json.dumps({"terms": terms}, separators=(",", ":")) + "\n").encode())
+            return
+        try:
+            before = json.loads(lines[0])["terms"]
+            different = [name for name in {**terms, **before} if not _alike(terms.get(name), before.get(name))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(self._lost("line 1 is damaged")) from error
+        if different:
+            raise ValueError(
+                f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
+                "has released cannot be counted on these: restore its config.yaml and its data, or begin a new run.")
+
+    def _lines(self) -> list[bytes]:
+        # What follows the last line break was cut off by a crash: its round had not begun.
+        return (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")[:-1]
 
     def append(self, number: int, clients: Sequence[int]) -> None:
         """Writes that round ``number`` (from 1) begins with these clients; on the disk when this returns."""
@@ -134,12 +181,12 @@ class AheadLog:
             reproducible: count each round up to that one once; those after it will release the same bits again.
 
         Raises:
-            ValueError: a line is damaged or missing, so that releases may have been forgotten.
+            ValueError: a line is damaged or missing, so that releases may have been forgotten; or they were released
+                on other terms than the account's.
         """
-        # What follows the last line break was cut off by a crash: its round had not begun.
-        lines = (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")[:-1]
+        self.begin(account, reproducible=reproducible)
         rounds: list[tuple[int, list[int]]] = []
-        for index, line in enumerate(lines):
+        for index, line in enumerate(self._lines()[1:], 1):
             try:
                 entry = json.loads(line)
                 number, clients = int(entry["round"]), [int(client) for client in entry["clients"]]

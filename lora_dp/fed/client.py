@@ -1,5 +1,6 @@
 """A client's part of a round: local training on its examples, and what leaves it."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,8 +72,10 @@ class Trainer:
 
     Attributes:
         workspace: the model.
-        seed: public: fixes dropout and perturbations by round and client.
-        reproducible: batches and noise follow the seed too, for research.
+        seed: public: fixes Flat-LoRA's perturbations by round, client and step.
+        reproducible: batches, noise and dropout follow the seed too, for research. Otherwise they are secret: rows of a
+            batch have their dropout by their place in it, so that one example more changes the others' masks, which is
+            nothing that the noise would hide from whoever knew the masks.
     """
 
     workspace: Workspace
@@ -100,7 +103,7 @@ class Trainer:
         self.workspace.load(task.state, task.rank)
         place = (client, task.round, task.turn)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(derived_seed(self.seed, TRAINING, *place))
+            torch.manual_seed(derived_seed(self.seed, TRAINING, *place) if self.reproducible else secrets.randbits(63))
             if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
                 as_released.train_la_lora(self, examples, task, on_step)
             else:
@@ -110,7 +113,7 @@ class Trainer:
             trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
         if self.plan.client_adds_noise:
             trained = self._noised(trained, task, self.plan.event(len(examples)), place)
-        return Update(trained, len(examples))
+        return Update(trained)
 
     def source(self, *place: int) -> RandomSource:
         """Fresh random bits: secret, or of this place in the run."""
@@ -142,10 +145,11 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
-        perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place))
         for batch in batches.take(training.local_steps):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
+            # Of the step alone: how many batches before it were empty is secret.
+            perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
             with self.method.local_step(model, step, planned, perturbation):
                 F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
             optimizer.step()

@@ -54,11 +54,11 @@ class FederationConfig:
     flora and flexlora."""
     min_clients: int = 1
     """Fewest updates a round is combined from (fewer clients drawn need only as many as were drawn); with less, the run
-    stops."""
+    stops. Not with noise by the server, whose rounds go on with noise alone."""
     client_timeout: float | None = None
     """Seconds after which a client is left out of the round; no limit by default."""
     fault_norm: float = 1000.0
-    """Norm above which a client's change is taken for an accident, and left out."""
+    """Norm above which a client's change, its own noise aside, is taken for an accident, and left out."""
     engine: Literal["local", "flower", "deployed"] = "local"
     """Where clients work: in this process, or in Flower's simulation; deployed is what flwr run makes of it."""
 
@@ -73,6 +73,9 @@ class FederationConfig:
                 f"clients_per_round must be from 1 to the number of clients ({self.clients}), "
                 f"not {self.clients_per_round}.",
             )
+        _require(
+            self.min_clients <= self.clients,
+            f"min_clients must not be above the number of clients ({self.clients}), but it is {self.min_clients}.")
         _require(self.dirichlet_alpha > 0, f"dirichlet_alpha must be positive, not {self.dirichlet_alpha}.")
         for name in ("client_timeout", "fault_norm"):
             value = getattr(self, name)
@@ -161,6 +164,12 @@ class PrivacyConfig:
             _require(
                 0 < getattr(self, name) < math.inf, f"{name} must be positive and finite, not {getattr(self, name)}."
             )
+        example_by = {"noise_by": "server", "max_update_norm": 1.0}
+        client_by = {"max_grad_norm": 1.0, "clipping": "automatic"}
+        for name, usual in (example_by if self.unit == "example" else client_by).items():
+            _require(
+                getattr(self, name) == usual,
+                f"{name} has no effect with unit {self.unit}: leave it out, or set the other unit.")
         _require(
             self.mechanism == "sound" or self.epsilon is not None,
             "mechanism as-released needs the epsilon that the released code would print: leave epsilon none out.",
@@ -260,6 +269,14 @@ class RunConfig:
             not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
             "mechanism as-released runs on engine local only.",
         )
+        _require(
+            federation.min_clients == 1 or not (whole_clients and self.privacy.noise_by == "server"),
+            "min_clients has no meaning with noise by the server, where a round that stops would tell who was drawn: "
+            "set it to 1.",
+        )
+        _require(
+            federation.largest_rank is None or self.model.r in (ModelConfig.r, federation.largest_rank),
+            f"r = {self.model.r} and ranks were both given: leave r out.")
         if federation.largest_rank is not None:
             self.model.r = federation.largest_rank
         if chosen.lr is None:

@@ -31,15 +31,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Update:
-    """A client's answer: the tensors that the turn trains, and what it is weighted by.
+    """A client's answer, all of it: the tensors that the turn trains, noised already unless the server adds the noise.
 
     Attributes:
-        tensors: by name, noised already unless the server adds the noise.
-        examples: of the client, taken to be public where weights follow them.
+        tensors: by name.
     """
 
     tensors: State
-    examples: int
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ _DRAWS, _BEGIN, _SERVER_NOISE = 1, 6, 7
 @dataclass(frozen=True)
 class RoundResult:
     """What is known after a round. The loss is that of the validation data, which are taken to be public; losses and
-    norms on private examples are never computed for show. All of it is public but, where the draw is secret, ``failed``
-    and ``seconds``, which tell of it.
+    norms on private examples are never computed for show. All of it is public but ``failed`` where the draw is secret,
+    which it tells of.
 
     Attributes:
         round: from 1; 0 is the start.
@@ -46,7 +46,7 @@ class RoundResult:
         epsilon: worst ε of all clients so far; inf without privacy.
         bytes_up, bytes_down: tensors sent to and by the server in this round; where the draw is secret, those of the
             expected number of clients.
-        seconds: duration.
+        seconds: duration; None with privacy, since it grows with the batches, whose sizes are secret.
         failed: clients that were left out, each with the reason.
     """
 
@@ -155,7 +155,8 @@ class Federation:
 
         Raises:
             PrivacyBudgetExceeded: no client, or not all participants, have budget left; nothing was trained.
-            TooFewClients: fewer than ``min_clients`` of them sent a usable update; the last checkpoint is whole.
+            TooFewClients: fewer than ``min_clients`` of them sent a usable update, and each adds noise of its own; the
+                last checkpoint is whole.
         """
         begin = time.perf_counter()
         index = self.rounds_done
@@ -175,10 +176,12 @@ class Federation:
             self.server.go_back(before)
             raise
         self.rounds_done += 1
+        secret = self.plan.private and (self.plan.server_adds_noise or not self.trainer.reproducible)
+        seconds = None if secret else time.perf_counter() - begin
         phases = " ".join(dict.fromkeys(self.method.phases(index, turn) for turn in range(self.method.turns)))
         return RoundResult(
             self.rounds_done, phases, None if self.plan.server_adds_noise else remaining, loss, accuracy,
-            self.account.worst_epsilon(exact=False), up, down, time.perf_counter() - begin, failed,
+            self.account.worst_epsilon(exact=False), up, down, seconds, failed,
         )
 
     def _run_turns(
@@ -217,7 +220,8 @@ class Federation:
                 continue  # a second answer, or one that nobody asked for
             waiting.remove(reply.client)
             task = tasks[self.ranks[reply.client]]
-            reason = reply.failure or fault(reply.update, task, names, self.fault_norm)
+            own_noise = None if noisy else noise_norm(task.rank, int(self.account.sizes[reply.client]))
+            reason = reply.failure or fault(reply.update, task, names, self.fault_norm, own_noise or 0.0)
             if reason is None:
                 assert reply.update is not None
                 if noisy is not None:
@@ -229,14 +233,14 @@ class Federation:
                     down += server.news_bytes(int(self.seen[reply.client]), task.rank)
                     up += nbytes(reply.update.tensors)
                     self.seen[reply.client] = server.version
-                    recorder.add(
-                        reply.client, reply.update.tensors, task.state,
-                        noise_norm(task.rank, int(self.account.sizes[reply.client])))
+                    recorder.add(reply.client, reply.update.tensors, task.state, own_noise)
                 arrived += 1
             else:
                 failed.append({"client": reply.client, "reason": reason})
-                details.append(f"client {reply.client} {reason}" + (f": {reply.detail}" if reply.detail else ""))
-        if arrived < min(self.min_clients, len(drawn)) or not (arrived or noisy):
+                more = f": {reply.detail}" if reply.detail not in ("", reason) else ""
+                details.append(f"client {reply.client} {reason}{more}")
+        # Under the server's noise a round goes on with noise alone: that it stopped would tell who was drawn.
+        if noisy is None and arrived < max(1, min(self.min_clients, len(drawn))):
             raise TooFewClients(
                 f"Round {index + 1} has too few usable updates: {arrived} of {len(drawn)}, min_clients is "
                 f"{self.min_clients} ({'; '.join(details[:3])}). Mend these clients, or lower min_clients, and resume.")

@@ -168,13 +168,14 @@ def whole_lines(path: Path) -> list[str]:
 def _line(result: RoundResult) -> str:
     public = asdict(result) | {"epsilon": finite(result.epsilon)}
     if result.participants is None:
-        public |= {"failed": [], "seconds": None}
+        public["failed"] = []
     return json.dumps(public) + "\n"
 
 
 def _fresh(config: RunConfig) -> Path:
-    target = config.privacy.target
-    budget = "no-privacy" if target is None else f"eps{target:g}"
+    target = config.privacy.kept
+    budget = "as-released" if config.privacy.mechanism == "as-released" else "no-privacy" if target is None else \
+        f"eps{target:g}"
     method = config.federation.method.replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{budget}"
     candidates: Sequence[Path] = [Path("runs") / (name + (f"-{i}" if i else "")) for i in range(1000)]

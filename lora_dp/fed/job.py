@@ -12,6 +12,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data import encode, open_data
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Workspace
+from lora_dp.fed.methods import Method, WeightedAverage
 from lora_dp.fed.models import load_model
 from lora_dp.fed.partition import partition
 from lora_dp.fed.privacy import PrivacyPlan
@@ -89,9 +90,25 @@ def open_job(config: RunConfig) -> Job:
         chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, len(splits.train))
     if privacy.mechanism == "as-released":
         as_released.check(method)
+    plan.check(max(len(part) for part in parts))
+    _check_method(method, plan)
     trainer = Trainer(
         Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
     return Job(trainer, splits.train, parts, splits.validation, ranks)
+
+
+def _check_method(method: Method, plan: PrivacyPlan) -> None:
+    """Raises ValueError where a method asks for what cannot be kept."""
+    if plan.server_adds_noise and type(method.aggregation()) is not WeightedAverage:
+        raise ValueError(
+            f"{method.name} combines updates in its own way, but noise by the server is for sums: set noise_by client, "
+            "or unit example.")
+    for index in range(plan.rounds if method.regulates_noise and plan.private else 0):
+        for turn in range(method.turns):
+            if method.phases(index, turn) not in ("A", "B"):
+                raise ValueError(
+                    f"{method.name} regulates its noise, which takes turns that train one factor, but turn {turn} of "
+                    f"round {index + 1} trains {method.phases(index, turn)}: switch regulates_noise off.")
 
 
 def _device(name: str) -> torch.device:

@@ -54,7 +54,7 @@ class NoisySum:
     def result(self, source: RandomSource) -> Contribution:
         """The noised mean. The caller has counted it in the ledger."""
         plan = self._plan
-        mechanism = client_mechanism(plan, plan.event(1).noise_multiplier, source)
+        mechanism = client_mechanism(plan, plan.turn_noise_multiplier(1), source)
         released = mechanism.release(list(self._sums.values()))
         mean: Contribution = {}
         for name, noisy in zip(self._sums, released, strict=True):

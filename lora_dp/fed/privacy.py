@@ -63,6 +63,18 @@ class PrivacyPlan:
     mechanism: MechanismName = "sound"
     examples: int = 0
 
+    def check(self, largest: int) -> None:
+        """Raises ValueError where δ promises next to nothing.
+
+        Args:
+            largest: number of examples of the client that has most.
+        """
+        count, what = (largest, "examples at a client") if self.unit == "example" else (self.clients, "clients")
+        if self.private and self.delta * count >= 1:
+            raise ValueError(
+                f"delta {self.delta:g} promises nothing to one of {count} {what}, since all of one may be published "
+                f"with that probability: take one well below 1/{count}, for example 1e-5.")
+
     @property
     def private(self) -> bool:
         """Whether the run claims an ε."""
@@ -90,8 +102,12 @@ class PrivacyPlan:
 
     @property
     def releases_per_round(self) -> int:
-        """Events that one round adds to a client's ledger."""
-        return self.turns * self.releases_per_turn
+        """Events that one round adds to a client's ledger.
+
+        Under the server's noise it is one: the turns of a round share its draw of clients, so that what amplifies is
+        their composition, not each by itself.
+        """
+        return 1 if self.server_adds_noise else self.turns * self.releases_per_turn
 
     @property
     def planned_releases(self) -> int:
@@ -111,8 +127,18 @@ class PrivacyPlan:
         size = _rung(examples)
         return min(self.batch_size, size) / size
 
+    def turn_noise_multiplier(self, examples: int) -> float:
+        """Deviation over sensitivity of the noise in one turn.
+
+        n Gaussian releases of one draw, each with n^(1/2) times the noise, are one Gaussian release (Dong, Roth and Su
+        2019, arXiv 1905.02383, corollary 3.3); drawing clients first amplifies them as that one.
+        """
+        shared = self.turns if self.server_adds_noise else 1
+        return self.event(examples).noise_multiplier * math.sqrt(shared)
+
     def event(self, examples: int) -> PoissonGaussian:
-        """One release of a client with so many examples, its noise calibrated to the budget.
+        """One entry in the ledger of a client with so many examples, its noise calibrated to the budget: a step, a
+        client's own release, or with noise by the server all turns of a round.
 
         Raises:
             ValueError: no noise reaches the budget.

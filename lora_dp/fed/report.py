@@ -1,5 +1,6 @@
 """What a run shows: its summary, the curves, the lines on the console."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,19 @@ def summarise(
         "accountant": config.privacy.accountant,
         "privacy_unit": account["unit"],
         "noise_multiplier": {"smallest": min(noise), "largest": max(noise)} if noise else None,
-        "public": PUBLIC if config.privacy.unit == "example" else PUBLIC_CLIENTS,
+        "public": None if config.privacy.kept is None else
+        PUBLIC if config.privacy.unit == "example" else PUBLIC_CLIENTS,
         "bytes_up": sum(result.bytes_up for result in results),
         "bytes_down": sum(result.bytes_down for result in results),
         "failed_clients": None if secret else sum(len(result.failed) for result in results),
-        "seconds": None if secret else round(sum(result.seconds or 0.0 for result in results), 3),
+        "seconds": total_seconds(results),
     }
+
+
+def total_seconds(results: Sequence[RoundResult]) -> float | None:
+    """Of all rounds; None where that is secret."""
+    parts = [result.seconds for result in results]
+    return None if None in parts else round(sum(part for part in parts if part is not None), 3)
 
 
 def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
@@ -116,17 +124,19 @@ class ConsoleReport:
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f} %"),
             TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
-        self._per_round = 0
+        self._per_round, self._begin = 0, time.monotonic()
 
     def begin(self, config: RunConfig, federation: Federation) -> None:
         """Says what is about to run."""
         sizes = federation.account.sizes.tolist()
         noise = federation.account.noise_multipliers()
         target, chosen = config.privacy.target, config.federation
+        whole_clients = federation.plan.private and federation.plan.unit == "client"
+        private = f"{len(sizes)} clients" if whole_clients else \
+            f"{sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each)"
         self._print(
             f"[bold]{chosen.method}[/] · {config.model.name}, r = {_span(federation.ranks, 'd')} · "
-            f"{config.data.dataset}: {sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each), "
-            f"{len(federation.validation)} to validate on")
+            f"{config.data.dataset}: {private}, {len(federation.validation)} to validate on")
         if target is None:
             self._print("[yellow]no privacy[/] (ε = ∞): nothing is clipped, no noise is added")
         elif config.privacy.mechanism == "as-released":
@@ -171,7 +181,7 @@ class ConsoleReport:
             self.progress.update(self._task, completed=done, description=f"round {following}")
 
     def end(self, summary: dict[str, Any], folder: Path) -> None:
-        """The table at the end."""
+        """The table at the end. What whoever runs it may know besides, how long it took, stays on the console."""
         worst = "∞ (no privacy)" if summary["worst_epsilon"] is None else f"{summary['worst_epsilon']:.4g}"
         table = Table(title=None, show_header=False, box=None, padding=(0, 3, 0, 0))
         table.add_column(style="dim")
@@ -180,8 +190,7 @@ class ConsoleReport:
         table.add_row("accuracy after", f"[bold]{100 * summary['accuracy_after']:.1f} %[/]")
         table.add_row(f"worst ε at δ = {summary['delta']:g}", f"[bold]{worst}[/]")
         table.add_row("sent up, down", f"{_size(summary['bytes_up'])}, {_size(summary['bytes_down'])}")
-        if summary["seconds"] is not None:
-            table.add_row("time", f"{summary['seconds']:.0f} s")
+        table.add_row("time", f"{time.monotonic() - self._begin:.0f} s")
         table.add_row("results", str(folder))
         if summary["failed_clients"]:
             table.add_row("left out", f"[yellow]{summary['failed_clients']} times a client[/]")

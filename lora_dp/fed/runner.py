@@ -107,6 +107,7 @@ def drive(
         results: of the rounds so far, of a resumed run.
     """
     _match_threads(federation.model)
+    folder.log.begin(federation.account, reproducible=config.run.reproducible)
     federation.log = folder.log
     status, problem = "finished", None
     report.begin(config, federation)

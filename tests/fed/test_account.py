@@ -24,8 +24,9 @@ def account(method: str = "dp-lora", sizes: Sequence[int] = SIZES, **changes: An
     return Account(plan_for(get_method(method), TRAINING, clients=len(sizes), **changes), sizes)
 
 
-def log(folder: Path, *rounds: tuple[int, list[int]]) -> AheadLog:
+def log(folder: Path, *rounds: tuple[int, list[int]], reproducible: bool = False, **changes: Any) -> AheadLog:
     found = AheadLog(folder / LOG)
+    found.begin(account(**changes), reproducible=reproducible)
     for number, clients in rounds:
         found.append(number, clients)
     return found
@@ -160,16 +161,38 @@ def test_the_report_holds_ledgers_that_can_be_loaded():
 
 def test_the_log_counts_every_round_that_was_begun(tmp_path):
     found = log(tmp_path, (1, [0, 1]), (2, [1, 2]), (2, [0]), (3, []))
-    assert (tmp_path / LOG).read_text().count("\n") == 4
+    assert (tmp_path / LOG).read_text().count("\n") == 5
     assert replayed(found) == [6, 6, 3]
 
 
 def test_a_round_done_again_with_the_same_bits_counts_once(tmp_path):
-    found = log(tmp_path, (1, [0, 1]), (2, [0, 1]), (2, [0, 1]), (3, [2]))
+    found = log(tmp_path, (1, [0, 1]), (2, [0, 1]), (2, [0, 1]), (3, [2]), reproducible=True)
     assert replayed(found, 3, reproducible=True) == [6, 6, 3]
     # From the checkpoint of round 1, rounds 2 and 3 are going to be done again.
     assert replayed(found, 1, reproducible=True) == [3, 3, 0]
     assert replayed(found, 0, reproducible=True) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("changes, name", [
+    ({"rounds": 40, "participations": 40}, "rounds"), ({"epsilon": 3.0}, "epsilon"), ({"delta": 1e-6}, "delta"),
+    ({"sizes": (12, 21, 9)}, "sizes"), ({"unit": "client"}, "unit"), ({"reproducible": True}, "reproducible"),
+    ({"epsilon": None}, "epsilon"),
+])
+def test_what_was_released_on_other_terms_is_not_counted_on_these(tmp_path, changes, name):
+    """More rounds from an edited config.yaml, say: past releases had less noise than the new plan has."""
+    found = log(tmp_path, (1, [0, 1]))
+    with pytest.raises(ValueError, match=rf"begun on other terms \(.*{name}.* differ\).*restore its config.yaml"):
+        replayed(found, **changes)
+    assert replayed(found) == [3, 3, 0]
+
+
+def test_the_last_bit_of_a_calibration_is_no_other_term(tmp_path):
+    found = log(tmp_path, (1, [0]))
+    entry = json.loads((tmp_path / LOG).read_text().splitlines()[0])
+    entry["terms"]["events"] = [[noise * (1 + 1e-13), rate] for noise, rate in entry["terms"]["events"]]
+    content = (tmp_path / LOG).read_text().splitlines()
+    (tmp_path / LOG).write_text("\n".join([json.dumps(entry), *content[1:], ""]))
+    assert replayed(found) == [3, 0, 0]
 
 
 def test_no_log_is_no_release(tmp_path):
@@ -195,21 +218,25 @@ def test_a_torn_last_line_was_no_round_and_spoils_none(tmp_path, length):
     ],
 )
 def test_a_damaged_line_inside_is_refused(tmp_path, damaged):
-    log(tmp_path, (1, [0, 1]), (2, [1, 2]), (3, [0]))
-    content = (tmp_path / LOG).read_bytes().split(b"\n")
-    (tmp_path / LOG).write_bytes(b"\n".join([content[0], damaged, *content[2:]]))
     for reproducible in (False, True):
-        with pytest.raises(ValueError, match="line 2 is damaged.*[Rr]estore it from a backup; do not go on"):
+        (tmp_path / LOG).unlink(missing_ok=True)
+        log(tmp_path, (1, [0, 1]), (2, [1, 2]), (3, [0]), reproducible=reproducible)
+        content = (tmp_path / LOG).read_bytes().split(b"\n")
+        (tmp_path / LOG).write_bytes(b"\n".join([*content[:2], damaged, *content[3:]]))
+        with pytest.raises(ValueError, match="line 3 is damaged.*[Rr]estore it from a backup; do not go on"):
             replayed(AheadLog(tmp_path / LOG), reproducible=reproducible)
 
 
 def test_missing_lines_are_refused(tmp_path):
     found = log(tmp_path, (1, [0]), (2, [0]), (3, [0]))
     content = (tmp_path / LOG).read_bytes().splitlines(keepends=True)
-    (tmp_path / LOG).write_bytes(content[0] + content[2])
-    with pytest.raises(ValueError, match="line 2 is damaged"):
+    (tmp_path / LOG).write_bytes(content[0] + content[1] + content[3])
+    with pytest.raises(ValueError, match="line 3 is damaged"):
         replayed(found)
-    (tmp_path / LOG).write_bytes(content[0] + content[1])
+    (tmp_path / LOG).write_bytes(b"".join(content[1:]))
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        replayed(found)
+    (tmp_path / LOG).write_bytes(b"".join(content[:3]))
     assert replayed(found, 2) == [6, 0, 0]
     with pytest.raises(ValueError, match="ends before round 3"):
         replayed(found, 3)
@@ -228,6 +255,7 @@ def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
     """Line written, file synchronised, its name in the folder too: then the first client begins."""
     federation = make_federation("deer")
     federation.log = AheadLog(tmp_path / LOG)
+    federation.log.begin(federation.account, reproducible=True)
     events: list[str] = []
     fsync, train = os.fsync, Trainer.train
 
@@ -245,8 +273,8 @@ def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", watched_train)
     federation.run_round()
     federation.run_round([1])
-    assert events == ["1 lines", "folder", *["train"] * 6, "2 lines", *["train"] * 2]
-    rounds = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert events == ["2 lines", *["train"] * 6, "3 lines", *["train"] * 2]
+    rounds = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()[1:]]
     assert rounds == [{"round": 1, "clients": [0, 1, 2]}, {"round": 2, "clients": [1]}]
 
 
@@ -254,9 +282,13 @@ def test_who_was_drawn_in_secret_is_not_in_the_log(tmp_path):
     federation = make_federation(
         "dp-lora", unit="client", noise_by="server", client_rate=0.5, delta=0.01, weighting="equal")
     federation.log = AheadLog(tmp_path / LOG)
+    federation.log.begin(federation.account, reproducible=False)
     for _ in range(3):
         assert federation.run_round().participants is None
-    assert {json.dumps(json.loads(line)["clients"]) for line in (tmp_path / LOG).read_text().splitlines()} == {"[]"}
+    terms, *rounds = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [entry["clients"] for entry in rounds] == [[]] * 3
+    # Nor how many examples anybody has.
+    assert terms["terms"]["sizes"] is None and len(terms["terms"]["events"]) == 1
     fresh = Account(federation.plan, SIZES)
     federation.log.replay(fresh, rounds_done=3, reproducible=False)
     assert fresh.releases(0) == federation.account.releases(0) == 3
@@ -265,7 +297,7 @@ def test_who_was_drawn_in_secret_is_not_in_the_log(tmp_path):
 def test_a_client_without_room_takes_no_part(tmp_path):
     """After a resumption too: the releases that a crash lost are spent."""
     federation = make_federation("dp-lora", participations=2, rounds=2, reproducible=False)
-    federation.log = log(tmp_path, (1, [0]), (1, [0, 1]))
+    federation.log = log(tmp_path, (1, [0]), (1, [0, 1]), participations=2, rounds=2)
     federation.log.replay(federation.account, rounds_done=0, reproducible=False)
     before = (tmp_path / LOG).read_bytes()
     assert federation.draw() == [1, 2]
@@ -283,7 +315,7 @@ def test_a_client_without_room_takes_no_part(tmp_path):
 def test_a_round_that_ends_in_the_middle_counts(tmp_path):
     """What clients before the interruption have sent has left."""
     federation = make_federation("dp-lora")
-    federation.log = AheadLog(tmp_path / LOG)
+    federation.log = log(tmp_path)
 
     def interrupt() -> None:
         raise KeyboardInterrupt

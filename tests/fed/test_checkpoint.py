@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -275,13 +276,27 @@ def test_with_every_checkpoint_damaged_the_run_is_left_as_it_is(tmp_path):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_an_edited_configuration_does_not_change_what_was_released(tmp_path):
+    """More rounds would have had more noise: the rounds so far had less than the new plan counts."""
+    folder = tmp_path / "run"
+    stopped_run(folder, 4)
+    text = (folder / "config.yaml").read_text()
+    edited = re.sub(r"(?m)^rounds: .*$", "rounds: 40", text)
+    assert edited != text
+    (folder / "config.yaml").write_text(edited)
+    with pytest.raises(ValueError, match=r"begun on other terms \(.*rounds.* differ\)"):
+        resume(folder, quiet())
+    (folder / "config.yaml").write_text(text)
+    assert resume(folder, quiet()).summary["status"] == "finished"
+
+
 def test_a_damaged_log_stops_the_resumption(tmp_path):
     folder = tmp_path / "run"
     stopped_run(folder, 4)
     lines = (folder / "ledger.jsonl").read_text().splitlines(keepends=True)
     for content, message in (
-        (lines[0] + lines[1][:10] + lines[2] + lines[3], "line 2 is damaged"),
-        ("".join(lines[:3]), "ends before round 4"),
+        (lines[0] + lines[1] + lines[2][:10] + lines[3] + lines[4], "line 3 is damaged"),
+        ("".join(lines[:4]), "ends before round 4"),
     ):
         (folder / "ledger.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -103,6 +103,14 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--method_options.rho 1", "The method la-lora has no option 'rho'"),
         ("--method flat-lora:nothing", "There is no method 'nothing'"),
         ("--ranks [2,2,2,2,4]", "take flora or flexlora"),
+        ("--method flora --r 8 --ranks 2,2,4,4,4", "r = 8 and ranks were both given: leave r out"),
+        ("--noise_by client", "noise_by has no effect with unit example: leave it out, or set the other unit"),
+        ("--max_update_norm 5", "max_update_norm has no effect with unit example"),
+        ("--unit client --max_grad_norm 3", "max_grad_norm has no effect with unit client"),
+        ("--unit client --clipping flat", "clipping has no effect with unit client"),
+        ("--unit client --min_clients 2", "min_clients has no meaning with noise by the server"),
+        ("--min_clients 9", "min_clients must not be above the number of clients (5), but it is 9"),
+        ("--delta 0.9", "delta 0.9 promises nothing to one of "),
         ("resume missing", "missing holds no run"),
         ("pretrain --epochs few", "--epochs: expected int. Got value: few"),
     ],
@@ -124,7 +132,7 @@ def test_methods_options_ranks_and_units(ran):
     words = ("--method lora-fair --method_options.objective cosine --unit client --noise_by client "
              "--max-update-norm 0.5 --min_clients 2 --client_timeout 60")
     assert cli.main(words.split()) == 0
-    assert cli.main(["--method", "flora", "--ranks", "{4: 0.5, 8: 0.5}", "--clients", "4"]) == 0
+    assert cli.main(["--method", "flora", "--ranks", "{4:0.5,8:0.5}", "--clients", "4"]) == 0
     assert cli.main(["--method", "flexlora", "--ranks", "2,4,8,16,2"]) == 0
     assert ran[0].method.objective == "cosine"
     assert (ran[0].privacy.unit, ran[0].privacy.noise_by, ran[0].federation.weighting) == ("client", "client", "equal")

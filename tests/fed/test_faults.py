@@ -269,12 +269,15 @@ def test_a_client_left_out_changes_neither_the_servers_noise_nor_the_divisor(fau
     same(federation, others)
 
 
-def test_noise_alone_where_all_that_were_drawn_fail_is_refused_but_nobody_drawn_is_fine():
-    federation = make_federation("dp-lora", **SERVER)
-    assert federation.run_round([]).failed == []
+def test_a_round_where_all_that_were_drawn_fail_is_that_where_nobody_was_drawn():
+    """Noise alone, and the run goes on: that it stopped would tell of the secret draw and of a client's data."""
+    federation, others = make_federation("dp-lora", **SERVER), make_federation("dp-lora", **SERVER)
     breaking(federation, {1: FAULTS["NaN"][0]})
-    with pytest.raises(TooFewClients):
-        federation.run_round([1])
+    assert [entry["client"] for entry in federation.run_round([1]).failed] == [1]
+    assert others.run_round([]).failed == []
+    same(federation, others)
+    with pytest.raises(ValueError, match="min_clients has no meaning with noise by the server.*set it to 1"):
+        RunConfig.from_flat({"unit": "client", "min_clients": 2})
 
 
 def test_a_client_that_noises_itself_is_left_out_like_any_other():

@@ -1,5 +1,6 @@
 """The methods and what they promise, on a small model with real private training."""
 
+import contextlib
 import gc
 import itertools
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 from lora_dp.fed.examples import ImageExamples
 from lora_dp.fed.lowrank import LowRank
 from lora_dp.fed.methods import METHODS, WeightedAverage, factor, get_method
+from lora_dp.fed.methods.dp_lora import DPLoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
 from lora_dp.layers import DPLoRALinear
 from tests.fed.small import PLAIN, TRAINING, Adapted, make_examples, make_federation, products, updates
@@ -75,6 +77,12 @@ def test_an_unknown_method_names_the_nearest(name, message):
         ("lora-fair", {"regularisation": 0}, "must be positive"),
         ("rac-lora", {"trained": "AB"}, "must be A or B"),
         ("flat-lora", {"rho": -1}, "must not be negative"),
+        ("flat-lora:deer", {"rho": "abc"}, "The option rho of flat-lora:deer must be a number, not 'abc'"),
+        ("flat-lora", {"rho": math.inf}, "must be a number, not inf"),
+        ("lora-fair", {"regularisation": "abc"}, "The option regularisation of lora-fair must be a number, not 'abc'"),
+        ("lora-fair", {"regularisation": math.nan}, "must be a number, not nan"),
+        ("flat-lora:", {}, "lacks a method to smooth: write flat-lora:dp-lora"),
+        ("flat-lora:flat-lora:deer", {}, "lacks a method to smooth"),
     ],
 )
 def test_a_wrong_option_of_a_method_is_refused(name, options, message):
@@ -86,6 +94,29 @@ def test_options_reach_the_method_and_the_one_beneath():
     wrapped = get_method("flat-lora:lora-fair", {"rho": 0.2, "objective": "cosine"})
     assert isinstance(wrapped, FlatLoRA) and wrapped.rho == 0.2
     assert wrapped.base == get_method("lora-fair", {"objective": "cosine"})
+
+
+class OwnWays(DPLoRA):
+    """A method that overrides what flat-lora must pass on."""
+
+    def learning_rate(self, epsilon):
+        return 0.123
+
+    def trains(self, parameter, round_index, turn=0):
+        return parameter.endswith("lora_B")
+
+    @contextlib.contextmanager
+    def local_step(self, model, step, steps, generator):
+        model.entered = step
+        yield
+
+
+def test_flat_lora_passes_on_all_that_its_base_says():
+    wrapped, model = FlatLoRA(OwnWays()), Adapted()
+    assert wrapped.learning_rate(8.0) == 0.123
+    assert [name for name in ("1.lora_A", "1.lora_B", "4.weight") if wrapped.trains(name, 0)] == ["1.lora_B"]
+    with wrapped.local_step(model, 5, 10, torch.Generator().manual_seed(0)):
+        assert model.entered == 5
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -36,7 +36,7 @@ class Prepared:
                 if not name.endswith(".merged") and self.method.trains(name, task.round, task.turn)}
             self.alive.add(tensors["4.weight"])
             self.most = max(self.most, len(self.alive))
-            yield Reply(client, Update(tensors, 1))
+            yield Reply(client, Update(tensors))
 
 
 def federation_of(clients: int, method: str, **options: Any) -> Federation:

@@ -6,11 +6,13 @@ import math
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy.stats import norm
 
-from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
+from lora_dp.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.exchange import Reply, Update
 from lora_dp.fed.methods import METHODS, factor
@@ -36,7 +38,7 @@ class Scripted:
             yield Reply(client, Update({
                 name: task.state[name] + self.changes[client] * torch.randn(
                     task.state[name].shape, generator=generator, dtype=torch.float64)
-                for name in names}, 10))
+                for name in names}))
 
 
 def scripted(method, changes, **options):
@@ -64,10 +66,33 @@ def test_every_method_runs_under_every_unit(method, privacy):
 def test_the_server_s_noise_is_accounted_at_the_rate_of_the_draw():
     plan = plan_for(make_federation("deer").method, TRAINING, **SERVER, client_rate=0.25, rounds=6, clients=20)
     event = plan.event(17)
-    assert (event.sample_rate, plan.planned_releases, plan.releases_per_round) == (0.25, 12, 2)
+    assert (event.sample_rate, plan.planned_releases, plan.releases_per_round) == (0.25, 6, 1)
     ledger = Ledger()
-    ledger.append(event, 12)
+    ledger.append(event, 6)
     assert 8 * 0.998 < ledger.epsilon(1e-5, "rdp") <= 8
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_turns_that_share_a_draw_of_clients_are_one_release(rate):
+    """Privacy of a round, integrated over the outputs of both of deer's turns: all clients of a round are drawn once,
+    so that a client is in both sums or in neither."""
+    plan = plan_for(make_federation("deer").method, TRAINING, **SERVER, client_rate=rate, rounds=1, clients=20)
+    plan = replace(plan, epsilon=2.0)
+    sigma, epsilon = plan.turn_noise_multiplier(1), 1.0
+    x = np.linspace(-12 * sigma, 12 * sigma + 1, 2401)
+    without = norm.pdf(x[:, None], 0, sigma) * norm.pdf(x, 0, sigma)
+    both = norm.pdf(x[:, None], 1, sigma) * norm.pdf(x, 1, sigma)
+    drawn = (1 - rate) * without + rate * both
+    cell = (x[1] - x[0]) ** 2
+    deltas = [
+        float(np.maximum(p - math.exp(epsilon) * q, 0).sum() * cell) for p, q in ((drawn, without), (without, drawn))]
+    ledger = Ledger()
+    ledger.append(plan.event(1), plan.releases_per_round)
+    assert ledger.epsilon(max(deltas), "pld") == pytest.approx(epsilon, rel=2e-3)
+    # Two releases, each amplified by a draw of its own, would claim less.
+    apart = Ledger()
+    apart.append(PoissonGaussian(sigma, rate), 2)
+    assert apart.epsilon(max(deltas), "pld") < 0.97 * epsilon
 
 
 def test_a_client_s_own_noise_is_not_amplified():
@@ -174,7 +199,7 @@ def test_deer_s_server_noise_is_regulated():
     drawn = noise_of_empty_rounds("deer", 60, **options)
     federation = make_federation("deer", **options)
     rule = Regulator.beside("B", federation.server.state["1.lora_A"])
-    sigma = federation.plan.event(1).noise_multiplier * 0.5 / 3
+    sigma = federation.plan.event(1).noise_multiplier * math.sqrt(2) * 0.5 / 3  # both turns together are one release
     values = torch.stack([rule.measured(d["1.lora_B"]) for d in drawn])
     assert abs(float(values.std()) / sigma - 1) < 5 / math.sqrt(2 * values.numel())
 

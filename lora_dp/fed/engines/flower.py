@@ -204,7 +204,7 @@ def _read(client: int, reply: Message, task: Task) -> Reply:
         return Reply(client, None, answer)
     devices = {name: tensor.device for name, tensor in task.state.items()}
     tensors = {name: tensor.to(devices.get(name, tensor.device)) for name, tensor in answer.tensors.items()}
-    return Reply(client, Update(tensors, answer.examples))
+    return Reply(client, Update(tensors))
 
 
 def connected(config: RunConfig, grid: Grid, stop: threading.Event | None = None) -> Federation:

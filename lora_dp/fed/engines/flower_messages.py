@@ -71,8 +71,7 @@ def unpack_tensors(record: ArrayRecord) -> State:
 
 def pack_update(update: Update) -> RecordDict:
     """A reply's content."""
-    answer = ConfigRecord({"examples": update.examples})
-    return RecordDict({TENSORS: pack_tensors(update.tensors), ANSWER: answer})
+    return RecordDict({TENSORS: pack_tensors(update.tensors), ANSWER: ConfigRecord()})
 
 
 def pack_failure(reason: str) -> RecordDict:
@@ -89,7 +88,7 @@ def unpack_answer(content: RecordDict) -> Update | str:
     answer = content.config_records[ANSWER]
     if "failure" in answer:
         return str(answer["failure"])
-    return Update(unpack_tensors(content.array_records[TENSORS]), _integer(answer["examples"]))
+    return Update(unpack_tensors(content.array_records[TENSORS]))
 
 
 def pack_introduction(node: Introduction) -> RecordDict:

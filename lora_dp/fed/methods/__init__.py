@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -68,6 +69,8 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """
     given = dict(options or {})
     first, colon, base = name.partition(":")
+    if colon and (not base or base.partition(":")[0] == FlatLoRA.name):
+        raise ValueError(f"{name!r} lacks a method to smooth: write {FlatLoRA.name}:dp-lora, for example.")
     # Entry points are read from every installed package: not where one of ours is meant.
     if first not in METHODS and first not in available() or colon and first != FlatLoRA.name:
         known = available()
@@ -76,15 +79,25 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         raise ValueError(f"There is no method {name!r}: choose {', '.join(known)}.{hint}")
     cls: Any = _method_class(first)
     if cls is FlatLoRA:
-        rho = {key: given.pop(key) for key in ("rho",) if key in given}
+        rho = {key: _number(name, key, given.pop(key)) for key in ("rho",) if key in given}
         return FlatLoRA(get_method(base or DPLoRA.name, given), **rho)
     allowed = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     for key in given:
         if key not in allowed:
             there = f"it has {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"The method {name} has no option {key!r}: {there}.")
+    if dataclasses.is_dataclass(cls):
+        given |= {f.name: _number(name, f.name, given[f.name])
+                  for f in dataclasses.fields(cls) if f.name in given and isinstance(f.default, float)}
     method: Method = cls(**given)
     return method
+
+
+def _number(method: str, option: str, value: Any) -> float:
+    """Of an option that is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"The option {option} of {method} must be a number, not {value!r}.")
+    return float(value)
 
 
 __all__ = [

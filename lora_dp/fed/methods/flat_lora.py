@@ -41,6 +41,12 @@ class FlatLoRA(Method):
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return self.base.phases(round_index, turn)
 
+    def learning_rate(self, epsilon: float | None) -> float:
+        return self.base.learning_rate(epsilon)
+
+    def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
+        return self.base.trains(parameter, round_index, turn)
+
     def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
         return self.base.begin(state, layers, round_index, generator)
 
@@ -62,12 +68,14 @@ class FlatLoRA(Method):
         self, model: nn.Module, step: int, steps: int, generator: torch.Generator
     ) -> AbstractContextManager[None]:
         strength = self.rho * (1 - math.cos(math.pi * min(step + 1, steps) / steps)) / 2
-        return _perturbed(model, strength, generator)
+        return _perturbed(model, strength, generator, self.base.local_step(model, step, steps, generator))
 
 
 @contextlib.contextmanager
-def _perturbed(model: nn.Module, strength: float, generator: torch.Generator) -> Iterator[None]:
-    """The adapted weights with ε added; afterwards the very tensors that were there before."""
+def _perturbed(
+    model: nn.Module, strength: float, generator: torch.Generator, around: AbstractContextManager[None]
+) -> Iterator[None]:
+    """The adapted weights with ε added, within ``around``; afterwards the very tensors that were there before."""
     originals: list[tuple[DPLoRALinear, torch.Tensor]] = []
     try:
         for layer in model.modules():
@@ -75,7 +83,8 @@ def _perturbed(model: nn.Module, strength: float, generator: torch.Generator) ->
                 frozen = layer.weight.data
                 originals.append((layer, frozen))
                 layer.weight.data = frozen + _noise(layer, strength, generator)
-        yield
+        with around:
+            yield
     finally:
         for layer, frozen in originals:
             layer.weight.data = frozen

@@ -11,7 +11,7 @@ from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.folder import ENDED, read_config, read_results
 from lora_dp.fed.page import figures, words
 from lora_dp.fed.privacy import AS_RELEASED, UNITS
-from lora_dp.fed.report import PUBLIC, PUBLIC_CLIENTS, RESEARCH_ONLY
+from lora_dp.fed.report import PUBLIC, PUBLIC_CLIENTS, RESEARCH_ONLY, total_seconds
 from lora_dp.fed.style import GREEN, ORANGE
 
 # A page of all of 10,000 clients would be of no use to a reader.
@@ -58,7 +58,7 @@ def content(folder: Path) -> dict[str, Any]:
         "worst_epsilon": summary["worst_epsilon"] if status in ENDED else results[-1].epsilon if results else 0.0,
         "unit": UNITS[privacy.unit],
         "public": summary.get("public", PUBLIC if privacy.unit == "example" else PUBLIC_CLIENTS),
-        "seconds": None if secret else sum(result.seconds or 0.0 for result in results),
+        "seconds": total_seconds(results),
         "up": sum(result.bytes_up for result in results),
         "down": sum(result.bytes_down for result in results),
         "secret": secret,

@@ -71,7 +71,7 @@ def rounds(method: str, rank: int, clients: int) -> Iterator[Bytes]:
             tensors = {
                 name: tensor + 0.01 for name, tensor in task.state.items()
                 if not name.endswith(MERGED) and chosen.trains(name, index, turn)}
-            up += travelling(messages.pack_update(Update(tensors, 100)))
+            up += travelling(messages.pack_update(Update(tensors)))
             combined = chosen.aggregation()
             # Stacks grow with the clients that are in them; all other sums are of one size.
             for _ in range(clients if method == "flora" else 1):

@@ -76,15 +76,24 @@ def test_it_adds_up_over_runs(tmp_path):
     assert Ledger.load(path).steps == 6
 
 
+UNPROTECTED = "sends nothing that secret noise of its own does not protect"
+
+
 @pytest.mark.parametrize(
-    "options", [{"epsilon": "none"}, {"unit": "client", "noise_by": "server"}, {"reproducible": True}],
-    ids=["without-privacy", "noise-by-the-server", "noise-from-a-public-seed"])
+    "options", [{"epsilon": "none"}, {"reproducible": True}], ids=["without-privacy", "noise-from-a-public-seed"])
 def test_a_client_with_a_ledger_sends_nothing_unprotected(tmp_path, options):
     path = tmp_path / "ledger.json"
     federation = connected(tiny(**options), grid(path))
-    with pytest.raises(TooFewClients, match="sends nothing that secret noise of its own does not protect"):
+    with pytest.raises(TooFewClients, match=UNPROTECTED):
         federation.run_round([1])
     assert not path.exists()
+
+
+def test_nor_to_a_server_that_adds_the_noise(tmp_path):
+    path = tmp_path / "ledger.json"
+    federation = connected(tiny(unit="client", noise_by="server"), grid(path))
+    [left_out] = federation.run_round([1]).failed
+    assert left_out["client"] == 1 and UNPROTECTED in left_out["reason"] and not path.exists()
 
 
 def test_a_client_that_noises_its_whole_update_counts_one_release(tmp_path):
