@@ -21,7 +21,6 @@ from lora_dp.fed.models import logits
 from lora_dp.fed.privacy import PrivacyPlan
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import make_filter
-from lora_dp.phases import Phases
 
 if TYPE_CHECKING:
     from lora_dp.fed.client import Trainer
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 # Above which LA-LoRA's code does not raise its clip bound.
 LARGEST_BOUND = 0.4
+WEIGHT_DECAY = {"sgd": 0.001, "adamw": 0.01}
 
 
 def check(method: Method) -> None:
@@ -45,11 +45,11 @@ def replaces_training(method: Method) -> bool:
 
 
 def claimed_noise_multiplier(plan: PrivacyPlan, method: Method) -> float:
-    """σ that the released code would use for the ε that it prints.
+    """σ for an ε that is not kept.
 
-    LA-LoRA's accountant composes one event a round at the clients' sample rate, though noise is added at every local
-    step to a batch gradient that is clipped at a bound read off the data. DEeR's composes minibatch steps over the
-    examples of all clients together, though it perturbs once a turn.
+    DEeR's code composes minibatch steps over the examples of all clients together, though it perturbs once a turn.
+    LA-LoRA's runs no accountant: σ is an option, 0.2 by default. In its place stands what federated code of this kind
+    often does, one event a round at the clients' sample rate, though noise is added at every local step.
     """
     assert plan.epsilon is not None
     if replaces_training(method):
@@ -60,27 +60,29 @@ def claimed_noise_multiplier(plan: PrivacyPlan, method: Method) -> float:
 
 
 def train_la_lora(trainer: Trainer, examples: Examples, task: Task, on_step: Callable[[], None]) -> None:
-    """LA-LoRA's local steps: the *batch* gradient of each tensor is clipped at the median of the tensors' norms (at
-    most 0.4) and noised in proportion to that bound; batches are shuffled."""
+    """LA-LoRA's local steps, A and B by turns: the *batch* gradient of each tensor is clipped at the median of the
+    tensors' norms (at most 0.4) and noised in proportion to that bound; what the filter leaves of it moves the factor
+    in a step of its own, before the optimizer's with all of it; weights decay; batches are shuffled."""
     training, model = trainer.training, trainer.workspace.model
     noise_multiplier = claimed_noise_multiplier(trainer.plan, trainer.method)
     device = next(model.parameters()).device
     model.train()
     optimizer, low_pass = training.make_optimizer(model), make_filter(training.low_pass, training.low_pass_strength)
-    phases = Phases(trainer.method.phases(task.round, task.turn))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = WEIGHT_DECAY[training.optimizer]
     batch_size = min(training.batch_size, len(examples))
-    step, last = task.round * training.local_steps, (task.round + 1) * training.local_steps
-    while step < last:
+    parameters, step = dict(model.named_parameters()), 0
+    while step < training.local_steps:
         for batch in DataLoader(examples, batch_size, shuffle=True, collate_fn=examples.collate):
-            if step == last:
+            if step == training.local_steps:
                 break
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             optimizer.zero_grad()
             F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
-            trained = phases.factors(step)
+            trained = "AB"[step % 2]
             gradients = {}
-            for name, parameter in model.named_parameters():
-                if factor(name) is not None and factor(name) not in trained:
+            for name, parameter in parameters.items():
+                if factor(name) not in (None, trained):
                     parameter.grad = None
                 elif parameter.grad is not None:
                     gradients[name] = parameter.grad
@@ -89,7 +91,7 @@ def train_la_lora(trainer: Trainer, examples: Examples, task: Task, on_step: Cal
                 gradient.mul_(min(1.0, bound / max(float(gradient.norm()), 1e-30)))
                 gradient.add_(torch.randn_like(gradient), alpha=noise_multiplier * bound / batch_size)
                 if low_pass is not None and factor(name) is not None:
-                    gradient.copy_(low_pass(gradient))
+                    parameters[name].data.add_(low_pass(gradient), alpha=-training.learning_rate)
             optimizer.step()
             step += 1
             on_step()

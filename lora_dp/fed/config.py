@@ -164,15 +164,18 @@ class PrivacyConfig:
             _require(
                 0 < getattr(self, name) < math.inf, f"{name} must be positive and finite, not {getattr(self, name)}."
             )
-        example_by = {"noise_by": "server", "max_update_norm": 1.0}
-        client_by = {"max_grad_norm": 1.0, "clipping": "automatic"}
-        for name, usual in (example_by if self.unit == "example" else client_by).items():
+        by_client = {"noise_by": "server", "max_update_norm": 1.0}
+        by_example = {"max_grad_norm": 1.0, "clipping": "automatic"}
+        if self.mechanism == "as-released":  # DEeR's bounds whole updates, LA-LoRA's reads its bound off the data
+            idle, where = {**by_example, "noise_by": "server"}, "mechanism as-released"
+        else:
+            idle, where = (by_client if self.unit == "example" else by_example), f"unit {self.unit}"
+        for name, usual in idle.items():
             _require(
-                getattr(self, name) == usual,
-                f"{name} has no effect with unit {self.unit}: leave it out, or set the other unit.")
+                getattr(self, name) == usual, f"{name} has no effect with {where}: leave it out.")
         _require(
             self.mechanism == "sound" or self.epsilon is not None,
-            "mechanism as-released needs the epsilon that the released code would print: leave epsilon none out.",
+            "mechanism as-released needs the epsilon that its noise is set for: leave epsilon none out.",
         )
         _require(
             self.mechanism == "sound" or self.unit == "example",

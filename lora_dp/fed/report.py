@@ -140,7 +140,8 @@ class ConsoleReport:
         if target is None:
             self._print("[yellow]no privacy[/] (ε = ∞): nothing is clipped, no noise is added")
         elif config.privacy.mechanism == "as-released":
-            self._print(f"[yellow]{AS_RELEASED}[/]; it would print ε = {target:g} at δ = {config.privacy.delta:g}")
+            self._print(
+                f"[yellow]{AS_RELEASED}[/]; its noise is set as if for ε = {target:g} at δ = {config.privacy.delta:g}")
         else:
             privacy = config.privacy
             how = f"{privacy.clipping} clipping" if privacy.unit == "example" else f"added by the {privacy.noise_by}"

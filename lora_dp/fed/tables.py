@@ -128,7 +128,7 @@ def caption(example: RunConfig, cells: DataFrame, trials: DataFrame, common_rate
         if privacy.mechanism == "as-released":
             parts.append(
                 "No privacy guarantee (ε = ∞): this is what the authors' released code does; the ε of a column is what "
-                "it would print.")
+                "its noise is set for, and does not keep.")
         else:
             parts.append(f"ε at δ = {privacy.delta:g} for {UNITS[privacy.unit]}, of each run by itself.")
     if example.run.reproducible:

@@ -141,7 +141,7 @@ def test_the_warning_of_research_runs(tmp_path):
     assert "Nothing as it is" in read(folder / "report.html").plain
 
 
-@pytest.mark.parametrize("options", [{"epsilon": "none"}, {"mechanism": "as-released", "clipping": "flat"}])
+@pytest.mark.parametrize("options", [{"epsilon": "none"}, {"mechanism": "as-released"}])
 def test_runs_without_privacy_show_no_finite_epsilon(tmp_path, options):
     rounds = [{**each, "epsilon": None} for each in ROUNDS]
     ledger = account()
@@ -149,6 +149,7 @@ def test_runs_without_privacy_show_no_finite_epsilon(tmp_path, options):
         client["epsilon"] = None
     page = read(write_page(make_run(tmp_path / "run", rounds=rounds, ledger=ledger, **options)))
     assert "∞ no privacy" in page.plain and "of a budget of" not in page.plain
+    assert "released one clipped sum" not in page.plain and "automatic, to norm" not in page.plain
     assert "Worst client's ε by round" not in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -57,7 +57,7 @@ def content(folder: Path) -> dict[str, Any]:
         # What the summary has is exact; a round's may be a quick upper bound.
         "worst_epsilon": summary["worst_epsilon"] if status in ENDED else results[-1].epsilon if results else 0.0,
         "unit": UNITS[privacy.unit],
-        "public": summary.get("public", PUBLIC if privacy.unit == "example" else PUBLIC_CLIENTS),
+        "public": summary.get("public", PUBLIC if privacy.unit == "example" else PUBLIC_CLIENTS) or "",
         "seconds": total_seconds(results),
         "up": sum(result.bytes_up for result in results),
         "down": sum(result.bytes_down for result in results),
