@@ -84,6 +84,8 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
         _say(console, f"interrupted: the same command with --output {folder} goes on")
         raise KeyboardInterrupt
     _say(console, "\n" + tables.plain(cells))
+    for note in [*cells["guarantee"].dropna().unique(), *cells["release"].dropna().unique()]:
+        _say(console, note)
     for cell, reason in failures.items():
         _say(console, f"failed: {cell}: {reason}")
     _say(console, f"results: {folder}")
@@ -176,4 +178,5 @@ def _line(cell: Cell, path: Path, reason: str | None) -> str:
     if summary is None:
         return f"{cell}   failed: {reason}"
     note = "" if summary["status"] == "finished" else f"   {summary['status']}"
+    note += "   no privacy guarantee (ε = ∞)" if summary.get("guarantee") else ""
     return f"{cell}   accuracy {100 * summary['accuracy_after']:.1f} %{note}"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from lora_dp.fed import as_released
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models import ModelConfig
@@ -268,6 +269,8 @@ class RunConfig:
             not whole_clients or federation.weighting == "equal",
             "unit client needs weighting equal: the number of a client's examples is not public there.",
         )
+        if self.privacy.mechanism == "as-released":
+            as_released.check(method)
         _require(
             not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
             "mechanism as-released runs on engine local only.",

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_dp.fed import as_released
 from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data import encode, open_data
@@ -88,8 +87,6 @@ def open_job(config: RunConfig) -> Job:
         privacy.target, privacy.delta, privacy.accountant, privacy.unit, privacy.noise_by, privacy.max_grad_norm,
         privacy.max_update_norm, privacy.clipping, chosen.batch_size, chosen.local_steps, method.turns, chosen.rounds,
         chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, len(splits.train))
-    if privacy.mechanism == "as-released":
-        as_released.check(method)
     plan.check(max(len(part) for part in parts))
     _check_method(method, plan)
     trainer = Trainer(

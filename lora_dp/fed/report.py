@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_dp.fed import as_released
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.privacy import AS_RELEASED, UNITS, finite
@@ -30,12 +31,11 @@ PUBLIC_CLIENTS = (
 
 
 def summarise(
-    config: RunConfig, results: Sequence[RoundResult], account: dict[str, Any], status: str
+    config: RunConfig, results: Sequence[RoundResult], account: dict[str, Any], status: str, noise: Sequence[float]
 ) -> dict[str, Any]:
-    """summary.json. ε is null where there is no privacy."""
+    """summary.json, with the noise multipliers that were used. ε is null where there is no privacy."""
     first, last = results[0], [result for result in results if result.accuracy is not None][-1]
     secret = last.participants is None
-    noise = [entry["noise_multiplier"] for client in account["clients"] for entry in client["ledger"]["entries"]]
     return {
         "status": status,
         "guarantee": AS_RELEASED if config.privacy.mechanism == "as-released" else None,
@@ -62,6 +62,13 @@ def summarise(
         "failed_clients": None if secret else sum(len(result.failed) for result in results),
         "seconds": total_seconds(results),
     }
+
+
+def used_noise(federation: Federation) -> list[float]:
+    """The noise multipliers of a run: deviations over bounds."""
+    if federation.plan.mechanism == "as-released":
+        return [as_released.claimed_noise_multiplier(federation.plan, federation.method)]
+    return federation.account.noise_multipliers()
 
 
 def total_seconds(results: Sequence[RoundResult]) -> float | None:
@@ -129,7 +136,7 @@ class ConsoleReport:
     def begin(self, config: RunConfig, federation: Federation) -> None:
         """Says what is about to run."""
         sizes = federation.account.sizes.tolist()
-        noise = federation.account.noise_multipliers()
+        noise = used_noise(federation)
         target, chosen = config.privacy.target, config.federation
         whole_clients = federation.plan.private and federation.plan.unit == "client"
         private = f"{len(sizes)} clients" if whole_clients else \
@@ -141,7 +148,8 @@ class ConsoleReport:
             self._print("[yellow]no privacy[/] (ε = ∞): nothing is clipped, no noise is added")
         elif config.privacy.mechanism == "as-released":
             self._print(
-                f"[yellow]{AS_RELEASED}[/]; its noise is set as if for ε = {target:g} at δ = {config.privacy.delta:g}")
+                f"[yellow]{AS_RELEASED}[/]; its noise (σ = {_span(noise, '.3g')}) is set as if for "
+                f"ε = {target:g} at δ = {config.privacy.delta:g}")
         else:
             privacy = config.privacy
             how = f"{privacy.clipping} clipping" if privacy.unit == "example" else f"added by the {privacy.noise_by}"

@@ -16,7 +16,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.folder import RunFolder
-from lora_dp.fed.report import ConsoleReport, draw_curves, summarise
+from lora_dp.fed.report import ConsoleReport, draw_curves, summarise, used_noise
 from lora_dp.fed.results import save_merged
 
 
@@ -105,7 +105,22 @@ def drive(
 
     Args:
         results: of the rounds so far, of a resumed run.
+
+    Raises:
+        OSError: a disk is full, or the like; the run can be resumed.
     """
+    try:
+        return _drive(config, federation, folder, report, results)
+    except OSError as error:
+        path = folder.path
+        raise OSError(
+            f"The run in {path} stopped ({error}): mend that, then python -m lora_dp.fed resume {path} goes on."
+        ) from error
+
+
+def _drive(
+    config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport, results: list[RoundResult]
+) -> Outcome:
     _match_threads(federation.model)
     folder.log.begin(federation.account, reproducible=config.run.reproducible)
     federation.log = folder.log
@@ -127,7 +142,7 @@ def drive(
     federation.load_global_state()
     folder.write_adapter(federation.model)
     save_merged(federation.server.state, folder.path)
-    summary = summarise(config, results, account, status)
+    summary = summarise(config, results, account, status, used_noise(federation))
     draw_curves(results, config, folder.path / "curves.png")
     # Last: a run with a summary has ended, and nothing is missing.
     folder.write_summary(summary)

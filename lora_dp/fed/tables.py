@@ -31,9 +31,21 @@ _LATEX = str.maketrans({
 })
 
 
-def budget_name(epsilon: float | Literal["none"]) -> str:
-    """As in the head of a column."""
-    return "no privacy" if epsilon == "none" else f"ε = {epsilon:g}"
+def mark(index: int) -> tuple[str, str]:
+    """Colour and marker of the method at this place."""
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+
+
+def budget_name(epsilon: float | Literal["none"], *, kept: bool = True) -> str:
+    """As in the head of a column; where ε is not kept, it only sets the noise."""
+    if epsilon == "none":
+        return "no privacy"
+    return f"ε = {epsilon:g}" if kept else f"ε = ∞ (set for {epsilon:g})"
+
+
+def are_kept(cells: DataFrame) -> bool:
+    """Whether the ε of the budgets are: not of what is as released."""
+    return not bool(cells["guarantee"].notna().any())
 
 
 def row(
@@ -84,7 +96,7 @@ def table(
         text: escapes everything else.
         name: marks a method's name, which was escaped.
     """
-    numbers = statistics(cells)
+    numbers, kept = statistics(cells), are_kept(cells)
     methods = numbers["method"].unique()
     shown: dict[str, list[str]] = {}
     for epsilon in numbers["epsilon"].unique():
@@ -98,7 +110,7 @@ def table(
             entry += f" (n = {each['n']})" if each["n"] < each["planned"] else ""
             wins = contested and f"{each['mean']:.1f}" == best
             column.append(bold(text(entry)) if wins else text(entry))
-        shown[text(budget_name(epsilon))] = column
+        shown[text(budget_name(epsilon, kept=kept))] = column
     return DataFrame(shown, index=[name(text(method)) for method in methods]).rename_axis(text("method"))
 
 
@@ -221,19 +233,22 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
         own = numbers[numbers["method"] == method]
         places = np.arange(len(budgets)) + step * (index - (len(methods) - 1) / 2)
         mean, spread = own["mean"].to_numpy(float), np.nan_to_num(own["spread"].to_numpy(float))
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour, marker = mark(index)
         axes.errorbar(
             places, mean, spread, color=colour, linestyle="none", marker=marker, markersize=6, markeredgewidth=0,
             elinewidth=1.6, label=method)
         private = [place for place, budget in enumerate(budgets) if budget != "none"]
         axes.plot(places[private], mean[private], color=colour, linewidth=1.6, alpha=0.75)
-    axes.set_xticks(range(len(budgets)), [budget_name(budget) for budget in budgets], color=INK)
+    kept = are_kept(cells)
+    axes.set_xticks(range(len(budgets)), [budget_name(budget, kept=kept) for budget in budgets], color=INK)
     axes.set_xlim(-0.5, len(budgets) - 0.5)
     axes.xaxis.grid(False)
     axes.tick_params(length=0)
     axes.margins(y=0.12)
     most = int(numbers["n"].max())
     spread_words = f", mean ± standard deviation of {most} seeds" if most > 1 else ", one run each"
-    axes.set_title(f"Accuracy (%){spread_words}", fontsize=10)
+    marks = "" if kept else "\nno privacy guarantee (as released)"
+    marks += "\nresearch only, not for release" if cells["release"].notna().any() else ""
+    axes.set_title(f"Accuracy (%){spread_words}{marks}", fontsize=10)
     figure.legend(loc="outside lower left", ncols=min(len(methods), 4), frameon=False, fontsize=9.5)
     return figure

@@ -24,6 +24,7 @@ from lora_dp.fed import runner, tables
 from lora_dp.fed.compare import Cell, CompareConfig, Grid, compare
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.folder import read_config
+from lora_dp.fed.privacy import AS_RELEASED
 
 SMALL = {"clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 ACCURACY = {
@@ -39,8 +40,10 @@ def grid_config(folder: Path, **options: Any) -> CompareConfig:
 
 def summary(config: RunConfig, accuracy: float) -> dict[str, Any]:
     target = config.privacy.target
+    released = config.privacy.mechanism == "as-released"
     return {
-        "status": "finished", "guarantee": None, "release": None, "accuracy_before": 0.5, "accuracy_after": accuracy,
+        "status": "finished", "guarantee": AS_RELEASED if released else None, "release": None,
+        "accuracy_before": 0.5, "accuracy_after": accuracy,
         "rounds": 2, "worst_epsilon": target and target * 0.99, "seconds": 1.5, "delta": 1e-5}
 
 
@@ -288,6 +291,9 @@ def test_notes_of_runs_that_guarantee_nothing(tmp_path, fake):
     quietly(grid_config(tmp_path / "a", methods=["la-lora"], epsilons=[8]), mechanism="as-released")
     text = (tmp_path / "a" / "comparison.md").read_text()
     assert "No privacy guarantee (ε = ∞)" in text and "does not keep" in text and "δ" not in text
+    assert "| ε = ∞ (set for 8) " in text
+    with pytest.raises(ValueError, match="cell dp-lora, ε = 1, seed 0 cannot be run: mechanism as-released is there"):
+        quietly(grid_config(tmp_path / "c", methods=["la-lora", "dp-lora"]), mechanism="as-released")
     quietly(grid_config(tmp_path / "b", epsilons=[8]), reproducible=True)
     assert "do not release" in (tmp_path / "b" / "comparison.md").read_text()
 
@@ -337,7 +343,7 @@ def test_ctrl_c_with_several_processes_can_be_resumed(tmp_path):
     process = start(tmp_path, 300)
     cells = [tmp_path / "grid" / "cells" / "la-lora" / "eps8" / f"seed{seed}" for seed in range(3)]
     deadline = time.monotonic() + 120
-    while not all((cell / "checkpoints").exists() for cell in cells[:2]):
+    while not all(list((cell / "checkpoints").glob("round-*.json")) for cell in cells[:2]):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does

@@ -1,6 +1,10 @@
 """A user's own method, exactly as the documentation prints it, by its entry point."""
 
+import os
 import re
+import subprocess
+import sys
+import tomllib
 import types
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -20,11 +24,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 def install(monkeypatch):
     """Installs a package of one module with one entry point."""
     def install(name: str, cls: str, source: str) -> None:
-        module = types.ModuleType("my_package.warm_up")
-        monkeypatch.setitem(__import__("sys").modules, "my_package", types.ModuleType("my_package"))
-        monkeypatch.setitem(__import__("sys").modules, "my_package.warm_up", module)
+        module = types.ModuleType("warm_up")
+        monkeypatch.setitem(sys.modules, "warm_up", module)
         exec(source, module.__dict__)
-        point = EntryPoint(name, f"my_package.warm_up:{cls}", methods.ENTRY_POINTS)
+        point = EntryPoint(name, f"warm_up:{cls}", methods.ENTRY_POINTS)
         monkeypatch.setattr(
             methods, "entry_points", lambda group, name=point.name: [p for p in [point] if p.name == name])
 
@@ -36,7 +39,11 @@ def test_the_documented_example_runs(install, tmp_path):
     source = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     toml = re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1]
     assert len(source.splitlines()) < 40
-    name, cls = re.search(r'^(\S+) = "my_package.warm_up:(\w+)"', toml, re.MULTILINE).groups()
+    project = tomllib.loads(toml)["project"]
+    assert project["name"] and project["version"]
+    [(name, place)] = project["entry-points"]["lora_dp.methods"].items()
+    module, cls = place.split(":")
+    assert f"{module}.py" in source.splitlines()[0]
     install(name, cls, source)
     outcome = run(RunConfig.from_flat({
         "method": name, "method_options": {"until": 1}, "clients": 2, "rounds": 2, "local_steps": 2,
@@ -47,6 +54,22 @@ def test_the_documented_example_runs(install, tmp_path):
     assert (written["method"], written["method_options"], written["lr"]) == ("warm-up", {"until": 1}, 0.5)
     for privacy in ({"unit": "client"}, {"unit": "client", "noise_by": "client"}, {"epsilon": None}):
         make_federation("flat-lora:warm-up", weighting="equal", **privacy).run_round()
+
+
+def test_an_installed_package_is_found_from_anywhere(tmp_path):
+    """What pip leaves of such a package: its module, and the entry point beside it."""
+    text, site = DOCS.read_text(), tmp_path / "site"
+    information = site / "warm_up-1.0.dist-info"
+    information.mkdir(parents=True)
+    (site / "warm_up.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    entry = re.search(r'^(warm-up = )"(.*)"', text, re.MULTILINE)
+    (information / "entry_points.txt").write_text(f"[{methods.ENTRY_POINTS}]\n{entry[1]}{entry[2]}\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: warm-up\nVersion: 1.0\n")
+    asked = "from lora_dp.fed.methods import get_method; print(get_method('warm-up', {'until': 3}))"
+    found = subprocess.run(
+        [sys.executable, "-c", asked],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "WarmUp(until=3)"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def make_run(path: Path, *, ended: bool = True, rounds: list[dict] = ROUNDS, led
         (path / "ledger.json").write_text(json.dumps(ledger or account()))
         (path / "summary.json").write_text(json.dumps({
             "status": "finished", "guarantee": None, "release": None, "accuracy_before": 0.503,
-            "accuracy_after": 0.817, "worst_epsilon": 7.99961, "public": "Public: sizes.", "something_new": 1}))
+            "accuracy_after": 0.817, "worst_epsilon": 7.99961, "bytes_up": 2_500_000, "bytes_down": 1_500_000,
+            "public": "Public: sizes.", "something_new": 1}))
     return path
 
 
@@ -206,10 +207,22 @@ def test_a_comparison(tmp_path):
     assert "dp-lora, no privacy, seed 1 a < b & no memory" in page.plain
     assert "Mean ± sample standard deviation over n = 2 seeds (0, 1)" in page.plain
     assert page.tags.count("svg") == 1
+    heads = re.findall(r"<th class=\"n\">([^<]*)</th>", text.split("Accuracy by method and budget")[1])[:2]
+    assert heads == ["ε = 1", "no privacy"]
+    assert "sent up" in page.plain and "2.5 MB" in page.plain and "1.5 MB" in page.plain
     links = [address for address in page.addresses if not address.startswith("#")]
     assert len(links) == 4 and all((folder / link).is_dir() for link in links)
     write_page(folder / "cells/la-lora/eps1/seed0")
     assert "cells/la-lora/eps1/seed0/report.html" in read(write_page(folder)).addresses
+
+
+def test_accuracy_by_round_where_rounds_between_were_evaluated(tmp_path):
+    folder = make_comparison(tmp_path / "grid")
+    for metrics in folder.glob("cells/*/*/*/metrics.jsonl"):
+        rounds = [{**each, "accuracy": 0.5 + 0.1 * each["round"], "loss": 0.1} for each in ROUNDS]
+        metrics.write_text("".join(json.dumps(each) + "\n" for each in rounds))
+    text = write_page(folder).read_text(encoding="utf-8")
+    assert Page(text).tags.count("svg") == 2 and 'aria-label="Accuracy by round, ε = 1"' in text
 
 
 def test_epsilon_is_rounded_up():

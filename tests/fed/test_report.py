@@ -28,12 +28,12 @@ def config(**options) -> RunConfig:
 
 
 def test_summary():
-    summary = summarise(config(), RESULTS, ACCOUNT, "finished")
+    summary = summarise(config(), RESULTS, ACCOUNT, "finished", [1.5, 1.25])
     assert (summary["accuracy_before"], summary["accuracy_after"], summary["worst_epsilon"]) == (0.5, 0.8, 7.9)
     assert summary["noise_multiplier"] == {"smallest": 1.25, "largest": 1.5}
     assert (summary["bytes_up"], summary["bytes_down"], summary["seconds"]) == (3_750_000, 2_250_000, 1.5)
     assert summary["release"] is None
-    assert "research only" in summarise(config(reproducible=True), RESULTS, ACCOUNT, "finished")["release"]
+    assert "research only" in summarise(config(reproducible=True), RESULTS, ACCOUNT, "finished", [1.0])["release"]
 
 
 @pytest.mark.parametrize("epsilon", [8, "none"])

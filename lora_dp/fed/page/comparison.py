@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import yaml
 
 from lora_dp.fed import tables
-from lora_dp.fed.folder import ENDED
+from lora_dp.fed.folder import ENDED, read_results
 from lora_dp.fed.grid import Grid, caption, read_cells, read_trials
 from lora_dp.fed.page import figures
 from lora_dp.fed.privacy import AS_RELEASED
@@ -29,7 +30,8 @@ def content(folder: Path) -> dict[str, Any]:
         "title": f"Comparison on {config.data.dataset}",
         "folder": folder.resolve().name,
         "methods": list(cells["method"].unique()),
-        "budgets": [tables.budget_name(budget) for budget in budgets],
+        "budgets": [tables.budget_name(budget, kept=tables.are_kept(cells)) for budget in budgets],
+        "kept": tables.are_kept(cells),
         "seeds": sorted(cells["seed"].unique()),
         "count": len(cells),
         "finished": int(ended.sum()),
@@ -40,6 +42,7 @@ def content(folder: Path) -> dict[str, Any]:
         "table": _table(cells),
         "caption": caption(grid, cells, trials),
         "plot": figures.grid(cells) if ended.any() else None,
+        "curves": _curves(folder, cells[ended], budgets),
         "cells": [_cell(folder, row) for row in cells.to_dict("records")],
         "trials": [_cell(folder, row) for row in trials.to_dict("records")],
         "failures": [
@@ -48,6 +51,23 @@ def content(folder: Path) -> dict[str, Any]:
         "budget_name": tables.budget_name,
         "settings": yaml.safe_dump(grid.definition(), sort_keys=False, allow_unicode=True),
     }
+
+
+def _curves(folder: Path, cells: Any, budgets: list[Any]) -> list[tuple[str, Any]]:
+    """A figure a budget: accuracy by round of every method, mean over seeds, where rounds between were evaluated."""
+    found = []
+    for budget in budgets:
+        lines: dict[str, tuple[list[int], list[float]]] = {}
+        for method, rows in cells[cells["epsilon"] == budget].groupby("method", sort=False):
+            runs = [
+                {result.round: result.accuracy for result in read_results(folder / row) if result.accuracy is not None}
+                for row in rows["folder"]]
+            rounds = sorted(set.intersection(*(set(run) for run in runs)))
+            lines[str(method)] = rounds, [float(np.mean([run[at] for run in runs])) for at in rounds]
+        if any(len(rounds) > 2 for rounds, _ in lines.values()):
+            name = tables.budget_name(budget, kept=tables.are_kept(cells))
+            found.append((name, figures.curves(lines, f"Accuracy by round, {name}")))
+    return found
 
 
 def _table(cells: Any) -> dict[str, Any]:

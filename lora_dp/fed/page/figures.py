@@ -1,7 +1,8 @@
 """Curves as SVG to be put into a page."""
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -59,6 +60,21 @@ def traffic(rounds: Sequence[int], up: Sequence[int], down: Sequence[int]) -> Ma
         _finish(axes, rounds, "bytes")
         figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
         return _svg(figure, "Bytes sent in each round")
+
+
+def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str) -> Markup:
+    """Accuracy by round of several methods: rounds and values by method."""
+    with matplotlib.rc_context(_style()):
+        figure = Figure(figsize=(_SIZE[0], _SIZE[1] + 0.22 * math.ceil(len(lines) / 3)), layout="constrained")
+        axes = figure.subplots()
+        for index, (method, (rounds, values)) in enumerate(lines.items()):
+            colour, marker = tables.mark(index)
+            axes.plot(
+                rounds, values, color=colour, linewidth=1.6, marker=marker if len(rounds) <= _MOST_DOTS else "",
+                markersize=3.5, markeredgewidth=0, label=method)
+        _finish(axes, max((rounds for rounds, _ in lines.values()), key=len), "percent")
+        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
+        return _svg(figure, name)
 
 
 def grid(cells: Any) -> Markup:
