@@ -176,7 +176,7 @@ class PrivacyEngine:
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
             regulate_noise=regulate_noise)
         # Last: a refusal above leaves the model as it was.
-        if isinstance(self.source, SecureSource) and _has_dropout(model):
+        if self.source.secure and _has_dropout(model):
             # Masks go by the place in a batch: to whoever knew them, one example more shifts those of all behind it.
             torch.seed()
         if present is None:
