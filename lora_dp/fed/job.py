@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
 from lora_dp.fed.config import RunConfig
@@ -92,6 +93,12 @@ def open_job(config: RunConfig) -> Job:
     trainer = Trainer(
         Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
     return Job(trainer, splits.train, parts, splits.validation, ranks)
+
+
+def match_threads(model: nn.Module) -> None:
+    """One thread for a tiny model on a CPU: more would wait for each other, for minutes where other work runs too."""
+    if all(p.device.type == "cpu" for p in model.parameters()) and sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)
 
 
 def _check_method(method: Method, plan: PrivacyPlan) -> None:

@@ -207,6 +207,8 @@ class ConsoleReport:
             table.add_row("guarantee", f"[yellow]{summary['guarantee']}[/]")
         if summary["status"] != "finished":
             table.add_row("status", f"[yellow]{summary['status']}[/]")
+        if summary["status"] in ("interrupted", "stopped"):
+            table.add_row("go on with", f"python -m lora_dp.fed resume {escape(str(folder))}")
         if summary["release"]:
             table.add_row("release", f"[yellow]{summary['release']}[/]")
         self.console.print()

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from lora_dp.accounting import PrivacyBudgetExceeded
 from lora_dp.fed import checkpoint
@@ -16,6 +14,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.folder import RunFolder
+from lora_dp.fed.job import match_threads
 from lora_dp.fed.report import ConsoleReport, draw_curves, summarise, used_noise
 from lora_dp.fed.results import save_merged
 
@@ -121,7 +120,7 @@ def drive(
 def _drive(
     config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport, results: list[RoundResult]
 ) -> Outcome:
-    _match_threads(federation.model)
+    match_threads(federation.model)
     folder.log.begin(federation.account, reproducible=config.run.reproducible)
     federation.log = folder.log
     status, problem = "finished", None
@@ -150,12 +149,6 @@ def _drive(
     if problem is not None:
         raise problem
     return Outcome(folder.path, summary, results)
-
-
-def _match_threads(model: nn.Module) -> None:
-    """One thread for a tiny model on a CPU: more would wait for each other, for minutes where other work runs too."""
-    if all(p.device.type == "cpu" for p in model.parameters()) and sum(p.numel() for p in model.parameters()) < 10**6:
-        torch.set_num_threads(1)
 
 
 def _train(

@@ -23,8 +23,9 @@ from lora_dp.fed.diagnostics.plots import draw_inspection
 from lora_dp.fed.diagnostics.sharpness import loss_curves, top_eigenvalue
 from lora_dp.fed.examples import Batch, Examples
 from lora_dp.fed.folder import ENDED, UPDATES, read_config, whole_lines
-from lora_dp.fed.job import open_job
-from lora_dp.fed.privacy import finite
+from lora_dp.fed.job import match_threads, open_job
+from lora_dp.fed.privacy import AS_RELEASED, finite
+from lora_dp.fed.report import RESEARCH_ONLY
 from lora_dp.fed.results import load_result
 from lora_dp.files import write_atomically, write_bytes_atomically
 
@@ -53,6 +54,7 @@ def inspect_run(folder: Path, console: Console) -> Path:
     with console.status("opening the run"):
         job = open_job(config)
         model = load_result(job.trainer.workspace.model, folder)
+        match_threads(model)
         large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
         examples = _sample(job.validation, MOST_FOR_LARGE if large else MOST_EXAMPLES)
         device = next(model.parameters()).device
@@ -60,6 +62,8 @@ def inspect_run(folder: Path, console: Console) -> Path:
     report = measure(model, batches, console) | {
         "method": config.federation.method,
         "epsilon": _epsilon(config),
+        "guarantee": AS_RELEASED if config.privacy.mechanism == "as-released" else None,
+        "release": RESEARCH_ONLY if config.run.reproducible else None,
         "model": config.model.name,
         "dataset": config.data.dataset,
         "examples": len(examples),
@@ -180,6 +184,9 @@ def _print(report: dict[str, Any], folder: Path, console: Console) -> None:
     else:
         _add_updates(table, updates["rounds"])
     console.print(table)
+    for note in (report["guarantee"], report["release"]):
+        if note is not None:
+            console.print(f"[yellow]{note}[/]", highlight=False, soft_wrap=True)
     used, all_ = report["examples"], report["validation_examples"]
     console.print(
         f"sharpness on {used} of {all_} validation examples, drawn at random" if used < all_ else

@@ -37,7 +37,9 @@ def draw_inspection(report: dict[str, Any], file: BinaryIO) -> None:
             _draw_cosines(figure.add_subplot(grid[1, 2:4] if noisy else grid[1, 2:]), rounds)
             if noisy:
                 _draw_noise(figure.add_subplot(grid[1, 4:]), rounds)
-        budget = "no privacy" if report["epsilon"] is None else f"ε = {report['epsilon']:g}"
+        budget = "no privacy guarantee (as released)" if report["guarantee"] else \
+            "no privacy" if report["epsilon"] is None else f"ε = {report['epsilon']:g}"
+        budget += " · research only, not for release" if report["release"] else ""
         figure.suptitle(
             f"{report['method']} · {budget} · {report['model']} on {report['dataset']} · loss on {report['examples']} "
             "validation examples", fontsize=10, color=QUIET, x=0.01, ha="left")

@@ -99,6 +99,13 @@ def test_a_run_without_privacy_and_without_updates(tmp_path):
     assert (tmp_path / "run" / "inspect.png").stat().st_size > 10_000
 
 
+def test_what_guarantees_nothing_says_so(tmp_path):
+    folder = finished(tmp_path / "run", mechanism="as-released", rounds=1)
+    report, text = inspected(folder)
+    assert "no privacy guarantee (ε = ∞)" in text and "research only" in text
+    assert report["epsilon"] is None and "no privacy guarantee" in report["guarantee"]
+
+
 def test_what_was_merged_counts_as_change(tmp_path):
     folder = finished(tmp_path / "run", method="flora", lr=1.0)
     report, _ = inspected(folder)
@@ -151,8 +158,8 @@ def report_with(updates: dict | None, layers: int = 16, losses: list | None = No
     return {
         "intruder_dimensions": {"threshold": 0.5, "total": 3, "looked_at": 10 * layers, "layers": found},
         "sharpness": {"top_eigenvalue": None, "alpha": [-0.5, 0.0, 0.5], "losses": losses or [[2.0, 0.1, 1.0]]},
-        "updates": updates, "method": "dp-lora", "epsilon": 8.0, "model": "default", "dataset": "digits",
-        "examples": 359,
+        "updates": updates, "method": "dp-lora", "epsilon": 8.0, "guarantee": None, "release": None,
+        "model": "default", "dataset": "digits", "examples": 359,
     }
 
 
