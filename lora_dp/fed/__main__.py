@@ -1,4 +1,4 @@
-"""Command line: ``python -m lora_dp.fed [run | compare | resume | report | inspect | pretrain] [options]``."""
+"""Command line: ``python -m lora_dp.fed [run | compare | resume | report | inspect | audit | pretrain] [options]``."""
 
 import dataclasses
 import re
@@ -24,7 +24,8 @@ RUN_HELP = """\
 Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
 Other commands (each has --help): compare runs a grid of methods, budgets and seeds; resume goes on with a run that
-was cut short; report makes a page of a run or comparison; inspect says why a method wins; pretrain makes the model."""
+was cut short; report makes a page of a run or comparison; inspect says why a method wins; audit tests
+whether a run keeps its ε; pretrain makes the model."""
 COMPARE_HELP = """\
 Run methods × budgets × seeds and write the table (Markdown, CSV, LaTeX) with a plot:
   --methods la-lora,deer --epsilons 1,8,none --seeds 0,1,2
@@ -36,6 +37,9 @@ short has been released and counts."""
 INSPECT_HELP = """\
 Measure a finished run, to see why a method wins: intruder dimensions of the adapted weights, sharpness of the model,
 alignment of the clients' updates, the share of noise in them. Only validation data are used."""
+AUDIT_HELP = """\
+Attack the training that a configuration describes, and say how large its ε must at least be. It trains again, with
+canaries; exit code 1 means that the claimed ε is refuted at the stated confidence."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
@@ -162,6 +166,25 @@ def _inspect(options: dict[str, Any]) -> int:
     return 0
 
 
+def audit_parser() -> ArgumentParser:
+    """Options of audit."""
+    from lora_dp.fed.auditing import AuditConfig
+
+    prog = f"{PROG} audit"
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        prog=prog, usage=f"{prog} CONFIG [--option value ...]", description=AUDIT_HELP, formatter_class=_Formatter)
+    parser.add_argument("target", type=Path, metavar="CONFIG", help="A run's folder or config.yaml, or a YAML file.")
+    parser.add_argument_group(heading(AuditConfig)).add_class_arguments(AuditConfig, as_group=False, skip={"target"})
+    return parser
+
+
+def _audit(options: dict[str, Any]) -> int:
+    from lora_dp.fed.auditing import AuditConfig, audit_config
+
+    return int(audit_config(AuditConfig(**options), Console()).violated)
+
+
 def _report(options: dict[str, Any]) -> int:
     from lora_dp.fed.page import write_page
 
@@ -193,6 +216,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[dict[str, Any]
     "resume": (resume_parser, _resume),
     "report": (report_parser, _report),
     "inspect": (inspect_parser, _inspect),
+    "audit": (audit_parser, _audit),
     "pretrain": (pretrain_parser, _pretrain),
 }
 

@@ -21,8 +21,10 @@ from lora_dp.fed.models import Precision, logits
 from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import FilterName, make_filter
+from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.randomness import RandomSource, SecureSource, SeededSource
 from lora_dp.regulator import Regulator
+from lora_dp.sampling import PrivateDataLoader
 
 # Streams of the seed that must not coincide.
 TRAINING, NOISE, PERTURBATION = 2, 3, 4
@@ -76,6 +78,8 @@ class Trainer:
         reproducible: batches, noise and dropout follow the seed too, for research. Otherwise they are secret: rows of a
             batch have their dropout by their place in it, so that one example more changes the others' masks, which is
             nothing that the noise would hide from whoever knew the masks.
+        on_turn: called before the first step of a turn with the client, its private optimizer and its loader; audits
+            plant their canaries by it.
     """
 
     workspace: Workspace
@@ -84,6 +88,7 @@ class Trainer:
     plan: PrivacyPlan
     seed: int
     reproducible: bool = False
+    on_turn: Callable[[int, PrivateOptimizer, PrivateDataLoader], None] | None = None
 
     def train(
         self, client: int, examples: Examples, task: Task, on_step: Callable[[], None] = lambda: None
@@ -108,9 +113,9 @@ class Trainer:
                 as_released.train_la_lora(self, examples, task, on_step)
             else:
                 self._train_by_engine(examples, task, place, on_step)
-        trained = self.workspace.state(lambda name: self.method.trains(name, task.round, task.turn))
-        if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
-            trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
+            trained = self.workspace.state(lambda name: self.method.trains(name, task.round, task.turn))
+            if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
+                trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
         if self.plan.client_adds_noise:
             trained = self._noised(trained, task, self.plan.event(len(examples)), place)
         return Update(trained)
@@ -145,6 +150,8 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
+        if self.on_turn is not None:
+            self.on_turn(place[0], optimizer, batches)
         for batch in batches.take(training.local_steps):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             step, planned = optimizer.steps_taken, plan.rounds * training.local_steps

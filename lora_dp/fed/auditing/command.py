@@ -1,0 +1,165 @@
+"""The command: opens what a configuration describes, audits it, and writes audit.json and audit.png."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_dp.auditing import AuditResult, GradientCanaries, audit, plot_audits
+from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
+from lora_dp.fed.auditing.examples import MislabelledExamples
+from lora_dp.fed.auditing.game import Game, most_exposed
+from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.job import match_threads, open_job
+from lora_dp.fed.privacy import UNITS
+from lora_dp.files import write_atomically
+
+GRADIENTS, CLIENTS, EXAMPLES, TRAININGS = 1000, 200, 100, 100
+WHITE_BOX = {"example": "gradients in every private step of client {client}", "client": "updates of whole clients"}
+BLACK_BOX = "mislabelled examples of client {client}"
+
+
+@dataclass
+class AuditConfig:
+    """The audit
+
+    Attributes:
+        target: the configuration: a run's config.yaml, its folder, or any YAML file of a run's options.
+    """
+
+    target: Path
+    canaries: Literal["planted", "examples"] = "planted"
+    """planted (white box): gradients in every private step of the client with the largest ε, or with whole clients
+    protected, clients' updates. examples (black box): mislabelled examples, scored by the final model's loss."""
+    count: int | None = None
+    """Canaries in each training; by default 1000 gradients, 200 clients or 100 examples (or as many as fit), and one
+    for two-world."""
+    test: Literal["one-run", "two-world"] = "one-run"
+    """one-run: one training with many canaries; two-world: many trainings, with and without one canary."""
+    assume: Literal["nothing", "gaussian", "independent", "independent gaussian"] | None = None
+    """What the bound takes for granted (docs/auditing.md); by default that canaries leak independently where gradients
+    or clients are planted in one run, else nothing."""
+    confidence: float = 0.95
+    """Of the lower bound and of the verdict."""
+    runs: int = TRAININGS
+    """Trainings of two-world, a multiple of 4."""
+    output: Path | None = None
+    """Folder for audit.json and audit.png; by default that of the configuration."""
+
+    def __post_init__(self) -> None:
+        self.target = Path(self.target)
+        if self.target.is_dir():
+            self.target /= "config.yaml"
+        if self.assume is None:
+            sharp = self.canaries == "planted" and self.test == "one-run"
+            self.assume = "independent" if sharp else "nothing"
+        if self.test == "two-world" and self.count not in (None, 1):
+            raise ValueError(f"two-world has one canary, not {self.count}: leave count out, or take one-run.")
+
+
+def audit_config(options: AuditConfig, console: Console) -> AuditResult:
+    """Audits the training that a configuration describes, prints the verdict, and writes audit.json and audit.png.
+
+    Raises:
+        ValueError: a configuration that cannot be read, claims nothing, or cannot be audited in this way.
+    """
+    config = read_options(options.target)
+    check(config, options)
+    folder = options.output or options.target.parent
+    with console.status("opening data and model"):
+        job = open_job(config)
+        match_threads(job.trainer.workspace.model)
+        example = config.privacy.unit == "example"
+        game = Game(config, job, most_exposed(config, job) if example else 0)
+    what = (WHITE_BOX[config.privacy.unit] if options.canaries == "planted" else BLACK_BOX).format(client=game.client)
+    console.print(f"auditing {escape(str(options.target))}: {what}", highlight=False, soft_wrap=True)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} steps"),
+        TimeRemainingColumn(), console=console, transient=True,
+    ) as progress:
+        bar = progress.add_task(options.test, total=_steps(game, options))
+        game.on_step = lambda: progress.advance(bar)
+        result = _play(game, options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = asdict(result) | {
+            "verdict": result.verdict, "violated": result.violated, "planted": what,
+            "unit": UNITS[config.privacy.unit], "method": config.federation.method,
+            "configuration": str(options.target),
+        }
+        write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False))
+        plot_audits({f"{config.federation.method}, {options.test}": [result]}, folder / "audit.png")
+    except OSError as error:
+        raise ValueError(
+            f"{result}; but cannot write to {folder} ({error.strerror}): choose another --output") from error
+    console.print(str(result), style="bold red" if result.violated else "bold", highlight=False, soft_wrap=True)
+    console.print(f"{escape(str(folder / 'audit.png'))}, audit.json", highlight=False, soft_wrap=True)
+    return result
+
+
+def read_options(path: Path) -> RunConfig:
+    """The configuration in a YAML file of a run's options, with secret noise: that is what keeps the claim.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: name a run's folder, its config.yaml, or a YAML file of options.") \
+            from error
+    if not isinstance(options, dict | None):
+        raise ValueError(f"{path} holds no options of a run: write them as \"name: value\", one a line.")
+    options = {name: value for name, value in (options or {}).items() if name != "output"}
+    return RunConfig.from_flat({**options, "reproducible": False})
+
+
+def check(config: RunConfig, options: AuditConfig) -> None:
+    """Raise ValueError for what cannot be audited."""
+    privacy = config.privacy
+    if privacy.mechanism == "as-released":
+        raise ValueError(
+            "mechanism as-released claims nothing that could be refuted: docs/as-released.md audits the ε that the "
+            "released code prints.")
+    if privacy.target is None:
+        raise ValueError("epsilon none claims nothing: there is no ε to audit.")
+    if config.federation.engine != "local":
+        raise ValueError(
+            f"engine {config.federation.engine} trains in other processes, where no canary can be planted: set engine "
+            "local, whose clients do the same.")
+    if options.canaries == "examples" and privacy.unit == "client":
+        raise ValueError(
+            "With the client as unit, examples are not what is protected: leave canaries out, which plants whole "
+            "clients.")
+
+
+def _steps(game: Game, options: AuditConfig) -> int:
+    plan = game.job.trainer.plan
+    trainings = options.runs if options.test == "two-world" else 1
+    if plan.unit == "client":
+        count = options.count or (1 if options.test == "two-world" else min(CLIENTS, most_clients(game)))
+        return trainings * round(plan.rounds * plan.turns * plan.client_rate * count)
+    clients = 1 if options.canaries == "planted" else plan.clients
+    return trainings * round(plan.rounds * plan.turns * plan.steps * plan.client_rate * clients)
+
+
+def _play(game: Game, options: AuditConfig) -> AuditResult:
+    count = options.count or (1 if options.test == "two-world" else None)
+    how: dict[str, Any] = {
+        "delta": game.config.privacy.delta, "claimed_epsilon": game.claim, "confidence": options.confidence,
+        "test": options.test, "assume": options.assume, "runs": options.runs}
+    if options.canaries == "examples":
+        most = len(game.job.parts[game.client]) // 2
+        examples = MislabelledExamples(game, count or min(EXAMPLES, most), np.random.default_rng())
+        return audit(examples.train, examples.canaries(), **how)
+    if game.config.privacy.unit == "client":
+        canaries = ClientCanaries(game, count or min(CLIENTS, most_clients(game)))
+        return audit(lambda federation: game.train(federation, range(canaries.count)), canaries, **how)
+    return audit(train_with_gradients(game), GradientCanaries(count or min(GRADIENTS, most_gradients(game))), **how)

@@ -1,0 +1,91 @@
+"""What all audits of a federation share: the opened run, started afresh for each training, and the claim it makes."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
+from lora_dp.fed.account import Account
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.exchange import Task
+from lora_dp.fed.federation import Federation
+from lora_dp.fed.job import Job
+from lora_dp.fed.methods import State
+
+
+@dataclass
+class Game:
+    """An opened run that is trained as often as an audit asks.
+
+    Attributes:
+        config, job: of the run; its batches, noise and dropout are secret, whatever the configuration says.
+        client: whose examples are audited (unit example).
+        on_step: called after each local step, for a progress bar.
+        ledger: what the last training adds up to, by the federation's own account.
+        seconds: that the last training took.
+    """
+
+    config: RunConfig
+    job: Job
+    client: int
+    on_step: Callable[[], None] = lambda: None
+    ledger: Ledger = field(default_factory=Ledger)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._start = self.job.trainer.workspace.state()
+
+    def fresh(self) -> None:
+        """Puts the model back to where every training begins."""
+        self.job.trainer.workspace.load(self._start)
+
+    def train(self, federation: Federation, clients: Sequence[int]) -> None:
+        """All rounds of a federation, and the largest ledger of these clients."""
+        begin = time.perf_counter()
+        while federation.rounds_done < self.config.federation.rounds:
+            try:
+                federation.run_round(on_step=self.on_step, evaluate=False)
+            except PrivacyBudgetExceeded:
+                break
+        self.ledger = largest_ledger(federation.account, clients)[1]
+        self.seconds = time.perf_counter() - begin
+
+    def claim(self, delta: float) -> float:
+        """ε that the last training claims at this δ."""
+        return self.ledger.epsilon(delta, self.job.trainer.plan.accountant)
+
+
+def largest_ledger(account: Account, clients: Sequence[int]) -> tuple[int, Ledger]:
+    """Whose of these clients' ledgers claims the largest ε, and it."""
+    found: dict[tuple[float, float, int], int] = {}
+    for client in clients:
+        event = account.event(client)
+        found.setdefault((event.noise_multiplier, event.sample_rate, account.releases(client)), client)
+    ledgers = {client: _ledger(account, client) for client in found.values()}
+    largest = max(ledgers, key=lambda client: ledgers[client].epsilon(account.plan.delta, "rdp"))
+    return largest, ledgers[largest]
+
+
+def _ledger(account: Account, client: int) -> Ledger:
+    ledger = Ledger()
+    ledger.append(account.event(client), account.releases(client))
+    return ledger
+
+
+def most_exposed(config: RunConfig, job: Job) -> int:
+    """The client that claims the largest ε when all rounds are done; who is drawn for which round is public."""
+    federation = Federation.of_job(config, job)
+    for _ in range(config.federation.rounds):
+        try:
+            federation.account.add_round(federation.draw())
+        except PrivacyBudgetExceeded:
+            break
+        federation.rounds_done += 1
+    return largest_ledger(federation.account, range(federation.clients))[0]
+
+
+def unchanged(job: Job, task: Task) -> State:
+    """What a client sends that has changed nothing."""
+    return {
+        name: task.state[name] for name in job.trainer.workspace.names
+        if job.trainer.method.trains(name, task.round, task.turn)}

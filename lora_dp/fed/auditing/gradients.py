@@ -1,0 +1,70 @@
+"""White box, unit example: gradients planted in every private step that one client takes in the whole run."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from lora_dp.auditing.canaries import PlantedCanaries
+from lora_dp.fed.auditing.game import Game, unchanged
+from lora_dp.fed.exchange import Reply, Task, Update
+from lora_dp.fed.federation import Federation
+from lora_dp.fed.methods import factor
+from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.sampling import PrivateDataLoader
+
+Plant = Callable[[PrivateOptimizer, PrivateDataLoader], None]
+
+
+@dataclass(frozen=True)
+class _OneClient:
+    """An engine on which one client works and the others send back what they were sent: nothing that they do tells of
+    the one's examples. An error ends the audit."""
+
+    game: Game
+
+    def train(self, tasks: Iterable[tuple[int, Task]], on_step: Callable[[], None]) -> Iterator[Reply]:
+        job, trainer = self.game.job, self.game.job.trainer
+        for client, task in tasks:
+            if client == self.game.client:
+                yield Reply(client, trainer.train(client, job.examples(client), task, on_step))
+            else:
+                yield Reply(client, Update(unchanged(job, task)))
+
+
+def train_with_gradients(game: Game) -> Callable[[Plant], None]:
+    """The training function for :class:`lora_dp.auditing.GradientCanaries`.
+
+    The low-pass filter is left out: it works on what has been released already.
+    """
+    trainer = game.job.trainer
+
+    def train(plant: Plant) -> None:
+        def on_turn(client: int, optimizer: PrivateOptimizer, batches: PrivateDataLoader) -> None:
+            planted = getattr(plant, "__self__", None)
+            if isinstance(planted, PlantedCanaries):
+                planted.ledger = None  # every turn has a ledger of its own, and the account adds them up
+            plant(optimizer, batches)
+
+        game.fresh()
+        audited = replace(trainer, on_turn=on_turn, training=replace(trainer.training, low_pass=None))
+        playing = replace(game, job=replace(game.job, trainer=audited))
+        federation = Federation.of_job(game.config, playing.job, _OneClient(playing))
+        game.train(federation, [game.client])
+
+    return train
+
+
+def most_gradients(game: Game) -> int:
+    """How many canaries find a coordinate of their own in every part that is clipped by itself, whatever a step
+    trains."""
+    trainer, rank = game.job.trainer, game.job.ranks[game.client]
+    by_layer, share = trainer.plan.clipping == "per_layer", rank / trainer.workspace.layers.r
+    state = trainer.workspace.state()
+    least = []
+    for trained in ("A", "B"):
+        sizes: dict[str, int] = {}
+        for name, tensor in state.items():
+            if factor(name) in (None, trained):
+                group = name.rpartition(".")[0] if by_layer else ""
+                sizes[group] = sizes.get(group, 0) + round(tensor.numel() * (share if factor(name) else 1))
+        least.append(min(sizes.values()))
+    return min(least)
