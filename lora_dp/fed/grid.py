@@ -125,14 +125,15 @@ class Grid:
 
     def chosen_rate(self, folder: Path, cell: Cell) -> float | None:
         """What the trials of a cell's method and budget chose, or None: nothing was to be tried, or not all trials
-        have ended."""
+        have ended. One that stopped for want of usable updates has diverged, and is not chosen."""
         found = []
         for trial in self.trials:
             if (trial.method, trial.epsilon) == (cell.method, cell.epsilon):
                 summary = ended_summary(folder / trial.path)
-                if summary is None:
+                if summary is not None:
+                    found.append((-summary["accuracy_after"], summary["loss_after"], trial.trial))
+                elif (_summary(folder / trial.path) or {}).get("status") != "stopped":
                     return None
-                found.append((-summary["accuracy_after"], summary["loss_after"], trial.trial))
         return min(found)[2] if found else None
 
     @property
@@ -159,11 +160,16 @@ class Grid:
 
 def ended_summary(path: Path) -> dict[str, Any] | None:
     """The summary of a cell that has ended, else None."""
+    summary = _summary(path)
+    return summary if summary is not None and summary.get("status") in ENDED else None
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return summary if summary.get("status") in ENDED else None
+    return summary if isinstance(summary, dict) else None
 
 
 def read_failures(folder: Path) -> dict[str, str]:

@@ -227,11 +227,12 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
     axes.axhline(before.mean(), color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         f"before: {before.mean():.1f} %", (1, before.mean()), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", ha="right", color=QUIET, fontsize=9)
+        textcoords="offset points", ha="right", color=QUIET, fontsize=9, annotation_clip=True)
     step = min(0.1, 0.6 / len(methods))
+    places_of: dict[str, np.ndarray] = {}
     for index, method in enumerate(methods):
         own = numbers[numbers["method"] == method]
-        places = np.arange(len(budgets)) + step * (index - (len(methods) - 1) / 2)
+        places = places_of[method] = np.arange(len(budgets)) + step * (index - (len(methods) - 1) / 2)
         mean, spread = own["mean"].to_numpy(float), np.nan_to_num(own["spread"].to_numpy(float))
         colour, marker = mark(index)
         axes.errorbar(
@@ -245,6 +246,7 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
     axes.xaxis.grid(False)
     axes.tick_params(length=0)
     axes.margins(y=0.12)
+    _keep_outliers_out(axes, numbers, budgets, places_of)
     most = int(numbers["n"].max())
     spread_words = f", mean ± standard deviation of {most} seeds" if most > 1 else ", one run each"
     marks = "" if kept else "\nno privacy guarantee (as released)"
@@ -252,3 +254,24 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
     axes.set_title(f"Accuracy (%){spread_words}{marks}", fontsize=10)
     figure.legend(loc="outside lower left", ncols=min(len(methods), 4), frameon=False, fontsize=9.5)
     return figure
+
+
+def _keep_outliers_out(axes: Any, numbers: DataFrame, budgets: list[Any], places_of: Mapping[str, np.ndarray]) -> None:
+    """Where a few means lie far below all others, the axis ends above them and arrows say where they are."""
+    means = numbers["mean"].dropna().to_numpy(float)
+    low, high = np.quantile(means, (0.25, 0.75)) if len(means) else (0.0, 0.0)
+    fence = low - 5 * max(high - low, 0.5)
+    far = numbers[numbers["mean"] < fence]
+    if not 0 < len(far) <= len(means) / 10:
+        return
+    near = numbers[numbers["mean"] >= fence]
+    spread = np.nan_to_num(near["spread"].to_numpy(float))
+    bottom, top = (near["mean"] - spread).min(), (near["mean"] + spread).max()
+    bottom -= 0.25 * (top - bottom)
+    axes.set_ylim(bottom, top + 0.1 * (top - bottom))
+    for each in far.to_dict("records"):
+        place = places_of[each["method"]][budgets.index(each["epsilon"])]
+        axes.annotate(
+            f"{each['mean']:.0f} ± {np.nan_to_num(each['spread']):.0f}", (place, bottom), xytext=(0, 5),
+            textcoords="offset points", ha="center", va="bottom", color=INK, fontsize=8)
+        axes.plot(place, bottom, marker="v", color=INK, markersize=6, clip_on=False)

@@ -150,6 +150,19 @@ def test_the_plot_has_every_method(tmp_path, fake):
     assert bars["dp-lora"][1] == pytest.approx(96.0)
 
 
+def test_a_mean_far_below_all_others_does_not_squeeze_them(tmp_path, fake, monkeypatch):
+    monkeypatch.setitem(ACCURACY, ("rolora", 1.0), (0.1, 0.97, 0.96))
+    for method in ("la-lora", "dp-lora", "ffa-lora", "deer", "galore", "rolora"):
+        for epsilon in (1.0, 8.0):
+            if (method, epsilon) != ("rolora", 1.0):
+                monkeypatch.setitem(ACCURACY, (method, epsilon), (0.96, 0.97, 0.98))
+    methods = ["la-lora", "dp-lora", "ffa-lora", "deer", "galore", "rolora"]
+    quietly(grid_config(tmp_path / "grid", methods=methods))
+    grid = Grid.read(tmp_path / "grid")
+    axes = tables.draw(module.read_cells(grid, tmp_path / "grid")).axes[0]
+    assert axes.get_ylim()[0] > 90 and "68 ± 50" in [text.get_text() for text in axes.texts]
+
+
 def test_one_seed_has_no_spread(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid", seeds=[1]))
     text = (tmp_path / "grid" / "comparison.md").read_text()

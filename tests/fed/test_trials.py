@@ -12,6 +12,7 @@ from rich.console import Console
 from lora_dp.fed import runner
 from lora_dp.fed.compare import CompareConfig, compare
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.folder import read_config
 from lora_dp.fed.grid import Grid
 from lora_dp.fed.page import write_page
@@ -105,6 +106,24 @@ def test_a_failed_trial_stops_its_cells_only(tmp_path, runs):
     tuned(tmp_path / "grid")
     assert runs.rates == {
         "trials/la-lora/eps1/lr0.3": 0.3, "cells/la-lora/eps1/seed0": 0.3, "cells/la-lora/eps1/seed1": 0.3}
+
+
+def test_a_trial_that_diverged_is_not_chosen_and_stops_nothing(tmp_path, runs, monkeypatch):
+    """Its clients' updates were left out, as not finite or absurdly long, until there were too few."""
+    run = runs.run
+
+    def diverging(config: RunConfig, console: Console, path: Path | None = None) -> runner.Outcome:
+        outcome = run(config, console, path)
+        if config.optimization.lr == 0.3:
+            (outcome.folder / "summary.json").write_text(json.dumps({"status": "stopped"}))
+            raise TooFewClients("Round 7 has too few usable updates.")
+        return outcome
+
+    monkeypatch.setattr(runner, "run", diverging)
+    shown = tuned(tmp_path / "grid")
+    assert "trial of lr 0.3   failed: TooFewClients: Round 7" in shown
+    assert {rate for name, rate in runs.rates.items() if name.startswith("cells/")} == {0.1}
+    assert list(pandas.read_csv(tmp_path / "grid" / "comparison.csv")["lr"]) == [0.1] * 4
 
 
 def test_its_definition_holds_the_rates(tmp_path, runs):
