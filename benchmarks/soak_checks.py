@@ -84,12 +84,14 @@ def ledger_violations(folder: Path, record: list[Entry], job: Entry) -> Iterator
     ledgers = {client["client"]: client for client in account["clients"]}
     for client, entries in _truth(record, options["reproducible"]).items():
         entries = _rounds_of_one_draw(entries) if client == "all" else entries
-        [kept], true = ledgers[client]["ledger"]["entries"], sum(entry["steps"] for entry in entries)
-        if kept["count"] < true or ledgers[client]["steps"] < true:
-            yield f"client {client}: {true} releases left, the ledger has {kept['count']}"
-        if kept["noise_multiplier"] > min(entry["sigma"] for entry in entries) * (1 + 1e-9):
+        kept, true = ledgers[client]["ledger"]["entries"], sum(entry["steps"] for entry in entries)
+        counted = min(ledgers[client]["steps"], sum(entry["count"] for entry in kept))
+        if counted < true:
+            yield f"client {client}: {true} releases left, the ledger has {counted}"
+        least_noise, largest_rate = min(e["sigma"] for e in entries), max(e["rate"] for e in entries)
+        if any(entry["noise_multiplier"] > least_noise * (1 + 1e-9) for entry in kept):
             yield f"client {client}: less noise than in the ledger"
-        if kept["sample_rate"] < max(entry["rate"] for entry in entries) * (1 - 1e-9):
+        if any(entry["sample_rate"] < largest_rate * (1 - 1e-9) for entry in kept):
             yield f"client {client}: a higher rate than in the ledger"
         kinds = Counter[tuple[float, float]]()
         for entry in entries:

@@ -51,10 +51,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
         self._phases = Phases(phases)
-        self._loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
+        self.loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
         self._before_release = before_release
         self._adapters, self._regulate_noise = adapters, regulate_noise
-        self._regulators: dict[int, Regulator] = {}
+        self.regulators: dict[int, Regulator] = {}
         self._check_one_factor(phases)
         self._sums: dict[int, Tensor | ExampleSum] = {}
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
@@ -137,15 +137,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise ValueError("regulate_noise needs steps that train one factor beside a frozen one: not phases 'AB'.")
 
     def _set_regulators(self) -> None:
-        self._regulators = {}
+        self.regulators = {}
         for layer in self._adapters:
             layer.regulator = None  # whatever another optimizer of this model left there
             if not self._regulate_noise:
                 continue
             if id(layer.lora_B) in self._recorder.trained:
-                self._regulators[id(layer.lora_B)] = layer.regulator = Regulator.beside("B", layer.lora_A)
+                self.regulators[id(layer.lora_B)] = layer.regulator = Regulator.beside("B", layer.lora_A)
             elif id(layer.lora_A) in self._recorder.trained:
-                self._regulators[id(layer.lora_A)] = layer.regulator = Regulator.beside("A", layer.lora_B)
+                self.regulators[id(layer.lora_A)] = layer.regulator = Regulator.beside("A", layer.lora_B)
 
     def set_phases(self, phases: PhasesName) -> None:
         """Train these factors from the next step on; a cycle such as "BA" starts where ``steps_taken`` says.
@@ -231,7 +231,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not slots or finished.n == 0:
             return Clipped({}, 0)
         # A mean over the micro-batch has divided each example's gradient by N.
-        scale = float(finished.n) if self._loss_reduction == "mean" else 1.0
+        scale = float(finished.n) if self.loss_reduction == "mean" else 1.0
         with torch.no_grad():
             device = slots[0][1].leaf.device
             sq_norms = torch.stack([slot.norms().to(device) for _, slot in slots]).square_()
@@ -314,7 +314,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)
         step = None
-        if not self._regulators:
+        if not self.regulators:
             step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass)
         if step is None:
             self._step_by_torch(trained, [total(value) for value in sums])
@@ -327,7 +327,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
-                if (regulator := self._regulators.get(id(p.parameter))) is not None:
+                if (regulator := self.regulators.get(id(p.parameter))) is not None:
                     gradient = regulator.restored(gradient)
                 if self._low_pass is not None and p.factor is not None:
                     gradient = self._low_pass(gradient)

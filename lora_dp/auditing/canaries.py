@@ -155,7 +155,7 @@ class PlantedCanaries:
             def stepped() -> None:
                 optimizer.activate()
                 joined = PoissonSampler(self.canaries.count, loader.sample_rate, 1, loader.source).draw()
-                regulators = dict(optimizer._regulators)  # those of this step: the next one has others
+                regulators = dict(optimizer.regulators)  # those of this step: the next one has others
                 directions = self._trained_directions(optimizer)
                 for rows in directions.chunks([i for i in joined if self.included[i]]):
                     take(optimizer.clip(_as_pass(rows, directions, optimizer), None), 0, 0)
@@ -255,7 +255,7 @@ def _as_pass(rows: Tensor, directions: _Directions, optimizer: PrivateOptimizer)
     """The canaries' gradients as a finished pass of their own, left in its slots by autograd like any other."""
     k = rows.shape[0]
     length = directions.norm * optimizer.mechanism.rule.max_grad_norm
-    if optimizer._loss_reduction == "mean":
+    if optimizer.loss_reduction == "mean":
         length /= k  # the private step multiplies by the size of the micro-batch
     recorder = optimizer.recorder
     slots = {}
