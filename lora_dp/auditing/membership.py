@@ -70,16 +70,24 @@ def lira_scores(target: ArrayLike, shadows: ArrayLike, members: ArrayLike) -> Fl
     return ratio
 
 
-def leave_one_out_scores(confidences: ArrayLike, members: ArrayLike) -> Floats:
-    """Each model attacked with all others as its shadow models: (M, N) :func:`lira_scores`.
+def leave_out_scores(confidences: ArrayLike, members: ArrayLike, together: int = 1) -> Floats:
+    """Each model attacked with others as its shadow models: (M, N) :func:`lira_scores`.
 
     Args:
         confidences: (M, N), :func:`logit_confidence` of the examples in each model.
         members: (M, N) bool, what each was trained on.
+        together: so many models in a row are left out at a time. 2 for pairs that share out all examples between them:
+            the other half of a pair would betray by its own membership what it is asked to help to guess.
+
+    Raises:
+        ValueError: M is no multiple of ``together``; what :func:`lira_scores` refuses.
     """
     known, inside = np.asarray(confidences, np.float64), np.asarray(members, bool)
-    others = ~np.eye(len(known), dtype=bool)
-    return np.stack([lira_scores(known[i], known[rest], inside[rest]) for i, rest in enumerate(others)])
+    if len(known) % together:
+        raise ValueError(f"{len(known)} models cannot be left out {together} at a time.")
+    groups = np.arange(len(known)) // together
+    return np.stack([
+        lira_scores(known[i], known[rest], inside[rest]) for i, rest in enumerate(groups[:, None] != groups)])
 
 
 def roc(scores: ArrayLike, members: ArrayLike) -> tuple[Floats, Floats]:

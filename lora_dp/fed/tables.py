@@ -226,8 +226,8 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
     before = 100 * cells.loc[cells["status"].isin(ENDED), "accuracy_before"].astype(float)
     axes.axhline(before.mean(), color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        f"before: {before.mean():.1f} %", (1, before.mean()), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", ha="right", color=QUIET, fontsize=9, annotation_clip=True)
+        f"before\n{before.mean():.1f} %", (1, before.mean()), xycoords=("axes fraction", "data"), xytext=(4, 0),
+        textcoords="offset points", va="center", color=QUIET, fontsize=9, annotation_clip=True)
     step = min(0.1, 0.6 / len(methods))
     places_of: dict[str, np.ndarray] = {}
     for index, method in enumerate(methods):

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_curve
 from lora_dp.auditing.bounds import gaussian_epsilon
 from lora_dp.auditing.membership import (
     largest_tpr,
-    leave_one_out_scores,
+    leave_out_scores,
     lira_scores,
     logit_confidence,
     rate,
@@ -59,19 +59,32 @@ def test_scores_are_log_ratios_of_gaussians_with_common_variances() -> None:
 
 def test_each_model_is_attacked_with_the_others_alone() -> None:
     confidences, members = synthetic(8, 20, 1.0, 2)
-    scores = leave_one_out_scores(confidences, members)
+    scores = leave_out_scores(confidences, members)
     changed = members.copy()
     changed[3] = ~changed[3]  # what it was trained on is what is asked: it must not matter
-    assert np.array_equal(leave_one_out_scores(confidences, changed)[3], scores[3])
+    assert np.array_equal(leave_out_scores(confidences, changed)[3], scores[3])
     others, of_others = np.delete(confidences, 3, 0), np.delete(members, 3, 0)
     assert np.array_equal(scores[3], lira_scores(confidences[3], others, of_others))
+
+
+def test_chance_is_even_for_pairs_that_share_out_the_examples() -> None:
+    """With its other half among the shadow models, a model's own membership would show in their numbers."""
+    rng = np.random.default_rng(6)
+    first = rng.permuted(np.tile(np.arange(4000) % 2 == 0, (3, 1)), axis=1)
+    members = np.stack([part for half in first for part in (half, ~half)])
+    confidences = rng.normal(size=members.shape)
+    for together, even in ((2, True), (1, False)):
+        right = (leave_out_scores(confidences, members, together) > 0) == members
+        assert (abs(right.mean() - 0.5) < 0.015) == even
+    with pytest.raises(ValueError, match="cannot be left out 4 at a time"):
+        leave_out_scores(confidences, members, 4)
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
 def test_with_many_shadow_models_it_is_as_good_as_the_best_test(shift: float) -> None:
     """Neyman and Pearson: between N(0, 1) and N(shift, 1), TPR = Φ(Φ⁻¹(FPR) + shift); whatever the examples' means."""
     confidences, members = synthetic(128, 400, shift, 3)
-    scores = leave_one_out_scores(confidences, members)
+    scores = leave_out_scores(confidences, members)
     for fpr in (0.5, 0.1, 0.01):
         best = float(mpmath.ncdf(math.sqrt(2) * mpmath.erfinv(2 * fpr - 1) + shift))
         assert tpr_at_fpr(scores, members, fpr).share == pytest.approx(best, abs=0.025)
