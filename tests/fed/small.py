@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dp.fed.client import LocalTraining, Trainer
+from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
 from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import ImageExamples
 from lora_dp.fed.exchange import Task, Workspace
-from lora_dp.fed.federation import Federation
+from lora_dp.fed.federation import _BEGIN, Federation
 from lora_dp.fed.methods import Method, factor, get_method
 from lora_dp.fed.privacy import PrivacyPlan
 from lora_dp.layers import DPLinear, DPLoRALinear
@@ -96,3 +96,8 @@ def products(state: dict[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor
         layer: scaling * state[f"{layer}.lora_B"] @ state[f"{layer}.lora_A"] + state.get(f"{layer}.merged", 0)
         for layer in layers
     }
+
+
+def federation_generators(rounds: int) -> list[torch.Generator]:
+    """The public generator of each round, as the server makes it."""
+    return [torch.Generator().manual_seed(derived_seed(0, _BEGIN, index)) for index in range(rounds)]
