@@ -65,6 +65,12 @@ def _spoiled(update: Update, kind: str) -> Any:
     return None if kind == "sends nothing" else Update({**update.tensors, name: broken[kind]()})
 
 
+def _is_alone(folder: Path) -> bool:
+    """Whether the round that has begun has one client only, the others' budgets being spent: then no fault is planted,
+    since a run without any client stops, as it should, each time that it is resumed."""
+    return len(json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])["clients"]) == 1
+
+
 def _plant_clients(job: dict[str, Any], record: Record) -> None:
     """Every turn is recorded as its update leaves; some clients fail."""
     train, mechanism = Trainer.train, client.client_mechanism
@@ -81,7 +87,8 @@ def _plant_clients(job: dict[str, Any], record: Record) -> None:
         if job["outage"] is not None and task.round + 1 >= job["outage"]:
             raise OSError("planted: nobody can be reached")
         fault = planned_fault(job["seed"], task.round + 1, job["options"]["clients"], trainer.method.turns)
-        kind = fault[2] if fault is not None and fault[:2] == (who, task.turn) else None
+        struck = fault is not None and fault[:2] == (who, task.turn) and not _is_alone(Path(job["folder"]))
+        kind = fault[2] if fault is not None and struck else None
         seen: list[Any] = []
 
         def step() -> None:
