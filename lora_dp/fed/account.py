@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.fed.privacy import UNITS, PrivacyPlan, finite
+from lora_dp.fed.privacy import AS_RELEASED, UNITS, PrivacyPlan, finite
 from lora_dp.files import append_durably
 
 LOG = "ledger.jsonl"
@@ -95,6 +95,7 @@ class Account:
             "accountant": plan.accountant,
             "target_epsilon": plan.epsilon,
             "mechanism": plan.mechanism,
+            "guarantee": AS_RELEASED if plan.mechanism == "as-released" else None,
             "worst_epsilon": finite(self.worst_epsilon()),
             "clients": clients,
         }

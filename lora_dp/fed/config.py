@@ -239,7 +239,7 @@ class RunOptions:
     """auto (a GPU where there is one), cpu, cuda, …"""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"seed must not be negative, not {self.seed}.")
+        _require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}.")
         for name in ("evaluate_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
 

@@ -154,12 +154,17 @@ class Federation:
             participants: by default drawn.
 
         Raises:
+            ValueError: participants under the server's noise, unless all clients take part in every round.
             PrivacyBudgetExceeded: no client, or not all participants, have budget left; nothing was trained.
             TooFewClients: fewer than ``min_clients`` of them sent a usable update, and each adds noise of its own; the
                 last checkpoint is whole.
         """
         begin = time.perf_counter()
         index = self.rounds_done
+        if participants is not None and self.plan.server_adds_noise and self.plan.client_rate < 1:
+            raise ValueError(
+                "With noise by the server ε rests on a secret draw of clients: leave participants out, or let "
+                "all clients take part in every round.")
         drawn = self.draw() if participants is None else list(participants)
         if spent := set(drawn) - set(self.account.eligible()):
             raise PrivacyBudgetExceeded(f"Client {min(spent)} has spent its budget: it takes part in no more rounds.")
@@ -241,9 +246,14 @@ class Federation:
                 details.append(f"client {reply.client} {reason}{more}")
         # Under the server's noise a round goes on with noise alone: that it stopped would tell who was drawn.
         if noisy is None and arrived < max(1, min(self.min_clients, len(drawn))):
+            remedy = "Mend these clients, and resume"
+            if arrived:
+                remedy = "Mend these clients, or lower min_clients in config.yaml, and resume"
+            elif all("finite" in entry["reason"] for entry in failed):
+                remedy = "Begin again with a lower lr"
             raise TooFewClients(
                 f"Round {index + 1} has too few usable updates: {arrived} of {len(drawn)}, min_clients is "
-                f"{self.min_clients} ({'; '.join(details[:3])}). Mend these clients, or lower min_clients, and resume.")
+                f"{self.min_clients} ({'; '.join(details[:3])}). {remedy}.")
         if noisy is not None:
             mean = noisy.result(self.trainer.source(_SERVER_NOISE, index, turn))
             down, up = self._expected_bytes(index, turn, names)

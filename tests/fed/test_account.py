@@ -327,3 +327,12 @@ def test_a_round_that_ends_in_the_middle_counts(tmp_path):
     assert replayed(federation.log) == [3, 3, 3]
     assert federation.rounds_done == 0
     assert all(tensor.equal(federation.server.state[name]) for name, tensor in state.items())
+
+
+def test_participants_cannot_be_named_where_the_secret_draw_amplifies():
+    """Two clients who are there in every round would have twice the ε that the ledger says."""
+    federation = make_federation("dp-lora", weighting="equal", unit="client", client_rate=0.5)
+    with pytest.raises(ValueError, match="leave participants out"):
+        federation.run_round([0, 1])
+    assert federation.rounds_done == 0 and federation.account.releases(0) == 0
+    federation.run_round()

@@ -1,6 +1,7 @@
 """Averages of updates: exact, in any order, and none of them kept."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -10,12 +11,21 @@ from torch import Tensor
 from lora_dp.fed.methods import METHODS, WeightedAverage, factor, get_method
 from tests.fed.small import make_federation, products
 
+SETTINGS = (
+    {}, {"epsilon": None}, {"unit": "client", "weighting": "equal"},
+    {"unit": "client", "noise_by": "client", "weighting": "equal"},
+)
+RANKS = {"r": 4, "ranks": (2, 1, 4)}
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_round_does_not_depend_on_the_order_of_the_clients(method):
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [*itertools.product(METHODS, SETTINGS), *((name, RANKS) for name in METHODS if METHODS[name].ranks_may_differ)],
+)
+def test_a_round_does_not_depend_on_the_order_of_the_clients(method, settings):
     states = []
     for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
-        federation = make_federation(method)
+        federation = make_federation(method, **settings)
         federation.run_round(order)
         states.append({**federation.server.state, **products(federation.server.state)})
     for state in states[1:]:

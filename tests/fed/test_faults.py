@@ -211,13 +211,24 @@ def test_a_round_goes_on_with_as_many_as_are_needed_and_stops_with_fewer():
         federation.run_round()
     message = str(caught.value)
     for part in ("Round 2", "1 of 3", "min_clients is 2", "client 0 sent values that are not finite",
-                 "client 2 raised OSError", "Mend these clients, or lower min_clients, and resume"):
+                 "client 2 raised OSError",
+                 "Mend these clients, or lower min_clients in config.yaml, and resume"):
         assert part in message, message
     assert federation.rounds_done == 1
     assert all(tensor is federation.server.state[name] for name, tensor in before.items())
     assert federation.server.bookkeeping() == bookkeeping
     # What they sent may have been seen: the round counts.
     assert [federation.account.releases(client) for client in range(3)] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("NaN", "Begin again with a lower lr."), ("failure", "Mend these clients, and resume.")])
+def test_where_nobody_is_left_the_remedy_is_another(kind, remedy):
+    federation = make_federation("dp-lora")
+    breaking(federation, dict.fromkeys(range(3), FAULTS[kind][0]))
+    with pytest.raises(TooFewClients) as caught:
+        federation.run_round()
+    assert str(caught.value).endswith(f" {remedy}") and "lower min_clients" not in str(caught.value)
 
 
 def test_fewer_drawn_than_min_clients_is_no_fault():

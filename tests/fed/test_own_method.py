@@ -83,6 +83,33 @@ def test_a_broken_package_is_named_and_breaks_no_other_method(install, cls, mess
     assert methods.get_method("la-lora").name == "la-lora"
 
 
+MISTAKES = {
+    "name: ClassVar[str] = 'warm-up'": "it has no phases",
+    "def phases(self, r, turn=0): return 'AB'": r"put name: ClassVar\[str\] = 'warm-up' into the class",
+    "name = 'warm-up'; phases = lambda self, r: 'AB'": r"its phases must take \(self, round_index, turn=0\)",
+    "name = 'warm-up'; learning_rates = {8: 0.5}; phases = lambda self, r, turn=0: 'AB'": "its learning_rates need",
+    "name = 'warm-up'; learning_rates = {8: 0.5, inf: -1.0}; phases = lambda self, r, turn=0: 'AB'": "a positive rate",
+    "until: int; name: ClassVar[str] = 'warm-up'; phases = lambda self, r, turn=0: 'AB'":
+        "its option until needs a default",
+}
+
+
+@pytest.mark.parametrize("body", MISTAKES)
+def test_what_a_class_lacks_is_said(install, body):
+    install("warm-up", "WarmUp", "\n".join([
+        "from dataclasses import dataclass", "from math import inf", "from typing import ClassVar",
+        "from lora_dp.fed.methods import Method", "@dataclass(frozen=True)", "class WarmUp(Method):", f"    {body}"]))
+    with pytest.raises(ValueError, match=f"The method 'warm-up' .* cannot be used: .*{MISTAKES[body]}"):
+        methods.get_method("warm-up")
+
+
+@pytest.mark.parametrize("value", ["banana", 3.5, True, None])
+def test_an_option_is_of_the_kind_of_its_default(install, value):
+    install("warm-up", "WarmUp", re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
+    with pytest.raises(ValueError, match=f"The option until of warm-up must be a whole number, not {value!r}"):
+        methods.get_method("warm-up", {"until": value})
+
+
 def test_a_package_cannot_take_the_name_of_a_method_that_is_here(install):
     install("la-lora", "NoSuchClass", "")
     assert isinstance(methods.get_method("la-lora"), methods.LALoRA)

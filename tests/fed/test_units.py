@@ -365,6 +365,7 @@ def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
     assert "worst ε ∞" in printed.replace("   ", " ")
     account = json.loads((tmp_path / "run" / "ledger.json").read_text())
     assert account["worst_epsilon"] is None and account["mechanism"] == "as-released"
+    assert account["guarantee"] == outcome.summary["guarantee"]
     assert all(entry["epsilon"] is None for entry in account["clients"])
 
 

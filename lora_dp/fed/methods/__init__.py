@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -54,7 +55,28 @@ def _method_class(name: str) -> type[Method]:
             "uninstall its package.") from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise ValueError(f"The method {name!r} ({point.value}) must be a subclass of lora_dp.fed.methods.Method.")
+    if reason := _incomplete(cls, name):
+        raise ValueError(f"The method {name!r} ({point.value}) cannot be used: {reason}.")
     return cls
+
+
+def _incomplete(cls: type[Method], name: str) -> str | None:
+    """What a class from elsewhere lacks of what :class:`Method` asks for, and the remedy."""
+    if missing := sorted(cls.__abstractmethods__):
+        return f"it has no {' and no '.join(missing)}, which every method must say"
+    if getattr(cls, "name", None) != name:
+        return f"its name must be what its entry point says: put name: ClassVar[str] = {name!r} into the class"
+    try:
+        inspect.signature(cls.phases).bind(None, 0, turn=0)
+    except TypeError:
+        return "its phases must take (self, round_index, turn=0)"
+    rates = cls.learning_rates
+    if math.inf not in rates or len(rates) < 2 or not all(0 < rate < math.inf for rate in rates.values()):
+        return 'its learning_rates need a positive rate for one ε at least, and one for float("inf"), no privacy'
+    for option in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
+            return f"its option {option.name} needs a default"
+    return None
 
 
 def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
@@ -79,7 +101,7 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         raise ValueError(f"There is no method {name!r}: choose {', '.join(known)}.{hint}")
     cls: Any = _method_class(first)
     if cls is FlatLoRA:
-        rho = {key: _number(name, key, given.pop(key)) for key in ("rho",) if key in given}
+        rho = {key: _checked(name, key, given.pop(key), 0.0) for key in ("rho",) if key in given}
         return FlatLoRA(get_method(base or DPLoRA.name, given), **rho)
     allowed = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     for key in given:
@@ -87,17 +109,22 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
             there = f"it has {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"The method {name} has no option {key!r}: {there}.")
     if dataclasses.is_dataclass(cls):
-        given |= {f.name: _number(name, f.name, given[f.name])
-                  for f in dataclasses.fields(cls) if f.name in given and isinstance(f.default, float)}
+        given |= {f.name: _checked(name, f.name, given[f.name], f.default)
+                  for f in dataclasses.fields(cls) if f.name in given}
     method: Method = cls(**given)
     return method
 
 
-def _number(method: str, option: str, value: Any) -> float:
-    """Of an option that is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"The option {option} of {method} must be a number, not {value!r}.")
-    return float(value)
+def _checked(method: str, option: str, value: Any, default: Any) -> Any:
+    """An option's value, which must be of the kind of its default."""
+    kinds = {float: ("a number", (int, float)), int: ("a whole number", (int,)), bool: ("true or false", (bool,)),
+             str: ("a word", (str,))}
+    kind, types = kinds.get(type(default), ("", (object,)))
+    number = type(default) in (int, float)
+    odd = number and (isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value))
+    if odd or not isinstance(value, types):
+        raise ValueError(f"The option {option} of {method} must be {kind}, not {value!r}.")
+    return float(value) if type(default) is float else value
 
 
 __all__ = [
