@@ -11,6 +11,8 @@ ClippingName = Literal["flat", "per_layer", "automatic"]
 
 # cᵢ‖gᵢ‖ ≤ C must hold although ‖gᵢ‖ was summed in float32: a margin of a few roundings (2⁻¹⁹ ≈ 2e-6).
 _MARGIN = 1 - 2.0**-19
+# Further out coefficients would overflow float32, or be among its denormal numbers, which no margin covers.
+_LEAST_BOUND, _LARGEST_BOUND = 1e-20, 1e20
 
 
 class ClipRule(Protocol):
@@ -97,7 +99,7 @@ def make_clip_rule(name: ClippingName, max_grad_norm: float) -> ClipRule:
     """The clip rule called ``name`` at bound C = ``max_grad_norm``.
 
     Raises:
-        ValueError: unknown name, or C not above 0 (C = inf, no clipping, goes with "flat" alone).
+        ValueError: unknown name, or C not within 1e-20 and 1e20 (C = inf, no clipping, goes with "flat" alone).
     """
     rules: dict[str, type] = {"flat": FlatClipping, "per_layer": PerLayerClipping, "automatic": AutomaticClipping}
     if name not in rules:
@@ -106,5 +108,7 @@ def make_clip_rule(name: ClippingName, max_grad_norm: float) -> ClipRule:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}: 1.0 is a usual start.")
     if math.isinf(max_grad_norm) and name != "flat":
         raise ValueError(f"max_grad_norm = inf means no clipping, which '{name}' cannot do: use clipping='flat'.")
+    if not (_LEAST_BOUND <= max_grad_norm <= _LARGEST_BOUND or math.isinf(max_grad_norm)):
+        raise ValueError(f"max_grad_norm must lie within 1e-20 and 1e20, got {max_grad_norm}: 1.0 is a usual start.")
     rule: ClipRule = rules[name](max_grad_norm)
     return rule

@@ -75,6 +75,22 @@ def test_no_examples(rule):
     assert make_clip_rule(rule, 0.5).coefficients(torch.ones(4, 0), LAYERS, 3).shape == (4, 0)
 
 
+@pytest.mark.parametrize("bound", [1e-42, 1e37])
+@pytest.mark.parametrize("rule", RULES)
+def test_bounds_that_float32_cannot_keep_are_refused(rule, bound):
+    assert_refuses(ValueError, "must lie within 1e-20 and 1e20", lambda: make_clip_rule(rule, bound))
+
+
+@pytest.mark.parametrize("bound", [1e-20, 1e20])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e18])
+def test_the_bound_holds_to_the_ends_of_its_range(rule, bound, size):
+    gradients = size * torch.randn(4, 50, 30, generator=torch.Generator().manual_seed(0))
+    coefficients = make_clip_rule(rule, bound).coefficients(gradients.square().sum(2), LAYERS, 3)
+    norms = (coefficients.double()[..., None] * gradients.double()).square().sum((0, 2)).sqrt()
+    assert bool(torch.isfinite(norms).all()) and float(norms.max()) <= bound
+
+
 @pytest.mark.parametrize("bound", [0.0, -1.0, math.nan])
 def test_bad_bounds_are_refused(bound):
     assert_refuses(ValueError, "max_grad_norm must be above 0", lambda: make_clip_rule("flat", bound))

@@ -237,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return action(options)
     except (ValueError, OSError, ImportError, IsolationError, TooFewClients) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        text = error.in_full if isinstance(error, TooFewClients) else str(error)
+        sys.stderr.write(f"error: {' '.join(text.split())}\n")
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

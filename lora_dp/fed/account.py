@@ -16,6 +16,10 @@ LOG = "ledger.jsonl"
 _FEW = 8
 
 
+class LogError(ValueError):
+    """What a run has released cannot be counted any more, or not on these terms: it must not be gone on with."""
+
+
 class Account:
     """The releases of all clients: one count a client, or one for all where the server adds the noise.
 
@@ -148,7 +152,7 @@ class AheadLog:
         """Writes the terms of a new log, or checks that those of an existing one are the account's.
 
         Raises:
-            ValueError: they are not: what the log counts was released on other terms.
+            LogError: they are not: what the log counts was released on other terms.
         """
         terms = {**account.terms(), "reproducible": reproducible}
         lines = self._lines()
@@ -159,9 +163,9 @@ class AheadLog:
             before = json.loads(lines[0])["terms"]
             different = [name for name in {**terms, **before} if not _alike(terms.get(name), before.get(name))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(self._lost("line 1 is damaged")) from error
+            raise LogError(self._lost("line 1 is damaged")) from error
         if different:
-            raise ValueError(
+            raise LogError(
                 f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
                 "has released cannot be counted on these: restore its config.yaml and its data, or begin a new run.")
 
@@ -182,7 +186,7 @@ class AheadLog:
             reproducible: count each round up to that one once; those after it will release the same bits again.
 
         Raises:
-            ValueError: a line is damaged or missing, so that releases may have been forgotten; or they were released
+            LogError: a line is damaged or missing, so that releases may have been forgotten; or they were released
                 on other terms than the account's.
         """
         self.begin(account, reproducible=reproducible)
@@ -194,15 +198,15 @@ class AheadLog:
                 if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
                     raise ValueError(f"round {number} out of turn")
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(self._lost(f"line {index + 1} is damaged")) from error
+                raise LogError(self._lost(f"line {index + 1} is damaged")) from error
             rounds.append((number, clients))
         if max((n for n, _ in rounds), default=0) < rounds_done:
-            raise ValueError(self._lost(f"it ends before round {rounds_done}"))
+            raise LogError(self._lost(f"it ends before round {rounds_done}"))
         if reproducible:
             rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
         for _, clients in rounds:
             if clients and not 0 <= min(clients) <= max(clients) < len(account.sizes):
-                raise ValueError(f"{self.path} names clients that this run does not have: it belongs to another run.")
+                raise LogError(f"{self.path} names clients that this run does not have: it belongs to another run.")
             account.add_round(clients)
 
     def _lost(self, what: str) -> str:

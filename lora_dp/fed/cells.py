@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from lora_dp.fed import runner
+from lora_dp.fed.account import LogError
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.folder import RunFolder, read_config
 
@@ -62,6 +63,8 @@ def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
             raise ValueError(f"{path} holds a run with other settings: move it away.")
         try:
             return runner.resume(path, quiet)
+        except LogError:
+            raise  # begun anew, the run would spend a second budget on the same data, and tell of one
         except ValueError:
             pass
     aside = next(p for i in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{i}")).exists())

@@ -122,23 +122,28 @@ class Splits:
         return len(self.label_names)
 
 
-def open_data(config: DataConfig) -> RawData:
+def open_data(config: DataConfig, *, evaluate: bool = True) -> RawData:
     """Opens the data set and finds its splits, input column, label column and classes.
 
     Integer and string labels become 0, 1, … in sorted order of the train split's values.
+
+    Args:
+        config: where it is.
+        evaluate: find examples to evaluate on, if need be by holding some of train out. Which ones those are hangs on
+            all of train, so that one example more changes where others are. Without, all of train is trained on.
 
     Raises:
         ValueError: data set, split or column missing or not recognised; no examples; labels not classes.
     """
     if config.dataset == "digits":
-        return _open_digits(config)
+        return _open_digits(config, evaluate)
     train_split, validation_split = _find_splits(_load(config), config)
     label_column = _find_label_column(train_split.features, config)
     input_column, kind = _find_input_column(train_split.features, label_column, config)
     names, classes = _classes(train_split, label_column)
     labels = _as_classes(train_split, label_column, classes)
-    if validation_split is None:
-        train, held_out = _hold_out(labels, config)
+    if validation_split is None or not evaluate:
+        train, held_out = _hold_out(labels, config) if evaluate else _nothing_held_out(labels)
         validation_split, validation_labels = train_split.select(held_out), labels[held_out]
         train_split, labels = train_split.select(train), labels[train]
     else:
@@ -182,9 +187,11 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
             return ImageExamples(_image_tensor(inputs, spec), targets, spec.mean, spec.std)
         return _text_examples(list(inputs), targets, spec, raw.max_length)
 
+    train = encode_split(raw.train_inputs, raw.train_labels)
     return Splits(
-        train=encode_split(raw.train_inputs, raw.train_labels),
-        validation=encode_split(raw.validation_inputs, raw.validation_labels),
+        train=train,
+        validation=encode_split(raw.validation_inputs, raw.validation_labels) if len(raw.validation_labels)
+        else train.subset([]),
         label_names=raw.label_names,
         kind=raw.kind,
     )
@@ -231,11 +238,11 @@ def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
     return matrix
 
 
-def _open_digits(config: DataConfig) -> RawData:
+def _open_digits(config: DataConfig, evaluate: bool) -> RawData:
     digits = load_digits()
     # their grey levels run from 0 to 16
     images = [Image.fromarray(pixels) for pixels in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
-    train, held_out = _hold_out(digits.target, config)
+    train, held_out = _hold_out(digits.target, config) if evaluate else _nothing_held_out(digits.target)
     return RawData(
         kind="image",
         label_names=[str(name) for name in digits.target_names],
@@ -367,3 +374,7 @@ def _hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.nd
     if not 0 < len(held_out) < len(labels):
         raise ValueError(f"{len(labels)} examples are too few to hold some out: name a validation_split")
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
+
+
+def _nothing_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(labels)), np.arange(0)

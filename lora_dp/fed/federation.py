@@ -242,8 +242,7 @@ class Federation:
                 arrived += 1
             else:
                 failed.append({"client": reply.client, "reason": reason})
-                more = f": {reply.detail}" if reply.detail not in ("", reason) else ""
-                details.append(f"client {reply.client} {reason}{more}")
+                details.append(f": {reply.detail}" if reply.detail not in ("", reason) else "")
         # Under the server's noise a round goes on with noise alone: that it stopped would tell who was drawn.
         if noisy is None and arrived < max(1, min(self.min_clients, len(drawn))):
             remedy = "Mend these clients, and resume"
@@ -251,9 +250,11 @@ class Federation:
                 remedy = "Mend these clients, or lower min_clients in config.yaml, and resume"
             elif all("finite" in entry["reason"] for entry in failed):
                 remedy = "Begin again with a lower lr"
-            raise TooFewClients(
+            reasons = [f"client {entry['client']} {entry['reason']}" for entry in failed[:3]]
+            said = [reason + more for reason, more in zip(reasons, details, strict=False)]
+            raise TooFewClients(*(
                 f"Round {index + 1} has too few usable updates: {arrived} of {len(drawn)}, min_clients is "
-                f"{self.min_clients} ({'; '.join(details[:3])}). {remedy}.")
+                f"{self.min_clients} ({'; '.join(words)}). {remedy}." for words in (reasons, said)))
         if noisy is not None:
             mean = noisy.result(self.trainer.source(_SERVER_NOISE, index, turn))
             down, up = self._expected_bytes(index, turn, names)

@@ -61,8 +61,12 @@ class Parts(Sequence[Examples]):
         return self._job.examples(client)
 
 
-def open_job(config: RunConfig) -> Job:
+def open_job(config: RunConfig, *, evaluate: bool = True) -> Job:
     """Opens data and model and splits the examples over the clients.
+
+    Args:
+        config: of the run.
+        evaluate: find examples to evaluate on; without, all of train is trained on.
 
     Raises:
         ValueError: data, model and settings that do not go together, in one sentence.
@@ -70,7 +74,7 @@ def open_job(config: RunConfig) -> Job:
     device = _device(config.run.device)
     seed, chosen, privacy = config.run.seed, config.federation, config.privacy
     torch.manual_seed(seed)
-    raw = open_data(config.data)
+    raw = open_data(config.data, evaluate=evaluate)
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, _RANKS))
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
     splits = encode(raw, loaded.spec)

@@ -35,7 +35,7 @@ def summarise(
 ) -> dict[str, Any]:
     """summary.json, with the noise multipliers that were used. ε is null where there is no privacy."""
     first, last = results[0], [result for result in results if result.accuracy is not None][-1]
-    secret = last.participants is None
+    secret = any(result.participants is None for result in results)
     return {
         "status": status,
         "guarantee": AS_RELEASED if config.privacy.mechanism == "as-released" else None,

@@ -19,10 +19,11 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from lora_dp.fed import cells, runner, tables
 from lora_dp.fed import grid as module
-from lora_dp.fed import runner, tables
 from lora_dp.fed.compare import Cell, CompareConfig, Grid, compare
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.federation import Federation
 from lora_dp.fed.folder import read_config
 from lora_dp.fed.privacy import AS_RELEASED
 
@@ -203,6 +204,46 @@ def test_what_cannot_be_resumed_is_moved_aside(tmp_path, fake):
     assert (seeds / "seed0" / "summary.json").exists()
     assert (seeds / "seed0.aside-1" / "config.yaml").exists()
     assert not (seeds / "seed0.aside-1" / "summary.json").exists()
+
+
+def test_what_a_client_s_exception_said_is_in_no_file(tmp_path, monkeypatch):
+    """It may quote a patient; it is for the console of whoever runs the client."""
+    from lora_dp.fed.__main__ import main
+    from lora_dp.fed.client import Trainer
+
+    def failing(*_: Any) -> Any:
+        raise KeyError("patient Jane Roe")
+
+    monkeypatch.setattr(Trainer, "train", failing)
+    written = tmp_path / "common.yaml"
+    written.write_text(yaml.safe_dump(SMALL))
+    told = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", told)
+    assert main(["run", "--config", str(written), "--output", str(tmp_path / "run")]) == 2
+    assert "client 0 raised KeyError: 'patient Jane Roe'" in told.getvalue()
+    config = RunConfig.from_flat({**SMALL, "output": tmp_path / "cell"})
+    path, reason = cells.run_one(config)
+    assert "client 0 raised KeyError;" in reason and "Jane" not in reason
+    assert not any(b"Jane" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_cell_whose_log_of_releases_is_damaged_is_not_begun_anew(tmp_path, monkeypatch):
+    """Its data would pay a second budget, and its ledger tell of one."""
+    config = RunConfig.from_flat({**SMALL, "rounds": 3, "output": tmp_path / "cell"})
+    run_round, calls = Federation.run_round, iter(range(9))
+
+    def interrupted(federation: Federation, *arguments: Any, **named: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return run_round(federation, *arguments, **named)
+
+    monkeypatch.setattr(Federation, "run_round", interrupted)
+    assert cells.run_one(config)[1] is not None
+    log = tmp_path / "cell" / "ledger.jsonl"
+    log.write_text(log.read_text().replace('"round":2', '"round":7'))
+    _, reason = cells.run_one(config)
+    assert "is not whole" in reason and "do not go on with this run" in reason
+    assert [path.name for path in tmp_path.iterdir()] == ["cell"]
 
 
 def test_what_no_new_run_can_replace_stays(tmp_path, fake, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy.stats import norm
 from lora_dp.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.exchange import Reply, Update
+from lora_dp.fed.federation import Federation
 from lora_dp.fed.methods import METHODS, factor
 from lora_dp.regulator import Regulator
 from tests.fed.small import PLAIN, TRAINING, Adapted, make_examples, make_federation, plan_for, products, updates
@@ -265,6 +267,28 @@ def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
     assert json.loads(private.read_text())["failed"] == [{"client": 1, "reason": "raised ZeroDivisionError"}]
     assert private.stat().st_mode & 0o077 == 0
     assert "left out: client 1 raised ZeroDivisionError" in screen.getvalue()
+
+
+def test_a_run_that_ends_before_it_is_evaluated_keeps_its_draw_secret_too(tmp_path, monkeypatch):
+    from lora_dp.fed.client import Trainer
+    from lora_dp.fed.runner import run
+
+    calls = iter(range(9))
+    run_round = Federation.run_round
+    monkeypatch.setattr(Trainer, "train", lambda *_: 1 / 0)
+
+    def interrupted(federation: Federation, *arguments: Any, **named: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return run_round(federation, *arguments, **named)
+
+    monkeypatch.setattr(Federation, "run_round", interrupted)
+    screen = io.StringIO()
+    outcome = run(RunConfig.from_flat({
+        "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 5, "evaluate_every": 5, "local_steps": 1,
+        "accountant": "rdp", "device": "cpu", "output": tmp_path / "run"}), Console(file=screen))
+    assert (outcome.summary["status"], outcome.summary["rounds"]) == ("interrupted", 2)
+    assert outcome.summary["failed_clients"] is None and "times a client" not in screen.getvalue()
 
 
 # Client noise

@@ -69,13 +69,28 @@ def test_ghost_norm_in_several_tiles():
     torch.testing.assert_close(ghost_sq_norm(left, right, 0.5).double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e6, 1e8, 1.2e10, 1e15])
+def test_ghost_norm_is_never_below_the_norm_where_float64_cancels_too(size):
+    """Tokens that a hostile model has made to cancel: a norm of 0 would not be clipped at all."""
+    rest = torch.tensor([[30.0, 1.0, 0.0]], dtype=torch.float64)
+    huge = torch.full((1, 3), size, dtype=torch.float64)
+    left = torch.stack([huge, -huge, rest], 1)
+    right = torch.ones(1, 3, 2, dtype=torch.float64)
+    norm = float(rest.square().sum() * 2)
+    assert norm <= float(ghost_sq_norm(left, right)) <= norm + 1e-13 * (2 * size * 6) ** 2
+
+
 def test_ghost_norm_where_terms_cancel():
-    """Rows that cancel up to one part in 10⁴: float32 Gram matrices would lose most of the norm."""
+    """Rows that cancel up to one part in 10⁴: float32 Gram matrices would lose most of the norm, float64 ones can have
+    lost 10⁻⁵ of it, which is added."""
     torch.manual_seed(0)
     left, right = torch.randn(3, 1, 64), torch.randn(3, 1, 48)
     left, right = torch.cat([left, -left + 1e-4 * torch.randn(3, 1, 64)], 1), torch.cat([right, right], 1)
     expected = outer(left, right, 1.0).square().sum((1, 2))
-    torch.testing.assert_close(ghost_sq_norm(left, right).double(), expected, rtol=1e-6, atol=0)
+    lengths = (left.double().norm(dim=2) * right.double().norm(dim=2)).sum(1)
+    lost = (2 + 64 + 48) * 2.0**-52 * lengths.square()
+    assert bool((lost < 1e-5 * expected).all())
+    torch.testing.assert_close(ghost_sq_norm(left, right).double(), expected + lost, rtol=1e-6, atol=0)
 
 
 @examples

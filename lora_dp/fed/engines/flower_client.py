@@ -1,8 +1,9 @@
 """A client on Flower: the trainer of all engines, on the data of its node and, where one is named, with its ledger.
 
 A node is told by its ``node_config``: ``partition-id`` is the client's number, from 0. ``data`` names a folder with its
-own examples, in place of its part of the run's data set. ``ledger``, ``epsilon`` and ``delta`` are explained in
-:mod:`lora_dp.fed.engines.flower_ledger`.
+own examples, in place of its part of the run's data set. Which columns of them are read, ``label-column`` and the like
+say here, and the server does not: it could ask for one after another. ``ledger``, ``unit``, ``epsilon`` and ``delta``
+are explained in :mod:`lora_dp.fed.engines.flower_ledger`.
 """
 
 import functools
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from lora_dp.fed.job import Job
 
 _LOG = logging.getLogger(__name__)
+
+_COLUMNS = ("input-column", "pair-column", "label-column")
 
 
 def client_app() -> ClientApp:
@@ -65,18 +68,20 @@ def _answered(work: Any, content: RecordDict, node_config: Mapping[str, Any]) ->
 
 def _train(content: RecordDict, node_config: Mapping[str, Any]) -> RecordDict:
     client = _number(node_config)
-    node = _opened(messages.unpack_config(content), node_config.get("data"))
+    node = _node(content, node_config)
     return messages.pack_update(
         node.train(client, messages.unpack_task(content), ClientLedger.of_node(node_config)))
 
 
 def _introduce(content: RecordDict, node_config: Mapping[str, Any]) -> RecordDict:
     client, partitions = _number(node_config), node_config.get("num-partitions")
-    ClientLedger.of_node(node_config)  # says now what would be refused in every round
+    ledger = ClientLedger.of_node(node_config)  # says now what would be refused in every round
     examples = None
     if node_config.get("data") is not None:
-        node = _opened(messages.unpack_config(content), node_config["data"])
+        node = _node(content, node_config)
         plan = node.trainer.plan
+        if ledger is not None:
+            ledger.check(plan, reproducible=node.trainer.reproducible)
         # With whole clients protected, how many examples one has is not public.
         examples = None if plan.private and plan.unit == "client" else len(node.examples(client))
     return messages.pack_introduction(Introduction(client, partitions, examples))
@@ -113,8 +118,13 @@ class _Node:
         return trainer.train(client, examples, replace(task, state=state))
 
 
+def _node(content: RecordDict, node_config: Mapping[str, Any]) -> _Node:
+    columns = tuple(node_config.get(name) for name in _COLUMNS)
+    return _opened(messages.unpack_config(content), node_config.get("data"), columns)
+
+
 @functools.lru_cache(maxsize=1)
-def _opened(text: str, folder: str | None) -> _Node:
+def _opened(text: str, folder: str | None, columns: tuple[str | None, ...]) -> _Node:
     """Data and model of a configuration, opened once in a process."""
     # Here and not above: a SuperNode starts a process for each message, and who only introduces itself needs no models.
     from lora_dp.fed.config import RunConfig
@@ -124,13 +134,15 @@ def _opened(text: str, folder: str | None) -> _Node:
     if folder is None:
         job = open_job(config)
         return _Node(job.trainer, job, own=False)
-    # All of the folder is this client's; the privacy is that of the whole run.
+    # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
     federation = config.federation
-    alone = replace(
-        config,
-        data=replace(config.data, dataset=str(folder)),
-        federation=replace(federation, clients=1, clients_per_round=None, ranks=None))
-    job = open_job(alone)
+    inputs, pairs, labels = columns
+    data = replace(
+        config.data, dataset=str(folder), subset=None, validation_split=None, input_column=inputs, pair_column=pairs,
+        label_column=labels)
+    alone = replace(config, data=data, federation=replace(
+        federation, clients=1, clients_per_round=None, ranks=None, min_clients=1))
+    job = open_job(alone, evaluate=False)
     plan = replace(
         job.trainer.plan, participations=federation.participations, client_rate=federation.client_rate,
         clients=federation.clients)

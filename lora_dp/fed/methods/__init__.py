@@ -73,7 +73,8 @@ def _incomplete(cls: type[Method], name: str) -> str | None:
     rates = cls.learning_rates
     if math.inf not in rates or len(rates) < 2 or not all(0 < rate < math.inf for rate in rates.values()):
         return 'its learning_rates need a positive rate for one ε at least, and one for float("inf"), no privacy'
-    for option in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+    options: Any = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    for option in options:
         if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
             return f"its option {option.name} needs a default"
     return None
@@ -117,14 +118,15 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 def _checked(method: str, option: str, value: Any, default: Any) -> Any:
     """An option's value, which must be of the kind of its default."""
-    kinds = {float: ("a number", (int, float)), int: ("a whole number", (int,)), bool: ("true or false", (bool,)),
-             str: ("a word", (str,))}
+    kinds: dict[type, tuple[str, tuple[type, ...]]] = {
+        float: ("a number", (int, float)), int: ("a whole number", (int,)), bool: ("true or false", (bool,)),
+        str: ("a word", (str,))}
     kind, types = kinds.get(type(default), ("", (object,)))
     number = type(default) in (int, float)
     odd = number and (isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value))
     if odd or not isinstance(value, types):
         raise ValueError(f"The option {option} of {method} must be {kind}, not {value!r}.")
-    return float(value) if type(default) is float else value
+    return type(default)(value) if number else value
 
 
 __all__ = [

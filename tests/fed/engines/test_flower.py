@@ -247,25 +247,67 @@ def test_nodes_that_cannot_take_part_are_named_and_left_out(caplog):
     assert "Node 102 is left out: it cannot keep its budget" in caplog.text
 
 
-def test_a_node_with_a_folder_of_its_own_trains_on_it(tmp_path):
+def own_folder(path: Path, rows: int = 60) -> Path:
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    for row in range(60):
-        path = tmp_path / "own" / "train" / str(digits.target[row]) / f"{row}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[row] * 15).astype("uint8")).save(path)
-    config = tiny(clients=2, rounds=1)
-    grid = LoopbackGrid([{"partition-id": 0}, {"partition-id": 1, "data": str(tmp_path / "own")}])
-    federation = connected(config, grid)
-    # A fifth of each class, rounded, is held out where the folder has no split to validate on.
-    assert federation.account.sizes.tolist() == [len(open_job(config).parts[0]), 49]
+    for row in range(rows):
+        place = path / "train" / str(digits.target[row]) / f"{row:03d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[row] * 15).astype("uint8")).save(place)
+    return path
+
+
+def test_a_node_with_a_folder_of_its_own_trains_on_all_of_it(tmp_path):
+    config = tiny(clients=2, rounds=1, min_clients=2)
+    own = {"partition-id": 1, "data": str(own_folder(tmp_path / "own"))}
+    federation = connected(config, LoopbackGrid([{"partition-id": 0}, own]))
+    assert federation.account.sizes.tolist() == [len(open_job(config).parts[0]), 60]
     result = federation.run_round()
     assert result.participants == [0, 1] and not result.failed
-    own = flower_client._opened(federation.engine._config["yaml"], str(tmp_path / "own"))
-    assert own.trainer.plan == replace(federation.plan, examples=own.trainer.plan.examples)
-    assert federation.account.event(1) == own.trainer.plan.event(49) != federation.account.event(0)
+    node = flower_client._node(RecordDict({messages.CONFIG: federation.engine._config}), own)
+    assert node.trainer.plan == replace(federation.plan, examples=60)
+    assert federation.account.event(1) == node.trainer.plan.event(60) != federation.account.event(0)
+
+
+def introduced(node: dict[str, Any], **options: Any) -> Any:
+    config = messages.pack_config(tiny(clients=2, reproducible=False, **options).to_yaml())
+    return messages.unpack_introduction(
+        flower_client._answered(flower_client._introduce, RecordDict({messages.CONFIG: config}), node))
+
+
+def test_a_node_tells_the_size_of_its_own_data_and_no_more(tmp_path):
+    """Held out by the server's fraction, or read from the server's column, sizes would tell how many are of a class."""
+    folder = own_folder(tmp_path / "own")
+    node = {"partition-id": 1, "data": str(folder)}
+    asked = [{"validation_fraction": f} for f in (0.1, 0.3, 0.7)] + [{"split_seed": 5}]
+    asked += [{"dataset": "somewhere/else", name: "secret"} for name in ("label_column", "validation_split", "subset")]
+    assert {introduced(node, **options).examples for options in asked} == {60}
+    assert introduced({**node, "label-column": "label"}).examples == 60
+    assert introduced({**node, "label-column": "nothing"}) == "raised ValueError"
+
+
+def test_a_size_that_is_secret_is_told_to_no_run(tmp_path):
+    node = {"partition-id": 1, "data": str(own_folder(tmp_path / "own")), "ledger": str(tmp_path / "ledger.json")}
+    whole = {"unit": "client", "noise_by": "client"}
+    secret = {**node, "unit": "client"}
+    assert introduced(secret, **whole).examples is None
+    assert introduced(secret) == "keeps a ledger for the unit client, but the run protects the unit example"
+    assert "sends nothing" in introduced(secret, epsilon="none")
+    assert introduced(node).examples == 60 and isinstance(introduced(node, **whole), str)
+
+
+def test_one_example_more_in_a_folder_leaves_the_others_where_they_are(tmp_path):
+    folder = own_folder(tmp_path / "own")
+    config = messages.pack_config(tiny(clients=2).to_yaml())
+    content = RecordDict({messages.CONFIG: config})
+    before = flower_client._node(content, {"data": str(folder)}).examples(0).batch(range(60))["pixel_values"]
+    flower_client._opened.cache_clear()
+    own_folder(folder, 61)
+    after = flower_client._node(content, {"data": str(folder)}).examples(0).batch(range(61))["pixel_values"]
+    rows = {row.numpy().tobytes() for row in before}
+    assert sum(row.numpy().tobytes() not in rows for row in after) == 1 and len(rows) == 60
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, behave: Any) -> None:

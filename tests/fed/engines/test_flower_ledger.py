@@ -98,9 +98,31 @@ def test_nor_to_a_server_that_adds_the_noise(tmp_path):
 
 def test_a_client_that_noises_its_whole_update_counts_one_release(tmp_path):
     path = tmp_path / "ledger.json"
-    federation = connected(tiny(unit="client", noise_by="client"), grid(path))
+    nodes = LoopbackGrid([{"partition-id": 0}, {"partition-id": 1, "ledger": str(path), "unit": "client"}])
+    federation = connected(tiny(unit="client", noise_by="client"), nodes)
     federation.run_round()
     assert Ledger.load(path).entries == ((federation.plan.event(1), 1),)
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("client", "example"), ("example", "client")])
+def test_a_ledger_is_of_one_unit(tmp_path, kept, asked):
+    """What hides an example leaves the client in sight, and what hides a client at σ an example at σ/2."""
+    path = tmp_path / "ledger.json"
+    nodes = LoopbackGrid([{"partition-id": 0}, {"partition-id": 1, "ledger": str(path), "unit": kept}])
+    noise = {} if asked == "example" else {"unit": "client", "noise_by": "client"}
+    [left_out] = connected(tiny(**noise), nodes).run_round().failed
+    assert left_out["client"] == 1 and f"for the unit {kept}" in left_out["reason"] and not path.exists()
+
+
+def test_the_file_knows_its_unit_too(tmp_path):
+    plan = connected(tiny(), grid(tmp_path / "other")).plan
+    path = tmp_path / "ledger.json"
+    ClientLedger(path).spend(plan, PoissonGaussian(1.0, 0.02), reproducible=False)
+    before = path.read_text()
+    whole = replace(plan, unit="client", noise_by="client")
+    with pytest.raises(Refused, match="another file"):
+        ClientLedger(path, "client").spend(whole, PoissonGaussian(1.0, 1.0), reproducible=False)
+    assert path.read_text() == before
 
 
 def test_a_damaged_ledger_stops_the_client(tmp_path):
@@ -116,7 +138,8 @@ def test_a_damaged_ledger_stops_the_client(tmp_path):
     [({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
      ({"ledger": "x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
      ({"ledger": "x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
-     ({"ledger": "x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none")])
+     ({"ledger": "x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
+     ({"ledger": "x", "unit": "patient"}, "unit as example or client"), ({"unit": "client"}, "must name a ledger")])
 def test_half_a_budget_is_none(node, words):
     with pytest.raises(Refused, match=words):
         ClientLedger.of_node(node)
@@ -124,7 +147,7 @@ def test_half_a_budget_is_none(node, words):
 
 def test_the_ledger_composes_events_of_different_runs(tmp_path):
     plan = connected(tiny(), grid(tmp_path / "other")).plan
-    ledger = ClientLedger(tmp_path / "ledger.json", 4.0, 1e-5)
+    ledger = ClientLedger(tmp_path / "ledger.json", "example", 4.0, 1e-5)
     events = [PoissonGaussian(1.0, 0.02), PoissonGaussian(2.0, 0.01)]
     for event in events:
         ledger.spend(plan, event, reproducible=False)
