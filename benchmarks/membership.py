@@ -3,7 +3,7 @@
     python -m benchmarks.membership
 
 Models are fine-tuned on random halves of the digits that the default run trains on, without privacy and at ε = 8 and 1;
-each is attacked with the others as shadow models (:mod:`lora_dp.auditing.membership`). Half an hour of one core.
+each is attacked with the others as shadow models (:mod:`lora_dp.auditing.membership`). Twenty minutes of one core.
 """
 
 import json
