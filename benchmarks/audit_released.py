@@ -2,7 +2,7 @@
 
     python -m benchmarks.audit_released
 
-takes about ten minutes on one free core.
+takes about 25 minutes on one core.
 
 Two worlds: one client of the embedded default trains its first turn with one example more, or without it, again and
 again, by ``--mechanism as-released``. The adversary sees the update that leaves the client and nothing else, and knows

@@ -39,6 +39,20 @@ RATES = (0.001, 0.01, 0.1)
 SUREST = 0.01
 
 
+def ceiling(epsilon: float | None) -> tuple[float, float]:
+    """(ε, δ) of what the attacker tells apart.
+
+    Every model has exactly half of the pictures, so where one is out another is in. That is two steps, one out and one
+    in: 2ε and (1 + e^ε)δ (Dwork and Roth 2014, The Algorithmic Foundations of Differential Privacy, theorem 2.2).
+    """
+    return (math.inf, 1.0) if epsilon is None else (2 * epsilon, (1 + math.exp(epsilon)) * DELTA)
+
+
+def most_right(epsilon: float | None) -> float:
+    """Of answers that are true or false with equal odds beforehand, the most that can be right on average."""
+    return 1 / (1 + math.exp(-ceiling(epsilon)[0]))
+
+
 def halves(models: int, examples: int, seed: int = 0) -> np.ndarray:
     """What each model is trained on: (models, examples) bool; each pair of models shares out all examples."""
     rng = np.random.default_rng(seed)
@@ -86,6 +100,7 @@ def attack(confidences: np.ndarray, members: np.ndarray) -> dict[str, Any]:
         "scores": scores,
         "guesses right": rate(int(((scores > 0) == members).sum()), scores.size),
         "surest right": rate(int(members.ravel()[surest].sum()), count),
+        "pictures among the surest": len(np.unique(surest % scores.shape[1])),
         "area under the curve": float(np.trapezoid(true, false)),
         # Each model's own share, since guesses on one model are not independent of each other.
         "right by model": ((scores > 0) == members).mean(axis=1).round(4).tolist(),
@@ -122,20 +137,19 @@ def main(models: int = 32, rounds: int = 40, output: Path = Path("benchmarks/res
     (output / "results.json").write_text(json.dumps({**about, "settings": plain}, indent=1, ensure_ascii=False) + "\n")
     (output / "table.md").write_text(table(found) + "\n")
     print(table(found))
-    draw(found, members, SETTINGS, DELTA, output / "membership.png")
+    ceilings = {name: (*ceiling(epsilon), most_right(epsilon)) for name, epsilon in SETTINGS.items()}
+    draw(found, members, ceilings, output / "membership.png")
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a row a setting, ceilings in brackets."""
+    """Markdown: a row a setting, in percent, with ceilings."""
     lines = ["| | accuracy | right of 100 guesses | of the surest hundredth | " + " | ".join(
         f"found at {fpr:.1%} false alarms" for fpr in RATES) + " |", "| --- |" + " ---: |" * (3 + len(RATES))]
     for name, row in found.items():
-        epsilon = SETTINGS[name] if SETTINGS[name] is not None else math.inf
-        assert epsilon is not None
         shares = [row["guesses right"], row["surest right"], *(row[f"TPR at FPR {fpr:g}"] for fpr in RATES)]
-        most = [1 / (1 + math.exp(-epsilon))] * 2 + [float(largest_tpr(fpr, epsilon, DELTA)) for fpr in RATES]
-        cells = [f"{100 * r.share:.2f} ({100 * r.low:.2f}–{100 * r.high:.2f}) ≤ {100 * m:.4g}" for r, m in zip(
-            shares, most, strict=True)]
+        most = [most_right(SETTINGS[name])] * 2 + [float(largest_tpr(fpr, *ceiling(SETTINGS[name]))) for fpr in RATES]
+        cells = [f"{100 * r.share:.2f} ({100 * r.low:.2f}–{100 * r.high:.2f})" + (f" ≤ {100 * m:.3g}" if m < 1 else "")
+                 for r, m in zip(shares, most, strict=True)]
         lines.append(f"| {name} | {row['accuracy']:.1%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ def _percent(value: float, position: object = None) -> str:
 
 
 def draw(
-    found: Mapping[str, Mapping[str, Any]], members: np.ndarray, settings: Mapping[str, float | None], delta: float,
+    found: Mapping[str, Mapping[str, Any]], members: np.ndarray, ceilings: Mapping[str, tuple[float, float, float]],
     path: Path,
 ) -> None:
     """Draws what :func:`benchmarks.membership.attack` found.
@@ -43,22 +43,19 @@ def draw(
     Args:
         found: by setting.
         members: (models, examples) bool.
-        settings: each one's ε.
-        delta: of the ceilings.
+        ceilings: by setting, (ε, δ) of what the attacker tells apart, and the largest share of right answers.
         path: of the PNG.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.2, 9.4), layout="constrained", dpi=150)
         above, below = figure.subfigures(2, 1, height_ratios=(1, 1.25))
         above.suptitle(
-            "“Was this picture in the training data?”  Of the attacker's 100 surest answers, so many are right",
+            "“Was this picture in the training data?”  Of 100 of the attacker's surest answers, so many are right",
             fontsize=12, weight="bold", x=0.01, ha="left")
         for axes, (name, row), colour in zip(above.subplots(1, len(found)), found.items(), COLOURS, strict=True):
-            right, epsilon = row["surest right"], settings[name]
+            right, most = row["surest right"], 100 * ceilings[name][2]
             _dots(axes, right.share, colour)
-            most = 1 if epsilon is None else 1 / (1 + math.exp(-epsilon))
-            limit = "nothing is promised" if epsilon is None else (
-                f"promised, against any attack: at most {100 * most:.3g}")
+            limit = "nothing is promised" if most > 99.99 else f"promised, against any attack: at most {most:.3g}"
             axes.set_title(
                 f"{name}: {100 * right.share:.0f} of 100", color=colour, fontsize=13, loc="center", pad=8)
             axes.text(
@@ -66,13 +63,13 @@ def draw(
                 f"accuracy of the model {row['accuracy']:.1%}", ha="center", va="top", color=INK, fontsize=9.5)
             axes.text(10.1, 5, "coin\ntoss", ha="left", va="center", color=QUIET, fontsize=8)
         axes = below.subplots()
-        _curves(axes, found, members, settings, delta)
+        _curves(axes, found, members, ceilings)
         figure.savefig(path)
 
 
 def _curves(
-    axes: Any, found: Mapping[str, Mapping[str, Any]], members: np.ndarray, settings: Mapping[str, float | None],
-    delta: float,
+    axes: Any, found: Mapping[str, Mapping[str, Any]], members: np.ndarray,
+    ceilings: Mapping[str, tuple[float, float, float]],
 ) -> None:
     least = 10 / float((~members).sum())
     rates = np.logspace(math.log10(least), 0, 400)
@@ -82,8 +79,8 @@ def _curves(
         false, true = roc(row["scores"], members)
         kept = false >= least
         axes.plot(false[kept], true[kept], color=colour, linewidth=2, label=f"{name}, measured")
-        epsilon = settings[name]
-        if epsilon is not None:
+        epsilon, delta, _ = ceilings[name]
+        if math.isfinite(epsilon):
             axes.plot(rates, largest_tpr(rates, epsilon, delta), color=colour, linewidth=1.3, linestyle=(0, (2, 2)),
                       label=f"{name}, ceiling for any attack")
         for fpr in (0.001, 0.01, 0.1):

@@ -52,7 +52,7 @@ def test_hardly_any_noise_leaves_the_gradients_as_they_are(sigma, way):
 
 
 def test_noise_that_underflows_is_refused():
-    mechanism = Mechanism(make_clip_rule("flat", 1e-200), 1e-200, SeededSource(0))
+    mechanism = Mechanism(make_clip_rule("flat", 1e-20), 1e-290, SeededSource(0))
     assert_refuses(ValueError, "is noise too small for floating-point numbers", lambda: mechanism.noise_std(3))
 
 

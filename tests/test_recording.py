@@ -88,7 +88,13 @@ def test_ghost_sum_of_tokens_that_cancel(tokens):
     right[:, 1, 0] += 1e-4
     slot, gradients = slot_of((4, 5), 3, "ghost"), outer(left, right)
     give(slot, left, right)
-    check(slot, gradients, 1e-6)
+    coefficients = torch.linspace(0, 1, 3)
+    expected = torch.einsum("n,npq->pq", coefficients.double(), gradients)
+    assert_close(weighted_sum(slot, coefficients), expected, 1e-6)
+    # Never below, and above by no more than what float64 may have lost of terms of this size.
+    lost = (tokens + 4 + 5) * 2.0**-52 * (left.double().norm(dim=2) * right.double().norm(dim=2)).sum(1).square()
+    squares, true = slot.norms().double().square(), gradients.square().sum((1, 2))
+    assert bool(((true * (1 - 1e-6) <= squares) & (squares <= (true + lost) * (1 + 1e-6))).all())
     for i, norm in enumerate(slot.norms().double()):
         alone = torch.zeros(3, dtype=torch.float64)
         alone[i] = 1 / norm

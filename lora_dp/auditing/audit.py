@@ -50,6 +50,12 @@ class AuditResult:
         guesses, correct: how many guesses the bound rests on, and how many of them were right.
         refuted: (δ, ε claimed there, lower bound there) where the claim fails, or None. Where error rates are measured
             (two worlds, or independent canaries), a claim known at every δ may fail at another than ``delta``.
+        largest_epsilon: the bound that this audit would have reached, had it guessed everything right.
+        within_reach: whether the claim would then have been refuted. An audit whose claim is out of its reach says
+            nothing by not refuting it.
+        repeated: two worlds whose trainings gave the same score again and again. Without noise that is as it must be;
+            under a seed in ``train_fn`` it is one training counted many times, and the verdict is worth nothing.
+        seed: of the coins and of where gradients were planted.
     """
 
     epsilon: float
@@ -63,6 +69,10 @@ class AuditResult:
     guesses: int
     correct: int
     refuted: tuple[float, float, float] | None
+    largest_epsilon: float
+    within_reach: bool
+    repeated: bool
+    seed: int
 
     @property
     def violated(self) -> bool:
@@ -82,6 +92,12 @@ class AuditResult:
         if self.refuted is not None and self.refuted[0] != self.delta:
             text += (f", and at δ = {self.refuted[0]:g} ε = {self.refuted[1]:.3g} where it is at least "
                      f"{self.refuted[2]:.3g}")
+        if not self.violated and not self.within_reach and np.isfinite(self.claimed_epsilon):
+            text += (f". That is out of this audit's reach, which is ε = {self.largest_epsilon:.3g}: take more "
+                     "canaries or more runs")
+        if self.repeated:
+            text += (". Trainings gave the same score again and again: without noise they must, but if train_fn sets a "
+                     "seed, leave it out, for then this verdict is worth nothing")
         return text
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -97,8 +113,9 @@ def audit(
     """Test a training's claim of (ε, δ)-differential privacy, for one example added or removed.
 
     Args:
-        train_fn: trains from scratch. Called with what ``canaries`` hands to it: ``plant`` for
-            :class:`GradientCanaries`, a list of examples to train on beside the data for :class:`ExampleCanaries`.
+        train_fn: trains from scratch, with fresh randomness each time: no seed. Called with what ``canaries`` hands to
+            it: ``plant`` for :class:`GradientCanaries`, a list of examples to train on beside the data for
+            :class:`ExampleCanaries`.
         canaries: what to plant. "two-world" plants one.
         delta: δ of the claim, in (0, 1).
         claimed_epsilon: ε, or ε as a function of δ. None takes the ledger of the planted optimizer.
@@ -115,7 +132,7 @@ def audit(
         seed: of the coins and of where gradients are planted; None draws one.
 
     Raises:
-        ValueError: a number out of range, no claim to test, or scores that are not numbers.
+        ValueError: a number out of range, no claim to test, or scores that are not finite.
     """
     check_delta(delta)
     check_confidence(confidence)
@@ -125,9 +142,11 @@ def audit(
             f"{', '.join(get_args(Assumption))}.")
     if "independent" in assume and (test == "two-world" or guesses is not None):
         raise ValueError("Independent canaries are an assumption on one run, in which every canary is guessed.")
+    if claimed_epsilon is not None and not callable(claimed_epsilon) and not claimed_epsilon >= 0:
+        raise ValueError(f"claimed_epsilon must be 0 or more, not {claimed_epsilon}.")
     generator = torch.Generator()
     seed = generator.seed() if seed is None else generator.manual_seed(seed).initial_seed()
-    game = _Game(train_fn, canaries, claimed_epsilon, generator, np.random.default_rng(seed % 2**63))
+    game = _Game(train_fn, canaries, claimed_epsilon, generator, np.random.default_rng(seed % 2**63), seed)
     if test == "two-world":
         return _two_world(game, delta, confidence, assume, runs)
     if "independent" in assume:
@@ -144,11 +163,12 @@ class _Game:
     claimed: float | Claim | None
     generator: torch.Generator
     coins: np.random.Generator
+    seed: int
 
     def play(self, included: np.ndarray) -> Floats:
         scores, ledger = self.canaries.play(self.train_fn, included, self.generator)
-        if np.isnan(scores).any():
-            raise ValueError("A canary's score is not a number: did the training diverge?")
+        if not np.isfinite(scores).all():
+            raise ValueError("A canary's score is not a finite number: did the training diverge?")
         if self.claimed is None:
             if ledger is None:
                 raise ValueError("There is no ledger to take the claim from: give claimed_epsilon.")
@@ -168,19 +188,18 @@ def _one_run(game: _Game, delta: float, confidence: float, assume: Assumption, g
     included = game.coins.random(m) < 0.5
     scores = game.play(included)
     each = 1 - (1 - confidence) / len(tried)
-    best = (-1.0, 0, 0)
-    for number in tried:
-        correct = count_correct(scores, included, number)
+
+    def bound_of(number: int, correct: int) -> float:
         if "gaussian" in assume:
-            bound = gaussian_epsilon(one_run_mu(m, number, correct, each), delta)
-        else:
-            bound = one_run_epsilon(m, number, correct, delta, each)
-        best = max(best, (bound, number, correct))
-    bound, number, correct = best
-    claimed = game.claim(delta)
+            return gaussian_epsilon(one_run_mu(m, number, correct, each), delta)
+        return one_run_epsilon(m, number, correct, delta, each)
+
+    found = [(number, count_correct(scores, included, number)) for number in tried]
+    bound, number, correct = max((bound_of(*guessed), *guessed) for guessed in found)
+    largest, claimed = max(bound_of(number, number) for number in tried), game.claim(delta)
     return AuditResult(
         bound, claimed, delta, confidence, "one-run", assume, m, 1, number, correct,
-        (delta, claimed, bound) if bound > claimed else None)
+        (delta, claimed, bound) if bound > claimed else None, largest, largest > claimed, False, game.seed)
 
 
 def _two_world(game: _Game, delta: float, confidence: float, assume: Assumption, runs: int) -> AuditResult:
@@ -225,11 +244,15 @@ def _judge(
 
     (choose_out, test_out), (choose_in, test_in) = (np.split(part, [part.size // 2]) for part in (out, inside))
     threshold = choose_threshold(choose_out, choose_in, strength, confidence)
-    positive, negative = error_bounds(test_out, test_in, np.array([threshold]), confidence)
-    if gaussian:
-        found = np.array([gaussian_epsilon(float(two_world_mu(positive, negative)[0]), delta)])
-    else:
-        found = two_world_epsilon(positive, negative, deltas)
+
+    def bounds_of(without: Floats, present: Floats, cut: float) -> Floats:
+        positive, negative = error_bounds(without, present, np.array([cut]), confidence)
+        if gaussian:
+            return np.array([gaussian_epsilon(float(two_world_mu(positive, negative)[0]), delta)])
+        return two_world_epsilon(positive, negative, deltas)
+
+    found = bounds_of(test_out, test_in, threshold)
+    largest = bounds_of(np.zeros(test_out.size), np.ones(test_in.size), 0.5)
     refuted, refuting = None, np.flatnonzero(found > claims)
     if refuting.size:
         at = refuting[int(np.argmax((found - claims)[refuting]))]
@@ -237,7 +260,9 @@ def _judge(
     here = deltas.tolist().index(delta)
     return AuditResult(
         float(found[here]), float(claims[here]), delta, confidence, test, assume, game.canaries.count, runs,
-        test_out.size + test_in.size, int((test_out < threshold).sum() + (test_in >= threshold).sum()), refuted)
+        test_out.size + test_in.size, int((test_out < threshold).sum() + (test_in >= threshold).sum()), refuted,
+        float(largest[here]), bool((largest > claims).any()),
+        test == "two-world" and max(np.unique(out).size, np.unique(inside).size) <= len(out) // 2, game.seed)
 
 
 def _excess(positive: Floats, negative: Floats, deltas: Floats, claims: Floats) -> Floats:

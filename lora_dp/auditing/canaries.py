@@ -102,6 +102,8 @@ class GradientCanaries:
             raise ValueError(
                 f"Gradient canaries need a count of at least 1 and a norm of at least 1 clip bound, not {self.count} "
                 f"and {self.norm}.")
+        if self.direction not in ("coordinate", "random"):
+            raise ValueError(f"The direction of gradient canaries is coordinate or random, not {self.direction!r}.")
 
     def play(self, train_fn: Callable[..., Any], included: Coins, generator: torch.Generator) -> Played:
         planted = PlantedCanaries(self, included, generator)

@@ -20,7 +20,7 @@ def dealt_to_two_clients(planting: Planting) -> None:
     def planted(deal: Any) -> Any:
         def overlapping(*arguments: Any) -> Any:
             parts = deal(*arguments)
-            return [torch.cat([torch.as_tensor(parts[-1]), torch.as_tensor(parts[0][:1])]).numpy(), *parts[1:]]
+            return [torch.cat([torch.as_tensor(parts[0]), torch.as_tensor(parts[-1][:1])]).numpy(), *parts[1:]]
         return overlapping
 
     planting.replace(lora_dp.fed.partition, "_dirichlet", planted)

@@ -63,6 +63,36 @@ def test_what_is_sound_is_not_violated(configuration, options, tmp_path, capsys)
     assert "not violated: ε ≥" in capsys.readouterr().out
 
 
+SHORT = {"rounds": 1, "local_steps": 1}
+
+
+@pytest.mark.parametrize(("options", "more"), [
+    ({**SMALL, **SHORT}, []), ({**CLIENTS, **SHORT, "clients": 10, "clients_per_round": 9}, FEW),
+    ({**CLIENTS, **SHORT, "noise_by": "client"}, FEW),
+    ({**SMALL, **SHORT}, ["--canaries", "examples", "--count", "40"]),
+], ids=["gradients", "server", "client", "examples"])
+def test_what_is_sound_is_not_violated_over_20_seeds(configuration, options, more):
+    """Noise is secret: at a confidence of 0.999 two false alarms of 20 have a probability of 0.0002."""
+    path = configuration(options)
+    codes = [cli.main(["audit", path, *SURE, *more, "--seed", str(seed)]) for seed in range(20)]
+    assert set(codes) <= {0, 1} and sum(codes) <= 1
+
+
+@pytest.mark.parametrize("text", ["clients: five", "clients: [1]", "epsilon: {a: 1}", "method: [x]", "1: 2"])
+def test_a_value_of_the_wrong_kind_is_an_error_in_a_sentence(tmp_path, text, capsys):
+    (tmp_path / "config.yaml").write_text(text)
+    assert cli.main(["audit", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_seed_is_kept_and_no_canary_is_refused(configuration, tmp_path, capsys):
+    path = configuration({**SMALL, **SHORT})
+    assert cli.main(["audit", path, *SURE, "--seed", "7", "--count", "160"]) == 0
+    assert json.loads((tmp_path / "audit.json").read_text())["seed"] == 7
+    assert cli.main(["audit", path, "--count", "0"]) == 2
+    assert "count must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [
     {**SMALL, "method": "la-lora"}, {**CLIENTS, "method": "deer", "clients": 10, "clients_per_round": 9},
     {**CLIENTS, "noise_by": "client"}], ids=["gradients", "server", "client"])
