@@ -55,7 +55,8 @@ def draw(
         for axes, (name, row), colour in zip(above.subplots(1, len(found)), found.items(), COLOURS, strict=True):
             right, most = row["surest right"], 100 * ceilings[name][2]
             _dots(axes, right.share, colour)
-            limit = "nothing is promised" if most > 99.99 else f"promised, against any attack: at most {most:.3g}"
+            words = f"at most {most:.3g}" if most < 99.9 else "hardly anything"
+            limit = "nothing is promised" if most == 100 else f"promised, against any attack: {words}"
             axes.set_title(
                 f"{name}: {100 * right.share:.0f} of 100", color=colour, fontsize=13, loc="center", pad=8)
             axes.text(
