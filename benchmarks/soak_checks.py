@@ -16,14 +16,14 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
 from benchmarks.soak_child import planned_fault
 from lora_dp.fed import checkpoint
-from lora_dp.fed.folder import SERVER_ONLY
+from lora_dp.fed.folder import SERVER_ONLY, whole_lines
 
 Entry = dict[str, Any]
 
 
 def lines(path: Path) -> list[Entry]:
     """Of a JSON-lines file, without one at the end that a kill cut off; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.fed.privacy import AS_RELEASED, UNITS, PrivacyPlan, finite
+from lora_dp.fed.privacy import UNITS, PrivacyPlan, finite, guarantee
 from lora_dp.files import append_durably
 
 LOG = "ledger.jsonl"
@@ -43,6 +43,10 @@ class Account:
     def releases(self, client: int) -> int:
         """How many there were."""
         return int(self._counts[0 if self.plan.server_adds_noise else client])
+
+    def ledger(self, client: int) -> Ledger:
+        """What this client has released so far."""
+        return _ledger(self.event(client), self.releases(client))
 
     def eligible(self) -> list[int]:
         """Clients whose budget has room for a round; a function of public quantities only."""
@@ -84,14 +88,13 @@ class Account:
         shared = plan.server_adds_noise
         clients = []
         for client in range(1 if shared else len(self.sizes)):
-            count = self.releases(client)
             clients.append({
                 "client": "all" if shared else client,
                 # With whole clients protected, how many examples one has is not public.
                 "examples": None if plan.unit == "client" and plan.private else int(self.sizes[client]),
-                "steps": count,
+                "steps": self.releases(client),
                 "epsilon": finite(self.epsilon(client)),
-                "ledger": _ledger(self.event(client), count).state_dict(),
+                "ledger": self.ledger(client).state_dict(),
             })
         return {
             "unit": UNITS[plan.unit] if plan.private else None,
@@ -99,7 +102,7 @@ class Account:
             "accountant": plan.accountant,
             "target_epsilon": plan.epsilon,
             "mechanism": plan.mechanism,
-            "guarantee": AS_RELEASED if plan.mechanism == "as-released" else None,
+            "guarantee": guarantee(plan.mechanism),
             "worst_epsilon": finite(self.worst_epsilon()),
             "clients": clients,
         }

@@ -143,7 +143,7 @@ def open_data(config: DataConfig, *, evaluate: bool = True) -> RawData:
     names, classes = _classes(train_split, label_column)
     labels = _as_classes(train_split, label_column, classes)
     if validation_split is None or not evaluate:
-        train, held_out = _hold_out(labels, config) if evaluate else _nothing_held_out(labels)
+        train, held_out = _hold_out(labels, config, evaluate)
         validation_split, validation_labels = train_split.select(held_out), labels[held_out]
         train_split, labels = train_split.select(train), labels[train]
     else:
@@ -242,7 +242,7 @@ def _open_digits(config: DataConfig, evaluate: bool) -> RawData:
     digits = load_digits()
     # their grey levels run from 0 to 16
     images = [Image.fromarray(pixels) for pixels in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
-    train, held_out = _hold_out(digits.target, config) if evaluate else _nothing_held_out(digits.target)
+    train, held_out = _hold_out(digits.target, config, evaluate)
     return RawData(
         kind="image",
         label_names=[str(name) for name in digits.target_names],
@@ -364,8 +364,11 @@ def _as_classes(split: datasets.Dataset, column: str, classes: dict[Any, int]) -
     return np.array([classes[value] for value in labels], dtype=np.int64)
 
 
-def _hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the part to train on and of the held-out part, stratified by label, both in order."""
+def _hold_out(labels: np.ndarray, config: DataConfig, evaluate: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the part to train on and of the held-out part, stratified by label, both in order; without evaluation
+    nothing is held out."""
+    if not evaluate:
+        return np.arange(len(labels)), np.arange(0)
     rng = np.random.default_rng(config.split_seed)
     held_out: list[int] = []
     for label in np.unique(labels):
@@ -374,7 +377,3 @@ def _hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.nd
     if not 0 < len(held_out) < len(labels):
         raise ValueError(f"{len(labels)} examples are too few to hold some out: name a validation_split")
     return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)
-
-
-def _nothing_held_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(len(labels)), np.arange(0)

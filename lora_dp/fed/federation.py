@@ -216,6 +216,7 @@ class Federation:
         plain: Aggregation | None = None if noisy else self.method.aggregation()
         failed: list[dict[str, Any]] = []
         recorder, noise_norm = UpdateRecorder(), functools.cache(functools.partial(self._noise_norm, index, turn))
+        reasons: list[str] = []
         details: list[str] = []
         waiting = set(drawn)
         up = down = arrived = 0
@@ -242,7 +243,8 @@ class Federation:
                 arrived += 1
             else:
                 failed.append({"client": reply.client, "reason": reason})
-                details.append(f": {reply.detail}" if reply.detail not in ("", reason) else "")
+                reasons.append(f"client {reply.client} {reason}")
+                details.append(reasons[-1] + (f": {reply.detail}" if reply.detail not in ("", reason) else ""))
         # Under the server's noise a round goes on with noise alone: that it stopped would tell who was drawn.
         if noisy is None and arrived < max(1, min(self.min_clients, len(drawn))):
             remedy = "Mend these clients, and resume"
@@ -250,11 +252,10 @@ class Federation:
                 remedy = "Mend these clients, or lower min_clients in config.yaml, and resume"
             elif all("finite" in entry["reason"] for entry in failed):
                 remedy = "Begin again with a lower lr"
-            reasons = [f"client {entry['client']} {entry['reason']}" for entry in failed[:3]]
-            said = [reason + more for reason, more in zip(reasons, details, strict=False)]
-            raise TooFewClients(*(
+            said, in_full = (
                 f"Round {index + 1} has too few usable updates: {arrived} of {len(drawn)}, min_clients is "
-                f"{self.min_clients} ({'; '.join(words)}). {remedy}." for words in (reasons, said)))
+                f"{self.min_clients} ({'; '.join(words[:3])}). {remedy}." for words in (reasons, details))
+            raise TooFewClients(said, in_full)
         if noisy is not None:
             mean = noisy.result(self.trainer.source(_SERVER_NOISE, index, turn))
             down, up = self._expected_bytes(index, turn, names)

@@ -129,10 +129,10 @@ class Grid:
         found = []
         for trial in self.trials:
             if (trial.method, trial.epsilon) == (cell.method, cell.epsilon):
-                summary = ended_summary(folder / trial.path)
-                if summary is not None:
+                summary = _summary(folder / trial.path)
+                if summary.get("status") in ENDED:
                     found.append((-summary["accuracy_after"], summary["loss_after"], trial.trial))
-                elif (_summary(folder / trial.path) or {}).get("status") != "stopped":
+                elif summary.get("status") != "stopped":
                     return None
         return min(found)[2] if found else None
 
@@ -161,15 +161,16 @@ class Grid:
 def ended_summary(path: Path) -> dict[str, Any] | None:
     """The summary of a cell that has ended, else None."""
     summary = _summary(path)
-    return summary if summary is not None and summary.get("status") in ENDED else None
+    return summary if summary.get("status") in ENDED else None
 
 
-def _summary(path: Path) -> dict[str, Any] | None:
+def _summary(path: Path) -> dict[str, Any]:
+    """summary.json of a run's folder; empty where there is none that can be read."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) else None
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def read_failures(folder: Path) -> dict[str, str]:

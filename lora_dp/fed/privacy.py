@@ -23,6 +23,11 @@ UNITS = {
 AS_RELEASED = "no privacy guarantee (ε = ∞): this is what the authors' released code does"
 
 
+def guarantee(mechanism: MechanismName) -> str | None:
+    """What must be said wherever a run's ε is shown; None where the ε speaks for itself."""
+    return AS_RELEASED if mechanism == "as-released" else None
+
+
 @dataclass(frozen=True)
 class PrivacyPlan:
     """The privacy of a whole run; public, and the same for server and clients.

@@ -16,8 +16,8 @@ from rich.table import Table
 from lora_dp.fed import as_released
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
-from lora_dp.fed.privacy import AS_RELEASED, UNITS, finite
-from lora_dp.fed.style import BLUE, ORANGE, QUIET, STYLE
+from lora_dp.fed.privacy import AS_RELEASED, UNITS, finite, guarantee
+from lora_dp.fed.style import BLUE, ORANGE, QUIET, STYLE, marks_of
 
 RESEARCH_ONLY = "research only: sampling and noise follow the seed, so the guarantee does not hold; do not release"
 PUBLIC = (
@@ -30,6 +30,14 @@ PUBLIC_CLIENTS = (
 )
 
 
+def notes(config: RunConfig) -> dict[str, str | None]:
+    """What must be said of a run wherever it shows itself: of its guarantee, and of a release."""
+    return {
+        "guarantee": guarantee(config.privacy.mechanism),
+        "release": RESEARCH_ONLY if config.run.reproducible else None,
+    }
+
+
 def summarise(
     config: RunConfig, results: Sequence[RoundResult], account: dict[str, Any], status: str, noise: Sequence[float]
 ) -> dict[str, Any]:
@@ -38,8 +46,7 @@ def summarise(
     secret = any(result.participants is None for result in results)
     return {
         "status": status,
-        "guarantee": AS_RELEASED if config.privacy.mechanism == "as-released" else None,
-        "release": RESEARCH_ONLY if config.run.reproducible else None,
+        **notes(config),
         "method": config.federation.method,
         "model": config.model.name,
         "dataset": config.data.dataset,
@@ -107,8 +114,7 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
             axis.set_xlim(0, max(rounds[-1], 1) * 1.08)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             axis.tick_params(length=0)
-        marks = " · no privacy guarantee (as released)" if config.privacy.mechanism == "as-released" else ""
-        marks += " · research only, not for release" if config.run.reproducible else ""
+        marks = "".join(f" · {words}" for words in marks_of(**notes(config)))
         figure.suptitle(
             f"{config.federation.method} · {config.model.name} on {config.data.dataset} · "
             f"{config.federation.clients} clients{marks}", fontsize=10, color=QUIET, x=0.01, ha="left")

@@ -9,3 +9,13 @@ STYLE: Any = {
     "axes.titlelocation": "left", "axes.titlesize": 11, "axes.grid": True, "grid.color": "#e8eaf0",
     "axes.axisbelow": True,
 }
+
+
+def marks_of(guarantee: object, release: object) -> list[str]:
+    """What a figure must say of its runs, in a few words: where they have no guarantee, and where none may be released.
+
+    Args:
+        guarantee, release: of a summary; anything true is a note.
+    """
+    words = {"no privacy guarantee (as released)": guarantee, "research only, not for release": release}
+    return [text for text, said in words.items() if said]

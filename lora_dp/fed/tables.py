@@ -13,7 +13,7 @@ from pandas import DataFrame
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.folder import ENDED
 from lora_dp.fed.privacy import UNITS
-from lora_dp.fed.style import INK, QUIET, STYLE
+from lora_dp.fed.style import INK, QUIET, STYLE, marks_of
 from lora_dp.files import write_atomically, write_bytes_atomically
 
 # Told apart by shape too, for print in grey and for eyes that do not see the colours.
@@ -249,8 +249,7 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
     _keep_outliers_out(axes, numbers, budgets, places_of)
     most = int(numbers["n"].max())
     spread_words = f", mean ± standard deviation of {most} seeds" if most > 1 else ", one run each"
-    marks = "" if kept else "\nno privacy guarantee (as released)"
-    marks += "\nresearch only, not for release" if cells["release"].notna().any() else ""
+    marks = "".join(f"\n{words}" for words in marks_of(not kept, cells["release"].notna().any()))
     axes.set_title(f"Accuracy (%){spread_words}{marks}", fontsize=10)
     figure.legend(loc="outside lower left", ncols=min(len(methods), 4), frameon=False, fontsize=9.5)
     return figure

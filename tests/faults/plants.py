@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from timm.models import swin_transformer
@@ -121,11 +122,8 @@ def noise_only_on(
                 return [new if noisy(p, trained) else old
                         for p, new, old in zip(trained, released, values, strict=True)]
 
-            self.mechanism = SimpleNamespace(release=release)
-            try:
+            with mock.patch.object(self, "mechanism", SimpleNamespace(release=release)):
                 step(self, trained, sums)
-            finally:
-                self.mechanism = mechanism
         return planted
 
     planting.replace(lora_dp.fused_step, "_native_step", native)
@@ -136,13 +134,9 @@ def silent_release(planting: Planting, when: Callable[[PrivateOptimizer], bool])
     """No noise on the releases for which ``when`` says so."""
     def planted(release: Any) -> Any:
         def silent(self: PrivateOptimizer) -> None:
-            mechanism = self.mechanism
-            if when(self):
-                self.mechanism = _silent(mechanism)
-            try:
+            mechanism = _silent(self.mechanism) if when(self) else self.mechanism
+            with mock.patch.object(self, "mechanism", mechanism):
                 release(self)
-            finally:
-                self.mechanism = mechanism
         return silent
 
     planting.replace(PrivateOptimizer, "_release", planted)
@@ -347,11 +341,8 @@ def ledger_behind(planting: Planting) -> None:
                     ledger.append(before)
                 waiting[id(self)] = event
 
-            self.ledger = SimpleNamespace(append=append)
-            try:
+            with mock.patch.object(self, "ledger", SimpleNamespace(append=append)):
                 release(self)
-            finally:
-                self.ledger = ledger
         return late
 
     planting.replace(PrivateOptimizer, "_release", planted)

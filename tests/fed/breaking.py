@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -88,3 +89,15 @@ class Breaking:
 def breaking(federation: Federation, broken: dict[int, Any], turn: int | None = None) -> Breaking:
     federation.engine = Breaking(federation.engine, broken, turn)
     return federation.engine
+
+
+def interrupt_before_round(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C as that round, from 1, is about to begin."""
+    run_round = Federation.run_round
+
+    def interrupted(federation: Federation, *arguments: Any, **named: Any) -> Any:
+        if federation.rounds_done + 1 == number:
+            raise KeyboardInterrupt
+        return run_round(federation, *arguments, **named)
+
+    monkeypatch.setattr(Federation, "run_round", interrupted)

@@ -23,9 +23,9 @@ from lora_dp.fed import cells, runner, tables
 from lora_dp.fed import grid as module
 from lora_dp.fed.compare import Cell, CompareConfig, Grid, compare
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.federation import Federation
 from lora_dp.fed.folder import read_config
 from lora_dp.fed.privacy import AS_RELEASED
+from tests.fed.breaking import interrupt_before_round
 
 SMALL = {"clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 ACCURACY = {
@@ -230,14 +230,7 @@ def test_what_a_client_s_exception_said_is_in_no_file(tmp_path, monkeypatch):
 def test_a_cell_whose_log_of_releases_is_damaged_is_not_begun_anew(tmp_path, monkeypatch):
     """Its data would pay a second budget, and its ledger tell of one."""
     config = RunConfig.from_flat({**SMALL, "rounds": 3, "output": tmp_path / "cell"})
-    run_round, calls = Federation.run_round, iter(range(9))
-
-    def interrupted(federation: Federation, *arguments: Any, **named: Any) -> Any:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return run_round(federation, *arguments, **named)
-
-    monkeypatch.setattr(Federation, "run_round", interrupted)
+    interrupt_before_round(monkeypatch, 3)
     assert cells.run_one(config)[1] is not None
     log = tmp_path / "cell" / "ledger.jsonl"
     log.write_text(log.read_text().replace('"round":2', '"round":7'))

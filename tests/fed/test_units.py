@@ -5,7 +5,6 @@ import json
 import math
 import statistics
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from scipy.stats import norm
 from lora_dp.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.exchange import Reply, Update
-from lora_dp.fed.federation import Federation
 from lora_dp.fed.methods import METHODS, factor
 from lora_dp.regulator import Regulator
+from tests.fed.breaking import interrupt_before_round
 from tests.fed.small import PLAIN, TRAINING, Adapted, make_examples, make_federation, plan_for, products, updates
 
 SERVER = {"unit": "client", "noise_by": "server"}
@@ -273,16 +272,8 @@ def test_a_run_that_ends_before_it_is_evaluated_keeps_its_draw_secret_too(tmp_pa
     from lora_dp.fed.client import Trainer
     from lora_dp.fed.runner import run
 
-    calls = iter(range(9))
-    run_round = Federation.run_round
     monkeypatch.setattr(Trainer, "train", lambda *_: 1 / 0)
-
-    def interrupted(federation: Federation, *arguments: Any, **named: Any) -> Any:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return run_round(federation, *arguments, **named)
-
-    monkeypatch.setattr(Federation, "run_round", interrupted)
+    interrupt_before_round(monkeypatch, 3)
     screen = io.StringIO()
     outcome = run(RunConfig.from_flat({
         "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 5, "evaluate_every": 5, "local_steps": 1,

@@ -49,7 +49,7 @@ class AuditConfig:
     confidence: float = 0.95
     """Of the lower bound and of the verdict."""
     runs: int = TRAININGS
-    """Trainings of two-world, a multiple of 4. A hundred reach ε = 1.8 at most, four hundred 3.2."""
+    """Trainings of two-world, a multiple of 4. A hundred reach ε = 1.8 at most, four hundred 3.3."""
     seed: int | None = None
     """Of which canaries take part and where gradients are planted; batches and noise are secret all the same."""
     output: Path | None = None
@@ -82,15 +82,16 @@ def audit_config(options: AuditConfig, console: Console) -> AuditResult:
         match_threads(job.trainer.workspace.model)
         example = config.privacy.unit == "example"
         game = Game(config, job, most_exposed(config, job) if example else 0)
+        count = _count(game, options)
     what = (WHITE_BOX[config.privacy.unit] if options.canaries == "planted" else BLACK_BOX).format(client=game.client)
     console.print(f"auditing {escape(str(options.target))}: {what}", highlight=False, soft_wrap=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} steps"),
         TimeRemainingColumn(), console=console, transient=True,
     ) as progress:
-        bar = progress.add_task(options.test, total=_steps(game, options))
+        bar = progress.add_task(options.test, total=_steps(game, options, count))
         game.on_step = lambda: progress.advance(bar)
-        result = _play(game, options)
+        result = _play(game, options, count)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         report = asdict(result) | {
@@ -148,26 +149,33 @@ def check(config: RunConfig, options: AuditConfig) -> None:
             "clients.")
 
 
-def _steps(game: Game, options: AuditConfig) -> int:
+def _count(game: Game, options: AuditConfig) -> int:
+    """Canaries in each training."""
+    if options.count is not None or options.test == "two-world":
+        return options.count or 1
+    if options.canaries == "examples":
+        return min(EXAMPLES, len(game.job.parts[game.client]) // 2)
+    return min(CLIENTS, most_clients(game)) if game.config.privacy.unit == "client" else \
+        min(GRADIENTS, most_gradients(game))
+
+
+def _steps(game: Game, options: AuditConfig, count: int) -> int:
     plan = game.job.trainer.plan
     trainings = options.runs if options.test == "two-world" else 1
     if plan.unit == "client":
-        count = options.count or (1 if options.test == "two-world" else min(CLIENTS, most_clients(game)))
         return trainings * round(plan.rounds * plan.turns * plan.client_rate * count)
     clients = 1 if options.canaries == "planted" else plan.clients
     return trainings * round(plan.rounds * plan.turns * plan.steps * plan.client_rate * clients)
 
 
-def _play(game: Game, options: AuditConfig) -> AuditResult:
-    count = options.count or (1 if options.test == "two-world" else None)
+def _play(game: Game, options: AuditConfig, count: int) -> AuditResult:
     how: dict[str, Any] = {
         "delta": game.config.privacy.delta, "claimed_epsilon": game.claim, "confidence": options.confidence,
         "test": options.test, "assume": options.assume, "runs": options.runs, "seed": options.seed}
     if options.canaries == "examples":
-        most = len(game.job.parts[game.client]) // 2
-        examples = MislabelledExamples(game, count or min(EXAMPLES, most), np.random.default_rng(options.seed))
+        examples = MislabelledExamples(game, count, np.random.default_rng(options.seed))
         return audit(examples.train, examples.canaries(), **how)
     if game.config.privacy.unit == "client":
-        canaries = ClientCanaries(game, count or min(CLIENTS, most_clients(game)))
+        canaries = ClientCanaries(game, count)
         return audit(lambda federation: game.train(federation, range(canaries.count)), canaries, **how)
-    return audit(train_with_gradients(game), GradientCanaries(count or min(GRADIENTS, most_gradients(game))), **how)
+    return audit(train_with_gradients(game), GradientCanaries(count), **how)

@@ -1,6 +1,5 @@
 """What all audits of a federation share: the opened run, started afresh for each training, and the claim it makes."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +21,6 @@ class Game:
         client: whose examples are audited (unit example).
         on_step: called after each local step, for a progress bar.
         ledger: what the last training adds up to, by the federation's own account.
-        seconds: that the last training took.
     """
 
     config: RunConfig
@@ -30,7 +28,6 @@ class Game:
     client: int
     on_step: Callable[[], None] = lambda: None
     ledger: Ledger = field(default_factory=Ledger)
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self._start = self.job.trainer.workspace.state()
@@ -41,14 +38,12 @@ class Game:
 
     def train(self, federation: Federation, clients: Sequence[int]) -> None:
         """All rounds of a federation, and the largest ledger of these clients."""
-        begin = time.perf_counter()
         while federation.rounds_done < self.config.federation.rounds:
             try:
                 federation.run_round(on_step=self.on_step, evaluate=False)
             except PrivacyBudgetExceeded:
                 break
         self.ledger = largest_ledger(federation.account, clients)[1]
-        self.seconds = time.perf_counter() - begin
 
     def claim(self, delta: float) -> float:
         """ε that the last training claims at this δ."""
@@ -61,15 +56,9 @@ def largest_ledger(account: Account, clients: Sequence[int]) -> tuple[int, Ledge
     for client in clients:
         event = account.event(client)
         found.setdefault((event.noise_multiplier, event.sample_rate, account.releases(client)), client)
-    ledgers = {client: _ledger(account, client) for client in found.values()}
+    ledgers = {client: account.ledger(client) for client in found.values()}
     largest = max(ledgers, key=lambda client: ledgers[client].epsilon(account.plan.delta, "rdp"))
     return largest, ledgers[largest]
-
-
-def _ledger(account: Account, client: int) -> Ledger:
-    ledger = Ledger()
-    ledger.append(account.event(client), account.releases(client))
-    return ledger
 
 
 def most_exposed(config: RunConfig, job: Job) -> int:

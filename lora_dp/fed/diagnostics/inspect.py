@@ -24,8 +24,8 @@ from lora_dp.fed.diagnostics.sharpness import loss_curves, top_eigenvalue
 from lora_dp.fed.examples import Batch, Examples
 from lora_dp.fed.folder import ENDED, UPDATES, read_config, whole_lines
 from lora_dp.fed.job import match_threads, open_job
-from lora_dp.fed.privacy import AS_RELEASED, finite
-from lora_dp.fed.report import RESEARCH_ONLY
+from lora_dp.fed.privacy import finite
+from lora_dp.fed.report import notes
 from lora_dp.fed.results import load_result
 from lora_dp.files import write_atomically, write_bytes_atomically
 
@@ -62,8 +62,7 @@ def inspect_run(folder: Path, console: Console) -> Path:
     report = measure(model, batches, console) | {
         "method": config.federation.method,
         "epsilon": _epsilon(config),
-        "guarantee": AS_RELEASED if config.privacy.mechanism == "as-released" else None,
-        "release": RESEARCH_ONLY if config.run.reproducible else None,
+        **notes(config),
         "model": config.model.name,
         "dataset": config.data.dataset,
         "examples": len(examples),

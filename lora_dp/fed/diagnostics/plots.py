@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lora_dp.fed.style import BLUE, INK, ORANGE, QUIET, STYLE
+from lora_dp.fed.style import BLUE, INK, ORANGE, QUIET, STYLE, marks_of
 
 _OPPOSITE_TO_ALIKE = LinearSegmentedColormap.from_list("cosine", [ORANGE, "#ffffff", BLUE])
 # Beyond these, names of layers and numbers in cells could not be read.
@@ -37,12 +37,12 @@ def draw_inspection(report: dict[str, Any], file: BinaryIO) -> None:
             _draw_cosines(figure.add_subplot(grid[1, 2:4] if noisy else grid[1, 2:]), rounds)
             if noisy:
                 _draw_noise(figure.add_subplot(grid[1, 4:]), rounds)
-        budget = "no privacy guarantee (as released)" if report["guarantee"] else \
-            "no privacy" if report["epsilon"] is None else f"ε = {report['epsilon']:g}"
-        budget += " · research only, not for release" if report["release"] else ""
+        marks = marks_of(report["guarantee"], report["release"])
+        if not report["guarantee"]:
+            marks.insert(0, "no privacy" if report["epsilon"] is None else f"ε = {report['epsilon']:g}")
         figure.suptitle(
-            f"{report['method']} · {budget} · {report['model']} on {report['dataset']} · loss on {report['examples']} "
-            "validation examples", fontsize=10, color=QUIET, x=0.01, ha="left")
+            f"{' · '.join([report['method'], *marks])} · {report['model']} on {report['dataset']} · loss on "
+            f"{report['examples']} validation examples", fontsize=10, color=QUIET, x=0.01, ha="left")
         figure.savefig(file, format="png")
 
 

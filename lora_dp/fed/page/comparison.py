@@ -11,8 +11,7 @@ from lora_dp.fed import tables
 from lora_dp.fed.folder import ENDED, read_results
 from lora_dp.fed.grid import Grid, caption, read_cells, read_trials
 from lora_dp.fed.page import figures
-from lora_dp.fed.privacy import AS_RELEASED
-from lora_dp.fed.report import RESEARCH_ONLY
+from lora_dp.fed.report import notes
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -23,21 +22,19 @@ def content(folder: Path) -> dict[str, Any]:
     """
     grid = Grid.read(folder)
     cells, trials = read_cells(grid, folder), read_trials(grid, folder)
-    ended = cells["status"].isin(ENDED)
+    ended, kept = cells["status"].isin(ENDED), tables.are_kept(cells)
     config = grid.example
     budgets = sorted(cells["epsilon"].unique(), key=lambda budget: float("inf") if budget == "none" else budget)
     return {
         "title": f"Comparison on {config.data.dataset}",
         "folder": folder.resolve().name,
         "methods": list(cells["method"].unique()),
-        "budgets": [tables.budget_name(budget, kept=tables.are_kept(cells)) for budget in budgets],
-        "kept": tables.are_kept(cells),
+        "budgets": [tables.budget_name(budget, kept=kept) for budget in budgets],
+        "kept": kept,
         "seeds": sorted(cells["seed"].unique()),
         "count": len(cells),
         "finished": int(ended.sum()),
-        "warnings": [text for text, given in (
-            (AS_RELEASED, config.privacy.mechanism == "as-released"), (RESEARCH_ONLY, config.run.reproducible)
-        ) if given],
+        "warnings": [text for text in notes(config).values() if text],
         "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
         "table": _table(cells),
         "caption": caption(grid, cells, trials),

@@ -10,8 +10,8 @@ import numpy as np
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.folder import ENDED, read_config, read_results
 from lora_dp.fed.page import figures, words
-from lora_dp.fed.privacy import AS_RELEASED, UNITS
-from lora_dp.fed.report import PUBLIC, PUBLIC_CLIENTS, RESEARCH_ONLY, total_seconds
+from lora_dp.fed.privacy import UNITS
+from lora_dp.fed.report import PUBLIC, PUBLIC_CLIENTS, notes, total_seconds
 from lora_dp.fed.style import GREEN, ORANGE
 
 # A page of all of 10,000 clients would be of no use to a reader.
@@ -35,7 +35,6 @@ def content(folder: Path) -> dict[str, Any]:
     federation, privacy = config.federation, config.privacy
     evaluated = [result for result in results if result.accuracy is not None]
     released = privacy.mechanism == "as-released"
-    research = RESEARCH_ONLY if config.run.reproducible else None
     status = summary.get("status", "not finished")
     secret = any(result.participants is None for result in results)
     image = folder / "inspect.png"
@@ -47,8 +46,7 @@ def content(folder: Path) -> dict[str, Any]:
         "status": status,
         "ended": status in ENDED,
         "rounds_done": results[-1].round if results else 0,
-        "warnings": [text for text in (
-            summary.get("guarantee", AS_RELEASED if released else None), summary.get("release", research)) if text],
+        "warnings": [text for name, own in notes(config).items() if (text := summary.get(name, own))],
         "before": evaluated[0].accuracy if evaluated else None,
         "after": evaluated[-1].accuracy if evaluated else None,
         "after_round": evaluated[-1].round if evaluated else None,
