@@ -20,14 +20,16 @@ from lora_dp.accounting import (
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, recorder_of
 from lora_dp.filtering import Filter
-from lora_dp.isolation import LossFunction, check_isolation
+from lora_dp.isolation import check_isolation
 from lora_dp.layers import DPLoRALinear
+from lora_dp.loss_graph import LossReduction
 from lora_dp.mechanism import Mechanism
-from lora_dp.optimizer import LossReduction, PrivateOptimizer
+from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.phases import PhasesName
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.recording import NormMethod, Recorder
 from lora_dp.sampling import PrivateDataLoader
+from lora_dp.trials import LossFunction
 
 
 class _Budget:
@@ -92,7 +94,8 @@ class PrivacyEngine:
             max_grad_norm: clip bound C; inf (with σ = 0) means no clipping.
             clipping: "flat", "per_layer" (each layer at C / √layers) or "automatic".
             phases: which of LoRA's factors each step trains: "B", "A", "AB" (both) or "BA" (alternating).
-            loss_reduction: how the loss joins the examples of a batch: "mean" or "sum".
+            loss_reduction: how a loss that is one number joins the examples: "mean" or "sum". Losses (N,) that are
+                given to :meth:`PrivateOptimizer.backward` need none.
             low_pass: filter on the noisy gradient of each LoRA factor (:mod:`lora_dp.filtering`).
             norm_method: how per-example norms are computed; "auto" takes the cheaper.
             regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
@@ -164,7 +167,9 @@ class PrivacyEngine:
         parameters = cover(model)
         mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
         loader = PrivateDataLoader(
-            data_loader, self.source, lambda size: private.expect_batch(size), lambda: private.step_on_empty_batch())
+            data_loader, self.source, lambda size: private.expect_batch(size), lambda: private.step_on_empty_batch(),
+            on_begin=lambda: private.begin_batches(), on_end=lambda: private.check_stepped(),
+            on_varying_width=lambda: private.recorder.expect_padding())
         event = PoissonGaussian(noise_multiplier, loader.sample_rate)
         limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
         present = recorder_of(model)
@@ -228,14 +233,14 @@ class PrivacyEngine:
 
     def check_isolation(self, model: nn.Module, batch: Any, criterion: LossFunction | None = None) -> None:
         """Prove on one batch that no example's rows, outputs or gradients depend on another (see
-        :mod:`lora_dp.isolation`). The first training batch is checked by itself, except for a loss that is
-        computed outside the model: give it here.
+        :mod:`lora_dp.isolation`). Training batches are checked by themselves; a criterion that no check of theirs
+        understands can be tested here, and is then taken.
 
         Args:
             model: with private layers.
             batch: a dict of keyword arguments (with labels, the model's own loss is checked), a tensor, or a pair
                 (inputs, targets) with a ``criterion``; at least two examples.
-            criterion: loss(model output, targets).
+            criterion: loss(model output, targets): a scalar, reduced as make_private was told, or (N,).
 
         Raises:
             IsolationError: naming the module, or the loss, in which examples meet.
@@ -249,7 +254,13 @@ class PrivacyEngine:
         if not model.training:
             model.train()
         try:
-            check_isolation(model, args, kwargs, n, targets=targets, criterion=criterion)
+            recorder = recorder_of(model)
+            owned = recorder is not None and recorder.owner is not None
+            check_isolation(
+                model, args, kwargs, n, targets=targets, criterion=criterion,
+                reduction=recorder.losses.reduction if recorder is not None and owned else None)
+            if recorder is not None and criterion is not None:
+                recorder.losses.vouched = True
         finally:
             for module, mode in modes.items():
                 module.training = mode

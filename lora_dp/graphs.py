@@ -5,14 +5,15 @@ fixed size and a mask says who was drawn. Forward, backward, norms, clipping and
 update, one launch more, are not: each replay must have noise of its own, and its entry in the ledger beforehand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_dp.isolation import has_uneven_tokens
+from lora_dp.batch_parts import structure
+from lora_dp.collation import drawn_for_test
 from lora_dp.layers import DPEmbedding
 from lora_dp.ops.clip_and_sum import captured_tables
 from lora_dp.optimizer import Clipped, PrivateOptimizer
@@ -39,8 +40,8 @@ class GraphedStep:
     Args:
         model: the model that ``make_private`` returned, in training mode; not compiled.
         optimizer: its private optimizer.
-        loss: loss(model, *batch), a scalar with the reduction that ``make_private`` was told, without any
-            synchronisation with the host.
+        loss: loss(model, *batch), (N,) with one loss for each example, or a scalar with the reduction that
+            ``make_private`` was told; without any synchronisation with the host.
         batch_size: examples after padding. A larger batch is taken as an ordinary step: choose it some deviations above
             the expected size, which Poisson sampling rarely passes.
 
@@ -60,7 +61,7 @@ class GraphedStep:
         self._inputs: list[Tensor] = []
         self._mask = torch.zeros(0, dtype=torch.bool)
         self._captured: dict[frozenset[int], _Captured] = {}
-        self._uneven_seen = False
+        self._tested: set[Hashable] = set()
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Take one step on a batch that the private loader drew.
@@ -70,7 +71,7 @@ class GraphedStep:
                 the same in every call.
 
         Returns:
-            The loss over the padded batch: it weighs padding too, and depends on private data.
+            The loss over the padded batch, a mean of losses (N,): it weighs padding too, and depends on private data.
 
         Raises:
             TypeError: something else than tensors, such as a dict.
@@ -83,14 +84,14 @@ class GraphedStep:
         sizes = {len(tensor) for tensor in batch}
         if len(sizes) != 1 or not (n := sizes.pop()):
             raise ValueError("Give tensors of one batch, all with the same number of examples, at least one.")
+        self._check_alike(batch)
         self.optimizer.check_whole_batch()
         self.optimizer.activate()
         if n > self.batch_size or self._needs_check(batch):
             device = next(self.model.parameters()).device
-            loss = self.loss(self.model, *(tensor.to(device) for tensor in batch))
-            loss.backward()
+            loss = self._backward(tensor.to(device) for tensor in batch)
             self.optimizer.step()
-            return loss.detach()
+            return loss
         self._fill(batch, n)
         trained = self.optimizer.recorder.trained
         if trained not in self._captured:
@@ -107,22 +108,18 @@ class GraphedStep:
     def _needs_check(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether the hooks on the model must see this batch itself: padding repeats an example, which proves nothing
         about isolation, and a replay runs no hooks."""
-        recorder = self.optimizer.recorder
-        uneven = not self._uneven_seen and any(has_uneven_tokens({"labels": tensor}) for tensor in batch)
-        self._uneven_seen |= uneven
-        return uneven or not recorder.isolation_checked
+        if len(batch[0]) < 2:
+            return not self._tested
+        kind = structure(batch, len(batch[0]))
+        new = kind not in self._tested or drawn_for_test()
+        self._tested.add(kind)
+        return new
 
     def _fill(self, batch: tuple[Tensor, ...], n: int) -> None:
         if not self._inputs:
             device = next(self.model.parameters()).device
             self._inputs = [torch.empty((self.batch_size, *t.shape[1:]), dtype=t.dtype, device=device) for t in batch]
             self._mask = torch.zeros(self.batch_size, dtype=torch.bool, device=device)
-        same = len(batch) == len(self._inputs) and all(
-            given.shape[1:] == held.shape[1:] and given.dtype == held.dtype
-            for given, held in zip(batch, self._inputs, strict=True))
-        if not same:
-            held_shapes = ", ".join(f"(·, {', '.join(map(str, held.shape[1:]))}) {held.dtype}" for held in self._inputs)
-            raise ValueError(f"A graph takes the shapes and dtypes of the first call, {held_shapes}: pad to them.")
         for held, given in zip(self._inputs, batch, strict=True):
             held[:n].copy_(given, non_blocking=True)
             # Any valid example will do; the mask gives it no weight.
@@ -130,21 +127,37 @@ class GraphedStep:
         self._mask.fill_(False)
         self._mask[:n].fill_(True)
 
+    def _check_alike(self, batch: tuple[Tensor, ...]) -> None:
+        if not self._inputs:
+            return
+        same = len(batch) == len(self._inputs) and all(
+            given.shape[1:] == held.shape[1:] and given.dtype == held.dtype
+            for given, held in zip(batch, self._inputs, strict=True))
+        if not same:
+            held_shapes = ", ".join(f"(·, {', '.join(map(str, held.shape[1:]))}) {held.dtype}" for held in self._inputs)
+            raise ValueError(f"A graph takes the shapes and dtypes of the first call, {held_shapes}: pad to them.")
+
     def _run(self) -> tuple[Tensor, Clipped]:
-        loss = self.loss(self.model, *self._inputs)
-        loss.backward()
-        return loss.detach(), self.optimizer.clip(self.optimizer.recorder.take(), self._mask)
+        return self._backward(self._inputs), self.optimizer.clip(self.optimizer.recorder.take(), self._mask)
+
+    def _backward(self, batch: Iterable[Tensor]) -> Tensor:
+        loss = self.loss(self.model, *batch)
+        if loss.dim() == 0:
+            loss.backward()
+            return loss.detach()
+        self.optimizer.backward(loss)
+        return loss.detach().mean()
 
     def _capture(self) -> _Captured:
         if self._mask.device.type != "cuda":
             return _Captured(None, None, torch.empty(0), Clipped({}, 0))
         recorder = self.optimizer.recorder
-        # Its check of labels would wait for the device; ours comes before the replay.
-        before, recorder.uneven_checked = recorder.uneven_checked, True
+        # Trials would wait for the device; a batch that needs them is an ordinary step.
+        recorder.capturing = True
         try:
             return self._capture_graph()
         finally:
-            recorder.uneven_checked = before
+            recorder.capturing = False
             recorder.discard()
 
     def _capture_graph(self) -> _Captured:

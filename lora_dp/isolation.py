@@ -1,212 +1,106 @@
 """Does each example keep to itself? A proof by trial that rows are attributed to the right example.
 
-A per-example gradient is only that if no other example can change it. Three trials on one batch, for an example i:
+A per-example gradient is only that if no other example can change it. Trials on a few examples of a batch, for one of
+them, i:
 
 1. every other example is replaced (by copies of i): no row attributed to i, and no output for i, may change;
 2. a loss made of i's outputs alone must have no gradient in a row attributed to another example;
-3. with a loss at hand: under the replacement of 1, i's rows of its gradient must not change; and no buffer may take
-   another value, for that would be a statistic of the batch, kept without noise.
+3. under the replacement of 1, i's rows of the loss's gradient must not change; and no buffer may take another value,
+   for that would be a statistic of the batch, kept without noise;
+4. with fewer examples (or twice as many), i's outputs must stay, and its rows of the loss's gradient be what the
+   declared reduction makes of them: the same for a sum, and N times them for a mean;
+5. with less padding the same, where padding varies from batch to batch;
+6. a number among the model's arguments that differs from batch to batch must change nothing.
 
-They catch batch normalisation, window-major orders, tables shared across the batch and losses that mix examples.
+They catch batch normalisation, window-major orders, tables shared across the batch, losses that mix examples or are
+reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.coverage import recorder_of
-from lora_dp.layers import PrivateModule
+from lora_dp import batch_parts
+from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
+from lora_dp.trials import SEED, LossFunction, Trace, Trials
 
-_SEED = 20260219
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_HALF_TOLERANCE = 2e-2
-# The label that cross entropy and Transformers pass over.
-_IGNORED = -100
-
-LossFunction = Callable[[Any, Any], Tensor]
-
-
-class IsolationError(RuntimeError):
-    """An example's rows, outputs or gradients depend on other examples of its batch."""
-
-
-class _Trace:
-    """One forward pass: outputs of every leaf and private module in order, and the means to get their gradients."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.outputs: list[tuple[str, nn.Module, Tensor]] = []
-        self.gradients: dict[str, list[Tensor]] = {}
-        self.result: Any = None
-        self.loss: Tensor | None = None
-        self.buffers: dict[str, Tensor] = {}
-        self._tensor_hooks: list[Any] = []
-
-    def close(self) -> None:
-        """Take the hooks off the tensors: through the autograd graph they would keep the trace and the model alive."""
-        for handle in self._tensor_hooks:
-            handle.remove()
-        self._tensor_hooks.clear()
-
-    def private(self) -> list[tuple[str, Tensor]]:
-        return [(name, output) for name, module, output in self.outputs if _is_trained(module)]
-
-    @contextmanager
-    def hooks(self, keep_outputs: bool) -> Iterator[None]:
-        """Watch modules; also during backward, in which reentrant checkpoints run their modules once more."""
-
-        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def watch(module: nn.Module, _: Any, output: Any) -> None:
-                if not isinstance(output, Tensor):
-                    return
-                if keep_outputs:
-                    self.outputs.append((name, module, output))
-                if output.requires_grad and _is_trained(module):
-                    self._tensor_hooks.append(output.register_hook(
-                        lambda gradient: self.gradients.setdefault(name, []).append(gradient)))
-            return watch
-
-        handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules()
-                   if name and (isinstance(module, PrivateModule) or not any(True for _ in module.children()))]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def backward(self, scalar: Tensor) -> dict[str, list[Tensor]]:
-        """Gradients of ``scalar`` at the outputs of the trained layers, by name; the parameters' are left alone."""
-        before = [(p, p.grad) for p in self.model.parameters()]
-        for parameter, _ in before:
-            parameter.grad = None
-        self.gradients = {}
-        try:
-            # Not torch.autograd.grad: reentrant checkpoints allow only backward().
-            with self.hooks(keep_outputs=False), _undisturbed(self.model):
-                scalar.backward(retain_graph=True)
-        finally:
-            for parameter, gradient in before:
-                parameter.grad = gradient
-        return self.gradients
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return isinstance(module, PrivateModule) and bool(module.private_parameters())
-
-
-def has_uneven_tokens(kwargs: dict[str, Any]) -> bool:
-    """Whether the examples' labels (N, T) count different numbers of tokens: then a mean over the batch's tokens weighs
-    an example by the lengths of the others, which a batch of equal lengths does not show."""
-    labels = kwargs.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point() or not len(labels):
-        return False
-    counts = (labels != _IGNORED).sum(1)
-    return bool((counts != counts[0]).any())
+# Examples in a trial: enough to drop some and keep company, few enough to cost little.
+_MOST = 4
+_REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
+           "labels out of the model's call)")
 
 
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
-    targets: Any = None, criterion: LossFunction | None = None,
-) -> None:
+    targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
+    padding_varies: bool = True, other_numbers: Mapping[str, float] | None = None,
+) -> frozenset[int]:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
-    The first and the last example are tried. Random numbers, buffers, gradients and modes are left as they were.
-    A batch of fewer than two examples passes: it has nobody to mix with.
+    Random numbers, buffers, gradients and modes are left as they were. A batch of fewer than two examples passes: it
+    has nobody to mix with.
 
     Args:
         model: in the mode in which it is to be trained.
         args, kwargs: of the forward; tensors whose first dimension is ``n`` hold one entry per example.
         n: number of examples.
         targets: given to ``criterion``, also by example.
-        criterion: loss(model output, targets); None uses the model's own loss if its output has one.
+        criterion: loss(model output, targets), a scalar or (N,); None uses the model's own loss if its output has one.
+        reduction: how a scalar loss is declared to join the examples; None accepts a mean and a sum.
+        padding_varies: whether other batches may be padded to another width.
+        other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
+
+    Returns:
+        Which of the single numbers that the model returns passed as a loss, by their place among them.
 
     Raises:
-        IsolationError: naming the module, or the loss, in which examples meet.
+        IsolationError: naming the module, the loss or the argument by which examples meet.
     """
     if n < 2:
-        return
-    # Suspended to the end: checkpointed modules run forward again inside the gradients below.
-    with _suspended(model), ExitStack() as traces:
-        base = traces.enter_context(closing(_run(model, args, kwargs, targets, criterion)))
+        return frozenset()
+    call: Any = (args, kwargs, targets)
+    apart = not batch_parts.of_whole_batch(call, n)
+    if apart and n > _MOST:
+        call, n = batch_parts.take(call, batch_parts.chosen(call, n, _MOST), n), _MOST
+    with Trials(model, criterion) as trials:
+        base = trials.run(call)
         for name, output in base.private():
             if output.dim() < 2 or output.shape[0] % n:
                 raise IsolationError(
                     f"'{name}' works on {tuple(output.shape)} in a batch of {n} examples: its rows cannot be told "
                     "apart by example; freeze it or leave it out of the private layers.")
-        for i in (0, n - 1):
+        for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
             _check_gradient_rows(base, i, n)
-            other_args, other_kwargs, other_targets = pytree.tree_map(partial(_only, i=i, n=n), (args, kwargs, targets))
-            replaced = _run(model, other_args, other_kwargs, other_targets, criterion)
-            _check_replaced(base, traces.enter_context(closing(replaced)), i, n)
+            replaced = _attempt(trials, _only(call, i, n), ragged=not apart)
+            if replaced is not None:
+                _check_replaced(base, replaced, i, n)
+        # Masks of one example in batches of different shapes differ: from here on nothing is drawn.
+        steady = trials.run(call, still=True) if base.random else base
+        passed = _check_company(trials, steady, call, n, apart, criterion, reduction)
+        if padding_varies:
+            _check_padding(trials, steady, call, n, reduction)
+        if other_numbers:
+            _check_numbers(trials, steady, call, n, other_numbers)
+        return passed
 
 
-def _only(leaf: Any, i: int, n: int) -> Any:
-    if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n:
-        return leaf[i : i + 1].expand_as(leaf).clone()
-    return leaf
+def _only(call: Any, i: int, n: int) -> Any:
+    def copies(leaf: Any) -> Any:
+        return leaf[i : i + 1].expand_as(leaf).clone() if batch_parts.is_by_example(leaf, n) else leaf
+    return pytree.tree_map(copies, call)
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any, targets: Any, criterion: LossFunction | None) -> _Trace:
-    trace = _Trace(model)
-    with trace.hooks(keep_outputs=True), _undisturbed(model), torch.enable_grad():
-        # forward itself, not __call__: the hooks on the whole model are the engine's.
-        trace.result = model.forward(*args, **kwargs)
-        trace.loss = _loss(trace.result, targets, criterion)
-        trace.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return trace
-
-
-@contextmanager
-def _suspended(model: nn.Module) -> Iterator[None]:
-    recorder = recorder_of(model)
-    if recorder is None:
-        yield
-        return
-    before, recorder.suspended = recorder.suspended, True
+def _attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> Trace | None:
+    """A pass; None where rows of all examples lie in one tensor, which the changed batch no longer fits."""
     try:
-        yield
-    finally:
-        recorder.suspended = before
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
-    owned = [(module._buffers, name, buffer) for module in model.modules()
-             for name, buffer in module._buffers.items() if buffer is not None]
-    copies: dict[int, Tensor] = {}
-    for owner, name, buffer in owned:
-        owner[name] = copies.setdefault(id(buffer), buffer.clone())
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_SEED)
-            yield
-    finally:
-        for owner, name, buffer in owned:
-            owner[name] = buffer
-
-
-def _loss(result: Any, targets: Any, criterion: LossFunction | None) -> Tensor | None:
-    if criterion is not None:
-        return criterion(result, targets)
-    scalars = [leaf for leaf in pytree.tree_leaves(_plain(result))
-               if isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.requires_grad]
-    return scalars[0] if scalars else None
-
-
-def _plain(result: Any) -> Any:
-    return dict(result) if isinstance(result, dict) else result
-
-
-def _outputs(trace: _Trace, n: int) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(_plain(trace.result))
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0 and leaf.shape[0] == n]
+        return trials.run(call, still=still)
+    except (RuntimeError, ValueError, IndexError):
+        if ragged:
+            return None
+        raise
 
 
 def _rows(tensor: Tensor, n: int) -> Tensor:
@@ -222,29 +116,29 @@ def _differ(left: Tensor, right: Tensor) -> bool:
     if not left.is_floating_point():
         return not torch.equal(left, right)
     left, right = left.nan_to_num(), right.nan_to_num()
-    tolerance = _TOLERANCE.get(left.dtype, _HALF_TOLERANCE)
-    return bool((left - right).abs().max() > tolerance * left.abs().max().clamp(min=torch.finfo(left.dtype).tiny))
+    return bool((left - right).abs().max()
+                > tolerance(left.dtype) * left.abs().max().clamp(min=torch.finfo(left.dtype).tiny))
 
 
-def _check_gradient_rows(base: _Trace, i: int, n: int) -> None:
-    outputs = [output for output in _outputs(base, n) if output.requires_grad]
+def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
+    outputs = [output for output in base.by_example(n) if output.requires_grad]
     if not outputs:
         return
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     alone = torch.stack([
         (output[i] * torch.randn(output[i].shape, generator=generator).to(output)).sum() for output in outputs]).sum()
     for name, gradients in base.backward(alone).items():
         for gradient in gradients:
             rows = _rows(gradient, n).nan_to_num()
             others = torch.cat([rows[:i], rows[i + 1 :]]).abs().max()
-            if others > _TOLERANCE.get(rows.dtype, _HALF_TOLERANCE) * rows.abs().max():
+            if others > tolerance(rows.dtype) * rows.abs().max():
                 raise IsolationError(
                     f"The output of example {i} depends on rows of '{name}' that are attributed to other examples: the "
                     "module's first dimension is not ordered by example (all rows of one example together), or a "
                     "module after it mixes the batch; move the batch dimension first, or leave the module out.")
 
 
-def _check_replaced(base: _Trace, replaced: _Trace, i: int, n: int) -> None:
+def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
     mixing = next((name for (name, _, left), (_, _, right) in zip(base.outputs, replaced.outputs, strict=False)
                    if _row_changed(left, right, i, n)), "the model itself")
     for (name, left), (_, right) in zip(base.private(), replaced.private(), strict=False):
@@ -253,7 +147,7 @@ def _check_replaced(base: _Trace, replaced: _Trace, i: int, n: int) -> None:
                 f"Rows of '{name}' attributed to example {i} change with the other examples of the batch; the first "
                 f"module where this is seen is '{mixing}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
                 "or order rows by example.")
-    for left, right in zip(_outputs(base, n), _outputs(replaced, n), strict=False):
+    for left, right in zip(base.by_example(n), replaced.by_example(n), strict=False):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
@@ -263,19 +157,140 @@ def _check_replaced(base: _Trace, replaced: _Trace, i: int, n: int) -> None:
             raise IsolationError(
                 f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
                 "off (track_running_stats=False, say) or keep that module in eval().")
-    if base.loss is None or replaced.loss is None:
+    if not base.losses or not replaced.losses:
         return
-    left_gradients, right_gradients = base.backward(base.loss), replaced.backward(replaced.loss)
+    left_gradients, right_gradients = base.backward(_sum(base.losses[0])), replaced.backward(_sum(replaced.losses[0]))
     for name, gradients in left_gradients.items():
         for left, right in zip(gradients, right_gradients.get(name, []), strict=False):
             if _differ(_rows(left, n)[i], _rows(right, n)[i]):
                 raise IsolationError(
                     f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a "
                     "loss that is a mean or sum of terms of one example each (for token losses: average over each "
-                    "example's tokens first, then over examples).")
+                    f"example's tokens first, then over examples): {_REMEDY}.")
+
+
+def _sum(loss: Tensor) -> Tensor:
+    return loss if loss.dim() == 0 else loss.sum()
 
 
 def _row_changed(left: Tensor, right: Tensor, i: int, n: int) -> bool:
     if left.dim() == 0 or left.shape[0] % n or not left.is_floating_point() or left.shape != right.shape:
         return False
     return _differ(_rows(left, n)[i], _rows(right, n)[i])
+
+
+def _check_company(
+    trials: Trials, steady: Trace, call: Any, n: int, apart: bool, criterion: LossFunction | None,
+    reduction: LossReduction | None,
+) -> frozenset[int]:
+    """Among another number of examples."""
+    # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
+    halved = apart and n >= _MOST
+    rows = range(n // 2) if halved else range(n)
+    company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call)
+    other = _attempt(trials, company, ragged=not apart, still=steady.random or steady.still)
+    if other is None:
+        return frozenset()
+    m = len(rows) if halved else 2 * n
+    for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+        for i in rows:
+            if left.shape[1:] == right.shape[1:] and _differ(left[i].detach(), right[i].detach()):
+                raise IsolationError(
+                    f"The output for example {i} changes with the number of examples in the batch: find what counts "
+                    "or normalises over them.")
+    passed = set()
+    for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
+        whole = steady.backward(_sum(loss))
+        part = other.backward(_sum(other_loss))
+        fits = {kind for kind in ("mean", "sum") if _scales_as(kind, whole, part, rows, n, m)}
+        claimed = "sum" if loss.dim() else reduction
+        if fits & ({claimed} if claimed else {"mean", "sum"}):
+            passed.add(place)
+        elif place == 0:
+            raise IsolationError(_misreduced(claimed, fits, call, criterion is None))
+    return frozenset(passed)
+
+
+def _scales_as(
+    kind: LossReduction, whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]], rows: range, n: int, m: int
+) -> bool:
+    scales = (n, m) if kind == "mean" else (1, 1)
+    return all(
+        not _differ(_rows(left, n)[i] * scales[0], _rows(right, m)[i] * scales[1])
+        for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False)
+        for i in rows)
+
+
+def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
+    numbers = ", ".join(sorted(batch_parts.numbers_in(call))) if own else ""
+    by = f" (the model was given {numbers}: leave out what counts the batch)" if numbers else ""
+    if fits:
+        return (f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
+                f"loss_reduction='mean' or 'sum'{by}; or {_REMEDY}.")
+    return (f"The loss mixes examples: it is neither a mean nor a sum over them, since an example's gradient changes "
+            f"with their number as neither does{by}; {_REMEDY}.")
+
+
+def _check_padding(
+    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None
+) -> None:
+    """With less padding: what the longest example of a batch does to all others."""
+    for narrow in batch_parts.narrowed(call, n):
+        # A model of one fixed width cannot be padded otherwise.
+        other = _attempt(trials, narrow.call, ragged=True, still=steady.random or steady.still)
+        if other is None:
+            continue
+        m = len(narrow.rows)
+        for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+            _compare_padded(left, right, narrow, n, "output")
+        if not steady.losses or not other.losses:
+            continue
+        whole, part = steady.backward(_sum(steady.losses[0])), other.backward(_sum(other.losses[0]))
+        factor = n / m if reduction != "sum" and not steady.losses[0].dim() else 1.0
+        if reduction is None and not steady.losses[0].dim():
+            continue  # which of the two it is, was not said
+        for name, gradients in whole.items():
+            for left, right in zip(gradients, part.get(name, []), strict=False):
+                _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'")
+
+
+def _compare_padded(left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n: int, what: str) -> None:
+    """An example's values at its own tokens, or all of them where they do not go by token."""
+    tokens, m, columns = narrow.tokens, len(narrow.rows), narrow.mask.shape[1]
+    if left.shape[0] == n * tokens and right.shape[0] == m * columns:
+        left, right = left.view(n, tokens, *left.shape[1:]), right.view(m, columns, *right.shape[1:])
+    if left.shape[0] != n or right.shape[0] != m:
+        return
+    left = left.detach()[narrow.rows]
+    by_token = left.dim() > 1 and left.shape[1] == tokens and right.shape[1] == columns
+    if by_token:
+        left = left[:, narrow.kept]
+    if left.shape != right.shape:
+        return
+    for row in range(m):
+        own = narrow.mask[row] if by_token else slice(None)
+        a, b = (left[row][own], right.detach()[row][own]) if by_token else (left[row], right.detach()[row])
+        if _differ(a, b):
+            raise IsolationError(
+                f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
+                f"example ({tokens} or {columns} tokens): pad every batch to one fixed width, or use a "
+                "model that passes over padding (by its attention mask, in pooling too).")
+
+
+def _check_numbers(
+    trials: Trials, steady: Trace, call: Any, n: int, other_numbers: Mapping[str, float]
+) -> None:
+    """A number that differs from batch to batch."""
+    for name, value in other_numbers.items():
+        changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.random or steady.still)
+        pairs = [*zip(steady.by_example(n), changed.by_example(n), strict=False)]
+        for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
+            left, right = steady.backward(_sum(loss)), changed.backward(_sum(other_loss))
+            pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]
+        if any(left.shape == right.shape and _differ(left.detach(), right.detach()) for left, right in pairs):
+            raise IsolationError(
+                f"The argument {name} of the model differs from batch to batch and changes the gradient of every "
+                f"example: if it counts what a batch holds, leave it out; {_REMEDY}. A public schedule belongs into an "
+                "attribute of the model.")
+
+

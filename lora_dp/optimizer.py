@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
 from lora_dp.layers import DPLoRALinear
+from lora_dp.loss_graph import IsolationError, LossReduction
+from lora_dp.loss_watch import backward_unseen
 from lora_dp.mechanism import Mechanism, total
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
@@ -19,8 +21,6 @@ from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
 from lora_dp.recording import NormMethod, Pass, Recorder
 from lora_dp.regulator import Regulator
-
-LossReduction = Literal["mean", "sum"]
 
 
 class Clipped(NamedTuple):
@@ -60,6 +60,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
         self._drawn: deque[int] = deque()
+        self._stepped = False
         self._skip_next = False
         # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
         self._non_finite_examples: Tensor | int = 0
@@ -129,6 +130,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder.trained = frozenset(
             key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
         self._recorder.method = self._norm_method
+        self._recorder.losses.reduction = self.loss_reduction
         self._recorder.owner = self
         self._set_regulators()
 
@@ -167,6 +169,31 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Told by the private loader: a batch of ``size`` examples was drawn."""
         self._drawn.append(size)
 
+    def begin_batches(self) -> None:
+        """Told by the private loader: it begins to draw. Batches that were looked at before any step are forgotten.
+
+        Raises:
+            RuntimeError: a batch that was drawn before has not been stepped.
+        """
+        if self._stepped:
+            self.check_stepped()
+        self._drawn.clear()
+
+    def check_stepped(self) -> None:
+        """Refuse to go on after a batch that was drawn and never stepped: who decides that by looking at the data,
+        tells of them by what is missing.
+
+        Raises:
+            RuntimeError: there is one.
+        """
+        if self._drawn or self._examples:
+            sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
+            self._drawn.clear()
+            self._collect()
+            raise RuntimeError(
+                f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
+                "or take optimizer.step_on_empty_batch() in its place (a step of noise alone).")
+
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
         self._skip_next = do_skip
@@ -176,6 +203,32 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self._recorder.pending:
             self._recorder.discard()
         self.original_optimizer.zero_grad(set_to_none)
+
+    def backward(self, losses: Tensor, *, weight: float = 1.0, retain_graph: bool = False) -> None:
+        """Differentiate the losses of single examples: the way that no reduction can spoil.
+
+        Args:
+            losses: (N,), one for each example of the last forward, from the model's outputs (:mod:`lora_dp.losses`).
+            weight: a public number by which all are multiplied, such as a schedule's; never read off a batch.
+            retain_graph: as torch's.
+
+        Raises:
+            ValueError: another shape, or losses that do not come from the model's outputs.
+            RuntimeError: no training forward before, or another optimizer is active.
+            IsolationError: an example's loss depends on others.
+        """
+        finished = self._recorder.current
+        if self._recorder.owner is not self or finished is None:
+            raise RuntimeError(
+                "backward() needs a training forward of the private model before it, with this optimizer active.")
+        if not isinstance(losses, Tensor) or losses.shape != (finished.n,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"optimizer.backward takes the loss of each of the {finished.n} examples, shape ({finished.n},), got "
+                f"{shape}: use reduction='none' and join what belongs to one example, or a loss of lora_dp.losses.")
+        self._recorder.losses.vector(losses, finished.n)
+        finished.summed = True
+        backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
 
     def step(
         self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
@@ -204,7 +257,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return value
 
     def step_on_empty_batch(self) -> None:
-        """The step of a batch in which Poisson sampling drew nobody: noise alone. Never skip it.
+        """The step of a batch in which Poisson sampling drew nobody, or that is left out: noise alone. Never skip it.
 
         Raises:
             PrivacyBudgetExceeded: as for :meth:`step`.
@@ -212,13 +265,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if self._examples:
             raise RuntimeError("A logical batch is under way: step() it before the next one.")
+        if self._drawn:
+            self._drawn.popleft()
         self.activate()
         self._release()
 
     def _accumulate(self, mask: Tensor | None) -> None:
         if self._recorder.owner is not self:
             raise RuntimeError("Another private optimizer is recording on this model: call activate() before forward.")
+        examined = self._recorder.losses.examined
         finished = self._recorder.take()
+        if finished.filled and not examined:
+            raise IsolationError(
+                "Gradients reached private layers from a loss that was not seen: compute it from what the model "
+                "returns (not from a hook's features, say), and differentiate it by backward().")
         n = finished.n
         if mask is not None and (mask.shape != (n,) or mask.dtype != torch.bool):
             raise ValueError(
@@ -231,7 +291,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not slots or finished.n == 0:
             return Clipped({}, 0)
         # A mean over the micro-batch has divided each example's gradient by N.
-        scale = float(finished.n) if self.loss_reduction == "mean" else 1.0
+        scale = float(finished.n) if self.loss_reduction == "mean" and not finished.summed else 1.0
         with torch.no_grad():
             device = slots[0][1].leaf.device
             sq_norms = torch.stack([slot.norms().to(device) for _, slot in slots]).square_()
@@ -321,6 +381,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         else:
             step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
         self.steps_taken += 1
+        self._stepped = True
         self.activate()
 
     def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor]) -> None:

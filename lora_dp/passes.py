@@ -3,13 +3,16 @@
 They stay outside what torch.compile compiles: a pass is ordinary Python, and only its leaves are seen by the graph.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_dp.batch_parts import numbers_in, structure, widths
+from lora_dp.collation import drawn_for_test
 from lora_dp.coverage import batch_size
-from lora_dp.isolation import check_isolation, has_uneven_tokens
+from lora_dp.isolation import check_isolation
 from lora_dp.recording import Recorder
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
@@ -31,15 +34,38 @@ class Passes:
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         n = batch_size(args, kwargs)
-        uneven = not recorder.uneven_checked and has_uneven_tokens(kwargs)
-        if n > 1 and (uneven or not recorder.isolation_checked):
-            check_isolation(module, args, kwargs, n)
-            recorder.isolation_checked = True
-            recorder.uneven_checked |= uneven
+        tested = n > 1 and not recorder.capturing and self._test(module, args, kwargs, n)
         recorder.open(n)
+        recorder.losses.begin(n, tested)
+
+    def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
+        """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come."""
+        recorder = self.recorder
+        kind, others = self._kind((args, kwargs), n)
+        if kind in recorder.tested and not others and not drawn_for_test():
+            return False
+        recorder.losses.proven |= check_isolation(
+            module, args, kwargs, n, reduction=recorder.losses.reduction, padding_varies=recorder.padding_varies,
+            other_numbers=others)
+        recorder.tested.add(kind)
+        return True
+
+    def _kind(self, call: Any, n: int) -> tuple[Hashable, dict[str, float]]:
+        """The structure of the batch, and numbers among the arguments that differ from an earlier batch's, as they
+        were there."""
+        recorder = self.recorder
+        seen = widths(call, n)
+        recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
+        recorder.widths = seen
+        numbers = numbers_in(call)
+        others = {name: recorder.numbers[name] for name, value in numbers.items()
+                  if recorder.numbers.setdefault(name, value) != value}
+        return (structure(call, n), recorder.padding_varies), others
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.recorder.suspended and output is not None:
+            self.recorder.losses.returned(output)
         self.recorder.suspended = False
 
 

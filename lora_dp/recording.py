@@ -9,12 +9,13 @@ formed.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.clipped_sum import clipped_sum_pairs
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
@@ -273,6 +274,8 @@ class Pass:
         # A private layer ran without gradients inside this training forward: a reentrant checkpoint will run it again
         # in backward, and must then find this very pass.
         self.reentrant = False
+        # The loss handed over was a vector, and so their sum was differentiated, whatever reduction was declared.
+        self.summed = False
 
     @property
     def filled(self) -> bool:
@@ -288,8 +291,11 @@ class Recorder:
         method: how norms are computed ("auto", "direct" or "ghost").
         owner: the private optimizer for which the model records.
         suspended: inside an evaluation with gradients, which is not recorded.
-        isolation_checked: whether a first batch has passed the isolation check.
-        uneven_checked: whether one with token labels of uneven lengths has.
+        losses: what is followed of the losses that are differentiated.
+        tested: structures of batches that have passed the isolation check.
+        padding_varies: whether batches are padded to different widths, as far as is known.
+        widths, numbers: of the sequences of the last batch; among the arguments of the first.
+        capturing: inside the capture of a CUDA graph, in which nothing can be tried.
     """
 
     def __init__(self) -> None:
@@ -299,9 +305,12 @@ class Recorder:
         self.current: Pass | None = None
         self.superseded: list[Pass] = []
         self.suspended = False
-        self.isolation_checked = False
-        self.uneven_checked = False
         self.owner: object | None = None
+        self.losses = LossWatch()
+        self.tested: set[Hashable] = set()
+        self.padding_varies = self.capturing = False
+        self.widths: frozenset[int] | None = None
+        self.numbers: dict[str, float] = {}
 
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
         # A copied or unpickled model starts unowned: what is recorded belongs to one optimizer and these very tensors.
@@ -332,6 +341,7 @@ class Recorder:
             RuntimeError: nothing was recorded, or one backward ran through two forward passes.
         """
         finished, self.current = self.current, None
+        self.losses.forget()
         superseded, self.superseded = self.superseded, []
         if any(earlier.filled for earlier in superseded):
             raise RuntimeError(
@@ -353,6 +363,11 @@ class Recorder:
     def discard(self) -> None:
         """Forget whatever was recorded."""
         self.current, self.superseded = None, []
+        self.losses.forget()
+
+    def expect_padding(self) -> None:
+        """Told by the loader: its batches are padded to different widths."""
+        self.padding_varies = True
 
     @property
     def recording(self) -> bool:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
+from lora_dp.collation import check_collation, drawn_for_test
+
 
 class UniformSource(Protocol):
     """Where uniform draws come from (``lora_dp.randomness``)."""
@@ -51,7 +53,7 @@ class _NonEmpty(Sampler[list[int]]):
 
     def __init__(self, sampler: PoissonSampler):
         self.sampler = sampler
-        self.drawn: deque[tuple[int, int]] = deque()
+        self.drawn: deque[tuple[int, list[int]]] = deque()
         self.empty_at_end = 0
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -59,7 +61,7 @@ class _NonEmpty(Sampler[list[int]]):
         self.empty_at_end = 0
         for batch in self.sampler:
             if batch:
-                self.drawn.append((self.empty_at_end, len(batch)))
+                self.drawn.append((self.empty_at_end, batch))
                 self.empty_at_end = 0
                 yield batch
             else:
@@ -78,6 +80,9 @@ class PrivateDataLoader:
         source: of uniform draws.
         on_batch: called with the size of each batch just before it is handed out.
         on_empty: called for each empty draw, in its place among the batches.
+        on_begin: called before the first draw of an iteration.
+        on_end: called before each later draw, and after the last: the batch before must have been stepped by then.
+        on_varying_width: called when the padding of an example turned out to depend on the others in its batch.
 
     Raises:
         ValueError: no examples, no batch size, a batch size above the number of examples, or an own sampler.
@@ -86,7 +91,8 @@ class PrivateDataLoader:
 
     def __init__(
         self, loader: DataLoader[Any], source: UniformSource, on_batch: Callable[[int], None],
-        on_empty: Callable[[], None],
+        on_empty: Callable[[], None], *, on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None, on_varying_width: Callable[[], None] = lambda: None,
     ):
         dataset: Dataset[Any] = loader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -106,6 +112,8 @@ class PrivateDataLoader:
         self.sample_rate = loader.batch_size / size
         self.steps_per_epoch = max(1, round(1 / self.sample_rate))
         self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
+        self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
+        self._collation_tested = False
         self._options: dict[str, Any] = {
             "collate_fn": loader.collate_fn, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
             "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
@@ -121,14 +129,29 @@ class PrivateDataLoader:
         return self.take(self.steps_per_epoch)
 
     def take(self, steps: int) -> Iterator[Any]:
-        """The batches of exactly ``steps`` draws (empty ones are stepped, not yielded)."""
+        """The batches of exactly ``steps`` draws (empty ones are stepped, not yielded).
+
+        Raises:
+            IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
+            RuntimeError: a batch was not stepped before the next was asked for.
+        """
         size = len(self.dataset)
         batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
+        self._on_begin()
         for batch in DataLoader(self.dataset, batch_sampler=batches, **self._options):
             empty, drawn = batches.drawn.popleft()
             for _ in range(empty):
                 self._on_empty()
-            self._on_batch(drawn)
+            self._test_collation(drawn, batch)
+            self._on_batch(len(drawn))
             yield batch
+            self._on_end()
         for _ in range(batches.empty_at_end):
             self._on_empty()
+
+    def _test_collation(self, drawn: list[int], batch: Any) -> None:
+        if len(drawn) < 2 or (self._collation_tested and not drawn_for_test()):
+            return
+        if check_collation(self.dataset, self._options["collate_fn"], drawn, batch):
+            self._on_varying_width()
+        self._collation_tested = True

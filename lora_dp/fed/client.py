@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +20,7 @@ from lora_dp.fed.models import Precision, logits
 from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import FilterName, make_filter
+from lora_dp.losses import classification_loss
 from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.randomness import RandomSource, SecureSource, SeededSource
 from lora_dp.regulator import Regulator
@@ -158,7 +158,7 @@ class Trainer:
             # Of the step alone: how many batches before it were empty is secret.
             perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
             with self.method.local_step(model, step, planned, perturbation):
-                F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
+                optimizer.backward(classification_loss(logits(model, batch, training.precision), batch["labels"]))
             optimizer.step()
             optimizer.zero_grad()
             on_step()

@@ -1,0 +1,161 @@
+"""Does a loader's batch hold each example by itself? A trial of its collate function.
+
+A few examples of a drawn batch are collated again without the others: their rows must be what they were, but for
+padding. Mixup, features normalised over the batch and examples joined in any other way give other rows. Where the data
+set or the collate function draws at random, both times the same seed is used, on batches of one size; then only the
+first example is compared, before which nothing else is drawn.
+"""
+
+import random
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lora_dp.loss_graph import IsolationError
+
+_MOST = 4
+_RELATIVE = 1e-5
+_SEEDS = 8
+# One batch in so many is tried although one of its kind was before; nobody can tell which.
+_LATER = 500
+
+
+def drawn_for_test() -> bool:
+    """Whether this batch is tried in secret."""
+    return secrets.randbelow(_LATER) == 0
+
+
+def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int], batch: Any) -> bool:
+    """Collate some examples of a batch without the others.
+
+    The random state of torch, NumPy and Python is left as it was.
+
+    Args:
+        dataset: map-style.
+        collate: of the loader.
+        indices: of the batch's examples, in order.
+        batch: what the loader made of them.
+
+    Returns:
+        Whether the width of the padding depends on the other examples of a batch.
+
+    Raises:
+        IsolationError: an example's rows change with the others.
+    """
+    n = len(indices)
+    if n < 2:
+        return False
+    # Two choices: what joins neighbours may leave the company of an example as it was in one of them.
+    parts = [list(range(n // 2)), list(range(n))] if n <= _MOST else [
+        list(range(_MOST)), sorted({0, n // 3, 2 * n // 3, n - 1})]
+    found = [_compare_part(dataset, collate, indices, batch, part) for part in parts]
+    return any(found)
+
+
+def _compare_part(
+    dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int], batch: Any, part: list[int]
+) -> bool:
+    some, n, m = [indices[place] for place in part], len(indices), len(part)
+
+    def collated(seed: int, chosen: list[int]) -> Any:
+        with _seeded(seed):
+            return collate(_fetched(dataset, chosen))
+
+    found = collated(0, some)
+    if not _same(found, collated(0, some), m):
+        return False  # it draws from a generator of its own: nothing can be compared
+    if _same(found, collated(1, some), m):
+        return _compare(batch, found, list(zip(part, range(m), strict=True)), n, m)
+    # At random: the first example in two companies of one size. What a seed mixes it with may be itself, so several.
+    others = [index for index in indices if index != some[0]] * _MOST
+    alone, company = [some[0]] * _MOST, [some[0], *others[: _MOST - 1]]
+    return any([
+        _compare(collated(seed, alone), collated(seed, company), [(0, 0)], _MOST, _MOST, widths_count=False)
+        for seed in range(_SEEDS)])
+
+
+def _fetched(dataset: Any, indices: Sequence[int]) -> Any:
+    many = getattr(dataset, "__getitems__", None)
+    return many(list(indices)) if callable(many) else [dataset[index] for index in indices]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _leaves(batch: Any) -> list[tuple[str, Any]]:
+    plain = dict(batch) if hasattr(batch, "keys") else batch
+    return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(plain)[0]]
+
+
+def _by_example(batch: Any, n: int) -> dict[str, Tensor]:
+    return {name: leaf for name, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == n}
+
+
+def _same(left: Any, right: Any, n: int) -> bool:
+    a, b = _by_example(left, n), _by_example(right, n)
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and _equal(a[name], b[name]) for name in a)
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    right = right.to(left.device)
+    if not left.is_floating_point():
+        return torch.equal(left, right)
+    return torch.allclose(left, right.to(left.dtype), rtol=_RELATIVE, atol=0, equal_nan=True)
+
+
+def _compare(
+    whole: Any, part: Any, places: list[tuple[int, int]], n: int, m: int, *, widths_count: bool = True
+) -> bool:
+    """Whether widths differ; raises where rows do."""
+    varies, others = False, _by_example(part, m)
+    for name, left in _by_example(whole, n).items():
+        right = others.get(name)
+        if right is None or right.dim() != left.dim():
+            continue
+        if right.shape[1:] != left.shape[1:]:
+            varies = True
+            if not widths_count:
+                continue  # masks that were drawn for another width are others
+        for i, j in places:
+            if not _padded_alike(left[i], right[j]):
+                raise IsolationError(
+                    f"The collate function joins examples: an example's rows in {name or 'the batch'} change with the "
+                    "others in its batch (mixup, or a statistic of the batch). Change each example by itself, in the "
+                    "data set, and leave the collate function to stack and pad.")
+    return varies
+
+
+def _padded_alike(left: Tensor, right: Tensor) -> bool:
+    """Equal where both have values, at the start or the end, and one value in all that one has more."""
+    if left.shape == right.shape:
+        return _equal(left, right)
+    smaller = [min(a, b) for a, b in zip(left.shape, right.shape, strict=True)]
+    for at_end in (False, True):
+        cut = tuple(slice(-size, None) if at_end and size else slice(0, size) for size in smaller)
+        if _equal(left[cut], right[cut]) and all(_is_padding(tensor, cut) for tensor in (left, right)):
+            return True
+    return False
+
+
+def _is_padding(tensor: Tensor, cut: tuple[slice, ...]) -> bool:
+    rest = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
+    rest[cut] = False
+    values = tensor[rest]
+    return not values.numel() or bool((values == values[0]).all())

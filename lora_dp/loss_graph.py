@@ -1,0 +1,284 @@
+"""How a loss joins the examples of a batch, read off its autograd graph at every backward.
+
+A loss computed outside the model cannot be run again on other examples, but its graph from the model's outputs to the
+scalar is at hand. It must be a sum of terms, each a constant times a plain mean or sum over the examples. A mean that
+leaves out some (ignored labels), or weighs by what the batch holds, divides each example's gradient by something of
+the others, which no clipping bounds. What is not understood is refused, never taken on trust.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+LossReduction = Literal["mean", "sum"]
+_MEAN, _SUM = 1, 2  # torch's numbers for the reductions of its losses
+# Nodes through which a number passes as it is.
+_PASSED = ("MeanBackward", "SumBackward", "ToCopyBackward", "CloneBackward", "AliasBackward", "ViewBackward",
+           "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "ExpandBackward")
+_RELATIVE = 1e-6
+
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF_TOLERANCE = 2e-2
+
+
+class IsolationError(RuntimeError):
+    """An example's rows, outputs or gradients depend on other examples of its batch."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Up to which share of the largest value two values of this dtype are taken for the same."""
+    return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+
+
+class UnknownLoss(ValueError):
+    """The graph does not tell how the loss joins the examples."""
+
+
+class MixingLoss(UnknownLoss):
+    """The graph tells that the loss does not keep the examples apart."""
+
+
+class Term(NamedTuple):
+    """One term of a loss: ``factor`` times the sum of ``elements`` numbers.
+
+    Attributes:
+        kind: "outside" for a reduction outside the model, "own" for a scalar that the model returned.
+        elements: how many numbers the reduction joins; 1 for a scalar of the model's.
+        reduction: the kind of joining, for a mean divided by ``elements`` already.
+        factor: product of the constants by which the term is multiplied.
+        joined: where the numbers that are joined come from, to look for examples that meet in them.
+        own: which of the model's outputs it is.
+    """
+
+    kind: Literal["outside", "own"]
+    elements: int
+    reduction: LossReduction
+    factor: float
+    joined: GradientEdge | None = None
+    own: int = -1
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The tensors that a model returned, by the nodes of the graph that made them."""
+
+    tensors: tuple[Tensor, ...]
+    places: Mapping[tuple[Node, int], int]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Outputs":
+        kept = tuple(tensor for tensor in tensors if tensor.grad_fn is not None)
+        return cls(kept, {(t.grad_fn, t.output_nr): place for place, t in enumerate(kept)})  # type: ignore[misc]
+
+    def below(self, node: Node | None, number: int, known: dict[Node, bool]) -> bool:
+        """Whether the graph under this edge contains one of them."""
+        if node is None:
+            return False
+        if (node, number) in self.places:
+            return True
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in known:
+                stack.pop()
+                continue
+            children = [(n, k) for n, k in top.next_functions if n is not None]
+            open_ = [n for n, k in children if (n, k) not in self.places and n not in known]
+            if open_:
+                stack.extend(open_)
+                continue
+            known[top] = any((n, k) in self.places or known[n] for n, k in children)
+            stack.pop()
+        return known[node]
+
+
+def terms(loss: Tensor, n: int, outputs: Outputs) -> list[Term]:
+    """The terms of a scalar loss over ``n`` examples that depend on the model's outputs; empty if none does.
+
+    Raises:
+        UnknownLoss: it is no sum of constants times means and sums over numbers.
+    """
+    known: dict[Node, bool] = {}
+    if loss.grad_fn is None or not outputs.below(loss.grad_fn, loss.output_nr, known):
+        return []
+    return list(_terms(loss.grad_fn, loss.output_nr, 1.0, n, outputs, known))
+
+
+def _terms(
+    node: Node, number: int, factor: float, n: int, outputs: Outputs, known: dict[Node, bool]
+) -> Iterator[Term]:
+    # A loop over what only passes on, so that long sums of Python's do not exhaust the stack.
+    pending = [(node, number, factor)]
+    while pending:
+        node, number, factor = pending.pop()
+        if (place := outputs.places.get((node, number))) is not None:
+            if outputs.tensors[place].numel() != 1:
+                raise UnknownLoss(_where(node))
+            yield Term("own", 1, "sum", factor, own=place)
+            continue
+        children = [(c, k) for c, k in node.next_functions if c is not None and outputs.below(c, k, known)]
+        if (joined := _joined(node, factor, n, children)) is not None:
+            yield joined
+        else:
+            pending += [(c, k, factor * share) for (c, k), share in zip(children, _shares(node, children), strict=True)]
+
+
+def _kind(node: Node) -> str:
+    return node.name().rpartition("::")[2].rstrip("0123456789")
+
+
+def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]]) -> Term | None:
+    """The term of a node that joins numbers, None for a node of another kind."""
+    kind, saved = _kind(node), _Saved(node)
+    if kind in ("MeanBackward", "SumBackward"):
+        elements = math.prod(saved.get("self_sym_sizes"))
+        if elements == 1 and n > 1:
+            return None
+        if math.prod(node._input_metadata[0].shape) != 1:
+            return _unknown(node)
+        how: LossReduction = "mean" if kind == "MeanBackward" else "sum"
+        return Term("outside", elements, how, factor, GradientEdge(*children[0]))
+    reduction = saved.get("reduction")
+    if not isinstance(reduction, int) or reduction not in (_MEAN, _SUM) or len(children) != 1:
+        return None
+    rows = saved.get("target") if kind.startswith("NllLoss") else saved.get("self")
+    if not isinstance(rows, Tensor):
+        return _unknown(node)
+    if reduction == _MEAN and kind.startswith("NllLoss"):
+        if saved.get("weight") is not None:
+            raise MixingLoss("a mean weighted by classes, whose divisor is the weight of the batch's labels")
+        if float(saved.get("total_weight")) != rows.numel():
+            raise MixingLoss("a mean over the labels that are not ignored, whose number is the batch's")
+    return Term(
+        "outside", rows.numel(), "mean" if reduction == _MEAN else "sum", factor, GradientEdge(*children[0]))
+
+
+def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
+    """By what each child's number is multiplied in this node, which must be linear in them."""
+    kind, saved = _kind(node), _Saved(node)
+    if kind in ("AddBackward", "SubBackward") and _size(children) == 1:
+        alpha = float(saved.get("alpha") or 1)
+        slots = [place for place, (n, k) in enumerate(node.next_functions) if (n, k) in children]
+        sign = -1.0 if kind == "SubBackward" else 1.0
+        return [1.0 if place == 0 else sign * alpha for place in slots]
+    if kind == "NegBackward":
+        return [-1.0]
+    if kind in ("MulBackward", "DivBackward") and len(children) == 1 and node.next_functions[0] == children[0]:
+        other = saved.get("other")
+        value = other if isinstance(other, float | int) else (
+            float(other) if isinstance(other, Tensor) and other.numel() == 1 else None)
+        if value:
+            return [float(value) if kind == "MulBackward" else 1 / float(value)]
+    if kind == "MulBackward" and len(children) == 1:  # constant · number
+        value = saved.get("self")
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return [float(value)]
+    if kind in _PASSED and len(children) == 1:
+        return [1.0]
+    return _unknown(node)
+
+
+def _size(children: list[tuple[Node, int]]) -> int:
+    """How many numbers each of these edges carries, 0 where that cannot be told or they differ."""
+    sizes = {math.prod(node._input_metadata[number].shape) for node, number in children}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+class _Saved:
+    """What a node of the graph has kept."""
+
+    def __init__(self, node: Node):
+        self._node = node
+
+    def get(self, name: str) -> Any:
+        try:
+            return getattr(self._node, f"_saved_{name}", None)
+        except RuntimeError as error:  # freed by an earlier backward
+            raise UnknownLoss("a graph that a backward has used up") from error
+
+
+def _where(node: Node) -> str:
+    return f"the operation {_kind(node).removesuffix('Backward')!r}"
+
+
+def _unknown(node: Node) -> Any:
+    raise UnknownLoss(_where(node))
+
+
+def weight(term: Term, n: int, claimed: LossReduction) -> float:
+    """By what an example's term is multiplied beyond what is claimed: 1 for a mean declared as a mean.
+
+    Raises:
+        UnknownLoss: it joins a number of numbers that is no multiple of N.
+    """
+    if term.kind == "own":
+        return term.factor
+    if term.elements % n:
+        raise UnknownLoss(f"it joins {term.elements} numbers in a batch of {n} examples")
+    found = term.factor / term.elements if term.reduction == "mean" else term.factor
+    return found * n if claimed == "mean" else found
+
+
+def is_plain(term: Term, value: float, n: int, claimed: LossReduction) -> bool:
+    """Whether the term joins the examples as claimed, by its own reduction or by a division that can only mean that.
+
+    A mean where a mean is claimed may carry any constant. A sum divided by hand must be divided by N (times a whole
+    number, such as an example's size or a number of micro-batches): 1 / 76 in a batch of 8 is a count of something. A
+    mean where a sum is claimed must have been multiplied by N.
+    """
+    if term.kind == "own" or n == 1:
+        return True
+    if term.reduction == claimed:
+        undone = n if claimed == "mean" else 1 / n
+        return not math.isclose(abs(term.factor), undone, rel_tol=_RELATIVE)
+    inverse = 1 / abs(value) if value else math.inf
+    if not inverse < math.inf or round(inverse) < 1 or not math.isclose(inverse, round(inverse), rel_tol=_RELATIVE):
+        return False
+    return claimed == "mean" or round(inverse) % n != 0
+
+
+def scalar_factor(losses: Tensor, outputs: Outputs) -> float:
+    """Product of the single numbers by which a vector of losses was multiplied or divided on its way."""
+    known: dict[Node, bool] = {}
+    node, number, factor = losses.grad_fn, losses.output_nr, 1.0
+    while node is not None and (node, number) not in outputs.places:
+        children = [(n, k) for n, k in node.next_functions if n is not None and outputs.below(n, k, known)]
+        if len(children) != 1:
+            break
+        if _kind(node) in ("MulBackward", "DivBackward"):
+            with contextlib.suppress(UnknownLoss):  # by a vector, an entry for each example
+                factor *= _shares(node, children)[0]
+        node, number = children[0]
+    return factor
+
+
+def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
+    """Whether example i's share of the joined numbers depends on the model's outputs for other examples.
+
+    A backward from these numbers to the outputs, no further; it frees nothing.
+    """
+    metadata = joined.node._input_metadata[joined.output_nr]
+    shape = tuple(metadata.shape)
+    if not shape or math.prod(shape) % n:
+        return False
+    direction = torch.zeros(n, math.prod(shape) // n, dtype=metadata.dtype, device=metadata.device)
+    direction[i] = 1
+    rows = [t for t in outputs.tensors if t.dim() and t.shape[0] == n]
+    if not rows:
+        return False
+    gradients = torch.autograd.grad(
+        [joined], rows, [direction.view(shape)], retain_graph=True, allow_unused=True)
+    for gradient in gradients:
+        if gradient is not None:
+            own = gradient.reshape(n, -1).abs().nan_to_num().amax(1)
+            others = torch.cat([own[:i], own[i + 1 :]]).max()
+            if bool(others > tolerance(own.dtype) * own[i].clamp(min=torch.finfo(own.dtype).tiny)):
+                return True
+    return False

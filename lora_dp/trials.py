@@ -1,0 +1,187 @@
+"""Trial passes of a model, watched: what its layers and its loss do, with everything left as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_dp.coverage import recorder_of
+from lora_dp.layers import PrivateModule
+from lora_dp.still import Still
+
+SEED = 20260219
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class Trace:
+    """One forward pass: outputs of every leaf and private module in order, and the means to get their gradients.
+
+    Attributes:
+        outputs: name, module and output of each, in order.
+        result: what the model returned.
+        losses: the loss or losses: the criterion's, or the scalars that the model returned.
+        buffers: copies of the model's, after the pass.
+        random: whether the pass drew random numbers.
+    """
+
+    def __init__(self, model: nn.Module, still: bool):
+        self.model, self.still = model, still
+        self.outputs: list[tuple[str, nn.Module, Tensor]] = []
+        self.gradients: dict[str, list[Tensor]] = {}
+        self.result: Any = None
+        self.losses: list[Tensor] = []
+        self.buffers: dict[str, Tensor] = {}
+        self.random = False
+        self._tensor_hooks: list[Any] = []
+
+    def close(self) -> None:
+        """Take the hooks off the tensors: through the autograd graph they would keep the trace and the model alive."""
+        for handle in self._tensor_hooks:
+            handle.remove()
+        self._tensor_hooks.clear()
+
+    def private(self) -> list[tuple[str, Tensor]]:
+        return [(name, output) for name, module, output in self.outputs if is_trained(module)]
+
+    def by_example(self, n: int) -> list[Tensor]:
+        """The outputs of the model that hold one entry for each example."""
+        return [leaf for leaf in pytree.tree_leaves(plain(self.result))
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0 and leaf.shape[0] == n]
+
+    @contextmanager
+    def hooks(self, keep_outputs: bool) -> Iterator[None]:
+        """Watch modules; also during backward, in which reentrant checkpoints run their modules once more."""
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def watch(module: nn.Module, _: Any, output: Any) -> None:
+                if not isinstance(output, Tensor):
+                    return
+                if keep_outputs:
+                    self.outputs.append((name, module, output))
+                if output.requires_grad and is_trained(module):
+                    self._tensor_hooks.append(output.register_hook(
+                        lambda gradient: self.gradients.setdefault(name, []).append(gradient)))
+            return watch
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules()
+                   if name and (isinstance(module, PrivateModule) or not any(True for _ in module.children()))]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def backward(self, scalar: Tensor) -> dict[str, list[Tensor]]:
+        """Gradients of ``scalar`` at the outputs of the trained layers, by name; the parameters' are left alone."""
+        before = [(p, p.grad) for p in self.model.parameters()]
+        for parameter, _ in before:
+            parameter.grad = None
+        self.gradients = {}
+        try:
+            # Not torch.autograd.grad: reentrant checkpoints allow only backward().
+            with self.hooks(keep_outputs=False), undisturbed(self.model), _chance(self.still):
+                scalar.backward(retain_graph=True)
+        finally:
+            for parameter, gradient in before:
+                parameter.grad = gradient
+        return self.gradients
+
+
+def is_trained(module: nn.Module) -> bool:
+    return isinstance(module, PrivateModule) and bool(module.private_parameters())
+
+
+def plain(result: Any) -> Any:
+    """A model's result as torch's trees know it."""
+    return dict(result) if isinstance(result, dict) else result
+
+
+def scalars(result: Any) -> list[Tensor]:
+    """The single numbers with a gradient among a model's outputs: its own losses."""
+    return [leaf for leaf in pytree.tree_leaves(plain(result))
+            if isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.requires_grad]
+
+
+class Trials:
+    """Runs a model on one batch after another; within its context the model records nothing.
+
+    Args:
+        model: in the mode in which it is to be trained.
+        criterion: loss(model output, targets), a scalar or one number for each example; None for the model's own.
+    """
+
+    def __init__(self, model: nn.Module, criterion: LossFunction | None):
+        self._model, self._criterion = model, criterion
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Trials":
+        # Suspended to the end: checkpointed modules run forward again inside the gradients.
+        self._open.enter_context(_suspended(self._model))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def run(self, call: tuple[Any, dict[str, Any], Any], *, still: bool = False) -> Trace:
+        """One forward pass on (args, kwargs, targets); ``still`` for one in which nothing is drawn at random."""
+        args, kwargs, targets = call
+        trace = Trace(self._model, still)
+        self._open.callback(trace.close)
+        with trace.hooks(keep_outputs=True), undisturbed(self._model), torch.enable_grad(), _chance(still):
+            before = _generators(self._model)
+            # forward itself, not __call__: the hooks on the whole model are the engine's.
+            trace.result = self._model.forward(*args, **kwargs)
+            if self._criterion is None:
+                trace.losses = scalars(trace.result)
+            else:
+                trace.losses = [self._criterion(trace.result, targets)]
+            trace.random = any(not torch.equal(a, b) for a, b in zip(before, _generators(self._model), strict=True))
+            trace.buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        return trace
+
+
+def _chance(still: bool) -> AbstractContextManager[Any]:
+    return Still() if still else nullcontext()
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _generators(model: nn.Module) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
+
+
+@contextmanager
+def _suspended(model: nn.Module) -> Iterator[None]:
+    recorder = recorder_of(model)
+    if recorder is None:
+        yield
+        return
+    before, recorder.suspended = recorder.suspended, True
+    try:
+        yield
+    finally:
+        recorder.suspended = before
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Random numbers and buffers are afterwards as they were before."""
+    # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
+    owned = [(module._buffers, name, buffer) for module in model.modules()
+             for name, buffer in module._buffers.items() if buffer is not None]
+    copies: dict[int, Tensor] = {}
+    for owner, name, buffer in owned:
+        owner[name] = copies.setdefault(id(buffer), buffer.clone())
+    try:
+        with torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        for owner, name, buffer in owned:
+            owner[name] = buffer

@@ -1,0 +1,213 @@
+"""Collate functions: what joins the examples of a batch is refused, what stacks and pads them is taken."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lora_dp import IsolationError, PrivacyEngine
+from lora_dp.collation import check_collation
+from tests.models import assert_refuses, examples, mlp, private_run
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Texts(Dataset[Tensor]):
+    """Sequences of 3 to 9 numbers above 0."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.arange(1, 4 + index % 7) + index
+
+
+def stacked(items: list[Any]) -> Tensor:
+    return torch.stack([item[0] for item in items])
+
+
+def mixup(items: list[Any]) -> Tensor:
+    x = stacked(items)
+    return 0.5 * x + 0.5 * x.roll(1, 0)
+
+
+def random_mixup(items: list[Any]) -> Tensor:
+    x, share = stacked(items), np.random.beta(1, 1)
+    return share * x + (1 - share) * x[torch.randperm(len(x))]
+
+
+def centred(items: list[Any]) -> Tensor:
+    x = stacked(items)
+    return x - x.mean(0)
+
+
+def noisy(items: list[Any]) -> Tensor:
+    x = stacked(items)
+    return x + 0.1 * torch.randn(x.shape)
+
+
+def padded(items: list[Any]) -> dict[str, Tensor]:
+    ids = pad_sequence(items, True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def padded_left(items: list[Any]) -> dict[str, Tensor]:
+    return {name: tensor.flip(1) for name, tensor in padded([item.flip(0) for item in items]).items()}
+
+
+def masked(items: list[Any]) -> dict[str, Tensor]:
+    """As for masked language models: a draw for each token, labels −100 elsewhere."""
+    batch = padded(items)
+    chosen = torch.bernoulli(torch.full(batch["input_ids"].shape, 0.3)).bool()
+    labels = torch.where(chosen, batch["input_ids"], -100)
+    return {**batch, "input_ids": batch["input_ids"].masked_fill(chosen, 1), "labels": labels}
+
+
+def check(dataset: Dataset[Any], collate: Collate, n: int = 8) -> bool:
+    indices = list(range(n))
+    return check_collation(dataset, collate, indices, collate([dataset[i] for i in indices]))
+
+
+def numbers() -> Dataset[Any]:
+    return TensorDataset(examples(24)[0])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("collate", [mixup, random_mixup, centred])
+def test_what_joins_examples_is_refused(collate, n):
+    with pytest.raises(IsolationError, match="collate function joins examples"):
+        check(numbers(), collate, n)
+
+
+def test_one_unusual_example_among_equal_ones_is_enough():
+    """In a batch of equal examples mixing them shows nowhere else."""
+    x = torch.zeros(21, 8)
+    x[:, 0] = 1
+    x[-1, 0] = -1e6
+    with pytest.raises(IsolationError, match="collate function joins examples"):
+        check(TensorDataset(x), mixup, 21)
+
+
+@pytest.mark.parametrize("collate", [stacked, noisy])
+def test_what_stacks_is_taken(collate):
+    assert not check(numbers(), collate)
+
+
+@pytest.mark.parametrize("collate", [padded, padded_left])
+def test_what_pads_is_taken_and_its_width_noticed(collate):
+    assert check(Texts(), collate)
+    assert not check(Texts(), lambda items: {"x": torch.stack([item[:3] for item in items])})
+
+
+def test_random_masks_are_taken():
+    """Widths differ, and with them the masks: of one width they are compared."""
+    assert check(Texts(), masked)
+    assert not check(numbers(), lambda items: masked([(item[0] * 9).long().abs() + 1 for item in items]))
+
+
+def test_a_loader_that_mixes_is_refused_before_anything_is_released():
+    engine = PrivacyEngine("rdp", reproducible_seed=0)
+    model = mlp()
+    loader = DataLoader(numbers(), batch_size=8, collate_fn=mixup)
+    _, optimizer, batches = engine.make_private(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader, noise_multiplier=1.0,
+        max_grad_norm=1.0)
+    assert_refuses(IsolationError, "collate function joins examples", lambda: next(iter(batches)))
+    assert engine.ledger.steps == 0
+
+
+def test_later_batches_are_tried_in_secret(monkeypatch):
+    """A collate function that begins to mix after the first batches."""
+    import lora_dp.sampling
+
+    calls = []
+
+    def later(items: list[Any]) -> Tensor:
+        calls.append(len(items))
+        return mixup(items) if len(calls) > 12 else stacked(items)
+
+    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: len(calls) > 14)
+    model = mlp()
+    _, optimizer, batches = PrivacyEngine("rdp", reproducible_seed=0).make_private(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(numbers(), batch_size=8, collate_fn=later), noise_multiplier=1.0, max_grad_norm=1.0)
+
+    def run() -> None:
+        for x in batches.take(20):
+            optimizer.backward(model(x).square().sum(1))
+            optimizer.step()
+
+    assert_refuses(IsolationError, "collate function joins examples", run)
+
+
+def test_the_trial_leaves_random_numbers_alone():
+    dataset = numbers()
+    batch = noisy([dataset[i] for i in range(8)])
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    check_collation(dataset, noisy, range(8), batch)
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+
+
+def test_about_one_later_batch_in_five_hundred_is_tried():
+    from lora_dp.collation import drawn_for_test
+
+    # Binomial: 100,000 draws at 1/500 lie within 5.5 deviations but for a probability of 4e-8.
+    assert abs(sum(drawn_for_test() for _ in range(100_000)) - 200) < 5.5 * 200**0.5
+
+
+# Batches that are drawn and never stepped
+
+
+def test_a_batch_that_is_skipped_is_noticed():
+    model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    batches = iter(loader)
+    x, y = next(batches)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    next(batches)  # looked at, and left out
+    assert_refuses(RuntimeError, "was never stepped", lambda: next(batches))
+
+
+def test_the_last_batch_is_noticed_too():
+    model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+
+    def skip_all() -> None:
+        for _ in loader.take(1):
+            pass
+
+    assert_refuses(RuntimeError, "was never stepped", skip_all)
+
+
+def test_a_new_iteration_does_not_forget_a_skipped_batch():
+    model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    for number, (x, y) in enumerate(loader):
+        if number == 1:
+            break
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert_refuses(RuntimeError, "was never stepped", lambda: next(iter(loader)))
+
+
+def test_looking_at_a_batch_before_training_is_no_skip():
+    model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    next(iter(loader))
+    for x, y in loader.take(2):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.ledger.steps == 2
+
+
+def test_noise_alone_may_stand_for_a_batch():
+    model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    for number, (x, y) in enumerate(loader.take(3)):
+        if number == 1:
+            optimizer.step_on_empty_batch()
+            continue
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.ledger.steps == 3

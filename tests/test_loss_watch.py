@@ -1,0 +1,294 @@
+"""Losses that a backward comes from: what keeps the examples apart is taken, what joins them is refused."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_dp import DPLinear, IsolationError, PrivacyEngine
+from tests.models import assert_refuses, examples, flat, mlp, take_step
+from tests.support import assert_close, brute_force, clip_and_sum, make_private, private_gradients
+
+OutsideLoss = Callable[[Tensor, Tensor], Tensor]
+N = 6
+
+
+def step(loss: OutsideLoss, *, reduction: str = "mean", n: int = N, optimizer=None, model=None):
+    """One private step, without noise, with a loss outside the model; the optimizer, to go on with."""
+    model = model or mlp()
+    optimizer = optimizer or make_private(model, batch_size=N, max_grad_norm=0.3, loss_reduction=reduction)
+    x, y = examples(n)
+    optimizer.expect_batch(n)
+    loss(model(x), y).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def weighted(out: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(out, y, weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
+def ignoring(out: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(out, torch.where(y == y[0], y, torch.full_like(y, -100)))
+
+
+def contrastive(out: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(out @ out.t(), torch.arange(len(out)))
+
+
+def soft(y: Tensor) -> Tensor:
+    return F.one_hot(y, 3).float() * 0.8 + 0.2 / 3
+
+
+MEANS: dict[str, OutsideLoss] = {
+    "cross entropy": F.cross_entropy,
+    "smoothed": lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1),
+    "probabilities": lambda out, y: F.cross_entropy(out, soft(y)),
+    "mean of a vector": lambda out, y: F.cross_entropy(out, y, reduction="none").mean(),
+    "sum by hand": lambda out, y: F.cross_entropy(out, y, reduction="sum") / len(y),
+    "focal": lambda out, y: (1 - (-F.cross_entropy(out, y, reduction="none")).exp()).square().mean(),
+    "squares over outputs": lambda out, y: F.mse_loss(out, soft(y)),
+    "binary": lambda out, y: F.binary_cross_entropy_with_logits(out, soft(y)),
+    "absolute": lambda out, y: F.l1_loss(out, soft(y)),
+    "Huber": lambda out, y: F.smooth_l1_loss(out, soft(y)),
+    "divergence": lambda out, y: F.kl_div(out.log_softmax(1), soft(y), reduction="batchmean"),
+    "two terms": lambda out, y: 0.7 * F.cross_entropy(out, y) + 0.3 * out.square().mean(),
+    "half of it": lambda out, y: F.cross_entropy(out, y) / 2,
+    "margin": lambda out, y: F.multi_margin_loss(out, y),
+}
+SUMS: dict[str, OutsideLoss] = {
+    "cross entropy": lambda out, y: F.cross_entropy(out, y, reduction="sum"),
+    "weighted": lambda out, y: F.cross_entropy(out, y, weight=torch.tensor([1.0, 2.0, 3.0]).to(out), reduction="sum"),
+    "ignoring": lambda out, y: F.cross_entropy(out, torch.where(y == 0, -100, y), reduction="sum"),
+    "over all dimensions": lambda out, y: out.square().sum((0, 1)),
+    "mean times N": lambda out, y: F.cross_entropy(out, y) * len(y),
+}
+
+
+def check_taken(loss: OutsideLoss, reduction: str) -> None:
+    """The step is that of the examples' own gradients, which a batch of one has."""
+    model, _ = step(loss, reduction=reduction)
+    (x, y), reference = examples(N), mlp()
+    names = {name for name, p in reference.named_parameters() if p.requires_grad}
+    gradients = brute_force(
+        reference, lambda m, example: loss(m(example[0].double()), example[1]),
+        [(x[i : i + 1], y[i : i + 1]) for i in range(N)], names)
+    assert_close(flat(private_gradients(model)) * N, flat(clip_and_sum(gradients, "flat", 0.3, str)))
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_are_taken_for_what_they_are(name):
+    check_taken(MEANS[name], "mean")
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_taken_for_what_they_are(name):
+    check_taken(SUMS[name], "sum")
+
+
+@pytest.mark.parametrize(("words", "reduction", "loss"), [
+    ("declared a mean", "mean", SUMS["cross entropy"]),
+    ("declared a mean", "mean", SUMS["mean times N"]),
+    ("declared a mean", "mean", lambda out, y: out.square().sum() / 19),
+    ("declared a sum", "sum", MEANS["cross entropy"]),
+    ("declared a sum", "sum", MEANS["squares over outputs"]),
+    ("declared a sum", "sum", MEANS["sum by hand"]),
+    ("weighted by classes", "mean", weighted),
+    ("the labels that are not ignored", "mean", ignoring),
+    ("depends on the model's outputs for others", "mean", contrastive),
+    ("depends on the model's outputs for others", "sum", lambda out, y: contrastive(out, y) * len(y)),
+    ("'Max'", "mean", lambda out, y: out.max()),
+    ("'LinalgVectorNorm'", "mean", lambda out, y: out.norm()),
+    ("joins 3 numbers in a batch of 6", "mean", lambda out, y: out.mean(0).square().sum()),
+])
+def test_losses_that_join_examples_are_refused(words, reduction, loss):
+    with pytest.raises(IsolationError, match=words):
+        step(loss, reduction=reduction)
+
+
+def test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one():
+    """Of one batch alone it might be a constant."""
+    counts = iter((12, 13))
+    model, optimizer = step(loss := lambda out, y: F.cross_entropy(out, y) * 6 / next(counts))
+    before = optimizer.ledger.steps
+    with pytest.raises(IsolationError, match="weighs an example by 0.461538, that of an earlier one by 0.5"):
+        step(loss, model=model, optimizer=optimizer, n=5)
+    assert optimizer.ledger.steps == before
+
+
+def test_a_public_constant_may_stay():
+    model, optimizer = step(loss := lambda out, y: 0.3 * F.cross_entropy(out, y))
+    step(loss, model=model, optimizer=optimizer, n=5)
+    assert optimizer.ledger.steps == 2
+
+
+def test_a_mean_over_tokens_of_a_batch_of_another_width_is_refused():
+    model = nn.Sequential(DPLinear(6, 3)).train()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    model(torch.randn(4, 5, 6)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(IsolationError, match="weighs an example"):
+        model(torch.randn(4, 7, 6)).square().mean().backward()
+
+
+def test_a_loss_that_passes_by_the_outputs_is_refused():
+    """From a hook's features the reduction cannot be followed to the examples."""
+    model, kept = mlp(), []
+    model[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    model(examples(4)[0])
+    kept[-1].sum().backward()
+    assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
+    assert optimizer.ledger.steps == 0
+
+
+def test_a_vector_with_weights_is_refused():
+    model = mlp()
+    make_private(model, batch_size=4)
+    x, y = examples(4)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    with pytest.raises(IsolationError, match="optimizer.backward"):
+        losses.backward(torch.ones(4))
+
+
+def test_other_models_are_none_of_our_business():
+    model, other = mlp(), nn.Linear(6, 3)
+    make_private(model, batch_size=4)
+    x, _ = examples(4)
+    model(x)
+    other(x).max().backward()
+    assert other.weight.grad is not None
+
+
+def test_an_unknown_graph_is_taken_once_the_criterion_was_tested():
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value / 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g / 2
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        return Half.apply(F.cross_entropy(out, y))
+
+    engine, model, batch = PrivacyEngine("rdp", reproducible_seed=0), mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4, engine=engine)
+    with pytest.raises(IsolationError, match="the operation 'Half"):
+        criterion(model(batch[0]), batch[1]).backward()
+    optimizer.zero_grad()
+    engine.check_isolation(model, batch, criterion)
+    take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]), b[1]))
+    assert optimizer.ledger.steps == 1
+
+
+# One loss for each example
+
+
+@pytest.mark.parametrize("declared", ["mean", "sum"])
+@pytest.mark.parametrize("n", [1, N])
+def test_a_vector_needs_no_reduction(declared, n):
+    model, reference, (x, y) = mlp(), mlp(), examples(n)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=0.3, loss_reduction=declared)
+    optimizer.expect_batch(n)
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    optimizer.step()
+    expected = take_step(reference, make_private(reference, batch_size=N, max_grad_norm=0.3), (x, y))
+    assert_close(flat(private_gradients(model)) * N, flat(expected), 1e-6)
+
+
+def test_a_public_weight_multiplies_every_loss():
+    model, reference, (x, y) = mlp(), mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=1e6)
+    for weight in (0.5, 0.25):  # a schedule
+        optimizer.expect_batch(N)
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"), weight=weight)
+        optimizer.step()
+        model.load_state_dict(reference.state_dict())
+        expected = take_step(mine := mlp(), make_private(mine, batch_size=N, max_grad_norm=1e6), (x, y))
+        assert_close(flat(private_gradients(model)) * N, weight * flat(expected), 1e-5)
+
+
+@pytest.mark.parametrize(("words", "losses"), [
+    ("divided by the number of examples, 6", lambda out, y: F.cross_entropy(out, y, reduction="none") / 6),
+    ("depends on the model's outputs for others", lambda out, y: (out - out.mean(0)).square().sum(1)),
+    ("depends on the model's outputs for others", lambda out, y: F.cross_entropy(
+        out @ out.t(), torch.arange(len(out)), reduction="none")),
+])
+def test_a_vector_that_joins_examples_is_refused(words, losses):
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(x), y)))
+
+
+def test_a_vector_divided_by_a_count_is_refused_in_the_next_batch():
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    for count in (31, 31):
+        optimizer.expect_batch(N)
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none") / count)
+        optimizer.step()
+    losses = F.cross_entropy(model(x), y, reduction="none") / 29
+    assert_refuses(IsolationError, "multiplied by 0.0344828", lambda: optimizer.backward(losses))
+
+
+@pytest.mark.parametrize(("words", "losses"), [
+    ("shape (6,), got ()", lambda out, y: F.cross_entropy(out, y)),
+    ("shape (6,), got (6, 3)", lambda out, y: out),
+    ("shape (6,), got float", lambda out, y: 0.5),
+    ("do not depend on what the model returned", lambda out, y: torch.ones(N, requires_grad=True) * 2),
+    ("do not depend on what the model returned", lambda out, y: torch.ones(N))])
+def test_what_is_no_vector_of_losses_is_refused(words, losses):
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    assert_refuses(ValueError, words, lambda: optimizer.backward(losses(model(x), y)))
+
+
+def test_a_vector_needs_a_forward_before():
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+    assert_refuses(RuntimeError, "needs a training forward", lambda: optimizer.backward(torch.ones(N)))
+
+
+def test_micro_batches_of_vectors_equal_one_batch():
+    released = []
+    for parts in ((N,), (1, 5), (4, 2)):
+        model, (x, y) = mlp(), examples(N)
+        optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
+        optimizer.expect_batch(N)
+        for number, (some, labels) in enumerate(zip(x.split(parts), y.split(parts), strict=True)):
+            optimizer.backward(F.cross_entropy(model(some), labels, reduction="none"))
+            optimizer.signal_skip_step(number < len(parts) - 1)
+            optimizer.step()
+        released.append(flat(private_gradients(model)))
+    for other in released[1:]:
+        assert_close(other, released[0], 1e-6)
+
+
+def test_a_graph_is_not_kept_after_the_step():
+    """What the watch holds of the outputs goes with the pass."""
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    take_step(model, optimizer, (x, y))
+    assert optimizer.recorder.losses._outputs is None
+
+
+def test_the_deepest_graph_does_not_exhaust_the_stack():
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    out = model(x)
+    for _ in range(5000):
+        out = out + 0.0
+    optimizer.expect_batch(N)
+    total = F.cross_entropy(out, y)
+    for _ in range(5000):
+        total = total + 0.0
+    total.backward()
+    optimizer.step()
+    assert optimizer.ledger.steps == 1 and math.isfinite(float(total))
