@@ -1,0 +1,343 @@
+"""Trials of a model's own batches: other numbers of examples, other padding, other structures, numbers as arguments."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lora_dp.passes
+from lora_dp import DPLinear, IsolationError, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.batch_parts import chosen, narrowed, structure
+from tests.models import assert_refuses, examples, mlp, take_step
+from tests.support import make_private
+
+VOCABULARY, LONGEST = 40, 12
+
+
+class Pooling(nn.Module):
+    """Token ids to three classes by a mean over positions: over tokens alone, or (wrongly) over padding too."""
+
+    def __init__(self, masked: bool, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.masked = masked
+        self.table = nn.Embedding(VOCABULARY, 6).requires_grad_(False)
+        self.inner, self.dropout, self.head = DPLinear(6, 6), nn.Dropout(dropout), DPLinear(6, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = self.dropout(self.inner(self.table(input_ids)).tanh())
+        if not self.masked or attention_mask is None:
+            return self.head(hidden.mean(1))
+        weights = attention_mask.unsqueeze(-1)
+        return self.head((hidden * weights).sum(1) / weights.sum(1))
+
+
+def texts(*lengths: int, width: int | None = None, left: bool = False) -> dict[str, Tensor]:
+    width = width or max(lengths)
+    generator = torch.Generator().manual_seed(len(lengths))
+    ids = torch.randint(1, VOCABULARY, (len(lengths), width), generator=generator)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    if left:
+        mask = mask.flip(1)
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def run(model: nn.Module, *batches: dict[str, Any]) -> None:
+    """Training forwards on one batch after another, as an engine sees them."""
+    optimizer = make_private(model.train(), batch_size=4)
+    for batch in batches:
+        optimizer.zero_grad()
+        optimizer.recorder.discard()
+        model(**batch)
+
+
+# Padding
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_pooling_over_padding_is_refused_once_widths_differ(left, dropout):
+    first, second = texts(4, 4, 4, 4, left=left), texts(9, 4, 3, 6, left=left)
+    with pytest.raises(IsolationError, match="changes with the padding of the batch"):
+        run(Pooling(masked=False, dropout=dropout), first, second)
+    run(Pooling(masked=True, dropout=dropout), first, second)
+
+
+def test_one_fixed_width_is_nobodys_business():
+    """Padding that every batch has alike ties no example to another."""
+    run(Pooling(masked=False), *[texts(*lengths, width=LONGEST) for lengths in ((4, 4, 4, 4), (9, 4, 3, 6), (1, 2, 9))])
+
+
+def test_padding_is_found_without_a_mask():
+    """A model that is given ids alone; the zeros that end them are padding."""
+    batches = [{"input_ids": texts(*lengths)["input_ids"]} for lengths in ((4, 4, 4, 4), (9, 4, 3, 6))]
+    with pytest.raises(IsolationError, match="changes with the padding of the batch"):
+        run(Pooling(masked=False), *batches)
+
+
+def test_the_loader_tells_that_widths_vary():
+    """Then the very first batch is tried."""
+    model = Pooling(masked=False).train()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.recorder.expect_padding()
+    assert_refuses(IsolationError, "changes with the padding of the batch", lambda: model(**texts(9, 4, 3, 6)))
+
+
+def test_absolute_positions_of_left_padded_texts_are_refused():
+    """Without position_ids GPT-2 counts padding: an example's positions move with the longest of its batch."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=20)
+    model = inject_lora(tf.GPT2LMHeadModel(config), LoRAConfig(r=2, target_modules=["c_attn"]))
+    nn.init.normal_(model.transformer.h[0].attn.c_attn.lora_B)
+    engine = PrivacyEngine("rdp")
+    assert_refuses(IsolationError, "changes with the padding",
+                   lambda: engine.check_isolation(model, texts(9, 4, 3, 6, left=True)))
+    engine.check_isolation(model, texts(9, 4, 3, 6))
+
+
+def test_answers_found_among_padding_are_refused():
+    """Transformers' question answering divides by all positions, padding too: the width enters every loss."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    model = inject_lora(tf.BertForQuestionAnswering(tf.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]))
+    batch = {**texts(9, 4, 3, 6), "start_positions": torch.tensor([1, 0, 2, 3]),
+             "end_positions": torch.tensor([2, 3, 2, 5])}
+    engine = PrivacyEngine("rdp")
+    make_private(model.train(), batch_size=4, engine=engine)
+    assert_refuses(IsolationError, "changes with the padding", lambda: engine.check_isolation(model, batch))
+
+
+# Structures that come later
+
+
+def classifier() -> nn.Module:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    return inject_lora(tf.BertForSequenceClassification(tf.BertConfig(
+        vocab_size=VOCABULARY, num_labels=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=20)), LoRAConfig(r=2, target_modules=["query"], trainable_modules=["classifier"]))
+
+
+def labelled(*labels: int) -> dict[str, Tensor]:
+    return {**texts(*[5] * len(labels)), "labels": torch.tensor(labels)}
+
+
+def test_ignored_labels_of_a_later_batch_are_refused():
+    model = classifier()
+    with pytest.raises(IsolationError, match="The loss mixes examples"):
+        run(model, labelled(0, 1, 2, 0, 1, 2), labelled(0, 1, 0, 1), labelled(0, -100, 2, -100, 1, 1))
+
+
+def test_an_answer_beyond_the_tokens_of_a_later_batch_is_refused():
+    import transformers as tf
+
+    torch.manual_seed(0)
+    model = inject_lora(tf.BertForQuestionAnswering(tf.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]))
+    inside = {**texts(5, 5, 5, 5), "start_positions": torch.tensor([1, 0, 2, 3]),
+              "end_positions": torch.tensor([2, 3, 2, 4])}
+    beyond = {**inside, "start_positions": torch.tensor([1, 0, 99, 3])}
+    with pytest.raises(IsolationError, match="The loss mixes examples"):
+        run(model, inside, beyond)
+
+
+class Patches(nn.Module):
+    """All images' patches in one tensor, as vision-language models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = DPLinear(6, 6), DPLinear(6, 3)
+
+    def forward(self, input_ids: Tensor, patches: Tensor, counts: Tensor) -> Tensor:
+        parts = self.inner(patches).split(counts.prod(1).tolist())
+        return self.head(torch.stack([part.mean(0) for part in parts])) + 0 * input_ids[:, :1]
+
+
+def images(*sizes: tuple[int, int]) -> dict[str, Tensor]:
+    counts = torch.tensor(sizes)
+    return {"input_ids": torch.ones(len(sizes), 3, dtype=torch.long), "counts": counts,
+            "patches": torch.randn(int(counts.prod(1).sum()), 6, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize("later", [
+    ((1, 2), (2, 5), (1, 2), (1, 2)), ((2, 2), (2, 2), (1, 2), (2, 3)), ((2, 4), (1, 2), (2, 2), (2, 1))])
+def test_unequal_groups_of_a_later_batch_are_refused(later):
+    with pytest.raises(IsolationError, match="attributed to other examples"):
+        run(Patches(), images((2, 2), (2, 2), (2, 2), (2, 2)), images(*later))
+
+
+# Other numbers of examples, and numbers as arguments
+
+
+class Scaled(nn.Module):
+    """A loss of its own, divided by a number that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor, labels: Tensor, tokens: float | Tensor) -> dict[str, Tensor]:
+        logits = self.inner(x)
+        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / tokens, "logits": logits}
+
+
+def scaled(n: int, tokens: Any, seed: int = 1) -> dict[str, Any]:
+    x, y = examples(n, seed)
+    return {"x": x, "labels": y, "tokens": tokens}
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_count_among_the_arguments_is_refused(tensor):
+    def count(value: float) -> Any:
+        return torch.tensor(value) if tensor else value
+
+    with pytest.raises(IsolationError, match=r"was declared a mean.*\['tokens'\]"):
+        run(Scaled(), scaled(4, count(4.0)))
+    model = Scaled().train()
+    optimizer = make_private(model, batch_size=4, loss_reduction="sum")
+    model(**scaled(4, count(4.0)))
+    optimizer.recorder.discard()
+    with pytest.raises(IsolationError, match=r"The argument \S*\['tokens'\] of the model differs from batch to batch"):
+        model(**scaled(4, count(5.0)))
+
+
+def test_a_loss_that_is_no_mean_although_it_looks_at_no_other_example_is_refused():
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.inner(x)
+            return {"loss": F.cross_entropy(logits, labels, reduction="sum") / len(x) ** 0.5, "logits": logits}
+
+    x, y = examples(8)
+    with pytest.raises(IsolationError, match="neither a mean nor a sum"):
+        run(Rooted(), {"x": x, "labels": y})
+
+
+def test_an_output_that_counts_the_batch_is_refused():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) / len(x)
+
+    with pytest.raises(IsolationError, match="changes with the number of examples"):
+        run(Counting(), {"x": examples(8)[0]})
+
+
+def test_every_loss_that_a_model_returns_is_tried_when_it_is_used():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            out = self.inner(x)
+            return {"loss": out.square().mean(), "balance": out.mean(0).square().sum()}
+
+    model, (x, _) = Two().train(), examples(8)
+    optimizer = make_private(model, batch_size=8)
+    optimizer.expect_batch(8)
+    model(x)["loss"].backward()
+    optimizer.step()
+    output = model(x)
+    with pytest.raises(IsolationError, match="a number that the model returned"):
+        (output["loss"] + 0.01 * output["balance"]).backward()
+
+
+# How often, and how closely
+
+
+def count_trials(monkeypatch: pytest.MonkeyPatch, batches: list[dict[str, Any]]) -> int:
+    calls, check = [], lora_dp.passes.check_isolation
+    monkeypatch.setattr(lora_dp.passes, "check_isolation",
+                        lambda *args, **options: calls.append(1) or check(*args, **options))
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
+    run(Pooling(masked=True), *batches)
+    return len(calls)
+
+
+def test_batches_of_one_structure_are_tried_once(monkeypatch):
+    """Sizes within a factor of two are one structure; that widths vary is told by the second batch."""
+    batches = [texts(*[5 + i % 2] * (4 + i)) for i in range(8)]
+    assert count_trials(monkeypatch, batches) == 2
+    assert count_trials(monkeypatch, [*batches, texts(20, 17, 3, 9)]) == 3
+
+
+def test_later_batches_are_tried_in_secret(monkeypatch):
+    class Late(nn.Module):
+        mixes = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.inner(x)
+            return out - out.mean(0) if self.mixes else out
+
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: model.mixes)
+    model = Late().train()
+    optimizer = make_private(model, batch_size=4)
+    take_step(model, optimizer, examples(4))
+    model.mixes = True
+    assert_refuses(IsolationError, "", lambda: model(examples(4)[0]))
+
+
+@pytest.mark.parametrize(("share", "refused"), [(1e-5, False), (1e-3, True), (3e-3, True)])
+def test_a_small_share_of_the_others_is_seen(share, refused):
+    """Above a ten-thousandth of an example's own values, in float32."""
+    class Leaky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + share * x.roll(1, 0)
+
+    model = nn.Sequential(DPLinear(6, 6), Leaky(), DPLinear(6, 3)).train()
+    x = torch.ones(4, 6) + 0.5 * torch.rand(4, 6)
+    if refused:
+        with pytest.raises(IsolationError):
+            run_positional(model, x)
+    else:
+        run_positional(model, x)
+
+
+def run_positional(model: nn.Module, x: Tensor) -> None:
+    make_private(model, batch_size=len(x))
+    model(x)
+
+
+def test_few_examples_of_a_batch_are_tried():
+    """The first, the last, and the extremes of labels and lengths."""
+    batch = {**texts(*[5] * 40), "labels": torch.zeros(40, 5, dtype=torch.long)}
+    batch["labels"][7] = -100
+    batch["attention_mask"][11, 1:] = 0
+    rows = chosen(((), batch, None), 40, 4)
+    assert len(rows) == 4 and rows == sorted(set(rows)) and {7, 11} <= set(rows)
+    assert len(chosen(batch, 3, 4)) == 3
+
+
+def test_padding_is_cut_where_it_is():
+    batch = texts(9, 4, 3, 6)
+    found = list(narrowed(batch, 4))
+    assert [(part.rows, part.tokens, part.kept) for part in found] == [([1, 2], 9, slice(0, 4))]
+    assert found[0].call["input_ids"].shape == (2, 4) and found[0].mask.sum(1).tolist() == [4, 3]
+    assert not list(narrowed(texts(5, 5, 5), 3))
+
+
+def test_structures_tell_what_matters_apart():
+    kinds = [structure(batch, 4) for batch in (
+        labelled(0, 1, 2, 0), labelled(2, 2, 1, 1), labelled(0, -100, 1, 1), texts(5, 5, 5, 5), texts(9, 5, 5, 5))]
+    assert kinds[0] == kinds[1] and len(set(kinds)) == 4
