@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_dp.clipping import MARGIN
 from lora_dp.kernels.launching import Build, Config, check, multiprocessors, on_device, padded, pick
 from lora_dp.kernels.tile_table import first_tiles, owner_of, send
 
@@ -23,19 +24,43 @@ CONFIGS = {
     "wide": Config.of(8, 1, BLOCK_N=8, BLOCK_E=1024),
 }
 
-# As lora_dp.clipping: cᵢ‖gᵢ‖ ≤ C must hold although ‖gᵢ‖ and cᵢ are rounded to float32.
-_MARGIN = 1 - 2.0**-19
 # Rows of norms read at once.
 _BLOCK_P = 16
 
 
 @triton.jit
+def _power_of_two(exponent):
+    """2 to that power, in float64, for exponents of normal numbers."""
+    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _exponent(x):
+    """Of a float64 that is at least 0; 0 and subnormal numbers count as 2⁻¹⁰⁰⁰, the largest as 2¹⁰⁰⁰."""
+    return tl.minimum(tl.maximum((x.to(tl.int64, bitcast=True) >> 52) - 1023, -1000), 1000)
+
+
+@triton.jit
+def _root(x):
+    """√x to float32's precision in float64's range: float64 roots are calls, with a stack."""
+    half = _exponent(x) >> 1
+    return tl.sqrt_rn((x * _power_of_two(-2 * half)).to(tl.float32)).to(tl.float64) * _power_of_two(half)
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x, as :func:`_root`."""
+    exponent = _exponent(x)
+    near_one = (x * _power_of_two(-exponent)).to(tl.float32)
+    return tl.div_rn(tl.full(near_one.shape, 1.0, tl.float32), near_one).to(tl.float64) * _power_of_two(-exponent)
+
+
+@triton.jit
 def _coefficients(
     sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n, parameters,
-    bound, gamma, scale, sq_scale, RULE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    bound, gamma, scale, RULE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     inside = examples < n
-    # Rounded once: float32 sums over hundreds of rows could use up the margin.
     everything = tl.zeros((BLOCK_P, BLOCK_N), tl.float64)
     own_layer = tl.zeros((BLOCK_P, BLOCK_N), tl.float64)
     layer = tl.load(layers + row * layer_stride)
@@ -43,17 +68,19 @@ def _coefficients(
         p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         squares = tl.load(
             sq_norms + p[:, None] * norm_stride_p + examples[None, :] * norm_stride_n,
-            mask=(p < parameters)[:, None] & inside[None, :], other=0.0).to(tl.float64)
+            mask=(p < parameters)[:, None] & inside[None, :], other=0.0)
         everything += squares
         if RULE == "per_layer":
             same = tl.load(layers + p * layer_stride, mask=p < parameters, other=0) == layer
             own_layer += tl.where(same[:, None], squares, 0.0)
-    total = (tl.sum(everything, 0) * sq_scale).to(tl.float32)
+    total = tl.sum(everything, 0)
     clipped = total
     if RULE == "per_layer":
-        clipped = (tl.sum(own_layer, 0) * sq_scale).to(tl.float32)
-    norm = tl.sqrt_rn(clipped)
-    coefficients = tl.div_rn(bound, norm + gamma) if RULE == "automatic" else tl.minimum(tl.div_rn(bound, norm), 1.0)
+        clipped = tl.sum(own_layer, 0)
+    norm = _root(clipped) * scale
+    coefficients = bound * _inverse(norm + gamma if RULE == "automatic" else norm)
+    if RULE != "automatic":
+        coefficients = tl.minimum(coefficients, 1.0)
     kept = inside & (tl.abs(total) < float("inf"))
     if mask is not None:
         kept = kept & (tl.load(mask + examples * mask_stride, mask=inside, other=0) != 0)
@@ -63,7 +90,7 @@ def _coefficients(
 @triton.jit(do_not_specialize=["count", "tiles", "n", "parameters", "norm_stride_p", "layer_stride", "mask_stride"])
 def _clip_sum_kernel(
     table, count, tiles, sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride,
-    coefficients, sums, n, parameters, bound, gamma, scale, sq_scale,
+    coefficients, sums, n, parameters, bound, gamma, scale,
     RULE: tl.constexpr, ALIGNED: tl.constexpr, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -93,8 +120,8 @@ def _clip_sum_kernel(
                 mask=(examples < n)[:, None] & (elements < size)[None, :], other=0.0)
             c = _coefficients(
                 sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n,
-                parameters, bound, gamma, scale, sq_scale, RULE, BLOCK_P, BLOCK_N)
-            total += tl.where((c != 0)[:, None], values, 0.0).to(tl.float64) * c.to(tl.float64)[:, None]
+                parameters, bound, gamma, scale, RULE, BLOCK_P, BLOCK_N)
+            total += tl.where((c != 0)[:, None], values, 0.0).to(tl.float64) * c[:, None]
         tl.store(out + elements, tl.sum(total, 0), mask=elements < size)
     else:
         row = (tile - tiles).to(tl.int64)
@@ -102,7 +129,7 @@ def _clip_sum_kernel(
             examples = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
             c = _coefficients(
                 sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n,
-                parameters, bound, gamma, scale, sq_scale, RULE, BLOCK_P, BLOCK_N)
+                parameters, bound, gamma, scale, RULE, BLOCK_P, BLOCK_N)
             tl.store(coefficients + row * n + examples, c, mask=examples < n)
 
 
@@ -111,7 +138,7 @@ def _check(
     max_grad_norm: float, gamma: float, mask: Tensor | None, scale: float,
 ) -> None:
     op = "clip_sum"
-    check(op, "sq_norms", sq_norms, (None, None), dtypes=(torch.float32,))
+    check(op, "sq_norms", sq_norms, (None, None), dtypes=(torch.float64,))
     parameters, n = sq_norms.shape
     check(op, "layers", layers, (parameters,), like=sq_norms, dtypes=(torch.int64, torch.int32))
     if mask is not None:
@@ -131,7 +158,8 @@ def _check(
             f"{op}: rows must name one of the {parameters} rows of sq_norms for each of the {len(gradients)} "
             f"gradients, got {list(rows)}.")
     for i, gradient in enumerate(gradients):
-        check(op, f"gradients[{i}]", gradient, (n, *getattr(gradient, "shape", ())[1:]), like=sq_norms)
+        check(op, f"gradients[{i}]", gradient, (n, *getattr(gradient, "shape", ())[1:]), like=sq_norms,
+              dtypes=(torch.float32,))
         if not gradient.is_contiguous() and not gradient[0].is_contiguous():
             raise ValueError(f"{op}: gradients[{i}] must be contiguous after its first dimension.")
 
@@ -149,7 +177,7 @@ def clip_sum(
     Args:
         gradients: of some parameters, each (N, *shape) float32, contiguous after the first dimension.
         rows: for each of ``gradients``, its parameter's row in ``sq_norms``.
-        sq_norms: (P, N) float32, squared gradient norms by parameter and example.
+        sq_norms: (P, N) float64, squared gradient norms by parameter and example.
         layers: (P,) int64 or int32, each parameter's layer.
         layer_count: how many layers share C under "per_layer".
         rule: clip rule.
@@ -159,7 +187,7 @@ def clip_sum(
         scale: factor of every gradient: N where the loss is a mean.
 
     Returns:
-        Coefficients (P, N) float32, mask and scale included, zero where any of an example's norms is not finite; and
+        Coefficients (P, N) float64, mask and scale included, zero where any of an example's norms is not finite; and
         Σᵢ cᵢGᵢ of each of ``gradients``, float64, views of one buffer. An example with coefficient zero contributes
         nothing, whatever its gradients hold.
 
@@ -170,7 +198,7 @@ def clip_sum(
     parameters, n = sq_norms.shape
     shapes = [gradient.shape[1:] for gradient in gradients]
     sizes = tuple(shape.numel() for shape in shapes)
-    coefficients = torch.empty((parameters, n), dtype=torch.float32, device=sq_norms.device)
+    coefficients = torch.empty((parameters, n), dtype=torch.float64, device=sq_norms.device)
     sums = torch.empty(sum(sizes), dtype=torch.float64, device=sq_norms.device)
     views = [part.view(shape) for part, shape in zip(sums.split(sizes), shapes, strict=True)] if sizes else []
     if coefficients.numel() == 0:
@@ -182,13 +210,13 @@ def clip_sum(
     addresses = [gradient.data_ptr() for gradient in gradients]
     strides = [gradient.stride(0) for gradient in gradients]
     aligned = not (any(a % 16 for a in addresses) or any(s % 4 for s in strides) or any(s % 4 for s in sizes))
-    bound = max_grad_norm * _MARGIN / (math.sqrt(layer_count) if rule == "per_layer" else 1.0)
+    bound = max_grad_norm * MARGIN / (math.sqrt(layer_count) if rule == "per_layer" else 1.0)
     with on_device(sq_norms):
         table = send([*addresses, *strides, *rows, *sizes, *begins, *firsts], sq_norms.device)
         _clip_sum_kernel[(tiles + parameters,)](
             table, len(sizes), tiles, sq_norms, *sq_norms.stride(), layers, layers.stride(0), mask,
             mask.stride(0) if mask is not None else 0, coefficients, sums, n, parameters, bound, float(gamma),
-            float(scale), float(scale) ** 2, RULE=rule, ALIGNED=aligned, PADDED=padded(len(sizes)), BLOCK_P=_BLOCK_P,
+            float(scale), RULE=rule, ALIGNED=aligned, PADDED=padded(len(sizes)), BLOCK_P=_BLOCK_P,
             **config.launch)
     return coefficients, views
 
@@ -203,9 +231,9 @@ def _pick(sq_norms: Tensor, count: int, elements: int) -> Config:
 def builds() -> Iterator[Build]:
     """Every configuration, and every rule in one of them, for ahead-of-time compiling."""
     signature = {
-        "table": "*i64", "count": "i32", "tiles": "i32", "sq_norms": "*fp32", "norm_stride_p": "i32", "layers": "*i64",
-        "layer_stride": "i32", "mask": "*i1", "mask_stride": "i32", "coefficients": "*fp32", "sums": "*fp64",
-        "n": "i32", "parameters": "i32", "bound": "fp32", "gamma": "fp32", "scale": "fp32", "sq_scale": "fp32"}
+        "table": "*i64", "count": "i32", "tiles": "i32", "sq_norms": "*fp64", "norm_stride_p": "i32", "layers": "*i64",
+        "layer_stride": "i32", "mask": "*i1", "mask_stride": "i32", "coefficients": "*fp64", "sums": "*fp64",
+        "n": "i32", "parameters": "i32", "bound": "fp32", "gamma": "fp32", "scale": "fp32"}
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
     cases = [(name, "flat", True) for name in CONFIGS] + [(name, "per_layer", True) for name in CONFIGS]
     for name, rule, aligned in [*cases, ("medium", "automatic", True), ("medium", "flat", False)]:

@@ -121,10 +121,6 @@ def _grad_kernel(
 
     inside = in_rank[None, :, None] & in_width[:, None, :]
     gradient = tl.where(inside, gradient * scale, 0.0)
-    if NORM:
-        block = (example * tl.num_programs(1) + width_block) * rank_blocks + rank_block
-        # One axis after the other: the longest chain of roundings stays far below the margin of the clipping.
-        tl.store(sq_norms + block, tl.sum(tl.sum(tl.sum(gradient * gradient, 2), 1), 0))
     if STORE:
         gradients += (example * tl.num_programs(2) + split) * width * r
         if WIDE_FIRST:
@@ -134,6 +130,11 @@ def _grad_kernel(
             gradients += first_column
             tl.store(
                 gradients + ranks[None, :, None].to(tl.int64) * width + columns[:, None, :], gradient, mask=inside)
+    if NORM:
+        block = (example * tl.num_programs(1) + width_block) * rank_blocks + rank_block
+        # In float64 a square of a float32 neither vanishes nor overflows: lora_dp.clipping rests on that.
+        exact = gradient.to(tl.float64)
+        tl.store(sq_norms + block, tl.sum(exact * exact))
 
 
 @triton.jit
@@ -146,7 +147,8 @@ def _add_splits_kernel(partials, gradients, sq_norms, size, splits, STORE: tl.co
         gradient += tl.load(partials + (example * splits + split) * size + offsets, mask=inside, other=0.0)
     if STORE:
         tl.store(gradients + example * size + offsets, gradient, mask=inside)
-    tl.store(sq_norms + example * tl.num_programs(1) + tl.program_id(1), tl.sum(gradient * gradient, 0))
+    exact = gradient.to(tl.float64)
+    tl.store(sq_norms + example * tl.num_programs(1) + tl.program_id(1), tl.sum(exact * exact, 0))
 
 
 @triton.jit
@@ -159,8 +161,8 @@ def _finish_kernel(
         squares = tl.zeros((BLOCK,), tl.float64)
         for start in range(0, parts, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
-            squares += tl.load(norm_parts + example * parts + offsets, mask=offsets < parts, other=0.0).to(tl.float64)
-        tl.store(sq_norms + example, tl.sum(squares, 0).to(tl.float32))
+            squares += tl.load(norm_parts + example * parts + offsets, mask=offsets < parts, other=0.0)
+        tl.store(sq_norms + example, tl.sum(squares, 0))
     if WITH_U:
         examples = (tl.num_programs(0) // blocks).to(tl.int64)
         offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -215,7 +217,7 @@ def example_grad(
 
     Returns:
         gradients: float32, (N, w, r) or (N, r, w), contiguous; None without ``keep``.
-        sq_norms: (N,), float32, of the float32 values of the gradients.
+        sq_norms: (N,), float64, of the float32 values of the gradients.
         u: (N, T, r), contiguous, in the dtype of ``wide``; None without ``factor``.
 
     Raises:
@@ -233,7 +235,7 @@ def example_grad(
     if wide.numel() == 0:
         zeros = wide.new_zeros(shape, dtype=torch.float32)
         u = None if factor is None else wide.new_zeros((n, tokens, r))
-        return ExampleGrad(zeros if keep else None, wide.new_zeros(n, dtype=torch.float32), u)
+        return ExampleGrad(zeros if keep else None, wide.new_zeros(n, dtype=torch.float64), u)
     if config is None:
         configs = _SINGLE_CONFIGS if wide.dtype == torch.float32 else _HALF_CONFIGS
         name = "example_grad" if factor is None else "example_grad_u"
@@ -247,10 +249,10 @@ def example_grad(
 
     scratch = functools.partial(torch.empty, dtype=torch.float32, device=wide.device)
     gradients = scratch(shape) if keep else None
-    sq_norms = scratch(n)
+    sq_norms = scratch(n, dtype=torch.float64)
     u = None if factor is None else wide.new_empty((n, tokens, r))
     partials = gradients if splits == 1 else scratch((n, splits, width * r))
-    norm_parts = scratch((n, norm_blocks)) if finish else sq_norms
+    norm_parts = scratch((n, norm_blocks), dtype=torch.float64) if finish else sq_norms
     u_parts = scratch((width_blocks, n, tokens, r)) if u_in_parts else u
     with on_device(wide):
         _grad_kernel[(n * rank_blocks, width_blocks, splits)](
@@ -283,11 +285,11 @@ def builds() -> Iterator[Build]:
     yield _build("single_128", 16, precision="tf32")
     yield Build(
         "add_splits", _add_splits_kernel,
-        {"partials": "*fp32", "gradients": "*fp32", "sq_norms": "*fp32", "size": "i32", "splits": "i32"},
+        {"partials": "*fp32", "gradients": "*fp32", "sq_norms": "*fp64", "size": "i32", "splits": "i32"},
         {"STORE": True, "BLOCK": _BLOCK}, divisible_by_16=("partials", "gradients", "sq_norms", "size"))
     yield Build(
         "finish bf16", _finish_kernel,
-        {"norm_parts": "*fp32", "sq_norms": "*fp32", "u_parts": "*fp32", "u": "*bf16", "parts": "i32",
+        {"norm_parts": "*fp64", "sq_norms": "*fp64", "u_parts": "*fp32", "u": "*bf16", "parts": "i32",
          "width_blocks": "i32", "u_size": "i32", "blocks": "i32"},
         {"WITH_U": True, "BLOCK": _BLOCK}, divisible_by_16=("norm_parts", "sq_norms", "u_parts", "u", "u_size"))
 
@@ -296,7 +298,7 @@ def _build(name: str, block_r: int, *, b_phase: bool = True, align: int = 8, pre
     config = CONFIGS[name]
     pointer = "*fp32" if name in _SINGLE_CONFIGS else "*bf16"
     pointers = {
-        "wide": pointer, "skinny": pointer, "factor": pointer, "gradients": "*fp32", "sq_norms": "*fp32", "u": pointer}
+        "wide": pointer, "skinny": pointer, "factor": pointer, "gradients": "*fp32", "sq_norms": "*fp64", "u": pointer}
     sizes = ("tokens", "width", "r", "span", "wide_stride_n", "wide_stride_t", "skinny_stride_n", "skinny_stride_t",
              "factor_stride_w")
     phase = "B" if b_phase else "A"

@@ -60,27 +60,26 @@ def _squares(values, stride, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finished(total, scale):
-    total = total * scale * scale
+def _finished(total):
     # Rounding may leave a small negative number where all terms cancel. NaN is not below zero and stays.
-    return tl.where(total < 0, 0.0, total).to(tl.float32)
+    return tl.where(total < 0, 0.0, total)
 
 
 @triton.jit
 def _token_kernel(
-    left, right, sq_norms, scale, p, q, left_stride_n, left_stride_k, right_stride_n, right_stride_k,
+    left, right, sq_norms, p, q, left_stride_n, left_stride_k, right_stride_n, right_stride_k,
     BLOCK: tl.constexpr,
 ):
     example = tl.program_id(0).to(tl.int64)
     total = _squares(left + example * left_stride_n, left_stride_k, p, BLOCK)
     total *= _squares(right + example * right_stride_n, right_stride_k, q, BLOCK)
-    tl.store(sq_norms + example, _finished(total, scale))
+    tl.store(sq_norms + example, _finished(total))
 
 
 # A size of 1 as a constant would unroll the loop of _gram, and what it is written to avoid would happen.
 @triton.jit(do_not_specialize=["p", "q"])
 def _pair_kernel(
-    left, right, sums, scale, tokens, p, q, blocks, pairs,
+    left, right, sums, tokens, p, q, blocks, pairs,
     left_stride_n, left_stride_t, left_stride_k, right_stride_n, right_stride_t, right_stride_k,
     ONE_PAIR: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -97,19 +96,19 @@ def _pair_kernel(
     dots *= _gram(right + example * right_stride_n, right_stride_t, right_stride_k, i, j, tokens, q, BLOCK_T, BLOCK_K)
     total = tl.sum(tl.sum(dots, 1), 0)
     if ONE_PAIR:
-        tl.store(sums + example, _finished(total, scale))
+        tl.store(sums + example, _finished(total))
     else:
         tl.store(sums + tl.program_id(0), tl.where(distance == 0, total, 2 * total))
 
 
 @triton.jit
-def _add_pairs_kernel(sums, sq_norms, scale, pairs, BLOCK: tl.constexpr):
+def _add_pairs_kernel(sums, sq_norms, pairs, BLOCK: tl.constexpr):
     example = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, pairs, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         total += tl.load(sums + example * pairs + offsets, mask=offsets < pairs, other=0.0)
-    tl.store(sq_norms + example, _finished(tl.sum(total, 0), scale))
+    tl.store(sq_norms + example, _finished(tl.sum(total, 0)))
 
 
 def _default(tokens: int) -> str:
@@ -126,7 +125,7 @@ def gram_sq_norm(left: Tensor, right: Tensor, scale: float, *, config: Config | 
         config: blocks and warps; by default those measured fastest for the nearest shape.
 
     Returns:
-        (N,), float32, at least 0, or NaN for an example that is not finite.
+        (N,), float64, at least 0, or NaN for an example that is not finite.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
@@ -136,25 +135,30 @@ def gram_sq_norm(left: Tensor, right: Tensor, scale: float, *, config: Config | 
     check("gram_sq_norm", "right", right, (n, tokens, None), like=left)
     q = right.shape[2]
     if left.numel() == 0 or right.numel() == 0:
-        return left.new_zeros(n, dtype=torch.float32)
-    sq_norms = left.new_empty(n, dtype=torch.float32)
+        return left.new_zeros(n, dtype=torch.float64)
+    sq_norms = left.new_empty(n, dtype=torch.float64)
     if tokens == 1:
         with on_device(left):
             _token_kernel[(n,)](
-                left, right, sq_norms, scale, p, q, left.stride(0), left.stride(2), right.stride(0), right.stride(2),
+                left, right, sq_norms, p, q, left.stride(0), left.stride(2), right.stride(0), right.stride(2),
                 BLOCK=_BLOCK)
-        return sq_norms
+        return _scaled(sq_norms, scale)
     config = config or pick("gram_sq_norm", CONFIGS, _default(tokens), left, n=n, tokens=tokens, p=p, q=q)
     blocks = triton.cdiv(tokens, config["BLOCK_T"])
     pairs = blocks * (blocks + 1) // 2
     sums = sq_norms if pairs == 1 else left.new_empty((n, pairs), dtype=torch.float64)
     with on_device(left):
         _pair_kernel[(n * pairs,)](
-            left, right, sums, scale, tokens, p, q, blocks, pairs, *left.stride(), *right.stride(),
+            left, right, sums, tokens, p, q, blocks, pairs, *left.stride(), *right.stride(),
             ONE_PAIR=pairs == 1, ALIGN=8 if p % 8 == q % 8 == 0 else 1, **config.launch)
         if pairs > 1:
-            _add_pairs_kernel[(n,)](sums, sq_norms, scale, pairs, BLOCK=_BLOCK)
-    return sq_norms
+            _add_pairs_kernel[(n,)](sums, sq_norms, pairs, BLOCK=_BLOCK)
+    return _scaled(sq_norms, scale)
+
+
+def _scaled(sq_norms: Tensor, scale: float) -> Tensor:
+    # Not in the kernel, which would take the factor as float32, with that format's range.
+    return sq_norms if scale == 1 else sq_norms.mul_(scale * scale)
 
 
 def builds() -> Iterator[Build]:
@@ -166,16 +170,16 @@ def builds() -> Iterator[Build]:
                      "right_stride_t")
             yield Build(
                 f"{name} {dtype}", _pair_kernel,
-                {**pointers, "sums": "*fp64", "scale": "fp32", **dict.fromkeys(sizes, "i32")},
+                {**pointers, "sums": "*fp64", **dict.fromkeys(sizes, "i32")},
                 {"left_stride_k": 1, "right_stride_k": 1, "ONE_PAIR": False, "ALIGN": 8, **dict(config.blocks)},
                 config.num_warps, config.num_stages,
                 ("left", "right", "sums", "left_stride_n", "left_stride_t", "right_stride_n", "right_stride_t"))
         yield Build(
             f"one token {dtype}", _token_kernel,
-            {**pointers, "sq_norms": "*fp32", "scale": "fp32",
+            {**pointers, "sq_norms": "*fp64",
              **dict.fromkeys(("p", "q", "left_stride_n", "right_stride_n"), "i32")},
             {"left_stride_k": 1, "right_stride_k": 1, "BLOCK": _BLOCK},
             divisible_by_16=("left", "right", "sq_norms", "p", "q", "left_stride_n", "right_stride_n"))
     yield Build(
-        "add pairs", _add_pairs_kernel, {"sums": "*fp64", "sq_norms": "*fp32", "scale": "fp32", "pairs": "i32"},
+        "add pairs", _add_pairs_kernel, {"sums": "*fp64", "sq_norms": "*fp64", "pairs": "i32"},
         {"BLOCK": _BLOCK}, divisible_by_16=("sums", "sq_norms"))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.clipped_sum import clipped_sum_pairs
+from lora_dp.ops.example_norms import example_norms
+from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
@@ -61,8 +63,8 @@ def by_example(rows: Tensor, n: int) -> Tensor:
 class Receiver(NamedTuple):
     """Where the backward of one use of a parameter leaves what it finds, as the gradients of two leaves.
 
-    Direct: ``first`` (N, *shape) takes Gᵢ and ``second`` (N,) takes ‖Gᵢ‖. Ghost: they take the factors (N, T, p) and
-    (N, T, q).
+    Direct: ``first`` (N, *shape) takes Gᵢ and ``second`` (N,) takes ‖Gᵢ‖, in float64. Ghost: they take the factors
+    (N, T, p) and (N, T, q).
     """
 
     ghost: bool
@@ -110,11 +112,12 @@ class Slot:
         self.shape = parameter.shape
         self.leaf = _leaf((n, *parameter.shape), wide_dtype(parameter.dtype), parameter.device)
         # Norms, not squares: over several backward passes their sum still bounds the norm of the sum.
-        self._norms = _leaf((n,), self.leaf.dtype, parameter.device)
+        self._norms = _leaf((n,), torch.float64, parameter.device)
         self._uses = 0
         self._pairs: list[_Pair] = []
         self._factors: tuple[Tensor, Tensor, float] | None = None
         self._lookups: list[tuple[Tensor, Tensor]] = []
+        self._rows: ExampleRows | None = None
 
     def group(self, rows: Tensor) -> Tensor:
         """(first, ..., d) with first a multiple of N, example-major, as (N, T, d).
@@ -216,25 +219,33 @@ class Slot:
             formed, _ = per_example_grad(left, right, scale)
             self.leaf.grad = formed if self.leaf.grad is None else self.leaf.grad + formed
 
-    def _lookup(self) -> tuple[Tensor, Tensor] | None:
-        """All lookups as one: ids (N, T) and gradient (N, T, d)."""
+    def _looked_up(self) -> ExampleRows | None:
+        """All lookups as one."""
         found = [(ids, leaf.grad) for ids, leaf in self._lookups if leaf.grad is not None]
         if not found:
             return None
-        return torch.cat([ids for ids, _ in found], 1), torch.cat([gradient for _, gradient in found], 1)
+        ids, gradients = torch.cat([ids for ids, _ in found], 1), torch.cat([gradient for _, gradient in found], 1)
+        return ExampleRows.of(ids, gradients, self.shape)
 
     def norms(self) -> Tensor:
-        """‖Gᵢ‖ for every example: (N,), float32 or float64."""
+        """‖Gᵢ‖ of what is kept or will be recomputed, never below it, for every example: (N,), float64.
+
+        Infinite or NaN where Gᵢ has a value that is, or may have one since several passes added up.
+        """
         self._settle()
         if self._factors is not None:
             return ghost_sq_norm(*self._factors).sqrt()
-        if (lookup := self._lookup()) is not None:
-            return _embedding_sq_norms(*lookup).sqrt()
+        # Kept for the sum: added up again, in another order, terms that cancel would leave other values.
+        self._rows = self._looked_up()
+        if self._rows is not None:
+            return self._rows.norms()
         if self.leaf.grad is None:
-            return torch.zeros(self.n, dtype=self.leaf.dtype, device=self.leaf.device)
+            return torch.zeros(self.n, dtype=torch.float64, device=self.leaf.device)
         if self._uses == 1 and self._norms.grad is not None:
-            return self._norms.grad
-        return self.leaf.grad.flatten(1).square().sum(1).sqrt()
+            # Finite gradients of several passes may have an infinite sum, which no sum of their norms would show.
+            norms = self._norms.grad
+            return torch.where(norms <= torch.finfo(self.leaf.dtype).max, norms, math.inf)
+        return example_norms(self.leaf.grad)
 
     def recomputed_sum(self, coefficients: Tensor) -> Tensor:
         """Σᵢ cᵢ Gᵢ where no Gᵢ was kept; coefficients (N,). An example with cᵢ = 0 adds exactly nothing."""
@@ -242,27 +253,9 @@ class Slot:
         if self._factors is not None:
             left, right, scale = self._factors
             return clipped_sum_pairs(left, right, coefficients, scale)
-        lookup = self._lookup()
-        assert lookup is not None, "nothing was recorded"
-        return _embedding_sum(*lookup, coefficients, self.shape)
-
-
-def _embedding_sq_norms(ids: Tensor, gradient: Tensor) -> Tensor:
-    # Rows of one example that share a token add up before the norm: sum them by (example, token) first.
-    n, tokens = ids.shape
-    gradient = gradient.to(wide_dtype(gradient.dtype))
-    example = torch.arange(n, device=ids.device).unsqueeze(1).expand(n, tokens)
-    keys = torch.stack([example.reshape(-1), ids.reshape(-1)])
-    distinct, inverse = keys.unique(dim=1, return_inverse=True)
-    sums = gradient.new_zeros(distinct.shape[1], gradient.shape[2]).index_add_(0, inverse, gradient.flatten(0, 1))
-    return gradient.new_zeros(n).index_add_(0, distinct[0], sums.square().sum(1))
-
-
-def _embedding_sum(ids: Tensor, gradient: Tensor, coefficients: Tensor, shape: torch.Size) -> Tensor:
-    gradient = gradient.double()  # as the other clipped sums
-    excluded = (coefficients == 0).view(-1, 1, 1)
-    weighted = (gradient * coefficients.double().view(-1, 1, 1)).masked_fill_(excluded, 0)
-    return gradient.new_zeros(shape).index_add_(0, ids.reshape(-1), weighted.flatten(0, 1))
+        rows = self._looked_up() if self._rows is None else self._rows
+        assert rows is not None, "nothing was recorded"
+        return rows.weighted_sum(coefficients)
 
 
 class Pass:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from lora_dp.clipping import BOUNDS, LARGEST_BOUND, LEAST_BOUND
 from lora_dp.fed import as_released
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.methods import Method, get_method
@@ -162,9 +163,11 @@ class PrivacyConfig:
             _require(float(self.epsilon) > 0, f"epsilon must be positive (or none), not {self.epsilon}.")
         _require(0 < self.delta < 1, f"delta must lie between 0 and 1, not {self.delta}: try 1e-5.")
         for name in ("max_grad_norm", "max_update_norm"):
+            bound = getattr(self, name)
+            _require(0 < bound < math.inf, f"{name} must be positive and finite, not {bound}.")
             _require(
-                0 < getattr(self, name) < math.inf, f"{name} must be positive and finite, not {getattr(self, name)}."
-            )
+                LEAST_BOUND <= bound <= LARGEST_BOUND,
+                f"{name} must lie within {BOUNDS}, not {bound}: 1.0 is a usual start.")
         by_client = {"noise_by": "server", "max_update_norm": 1.0}
         by_example = {"max_grad_norm": 1.0, "clipping": "automatic"}
         if self.mechanism == "as-released":  # DEeR's bounds whole updates, LA-LoRA's reads its bound off the data

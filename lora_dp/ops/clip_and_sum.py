@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_dp.ops.registry import kernels_take
+from lora_dp.ops.registry import kernels_run_on
 
 
 def can_clip_and_sum(gradients: Sequence[Tensor], sq_norms: Tensor) -> bool:
     """Whether :func:`clip_and_sum` takes these: all on one device with kernels, in float32."""
-    return kernels_take(sq_norms) and all(
-        tensor.dtype == sq_norms.dtype and tensor.device == sq_norms.device for tensor in gradients)
+    return kernels_run_on(sq_norms.device) and all(
+        tensor.dtype == torch.float32 and tensor.device == sq_norms.device for tensor in gradients)
 
 
 def clip_and_sum(
@@ -30,7 +30,7 @@ def clip_and_sum(
     Args:
         gradients: each (N, *shape) float32.
         rows: which row of ``sq_norms`` each belongs to.
-        sq_norms: (P, N) float32, of unscaled gradients.
+        sq_norms: (P, N) float64, of unscaled gradients.
         layers: (P,) int64.
         layer_count: how many layers this phase trains.
         rule, max_grad_norm, gamma: the clip rule.
@@ -38,7 +38,7 @@ def clip_and_sum(
         scale: factor of every gradient (N where the loss is a mean).
 
     Returns:
-        (P, N) coefficients, mask and scale included, and a sum in the shape of each parameter, float64.
+        (P, N) coefficients, mask and scale included, and a sum in the shape of each parameter, all float64.
     """
     from lora_dp.kernels.clip_sum import clip_sum
 

@@ -7,6 +7,7 @@ Both phases of LoRA and full-rank linear layers have this one shape of work (des
 import torch
 from torch import Tensor
 
+from lora_dp.ops.example_norms import example_norms
 from lora_dp.ops.registry import define, wide_dtype
 
 # The skinny side of what the kernel holds on chip; a full-rank weight has two wide sides and goes by the reference.
@@ -25,7 +26,7 @@ def _reference(left: Tensor, right: Tensor, scale: float, factor: Tensor | None)
         gradients = torch.bmm(right.transpose(1, 2), left).mul_(scale).transpose(1, 2).contiguous()
     else:
         gradients = torch.bmm(left.transpose(1, 2), right).mul_(scale)
-    return gradients, gradients.flatten(1).square().sum(1).sqrt_(), u
+    return gradients, example_norms(gradients), u
 
 
 def _kernel(left: Tensor, right: Tensor, scale: float, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +47,7 @@ def _fake(left: Tensor, right: Tensor, scale: float, factor: Tensor | None) -> t
     n, tokens, p = left.shape
     gradients = left.new_empty((n, p, right.shape[2]), dtype=wide_dtype(left.dtype))
     u = left.new_empty(0) if factor is None else left.new_empty((n, tokens, factor.shape[1]))
-    return gradients, gradients.new_empty(n), u
+    return gradients, gradients.new_empty(n, dtype=torch.float64), u
 
 
 _op = define("per_example_grad(Tensor left, Tensor right, float scale, Tensor? factor) -> (Tensor, Tensor, Tensor)",
@@ -62,8 +63,8 @@ def per_example_grad(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[T
         scale: factor of the whole gradient (LoRA's alpha / r).
 
     Returns:
-        (N, p, q) and (N,), both in float32, or float64 for float64 inputs: half types are accumulated in float32, and
-        the norm is that of the values returned.
+        (N, p, q) in float32, or float64 for float64 inputs: half types are accumulated in float32. And (N,) in
+        float64, the norms of the values returned.
     """
     gradients, norms, _ = _op(left, right, scale, None)
     return gradients, norms

@@ -64,7 +64,12 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def kernels_take(tensor: Tensor) -> bool:
     """Whether Triton kernels run on this tensor: its device is recent enough and its dtype at most 32 bits wide."""
-    return tensor.dtype in _KERNEL_DTYPES and not _reference_only and _has_kernels(tensor.device)
+    return tensor.dtype in _KERNEL_DTYPES and kernels_run_on(tensor.device)
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton kernels run on this device, now."""
+    return not _reference_only and _has_kernels(device)
 
 
 @functools.cache
@@ -96,5 +101,5 @@ def reference_only() -> Iterator[None]:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which norms and sums are accumulated: float64 stays, everything else is float32."""
+    """The dtype in which one example's gradient is accumulated and kept: float64 stays, all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -59,8 +59,9 @@ def check_found(
         sq_norms = found.gradients.double().square().sum((1, 2))
     else:
         assert found.gradients is None
-    assert found.sq_norms.shape == (n,) and found.sq_norms.dtype == torch.float32
-    torch.testing.assert_close(found.sq_norms.double(), sq_norms, rtol=1e-6, atol=0)
+    assert found.sq_norms.shape == (n,) and found.sq_norms.dtype == torch.float64
+    # Of what was stored, in float64; of what was not, with the rounding of the gradients themselves.
+    torch.testing.assert_close(found.sq_norms, sq_norms, rtol=1e-13 if keep else 1e-6, atol=0)
     if factor is None:
         assert found.u is None
         return

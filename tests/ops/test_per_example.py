@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_dp.ops.clipped_sum import clipped_sum_kept, clipped_sum_pairs
+from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.lora_backward import lora_backward
 from lora_dp.ops.lora_forward import lora_forward
 from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_u
 from lora_dp.ops.per_example_norm import ghost_sq_norm
-from lora_dp.recording import _embedding_sq_norms, _embedding_sum
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -32,6 +32,10 @@ def factors(n: int, tokens: int, p: int, q: int, seed: int, dtype: torch.dtype) 
 def outer(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Gᵢ in float64, straight from the definition."""
     return scale * (left.double().unsqueeze(3) * right.double().unsqueeze(2)).sum(1)
+
+
+def lookups(ids: Tensor, gradient: Tensor, rows: int) -> ExampleRows:
+    return ExampleRows.of(ids, gradient, torch.Size((rows, gradient.shape[2])))
 
 
 def assert_near(actual: Tensor, expected: Tensor, magnitude: Tensor, roundings: float = 8) -> None:
@@ -57,9 +61,10 @@ def test_per_example_grad(shape, dtype, scale):
 def test_ghost_norm(shape, dtype, scale):
     left, right = factors(**shape, dtype=dtype)
     actual = ghost_sq_norm(left, right, scale)
-    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert actual.dtype == torch.float64
     expected = outer(left, right, scale).square().sum((1, 2))
-    assert_near(actual, expected, outer(left.abs(), right.abs(), scale).square().sum((1, 2)))
+    assert_near(actual.float(), expected, outer(left.abs(), right.abs(), scale).square().sum((1, 2)))
+    assert bool((actual >= expected * (1 - 2.0**-45)).all())
     assert bool((actual >= 0).all())
 
 
@@ -139,8 +144,8 @@ def test_an_excluded_example_adds_exactly_nothing(bad):
     rows = torch.randn(3, 2, 4)
     rows[1, 0] = bad
     assert torch.equal(
-        _embedding_sum(ids, rows, coefficients, torch.Size((3, 4))),
-        _embedding_sum(ids[kept], rows[kept], coefficients[kept], torch.Size((3, 4))))
+        lookups(ids, rows, 3).weighted_sum(coefficients),
+        lookups(ids[kept], rows[kept], 3).weighted_sum(coefficients[kept]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -151,7 +156,7 @@ def test_a_non_finite_row_shows_in_its_own_norm_alone(bad):
     assert torch.isfinite(ghost_sq_norm(left, right)).tolist() == [True, False, True]
     assert torch.isfinite(direct).tolist() == [True, False, True]
     ids = torch.tensor([[0, 1, 1, 2]] * 3)
-    assert torch.isfinite(_embedding_sq_norms(ids, left)).tolist() == [True, False, True]
+    assert torch.isfinite(lookups(ids, left, 3).norms()).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -160,11 +165,11 @@ def test_half_types_accumulate_in_float32(dtype):
     ones = torch.ones(1, 4096, 1, dtype=dtype)
     coefficients = torch.ones(1)
     assert [found.item() for found in per_example_grad(ones, ones)] == [4096, 4096]
-    assert ghost_sq_norm(ones, ones).item() == 4096**2
+    assert ghost_sq_norm(ones, ones).float().item() == 4096**2
     assert clipped_sum_pairs(ones, ones, coefficients).item() == 4096
     ids = torch.zeros(1, 4096, dtype=torch.int64)
-    assert _embedding_sq_norms(ids, ones).item() == 4096**2
-    assert _embedding_sum(ids, ones, coefficients, torch.Size((1, 1))).item() == 4096
+    assert lookups(ids, ones, 1).norms().item() == 4096
+    assert lookups(ids, ones, 1).weighted_sum(coefficients).item() == 4096
 
 
 lora_shapes = st.fixed_dictionaries({
@@ -243,14 +248,15 @@ def test_embedding_norms_and_sums(n, tokens, rows, d, dtype, seed):
     torch.manual_seed(seed)
     ids, gradient = torch.randint(rows, (n, tokens)), torch.randn(n, tokens, d).to(dtype)
     one_hot = torch.nn.functional.one_hot(ids, rows)
-    norms = _embedding_sq_norms(ids, gradient)
+    found = lookups(ids, gradient, rows)
+    assert found.norms().dtype == torch.float64
     assert_near(
-        norms, outer(one_hot, gradient, 1.0).square().sum((1, 2)),
+        found.norms().square(), outer(one_hot, gradient, 1.0).square().sum((1, 2)),
         outer(one_hot, gradient.abs(), 1.0).square().sum((1, 2)))
     coefficients = torch.rand(n)
     weights = coefficients.double().view(-1, 1, 1)
     assert_near(
-        _embedding_sum(ids, gradient, coefficients, torch.Size((rows, d))),
+        found.weighted_sum(coefficients),
         (weights * outer(one_hot, gradient, 1.0)).sum(0), (weights * outer(one_hot, gradient.abs(), 1.0)).sum(0))
 
 
