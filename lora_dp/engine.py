@@ -28,6 +28,7 @@ from lora_dp.phases import PhasesName
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.recording import NormMethod, Recorder
 from lora_dp.sampling import PrivateDataLoader
+from lora_dp.secret_state import renew
 
 
 class _Budget:
@@ -98,8 +99,8 @@ class PrivacyEngine:
             regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
                 does not grow with the frozen factor (DEeR, :mod:`lora_dp.regulator`); not with phases "AB".
 
-        Where the model has dropout, masks must be as secret as the noise: torch's generators get a new seed from the
-        operating system here (not with ``reproducible_seed``). Do not seed them again before training has ended.
+        Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
+        torch afterwards must call it again before the next training pass, which else is refused.
 
         Returns:
             The same model, the private optimizer, and the loader to train on.
@@ -176,9 +177,7 @@ class PrivacyEngine:
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
             regulate_noise=regulate_noise)
         # Last: a refusal above leaves the model as it was.
-        if self.source.secure and _has_dropout(model):
-            # Masks go by the place in a batch: to whoever knew them, one example more shifts those of all behind it.
-            torch.seed()
+        self.renew_randomness()
         if present is None:
             # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
             from lora_dp.passes import watch
@@ -186,6 +185,16 @@ class PrivacyEngine:
             watch(model, recorder)
         attach(model, recorder)
         return model, private, loader
+
+    def renew_randomness(self) -> None:
+        """Put torch's random generators, Python's and NumPy's into a new secret state of the operating system's.
+
+        :meth:`make_private` does so. Call it again after whatever seeds torch later on: ``torch.manual_seed``,
+        Transformers' ``set_seed`` and ``Trainer``, a random state that is restored from a file. With
+        ``reproducible_seed`` nothing happens.
+        """
+        if self.source.secure:
+            renew()
 
     def get_epsilon(self, delta: float) -> float:
         """ε spent so far at ``delta``; inf once a step without noise was taken.
@@ -264,12 +273,3 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     if criterion is None:
         raise ValueError("A batch of inputs and targets needs the criterion that joins them.")
     return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether any module drops a part of what it is given, or whole paths, while training."""
-    rates = (
-        module.p if isinstance(module, nn.modules.dropout._DropoutNd) else
-        module.dropout if isinstance(module, DPLoRALinear) else getattr(module, "drop_prob", None)
-        for module in model.modules())
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)

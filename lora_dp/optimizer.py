@@ -19,6 +19,7 @@ from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
 from lora_dp.recording import NormMethod, Pass, Recorder
 from lora_dp.regulator import Regulator
+from lora_dp.secret_state import end_pass
 
 LossReduction = Literal["mean", "sum"]
 
@@ -246,6 +247,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def take(self, clipped: Clipped, examples: int, kept: int) -> None:
         """Add one micro-batch to the logical batch: its sums, its size, and how many of its examples no mask hid."""
+        end_pass(self)
         self._examples += examples
         self._kept += kept
         self._non_finite_examples = self._non_finite_examples + clipped.non_finite

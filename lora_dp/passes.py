@@ -11,6 +11,7 @@ from torch import nn
 from lora_dp.coverage import batch_size
 from lora_dp.isolation import check_isolation, has_uneven_tokens
 from lora_dp.recording import Recorder
+from lora_dp.secret_state import begin_pass
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -30,6 +31,7 @@ class Passes:
             return
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
+        begin_pass(recorder.owner)
         n = batch_size(args, kwargs)
         uneven = not recorder.uneven_checked and has_uneven_tokens(kwargs)
         if n > 1 and (uneven or not recorder.isolation_checked):

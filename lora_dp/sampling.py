@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
+from lora_dp.secret_state import worker_init
+
 
 class UniformSource(Protocol):
     """Where uniform draws come from (``lora_dp.randomness``)."""
@@ -108,7 +110,7 @@ class PrivateDataLoader:
         self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
         self._options: dict[str, Any] = {
             "collate_fn": loader.collate_fn, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
+            "timeout": loader.timeout, "worker_init_fn": worker_init(loader.worker_init_fn, source),
             "multiprocessing_context": loader.multiprocessing_context,
         }
         if loader.num_workers:
