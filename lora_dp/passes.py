@@ -6,11 +6,12 @@ They stay outside what torch.compile compiles: a pass is ordinary Python, and on
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_dp.coverage import batch_size
 from lora_dp.isolation import check_isolation, has_uneven_tokens
-from lora_dp.recording import Recorder
+from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
@@ -42,7 +43,17 @@ class Passes:
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.recorder.suspended = False
+        recorder = self.recorder
+        if not recorder.suspended and recorder.current is not None and recorder.current.reentrant:
+            _tie(output, recorder, recorder.current)
+        recorder.suspended = False
+
+
+def _tie(output: Any, recorder: Recorder, found: Pass) -> None:
+    """Have every backward from the model's output tell whose it is, before checkpointed layers run again."""
+    for leaf in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(lambda gradient: recorder.check_current(found))
 
 
 def watch(model: nn.Module, recorder: Recorder) -> None:

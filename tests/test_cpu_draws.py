@@ -204,7 +204,7 @@ def words_taken(draw: Callable[[], Any]) -> int:
     lambda: torch.empty(1000).cauchy_(), lambda: torch.empty(1000).geometric_(0.5),
     lambda: torch.empty(1000).log_normal_(), lambda: F.rrelu(-torch.ones(1000), training=True),
     lambda: torch.poisson(torch.ones(1000)), lambda: torch.normal(torch.zeros(1000), 1.0),
-    lambda: torch._standard_gamma(torch.ones(1000)), lambda: torch.binomial(9 * torch.ones(1000), torch.ones(1000) / 3)])
+    lambda: torch._standard_gamma(torch.ones(1000)), lambda: torch.binomial(torch.ones(1000) * 9, torch.rand(1000))])
 def test_kernels_that_stay_torchs_take_a_word_for_every_value(draw: Callable[[], Any]) -> None:
     """Else one would have to be replaced too: all that it draws would hang on the few bits that it takes."""
     assert words_taken(draw) >= 999
