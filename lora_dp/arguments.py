@@ -1,4 +1,4 @@
-"""What users give: wrong types refused in one sentence that names the argument, and settings that stay as they were made."""
+"""What users give: a wrong type is refused in one sentence that names the argument, and settings stay as they were."""
 
 import math
 import numbers
@@ -75,6 +75,6 @@ class Fixed(Generic[T]):
     def __set__(self, holder: object, value: T) -> None:
         if self.key in vars(holder):
             raise AttributeError(
-                f"'{self.name}' is fixed, for noise, clipping and accounting are matched to it: call make_private again "
-                "for another.")
+                f"'{self.name}' is fixed, for noise, clipping and accounting are matched to it: call make_private "
+                "again for another.")
         vars(holder)[self.key] = value

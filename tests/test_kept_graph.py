@@ -75,6 +75,6 @@ def test_both_count_as_one_gradient(name: str, bound: float, part: float) -> Non
     alone = [norm / abs(1 + part) if part != -1 else 1.0 for norm in whole]
     for key in trained:
         summed = torch.stack([
-            min(1.0, bound / norm if norm > 1e-9 else 1.0) * each[key] for each, norm in zip(expected, whole, strict=True)
-        ]).sum(0)
+            min(1.0, bound / norm if norm > 1e-9 else 1.0) * each[key]
+            for each, norm in zip(expected, whole, strict=True)]).sum(0)
         assert_close(released[key], summed, 1e-4, scale=sum(min(bound, norm) for norm in alone))
