@@ -186,6 +186,19 @@ void sampling_bits(std::int64_t key, std::int64_t draw, std::uintptr_t out, std:
 }
 
 [[gnu::noinline]]
+void mask_bits(std::int64_t key, std::int64_t parameter, std::int64_t draw, std::uintptr_t out, std::int64_t n_bytes) {
+    const lora_dp::ChaChaKey held = lora_dp::load_key(key);
+    require_stream(lora_dp::kForMasks, parameter, draw);
+    require_blocks(0, n_bytes);
+    require_address("out", out, n_bytes);
+    if (n_bytes == 0) return;
+    nb::gil_scoped_release unlocked;
+    lora_dp::kernels().keystream(stream_of(held.stream, lora_dp::kForMasks, static_cast<std::uint32_t>(parameter),
+                                           static_cast<std::uint64_t>(draw)), 0,
+                                 at<std::uint8_t>(out), static_cast<std::size_t>(n_bytes));
+}
+
+[[gnu::noinline]]
 void rounded_gaussians(std::int64_t key, std::int64_t parameter, std::int64_t draw, double scale, std::uintptr_t out,
                        std::int64_t n, const std::string &instructions) {
     const lora_dp::ChaChaKey held = lora_dp::load_key(key);
@@ -310,6 +323,8 @@ NB_MODULE(_native, m) {
     m.def("sampling_bits", &Burned<&sampling_bits>::call, nb::arg("key"), nb::arg("draw"), nb::arg("out"),
           nb::arg("n_bytes"),
           "n_bytes uniform bytes of one draw.");
+    m.def("mask_bits", &Burned<&mask_bits>::call, nb::arg("key"), nb::arg("parameter"), nb::arg("draw"), nb::arg("out"),
+          nb::arg("n_bytes"), "n_bytes uniform bytes of one call that torch draws for.");
     m.def("rounded_gaussians", &Burned<&rounded_gaussians>::call, nb::arg("key"), nb::arg("parameter"), nb::arg("draw"),
           nb::arg("scale"), nb::arg("out"), nb::arg("n"), nb::arg("instructions") = "",
           "n integers round(scale * z), int64, of one parameter in one draw.");

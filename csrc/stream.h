@@ -3,6 +3,8 @@
 // Word 12 of the state counts blocks. Words 13 to 15, the nonce, are what the bits are for (8 bits), the number of the
 // parameter (24 bits) and the number of the draw (64 bits, low word first). A key is used for one source, which never
 // draws twice with the same number: so no two values share a block, whatever the parameters, steps and processes.
+// Masks alone take both numbers at random, 87 bits of the state of torch's generator: a state that comes back, as for a
+// checkpoint's second forward, brings the same masks back, and two others are alike with a chance of 2^-87.
 #pragma once
 
 #include "portable.h"
@@ -17,6 +19,7 @@ constexpr int kChaChaBlockBytes = 64;
 constexpr std::uint32_t kForSampling = 0;      // uniform bits
 constexpr std::uint32_t kForNoise = 1;         // the leading bits of rounded Gaussians
 constexpr std::uint32_t kForNoiseRest = 2;     // their other bits, rarely needed
+constexpr std::uint32_t kForMasks = 3;         // what torch draws while a private model trains, such as dropout masks
 
 constexpr std::int64_t kValuesPerBlock = 8;    // rounded Gaussians of one block of kForNoise
 constexpr std::uint64_t kMaxBlocks = std::uint64_t{1} << 32;

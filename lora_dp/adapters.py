@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import peft_format
+from lora_dp.arguments import check_number
 from lora_dp.layers import DPLoRALinear, PrivateModule, linear_features
 from lora_dp.placement import (
     ALL_LINEAR,
@@ -46,7 +47,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value out of range.
-        TypeError: ``trainable_modules`` is no list of names.
+        TypeError: ``trainable_modules`` is no list of names, or a value of another type.
     """
 
     r: int = 8
@@ -58,6 +59,13 @@ class LoRAConfig:
     bias: Bias = "none"
 
     def __post_init__(self) -> None:
+        if self.alpha is not None:
+            check_number("alpha", self.alpha)
+        check_number("dropout", self.dropout)
+        if self.target_modules is None or self.trainable_modules is None:
+            raise TypeError(
+                "target_modules and trainable_modules cannot be None: leave them out for all linear layers but the "
+                "head, and for nothing besides the adapters.")
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
         if self.alpha is not None and not self.alpha > 0:

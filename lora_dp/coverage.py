@@ -29,6 +29,22 @@ class PrivateParameter:
     factor: str | None
 
 
+def unfrozen(planned: Iterable[PrivateParameter]) -> list[PrivateParameter]:
+    """Those of ``planned`` that still require grad. One that was frozen meanwhile is neither noised nor moved, and its
+    gradient is left out of a sum that was clipped with or without it: what is released stays a part of the whole.
+
+    Raises:
+        RuntimeError: all of them were frozen.
+    """
+    planned = list(planned)
+    trained = [entry for entry in planned if entry.parameter.requires_grad]
+    if planned and not trained:
+        raise RuntimeError(
+            f"'{planned[0].name}' and whatever else this step would train was frozen after make_private: unfreeze some "
+            "of it, choose other factors by optimizer.set_phases, or end training here.")
+    return trained
+
+
 def cover(model: nn.Module) -> list[PrivateParameter]:
     """All trainable parameters of ``model``, each in one private layer.
 

@@ -17,6 +17,7 @@ from lora_dp.accounting import (
     check_epsilon,
     max_steps,
 )
+from lora_dp.arguments import check_count, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, recorder_of
 from lora_dp.filtering import Filter
@@ -29,7 +30,9 @@ from lora_dp.phases import PhasesName
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.recording import NormMethod, Recorder
 from lora_dp.sampling import PrivateDataLoader
+from lora_dp.secret_state import renew
 from lora_dp.trials import LossFunction
+from lora_dp.wrappers import check_one_process, check_plain
 
 
 class _Budget:
@@ -74,6 +77,8 @@ class PrivacyEngine:
     def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"Unknown accountant '{accountant}': choose 'pld' or 'rdp'.")
+        if reproducible_seed is not None:
+            check_count("reproducible_seed", reproducible_seed, least=None)
         self.accountant: Accountant = accountant
         self.ledger = Ledger()
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
@@ -101,8 +106,8 @@ class PrivacyEngine:
             regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
                 does not grow with the frozen factor (DEeR, :mod:`lora_dp.regulator`); not with phases "AB".
 
-        Where the model has dropout, masks must be as secret as the noise: torch's generators get a new seed from the
-        operating system here (not with ``reproducible_seed``). Do not seed them again before training has ended.
+        Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
+        torch afterwards must call it again before the next training pass, which else is refused.
 
         Returns:
             The same model, the private optimizer, and the loader to train on.
@@ -110,7 +115,9 @@ class PrivacyEngine:
         Raises:
             ValueError: the model has BatchNorm or an uncovered trainable parameter, the optimizer holds such a
                 parameter, the data set is empty, or a number is out of range; always by name.
-            TypeError: an iterable data set, or a model that torch.compile has wrapped already.
+            TypeError: an iterable data set, an argument of another type, or a model that torch.compile has wrapped
+                already.
+            RuntimeError: torch.distributed runs several processes.
         """
         return self._make(
             model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
@@ -136,10 +143,18 @@ class PrivacyEngine:
             ValueError: as above, ε ≤ 0, δ outside (0, 1), or not exactly one of epochs and steps.
             PrivacyBudgetExceeded: by the optimizer, before a step that would overrun the target.
         """
+        check_number("target_epsilon", target_epsilon)
+        check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)
         check_delta(target_delta)
         if (epochs is None) == (steps is None):
             raise ValueError("Give the length of the run either as epochs or as steps.")
+        if epochs is not None:
+            check_number("epochs", epochs)
+            if not math.isfinite(epochs):
+                raise ValueError(f"epochs must be finite, got {epochs}: 3 is usual.")
+        else:
+            check_count("steps", steps, least=None)
         probe = PrivateDataLoader(data_loader, self.source, lambda _: None, lambda: None)
         if steps is None:
             assert epochs is not None
@@ -158,12 +173,18 @@ class PrivacyEngine:
         loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod, regulate_noise: bool,
         budget: tuple[float, float, int] | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        check_one_process()
+        check_kind("model", model, nn.Module, "inject_lora makes one ready")
+        check_kind("optimizer", optimizer, torch.optim.Optimizer, "make one of torch.optim over the trained parameters")
+        check_number("noise_multiplier", noise_multiplier)
+        check_number("max_grad_norm", max_grad_norm, "one bound for all, which clipping='per_layer' shares out")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"Unknown loss_reduction '{loss_reduction}': choose 'mean' or 'sum'.")
         if norm_method not in ("auto", "direct", "ghost"):
             raise ValueError(f"Unknown norm_method '{norm_method}': choose 'auto', 'direct' or 'ghost'.")
         if hasattr(model, "_orig_mod"):
             raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
+        check_plain(model)
         parameters = cover(model)
         mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
         loader = PrivateDataLoader(
@@ -181,9 +202,7 @@ class PrivacyEngine:
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
             regulate_noise=regulate_noise)
         # Last: a refusal above leaves the model as it was.
-        if self.source.secure and _has_dropout(model):
-            # Masks go by the place in a batch: to whoever knew them, one example more shifts those of all behind it.
-            torch.seed()
+        self.renew_randomness()
         if present is None:
             # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
             from lora_dp.passes import watch
@@ -192,12 +211,24 @@ class PrivacyEngine:
         attach(model, recorder)
         return model, private, loader
 
+    def renew_randomness(self) -> None:
+        """Put torch's random generators, Python's and NumPy's into a new secret state of the operating system's.
+
+        :meth:`make_private` does so. Call it again after whatever seeds torch later on: ``torch.manual_seed``,
+        Transformers' ``set_seed`` and ``Trainer``, a random state that is restored from a file. With
+        ``reproducible_seed`` nothing happens.
+        """
+        if self.source.secure:
+            renew()
+
     def get_epsilon(self, delta: float) -> float:
         """ε spent so far at ``delta``; inf once a step without noise was taken.
 
         Raises:
             ValueError: δ outside (0, 1).
+            TypeError: δ is no number.
         """
+        check_number("delta", delta)
         return self.ledger.epsilon(delta, self.accountant)
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,12 +306,3 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     if criterion is None:
         raise ValueError("A batch of inputs and targets needs the criterion that joins them.")
     return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)
-
-
-def _has_dropout(model: nn.Module) -> bool:
-    """Whether any module drops a part of what it is given, or whole paths, while training."""
-    rates = (
-        module.p if isinstance(module, nn.modules.dropout._DropoutNd) else
-        module.dropout if isinstance(module, DPLoRALinear) else getattr(module, "drop_prob", None)
-        for module in model.modules())
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_dp.arguments import check_count
 from lora_dp.batch_parts import structure
 from lora_dp.collation import drawn_for_test
 from lora_dp.layers import DPEmbedding
@@ -47,13 +48,13 @@ class GraphedStep:
 
     Raises:
         ValueError: batch_size below 1, or a trainable embedding, by name.
+        TypeError: batch_size is no whole number.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: PrivateOptimizer, loss: Callable[..., Tensor], *, batch_size: int
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_count("batch_size", batch_size)
         for name, module in model.named_modules():
             if isinstance(module, DPEmbedding) and module.private_parameters():
                 raise ValueError(f"'{name}' is a trainable embedding, which no graph can record: freeze it.")

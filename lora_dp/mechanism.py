@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_dp.arguments import Fixed
 from lora_dp.clipping import AutomaticClipping, ClipRule, FlatClipping, PerLayerClipping
 from lora_dp.noise import NoiseSource, add_noise, grid_sensitivity, grid_step
 from lora_dp.ops.clip_and_sum import can_clip_and_sum, clip_and_sum
@@ -30,6 +31,10 @@ class Mechanism:
     Raises:
         ValueError: σ negative or NaN, or above 0 without a finite clip bound.
     """
+
+    rule = Fixed[ClipRule]()
+    noise_multiplier = Fixed[float]()
+    source = Fixed[NoiseSource]()
 
     def __init__(self, rule: ClipRule, noise_multiplier: float, source: NoiseSource):
         if not 0 <= noise_multiplier < math.inf:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer
+from lora_dp.arguments import Fixed
+from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer, unfrozen
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
 from lora_dp.layers import DPLoRALinear
@@ -21,6 +22,8 @@ from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
 from lora_dp.recording import NormMethod, Pass, Recorder
 from lora_dp.regulator import Regulator
+from lora_dp.secret_state import end_pass
+from lora_dp.wrappers import check_one_process
 
 
 class Clipped(NamedTuple):
@@ -38,6 +41,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
     gradient exists.
     """
 
+    mechanism = Fixed[Mechanism]()
+    event = Fixed[PoissonGaussian]()
+    ledger = Fixed[Ledger]()
+    noise_multiplier = Fixed[float]()
+    max_grad_norm = Fixed[float]()
+    sample_rate = Fixed[float]()
+    expected_batch_size = Fixed[int]()
+
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
         mechanism: Mechanism, event: PoissonGaussian, ledger: Ledger, expected_batch_size: int, phases: PhasesName,
@@ -46,7 +57,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     ):
         self.original_optimizer = optimizer
         self.mechanism, self.event, self.ledger = mechanism, event, ledger
-        self.expected_batch_size = expected_batch_size
+        self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.rule.max_grad_norm
+        self.sample_rate, self.expected_batch_size = event.sample_rate, expected_batch_size
         self.steps_taken = 0
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
@@ -80,6 +92,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.original_optimizer.state
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        """What ``GradScaler.step`` asks for first.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "GradScaler scales losses before clipping and skips steps by what private gradients hold: leave it out, "
+            "and train in bfloat16 (torch.autocast) or float32.")
 
     @property
     def recorder(self) -> Recorder:
@@ -200,8 +223,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
-        if self._recorder.pending:
-            self._recorder.discard()
+        self._recorder.forget_gradients()
         self.original_optimizer.zero_grad(set_to_none)
 
     def backward(self, losses: Tensor, *, weight: float = 1.0, retain_graph: bool = False) -> None:
@@ -274,6 +296,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self._recorder.owner is not self:
             raise RuntimeError("Another private optimizer is recording on this model: call activate() before forward.")
         examined = self._recorder.losses.examined
+        self._trained()
         finished = self._recorder.take()
         if finished.filled and not examined:
             raise IsolationError(
@@ -306,6 +329,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def take(self, clipped: Clipped, examples: int, kept: int) -> None:
         """Add one micro-batch to the logical batch: its sums, its size, and how many of its examples no mask hid."""
+        end_pass(self)
         self._examples += examples
         self._kept += kept
         self._non_finite_examples = self._non_finite_examples + clipped.non_finite
@@ -359,17 +383,21 @@ class PrivateOptimizer(torch.optim.Optimizer):
             f"This step saw {examples} examples, which is no batch that the private loader drew: train on the loader "
             "that make_private returned, each batch once and whole (micro-batches add up to it).")
 
+    def _trained(self) -> list[PrivateParameter]:
+        return unfrozen(p for key, p in self._covered.items() if key in self._recorder.trained)
+
     def _collect(self) -> dict[int, Tensor | ExampleSum]:
         sums, self._sums, self._examples, self._kept = self._sums, {}, 0, 0
         return sums
 
     def _release(self) -> None:
         refuse_capture("step", next(iter(self._covered.values())).parameter.device)
+        check_one_process()
         collected = self._collect()
+        trained = self._trained()
         check_optimizer(self.original_optimizer, self._covered)
         self._before_release()
         self.ledger.append(self.event)
-        trained = [p for key, p in self._covered.items() if key in self._recorder.trained]
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)

@@ -7,13 +7,15 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_dp.batch_parts import numbers_in, structure, widths
 from lora_dp.collation import drawn_for_test
 from lora_dp.coverage import batch_size
 from lora_dp.isolation import check_isolation
-from lora_dp.recording import Recorder
+from lora_dp.recording import Pass, Recorder
+from lora_dp.secret_state import begin_pass
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -33,6 +35,7 @@ class Passes:
             return
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
+        begin_pass(recorder.owner)
         n = batch_size(args, kwargs)
         tested = n > 1 and not recorder.capturing and self._test(module, args, kwargs, n)
         recorder.open(n)
@@ -64,9 +67,19 @@ class Passes:
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.recorder.suspended and output is not None:
-            self.recorder.losses.returned(output)
-        self.recorder.suspended = False
+        recorder = self.recorder
+        if not recorder.suspended and output is not None:
+            recorder.losses.returned(output)
+            if recorder.current is not None and recorder.current.reentrant:
+                _tie(output, recorder, recorder.current)
+        recorder.suspended = False
+
+
+def _tie(output: Any, recorder: Recorder, found: Pass) -> None:
+    """Have every backward from the model's output tell whose it is, before checkpointed layers run again."""
+    for leaf in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(lambda gradient: recorder.check_current(found))
 
 
 def watch(model: nn.Module, recorder: Recorder) -> None:

@@ -78,6 +78,13 @@ def _take_gradient(found: list[Tensor], leaf: Tensor) -> None:
     leaf.grad = None
 
 
+def _keep_one(backwards: list[None], leaf: Tensor) -> None:
+    """Of several backward passes the norms tell nothing exact: then the norm of what they left together is taken."""
+    backwards.append(None)
+    if len(backwards) > 1:
+        leaf.grad = None
+
+
 class _Pair:
     """The leaves of one ghost use: Gᵢ = scale · Σₜ leftₜ ⊗ rightₜ."""
 
@@ -115,6 +122,7 @@ class Slot:
         self._norms = _leaf((n,), torch.float64, parameter.device)
         self._uses = 0
         self._pairs: list[_Pair] = []
+        self._norms.register_post_accumulate_grad_hook(functools.partial(_keep_one, []))
         self._factors: tuple[Tensor, Tensor, float] | None = None
         self._lookups: list[tuple[Tensor, Tensor]] = []
         self._rows: ExampleRows | None = None
@@ -325,7 +333,8 @@ class Recorder:
             self.superseded.append(self.current)
         # All slots now: under torch.compile the layers find their leaves, they cannot make them.
         self.current = Pass(n, {
-            key: Slot(*entry, n, self.method) for key, entry in self.parameters.items() if key in self.trained})
+            key: Slot(*entry, n, self.method) for key, entry in self.parameters.items()
+            if key in self.trained and entry[1].requires_grad})
 
     def take(self) -> Pass:
         """Hand the finished pass over and forget it.
@@ -352,6 +361,26 @@ class Recorder:
     def pending(self) -> bool:
         """Whether a forward has been recorded, or will be by its backward, that no step has taken."""
         return self.current is not None and (self.current.filled or self.current.reentrant)
+
+    def forget_gradients(self) -> None:
+        """Forget gradients that were recorded. A pass whose backward has yet to come is left to it: between the two is
+        a usual place for zero_grad()."""
+        if self.current is None or self.current.filled:
+            self.discard()
+        else:
+            self.current.reentrant = False  # a next forward may take its place
+
+    def check_current(self, found: Pass) -> None:
+        """Refuse a backward through a pass that is over: a reentrant checkpoint would record into the one that is not.
+
+        Raises:
+            RuntimeError: another pass, a step or zero_grad() came in between.
+        """
+        if found is not self.current:
+            raise RuntimeError(
+                "A backward began through a forward pass with reentrant checkpoints that was over: a later forward, "
+                "step() or zero_grad() had taken its place. Call backward once, right after its forward, or use "
+                "use_reentrant=False.")
 
     def discard(self) -> None:
         """Forget whatever was recorded."""

@@ -10,9 +10,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
+from lora_dp.arguments import Fixed, check_kind
 from lora_dp.collation import check_collation, drawn_for_test
+from lora_dp.secret_state import worker_init
 
 
 class UniformSource(Protocol):
@@ -68,6 +78,17 @@ class _NonEmpty(Sampler[list[int]]):
                 self.empty_at_end += 1
 
 
+def _draws_from_all(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's own order is one of those that a plain DataLoader makes: each example once."""
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler or loader.batch_sampler.sampler is not sampler:
+        return False
+    if type(sampler) is RandomSampler:
+        whole = not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+        return whole and sampler.data_source is loader.dataset
+    return type(sampler) is SequentialSampler and sampler.data_source is loader.dataset
+
+
 class PrivateDataLoader:
     """Iterates over Poisson batches of a data set.
 
@@ -89,21 +110,28 @@ class PrivateDataLoader:
         TypeError: an iterable data set, which cannot be Poisson sampled.
     """
 
+    dataset = Fixed[Any]()
+    expected_batch_size = Fixed[int]()
+    sample_rate = Fixed[float]()
+    source = Fixed[UniformSource]()
+
     def __init__(
         self, loader: DataLoader[Any], source: UniformSource, on_batch: Callable[[int], None],
         on_empty: Callable[[], None], *, on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None, on_varying_width: Callable[[], None] = lambda: None,
     ):
+        check_kind("data_loader", loader, DataLoader, "its batch size and data set say how to sample")
         dataset: Dataset[Any] = loader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError("An iterable data set cannot be Poisson sampled: use a map-style one with a length.")
         size = len(dataset)
         if size == 0:
             raise ValueError("The data set is empty: a private step needs at least one example to sample from.")
-        if loader.batch_size is None or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        if loader.batch_size is None or not _draws_from_all(loader):
             raise ValueError(
                 "Give a loader with a batch_size and no sampler of its own: its batches are redrawn by Poisson "
-                "sampling, which the accounting describes.")
+                "sampling, which the accounting describes; to train on some of the examples, give a "
+                "torch.utils.data.Subset of them as the data set.")
         if loader.batch_size > size:
             raise ValueError(
                 f"The batch size {loader.batch_size} is above the {size} examples there are: choose at most {size}.")
@@ -116,7 +144,7 @@ class PrivateDataLoader:
         self._collation_tested = False
         self._options: dict[str, Any] = {
             "collate_fn": loader.collate_fn, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout, "worker_init_fn": loader.worker_init_fn,
+            "timeout": loader.timeout, "worker_init_fn": worker_init(loader.worker_init_fn, source),
             "multiprocessing_context": loader.multiprocessing_context,
         }
         if loader.num_workers:

@@ -160,7 +160,7 @@ def test_dividing_by_the_actual_batch_is_caught(bug):
     release = PrivateOptimizer._release
 
     def planted(self: PrivateOptimizer) -> None:
-        self.expected_batch_size = max(self._examples, 1)
+        self._expected_batch_size = max(self._examples, 1)
         release(self)
 
     bug.setattr(PrivateOptimizer, "_release", planted)

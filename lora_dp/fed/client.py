@@ -1,7 +1,7 @@
 """A client's part of a round: local training on its examples, and what leaves it."""
 
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.randomness import RandomSource, SecureSource, SeededSource
 from lora_dp.regulator import Regulator
 from lora_dp.sampling import PrivateDataLoader
+from lora_dp.secret_state import secret_generators
 
 # Streams of the seed that must not coincide.
 TRAINING, NOISE, PERTURBATION = 2, 3, 4
@@ -107,8 +108,7 @@ class Trainer:
         """
         self.workspace.load(task.state, task.rank)
         place = (client, task.round, task.turn)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(derived_seed(self.seed, TRAINING, *place) if self.reproducible else secrets.randbits(63))
+        with self._generators(derived_seed(self.seed, TRAINING, *place)):
             if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
                 as_released.train_la_lora(self, examples, task, on_step)
             else:
@@ -119,6 +119,17 @@ class Trainer:
         if self.plan.client_adds_noise:
             trained = self._noised(trained, task, self.plan.event(len(examples)), place)
         return Update(trained)
+
+    @contextmanager
+    def _generators(self, seed: int) -> Iterator[None]:
+        """torch's generators inside: in a new secret state, or of this seed. Afterwards they are as they were."""
+        if not self.reproducible:
+            with secret_generators():
+                yield
+            return
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            yield
 
     def source(self, *place: int) -> RandomSource:
         """Fresh random bits: secret, or of this place in the run."""

@@ -220,7 +220,7 @@ def filter_before_the_noise(planting: Planting) -> None:
 def divide_by_the_batch(planting: Planting) -> None:
     def planted(release: Any) -> Any:
         def divided(self: PrivateOptimizer) -> None:
-            self.expected_batch_size = max(self._examples, 1)
+            self._expected_batch_size = max(self._examples, 1)
             release(self)
         return divided
 

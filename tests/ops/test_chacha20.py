@@ -263,6 +263,18 @@ def test_sampling_bits_under_any_key(secret: bytes, draw: int, n_bytes: int) -> 
     assert actual == reference_keystream(secret, sampling_nonce(draw), 0, n_bytes)
 
 
+@settings(max_examples=40, deadline=None)
+@given(parameter=st.integers(0, 2**24 - 1), draw=st.integers(0, 2**63 - 1), n_bytes=st.integers(0, 700))
+def test_mask_bits_are_a_keystream_of_their_own(parameter: int, draw: int, n_bytes: int) -> None:
+    key, purpose = _native.key_from(KEY), 3
+    nonce = b"".join(
+        word.to_bytes(4, "little") for word in (purpose << 24 | parameter, draw % 2**32, draw >> 32))
+    actual = written(n_bytes, 0, lambda out: _native.mask_bits(key, parameter, draw, out, n_bytes))
+    assert actual == reference_keystream(KEY, nonce, 0, n_bytes)
+    refuses(f"parameter must lie in [0, 2**24), got {2**24}", lambda: _native.mask_bits(key, 2**24, draw, 0, 0))
+    _native.drop_key(key)
+
+
 def test_bad_sampling_draws_are_refused(key: int) -> None:
     buffer = np.zeros(64, np.uint8)
     out = buffer.ctypes.data

@@ -109,6 +109,11 @@ FILLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampling_bits": (
         {"key": st.just(KEY), "draw": DRAWS, "out": st.just(OUT), "n_bytes": SIZES},
         {"key": BAD_KEYS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES, "n_bytes": hostile(2**38)}),
+    "mask_bits": (
+        {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "out": st.just(OUT),
+         "n_bytes": SIZES},
+        {"key": BAD_KEYS, "parameter": BAD_PARAMETERS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES,
+         "n_bytes": hostile(2**38)}),
     "rounded_gaussians": (
         {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "scale": SCALES,
          "out": st.just(OUT), "n": SIZES, "instructions": st.just("")},
@@ -171,8 +176,8 @@ def test_keys(content: Any, number: Any) -> None:
         native.rounded_gaussians(key, 0, 0, 1.0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["keystream", "sampling_bits", "rounded_gaussians", "gaussian_pair", "private_update",
-                                  "key_from", "drop_key"])
+@pytest.mark.parametrize("name", ["keystream", "sampling_bits", "mask_bits", "rounded_gaussians", "gaussian_pair",
+                                  "private_update", "key_from", "drop_key"])
 def test_wrong_numbers_of_arguments(name: str) -> None:
     for values, named in [((), {}), ((0,) * 20, {}), ((), {"nothing": 0}), ((), {"key": 0, "bytes": 0})]:
         with pytest.raises(TypeError):

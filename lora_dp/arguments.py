@@ -1,0 +1,80 @@
+"""What users give: a wrong type is refused in one sentence that names the argument, and settings stay as they were."""
+
+import math
+import numbers
+from typing import Any, Generic, TypeVar, overload
+
+T = TypeVar("T")
+
+
+def check_number(name: str, value: object, remedy: str = "") -> None:
+    """Refuse what is no real number; NaN and infinity are for the caller to judge.
+
+    Args:
+        name: of the argument.
+        value: what was given for it.
+        remedy: what to do instead, after a colon.
+
+    Raises:
+        TypeError: a string, None, a truth value, a list, a tensor, a complex number.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {_shown(value)}{f': {remedy}' if remedy else ''}.")
+
+
+def check_count(name: str, value: object, least: int | None = 1) -> None:
+    """Refuse what is no whole number from ``least`` on, if there is a least.
+
+    Raises:
+        TypeError: no whole number; 10.0 is none.
+        ValueError: a smaller one.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        whole = isinstance(value, float) and math.isfinite(value)
+        remedy = f": write {name}={round(value)}" if whole else ""  # type: ignore[call-overload]
+        raise TypeError(f"{name} must be a whole number, got {_shown(value)}{remedy}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_kind(name: str, value: object, kind: type, remedy: str) -> None:
+    """Refuse an object of another class.
+
+    Raises:
+        TypeError: it is not of ``kind``.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {_shown(value)}: {remedy}.")
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    if len(shown) > 40 or "\n" in shown:
+        return f"a {type(value).__name__}"
+    return shown if value is None else f"{shown} ({type(value).__name__})"
+
+
+class Fixed(Generic[T]):
+    """An attribute that can be set once: what noise, clipping and accounting were matched to must not change alone."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.key = name, f"_{name}"
+
+    @overload
+    def __get__(self, holder: None, owner: type) -> "Fixed[T]": ...
+    @overload
+    def __get__(self, holder: object, owner: type) -> T: ...
+    def __get__(self, holder: object | None, owner: type) -> Any:
+        if holder is None:
+            return self
+        try:
+            return vars(holder)[self.key]
+        except KeyError:
+            raise AttributeError(f"'{owner.__name__}' has no '{self.name}' yet.") from None
+
+    def __set__(self, holder: object, value: T) -> None:
+        if self.key in vars(holder):
+            raise AttributeError(
+                f"'{self.name}' is fixed, for noise, clipping and accounting are matched to it: call make_private "
+                "again for another.")
+        vars(holder)[self.key] = value

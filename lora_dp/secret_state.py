@@ -1,0 +1,198 @@
+"""torch's random generators in a state that nobody can guess, for masks that must be as secret as the noise.
+
+Rows of a batch have their dropout by their place in it. To whoever knew the masks, one example more would shift those
+of all behind it: by 15 C, say, where the noise hides 1 C. A seed does not keep masks secret: of the 64 bits that
+``torch.manual_seed`` takes, the CPU's generator uses 32, which are soon tried out.
+
+So :func:`renew` sets whole states, drawn from the operating system:
+
+- CPU: the 624 words of MT19937. Masks are then drawn by :mod:`lora_dp.cpu_draws`, from ChaCha20.
+- CUDA: the 64 bits of Philox's key and 60 of its counter, on every device.
+- other devices: their own seed of 64 bits.
+- Python's ``random`` and NumPy's, by which some models mask spans of their input: as MT19937 above.
+
+A generator's seed is part of its state and says whether the state is still ours: it is 64 random bits that stand in
+a set. Whoever seeds a generator again, or restores a state from elsewhere, replaces them; one who restores a state of
+ours, as checkpoints and ``torch.random.fork_rng`` do, puts them back.
+"""
+
+import functools
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_dp import cpu_draws
+from lora_dp.randomness import SecureSource
+
+_RESEEDED = (
+    "torch's generators were seeded after make_private, so whoever knows that seed knows the dropout masks: seed "
+    "before make_private, or call engine.renew_randomness() after whatever seeds (Transformers' Trainer and set_seed "
+    "do).")
+
+# In bytes: seed, two counters of 4, the next word's place; then the words, each in 8.
+_WORDS, _WORDS_BEGIN = 624, 24
+_STATE_SIZE = 5056
+
+# The seeds that stand in states of ours.
+_seeds: set[int] = set()
+
+
+@functools.cache
+def _source() -> SecureSource:
+    """Holds the key under which masks are drawn: its own, not an engine's."""
+    return SecureSource()
+
+
+def _secret_key() -> int | None:
+    if torch.default_generator.initial_seed() not in _seeds:
+        return None
+    return _source().next_draw().key  # a forked process has another
+
+
+def renew() -> None:
+    """Draw a new secret state for every generator that masks may come from."""
+    cpu_draws.install(_secret_key)
+    _draw_by_aten_when_compiled()
+    # Every device: those that are named below get more than this.
+    torch.manual_seed(secrets.randbits(64))
+    _renew_cpu(_new_seed())
+    if torch.cuda.is_initialized():
+        _renew_cuda()
+    random.seed(secrets.token_bytes(4 * _WORDS))
+    np.random.seed(_random_words())
+
+
+def begin_pass(optimizer: object) -> None:
+    """Refuse a training pass whose masks could be guessed, and give it a state of its own on the CPU.
+
+    The new state keeps passes apart that begin in one state, as inside ``torch.random.fork_rng``.
+
+    Args:
+        optimizer: the private one that takes the pass; nothing happens where its source of randomness is seeded.
+
+    Raises:
+        RuntimeError: a generator was seeded since :func:`renew`.
+    """
+    if _is_secret(optimizer):
+        _check()
+        _renew_cpu(torch.default_generator.initial_seed())
+
+
+def end_pass(optimizer: object) -> None:
+    """Refuse a pass during which a generator was seeded, by a module of the model say.
+
+    Raises:
+        RuntimeError: as for :func:`begin_pass`.
+    """
+    if _is_secret(optimizer):
+        _check()
+
+
+def _is_secret(optimizer: object) -> bool:
+    mechanism = getattr(optimizer, "mechanism", None)
+    return bool(getattr(getattr(mechanism, "source", None), "secure", False))
+
+
+def _check() -> None:
+    generators = [torch.default_generator, *_cuda_generators()]
+    if any(generator.initial_seed() not in _seeds for generator in generators):
+        raise RuntimeError(_RESEEDED)
+
+
+@contextmanager
+def secret_generators() -> Iterator[None]:
+    """A new secret state inside; afterwards all generators are as they were."""
+    before, by_python, by_numpy = set(_seeds), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            renew()
+            yield
+        finally:
+            random.setstate(by_python)
+            np.random.set_state(by_numpy)
+            _seeds.intersection_update(before)
+
+
+WorkerInit = Callable[[int], Any]
+
+
+def worker_init(own: WorkerInit | None, source: object) -> WorkerInit | None:
+    """The ``worker_init_fn`` of a loader under this source of randomness: a secure one's workers draw in secret too
+    (augmentations, say), where torch would seed each with 32 bits. The user's own function comes first."""
+    return _SecretWorker(own) if getattr(source, "secure", False) else own
+
+
+class _SecretWorker:
+    """A class: workers may be spawned, and are then handed it pickled."""
+
+    def __init__(self, own: WorkerInit | None):
+        self.own = own
+
+    def __call__(self, worker: int) -> None:
+        if self.own is not None:
+            self.own(worker)
+        renew()
+
+
+def _new_seed() -> int:
+    seed = secrets.randbits(64)
+    _seeds.add(seed)
+    return seed
+
+
+def _random_words() -> np.ndarray:
+    """A state of MT19937: 624 words of the operating system."""
+    return np.frombuffer(secrets.token_bytes(4 * _WORDS), np.uint32)
+
+
+def _renew_cpu(seed: int) -> None:
+    state = _seeded_layout().clone()
+    state[:8] = torch.from_numpy(np.array([seed], np.uint64).view(np.uint8))
+    words = state[_WORDS_BEGIN : _WORDS_BEGIN + 8 * _WORDS].view(torch.int64)
+    words.copy_(torch.from_numpy(_random_words().astype(np.int64)))
+    torch.default_generator.set_state(state)
+
+
+@functools.cache
+def _seeded_layout() -> Tensor:
+    """The state of a CPU generator just seeded, with nothing drawn."""
+    state = torch.Generator().manual_seed(0).get_state()
+    if state.numel() != _STATE_SIZE:
+        raise RuntimeError(
+            f"This version of torch keeps its CPU generator in {state.numel()} bytes instead of {_STATE_SIZE}, which "
+            "lora_dp cannot fill: use a version that it was tested with, or reproducible_seed for research.")
+    return state
+
+
+_cuda_renewed = False
+
+
+def _renew_cuda() -> None:
+    global _cuda_renewed
+    _cuda_renewed = True
+    for generator in torch.cuda.default_generators:
+        # Philox counts in fours, and 2^62 are left to count on.
+        state = np.array([_new_seed(), 4 * secrets.randbits(60)], np.uint64)
+        generator.set_state(torch.from_numpy(state.view(np.uint8)))
+
+
+def _cuda_generators() -> tuple[torch.Generator, ...]:
+    """Those of CUDA, set once CUDA is in use: a process that may still fork must not start it."""
+    if not torch.cuda.is_initialized():
+        return ()
+    if not _cuda_renewed:
+        _renew_cuda()
+    return torch.cuda.default_generators
+
+
+def _draw_by_aten_when_compiled() -> None:
+    """Inductor would draw by Philox under one 64-bit seed a graph: compiled models shall call eager ones' kernels."""
+    import torch._inductor.config as inductor
+
+    inductor.fallback_random = True

@@ -1,0 +1,246 @@
+"""Arguments of a wrong type, settings changed afterwards, scalers and wrappers: one clear sentence each."""
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
+
+from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.arguments import check_count, check_number
+from lora_dp.graphs import GraphedStep
+from tests.models import examples, loader_of, mlp, private_run, seeded, take_step, train
+from tests.support import make_private
+
+NO_NUMBERS = ["8", None, [1.0, 1.0], (1,), True, 1 + 0j, torch.tensor([1.0, 1.0]), np.ones(2), {}]
+NO_COUNTS = [10.0, "8", math.nan, math.inf, [3], True, np.float64(10), torch.tensor(3.0)]
+
+
+def make(**options: Any) -> Any:
+    model = mlp()
+    chosen = {
+        "model": model, "optimizer": torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        "data_loader": loader_of(20, 4), "max_grad_norm": 1.0, **options}
+    if "target_epsilon" in options:
+        return seeded().make_private_with_epsilon(**chosen)
+    return seeded().make_private(**{"noise_multiplier": 1.0, **chosen})
+
+
+TARGETS = {"target_epsilon": 2.0, "target_delta": 1e-5, "steps": 3}
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm", "target_epsilon", "target_delta", "epochs"])
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_must_be_a_number(name: str, value: object) -> None:
+    options: dict[str, Any] = {name: value}
+    if name not in ("noise_multiplier", "max_grad_norm"):
+        options = {**TARGETS, **options}
+    if name == "epochs":
+        options["steps"] = None
+        if value is None:
+            with pytest.raises(ValueError, match="either as epochs or as steps"):
+                make(**options)
+            return
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got .*\.$") as refusal:
+        make(**options)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 160
+
+
+@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+def test_what_must_be_a_whole_number(value: object) -> None:
+    model, private, _ = private_run(seeded())
+    for name, action in {
+        "steps": lambda: make(**{**TARGETS, "steps": value}), "batch_size": lambda: GraphedStep(
+            model, private, lambda model, x: model(x).sum(), batch_size=value),  # type: ignore[arg-type]
+        "reproducible_seed": lambda: PrivacyEngine(reproducible_seed=value),  # type: ignore[arg-type]
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name} must be a whole number, got"):
+            action()
+    if value == 10.0:
+        with pytest.raises(TypeError, match=r"^steps must be a whole number, got 10.0 \(float\): write steps=10\.$"):
+            make(**{**TARGETS, "steps": 10.0})
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.float32(2), np.int64(2), Fraction(2)])
+def test_numbers_of_other_kinds_are_taken(value: Any) -> None:
+    check_number("x", value)
+    make(noise_multiplier=value, max_grad_norm=value)
+    check_count("x", np.int64(3))
+
+
+@pytest.mark.parametrize("epochs", [math.nan, math.inf])
+def test_epochs_without_end_are_refused(epochs: float) -> None:
+    with pytest.raises(ValueError, match="epochs must be finite"):
+        make(**{**TARGETS, "steps": None, "epochs": epochs})
+
+
+@pytest.mark.parametrize("delta", ["1e-5", None, [1e-5]])
+def test_delta_of_the_engine(delta: Any) -> None:
+    with pytest.raises(TypeError, match="^delta must be a number"):
+        seeded().get_epsilon(delta)
+
+
+def test_a_list_of_bounds_names_what_shares_one_out() -> None:
+    with pytest.raises(TypeError, match=r"max_grad_norm must be a number, got \[1, 1\] \(list\): .*'per_layer'"):
+        make(max_grad_norm=[1, 1])
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("model", None), ("model", "gpt2"), ("optimizer", None), ("optimizer", "sgd"), ("optimizer", torch.optim.SGD),
+    ("data_loader", None), ("data_loader", [1, 2])])
+def test_objects_of_another_class(name: str, value: object) -> None:
+    for options in ({}, TARGETS):
+        with pytest.raises(TypeError, match=rf"^{name} must be a \w+, got .*: .+\.$"):
+            make(**{name: value, **options})
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"target_modules": None}, "target_modules and trainable_modules cannot be None: leave them out"),
+    ({"trainable_modules": None}, "cannot be None: leave them out"), ({"dropout": "0.1"}, "dropout must be a number"),
+    ({"dropout": None}, "dropout must be a number"), ({"alpha": "8"}, "alpha must be a number, got '8' (str)"),
+    ({"alpha": [8]}, "alpha must be a number")])
+def test_lora_config(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError) as refusal:
+        LoRAConfig(**options)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [
+    "noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size", "mechanism", "event", "ledger"])
+def test_what_the_optimizer_was_made_for_cannot_be_changed(name: str) -> None:
+    model, private, _ = private_run(seeded(), noise_multiplier=1.5, max_grad_norm=0.5)
+    before = getattr(private, name)
+    with pytest.raises(AttributeError, match=rf"^'{name}' is fixed, .*: call make_private again for another\.$"):
+        setattr(private, name, 5.0)
+    assert getattr(private, name) is before
+    assert (private.noise_multiplier, private.max_grad_norm, private.sample_rate, private.expected_batch_size) == (
+        1.5, 0.5, 0.2, 8)
+
+
+def test_nor_what_it_and_the_loader_hold() -> None:
+    _, private, loader = private_run(seeded())
+    for holder, names in ((private.mechanism, ("noise_multiplier", "rule", "source")),
+                          (loader, ("sample_rate", "expected_batch_size", "dataset", "source"))):
+        for name in names:
+            with pytest.raises(AttributeError, match=f"'{name}' is fixed"):
+                setattr(holder, name, getattr(holder, name))
+    with pytest.raises(AttributeError):
+        private.mechanism.rule.max_grad_norm = 5.0
+    with pytest.raises(AttributeError):
+        private.event.noise_multiplier = 5.0
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_grad_scaler_is_refused_before_anything_is_released(unscaled: bool) -> None:
+    engine = seeded()
+    model, private, loader = private_run(engine)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    x, y = next(loader.take(1))
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    if unscaled:
+        scaler.unscale_(private)
+    with pytest.raises(RuntimeError, match="^GradScaler scales losses before clipping .*: leave it out"):
+        scaler.step(private)
+    assert engine.ledger.steps == 0
+    private.zero_grad()
+    train(model, private, loader.take(1))
+    off = torch.amp.GradScaler("cpu", enabled=False)  # as scripts leave it where autocast is in bfloat16
+    x, y = next(loader.take(1))
+    off.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    off.step(private)
+    off.update()
+    assert engine.ledger.steps == 2
+
+
+DATA = TensorDataset(*examples(20))
+
+
+@pytest.mark.parametrize("order", [
+    {"sampler": SequentialSampler(range(8))}, {"sampler": SequentialSampler(TensorDataset(torch.zeros(20)))},
+    {"sampler": RandomSampler(range(8))}, {"sampler": RandomSampler(DATA, num_samples=8)},
+    {"sampler": RandomSampler(DATA, replacement=True)}, {"sampler": RandomSampler(Subset(DATA, range(8)))},
+    {"sampler": [1, 2, 3]}, {"batch_sampler": BatchSampler(SequentialSampler(DATA), 4, False)},
+    {"batch_sampler": [[0, 1], [2]]}], ids=lambda order: str(type(next(iter(order.values()))).__name__))
+def test_an_order_over_other_examples_is_refused(order: dict[str, Any]) -> None:
+    options = order if "batch_sampler" in order else {"batch_size": 4, **order}
+    with pytest.raises(ValueError, match=r"no sampler of its own.*torch\.utils\.data\.Subset"):
+        make(data_loader=DataLoader(DATA, **options))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"shuffle": True}, {"drop_last": True}, {"sampler": RandomSampler(DATA)}, {"sampler": SequentialSampler(DATA)},
+    {"shuffle": True, "generator": torch.Generator()}])
+def test_a_plain_order_is_taken_and_so_is_a_subset(options: dict[str, Any]) -> None:
+    assert make(data_loader=DataLoader(DATA, batch_size=4, **options))[2].sample_rate == 0.2
+    assert make(data_loader=DataLoader(Subset(DATA, range(8)), batch_size=4, shuffle=True))[2].sample_rate == 0.5
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_are_refused_at_set_up(two_processes: None) -> None:
+    with pytest.raises(RuntimeError, match=r"^torch\.distributed runs 2 processes, .*: train in one process"):
+        make()
+
+
+def test_and_at_a_step_when_they_came_later(request: pytest.FixtureRequest) -> None:
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    take_step(model, optimizer, examples(4))
+    request.getfixturevalue("two_processes")
+    with pytest.raises(RuntimeError, match="runs 2 processes"):
+        take_step(model, optimizer, examples(4))
+    assert optimizer.ledger.steps == 1
+
+
+def test_one_process_of_a_group_is_taken() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        make()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_wrapped_models_are_refused_by_name(two_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_dp.engine.check_one_process", lambda: None)
+    from torch.distributed.fsdp import fully_shard
+
+    inner = nn.Sequential(mlp())
+    whole = {"DistributedDataParallel": nn.parallel.DistributedDataParallel(mlp()),
+             "DataParallel": nn.DataParallel(mlp())}
+    inner[0] = nn.DataParallel(inner[0])
+    for name, model in [*whole.items(), ("DataParallel", inner)]:
+        with pytest.raises(ValueError, match=rf"is wrapped in {name}, .*: give the model inside it"):
+            make(model=model)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    with pytest.raises(ValueError, match="is wrapped in FSDPModule"):
+        make(model=fully_shard(mlp(), mesh=mesh))
+    spread = mlp()
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    spread[2].weight = nn.Parameter(distribute_tensor(spread[2].weight.detach(), mesh, [Replicate()]))
+    with pytest.raises(ValueError, match=r"^'2\.weight' is sharded over processes \(DTensor\)"):
+        make(model=spread)
+
+
+def test_a_model_of_pefts_names_the_two_ways() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), peft.LoraConfig(target_modules=["0"]))
+    for given in (model, model.base_model.model):
+        with pytest.raises(ValueError, match=r"is PEFT's \w+, .*inject_lora\(base_model.*load_adapter\(base_model"):
+            make(model=given)
+    plain = inject_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), LoRAConfig(r=2, target_modules=["0"]))
+    make(model=plain, optimizer=torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1))

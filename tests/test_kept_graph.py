@@ -1,0 +1,80 @@
+"""Two backward passes through one kept graph: an example's gradient is the sum of both, and is clipped as one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_dp import DPLinear, DPLoRALinear
+from lora_dp.layers import DPEmbedding, DPLayerNorm
+from tests.support import assert_close, brute_force, make_private, private_gradients
+
+N, T = 5, 4
+
+
+def adapter() -> nn.Module:
+    layer = DPLoRALinear(6, 3, r=2)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = DPEmbedding(7, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+
+def rows() -> Tensor:
+    return torch.randn(N, T, 6)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
+    "adapter": (adapter, rows, "auto"),
+    "direct": (lambda: DPLinear(6, 3, bias=False), rows, "direct"),
+    "ghost": (lambda: DPLinear(6, 3, bias=False), rows, "ghost"),
+    "bias": (lambda: DPLinear(6, 3), rows, "auto"),
+    "bias alone": (lambda: DPLinear(6, 3), rows, "direct"),
+    "affine": (lambda: DPLayerNorm(6), rows, "auto"),
+    "lookup": (Lookup, lambda: torch.randint(7, (N, T)), "auto"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("bound", [0.05, 1e6])
+@pytest.mark.parametrize("part", [-1.0, -0.9, 0.5])
+def test_both_count_as_one_gradient(name: str, bound: float, part: float) -> None:
+    """``part`` below 0: what the second pass brings all but cancels the first."""
+    torch.manual_seed(0)
+    make, inputs, method = LAYERS[name]
+    layer, x = make().train(), inputs()
+    if name == "bias alone":
+        layer.weight.requires_grad_(False)
+    trained = {key for key, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(model: nn.Module, example: Tensor) -> Tensor:
+        return model(example).square().sum() / 2
+
+    def both(model: nn.Module, example: Tensor) -> Tensor:
+        return (1 + part) * loss(model, example)
+
+    expected = brute_force(layer, both, [x[i : i + 1] for i in range(N)] if name == "lookup" else
+                           [x[i : i + 1].double() for i in range(N)], trained)
+    optimizer = make_private(
+        layer, batch_size=N, max_grad_norm=bound, loss_reduction="sum", norm_method=method)
+    optimizer.expect_batch(N)
+    value = loss(layer, x)
+    value.backward(retain_graph=True)
+    (part * value).backward()
+    optimizer.step()
+    released = {key: N * value for key, value in private_gradients(layer).items()}
+    whole = [sum(float(g.square().sum()) for g in each.values()) ** 0.5 for each in expected]
+    alone = [norm / abs(1 + part) if part != -1 else 1.0 for norm in whole]
+    for key in trained:
+        summed = torch.stack([
+            min(1.0, bound / norm if norm > 1e-9 else 1.0) * each[key]
+            for each, norm in zip(expected, whole, strict=True)]).sum(0)
+        assert_close(released[key], summed, 1e-4, scale=sum(min(bound, norm) for norm in alone))
