@@ -174,6 +174,8 @@ def _differentiable(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = forward(*inputs)
+            # Autograd lets nobody modify a view made in here; a detached one shares its memory and is none.
+            output = output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)
             setup(ctx, inputs, output)
             return output
 
