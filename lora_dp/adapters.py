@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_dp import peft_format
 from lora_dp.layers import DPLoRALinear, PrivateModule, linear_features
+from lora_dp.ops.registry import wide_dtype
 from lora_dp.placement import (
     ALL_LINEAR,
     Modules,
@@ -85,8 +86,9 @@ class LoRAConfig:
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Put LoRA adapters into ``model``, in place: everything is frozen but them and ``config.trainable_modules``.
 
-    Layers are replaced by private ones that share their parameters and keep their names, device, dtype and mode; a
-    layer that stands in several places is replaced by one. Where a name in a list matches layers of another kind as
+    Layers are replaced by private ones that share their parameters and keep their names, device and mode; a layer that
+    stands in several places is replaced by one. All that is trained (factors, biases, modules trained whole) is kept in
+    float32 where the model is in half precision, and computes in the model's dtype. Where a name in a list matches layers of another kind as
     well (timm's "proj" is also the patch embedding's convolution) these stay as they are. "all-linear" leaves the
     output head frozen unless it is in ``trainable_modules``: Transformers' output embeddings, timm's classifier, or a
     child called score, classifier or qa_outputs. It also passes over linear layers whose forward is bypassed or
@@ -150,8 +152,14 @@ def _inject(model: nn.Module, modules: Modules, config: LoRAConfig, targets: lis
     for parameter in model.parameters():
         if id(parameter) in trained:
             parameter.requires_grad_(True)
+            _widen(parameter)
     model.lora_config = config  # type: ignore[assignment]
     model.lora_trained_modules = roots  # type: ignore[assignment]
+
+
+def _widen(parameter: nn.Parameter) -> None:
+    """Keep a parameter of half precision in float32 from now on; it stays the same object."""
+    parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
 
 
 def _adapters(model: nn.Module) -> dict[str, DPLoRALinear]:
@@ -222,7 +230,15 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, 
     """
     _check_tensors(state, {name: parameter.shape for name, parameter in parameters.items()}, "The state")
     for name, tensor in state.items():
-        parameters[name].copy_(tensor)
+        _copy_whole(parameters[name], tensor)
+
+
+@torch.no_grad()
+def _copy_whole(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy ``tensor`` without loss: a parameter of half precision becomes float32 before it takes a wider tensor."""
+    if torch.promote_types(parameter.dtype, tensor.dtype) != parameter.dtype:
+        parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
+    parameter.copy_(tensor)
 
 
 def _check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
@@ -262,6 +278,11 @@ def _stored_shapes(
     return shapes
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer itself, by each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def _injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
     config, roots = getattr(model, "lora_config", None), getattr(model, "lora_trained_modules", None)
     if not isinstance(config, LoRAConfig) or not isinstance(roots, list):
@@ -280,7 +301,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config, roots = _injected_with(model)
     adapters = _adapters(model)
     names = [name for name, _ in model.named_modules() if name]
-    state = model.state_dict()
+    state = _tensors(model)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     peft_format.write(folder, peft_format.StoredAdapter(
         r=config.r,
@@ -334,9 +355,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     _check_tensors(stored.tensors, {key: shapes[name] for key, name in keys.items()}, "The stored adapter")
     if not adapters:
         _inject(model, modules, config, targets, roots)
-    state = model.state_dict()
+    state, trained = _tensors(model), exchanged_parameters(model)
     for key, name in keys.items():
-        state[name].copy_(stored.tensors[key])
+        if name in trained:
+            _copy_whole(trained[name], stored.tensors[key])
+        else:
+            state[name].copy_(stored.tensors[key])
     return model
 
 
