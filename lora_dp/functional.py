@@ -19,7 +19,6 @@ from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_
 from lora_dp.ops.registry import define, wide_dtype, without_autocast
 from lora_dp.recording import Receiver, Slot, by_example
 
-
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import functional
+from lora_dp import functional, merged_state
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.recording import Recorder, Slot
 from lora_dp.regulator import Regulator
@@ -212,7 +212,7 @@ class DPLoRALinear(PrivateModule):
             dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
 
     @torch.no_grad()
-    def _weight_with(self, sign: int) -> Tensor:
+    def weight_with(self, sign: int) -> Tensor:
         """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype."""
         wide = wide_dtype(self.weight.dtype)
         update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(sign * self.scaling)
@@ -222,26 +222,36 @@ class DPLoRALinear(PrivateModule):
     def merge(self) -> None:
         """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged."""
         if not self.merged:
-            self.weight.copy_(self._weight_with(1))
+            self.weight.copy_(self.weight_with(1))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take s · B A out of ``weight`` again, up to the rounding of its dtype."""
         if self.merged:
-            self.weight.copy_(self._weight_with(-1))
+            self.weight.copy_(self.weight_with(-1))
             self.merged = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Always the plain weight beside the factors: loaded elsewhere, a merged one would count the adapter twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            destination[f"{prefix}weight"] = self._weight_with(-1)
+            merged_state.leave_plain(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:
+        refusal = merged_state.refusal(self, state_dict, prefix, local_metadata)
+        if refusal:
+            error_msgs.append(refusal)
+            return
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        weight = state_dict.get(f"{prefix}weight")
+        if merged_state.holds_factors(state_dict, prefix) and weight is not None and weight.shape == self.weight.shape:
             self.merged = False
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys += [key for key in missing if not (self.merged and merged_state.is_factor(key))]
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

@@ -281,18 +281,18 @@ def test_training_a_part_outside_the_private_model_is_refused():
     assert_refuses(RuntimeError, "outside the model that was made private", lambda: model[0](torch.randn(4, 6)))
 
 
-def test_a_merged_layer_saves_its_plain_weight():
-    """Loaded into another layer, the adapter must not count twice."""
+def test_a_merged_layer_saves_what_a_plain_one_would():
+    """Its weight with the adapter in it, and no factors beside: nowhere may the adapter count twice."""
     torch.manual_seed(0)
-    layer, other = DPLoRALinear(6, 5, r=2).double(), DPLoRALinear(6, 5, r=2).double()
+    layer, plain = DPLoRALinear(6, 5, r=2).double(), nn.Linear(6, 5).double()
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(3, 6, dtype=torch.float64)
     expected = layer(x)
     layer.merge()
-    other.merge()
-    other.load_state_dict(layer.state_dict())
-    assert not other.merged
-    torch.testing.assert_close(other(x), expected)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(plain(x), expected)
+    layer.load_state_dict(layer.state_dict())
+    assert layer.merged
     torch.testing.assert_close(layer(x), expected)
 
 
