@@ -1,7 +1,7 @@
 """Adapters on disk: what a model trains is saved and loaded in PEFT's format."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ def _injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save adapters, modules trained whole and trained biases in PEFT's format; PEFT loads them onto the plain model.
 
-    Neither file is ever seen half-written. As in PEFT, ``bias="all"`` stores every bias of the model.
+    Neither file is ever seen half-written. As in PEFT, ``bias="all"`` stores every bias of the model. Embeddings that
+    came with a loaded adapter go on with it.
 
     Raises:
         ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
@@ -66,6 +67,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     adapters = adapters_of(model)
     names = [name for name, _ in model.named_modules() if name]
     state = _tensors(model)
+    shapes = _stored_shapes(model, adapters, roots, config.bias, config.r)
+    tensors = {peft_format.peft_key(name, adapters): state[name] for name in shapes}
+    for name in getattr(model, "lora_embeddings", []):
+        layer = adapters.get(name.rpartition(".")[0])
+        merged = layer is not None and layer.merged and name.endswith(".weight")
+        tensors[peft_format.peft_key(name, adapters)] = layer.weight_with(-1) if layer and merged else state[name]
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     peft_format.write(folder, peft_format.StoredAdapter(
         r=config.r,
@@ -77,16 +84,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         bias=config.bias,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapters.values()),
         base_model=base or None,
-        tensors={
-            peft_format.peft_key(name, adapters): state[name]
-            for name in _stored_shapes(model, adapters, roots, config.bias, config.r)
-        },
+        tensors=tensors,
     ))
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Load what :func:`save_adapter` or PEFT saved; a plain model first gets the adapters that the folder describes.
+
+    Embeddings and output layers that the folder carries, as PEFT's does after ``resize_token_embeddings``, take the
+    place of the model's.
 
     Args:
         model: the plain model, or one with the same adapters (rank, scaling, bias, layers).
@@ -115,10 +122,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             r=stored.r, alpha=stored.alpha, target_modules=stored.target_modules, trainable_modules=roots,
             dropout=stored.dropout, rslora=stored.rslora, bias=stored.bias)  # type: ignore[arg-type]
     shapes = _stored_shapes(model, targets, roots, config.bias, config.r)
-    keys = {peft_format.peft_key(name, targets): name for name in shapes}
-    check_tensors(stored.tensors, {key: shapes[name] for key, name in keys.items()}, "The stored adapter")
+    embeddings = _carried_embeddings(model, stored, targets, shapes)
+    keys = {peft_format.peft_key(name, targets): name for name in [*shapes, *embeddings]}
+    expected = {key: (shapes | embeddings)[name] for key, name in keys.items()}
+    check_tensors(stored.tensors, expected, "The stored adapter")
     if not adapters:
         inject_into(model, modules, config, targets, roots)
+    model.lora_embeddings = sorted(embeddings)  # type: ignore[assignment]
     state, trained = _tensors(model), exchanged_parameters(model)
     for key, name in keys.items():
         if name in trained:
@@ -126,6 +136,38 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         else:
             state[name].copy_(stored.tensors[key])
     return model
+
+
+def _carried_embeddings(
+    model: nn.Module, stored: peft_format.StoredAdapter, targets: Collection[str], known: Mapping[str, torch.Size]
+) -> dict[str, torch.Size]:
+    """Names and shapes of the embeddings and output layers that a stored adapter brings with it, frozen.
+
+    Raises:
+        ValueError: one is adapted itself, or has another number of rows than the model's.
+    """
+    ends = [getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
+    parameters = {
+        f"{prefix}.{leaf}": parameter for prefix, module in model.named_modules(remove_duplicate=False)
+        if any(module is end for end in ends) for leaf, parameter in module.named_parameters(recurse=False)}
+    carried: dict[str, torch.Size] = {}
+    for key, tensor in stored.tensors.items():
+        module, _, factor = peft_format.parameter_name(key).partition(".lora_embedding_")
+        if factor:
+            raise ValueError(
+                f"The stored adapter adapts the embedding '{module}', which is not supported: train it whole "
+                "(modules_to_save in PEFT), or leave it out.")
+        name = peft_format.parameter_name(key)
+        if name in known or name not in parameters or peft_format.peft_key(name, targets) != key:
+            continue
+        mine = parameters[name]
+        if tensor.shape != mine.shape:
+            raise ValueError(
+                f"The stored adapter carries '{name}' with shape {tuple(tensor.shape)} where the model has "
+                f"{tuple(mine.shape)}: call model.resize_token_embeddings({tensor.shape[0]}) before load_adapter, or "
+                "start from the base model that it was trained on.")
+        carried[name] = mine.shape
+    return carried
 
 
 def _stored_places(modules: Modules, stored: peft_format.StoredAdapter) -> tuple[list[str], list[str]]:

@@ -123,8 +123,7 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     _check_supported(config, source / CONFIG_NAME)
     targets, bias = config["target_modules"], config.get("bias", "none")
     tensors = load_file(source / WEIGHTS_NAME)
-    if bias == "all":
-        tensors = {key: tensor for key, tensor in tensors.items() if not _is_repeated_bias(key)}
+    tensors = {key: tensor for key, tensor in tensors.items() if not _is_repeated(key, tensors)}
     return StoredAdapter(
         r=config.get("r", 8),
         alpha=float(config.get("lora_alpha", 8)),
@@ -139,9 +138,13 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     )
 
 
-def _is_repeated_bias(key: str) -> bool:
-    """Under bias="all" PEFT stores those of modules_to_save also as they were, and once more under a wrapper's name."""
-    return key.endswith(".bias") and not {"original_module", "modules_to_save"}.isdisjoint(key.split("."))
+def _is_repeated(key: str, keys: Collection[str]) -> bool:
+    """Biases and embeddings of modules_to_save may be stored again as they were, and under a wrapper's name."""
+    parts = re.split(r"\.(?:original_module|modules_to_save)\.", key)
+    if len(parts) != 2:
+        return False
+    module, leaf = parts
+    return f"{module}.{leaf}" in keys or f"{module}.{leaf.partition('.')[2]}" in keys  # without the adapter's name
 
 
 def _check_supported(config: dict[str, Any], path: Path) -> None:
@@ -167,6 +170,11 @@ def peft_key(name: str, adapted: Collection[str]) -> str:
     if owner in adapted:
         name = f"{name}.weight" if leaf in ("lora_A", "lora_B") else f"{owner}.base_layer.{leaf}"
     return PREFIX + name
+
+
+def parameter_name(key: str) -> str:
+    """The inverse of :func:`peft_key` for what is no LoRA factor."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _endings(name: str) -> Iterable[str]:

@@ -102,6 +102,13 @@ def test_biases_both_ways(kind, bias, tmp_path):
     assert_same(theirs, opened_by_peft(plain, tmp_path / "again"), kind, plain)
 
 
+def test_biases_of_an_adapter_with_a_name_of_its_own(plain, tmp_path):
+    theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(
+        r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"]), adapter_name="mine").eval()
+    randomise(theirs).save_pretrained(tmp_path)
+    assert_same(theirs, load_adapter(copy.deepcopy(plain), tmp_path / "mine"), "roberta", plain)
+
+
 @pytest.mark.parametrize(("alpha", "rslora"), [(1, False), (5, True), (0.5, True)])
 def test_scaling_both_ways(alpha, rslora, plain, tmp_path):
     model = ours(plain, alpha=alpha, rslora=rslora)
