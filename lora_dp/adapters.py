@@ -106,7 +106,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     layers of another kind as well (timm's "proj" is also the patch embedding's convolution) these stay as they are.
     "all-linear" leaves the output head frozen unless it is in ``trainable_modules``: Transformers' output embeddings,
     timm's classifier, or a child called score, classifier or qa_outputs. It also passes over linear layers whose
-    forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj``; named explicitly they are an error.
+    forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj`` or Mamba's dt_proj; named explicitly
+    they are an error. Those that are bypassed by some kernels only, such as Mamba's out_proj, have to be named.
 
     Returns:
         The same model, with ``model.lora_config`` set.
