@@ -1,7 +1,7 @@
 """LoRA adapters in a model: put them in, and exchange their tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -61,7 +61,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value out of range.
-        TypeError: ``trainable_modules`` is no list of names.
+        TypeError: ``target_modules`` or ``trainable_modules`` is no list of names.
     """
 
     r: int = 8
@@ -83,9 +83,10 @@ class LoRAConfig:
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
         if isinstance(self.trainable_modules, str):
             raise TypeError(f"trainable_modules must be a list of names: write [{self.trainable_modules!r}].")
-        self.trainable_modules = list(self.trainable_modules)
+        self.trainable_modules = _names("trainable_modules", self.trainable_modules, "[] trains none whole")
         if not isinstance(self.target_modules, str):
-            self.target_modules = list(self.target_modules)
+            self.target_modules = _names(
+                "target_modules", self.target_modules, "'all-linear' adapts every linear layer but the head")
         if not self.target_modules or not all([*self.target_modules, *self.trainable_modules]):
             raise ValueError("target_modules or a module's name is empty: name the layers, or use 'all-linear'.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
@@ -95,6 +96,12 @@ class LoRAConfig:
                 raise ValueError(
                     f"target_modules {self.target_modules!r} is no regular expression ({error}): "
                     "correct it, or give a list of names.") from error
+
+
+def _names(setting: str, given: object, remedy: str) -> list[str]:
+    if isinstance(given, Collection) and all(isinstance(name, str) for name in given):
+        return list(given)
+    raise TypeError(f"{setting} must be a list of names, got {given!r}: {remedy}.")
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:

@@ -238,6 +238,19 @@ def test_bad_settings(settings, message):
         LoRAConfig(**settings)
 
 
+@pytest.mark.parametrize("setting", ["target_modules", "trainable_modules"])
+@pytest.mark.parametrize("given", [None, 5, [None], ["query", 3], True, iter(["query"]), b"query"])
+def test_names_are_a_list_of_names(setting, given):
+    with pytest.raises(TypeError, match=f"^{setting} must be a list of names, got .*: .*\\.$") as refusal:
+        LoRAConfig(**{setting: given})
+    assert str(refusal.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("given", [("query", "value"), {"query": 1, "value": 2}.keys(), frozenset(["query", "value"])])
+def test_any_collection_of_names_will_do(given):
+    assert sorted(LoRAConfig(target_modules=given).target_modules) == ["query", "value"]
+
+
 def test_trainable_modules_is_a_list():
     with pytest.raises(TypeError, match=r"write \['classifier'\]"):
         LoRAConfig(trainable_modules="classifier")

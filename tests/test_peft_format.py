@@ -248,7 +248,13 @@ def test_a_merged_model_takes_no_adapter(plain, folder):
      ({"target_modules": ["query", "value", "key"]}, r"lacks .*key\.lora_A"),
      ({"modules_to_save": None}, r"model's adapters lack: .*classifier"),
      ({"r": 4}, r"shape \(2, 16\) where the model needs \(4, 16\)"),
-     ({"r": 0}, "r must be a whole number"), ({"bias": "some"}, "got 'some'")])
+     ({"r": 0}, "r must be a whole number"), ({"bias": "some"}, "got 'some'"),
+     ({"r": "8"}, "sets r to '8', which is not a whole number"), ({"r": None}, "sets r to None"),
+     ({"r": True}, "sets r to True"), ({"r": 2.0}, r"sets r to 2\.0"), ({"lora_alpha": None}, "lora_alpha to None"),
+     ({"lora_alpha": "x"}, "lora_alpha to 'x', which is not a number"), ({"lora_alpha": float("nan")}, "alpha must be"),
+     ({"lora_dropout": [0.1]}, "lora_dropout"), ({"use_rslora": "yes"}, "use_rslora to 'yes'"),
+     ({"bias": None}, "sets bias to None"), ({"target_modules": 5}, "target_modules to 5"), ({"target_modules": [5]}, "target_modules to .5."),
+     ({"modules_to_save": "classifier"}, "modules_to_save to 'classifier', which is not a list of names")])
 def test_adapters_that_cannot_be_opened_leave_the_model_plain(changes, message, plain, folder):
     edit_config(folder, **changes)
     names = list(plain.state_dict())
@@ -286,6 +292,23 @@ def test_a_broken_config_is_named(plain, folder):
     (folder / "adapter_config.json").write_text('{"r": ')
     with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
         load_adapter(plain, folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"LORA"'])
+def test_a_config_of_another_kind_is_named(text, plain, folder):
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json does not describe an adapter"):
+        load_adapter(plain, folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -8])
+def test_broken_weights_are_named(length, plain, folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    names = list(plain.state_dict())
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged .*: save the adapter again"):
+        load_adapter(plain, folder)
+    assert list(plain.state_dict()) == names
 
 
 def test_only_an_adapted_model_is_saved(plain, tmp_path):
