@@ -253,7 +253,8 @@ def test_a_merged_model_takes_no_adapter(plain, folder):
      ({"r": True}, "sets r to True"), ({"r": 2.0}, r"sets r to 2\.0"), ({"lora_alpha": None}, "lora_alpha to None"),
      ({"lora_alpha": "x"}, "lora_alpha to 'x', which is not a number"), ({"lora_alpha": float("nan")}, "alpha must be"),
      ({"lora_dropout": [0.1]}, "lora_dropout"), ({"use_rslora": "yes"}, "use_rslora to 'yes'"),
-     ({"bias": None}, "sets bias to None"), ({"target_modules": 5}, "target_modules to 5"), ({"target_modules": [5]}, "target_modules to .5."),
+     ({"bias": None}, "sets bias to None"),
+     ({"target_modules": 5}, "target_modules to 5"), ({"target_modules": [5]}, "target_modules to .5."),
      ({"modules_to_save": "classifier"}, "modules_to_save to 'classifier', which is not a list of names")])
 def test_adapters_that_cannot_be_opened_leave_the_model_plain(changes, message, plain, folder):
     edit_config(folder, **changes)
