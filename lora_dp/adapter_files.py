@@ -158,7 +158,7 @@ def _carried_embeddings(
                 f"The stored adapter adapts the embedding '{module}', which is not supported: train it whole "
                 "(modules_to_save in PEFT), or leave it out.")
         name = peft_format.parameter_name(key)
-        if name in known or name not in parameters or peft_format.peft_key(name, targets) != key:
+        if name not in parameters or peft_format.peft_key(name, targets) != key:
             continue
         mine = parameters[name]
         if tensor.shape != mine.shape:
@@ -166,7 +166,8 @@ def _carried_embeddings(
                 f"The stored adapter carries '{name}' with shape {tuple(tensor.shape)} where the model has "
                 f"{tuple(mine.shape)}: call model.resize_token_embeddings({tensor.shape[0]}) before load_adapter, or "
                 "start from the base model that it was trained on.")
-        carried[name] = mine.shape
+        if name not in known:
+            carried[name] = mine.shape
     return carried
 
 

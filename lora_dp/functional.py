@@ -182,14 +182,17 @@ def _differentiable(
         with without_autocast(g):
             return backward(ctx, g, *others)
 
-    op = define(schema, forward, fake, setup_context=setup, backward=full_backward)
+    def unviewed(*inputs: Any) -> Any:
+        """Nobody may modify in place a view made within an op; a detached one shares its memory and is none."""
+        output = forward(*inputs)
+        return output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)
+
+    op = define(schema, unviewed, fake, setup_context=setup, backward=full_backward)
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
-            # Autograd lets nobody modify a view made in here; a detached one shares its memory and is none.
-            output = output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)
+            output = unviewed(*inputs)
             setup(ctx, inputs, output)
             return output
 

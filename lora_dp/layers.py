@@ -220,7 +220,10 @@ class DPLoRALinear(PrivateModule):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged."""
+        """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged.
+
+        The state dict is then that of a plain layer. The sum is rounded once, to the weight's dtype.
+        """
         if not self.merged:
             self.weight.copy_(self.weight_with(1))
             self.merged = True

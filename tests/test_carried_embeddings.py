@@ -90,8 +90,9 @@ def test_an_adapted_output_layer(merged, tmp_path):
         torch.testing.assert_close(again[key], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_a_vocabulary_of_another_size_is_named_with_the_remedy(tmp_path):
-    by_peft(tmp_path, target_modules=["q_proj"])
+@pytest.mark.parametrize("whole", [None, ["embed_tokens", "lm_head"]])
+def test_a_vocabulary_of_another_size_is_named_with_the_remedy(whole, tmp_path):
+    by_peft(tmp_path, target_modules=["q_proj"], modules_to_save=whole)
     model = base(vocabulary=40)
     names = list(model.state_dict())
     with pytest.raises(ValueError, match=r"carries '(model\.embed_tokens|lm_head)\.weight' with shape \(44, 16\) where "

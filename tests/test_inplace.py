@@ -135,11 +135,12 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("operation", ["relu", "add", "index"])
 @pytest.mark.parametrize("layer", [name for name in LAYERS if name != "embedding"])
-def test_compiled(layer, operation):
+def test_compiled(layer, operation, backend):
     model = Net(layer, operation)
-    check(model, batch_for(layer), torch.compile(model, fullgraph=True, backend="aot_eager"))
+    check(model, batch_for(layer), torch.compile(model, fullgraph=True, backend=backend))
 
 
 def test_the_saved_input_is_guarded():
