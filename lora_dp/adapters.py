@@ -1,17 +1,23 @@
-"""LoRA adapters in a model: put them in, merge them, exchange their tensors, save and load them as PEFT does."""
+"""LoRA adapters in a model: put them in, and exchange their tensors."""
 
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lora_dp import peft_format
 from lora_dp.arguments import check_number
-from lora_dp.layers import DPLoRALinear, PrivateModule, linear_features
+from lora_dp.layers import DPLoRALinear, PrivateModule
+from lora_dp.merging import (
+    adapters_of,
+    check_unmerged,
+    keep_adapters_when_saved,
+    merge_adapters,
+    unmerge_adapters,
+)
+from lora_dp.ops.registry import wide_dtype
 from lora_dp.placement import (
     ALL_LINEAR,
     Modules,
@@ -20,10 +26,19 @@ from lora_dp.placement import (
     find_roots,
     find_targets,
     has_private_bias,
-    is_linear,
-    outermost,
     private_kin,
 )
+
+__all__ = [
+    "LoRAConfig",
+    "adapter_state",
+    "exchanged_parameters",
+    "inject_lora",
+    "load_adapter_state",
+    "load_parameters",
+    "merge_adapters",
+    "unmerge_adapters",
+]
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -47,7 +62,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value out of range.
-        TypeError: ``trainable_modules`` is no list of names, or a value of another type.
+        TypeError: ``target_modules`` or ``trainable_modules`` is no list of names, or a value of another type.
     """
 
     r: int = 8
@@ -76,9 +91,10 @@ class LoRAConfig:
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
         if isinstance(self.trainable_modules, str):
             raise TypeError(f"trainable_modules must be a list of names: write [{self.trainable_modules!r}].")
-        self.trainable_modules = list(self.trainable_modules)
+        self.trainable_modules = _names("trainable_modules", self.trainable_modules, "[] trains none whole")
         if not isinstance(self.target_modules, str):
-            self.target_modules = list(self.target_modules)
+            self.target_modules = _names(
+                "target_modules", self.target_modules, "'all-linear' adapts every linear layer but the head")
         if not self.target_modules or not all([*self.target_modules, *self.trainable_modules]):
             raise ValueError("target_modules or a module's name is empty: name the layers, or use 'all-linear'.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
@@ -90,15 +106,23 @@ class LoRAConfig:
                     "correct it, or give a list of names.") from error
 
 
+def _names(setting: str, given: object, remedy: str) -> list[str]:
+    if isinstance(given, Collection) and all(isinstance(name, str) for name in given):
+        return list(given)
+    raise TypeError(f"{setting} must be a list of names, got {given!r}: {remedy}.")
+
+
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Put LoRA adapters into ``model``, in place: everything is frozen but them and ``config.trainable_modules``.
 
-    Layers are replaced by private ones that share their parameters and keep their names, device, dtype and mode; a
-    layer that stands in several places is replaced by one. Where a name in a list matches layers of another kind as
-    well (timm's "proj" is also the patch embedding's convolution) these stay as they are. "all-linear" leaves the
-    output head frozen unless it is in ``trainable_modules``: Transformers' output embeddings, timm's classifier, or a
-    child called score, classifier or qa_outputs. It also passes over linear layers whose forward is bypassed or
-    overridden, such as ``nn.MultiheadAttention.out_proj``; named explicitly they are an error.
+    Layers are replaced by private ones that share their parameters and keep their names, device and mode; a layer that
+    stands in several places is replaced by one. All that is trained (factors, biases, modules trained whole) is kept in
+    float32 where the model is in half precision, and computes in the model's dtype. Where a name in a list matches
+    layers of another kind as well (timm's "proj" is also the patch embedding's convolution) these stay as they are.
+    "all-linear" leaves the output head frozen unless it is in ``trainable_modules``: Transformers' output embeddings,
+    timm's classifier, or a child called score, classifier or qa_outputs. It also passes over linear layers whose
+    forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj`` or Mamba's dt_proj; named explicitly
+    they are an error. Those that are bypassed by some kernels only, such as Mamba's out_proj, have to be named.
 
     Returns:
         The same model, with ``model.lora_config`` set.
@@ -107,15 +131,16 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         ValueError: it has adapters already; a name matches nothing (with the nearest ones); the rank is above a
             layer's size; a layer cannot be adapted or trained in private; tied weights. The model is then unchanged.
     """
-    _check_plain(model)
+    check_plain(model)
     modules = Modules.of(model)
     roots = find_roots(modules, config.trainable_modules)
     whole = modules.beneath(modules.names[root] for root in roots)
-    _inject(model, modules, config, find_targets(model, modules, config.target_modules, whole), roots)
+    inject_into(model, modules, config, find_targets(model, modules, config.target_modules, whole), roots)
     return model
 
 
-def _check_plain(model: nn.Module) -> None:
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError for a model with adapters."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             raise ValueError(
@@ -123,7 +148,7 @@ def _check_plain(model: nn.Module) -> None:
                 "gives it).")
 
 
-def _inject(model: nn.Module, modules: Modules, config: LoRAConfig, targets: list[str], roots: list[str]) -> None:
+def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets: list[str], roots: list[str]) -> None:
     """Replace ``targets`` and what lies beneath ``roots``, once all is known to fit."""
     check_targets(targets, modules, config.r)
     replacements: dict[int, PrivateModule] = {}
@@ -158,48 +183,20 @@ def _inject(model: nn.Module, modules: Modules, config: LoRAConfig, targets: lis
     for parameter in model.parameters():
         if id(parameter) in trained:
             parameter.requires_grad_(True)
+            _widen(parameter)
     model.lora_config = config  # type: ignore[assignment]
     model.lora_trained_modules = roots  # type: ignore[assignment]
+    keep_adapters_when_saved(model)
 
 
-def _adapters(model: nn.Module) -> dict[str, DPLoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, DPLoRALinear)}
-
-
-def merge_adapters(model: nn.Module) -> None:
-    """Add every adapter into its layer's weight: the model then runs at the plain one's speed, for inference.
-
-    Raises:
-        ValueError: an adapted weight is tied to another module, which merging would change too.
-    """
-    adapters = _adapters(model)
-    weights = {id(layer.weight): name for name, layer in adapters.items()}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            adapted = weights.get(id(parameter))
-            if adapted is not None and adapted != name:
-                raise ValueError(
-                    f"'{adapted}' shares its weight with '{name}', which merging would change as well: untie them, or "
-                    "use the model unmerged.")
-    for layer in adapters.values():
-        layer.merge()
-
-
-def unmerge_adapters(model: nn.Module) -> None:
-    """Take every adapter out of its layer's weight again, up to rounding."""
-    for layer in _adapters(model).values():
-        layer.unmerge()
-
-
-def _check_unmerged(model: nn.Module) -> None:
-    for name, layer in _adapters(model).items():
-        if layer.merged:
-            raise ValueError(f"The adapter of '{name}' is merged: call unmerge_adapters before loading another.")
+def _widen(parameter: nn.Parameter) -> None:
+    """Keep a parameter of half precision in float32 from now on; it stays the same object."""
+    parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
 
 
 def exchanged_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Both LoRA factors of each layer and all else that requires grad, named as the model does: what travels."""
-    factors = {id(factor) for layer in _adapters(model).values() for factor in (layer.lora_A, layer.lora_B)}
+    factors = {id(factor) for layer in adapters_of(model).values() for factor in (layer.lora_A, layer.lora_B)}
     return {
         name: parameter for name, parameter in model.named_parameters()
         if parameter.requires_grad or id(parameter) in factors
@@ -217,7 +214,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: the names or shapes differ, or an adapter is merged; the model is then unchanged.
     """
-    _check_unmerged(model)
+    check_unmerged(model)
     load_parameters(exchanged_parameters(model), state)
 
 
@@ -228,12 +225,21 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, 
     Raises:
         ValueError: the names or shapes differ; nothing was copied.
     """
-    _check_tensors(state, {name: parameter.shape for name, parameter in parameters.items()}, "The state")
+    check_tensors(state, {name: parameter.shape for name, parameter in parameters.items()}, "The state")
     for name, tensor in state.items():
-        parameters[name].copy_(tensor)
+        copy_whole(parameters[name], tensor)
 
 
-def _check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
+@torch.no_grad()
+def copy_whole(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy ``tensor`` without loss: a parameter of half precision becomes float32 before it takes a wider tensor."""
+    if torch.promote_types(parameter.dtype, tensor.dtype) != parameter.dtype:
+        parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
+    parameter.copy_(tensor)
+
+
+def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
+    """Raise ValueError for tensors whose names or shapes are not those expected; ``what`` begins the sentence."""
     missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
     for names, problem in ((missing, "lacks"), (unexpected, "has what the model's adapters lack:")):
         if names:
@@ -246,131 +252,3 @@ def _check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Siz
             raise ValueError(
                 f"{what} has '{name}' with shape {tuple(tensor.shape)} where the model needs {tuple(expected[name])}: "
                 "it was made for another rank or another model.")
-
-
-def _stored_shapes(
-    model: nn.Module, targets: Iterable[str], roots: Iterable[str], bias: str, r: int
-) -> dict[str, torch.Size]:
-    """Names and shapes of what PEFT stores of ``model``, before or after the adapters are in it."""
-    shapes: dict[str, torch.Size] = {}
-    for name in targets:
-        layer = model.get_submodule(name)
-        if isinstance(layer, DPLoRALinear):
-            in_features, out_features = layer.in_features, layer.out_features
-        else:
-            in_features, out_features = linear_features(layer)
-        shapes[f"{name}.lora_A"] = torch.Size((r, in_features))
-        shapes[f"{name}.lora_B"] = torch.Size((out_features, r))
-        if bias == "lora_only" and isinstance(layer.bias, Tensor):
-            shapes[f"{name}.bias"] = layer.bias.shape
-    for root in roots:
-        shapes |= {f"{root}.{name}": tensor.shape for name, tensor in model.get_submodule(root).state_dict().items()}
-    if bias == "all":
-        shapes |= {n: p.shape for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
-    return shapes
-
-
-def _injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
-    config, roots = getattr(model, "lora_config", None), getattr(model, "lora_trained_modules", None)
-    if not isinstance(config, LoRAConfig) or not isinstance(roots, list):
-        raise ValueError("The model itself has no adapters: give the very model that inject_lora returned.")
-    return config, roots
-
-
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save adapters, modules trained whole and trained biases in PEFT's format; PEFT loads them onto the plain model.
-
-    Neither file is ever seen half-written. As in PEFT, ``bias="all"`` stores every bias of the model.
-
-    Raises:
-        ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
-    """
-    config, roots = _injected_with(model)
-    adapters = _adapters(model)
-    names = [name for name, _ in model.named_modules() if name]
-    state = model.state_dict()
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    peft_format.write(folder, peft_format.StoredAdapter(
-        r=config.r,
-        alpha=float(config.r if config.alpha is None else config.alpha),
-        target_modules=peft_format.target_modules_for(list(adapters), names),
-        modules_to_save=peft_format.modules_to_save_for(roots, names),
-        dropout=config.dropout,
-        rslora=config.rslora,
-        bias=config.bias,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapters.values()),
-        base_model=base or None,
-        tensors={
-            peft_format.peft_key(name, adapters): state[name]
-            for name in _stored_shapes(model, adapters, roots, config.bias, config.r)
-        },
-    ))
-
-
-@torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Load what :func:`save_adapter` or PEFT saved; a plain model first gets the adapters that the folder describes.
-
-    Args:
-        model: the plain model, or one with the same adapters (rank, scaling, bias, layers).
-        folder: with adapter_config.json and adapter_model.safetensors.
-
-    Returns:
-        The same model, changed in place.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: not a LoRA adapter, an unsupported option, an adapter for another model, or other adapters than
-            the model has. The model is then unchanged.
-    """
-    stored = peft_format.read(folder)
-    modules = Modules.of(model)
-    adapters = _adapters(model)
-    if adapters:
-        config, roots = _injected_with(model)
-        _check_unmerged(model)
-        _check_same(config, stored)
-        targets = list(adapters)
-    else:
-        _check_plain(model)
-        targets, roots = _stored_places(modules, stored)
-        config = LoRAConfig(
-            r=stored.r, alpha=stored.alpha, target_modules=stored.target_modules, trainable_modules=roots,
-            dropout=stored.dropout, rslora=stored.rslora, bias=stored.bias)  # type: ignore[arg-type]
-    shapes = _stored_shapes(model, targets, roots, config.bias, config.r)
-    keys = {peft_format.peft_key(name, targets): name for name in shapes}
-    _check_tensors(stored.tensors, {key: shapes[name] for key, name in keys.items()}, "The stored adapter")
-    if not adapters:
-        _inject(model, modules, config, targets, roots)
-    state = model.state_dict()
-    for key, name in keys.items():
-        state[name].copy_(stored.tensors[key])
-    return model
-
-
-def _stored_places(modules: Modules, stored: peft_format.StoredAdapter) -> tuple[list[str], list[str]]:
-    """The layers that a stored adapter adapts and the modules that it trains whole, by full name."""
-    roots = outermost(
-        name for name in modules.own.values()
-        if peft_format.matches_saved_module(name, stored.modules_to_save) and modules.names[name].state_dict())
-    whole = modules.beneath(modules.names[root] for root in roots)
-    targets = [
-        name for key, name in modules.own.items()
-        if key not in whole and is_linear(modules.names[name])
-        and peft_format.matches_target(name, stored.target_modules)
-    ]
-    if not targets:
-        raise ValueError(
-            f"No linear layer of the model answers to {stored.target_modules!r}: the adapter is for another model.")
-    return targets, roots
-
-
-def _check_same(config: LoRAConfig, stored: peft_format.StoredAdapter) -> None:
-    alpha = float(config.r if config.alpha is None else config.alpha)
-    for name, mine, theirs in (
-        ("r", config.r, stored.r), ("alpha", alpha, stored.alpha), ("rslora", config.rslora, stored.rslora),
-        ("bias", config.bias, stored.bias),
-    ):
-        if mine != theirs:
-            raise ValueError(
-                f"The stored adapter has {name} = {theirs} but the model's has {mine}: load it onto the plain model.")

@@ -19,6 +19,8 @@ from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_
 from lora_dp.ops.registry import define, wide_dtype, without_autocast
 from lora_dp.recording import Receiver, Slot, by_example
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -28,6 +30,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(dtype)
+
+
+def followed(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter that is kept in float32 beside activations of half precision, in the dtype of these.
+
+    What is trained is float32 in every model, since bfloat16 would lose steps of 1e-4; products are in the model's
+    dtype. Autocast makes its own choice.
+    """
+    if x.dtype not in _HALF or torch.is_autocast_enabled(x.device.type):
+        return parameter
+    return parameter.to(x.dtype)
 
 
 def _whole(slot: Slot | None, rows: Tensor) -> Tensor | None:
@@ -67,11 +80,12 @@ def lora_linear(
         ValueError: while recording, N does not divide the first dimension of ``x``.
     """
     if slots is None:
+        factor_A, factor_B = followed(lora_A, x), followed(lora_B, x)
         if weight is None:
-            return F.linear(F.linear(x, lora_A), lora_B) * scaling
-        base = F.linear(x, weight, bias)
-        h = F.linear(x, lora_A).reshape(-1, lora_A.shape[0])
-        return base.reshape(-1, base.shape[-1]).addmm(h, lora_B.t().to(h.dtype), alpha=scaling).view(base.shape)
+            return F.linear(F.linear(x, factor_A), factor_B) * scaling
+        base = F.linear(x, weight, None if bias is None else followed(bias, x))
+        h = F.linear(x, factor_A).reshape(-1, lora_A.shape[0])
+        return base.reshape(-1, base.shape[-1]).addmm(h, factor_B.t().to(h.dtype), alpha=scaling).view(base.shape)
     x = x.to(dtype := _compute_dtype(x))
     (r, d_in), d_out = lora_A.shape, lora_B.shape[0]
     slot_A, slot_B = slots["lora_A"], slots["lora_B"]
@@ -105,7 +119,7 @@ def linear(
     if fan_in_fan_out:
         weight = weight.t()
     if slots is None:
-        return F.linear(x, weight, bias)
+        return F.linear(x, followed(weight, x), None if bias is None else followed(bias, x))
     x = x.to(dtype := _compute_dtype(x))
     slot, widths = slots["weight"], weight.shape[::-1] if fan_in_fan_out else weight.shape
     ghost, *leaves = _leaves(None if slot is None else slot.receive(x, *widths))
@@ -168,12 +182,17 @@ def _differentiable(
         with without_autocast(g):
             return backward(ctx, g, *others)
 
-    op = define(schema, forward, fake, setup_context=setup, backward=full_backward)
+    def unviewed(*inputs: Any) -> Any:
+        """Nobody may modify in place a view made within an op; a detached one shares its memory and is none."""
+        output = forward(*inputs)
+        return output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)
+
+    op = define(schema, unviewed, fake, setup_context=setup, backward=full_backward)
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = forward(*inputs)
+            output = unviewed(*inputs)
             setup(ctx, inputs, output)
             return output
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import functional
+from lora_dp import functional, merged_state
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.recording import Recorder, Slot
 from lora_dp.regulator import Regulator
@@ -93,7 +93,9 @@ class DPLoRALinear(PrivateModule):
         dropout: probability on the adapter's input, in [0, 1).
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
         fan_in_fan_out: ``weight`` is stored as (d_in, d_out), as GPT-2's Conv1D does.
-        device, dtype: of all parameters.
+        device: of all parameters.
+        dtype: of weight and bias. The factors are float32 where it is of half precision, as PEFT's are: bfloat16 has
+            8 bits, so that most entries of A would never take a step of 1e-4. Products are in the input's dtype.
 
     Raises:
         ValueError: rank, alpha or dropout out of range.
@@ -140,8 +142,9 @@ class DPLoRALinear(PrivateModule):
         self.regulator: Regulator | None = None
         self.weight = weight
         _adopt(self, "bias", bias)
-        self.lora_A = nn.Parameter(weight.new_empty(r, self.in_features))
-        self.lora_B = nn.Parameter(weight.new_empty(self.out_features, r))
+        dtype = wide_dtype(weight.dtype)
+        self.lora_A = nn.Parameter(weight.new_empty(r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_empty(self.out_features, r, dtype=dtype))
         self.reset_lora_parameters()
 
     @classmethod
@@ -194,7 +197,7 @@ class DPLoRALinear(PrivateModule):
         if self.merged:
             if slots is not None:
                 raise RuntimeError("A merged adapter cannot be trained: call unmerge() first.")
-            return F.linear(x, weight, self.bias)
+            return functional.linear(x, weight, self.bias)
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         if slots is not None and self.regulator is not None:
@@ -209,7 +212,7 @@ class DPLoRALinear(PrivateModule):
             dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
 
     @torch.no_grad()
-    def _weight_with(self, sign: int) -> Tensor:
+    def weight_with(self, sign: int) -> Tensor:
         """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype."""
         wide = wide_dtype(self.weight.dtype)
         update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(sign * self.scaling)
@@ -217,28 +220,41 @@ class DPLoRALinear(PrivateModule):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged."""
+        """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged.
+
+        The state dict is then that of a plain layer. The sum is rounded once, to the weight's dtype.
+        """
         if not self.merged:
-            self.weight.copy_(self._weight_with(1))
+            self.weight.copy_(self.weight_with(1))
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take s · B A out of ``weight`` again, up to the rounding of its dtype."""
         if self.merged:
-            self.weight.copy_(self._weight_with(-1))
+            self.weight.copy_(self.weight_with(-1))
             self.merged = False
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Always the plain weight beside the factors: loaded elsewhere, a merged one would count the adapter twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
-            destination[f"{prefix}weight"] = self._weight_with(-1)
+            merged_state.leave_plain(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}weight" in state_dict:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:
+        refusal = merged_state.refusal(self, state_dict, prefix, local_metadata)
+        if refusal:
+            error_msgs.append(refusal)
+            return
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        weight = state_dict.get(f"{prefix}weight")
+        if merged_state.holds_factors(state_dict, prefix) and weight is not None and weight.shape == self.weight.shape:
             self.merged = False
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing_keys += [key for key in missing if not (self.merged and merged_state.is_factor(key))]
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -342,7 +358,10 @@ class DPLayerNorm(PrivateModule):
     def forward(self, x: Tensor) -> Tensor:
         slots = self._slots("weight", "bias")
         if slots is None or not any(slots.values()):
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            weight, bias = (
+                None if parameter is None else functional.followed(parameter, x)
+                for parameter in (self.weight, self.bias))
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         return functional.affine(
             F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight, self.bias, slots)
 
@@ -360,6 +379,8 @@ class DPEmbedding(PrivateModule):
         device, dtype: of the table.
     """
 
+    _rows: Tensor
+
     def __init__(
         self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *,
         device: Any = None, dtype: torch.dtype | None = None,
@@ -375,6 +396,8 @@ class DPEmbedding(PrivateModule):
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
         self.padding_idx = table.padding_idx
         self.weight = table.weight
+        # Of the rows that it gives: the model's, which the table itself need not have where it is trained.
+        self.register_buffer("_rows", table.weight.new_empty(0), persistent=False)
 
     @classmethod
     def from_embedding(cls, table: nn.Embedding) -> Self:
@@ -390,8 +413,9 @@ class DPEmbedding(PrivateModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         slots = self._slots("weight")
-        return functional.embedding(
+        rows = functional.embedding(
             ids, self.weight, self.padding_idx, slot=None if slots is None else slots["weight"])
+        return rows.to(self._rows.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

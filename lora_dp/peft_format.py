@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -120,11 +121,14 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
         config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
     except ValueError as error:
         raise ValueError(f"{source / CONFIG_NAME} is not JSON ({error}): save the adapter again.") from error
+    _check_types(config, source / CONFIG_NAME)
     _check_supported(config, source / CONFIG_NAME)
     targets, bias = config["target_modules"], config.get("bias", "none")
-    tensors = load_file(source / WEIGHTS_NAME)
-    if bias == "all":
-        tensors = {key: tensor for key, tensor in tensors.items() if not _is_repeated_bias(key)}
+    try:
+        tensors = load_file(source / WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise ValueError(f"{source / WEIGHTS_NAME} is damaged ({error}): save the adapter again.") from error
+    tensors = {key: tensor for key, tensor in tensors.items() if not _is_repeated(key, tensors)}
     return StoredAdapter(
         r=config.get("r", 8),
         alpha=float(config.get("lora_alpha", 8)),
@@ -139,9 +143,30 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     )
 
 
-def _is_repeated_bias(key: str) -> bool:
-    """Under bias="all" PEFT stores those of modules_to_save also as they were, and once more under a wrapper's name."""
-    return key.endswith(".bias") and not {"original_module", "modules_to_save"}.isdisjoint(key.split("."))
+def _check_types(config: Any, path: Path) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not describe an adapter: save the adapter again.")
+    names = "a list of names"
+    for key, kinds, what in (
+        ("r", int, "a whole number"), ("lora_alpha", int | float, "a number"),
+        ("lora_dropout", int | float, "a number"), ("bias", str, "a word"), ("use_rslora", bool, "true or false"),
+        ("target_modules", list | str | None, names), ("modules_to_save", list | None, names),
+    ):
+        if key not in config:
+            continue
+        value = config[key]
+        right = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+        if not right or (isinstance(value, list) and not all(isinstance(name, str) for name in value)):
+            raise ValueError(f"{path} sets {key} to {value!r}, which is not {what}: save the adapter again.")
+
+
+def _is_repeated(key: str, keys: Collection[str]) -> bool:
+    """Biases and embeddings of modules_to_save may be stored again as they were, and under a wrapper's name."""
+    parts = re.split(r"\.(?:original_module|modules_to_save)\.", key)
+    if len(parts) != 2:
+        return False
+    module, leaf = parts
+    return f"{module}.{leaf}" in keys or f"{module}.{leaf.partition('.')[2]}" in keys  # without the adapter's name
 
 
 def _check_supported(config: dict[str, Any], path: Path) -> None:
@@ -167,6 +192,11 @@ def peft_key(name: str, adapted: Collection[str]) -> str:
     if owner in adapted:
         name = f"{name}.weight" if leaf in ("lora_A", "lora_B") else f"{owner}.base_layer.{leaf}"
     return PREFIX + name
+
+
+def parameter_name(key: str) -> str:
+    """The inverse of :func:`peft_key` for what is no LoRA factor."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _endings(name: str) -> Iterable[str]:

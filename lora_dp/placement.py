@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_dp import peft_format
+from lora_dp.bypassed import always_bypassed, sometimes_bypassed
 from lora_dp.layers import DPEmbedding, DPLayerNorm, DPLinear, PrivateModule, linear_features
 
 ALL_LINEAR = "all-linear"
@@ -28,23 +29,30 @@ class Modules:
         names: every name of every module but the model itself.
         own: the first name of each module, by id.
         obstacles: why a module cannot be replaced, by id.
+        doubtful: ids of modules that are sometimes not called: "all-linear" passes them over.
     """
 
     names: dict[str, nn.Module]
     own: dict[int, str]
     obstacles: dict[int, str]
+    doubtful: set[int]
 
     @classmethod
     def of(cls, model: nn.Module) -> "Modules":
         names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
         own: dict[int, str] = {}
         obstacles: dict[int, str] = {}
+        doubtful: set[int] = set()
         for name, module in names.items():
             own.setdefault(id(module), name)
-            obstacle = _obstacle(module, model.get_submodule(name.rpartition(".")[0]))
+            path, _, child = name.rpartition(".")
+            parent = model.get_submodule(path)
+            obstacle = _obstacle(module, parent, child)
             if obstacle:
                 obstacles[id(module)] = obstacle
-        return cls(names, own, obstacles)
+            if sometimes_bypassed(parent, child):
+                doubtful.add(id(module))
+        return cls(names, own, obstacles, doubtful)
 
     def beneath(self, roots: Iterable[nn.Module]) -> dict[int, str]:
         """The given modules and all their descendants: name by id."""
@@ -58,7 +66,7 @@ def is_linear(module: nn.Module) -> bool:
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
 
 
-def _obstacle(module: nn.Module, parent: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, parent: nn.Module, child: str) -> str | None:
     """Why the private kin of a Linear, Conv1D, LayerNorm or Embedding could not take its place."""
     if isinstance(module, PrivateModule):
         return None
@@ -66,6 +74,8 @@ def _obstacle(module: nn.Module, parent: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and is_linear(module):
         return "nn.TransformerEncoderLayer reads its weight without calling it in evaluation"
+    if is_linear(module) and always_bypassed(parent, child):
+        return f"{type(parent).__name__} reads its weight without calling it"
     kind = type(module)
     base = next((base for base in (nn.Linear, nn.LayerNorm, nn.Embedding) if isinstance(module, base)), None)
     if base is None and not is_linear(module):
@@ -144,7 +154,7 @@ def find_targets(
     """
     linear = {n: m for n, m in modules.names.items() if is_linear(m)}
     if wanted == ALL_LINEAR:
-        skipped = {*whole, *modules.beneath(_output_heads(model)), *modules.obstacles}
+        skipped = {*whole, *modules.beneath(_output_heads(model)), *modules.obstacles, *modules.doubtful}
         found = [n for n, m in linear.items() if id(m) not in skipped]
         if not found:
             refused = [f": '{n}' is none, since {modules.obstacles[id(m)]}" for n, m in linear.items()

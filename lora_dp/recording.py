@@ -9,6 +9,7 @@ formed.
 
 import functools
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
@@ -283,6 +284,16 @@ class Pass:
         return any(slot.filled for slot in self.slots.values())
 
 
+def _warn_of_unused(finished: Pass) -> None:
+    modules = sorted({slot.name.rpartition(".")[0] for slot in finished.slots.values() if not slot.filled})
+    if modules:
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        warnings.warn(
+            f"No gradient came to {', '.join(repr(name) for name in modules[:3])}{more} in the first private step, so "
+            "that noise alone trains it: the model reads its weight without calling it, or the loss does not depend on "
+            "it. Leave it out of target_modules or freeze it, unless later batches use it.", stacklevel=3)
+
+
 class Recorder:
     """Connects the private layers of one model with the engine: says what to record, holds what came.
 
@@ -297,6 +308,7 @@ class Recorder:
         padding_varies: whether batches are padded to different widths, as far as is known.
         widths, numbers: of the sequences of the last batch; among the arguments of the first.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
+        uses_checked: whether a first pass was looked through for parameters that get no gradient.
     """
 
     def __init__(self) -> None:
@@ -309,7 +321,7 @@ class Recorder:
         self.owner: object | None = None
         self.losses = LossWatch()
         self.tested: set[Hashable] = set()
-        self.padding_varies = self.capturing = False
+        self.padding_varies = self.capturing = self.uses_checked = False
         self.widths: frozenset[int] | None = None
         self.numbers: dict[str, float] = {}
 
@@ -355,6 +367,9 @@ class Recorder:
                 "No per-example gradient was recorded since the last step: run the model in train() mode and call "
                 "loss.backward() before optimizer.step() (an empty batch takes optimizer.step_on_empty_batch())."
             )
+        if finished.n and not self.uses_checked:
+            self.uses_checked = True
+            _warn_of_unused(finished)
         return finished
 
     @property

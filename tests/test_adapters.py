@@ -143,10 +143,12 @@ def test_trained_biases(bias):
 
 
 def test_mode_dtype_and_device_stay():
+    """But what is trained is kept in float32, as PEFT keeps its factors."""
     model = build("roberta").to(torch.bfloat16).train()
     model.roberta.encoder.layer[1].eval()
     inject_lora(model, LoRAConfig(r=2, trainable_modules=["classifier"]))
-    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
     for name, module in model.named_modules():
         assert module.training == ("encoder.layer.1" not in name), name
     with torch.device("meta"):
@@ -234,6 +236,19 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "trainable_modules"])
+@pytest.mark.parametrize("given", [None, 5, [None], ["query", 3], True, iter(["query"]), b"query"])
+def test_names_are_a_list_of_names(setting, given):
+    with pytest.raises(TypeError, match=f"^{setting} must be a list of names, got .*: .*\\.$") as refusal:
+        LoRAConfig(**{setting: given})
+    assert str(refusal.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("given", [("query", "value"), {"query": 1, "value": 2}.keys(), frozenset(["query", "value"])])
+def test_any_collection_of_names_will_do(given):
+    assert sorted(LoRAConfig(target_modules=given).target_modules) == ["query", "value"]
 
 
 def test_trainable_modules_is_a_list():

@@ -102,6 +102,13 @@ def test_biases_both_ways(kind, bias, tmp_path):
     assert_same(theirs, opened_by_peft(plain, tmp_path / "again"), kind, plain)
 
 
+def test_biases_of_an_adapter_with_a_name_of_its_own(plain, tmp_path):
+    theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(
+        r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"]), adapter_name="mine").eval()
+    randomise(theirs).save_pretrained(tmp_path)
+    assert_same(theirs, load_adapter(copy.deepcopy(plain), tmp_path / "mine"), "roberta", plain)
+
+
 @pytest.mark.parametrize(("alpha", "rslora"), [(1, False), (5, True), (0.5, True)])
 def test_scaling_both_ways(alpha, rslora, plain, tmp_path):
     model = ours(plain, alpha=alpha, rslora=rslora)
@@ -241,7 +248,14 @@ def test_a_merged_model_takes_no_adapter(plain, folder):
      ({"target_modules": ["query", "value", "key"]}, r"lacks .*key\.lora_A"),
      ({"modules_to_save": None}, r"model's adapters lack: .*classifier"),
      ({"r": 4}, r"shape \(2, 16\) where the model needs \(4, 16\)"),
-     ({"r": 0}, "r must be a whole number"), ({"bias": "some"}, "got 'some'")])
+     ({"r": 0}, "r must be a whole number"), ({"bias": "some"}, "got 'some'"),
+     ({"r": "8"}, "sets r to '8', which is not a whole number"), ({"r": None}, "sets r to None"),
+     ({"r": True}, "sets r to True"), ({"r": 2.0}, r"sets r to 2\.0"), ({"lora_alpha": None}, "lora_alpha to None"),
+     ({"lora_alpha": "x"}, "lora_alpha to 'x', which is not a number"), ({"lora_alpha": float("nan")}, "alpha must be"),
+     ({"lora_dropout": [0.1]}, "lora_dropout"), ({"use_rslora": "yes"}, "use_rslora to 'yes'"),
+     ({"bias": None}, "sets bias to None"),
+     ({"target_modules": 5}, "target_modules to 5"), ({"target_modules": [5]}, "target_modules to .5."),
+     ({"modules_to_save": "classifier"}, "modules_to_save to 'classifier', which is not a list of names")])
 def test_adapters_that_cannot_be_opened_leave_the_model_plain(changes, message, plain, folder):
     edit_config(folder, **changes)
     names = list(plain.state_dict())
@@ -279,6 +293,23 @@ def test_a_broken_config_is_named(plain, folder):
     (folder / "adapter_config.json").write_text('{"r": ')
     with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
         load_adapter(plain, folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"LORA"'])
+def test_a_config_of_another_kind_is_named(text, plain, folder):
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json does not describe an adapter"):
+        load_adapter(plain, folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -8])
+def test_broken_weights_are_named(length, plain, folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    names = list(plain.state_dict())
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged .*: save the adapter again"):
+        load_adapter(plain, folder)
+    assert list(plain.state_dict()) == names
 
 
 def test_only_an_adapted_model_is_saved(plain, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from lora_dp.adapters import save_adapter
+from lora_dp.adapter_files import save_adapter
 from lora_dp.fed.account import LOG, AheadLog
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import RoundResult

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from lora_dp.adapters import load_adapter
+from lora_dp.adapter_files import load_adapter
 from lora_dp.fed.exchange import MERGED
 from lora_dp.fed.methods import State
 from lora_dp.files import write_bytes_atomically

@@ -1,0 +1,199 @@
+"""Adapters on disk: what a model trains is saved and loaded in PEFT's format."""
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_dp import peft_format
+from lora_dp.adapters import (
+    LoRAConfig,
+    check_plain,
+    check_tensors,
+    copy_whole,
+    exchanged_parameters,
+    inject_into,
+)
+from lora_dp.layers import DPLoRALinear, linear_features
+from lora_dp.merging import adapters_of, check_unmerged
+from lora_dp.placement import Modules, is_linear, outermost
+
+
+def _stored_shapes(
+    model: nn.Module, targets: Iterable[str], roots: Iterable[str], bias: str, r: int
+) -> dict[str, torch.Size]:
+    """Names and shapes of what PEFT stores of ``model``, before or after the adapters are in it."""
+    shapes: dict[str, torch.Size] = {}
+    for name in targets:
+        layer = model.get_submodule(name)
+        if isinstance(layer, DPLoRALinear):
+            in_features, out_features = layer.in_features, layer.out_features
+        else:
+            in_features, out_features = linear_features(layer)
+        shapes[f"{name}.lora_A"] = torch.Size((r, in_features))
+        shapes[f"{name}.lora_B"] = torch.Size((out_features, r))
+        if bias == "lora_only" and isinstance(layer.bias, Tensor):
+            shapes[f"{name}.bias"] = layer.bias.shape
+    for root in roots:
+        shapes |= {f"{root}.{name}": tensor.shape for name, tensor in model.get_submodule(root).state_dict().items()}
+    if bias == "all":
+        shapes |= {n: p.shape for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
+    return shapes
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer itself, by each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
+    config, roots = getattr(model, "lora_config", None), getattr(model, "lora_trained_modules", None)
+    if not isinstance(config, LoRAConfig) or not isinstance(roots, list):
+        raise ValueError("The model itself has no adapters: give the very model that inject_lora returned.")
+    return config, roots
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save adapters, modules trained whole and trained biases in PEFT's format; PEFT loads them onto the plain model.
+
+    Neither file is ever seen half-written. As in PEFT, ``bias="all"`` stores every bias of the model. Embeddings that
+    came with a loaded adapter go on with it.
+
+    Raises:
+        ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
+    """
+    config, roots = _injected_with(model)
+    adapters = adapters_of(model)
+    names = [name for name, _ in model.named_modules() if name]
+    state = _tensors(model)
+    shapes = _stored_shapes(model, adapters, roots, config.bias, config.r)
+    tensors = {peft_format.peft_key(name, adapters): state[name] for name in shapes}
+    for name in getattr(model, "lora_embeddings", []):
+        layer = adapters.get(name.rpartition(".")[0])
+        merged = layer is not None and layer.merged and name.endswith(".weight")
+        tensors[peft_format.peft_key(name, adapters)] = layer.weight_with(-1) if layer and merged else state[name]
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
+    peft_format.write(folder, peft_format.StoredAdapter(
+        r=config.r,
+        alpha=float(config.r if config.alpha is None else config.alpha),
+        target_modules=peft_format.target_modules_for(list(adapters), names),
+        modules_to_save=peft_format.modules_to_save_for(roots, names),
+        dropout=config.dropout,
+        rslora=config.rslora,
+        bias=config.bias,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapters.values()),
+        base_model=base or None,
+        tensors=tensors,
+    ))
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Load what :func:`save_adapter` or PEFT saved; a plain model first gets the adapters that the folder describes.
+
+    Embeddings and output layers that the folder carries, as PEFT's does after ``resize_token_embeddings``, take the
+    place of the model's.
+
+    Args:
+        model: the plain model, or one with the same adapters (rank, scaling, bias, layers).
+        folder: with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        The same model, changed in place.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: not a LoRA adapter, an unsupported option, an adapter for another model, or other adapters than
+            the model has. The model is then unchanged.
+    """
+    stored = peft_format.read(folder)
+    modules = Modules.of(model)
+    adapters = adapters_of(model)
+    if adapters:
+        config, roots = _injected_with(model)
+        check_unmerged(model)
+        _check_same(config, stored)
+        targets = list(adapters)
+    else:
+        check_plain(model)
+        targets, roots = _stored_places(modules, stored)
+        config = LoRAConfig(
+            r=stored.r, alpha=stored.alpha, target_modules=stored.target_modules, trainable_modules=roots,
+            dropout=stored.dropout, rslora=stored.rslora, bias=stored.bias)  # type: ignore[arg-type]
+    shapes = _stored_shapes(model, targets, roots, config.bias, config.r)
+    embeddings = _carried_embeddings(model, stored, targets, shapes)
+    keys = {peft_format.peft_key(name, targets): name for name in [*shapes, *embeddings]}
+    expected = {key: (shapes | embeddings)[name] for key, name in keys.items()}
+    check_tensors(stored.tensors, expected, "The stored adapter")
+    if not adapters:
+        inject_into(model, modules, config, targets, roots)
+    model.lora_embeddings = sorted(embeddings)  # type: ignore[assignment]
+    state, trained = _tensors(model), exchanged_parameters(model)
+    for key, name in keys.items():
+        if name in trained:
+            copy_whole(trained[name], stored.tensors[key])
+        else:
+            state[name].copy_(stored.tensors[key])
+    return model
+
+
+def _carried_embeddings(
+    model: nn.Module, stored: peft_format.StoredAdapter, targets: Collection[str], known: Mapping[str, torch.Size]
+) -> dict[str, torch.Size]:
+    """Names and shapes of the embeddings and output layers that a stored adapter brings with it, frozen.
+
+    Raises:
+        ValueError: one is adapted itself, or has another number of rows than the model's.
+    """
+    ends = [getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
+    parameters = {
+        f"{prefix}.{leaf}": parameter for prefix, module in model.named_modules(remove_duplicate=False)
+        if any(module is end for end in ends) for leaf, parameter in module.named_parameters(recurse=False)}
+    carried: dict[str, torch.Size] = {}
+    for key, tensor in stored.tensors.items():
+        module, _, factor = peft_format.parameter_name(key).partition(".lora_embedding_")
+        if factor:
+            raise ValueError(
+                f"The stored adapter adapts the embedding '{module}', which is not supported: train it whole "
+                "(modules_to_save in PEFT), or leave it out.")
+        name = peft_format.parameter_name(key)
+        if name not in parameters or peft_format.peft_key(name, targets) != key:
+            continue
+        mine = parameters[name]
+        if tensor.shape != mine.shape:
+            raise ValueError(
+                f"The stored adapter carries '{name}' with shape {tuple(tensor.shape)} where the model has "
+                f"{tuple(mine.shape)}: call model.resize_token_embeddings({tensor.shape[0]}) before load_adapter, or "
+                "start from the base model that it was trained on.")
+        if name not in known:
+            carried[name] = mine.shape
+    return carried
+
+
+def _stored_places(modules: Modules, stored: peft_format.StoredAdapter) -> tuple[list[str], list[str]]:
+    """The layers that a stored adapter adapts and the modules that it trains whole, by full name."""
+    roots = outermost(
+        name for name in modules.own.values()
+        if peft_format.matches_saved_module(name, stored.modules_to_save) and modules.names[name].state_dict())
+    whole = modules.beneath(modules.names[root] for root in roots)
+    targets = [
+        name for key, name in modules.own.items()
+        if key not in whole and is_linear(modules.names[name])
+        and peft_format.matches_target(name, stored.target_modules)
+    ]
+    if not targets:
+        raise ValueError(
+            f"No linear layer of the model answers to {stored.target_modules!r}: the adapter is for another model.")
+    return targets, roots
+
+
+def _check_same(config: LoRAConfig, stored: peft_format.StoredAdapter) -> None:
+    alpha = float(config.r if config.alpha is None else config.alpha)
+    for name, mine, theirs in (
+        ("r", config.r, stored.r), ("alpha", alpha, stored.alpha), ("rslora", config.rslora, stored.rslora),
+        ("bias", config.bias, stored.bias),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"The stored adapter has {name} = {theirs} but the model's has {mine}: load it onto the plain model.")
