@@ -53,8 +53,12 @@ def check_unmerged(model: nn.Module) -> None:
             raise ValueError(f"The adapter of '{name}' is merged: call unmerge_adapters before loading another.")
 
 
+def _is_transformers(model: nn.Module) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+
+
 class SavePretrained:
-    """Transformers' ``save_pretrained`` for a model with adapters: what is opened again computes what was saved.
+    """``save_pretrained`` for a model with adapters: what is opened again computes what was saved.
 
     Merged, the folder is that of a plain model. Unmerged, PEFT's two files are written beside the weights, where
     Transformers' ``from_pretrained`` finds and loads them if PEFT is installed.
@@ -64,11 +68,11 @@ class SavePretrained:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
-        """As Transformers' own.
+        """As the class's own.
 
         Raises:
             ValueError: merged weights beside an older adapter, which would count twice; adapters some of which are
-                merged; or adapters of a larger model, of which this one is a part.
+                merged; or unmerged ones of a larger model, or of a class that is not Transformers'.
         """
         merged = {layer.merged for layer in adapters_of(self.model).values()}
         if len(merged) == 2:
@@ -79,10 +83,10 @@ class SavePretrained:
                     f"{save_directory} holds an adapter, which from_pretrained would add to the merged weights once "
                     "more: give another folder.")
         elif merged:
-            if not hasattr(self.model, "lora_config"):
+            if not (hasattr(self.model, "lora_config") and _is_transformers(self.model)):
                 raise ValueError(
-                    "The adapters here belong to a larger model, and this file would lose them: call merge_adapters "
-                    "first, or save_adapter with the larger model.")
+                    "What save_pretrained writes here would lose the adapters when opened again: call merge_adapters "
+                    "first, or save_adapter with the whole model.")
             if options.get("is_main_process", args[0] if args else True):
                 from lora_dp.adapter_files import save_adapter
 
@@ -96,7 +100,7 @@ class SavePretrained:
 
 
 def keep_adapters_when_saved(model: nn.Module) -> None:
-    """Give every module of Transformers' in ``model`` that holds adapters a :class:`SavePretrained`."""
+    """Give every module in ``model`` that holds adapters and has a ``save_pretrained`` a :class:`SavePretrained`."""
     for module in model.modules():
         if hasattr(type(module), "save_pretrained") and adapters_of(module):
             module.save_pretrained = SavePretrained(module)  # type: ignore[assignment]

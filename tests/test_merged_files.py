@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
@@ -119,6 +120,25 @@ def test_a_part_of_an_adapted_model_is_not_saved_without_the_adapters(tmp_path):
     model.model.save_pretrained(tmp_path)
     again = tf.AutoModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(input_ids=torch.arange(1, 8)[None])[0], expected, rtol=1e-4, atol=1e-5)
+
+
+class Hub(nn.Module, PyTorchModelHubMixin):
+    """Its ``from_pretrained`` would drop factors without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+def test_what_transformers_does_not_open_is_saved_merged_only(tmp_path):
+    model = randomise(inject_lora(Hub(), LoRAConfig(r=2)))
+    with pytest.raises(ValueError, match="would lose the adapters when opened again: call merge_adapters first"):
+        model.save_pretrained(tmp_path)
+    x = torch.randn(3, 4)
+    expected = model.layer(x)
+    merge_adapters(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(Hub.from_pretrained(tmp_path).layer(x), expected)
 
 
 def test_only_the_main_process_writes(tmp_path):
