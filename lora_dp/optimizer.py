@@ -41,9 +41,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     gradient exists.
     """
 
-    mechanism = Fixed[Mechanism]()
     event = Fixed[PoissonGaussian]()
-    ledger = Fixed[Ledger]()
     noise_multiplier = Fixed[float]()
     max_grad_norm = Fixed[float]()
     sample_rate = Fixed[float]()

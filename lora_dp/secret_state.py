@@ -41,6 +41,8 @@ _STATE_SIZE = 5056
 
 # The seeds that stand in states of ours.
 _seeds: set[int] = set()
+# Whether those of CUDA were set, which waits until CUDA is in use.
+_cuda_renewed = False
 
 
 @functools.cache
@@ -108,7 +110,8 @@ def _check() -> None:
 @contextmanager
 def secret_generators() -> Iterator[None]:
     """A new secret state inside; afterwards all generators are as they were."""
-    before, by_python, by_numpy = set(_seeds), random.getstate(), np.random.get_state()
+    global _cuda_renewed
+    before, by_python, by_numpy = (set(_seeds), _cuda_renewed), random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             renew()
@@ -116,7 +119,8 @@ def secret_generators() -> Iterator[None]:
         finally:
             random.setstate(by_python)
             np.random.set_state(by_numpy)
-            _seeds.intersection_update(before)
+            _seeds.intersection_update(before[0])
+            _cuda_renewed = before[1]
 
 
 WorkerInit = Callable[[int], Any]
@@ -162,15 +166,12 @@ def _renew_cpu(seed: int) -> None:
 @functools.cache
 def _seeded_layout() -> Tensor:
     """The state of a CPU generator just seeded, with nothing drawn."""
-    state = torch.Generator().manual_seed(0).get_state()
+    state = torch.Generator("cpu").manual_seed(0).get_state()
     if state.numel() != _STATE_SIZE:
         raise RuntimeError(
             f"This version of torch keeps its CPU generator in {state.numel()} bytes instead of {_STATE_SIZE}, which "
             "lora_dp cannot fill: use a version that it was tested with, or reproducible_seed for research.")
     return state
-
-
-_cuda_renewed = False
 
 
 def _renew_cuda() -> None:
