@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from dataclasses import dataclass
@@ -60,10 +61,8 @@ def check_epsilon_of(point: Point) -> None:
     by_rdp, by_pld = (point.ledger.epsilon(point.delta, accountant) for accountant in ("rdp", "pld"))
     assert 0 <= by_pld <= by_rdp < math.inf
     google = RdpAccountant(neighboring_relation=relation).compose(point.ledger.dp_event()).get_epsilon(point.delta)
-    # Near a rate of 1/2 some of the default orders between 2 and 3 are left out.
-    assert by_rdp <= google * (1 + (1e-3 if 0.4 < point.rate < 0.6 else 1e-9))
-    assert by_rdp >= google * 0.4  # larger orders, and each order's neighbour, help where ε is tiny
-    if point.rounding < point.delta:
+    assert by_rdp <= google * (1 + 1e-9)
+    if point.rounding < point.delta / 2:  # else what is left of δ is mostly the transforms' rounding
         finer = PLDAccountant(relation, value_discretization_interval=pld_interval(point.ledger.entries) / 2)
         finer.compose(point.ledger.dp_event())
         # The grid's step is at least 5e-6: ε of a thousandth are upper bounds, and not close ones.
@@ -72,7 +71,8 @@ def check_epsilon_of(point: Point) -> None:
     least = from_gaussian_mechanism(
         point.noise, pessimistic_estimate=False, sampling_prob=point.rate, use_connect_dots=False,
         value_discretization_interval=4 * pld_interval(point.ledger.entries)).self_compose(point.steps)
-    assert by_pld >= least.get_epsilon_for_delta(point.delta + 1e-15 * point.steps) * (1 - 1e-9)
+    with contextlib.suppress(OverflowError):  # dp-accounting's, where that bound is 0
+        assert by_pld >= least.get_epsilon_for_delta(point.delta + 1e-15 * point.steps) * (1 - 1e-9)
 
 
 def check_planning_of(point: Point) -> None:

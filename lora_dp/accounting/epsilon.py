@@ -71,12 +71,8 @@ def rdp_of_step(event: PoissonGaussian, high: bool = False) -> Floats:
     from dp_accounting.rdp import RdpAccountant
 
     orders = _HIGH_ORDERS if high else ORDERS
-    usable = np.ones(len(orders), dtype=bool)
-    if 0.4 < event.sample_rate < 0.6:  # here none of the series from 2 to 3 converges: a thousand terms each
-        usable = (orders <= 2) | (orders >= 3)
-    rdp = np.full(len(orders), math.inf)
     with _quiet():
-        rdp[usable] = RdpAccountant(orders[usable]).compose(event.dp_event()).rdp
+        rdp = np.asarray(RdpAccountant(orders).compose(event.dp_event()).rdp, dtype=float)
     # A divergence below the rounding of its logarithm may read as 0 or less, and would prove an epsilon of 0.
     least = [_ROUNDING * (1 + math.lgamma(order + 1)) / (order - 1) for order in orders]
     if event.sample_rate < 1:
@@ -155,17 +151,22 @@ def _single(entry: Entry) -> Entry:
     return (PoissonGaussian(event.noise_multiplier / math.sqrt(count), 1), 1) if event.sample_rate == 1 else entry
 
 
+def _rounded_off(entries: tuple[Entry, ...]) -> float:
+    """A bound on what Fourier transforms round off of delta."""
+    return _FFT_ROUNDING * sum(1 if event.sample_rate == 1 else count for event, count in entries)
+
+
 def _pld_epsilon(entries: tuple[Entry, ...], delta: float, interval: float) -> float:
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import PLDAccountant
 
     pld = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=interval)
-    rounding = 0.0
-    with np.errstate(all="ignore"):
+    # Far below ε = 0 dp-accounting's exponentials overflow: then it says nothing.
+    with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
         for event, count in entries:
             pld.compose(event.dp_event(), count)
-            rounding += _FFT_ROUNDING * (1 if event.sample_rate == 1 else count)
-        return float(pld.get_epsilon(delta - rounding)) if rounding < delta else math.inf
+        return float(pld.get_epsilon(delta))
+    return math.inf
 
 
 @functools.lru_cache(maxsize=16384)
@@ -179,7 +180,8 @@ def composed_epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accou
     if not entries:
         return 0.0
     bound = _rdp_epsilon(entries, delta)
-    if accountant == "rdp" or bound == 0 or _FFT_ROUNDING * sum(n for e, n in entries if e.sample_rate < 1) >= delta:
+    left = delta - _rounded_off(entries)
+    if accountant == "rdp" or bound == 0 or left <= 0:
         return bound
     interval = coarsening * pld_interval(entries)
-    return min(bound, _pld_epsilon(entries, delta, interval)) if interval < _USELESS else bound
+    return min(bound, _pld_epsilon(entries, left, interval)) if interval < _USELESS else bound
