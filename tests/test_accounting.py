@@ -241,7 +241,7 @@ DAMAGED = {
     "empty": lambda text: "",
     "not text": lambda text: "\udcff",
     "not a ledger": lambda text: "[1, 2]",
-    "of another version": lambda text: text.replace('"version": 1', '"version": 2'),
+    "of another version": lambda text: text.replace('"version": 2', '"version": 3'),
     "without a count": lambda text: text.replace('"count"', '"cuont"'),
     "with a negative count": lambda text: text.replace('"count": 3', '"count": -3'),
     "with an impossible rate": lambda text: text.replace('"sample_rate": 0.1', '"sample_rate": 1.1'),
@@ -265,7 +265,7 @@ def test_a_bad_state_changes_nothing():
     ledger = ledger_of((0.1, 1.0, 3))
     state = json.loads(json.dumps(ledger.state_dict()))
     state["entries"] += [{"noise_multiplier": -1.0, "sample_rate": 0.1, "count": 1}]
-    with pytest.raises(ValueError, match="Not a ledger of version 1"):
+    with pytest.raises(ValueError, match="Not a whole ledger of version 2"):
         ledger.load_state_dict(state)
     assert ledger.steps == 3
 

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lora_dp.accounting.epsilon import Accountant, check_accountant, composed_epsilon
 from lora_dp.accounting.steps import Entry, PoissonGaussian, check_delta, gathered, whole
+from lora_dp.chain import START, link
 from lora_dp.files import write_atomically
 
 # dp-accounting is imported where ε is computed: training at a given noise multiplier does without it.
 if TYPE_CHECKING:
     from dp_accounting import dp_event
 
-_FORMAT, _VERSION = "lora-dp ledger", 1
+_FORMAT, _VERSION = "lora-dp ledger", 2
+_WITHOUT_DIGESTS = 1  # the version before, which is read as it is and saved as this one
 
 
 class PrivacyBudgetExceeded(RuntimeError):
@@ -88,24 +90,40 @@ class Ledger:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger as plain numbers, lists and strings."""
-        entries = [
-            {"noise_multiplier": event.noise_multiplier, "sample_rate": event.sample_rate, "count": count}
-            for event, count in self._entries
-        ]
-        return {"format": _FORMAT, "version": _VERSION, "entries": entries}
+        """The ledger as plain numbers, lists and strings.
+
+        Each entry has the ``digest`` that chains it to those before (:mod:`lora_dp.chain`); the last ``digest`` is that
+        of the whole.
+        """
+        entries: list[dict[str, Any]] = []
+        digest = START
+        for event, count in self._entries:
+            entry = {"noise_multiplier": event.noise_multiplier, "sample_rate": event.sample_rate, "count": count}
+            digest = link(digest, entry)
+            entries.append({**entry, "digest": digest})
+        whole_digest = link(digest, {"format": _FORMAT, "version": _VERSION, "entries": len(entries)})
+        return {"format": _FORMAT, "version": _VERSION, "entries": entries, "digest": whole_digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the entries by those of ``state``. Raises ValueError, and changes nothing, when it is no ledger."""
+        """Replace the entries by those of ``state``; version 1, which had no digests, is read too.
+
+        Raises ValueError, and changes nothing, when it is no ledger, or not the one that was saved.
+        """
         try:
-            if state["format"] != _FORMAT or state["version"] != _VERSION:
+            if state["format"] != _FORMAT or state["version"] not in (_WITHOUT_DIGESTS, _VERSION):
                 raise ValueError(f"format {state['format']!r}, version {state['version']!r}")
             loaded = Ledger()
             for entry in state["entries"]:
                 loaded.append(PoissonGaussian(entry["noise_multiplier"], entry["sample_rate"]), entry["count"])
+            saved = loaded.state_dict()
+            if state["version"] == _WITHOUT_DIGESTS:
+                if "digest" in state or any("digest" in entry for entry in state["entries"]):
+                    raise ValueError("digests in a version that had none")
+            elif any(state[name] != value for name, value in saved.items()):
+                raise ValueError("an entry does not match its digest")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"Not a ledger of version {_VERSION} ({type(error).__name__}: {error}): "
+                f"Not a whole ledger of version {_VERSION} ({type(error).__name__}: {error}): "
                 "restore it from a backup, or read it with the lora-dp that wrote it."
             ) from error
         self._entries = loaded._entries
