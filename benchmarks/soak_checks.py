@@ -161,7 +161,9 @@ def _fault_violations(entry: Entry, job: Entry) -> Iterator[str]:
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a run leaves but how long it took, tensors as bytes."""
     tensors, numbers = checkpoint.read(folder, checkpoint.rounds(folder)[-1])
-    skipped = (".lock", "config.yaml", "ledger.jsonl", "metrics.jsonl", "summary.json", "curves.png", SERVER_ONLY)
+    skipped = (
+        ".lock", "config.yaml", "ledger.jsonl", "ledger.jsonl.heads", "metrics.jsonl", "summary.json", "curves.png",
+        SERVER_ONLY)
     files = {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in skipped and path.parent.name != checkpoint.FOLDER}

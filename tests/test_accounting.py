@@ -9,11 +9,11 @@ import os
 import warnings
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from lora_dp import accounting
 from lora_dp.accounting import (
     Ledger,
     PoissonGaussian,
@@ -22,6 +22,8 @@ from lora_dp.accounting import (
     check_epsilon,
     max_steps,
 )
+from lora_dp.accounting.epsilon import ORDERS, pld_interval, rdp_of_step
+from lora_dp.accounting.steps import gathered
 
 DELTA = 1e-5
 RUNS = [
@@ -52,12 +54,13 @@ def direct_pld(interval: float, *runs: tuple[float, float, int]) -> float:
     accountant = PLDAccountant(relation, value_discretization_interval=interval)
     for run in runs:
         accountant.compose(described(*run))
-    return accountant.get_epsilon(DELTA)
+    # What Fourier transforms may round off of delta is taken off before: 1e-15 for each step composed by them.
+    return accountant.get_epsilon(DELTA - 1e-15 * sum(1 if rate == 1 else steps for rate, _, steps in runs))
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_pld_epsilon_is_dp_accountings(run):
-    interval = accounting._pld_interval(PoissonGaussian(run[1], run[0]))
+    interval = pld_interval(ledger_of(run).entries)
     ours = ledger_of(run).epsilon(DELTA, "pld")
     assert ours == pytest.approx(direct_pld(interval, run), rel=1e-12)
     # A finer grid can only be a little tighter: ours stays an upper bound, and a close one.
@@ -69,7 +72,7 @@ def test_pld_epsilon_is_dp_accountings(run):
 def test_rdp_epsilon_is_dp_accountings(run):
     ours = ledger_of(run).epsilon(DELTA, "rdp")
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    same_orders = RdpAccountant([float(order) for order in accounting._ORDERS if order == 2 or order >= 3], relation)
+    same_orders = RdpAccountant([float(order) for order in ORDERS if order == 2 or order >= 3], relation)
     default_orders = RdpAccountant(neighboring_relation=relation)
     assert ours <= same_orders.compose(described(*run)).get_epsilon(DELTA) * (1 + 1e-12)
     assert ours == pytest.approx(default_orders.compose(described(*run)).get_epsilon(DELTA), rel=1e-3)
@@ -77,8 +80,8 @@ def test_rdp_epsilon_is_dp_accountings(run):
 
 def test_heterogeneous_runs_compose():
     runs = [(0.01, 1.0, 300), (0.1, 2.0, 40), (1.0, 30.0, 20), (0.01, 1.0, 200)]
-    interval = min(accounting._pld_interval(PoissonGaussian(noise, rate)) for rate, noise, _ in runs)
     ledger = ledger_of(*runs)
+    interval = pld_interval(gathered(ledger.entries))
     assert ledger.epsilon(DELTA, "pld") == pytest.approx(direct_pld(interval, *runs), rel=1e-9)
     rdp = RdpAccountant().compose(ledger.dp_event())
     assert ledger.epsilon(DELTA, "rdp") == pytest.approx(rdp.get_epsilon(DELTA), rel=1e-3)
@@ -97,9 +100,9 @@ def test_nothing_released_and_no_noise(accountant):
     assert ledger_of((0.1, 1e-3, 1)).epsilon(DELTA, accountant) == math.inf
 
 
-def test_hardly_any_noise_falls_back_to_rdp_at_once():
+def test_hardly_any_noise_takes_no_minutes():
     ledger = ledger_of((0.1, 0.05, 2000))
-    assert 100 < ledger.epsilon(DELTA, "pld") == ledger.epsilon(DELTA, "rdp") < math.inf
+    assert 100 < ledger.epsilon(DELTA, "pld") <= ledger.epsilon(DELTA, "rdp") < math.inf
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -160,7 +163,7 @@ def test_planning_takes_few_dear_evaluations(monkeypatch):
 
 
 def test_rdp_warns_and_logs_nothing(caplog, capfd):
-    accounting._rdp_of_step.cache_clear()
+    rdp_of_step.cache_clear()
     with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
         warnings.simplefilter("error")
         for rate in (1e-6, 0.1, 0.39, 0.5, 0.501, 0.61, 0.999):
@@ -238,7 +241,7 @@ DAMAGED = {
     "empty": lambda text: "",
     "not text": lambda text: "\udcff",
     "not a ledger": lambda text: "[1, 2]",
-    "of another version": lambda text: text.replace('"version": 1', '"version": 2'),
+    "of another version": lambda text: text.replace('"version": 2', '"version": 3'),
     "without a count": lambda text: text.replace('"count"', '"cuont"'),
     "with a negative count": lambda text: text.replace('"count": 3', '"count": -3'),
     "with an impossible rate": lambda text: text.replace('"sample_rate": 0.1', '"sample_rate": 1.1'),
@@ -262,7 +265,7 @@ def test_a_bad_state_changes_nothing():
     ledger = ledger_of((0.1, 1.0, 3))
     state = json.loads(json.dumps(ledger.state_dict()))
     state["entries"] += [{"noise_multiplier": -1.0, "sample_rate": 0.1, "count": 1}]
-    with pytest.raises(ValueError, match="Not a ledger of version 1"):
+    with pytest.raises(ValueError, match="Not a whole ledger of version 2"):
         ledger.load_state_dict(state)
     assert ledger.steps == 3
 
@@ -310,3 +313,60 @@ def test_a_tiny_target_warns_of_nothing(caplog):
     with caplog.at_level("WARNING"):
         calibrate_noise_multiplier(1e-7, 1e-5, 0.2, 10, "rdp")
     assert not caplog.records
+
+
+WRONG_NUMBERS = ["8", None, True, [1.0], 1j, np.array([1.0]), np.bool_(True)]
+WRONG_COUNTS = ["8", None, True, 10.0, np.float64(10), math.nan, [1]]
+
+
+@pytest.mark.parametrize("wrong", WRONG_NUMBERS, ids=repr)
+def test_what_is_no_number_gets_one_clear_sentence(wrong):
+    event = PoissonGaussian(1.0, 0.1)
+    for name, call in (
+        ("epsilon", lambda: check_epsilon(wrong)),
+        ("epsilon", lambda: calibrate_noise_multiplier(wrong, DELTA, 0.1, 10)),
+        ("epsilon", lambda: max_steps(Ledger(), event, wrong, DELTA)),
+        ("delta", lambda: check_delta(wrong)),
+        ("delta", lambda: Ledger().epsilon(wrong)),
+        ("delta", lambda: calibrate_noise_multiplier(1, wrong, 0.1, 10)),
+        ("delta", lambda: max_steps(Ledger(), event, 1, wrong)),
+        ("noise_multiplier", lambda: PoissonGaussian(wrong, 0.1)),
+        ("sample_rate", lambda: PoissonGaussian(1.0, wrong)),
+        ("sample_rate", lambda: calibrate_noise_multiplier(1, DELTA, wrong, 10)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} must be a number, not .* of type {type(wrong).__name__}: \w+"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", WRONG_COUNTS, ids=repr)
+def test_what_is_no_whole_number_gets_one_clear_sentence(wrong):
+    ledger = Ledger()
+    for name, call in (
+        ("count", lambda: ledger.append(PoissonGaussian(1.0, 0.1), wrong)),
+        ("steps", lambda: calibrate_noise_multiplier(1, DELTA, 0.1, wrong)),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} must be a whole number, .* of type {type(wrong).__name__}: "):
+            call()
+    assert ledger.steps == 0
+
+
+@pytest.mark.parametrize("wrong", ["x", None, (1.0, 0.1), PoissonGaussian], ids=repr)
+def test_what_is_no_step_or_no_ledger_gets_one_clear_sentence(wrong):
+    ledger = Ledger()
+    for call in (lambda: ledger.append(wrong), lambda: max_steps(ledger, wrong, 1.0, DELTA)):
+        with pytest.raises(TypeError, match=r"PoissonGaussian\(noise_multiplier, sample_rate\)"):
+            call()
+    with pytest.raises(TypeError, match=r"not .*: give Ledger\(\)"):
+        max_steps(wrong, PoissonGaussian(1.0, 0.1), 1.0, DELTA)
+    with pytest.raises(ValueError, match="choose 'pld'"):
+        ledger.epsilon(DELTA, wrong)
+    assert ledger.steps == 0
+
+
+def test_numpy_numbers_are_numbers():
+    plain = calibrate_noise_multiplier(3.0, DELTA, 0.125, 20, "rdp")
+    assert calibrate_noise_multiplier(np.float64(3), np.float64(DELTA), np.float32(0.125), np.int32(20), "rdp") == plain
+    ledger = Ledger()
+    ledger.append(PoissonGaussian(np.float32(1.5), np.float64(0.125)), np.int64(4))
+    assert json.loads(json.dumps(ledger.state_dict()))["entries"][0]["count"] == 4
+    assert ledger.epsilon(np.float64(DELTA)) == ledger_of((0.125, 1.5, 4)).epsilon(DELTA)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from lora_dp.accounting import Ledger, PoissonGaussian
+from lora_dp.chain import BrokenChain, ChainedLog
 from lora_dp.fed.privacy import UNITS, PrivacyPlan, finite, guarantee
-from lora_dp.files import append_durably
 
 LOG = "ledger.jsonl"
+_FORMAT, _VERSION = "lora-dp log", 2
 _FEW = 8
 
 
@@ -145,41 +146,57 @@ class AheadLog:
     reproducible run the second time releases the same bits as the first, and counts once.
 
     Args:
-        path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds.
+        path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds; each with the
+            digest that chains it to those before (:mod:`lora_dp.chain`).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._log = ChainedLog(path)
 
     def begin(self, account: Account, *, reproducible: bool) -> None:
         """Writes the terms of a new log, or checks that those of an existing one are the account's.
 
         Raises:
-            LogError: they are not: what the log counts was released on other terms.
+            LogError: they are not: what the log counts was released on other terms; or the log is not whole.
         """
         terms = {**account.terms(), "reproducible": reproducible}
-        lines = self._lines()
-        if not lines:
-            append_durably(self.path, (json.dumps({"terms": terms}, separators=(",", ":")) + "\n").encode())
+        entries = self._entries()
+        if not entries:
+            self._log.append({"format": _FORMAT, "version": _VERSION, "terms": terms})
             return
         try:
-            before = json.loads(lines[0])["terms"]
+            if (entries[0]["format"], entries[0]["version"]) != (_FORMAT, _VERSION):
+                raise LogError(f"The log {self.path} is of format {entries[0]['format']!r}, version "
+                               f"{entries[0]['version']!r}: go on with this run by the lora-dp that began it.")
+            before = entries[0]["terms"]
             different = [name for name in {**terms, **before} if not _alike(terms.get(name), before.get(name))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise LogError(self._lost("line 1 is damaged")) from error
         if different:
             raise LogError(
                 f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
                 "has released cannot be counted on these: restore its config.yaml and its data, or begin a new run.")
 
-    def _lines(self) -> list[bytes]:
-        # What follows the last line break was cut off by a crash: its round had not begun.
-        return (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")[:-1]
+    def _entries(self) -> list[dict[str, Any]]:
+        try:
+            return self._log.read()
+        except BrokenChain as error:
+            if self._is_without_digests():
+                raise LogError(
+                    f"The log {self.path} was written by an earlier lora-dp, without digests: go on with this run by "
+                    "that one, or begin a new run.") from error
+            raise LogError(self._lost(str(error))) from error
+
+    def _is_without_digests(self) -> bool:
+        try:
+            return set(json.loads(self.path.read_bytes().split(b"\n")[0])) == {"terms"}
+        except (OSError, ValueError, TypeError):
+            return False
 
     def append(self, number: int, clients: Sequence[int]) -> None:
         """Writes that round ``number`` (from 1) begins with these clients; on the disk when this returns."""
-        line = json.dumps({"round": number, "clients": list(clients)}, separators=(",", ":")) + "\n"
-        append_durably(self.path, line.encode())
+        self._log.append({"round": number, "clients": list(clients)})
 
     def replay(self, account: Account, *, rounds_done: int, reproducible: bool) -> None:
         """Counts the rounds of the log into an account.
@@ -194,9 +211,8 @@ class AheadLog:
         """
         self.begin(account, reproducible=reproducible)
         rounds: list[tuple[int, list[int]]] = []
-        for index, line in enumerate(self._lines()[1:], 1):
+        for index, entry in enumerate(self._entries()[1:], 1):
             try:
-                entry = json.loads(line)
                 number, clients = int(entry["round"]), [int(client) for client in entry["clients"]]
                 if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
                     raise ValueError(f"round {number} out of turn")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
-from lora_dp.fed.account import LOG, Account, AheadLog
+from lora_dp.fed.account import LOG, Account, AheadLog, LogError
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.methods import get_method
+from tests.fed.chained import forge, forget, hold
 from tests.fed.small import TRAINING, make_federation, plan_for
 
 SIZES = (12, 20, 9)
@@ -188,10 +189,12 @@ def test_what_was_released_on_other_terms_is_not_counted_on_these(tmp_path, chan
 
 def test_the_last_bit_of_a_calibration_is_no_other_term(tmp_path):
     found = log(tmp_path, (1, [0]))
-    entry = json.loads((tmp_path / LOG).read_text().splitlines()[0])
-    entry["terms"]["events"] = [[noise * (1 + 1e-13), rate] for noise, rate in entry["terms"]["events"]]
-    content = (tmp_path / LOG).read_text().splitlines()
-    (tmp_path / LOG).write_text("\n".join([json.dumps(entry), *content[1:], ""]))
+    entries = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    for entry in entries:
+        del entry["digest"]
+    events = entries[0]["terms"]["events"]
+    entries[0]["terms"]["events"] = [[noise * (1 + 1e-13), rate] for noise, rate in events]
+    forge(tmp_path / LOG, entries)
     assert replayed(found) == [3, 0, 0]
 
 
@@ -205,6 +208,10 @@ def test_a_torn_last_line_was_no_round_and_spoils_none(tmp_path, length):
     content = (tmp_path / LOG).read_bytes()
     end = content[:-1].rindex(b"\n") + 1
     (tmp_path / LOG).write_bytes(content[: end + length])
+    # A crash cannot have come so early: the line was held.
+    with pytest.raises(LogError, match="it ends before line 3 of 3.*do not go on"):
+        replayed(found)
+    hold(tmp_path / LOG, 2)
     assert replayed(found) == [3, 3, 0]
     found.append(2, [0])
     assert replayed(found) == [6, 3, 0]
@@ -219,7 +226,7 @@ def test_a_torn_last_line_was_no_round_and_spoils_none(tmp_path, length):
 )
 def test_a_damaged_line_inside_is_refused(tmp_path, damaged):
     for reproducible in (False, True):
-        (tmp_path / LOG).unlink(missing_ok=True)
+        forget(tmp_path / LOG)
         log(tmp_path, (1, [0, 1]), (2, [1, 2]), (3, [0]), reproducible=reproducible)
         content = (tmp_path / LOG).read_bytes().split(b"\n")
         (tmp_path / LOG).write_bytes(b"\n".join([*content[:2], damaged, *content[3:]]))
@@ -237,10 +244,17 @@ def test_missing_lines_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 1 is damaged"):
         replayed(found)
     (tmp_path / LOG).write_bytes(b"".join(content[:3]))
+    with pytest.raises(ValueError, match="ends before line 4 of 4"):
+        replayed(found, 2)
+    hold(tmp_path / LOG, 3)
     assert replayed(found, 2) == [6, 0, 0]
     with pytest.raises(ValueError, match="ends before round 3"):
         replayed(found, 3)
     (tmp_path / LOG).unlink()
+    with pytest.raises(ValueError, match="ends before line 1 of 3"):
+        replayed(found, 1)
+    assert not (tmp_path / LOG).exists()
+    forget(tmp_path / LOG)
     with pytest.raises(ValueError, match="ends before round 1"):
         replayed(found, 1)
 
@@ -261,8 +275,12 @@ def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
 
     def watched_fsync(number: int) -> None:
         folder = stat.S_ISDIR(os.fstat(number).st_mode)
-        assert os.path.samestat(os.fstat(number), os.stat(tmp_path if folder else tmp_path / LOG))
-        events.append("folder" if folder else f"{(tmp_path / LOG).read_bytes().count(10)} lines")
+        held = tmp_path / f"{LOG}.heads"
+        if os.path.samestat(os.fstat(number), os.stat(held)):
+            events.append(f"{held.read_bytes().count(10)} held")
+        else:
+            assert os.path.samestat(os.fstat(number), os.stat(tmp_path if folder else tmp_path / LOG))
+            events.append("folder" if folder else f"{(tmp_path / LOG).read_bytes().count(10)} lines")
         fsync(number)
 
     def watched_train(*args: Any, **kwargs: Any) -> Any:
@@ -273,9 +291,10 @@ def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", watched_train)
     federation.run_round()
     federation.run_round([1])
-    assert events == ["2 lines", *["train"] * 6, "3 lines", *["train"] * 2]
+    assert events == ["2 lines", "2 held", *["train"] * 6, "3 lines", "3 held", *["train"] * 2]
     rounds = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()[1:]]
-    assert rounds == [{"round": 1, "clients": [0, 1, 2]}, {"round": 2, "clients": [1]}]
+    assert [{**entry, "digest": None} for entry in rounds] == [
+        {"round": 1, "clients": [0, 1, 2], "digest": None}, {"round": 2, "clients": [1], "digest": None}]
 
 
 def test_who_was_drawn_in_secret_is_not_in_the_log(tmp_path):

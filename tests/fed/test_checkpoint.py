@@ -20,6 +20,7 @@ from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.folder import METRICS, RunFolder, read_results
 from lora_dp.fed.report import ConsoleReport
 from lora_dp.fed.runner import resume, run
+from tests.fed.chained import hold
 from tests.fed.small import make_federation
 
 TINY = {
@@ -294,11 +295,12 @@ def test_a_damaged_log_stops_the_resumption(tmp_path):
     folder = tmp_path / "run"
     stopped_run(folder, 4)
     lines = (folder / "ledger.jsonl").read_text().splitlines(keepends=True)
-    for content, message in (
-        (lines[0] + lines[1] + lines[2][:10] + lines[3] + lines[4], "line 3 is damaged"),
-        ("".join(lines[:4]), "ends before round 4"),
+    for content, held, message in (
+        (lines[0] + lines[1] + lines[2][:10] + lines[3] + lines[4], 5, "line 3 is damaged"),
+        ("".join(lines[:4]), 5, "ends before line 5 of 5"), ("".join(lines[:4]), 4, "ends before round 4"),
     ):
         (folder / "ledger.jsonl").write_text(content)
+        hold(folder / "ledger.jsonl", held)
         with pytest.raises(ValueError, match=message):
             resume(folder, quiet())
     assert not (folder / "summary.json").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dp.accounting import Ledger, PoissonGaussian, check_delta, check_epsilon
+from lora_dp.chain import START, Heads, link
 from lora_dp.fed.privacy import UNITS, PrivacyPlan, Unit
 from lora_dp.files import write_atomically
 
@@ -20,6 +21,9 @@ class Refused(RuntimeError):
 @dataclass(frozen=True)
 class ClientLedger:
     """The ledger of one node's data over all runs, and the budget that its owner has set.
+
+    Each turn's file names the one that it replaces by its digest, and a second file (``.heads`` after the name) holds
+    the last digest and how many there were: a damaged file, or one of an earlier day, is refused.
 
     Args:
         path: of the file; made with the first release.
@@ -81,23 +85,66 @@ class ClientLedger:
             Refused: what :meth:`check` refuses; or the turn leads beyond the budget; nothing was counted.
         """
         self.check(plan, reproducible=reproducible)
-        with self._held() as ledger:
+        with self._locked():
+            ledger, turns, before = self._read()
             ledger.append(event, plan.releases_per_turn)
             if self.epsilon is not None and self.delta is not None:
                 reached = ledger.epsilon(self.delta, plan.accountant)
                 if reached > self.epsilon:
                     raise Refused(f"has no budget left: this turn would lead above its own ε of {self.epsilon:g}")
-            write_atomically(self.path, json.dumps({**ledger.state_dict(), "unit": self.unit}, indent=1))
+            heads = Heads(self.path)
+            if heads.last()[0] < turns:  # a crash came before the last turn was held, and before it left
+                heads.append(before)
+            state = self._state(ledger, turns + 1, before)
+            write_atomically(self.path, json.dumps(state, indent=1))
+            heads.append(state["node"]["digest"])
 
     @contextmanager
-    def _held(self) -> Iterator[Ledger]:
-        """The ledger as it is on the disk, held by one process at a time."""
+    def _locked(self) -> Iterator[None]:
+        """Held by one process at a time."""
         with self.path.with_name(self.path.name + ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not self.path.exists():
-                yield Ledger()
-                return
-            ledger = Ledger.load(self.path)
-            if json.loads(self.path.read_text())["unit"] != self.unit:
-                raise Refused("has a ledger of the other unit: its node-config must name another file for this one")
-            yield ledger
+            yield
+
+    def _state(self, ledger: Ledger, turns: int, before: str) -> dict[str, Any]:
+        state = ledger.state_dict()
+        node = {"unit": self.unit, "turns": turns, "before": before}
+        return {**state, "unit": self.unit, "node": {**node, "digest": link(state["digest"], node)}}
+
+    def _read(self) -> tuple[Ledger, int, str]:
+        """The ledger as it is on the disk, how many turns were written to it, and the digest of the last.
+
+        Raises:
+            ValueError: it is damaged, gone, or of an earlier day.
+            Refused: it is of the other unit.
+        """
+        held, head = Heads(self.path).last()
+        if not self.path.exists():
+            if held:
+                raise self._broken(f"it is gone, but {held} turns were written to it")
+            return Ledger(), 0, START
+        ledger = Ledger.load(self.path)
+        state = json.loads(self.path.read_text(encoding="utf-8"))
+        if state.get("unit") in UNITS and state["unit"] != self.unit:
+            raise Refused("has a ledger of the other unit: its node-config must name another file for this one")
+        if "node" not in state and state["version"] == 1:  # without digests, as earlier versions wrote it
+            if held:
+                raise self._broken("it is of an earlier day, and has no digests")
+            return ledger, 0, START
+        try:
+            turns, before = state["node"]["turns"], state["node"]["before"]
+            whole = state == self._state(ledger, turns, before)
+        except (KeyError, TypeError) as error:
+            raise self._broken(f"its node's part is damaged: {error!r}") from error
+        if not whole:
+            raise self._broken("its node's part does not match its digest")
+        digest = state["node"]["digest"]
+        if (held, head) not in ((turns, digest), (turns - 1, before)):
+            raise self._broken(
+                f"it has {turns} turns, but {Heads(self.path).path.name} beside it holds {held}, or others")
+        return ledger, turns, digest
+
+    def _broken(self, what: str) -> ValueError:
+        return ValueError(
+            f"The client's ledger {str(self.path)!r} is not the last one that was written ({what}): restore it and its "
+            ".heads file from a backup of the same moment; a new one would forget what was spent.")
