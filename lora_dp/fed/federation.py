@@ -21,6 +21,7 @@ from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Reply, Task
 from lora_dp.fed.faults import TooFewClients, fault
+from lora_dp.fed.harmless import harmless
 from lora_dp.fed.job import Job, Parts, open_job
 from lora_dp.fed.methods import Aggregation
 from lora_dp.fed.models import Precision, logits
@@ -75,6 +76,7 @@ class Federation:
         weighting: "examples" (public numbers) or "equal".
         min_clients: fewest updates that a round is combined from.
         fault_norm: of a client's change, above which it is left out.
+        weights: of each client where weighting is "examples"; its size if left out.
 
     Attributes:
         log: where rounds are written ahead; None for none.
@@ -85,7 +87,7 @@ class Federation:
     def __init__(
         self, trainer: Trainer, engine: Engine, sizes: Sequence[int], validation: Examples, *,
         ranks: Sequence[int] | None = None, clients_per_round: int | None = None, weighting: str = "examples",
-        min_clients: int = 1, fault_norm: float = 1000.0,
+        min_clients: int = 1, fault_norm: float = 1000.0, weights: Sequence[float] | None = None,
     ) -> None:
         self.trainer, self.engine, self.validation = trainer, engine, validation
         self.workspace, self.method, self.plan = trainer.workspace, trainer.method, trainer.plan
@@ -95,6 +97,7 @@ class Federation:
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
+        self._weights = list(map(float, weights if weights is not None else sizes))
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self.recorded: list[dict[str, Any]] = []
@@ -112,14 +115,16 @@ class Federation:
         return cls.of_job(config, open_job(config))
 
     @classmethod
-    def of_job(cls, config: RunConfig, job: Job, engine: Engine | None = None) -> "Federation":
+    def of_job(
+        cls, config: RunConfig, job: Job, engine: Engine | None = None, *, weights: Sequence[float] | None = None
+    ) -> "Federation":
         """The federation of an opened job, in this process unless another engine is given."""
         chosen = config.federation
         assert chosen.weighting is not None
         return cls(
             job.trainer, engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout), job.sizes,
             job.validation, ranks=job.ranks, clients_per_round=chosen.clients_per_round, weighting=chosen.weighting,
-            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm,
+            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm, weights=weights,
         )
 
     @property
@@ -242,9 +247,10 @@ class Federation:
                     recorder.add(reply.client, reply.update.tensors, task.state, own_noise)
                 arrived += 1
             else:
+                reason, detail = harmless(reason), harmless(reply.detail)  # names of tensors are the client's own
                 failed.append({"client": reply.client, "reason": reason})
                 reasons.append(f"client {reply.client} {reason}")
-                details.append(reasons[-1] + (f": {reply.detail}" if reply.detail not in ("", reason) else ""))
+                details.append(reasons[-1] + (f": {detail}" if detail not in ("", reason) else ""))
         # Under the server's noise a round goes on with noise alone: that it stopped would tell who was drawn.
         if noisy is None and arrived < max(1, min(self.min_clients, len(drawn))):
             remedy = "Mend these clients, and resume"
@@ -290,7 +296,7 @@ class Federation:
         return round(down), round(up)
 
     def _weight(self, client: int) -> float:
-        return float(self.account.sizes[client]) if self.weighting == "examples" else 1.0
+        return self._weights[client] if self.weighting == "examples" else 1.0
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""

@@ -20,6 +20,8 @@ from lora_dp.fed.examples import Batch
 
 Precision = Literal["float32", "bf16"]
 
+# Code that a repository brings along is never run, nor is anybody asked whether it should be.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
 
 
@@ -149,7 +151,7 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     try:
         with _quiet_transformers():
             model = auto.from_pretrained(
-                name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32
+                name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
             )
             spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
     except (OSError, ValueError) as error:
@@ -184,7 +186,7 @@ def _image_spec(name: str, config: Any) -> ImageSpec:
 
 
 def _text_spec(name: str, config: Any) -> TextSpec:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_NO_CODE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
