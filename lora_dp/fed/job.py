@@ -76,13 +76,13 @@ def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
 
 
 def open_job(
-    config: RunConfig, *, evaluate: bool = True, encode: Callable[[RawData, InputSpec], Splits] = encode
+    config: RunConfig, *, raw: RawData | None = None, encode: Callable[[RawData, InputSpec], Splits] = encode
 ) -> Job:
     """Opens data and model and splits the examples over the clients.
 
     Args:
         config: of the run.
-        evaluate: find examples to evaluate on; without, all of train is trained on.
+        raw: the data, where they have been opened.
         encode: makes tensors of what was opened.
 
     Raises:
@@ -91,7 +91,7 @@ def open_job(
     device = _device(config.run.device)
     seed, chosen = config.run.seed, config.federation
     torch.manual_seed(seed)
-    raw = open_data(config.data, evaluate=evaluate)
+    raw = open_data(config.data) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, _RANKS))
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
     splits = encode(raw, loaded.spec)

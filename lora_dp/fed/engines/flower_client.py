@@ -179,24 +179,29 @@ def _node(content: RecordDict, node_config: Mapping[str, Any]) -> _Node:
 @functools.lru_cache(maxsize=1)
 def _opened(text: str, folder: str | None, columns: tuple[str | None, ...]) -> _Node:
     """Data and model of a configuration, opened once in a process."""
+    from lora_dp.fed.data import open_data
     from lora_dp.fed.engines.flower_policy import read_config
     from lora_dp.fed.job import open_job
     from lora_dp.fed.unreadable import encode_training
 
     config = read_config(text)
-    if folder is None:
-        job = open_job(config, encode=encode_training)
-        return _Node(job.trainer, job, own=False)
-    # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
-    federation = config.federation
-    inputs, pairs, labels = columns
-    data = replace(
-        config.data, dataset=str(folder), subset=None, validation_split=None, input_column=inputs, pair_column=pairs,
-        label_column=labels)
-    alone = replace(config, data=data, federation=replace(
-        federation, clients=1, clients_per_round=None, ranks=None, min_clients=1, partition="iid", dirichlet_alpha=1.0))
-    job = open_job(alone, evaluate=False, encode=encode_training)
+    federation, alone = config.federation, config
+    if folder is not None:
+        # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
+        inputs, pairs, labels = columns
+        data = replace(
+            config.data, dataset=str(folder), subset=None, validation_split=None, input_column=inputs,
+            pair_column=pairs, label_column=labels)
+        alone = replace(config, data=data, federation=replace(
+            federation, clients=1, clients_per_round=None, ranks=None, min_clients=1, partition="iid",
+            dirichlet_alpha=1.0))
+    try:
+        raw = open_data(alone.data, evaluate=folder is None)
+    except Exception as error:
+        _LOG.error("This node's data cannot be opened: %s", described(error))
+        raise Refused("cannot open its own data: its log says why") from None
+    job = open_job(alone, raw=raw, encode=encode_training)
     plan = replace(
         job.trainer.plan, participations=federation.participations, client_rate=federation.client_rate,
         clients=federation.clients)
-    return _Node(replace(job.trainer, plan=plan), job, own=True)
+    return _Node(replace(job.trainer, plan=plan), job, own=folder is not None)

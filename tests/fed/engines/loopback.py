@@ -24,8 +24,8 @@ class LoopbackGrid(Grid):
 
     Args:
         node_configs: one a node; nodes are numbered from 100.
-        answer: what a node does; by default the ClientApp's work, in a simulation where nobody has told a node more than
-            its number. None is no answer, ever.
+        answer: what a node does; by default the ClientApp's work, in a simulation where nobody has told a node more
+            than its number. None is no answer, ever.
 
     Attributes:
         online: nodes that are listed.
