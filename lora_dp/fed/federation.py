@@ -24,11 +24,13 @@ from lora_dp.fed.faults import TooFewClients, fault
 from lora_dp.fed.harmless import harmless
 from lora_dp.fed.job import Job, Parts, open_job
 from lora_dp.fed.methods import Aggregation
-from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.models import Precision, logits, model_inputs
 from lora_dp.fed.noisy_sum import NoisySum
 from lora_dp.fed.server import Server, draw_clients, nbytes, poisson_clients
+from lora_dp.isolation import check_isolation
 
 EVALUATION_BATCH = 256
+_TRIED = 4
 # Streams of the seed that must not coincide with those of clients.
 _DRAWS, _BEGIN, _SERVER_NOISE = 1, 6, 7
 
@@ -97,7 +99,7 @@ class Federation:
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
-        self._weights = list(map(float, weights if weights is not None else sizes))
+        self._weights = self.account.sizes if weights is None else np.asarray(weights, dtype=np.float64)
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self.recorded: list[dict[str, Any]] = []
@@ -296,7 +298,26 @@ class Federation:
         return round(down), round(up)
 
     def _weight(self, client: int) -> float:
-        return self._weights[client] if self.weighting == "examples" else 1.0
+        return float(self._weights[client]) if self.weighting == "examples" else 1.0
+
+    def check_model(self) -> None:
+        """Tries on validation data, which are public, whether the model mixes the examples of a batch.
+
+        At a client such a model would be trained on each example by itself, and nobody else told: that it was found
+        there would be a word on the client's data.
+
+        Raises:
+            IsolationError: naming the module in which examples meet.
+        """
+        if not self.plan.examples_are_protected or len(self.validation) < 2:
+            return
+        batch = self.validation.batch(range(min(_TRIED, len(self.validation))))
+        args, named = model_inputs({name: tensor.to(self.device) for name, tensor in batch.items()})
+        mode = self.model.training
+        try:
+            check_isolation(self.model.train(), args, named, len(batch["labels"]))
+        finally:
+            self.model.train(mode)
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""

@@ -95,12 +95,17 @@ def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> 
     ``precision`` "bf16" runs the model under autocast; per-example norms and sums stay in float32.
     """
     with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=precision == "bf16"):
-        if "pixel_values" in batch:
-            output = model(batch["pixel_values"])
-        else:
-            output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+        args, named = model_inputs(batch)
+        output = model(*args, **named)
     scores: Tensor = getattr(output, "logits", output)
     return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What a model is called with for an encoded batch: arguments by place and by name."""
+    if "pixel_values" in batch:
+        return (batch["pixel_values"],), {}
+    return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:

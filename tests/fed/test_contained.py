@@ -205,6 +205,17 @@ def test_a_model_that_mixes_examples_trains_on_each_alone_and_its_owner_is_told(
         torch.testing.assert_close(tensor, sum(part[name] for part in alone), rtol=0, atol=1e-12)
 
 
+def test_a_model_that_mixes_is_refused_at_the_start_on_public_data():
+    federation = make_federation("dp-lora")
+    federation.check_model()
+    federation.model[1] = Mixing(federation.model[1])
+    with pytest.raises(IsolationError, match="change with the other examples"):
+        federation.check_model()
+    plain = make_federation("dp-lora", epsilon=None)
+    plain.model[1] = Mixing(plain.model[1])
+    plain.check_model()
+
+
 def test_without_privacy_a_failure_is_one(monkeypatch):
     federation = make_federation("dp-lora", ONE_STEP, epsilon=None)
     with pytest.raises(OSError, match="Jane"):

@@ -93,8 +93,8 @@ def _answered(
 def _train(content: RecordDict, node_config: Mapping[str, Any], *, simulated: bool = False) -> RecordDict:
     client = _number(node_config)
     ledger = None if simulated else _admitted(content, node_config)
-    node = _node(content, node_config)
-    return messages.pack_update(node.train(client, messages.unpack_task(content), ledger))
+    task = messages.unpack_task(content)
+    return messages.pack_update(_node(content, node_config).train(client, task, ledger))
 
 
 def _introduce(content: RecordDict, node_config: Mapping[str, Any]) -> RecordDict:
