@@ -205,6 +205,22 @@ def test_a_model_that_mixes_examples_trains_on_each_alone_and_its_owner_is_told(
         torch.testing.assert_close(tensor, sum(part[name] for part in alone), rtol=0, atol=1e-12)
 
 
+def test_once_it_is_seen_to_mix_nothing_is_trained_together_any_more(monkeypatch):
+    """What passes a check in one part of a batch is no better for it."""
+    plain, sizes = lora_dp.fed.client.logits, []
+
+    def once(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        sizes.append(len(batch["labels"]))
+        if len(sizes) == 2:
+            raise IsolationError("seen in one batch alone")
+        return plain(model, batch, *precision)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", once)
+    federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=3))
+    sums_of_a_turn(federation, make_examples(COUNT, 1))
+    assert sizes == [COUNT, COUNT] + 2 * COUNT * [1]
+
+
 def test_a_model_that_mixes_is_refused_at_the_start_on_public_data():
     federation = make_federation("dp-lora")
     federation.check_model()
@@ -228,6 +244,8 @@ def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise
     privacy = {"unit": "client", "noise_by": noise_by, "delta": 0.01, "weighting": "equal"}
     federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=2), **privacy)
     task = Task(0, 0, 2, federation.server.state)
+    draws = [[0, 1, 2], [ODD, 3]]  # after a step that has moved the model
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self: draws.pop(0))
     with caplog.at_level(logging.ERROR):
         found = federation.trainer.train(1, failing(kind, monkeypatch), task).tensors
     assert "its update is that of a client without data" in caplog.text

@@ -97,6 +97,27 @@ def test_what_could_harm_is_refused_by_name_and_before_any_data_are_read(options
     assert messages.unpack_introduction(introduced) == said
 
 
+@pytest.mark.parametrize(("name", "within", "beyond"), [
+    ("epsilon", 8.0, 8.001), ("delta", 1e-5, 1.01e-5), ("max_grad_norm", 0.001, 0.00099),
+    ("max_grad_norm", 1000.0, 1001.0),
+    ("batch_size", 4096, 4097), ("local_steps", 10**4, 10**4 + 1), ("r", 256, 257), ("max_length", 512, 513),
+    ("dropout", 0.9, 0.91), ("clients", 10**6, 10**6 + 1), ("rounds", 10**6, 10**6 + 1)])
+def test_bounds_are_where_they_are_said_to_be(name, within, beyond):
+    Policy(RULES).check(RunConfig.from_flat({name: within}))
+    with pytest.raises(Refused, match=f"no such run: {name} is"):
+        Policy(RULES).check(RunConfig.from_flat({name: beyond}))
+
+
+def test_a_budget_decides_on_epsilon_in_place_of_the_rule(node, state, tmp_path):
+    """What a run claims is nothing to the ledger, which counts what it would release."""
+    node |= {"epsilon": 1.0, "delta": 1e-5}
+    assert isinstance(answer(sent({"epsilon": 0.9}, state), node), Update)
+    before = Path(node["ledger"]).read_text()
+    for _ in range(2):
+        assert "has no budget left" in answer(sent({"epsilon": 1000.0}, state), node)
+    assert Path(node["ledger"]).read_text() == before
+
+
 UNPROTECTED = [
     {"epsilon": "none"}, {"reproducible": True}, {"mechanism": "as-released", "method": "la-lora", "engine": "local"},
     {"unit": "client"}, WHOLE]
