@@ -25,7 +25,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import flower_client
 from lora_dp.fed.engines import flower_messages as messages
 from lora_dp.fed.engines.flower_ledger import Refused
-from lora_dp.fed.engines.flower_policy import RULES, Policy, flat
+from lora_dp.fed.engines.flower_policy import RULES, Policy, flat, read_yaml
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.job import open_job
 from tests.fed.engines.test_flower import own_folder
@@ -210,6 +210,13 @@ def test_a_configuration_that_is_none_is_refused(text, node, state, caplog):
     said = answer(sent(text, state), node)
     assert isinstance(said, str) and not Path(node["ledger"]).exists()
     assert len(said) <= 300 and not ODD.search(said) and not ODD.search(caplog.text)
+
+
+def test_aliases_that_stand_for_more_than_memory_holds_are_not_followed():
+    lines = ["ranks: &a0 [1, 1]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    with pytest.raises(ValueError, match="aliases"):
+        read_yaml("\n".join(lines))
+    assert read_yaml("rounds: 3") == {"rounds": 3}
 
 
 @pytest.mark.parametrize("where", [*sorted(flat(RunConfig())), SPOILT, "tensor", "record"])
