@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.chain import BrokenChain, ChainedLog
-from lora_dp.fed.privacy import UNITS, PrivacyPlan, finite, guarantee
+from lora_dp.fed.privacy import UNITS, PrivacyPlan, check_size, finite, guarantee
 
 LOG = "ledger.jsonl"
 _FORMAT, _VERSION = "lora-dp log", 2
@@ -29,10 +29,12 @@ class Account:
         sizes: number of examples of each client.
 
     Raises:
-        ValueError: no noise reaches the budget for a client of that size.
+        ValueError: no noise reaches the budget for a client of that size, or no client is of such a size.
     """
 
     def __init__(self, plan: PrivacyPlan, sizes: Sequence[int]) -> None:
+        for client, size in enumerate(sizes):
+            check_size(client, size)
         self.plan, self.sizes = plan, np.asarray(sizes, dtype=np.int64)
         self._events = {int(size): plan.event(int(size)) for size in np.unique(self.sizes)}
         self._counts = np.zeros(1 if plan.server_adds_noise else len(sizes), dtype=np.int64)

@@ -1,6 +1,6 @@
 """A client's part of a round: local training on its examples, and what leaves it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed import as_released
+from lora_dp.fed.contained import Failures, GivenUp, accumulate
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Task, Update, Workspace
 from lora_dp.fed.methods import Method, State, factor
@@ -71,7 +72,9 @@ class Trainer:
     Guarantee: with the example as unit, what :meth:`train` returns is the result of noised steps only; with the client
     as unit and noise by clients, it is noised as a whole. Either way all that a client sends in the planned number of
     rounds is (ε, δ) differentially private. Taken to be public: the number of a client's examples (not with the client
-    as unit), which rounds it takes part in, and all settings.
+    as unit), which rounds it takes part in, and all settings. It holds where training fails on private data too: with
+    the example as unit, an example on which it fails contributes nothing; with the client as unit, its change is zero
+    before noise is added. The log of this process tells what failed.
 
     Attributes:
         workspace: the model.
@@ -100,11 +103,12 @@ class Trainer:
             client: its number.
             examples: its private data, at least one.
             task: what the server asks.
-            on_step: called after each batch.
+            on_step: called after each batch; what it raises comes out.
 
         Raises:
             ValueError: a state that does not fit the model.
             RuntimeError: the steps taken are not those that the plan accounts for.
+            Exception: of any kind, what training raises in a run without privacy.
         """
         self.workspace.load(task.state, task.rank)
         place = (client, task.round, task.turn)
@@ -112,7 +116,10 @@ class Trainer:
             if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
                 as_released.train_la_lora(self, examples, task, on_step)
             else:
-                self._train_by_engine(examples, task, place, on_step)
+                try:
+                    self._train_by_engine(examples, task, place, on_step)
+                except GivenUp:
+                    self.workspace.load(task.state, task.rank)  # a change of zero
             trained = self.workspace.state(lambda name: self.method.trains(name, task.round, task.turn))
             if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
                 trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
@@ -149,7 +156,8 @@ class Trainer:
         model, optimizer, batches = engine.make_private(
             model=model,
             optimizer=training.make_optimizer(model),
-            data_loader=DataLoader(examples, batch_size=batch_size, collate_fn=examples.collate),
+            # Rows alone: what they hold is fetched where a failure is contained.
+            data_loader=DataLoader(range(len(examples)), batch_size=batch_size, collate_fn=list),  # type: ignore
             noise_multiplier=event.noise_multiplier,
             max_grad_norm=plan.max_grad_norm if protected else float("inf"),
             clipping=plan.clipping if protected else "flat",
@@ -161,18 +169,35 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
+        optimizer.recorder.expect_padding()  # texts are padded to the longest of their batch
         if self.on_turn is not None:
             self.on_turn(place[0], optimizer, batches)
-        for batch in batches.take(training.local_steps):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        failures = Failures()
+        for rows in batches.take(training.local_steps):
             step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
-            # Of the step alone: how many batches before it were empty is secret.
-            perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
-            with self.method.local_step(model, step, planned, perturbation):
-                optimizer.backward(classification_loss(logits(model, batch, training.precision), batch["labels"]))
-            optimizer.step()
+
+            def backward(rows: Sequence[int], step: int = step, planned: int = planned) -> None:
+                batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
+                # Of the step alone: how many batches before it were empty is secret.
+                perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
+                with self.method.local_step(model, step, planned, perturbation):
+                    optimizer.backward(classification_loss(logits(model, batch, training.precision), batch["labels"]))
+
+            if protected:
+                accumulate(optimizer, rows, backward, failures)
+                optimizer.release()
+            else:
+                try:
+                    backward(rows)
+                    optimizer.step()
+                except Exception as error:
+                    if not plan.private:
+                        raise
+                    failures.tell_whole(place[0], place[1], error)
+                    raise GivenUp from None
             optimizer.zero_grad()
             on_step()
+        failures.tell(place[0], place[1])
         if protected:
             self._check_ledger(engine.ledger, event)
 

@@ -167,6 +167,13 @@ def _inputs(split: datasets.Dataset, column: str, pair_column: str | None) -> Se
     return inputs if pair_column is None else list(zip(inputs, split[pair_column], strict=True))
 
 
+def check_kind(raw: RawData, spec: InputSpec) -> None:
+    """Raises ValueError where the model takes another kind of input than the data have."""
+    if isinstance(spec, ImageSpec) != (raw.kind == "image"):
+        other = "image" if isinstance(spec, ImageSpec) else "text"
+        raise ValueError(f"the data set holds {raw.kind}s but the model takes {other}s: choose another model")
+
+
 def encode(raw: RawData, spec: InputSpec) -> Splits:
     """Encodes both splits for a model.
 
@@ -177,9 +184,7 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
         ValueError: the model takes another kind of input than the data have; a missing text or image; an
             image of more than 8 bits a channel.
     """
-    if isinstance(spec, ImageSpec) != (raw.kind == "image"):
-        other = "image" if isinstance(spec, ImageSpec) else "text"
-        raise ValueError(f"the data set holds {raw.kind}s but the model takes {other}s: choose another model")
+    check_kind(raw, spec)
 
     def encode_split(inputs: Iterable[Any], labels: np.ndarray) -> Examples:
         targets = torch.as_tensor(labels, dtype=torch.long)

@@ -21,13 +21,16 @@ from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Reply, Task
 from lora_dp.fed.faults import TooFewClients, fault
+from lora_dp.fed.harmless import harmless
 from lora_dp.fed.job import Job, Parts, open_job
 from lora_dp.fed.methods import Aggregation
-from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.models import Precision, logits, model_inputs
 from lora_dp.fed.noisy_sum import NoisySum
 from lora_dp.fed.server import Server, draw_clients, nbytes, poisson_clients
+from lora_dp.isolation import check_isolation
 
 EVALUATION_BATCH = 256
+_TRIED = 4
 # Streams of the seed that must not coincide with those of clients.
 _DRAWS, _BEGIN, _SERVER_NOISE = 1, 6, 7
 
@@ -75,6 +78,7 @@ class Federation:
         weighting: "examples" (public numbers) or "equal".
         min_clients: fewest updates that a round is combined from.
         fault_norm: of a client's change, above which it is left out.
+        weights: of each client where weighting is "examples"; its size if left out.
 
     Attributes:
         log: where rounds are written ahead; None for none.
@@ -85,7 +89,7 @@ class Federation:
     def __init__(
         self, trainer: Trainer, engine: Engine, sizes: Sequence[int], validation: Examples, *,
         ranks: Sequence[int] | None = None, clients_per_round: int | None = None, weighting: str = "examples",
-        min_clients: int = 1, fault_norm: float = 1000.0,
+        min_clients: int = 1, fault_norm: float = 1000.0, weights: Sequence[float] | None = None,
     ) -> None:
         self.trainer, self.engine, self.validation = trainer, engine, validation
         self.workspace, self.method, self.plan = trainer.workspace, trainer.method, trainer.plan
@@ -95,6 +99,7 @@ class Federation:
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
+        self._weights = self.account.sizes if weights is None else np.asarray(weights, dtype=np.float64)
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self.recorded: list[dict[str, Any]] = []
@@ -112,14 +117,16 @@ class Federation:
         return cls.of_job(config, open_job(config))
 
     @classmethod
-    def of_job(cls, config: RunConfig, job: Job, engine: Engine | None = None) -> "Federation":
+    def of_job(
+        cls, config: RunConfig, job: Job, engine: Engine | None = None, *, weights: Sequence[float] | None = None
+    ) -> "Federation":
         """The federation of an opened job, in this process unless another engine is given."""
         chosen = config.federation
         assert chosen.weighting is not None
         return cls(
             job.trainer, engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout), job.sizes,
             job.validation, ranks=job.ranks, clients_per_round=chosen.clients_per_round, weighting=chosen.weighting,
-            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm,
+            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm, weights=weights,
         )
 
     @property
@@ -242,9 +249,10 @@ class Federation:
                     recorder.add(reply.client, reply.update.tensors, task.state, own_noise)
                 arrived += 1
             else:
+                reason, detail = harmless(reason), harmless(reply.detail)  # names of tensors are the client's own
                 failed.append({"client": reply.client, "reason": reason})
                 reasons.append(f"client {reply.client} {reason}")
-                details.append(reasons[-1] + (f": {reply.detail}" if reply.detail not in ("", reason) else ""))
+                details.append(reasons[-1] + (f": {detail}" if detail not in ("", reason) else ""))
         # Under the server's noise a round goes on with noise alone: that it stopped would tell who was drawn.
         if noisy is None and arrived < max(1, min(self.min_clients, len(drawn))):
             remedy = "Mend these clients, and resume"
@@ -290,7 +298,26 @@ class Federation:
         return round(down), round(up)
 
     def _weight(self, client: int) -> float:
-        return float(self.account.sizes[client]) if self.weighting == "examples" else 1.0
+        return float(self._weights[client]) if self.weighting == "examples" else 1.0
+
+    def check_model(self) -> None:
+        """Tries on validation data, which are public, whether the model mixes the examples of a batch.
+
+        At a client such a model would be trained on each example by itself, and nobody else told: that it was found
+        there would be a word on the client's data.
+
+        Raises:
+            IsolationError: naming the module in which examples meet.
+        """
+        if not self.plan.examples_are_protected or len(self.validation) < 2:
+            return
+        batch = self.validation.batch(range(min(_TRIED, len(self.validation))))
+        args, named = model_inputs({name: tensor.to(self.device) for name, tensor in batch.items()})
+        mode = self.model.training
+        try:
+            check_isolation(self.model.train(), args, named, len(batch["labels"]))
+        finally:
+            self.model.train(mode)
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""

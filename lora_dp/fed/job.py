@@ -1,6 +1,6 @@
 """What a configuration names, opened: the data, split over the clients, and the model with what trains it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data import encode, open_data
+from lora_dp.fed.data import InputSpec, RawData, Splits, encode, open_data
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Workspace
 from lora_dp.fed.methods import Method, WeightedAverage
@@ -27,14 +27,14 @@ class Job:
     Attributes:
         trainer: does a client's turn.
         train: all private examples.
-        parts: indices of each client's examples.
+        parts: indices of each client's examples; a range where only their number is known.
         validation: public examples to evaluate on.
         ranks: of each client's adapters.
     """
 
     trainer: Trainer
     train: Examples
-    parts: list[np.ndarray]
+    parts: Sequence[np.ndarray | range]
     validation: Examples
     ranks: list[int]
 
@@ -61,20 +61,37 @@ class Parts(Sequence[Examples]):
         return self._job.examples(client)
 
 
-def open_job(config: RunConfig, *, evaluate: bool = True) -> Job:
+def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
+    """The privacy of a run, from its configuration alone: no data are needed to judge it.
+
+    Args:
+        config: of the run.
+        examples: of all clients together; used for the noise of DEeR's released code alone.
+    """
+    privacy, chosen = config.privacy, config.federation
+    return PrivacyPlan(
+        privacy.target, privacy.delta, privacy.accountant, privacy.unit, privacy.noise_by, privacy.max_grad_norm,
+        privacy.max_update_norm, privacy.clipping, chosen.batch_size, chosen.local_steps, config.method.turns,
+        chosen.rounds, chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, examples)
+
+
+def open_job(
+    config: RunConfig, *, raw: RawData | None = None, encode: Callable[[RawData, InputSpec], Splits] = encode
+) -> Job:
     """Opens data and model and splits the examples over the clients.
 
     Args:
         config: of the run.
-        evaluate: find examples to evaluate on; without, all of train is trained on.
+        raw: the data, where they have been opened.
+        encode: makes tensors of what was opened.
 
     Raises:
         ValueError: data, model and settings that do not go together, in one sentence.
     """
     device = _device(config.run.device)
-    seed, chosen, privacy = config.run.seed, config.federation, config.privacy
+    seed, chosen = config.run.seed, config.federation
     torch.manual_seed(seed)
-    raw = open_data(config.data, evaluate=evaluate)
+    raw = open_data(config.data) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, _RANKS))
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
     splits = encode(raw, loaded.spec)
@@ -88,10 +105,7 @@ def open_job(config: RunConfig, *, evaluate: bool = True) -> Job:
         optimization.optimizer, optimization.lr, optimization.lr_ratio,
         None if optimization.low_pass == "none" else optimization.low_pass, optimization.low_pass_strength,
         chosen.batch_size, chosen.local_steps, config.model.precision)
-    plan = PrivacyPlan(
-        privacy.target, privacy.delta, privacy.accountant, privacy.unit, privacy.noise_by, privacy.max_grad_norm,
-        privacy.max_update_norm, privacy.clipping, chosen.batch_size, chosen.local_steps, method.turns, chosen.rounds,
-        chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, len(splits.train))
+    plan = plan_of(config, len(splits.train))
     plan.check(max(len(part) for part in parts))
     _check_method(method, plan)
     trainer = Trainer(

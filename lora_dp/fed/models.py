@@ -20,6 +20,8 @@ from lora_dp.fed.examples import Batch
 
 Precision = Literal["float32", "bf16"]
 
+# Code that a repository brings along is never run, nor is anybody asked whether it should be.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
 
 
@@ -93,12 +95,17 @@ def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> 
     ``precision`` "bf16" runs the model under autocast; per-example norms and sums stay in float32.
     """
     with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=precision == "bf16"):
-        if "pixel_values" in batch:
-            output = model(batch["pixel_values"])
-        else:
-            output = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+        args, named = model_inputs(batch)
+        output = model(*args, **named)
     scores: Tensor = getattr(output, "logits", output)
     return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What a model is called with for an encoded batch: arguments by place and by name."""
+    if "pixel_values" in batch:
+        return (batch["pixel_values"],), {}
+    return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:
@@ -149,7 +156,7 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     try:
         with _quiet_transformers():
             model = auto.from_pretrained(
-                name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32
+                name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
             )
             spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
     except (OSError, ValueError) as error:
@@ -184,7 +191,7 @@ def _image_spec(name: str, config: Any) -> ImageSpec:
 
 
 def _text_spec(name: str, config: Any) -> TextSpec:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_NO_CODE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from torch import Tensor
@@ -15,6 +16,9 @@ from lora_dp.randomness import RandomSource
 Unit = Literal["example", "client"]
 NoiseBy = Literal["client", "server"]
 MechanismName = Literal["sound", "as-released"]
+
+# More examples than any client has. A node tells its number, and rates and weights follow from it.
+LARGEST_SIZE = 10**8
 
 UNITS = {
     "example": "one example of one client, added or removed",
@@ -154,6 +158,20 @@ class PrivacyPlan:
         assert self.epsilon is not None
         return PoissonGaussian(calibrate_noise_multiplier(
             self.epsilon, self.delta, rate, self.planned_releases, self.accountant), rate)
+
+
+def check_size(client: int, examples: object) -> None:
+    """Refuse a number of examples that no client has, whoever told it.
+
+    Raises:
+        ValueError: it is no whole number from 1 to 100 million; naming the client.
+    """
+    whole = isinstance(examples, Integral) and not isinstance(examples, bool)
+    if not (whole and 1 <= examples <= LARGEST_SIZE):  # type: ignore[operator]
+        short = isinstance(examples, int | float) and abs(examples) < 10**20
+        raise ValueError(
+            f"client {client} announces {examples if short else 'another'} as its number of examples, which must be a "
+            f"whole number from 1 to {LARGEST_SIZE}: mend its data, or leave it out.")
 
 
 def _rung(examples: int) -> int:

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lora_dp.fed import as_released
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
+from lora_dp.fed.harmless import harmless
 from lora_dp.fed.privacy import AS_RELEASED, UNITS, finite, guarantee
 from lora_dp.fed.style import BLUE, ORANGE, QUIET, STYLE, marks_of
 
@@ -171,7 +173,7 @@ class ConsoleReport:
 
     def warn(self, text: str) -> None:
         """Something that is not as it should be, but does not stop the run."""
-        self._print(f"[yellow]{escape(text)}[/]")
+        self._alarm(text)
 
     def step(self) -> None:
         """One local step was taken."""
@@ -189,7 +191,7 @@ class ConsoleReport:
         self._print(f"{name}   loss {loss}   accuracy {accuracy}   worst ε {epsilon}{sent}")
         for entry in result.failed:
             who = "a client" if entry["client"] is None else f"client {entry['client']}"
-            self._print(f"[yellow]left out: {who} {escape(entry['reason'])}[/]")
+            self._alarm(f"left out: {who} {entry['reason']}")
         if self._task is not None:
             # Steps on empty batches were not counted one by one.
             done, following = result.round * self._per_round, min(result.round + 1, rounds)
@@ -219,6 +221,10 @@ class ConsoleReport:
             table.add_row("release", f"[yellow]{summary['release']}[/]")
         self.console.print()
         self.console.print(table)
+
+    def _alarm(self, text: str) -> None:
+        # As text, not as markup: a client has a hand in it.
+        self.console.print(Text(harmless(text, 1000), style="yellow"), soft_wrap=True)
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)

@@ -121,6 +121,7 @@ def _drive(
     config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport, results: list[RoundResult]
 ) -> Outcome:
     match_threads(federation.model)
+    federation.check_model()
     folder.log.begin(federation.account, reproducible=config.run.reproducible)
     federation.log = folder.log
     status, problem = "finished", None

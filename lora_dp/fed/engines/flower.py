@@ -8,15 +8,15 @@ import importlib.util
 import logging
 import os
 import secrets
+import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -33,15 +33,19 @@ from lora_dp.fed.engines.flower_messages import Introduction
 from lora_dp.fed.exchange import Reply, Task, Update
 from lora_dp.fed.federation import Federation
 from lora_dp.fed.folder import RunFolder
+from lora_dp.fed.harmless import described, harmless
 from lora_dp.fed.job import Job, open_job
 from lora_dp.fed.report import ConsoleReport
 from lora_dp.fed.runner import Outcome, drive, go_on
+from lora_dp.fed.server import nbytes
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 # Messages of one request: Flower limits its size, and holds all that it brings.
 _AT_ONCE = 64
 _REMINDER = 30.0
+# Of a node that announces its own number of examples, in medians of all clients' numbers.
+_MOST_WEIGHT = 10
 # What came of a message of which Flower says that it failed, by its error code.
 _FAILURES = {
     1: "could not load its app", 2: "raised an exception in its app", 3: "gave no answer in time",
@@ -119,11 +123,7 @@ class FlowerEngine:
         reminded = time.monotonic()
         while True:
             self._meet()
-            others = {said.partitions for said in self._introductions.values() if said.partitions} - {self._clients}
-            if others:
-                raise ValueError(
-                    f"Flower has {min(others)} nodes, but the run has {self._clients} clients: set both alike "
-                    "(num-supernodes and clients).")
+            self._check_partitions()
             missing = [client for client in range(self._clients) if client not in self._introductions]
             if not missing:
                 return [self._introductions[client] for client in range(self._clients)]
@@ -131,6 +131,14 @@ class FlowerEngine:
                 reminded = time.monotonic()
                 _LOG.warning("Waiting for %d of %d clients, the first is %d.", len(missing), self._clients, missing[0])
             self._pause()
+
+    def _check_partitions(self) -> None:
+        """Raises ValueError where all nodes say that there are as many as there are, and these are not the clients."""
+        said = {introduction.partitions for introduction in self._introductions.values()}
+        if len(said) == 1 and (number := said.pop()) not in (None, self._clients) and number == len(self._known):
+            raise ValueError(
+                f"Flower has {number} nodes, but the run has {self._clients} clients: set both alike (num-supernodes "
+                "and clients).")
 
     def _meet(self) -> None:
         """Asks nodes that are new who they are, and hears those that have answered."""
@@ -152,11 +160,13 @@ class FlowerEngine:
             said: Introduction | str
             try:
                 said = "is gone" if reply.has_error() else messages.unpack_introduction(reply.content)
-            except (KeyError, TypeError, ValueError):
+            except (TypeError, ValueError) as error:
+                said = f"sent an answer that is none: {error}"
+            except Exception:
                 said = "sent an answer that cannot be read"
             if isinstance(said, str) or not 0 <= said.client < self._clients:
                 reason = said if isinstance(said, str) else f"claims to be client {said.client} of {self._clients}"
-                _LOG.warning("Node %d is left out: it %s.", node, reason)
+                _LOG.warning("Node %d is left out: it %s.", node, harmless(reason).rstrip("."))
                 continue
             self._introductions.setdefault(said.client, said)
             claims = self._claims.setdefault(said.client, [])
@@ -195,11 +205,12 @@ def _read(client: int, reply: Message, task: Task) -> Reply:
     """What a message brings, its tensors where the task's are."""
     if reply.has_error():
         failure = _FAILURES.get(reply.error.code, f"failed (Flower's error {reply.error.code})")
-        return Reply(client, None, failure, reply.error.reason or "")
+        return Reply(client, None, failure, harmless(reply.error.reason or ""))
     try:
-        answer = messages.unpack_answer(reply.content)
+        # Before anything of it takes room: an update is no larger than the state that it started from.
+        answer = messages.unpack_answer(reply.content, nbytes(task.state))
     except Exception as error:
-        return Reply(client, None, "sent an answer that cannot be read", f"{type(error).__name__}: {error}")
+        return Reply(client, None, "sent an answer that cannot be read", described(error))
     if isinstance(answer, str):
         return Reply(client, None, answer)
     devices = {name: tensor.device for name, tensor in task.state.items()}
@@ -215,15 +226,23 @@ def connected(config: RunConfig, grid: Grid, stop: threading.Event | None = None
     """
     job = open_job(config)
     engine = FlowerEngine(grid, config, stop=stop)
-    return Federation.of_job(config, _with_own_data(job, engine.wait_for_clients()), engine)
+    nodes = engine.wait_for_clients()
+    job = _with_own_data(job, nodes)
+    return Federation.of_job(config, job, engine, weights=_weights(job.sizes, nodes))
 
 
 def _with_own_data(job: Job, nodes: list[Introduction]) -> Job:
     """The job with the sizes that nodes with data of their own have said; which examples these are stays with them."""
-    parts = [
-        part if node.examples is None else np.arange(node.examples) for part, node in zip(job.parts, nodes, strict=True)
-    ]
+    told = zip(job.parts, nodes, strict=True)
+    parts = [part if node.examples is None else range(node.examples) for part, node in told]
     return dataclasses.replace(job, parts=parts)
+
+
+def _weights(sizes: Sequence[int], nodes: Sequence[Introduction]) -> list[float]:
+    """Each client's weight where sizes weigh: the number that a node has announced counts for at most ten times the
+    median of all, so that none drowns the others by its word."""
+    most = _MOST_WEIGHT * statistics.median(sizes)
+    return [float(size if node.examples is None else min(size, most)) for size, node in zip(sizes, nodes, strict=True)]
 
 
 def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
@@ -260,7 +279,8 @@ def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
 
     with _notices_off():
         try:
-            run_simulation(app, client_app(), config.federation.clients, backend_config=_resources(config))
+            clients = client_app(simulated=True)
+            run_simulation(app, clients, config.federation.clients, backend_config=_resources(config))
         except BaseException as error:
             # Whatever became of the simulation, the work has the last word: it writes down what there is.
             errors.append(error)

@@ -1,19 +1,30 @@
-"""Tasks, updates and introductions as Flower's records, and back."""
+"""Tasks, updates and introductions as Flower's records, and back.
+
+What comes back was written by a peer. It is taken apart here, and here alone: numbers are checked, sizes bounded, and
+texts made harmless before anyone else sees them.
+"""
 
 from dataclasses import dataclass
 
 import lora_dp.fed.engines.flower_quiet  # noqa: F401  (before Flower)
 
 # isort: split
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from safetensors.torch import load, save
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
+from lora_dp.fed.engines.flower_tensors import MOST_BYTES, pack_tensors, unpack_tensors
 from lora_dp.fed.exchange import Task, Update
-from lora_dp.fed.methods import State
+from lora_dp.fed.harmless import harmless
+from lora_dp.fed.privacy import check_size
+
+__all__ = [
+    "ANSWER", "CONFIG", "TASK", "TENSORS", "Introduction", "pack_config", "pack_failure",
+    "pack_introduction", "pack_task", "pack_tensors", "pack_update", "unpack_answer", "unpack_config",
+    "unpack_introduction", "unpack_task", "unpack_tensors",
+]
 
 CONFIG, TASK, TENSORS, ANSWER = "config", "task", "tensors", "answer"
-_FORMAT = "safetensors"
+MOST_CONFIG = 2**16
+_MOST_NUMBER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -24,11 +35,22 @@ class Introduction:
         client: its number, from 0.
         partitions: number of nodes that its federation was set up for; None where nobody said.
         examples: in its own folder; None where it takes its part of the shared data set, or the number is not public.
+
+    Raises:
+        TypeError: what should be a whole number is none.
+        ValueError: one that no client has.
     """
 
     client: int
     partitions: int | None = None
     examples: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer(self.client, "a client's number")
+        if self.partitions is not None and _integer(self.partitions, "a number of nodes") < 1:
+            raise ValueError(f"client {self.client} claims to be one of {self.partitions} nodes")
+        if self.examples is not None:
+            check_size(self.client, self.examples)
 
 
 def pack_config(text: str) -> ConfigRecord:
@@ -37,8 +59,17 @@ def pack_config(text: str) -> ConfigRecord:
 
 
 def unpack_config(content: RecordDict) -> str:
-    """The configuration in a message's content."""
-    return str(content.config_records[CONFIG]["yaml"])
+    """The configuration in a message's content.
+
+    Raises:
+        KeyError, TypeError, ValueError: there is none, or one that is larger than any.
+    """
+    text = content.config_records[CONFIG]["yaml"]
+    if not isinstance(text, str):
+        raise TypeError("the configuration is no text")
+    if len(text) > MOST_CONFIG:
+        raise ValueError(f"the configuration has {len(text)} characters, more than {MOST_CONFIG}")
+    return text
 
 
 def pack_task(config: ConfigRecord, task: Task, tensors: ArrayRecord) -> RecordDict:
@@ -48,25 +79,14 @@ def pack_task(config: ConfigRecord, task: Task, tensors: ArrayRecord) -> RecordD
 
 
 def unpack_task(content: RecordDict) -> Task:
-    """The task in a message's content, tensors on the CPU."""
-    numbers = content.config_records[TASK]
-    state = unpack_tensors(content.array_records[TENSORS])
-    return Task(_integer(numbers["round"]), _integer(numbers["turn"]), _integer(numbers["rank"]), state)
-
-
-def pack_tensors(state: State) -> ArrayRecord:
-    """Tensors by name, in one array of bytes: a SuperLink is asked for every array of a record by itself."""
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    return ArrayRecord({_FORMAT: Array(np.frombuffer(data, dtype=np.uint8))})
-
-
-def unpack_tensors(record: ArrayRecord) -> State:
-    """Tensors by name, on the CPU.
+    """The task in a message's content, tensors on the CPU.
 
     Raises:
-        Exception: of any kind, where the bytes are damaged.
+        Exception: of any kind, where it is no task.
     """
-    return load(record[_FORMAT].numpy().tobytes())
+    numbers = content.config_records[TASK]
+    index, turn, rank = (_integer(numbers[name], f"a task's {name}") for name in ("round", "turn", "rank"))
+    return Task(index, turn, rank, unpack_tensors(content.array_records[TENSORS]))
 
 
 def pack_update(update: Update) -> RecordDict:
@@ -76,19 +96,23 @@ def pack_update(update: Update) -> RecordDict:
 
 def pack_failure(reason: str) -> RecordDict:
     """A reply's content where there is no update; the words must tell nothing of the data."""
-    return RecordDict({ANSWER: ConfigRecord({"failure": reason})})
+    return RecordDict({ANSWER: ConfigRecord({"failure": harmless(reason)})})
 
 
-def unpack_answer(content: RecordDict) -> Update | str:
+def unpack_answer(content: RecordDict, most_bytes: int = MOST_BYTES) -> Update | str:
     """The update in a reply's content, or the reason why there is none.
+
+    Args:
+        content: of the reply.
+        most_bytes: of an update's tensors.
 
     Raises:
         Exception: of any kind, where it is no answer.
     """
     answer = content.config_records[ANSWER]
     if "failure" in answer:
-        return str(answer["failure"])
-    return Update(unpack_tensors(content.array_records[TENSORS]))
+        return harmless(answer["failure"])
+    return Update(unpack_tensors(content.array_records[TENSORS], most_bytes))
 
 
 def pack_introduction(node: Introduction) -> RecordDict:
@@ -105,15 +129,15 @@ def unpack_introduction(content: RecordDict) -> Introduction | str:
     """
     answer = content.config_records[ANSWER]
     if "failure" in answer:
-        return str(answer["failure"])
-    partitions, examples = answer.get("partitions"), answer.get("examples")
+        return harmless(answer["failure"])
     return Introduction(
-        _integer(answer["client"]),
-        None if partitions is None else _integer(partitions),
-        None if examples is None else _integer(examples))
+        answer["client"], answer.get("partitions"), answer.get("examples"))  # type: ignore[arg-type]
 
 
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"expected an integer, not {type(value).__name__}")
+def _integer(value: object, what: str) -> int:
+    """The value, if it is a whole number from 0 that a client, a round or a rank may have."""
+    if type(value) is not int:
+        raise TypeError(f"{what} is a {type(value).__name__}, not a whole number")
+    if not 0 <= value <= _MOST_NUMBER:
+        raise ValueError(f"{what} is out of range")
     return value

@@ -30,7 +30,7 @@ class LocalEngine:
             try:
                 update = self.trainer.train(client, self.parts[client], task, self._watched(on_step))
             except IsolationError:
-                raise  # the model mixes examples: nobody's privacy can be kept, and no other client will do better
+                raise  # no other client will do better with this model; where examples are protected, none says so
             except Exception as error:
                 failure = str(error) if isinstance(error, ClientTimeout) else f"raised {type(error).__name__}"
                 yield Reply(client, None, failure, str(error))

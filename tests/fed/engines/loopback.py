@@ -24,7 +24,8 @@ class LoopbackGrid(Grid):
 
     Args:
         node_configs: one a node; nodes are numbered from 100.
-        answer: what a node does; by default the ClientApp's work. None is no answer, ever.
+        answer: what a node does; by default the ClientApp's work, in a simulation where nobody has told a node more
+            than its number. None is no answer, ever.
 
     Attributes:
         online: nodes that are listed.
@@ -37,7 +38,7 @@ class LoopbackGrid(Grid):
             100 + i: Context(run_id=1, node_id=100 + i, node_config=config, state=RecordDict(), run_config={})
             for i, config in enumerate(node_configs)
         }
-        self.answer = answer or client_app()
+        self.answer = answer or _work
         self.online = list(self.contexts)
         self.sent: list[Message] = []
         self._replies: dict[str, Message] = {}
@@ -74,6 +75,11 @@ class LoopbackGrid(Grid):
     @property
     def run(self) -> Run:
         raise NotImplementedError
+
+
+def _work(message: Message, context: Context) -> Message:
+    simulated = context.node_config.keys() <= {"partition-id", "num-partitions"}
+    return client_app(simulated=simulated)(message, context)
 
 
 def _travelled(message: Message) -> Message:

@@ -1,0 +1,278 @@
+"""That training fails on private data is no bit: what an example adds to the sum is a function of it alone."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_dp.fed.client
+from lora_dp.fed.client import Trainer
+from lora_dp.fed.exchange import Task, Update
+from lora_dp.fed.federation import Federation
+from lora_dp.isolation import IsolationError
+from lora_dp.optimizer import Clipped, PrivateOptimizer, total
+from lora_dp.sampling import PoissonSampler
+from tests.fed.small import TRAINING, Doubles, make_examples, make_federation
+
+ONE_STEP = replace(TRAINING, local_steps=1, batch_size=1000)
+COUNT = 13
+ODD = 4  # the example on which training fails
+
+
+class Unreadable(Doubles):
+    """Examples of which one cannot be fetched."""
+
+    def batch(self, indices: Any) -> dict[str, Tensor]:
+        if ODD in [int(i) for i in indices]:
+            raise OSError("cannot read the photograph of Jane")
+        return super().batch(indices)
+
+
+class Unknown(Doubles):
+    """Examples of which one has a class that the model lacks."""
+
+    def batch(self, indices: Any) -> dict[str, Tensor]:
+        found = super().batch(indices)
+        found["labels"] = torch.where(torch.as_tensor([int(i) == ODD for i in indices]), 77, found["labels"])
+        return found
+
+
+def same_as(examples: Doubles, kind: type[Doubles]) -> Doubles:
+    made = kind.__new__(kind)
+    made.__dict__.update(examples.__dict__)
+    return made
+
+
+def without(examples: Doubles) -> Doubles:
+    return examples.subset([i for i in range(len(examples)) if i != ODD])
+
+
+def in_forward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
+    """The model raises where it sees the odd example."""
+    plain = lora_dp.fed.client.logits
+
+    def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        if any(row.equal(mark) for row in batch["pixel_values"]):
+            raise IndexError("index out of range in self")
+        return plain(model, batch, *precision)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
+
+
+def in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
+    """The gradient of a batch with the odd example cannot be computed."""
+    plain = lora_dp.fed.client.logits
+
+    def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        scores = plain(model, batch, *precision)
+        if any(row.equal(mark) for row in batch["pixel_values"]):
+            def hook(gradient: Tensor) -> Tensor:
+                raise RuntimeError("no gradient for Jane")
+            scores.register_hook(hook)
+        return scores
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
+
+
+def dropped(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
+    """The model leaves the odd example out of its batch."""
+    plain = lora_dp.fed.client.logits
+
+    def fewer(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        kept = torch.tensor([not row.equal(mark) for row in batch["pixel_values"]])
+        for name in batch:
+            batch[name] = batch[name][kept]
+        return plain(model, batch, *precision)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", fewer)
+
+
+Plant = Callable[[pytest.MonkeyPatch, Tensor], None]
+FAILURES: dict[str, tuple[type[Doubles], Plant | None]] = {
+    "fetch": (Unreadable, None), "class": (Unknown, None), "forward": (Doubles, in_forward),
+    "backward": (Doubles, in_backward), "batch": (Doubles, dropped)}
+
+
+def failing(kind: str, monkeypatch: pytest.MonkeyPatch) -> Doubles:
+    examples = make_examples(COUNT, 1)
+    dataset, plant = FAILURES[kind]
+    if plant is not None:
+        plant(monkeypatch, examples.batch([ODD])["pixel_values"][0])
+    return same_as(examples, dataset)
+
+
+def sums_of_a_turn(federation: Federation, examples: Doubles) -> tuple[list[dict[str, Tensor]], Update]:
+    """What each step of client 1 would have released without noise, and its update."""
+    steps: list[dict[str, Tensor]] = []
+    sums: dict[int, Tensor] = {}
+    take, release = PrivateOptimizer.take, PrivateOptimizer._release
+
+    def noted(self: PrivateOptimizer, clipped: Clipped, n: int, kept: int) -> None:
+        for key, part in clipped.sums.items():
+            sums[key] = sums.get(key, 0) + total(part).double()
+        take(self, clipped, n, kept)
+
+    def released(self: PrivateOptimizer) -> None:
+        names = {id(p): name for name, p in federation.model.named_parameters()}
+        steps.append({names[key]: tensor for key, tensor in sums.items()})
+        sums.clear()
+        release(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrivateOptimizer, "take", noted)
+        patch.setattr(PrivateOptimizer, "_release", released)
+        update = federation.trainer.train(1, examples, Task(0, 0, 2, federation.server.state))
+    return steps, update
+
+
+@pytest.mark.parametrize("method", ["dp-lora", "flat-lora:ffa-lora", "deer"])
+@pytest.mark.parametrize("kind", FAILURES)
+def test_an_example_on_which_training_fails_adds_nothing_and_takes_nothing_away(kind, method, monkeypatch):
+    federation = make_federation(method, ONE_STEP)
+    expected, _ = sums_of_a_turn(federation, without(make_examples(COUNT, 1)))
+    found, update = sums_of_a_turn(federation, failing(kind, monkeypatch))
+    assert len(found) == len(expected) == 1
+    assert found[0].keys() == expected[0].keys()
+    assert max(float(tensor.abs().max()) for tensor in expected[0].values()) > 0.01
+    for name, tensor in expected[0].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=0, atol=1e-12)
+    assert {name: tensor.shape for name, tensor in update.tensors.items()} == {
+        name: tensor.shape for name, tensor in federation.server.state.items() if federation.method.trains(name, 0, 0)}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_the_steps_and_the_ledger_are_those_of_any_turn(kind, monkeypatch):
+    """A failure in the second of three steps ends nothing."""
+    steps = []
+    federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=3))
+    draws = [[0, 1], [3, ODD, 5], [6, ODD]]
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self: draws.pop(0))
+    examples = failing(kind, monkeypatch)
+    released, _ = sums_of_a_turn(federation, examples)
+    assert len(released) == 3 and all(step for step in released)
+    draws = [[1], [2], [ODD]]
+    federation.trainer.train(1, examples, Task(0, 0, 2, federation.server.state), lambda: steps.append(1))
+    assert len(steps) == 3
+
+
+def test_where_training_fails_on_all_the_update_is_noise_alone(monkeypatch, caplog):
+    """In every step, as for an empty batch: of the size that the plan says."""
+    def raising(*_: Any) -> Tensor:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
+    federation = make_federation("dp-lora", ONE_STEP, reproducible=False)
+    steps, _ = sums_of_a_turn(federation, make_examples(COUNT, 1))
+    assert steps == [{}]
+    start = federation.server.state["4.weight"]
+    task = Task(0, 0, 2, federation.server.state)
+    with caplog.at_level(logging.ERROR):
+        moved = torch.stack([
+            federation.trainer.train(1, make_examples(COUNT, 1), task).tensors["4.weight"] - start for _ in range(200)])
+    deviation = federation.plan.event(COUNT).noise_multiplier * ONE_STEP.learning_rate / COUNT
+    assert abs(float(moved.std()) / deviation - 1) < 0.06 and abs(float(moved.mean())) < deviation / 10
+    assert "training failed 13 times on an example" in caplog.text and "first time: IndexError" in caplog.text
+
+
+class Mixing(nn.Module):
+    """Takes the batch's mean away."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - x.mean(0, keepdim=True) / 2 if len(x) > 1 else x / 2)
+
+
+def test_a_model_that_mixes_examples_trains_on_each_alone_and_its_owner_is_told(caplog):
+    federation = make_federation("dp-lora", ONE_STEP)
+    model = federation.model
+    model[1] = Mixing(model[1])
+    trainer: Trainer = replace(federation.trainer, workspace=type(federation.workspace)(model))
+    federation.trainer, federation.workspace = trainer, trainer.workspace
+    federation.server.state = trainer.workspace.state()
+    examples = make_examples(COUNT, 1)
+    with caplog.at_level(logging.ERROR):
+        [together], _ = sums_of_a_turn(federation, examples)
+    assert "THE MODEL MIXES EXAMPLES" in caplog.text and "contributed nothing" not in caplog.text
+    alone = [sums_of_a_turn(federation, examples.subset([i]))[0][0] for i in range(COUNT)]
+    for name, tensor in together.items():
+        torch.testing.assert_close(tensor, sum(part[name] for part in alone), rtol=0, atol=1e-12)
+
+
+def test_once_it_is_seen_to_mix_nothing_is_trained_together_any_more(monkeypatch):
+    """What passes a check in one part of a batch is no better for it."""
+    plain, sizes = lora_dp.fed.client.logits, []
+
+    def once(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        sizes.append(len(batch["labels"]))
+        if len(sizes) == 2:
+            raise IsolationError("seen in one batch alone")
+        return plain(model, batch, *precision)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", once)
+    federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=3))
+    sums_of_a_turn(federation, make_examples(COUNT, 1))
+    assert sizes == [COUNT, COUNT] + 2 * COUNT * [1]
+
+
+def test_a_model_that_mixes_is_refused_at_the_start_on_public_data():
+    federation = make_federation("dp-lora")
+    federation.check_model()
+    federation.model[1] = Mixing(federation.model[1])
+    with pytest.raises(IsolationError, match="change with the other examples"):
+        federation.check_model()
+    plain = make_federation("dp-lora", epsilon=None)
+    plain.model[1] = Mixing(plain.model[1])
+    plain.check_model()
+
+
+def test_without_privacy_a_failure_is_one(monkeypatch):
+    federation = make_federation("dp-lora", ONE_STEP, epsilon=None)
+    with pytest.raises(OSError, match="Jane"):
+        federation.trainer.train(1, failing("fetch", monkeypatch), Task(0, 0, 2, federation.server.state))
+
+
+@pytest.mark.parametrize("kind", ["fetch", "class", "forward", "backward"])
+@pytest.mark.parametrize("noise_by", ["client", "server"])
+def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise_by, monkeypatch, caplog):
+    privacy = {"unit": "client", "noise_by": noise_by, "delta": 0.01, "weighting": "equal"}
+    federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=2), **privacy)
+    task = Task(0, 0, 2, federation.server.state)
+    draws = [[0, 1, 2], [ODD, 3]]  # after a step that has moved the model
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self: draws.pop(0))
+    with caplog.at_level(logging.ERROR):
+        found = federation.trainer.train(1, failing(kind, monkeypatch), task).tensors
+    assert "its update is that of a client without data" in caplog.text
+    expected = dict(task.state)
+    if noise_by == "client":
+        event = federation.plan.event(COUNT)
+        expected = federation.trainer._noised(expected, task, event, (1, 0, 0))
+        assert all(float((expected[name] - task.state[name]).abs().max()) > 0.1 for name in expected)
+    assert all(found[name].equal(expected[name]) for name in found) and found.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_a_round_does_not_tell_on_whose_data_training_failed(unit, monkeypatch, caplog):
+    privacy = {} if unit == "example" else {
+        "unit": "client", "noise_by": "client", "delta": 0.01, "weighting": "equal"}
+    federation = make_federation("dp-lora", **privacy)
+    federation.engine.parts = [federation.engine.parts[0], failing("fetch", monkeypatch), federation.engine.parts[2]]
+    with caplog.at_level(logging.ERROR):
+        result = federation.run_round()
+    assert result.participants == [0, 1, 2] and result.failed == []
+    assert "Jane" in caplog.text  # in the process that runs the clients
+
+
+def test_an_isolation_error_does_not_come_out_of_a_turn(monkeypatch):
+    def raising(*_: Any) -> Tensor:
+        raise IsolationError("seen in one batch alone")
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
+    federation = make_federation("dp-lora")
+    assert federation.run_round().failed == []
