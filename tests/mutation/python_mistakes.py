@@ -38,7 +38,7 @@ def python_mutants(path: str, source: str) -> list[Mutant]:
     """All mutants of a file, in its order."""
     tree = ast.parse(source)
     whole = ast.dump(tree)
-    return [m for m in numbered(_Finder(path, source).of(tree.body, "")) if _differs(m.applied(source), whole)]
+    return [m for m in numbered(_Finder(path, source, tree).of(tree.body, "")) if _differs(m.applied(source), whole)]
 
 
 def _differs(mutated: str, whole: str) -> bool:
@@ -49,11 +49,15 @@ def _differs(mutated: str, whole: str) -> bool:
 
 
 class _Finder:
-    def __init__(self, path: str, source: str) -> None:
+    def __init__(self, path: str, source: str, tree: ast.Module) -> None:
         self.path, self.text = path, source.encode()
         self.modules = {
-            alias.asname or alias.name.partition(".")[0] for node in ast.walk(ast.parse(source))
+            alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
             if isinstance(node, ast.Import) for alias in node.names} | {"F", "nn"}
+        # Where a quantity is only compared, 2 % more or less is nearly always the same.
+        conditions = [node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
+        conditions += [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+        self.conditions = {inner for condition in conditions for inner in ast.walk(condition)}
         self.lines = [0]
         for line in self.text.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
@@ -165,7 +169,8 @@ class _Finder:
                 yield from self.negated(node.test, function)
             case ast.Call():
                 yield from self.call(node, function)
-            case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name, ctx=ast.Load()) if name in _QUANTITIES:
+            case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name, ctx=ast.Load()) if (
+                    name in _QUANTITIES and node not in self.conditions):
                 yield self.replace(function, "quantity", start, end, f"({text} * 1.02)")
         for name, value in ast.iter_fields(node):
             if (name == "func" and isinstance(value, ast.Name)) or (name == "slice" and isinstance(value, ast.Constant)):

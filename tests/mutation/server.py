@@ -6,6 +6,7 @@ copy of the repository whose package it must not have imported itself.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -22,7 +23,7 @@ SLOW = (
     "torch", "torch.testing", "torch.utils.data", "numpy", "scipy.stats", "hypothesis", "dp_accounting.pld",
     "dp_accounting.rdp", "opacus", "peft", "transformers", "timm", "datasets", "flwr.app", "flwr.clientapp",
     "flwr.serverapp", "yaml", "sklearn.metrics", "pandas", "matplotlib.pyplot", "mpmath", "jsonargparse", "psutil",
-    "torch.utils._pytree", "torch.func", "torch._dynamo", "tabulate", "rich.console", "torch.nn.attention")
+    "_hypothesis_pytestplugin", "pdb", "torch.utils._pytree", "torch.func", "torch._dynamo", "tabulate", "rich.console", "torch.nn.attention")
 # A test that takes longer, in seconds, hangs.
 LIMIT = 100
 _MEMORY = 24 * 2**30
@@ -57,8 +58,8 @@ def run(tests: list[str], first: list[str], answer: int) -> None:
     signal.alarm(LIMIT)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     plugin = First(first)
-    # Plugins that measure, start processes, or leave something behind are of no use here.
-    without = ("cacheprovider", "faulthandler", "benchmark", "xdist")
+    # Plugins that collect garbage, measure, start processes, or leave something behind are of no use here.
+    without = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception", "benchmark", "xdist")
     code = pytest.main(
         ["-x", "--tb=no", "--hypothesis-profile=ci", *(f"-pno:{name}" for name in without), *tests], plugins=[plugin])
     # A test of this name may be gone; a file that cannot be imported is a mistake found.
@@ -104,6 +105,7 @@ def main() -> None:
     sys.modules["torch"].set_num_threads(1)
     if "lora_dp" in sys.modules:
         raise RuntimeError("the package was imported before the forks: no mutant of it would ever run")
+    gc.freeze()
     print("ready", file=answers, flush=True)
     for line in requests:
         print(json.dumps(fork(json.loads(line), silence)), file=answers, flush=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 _PITFALLS = (
     "tests/test_pitfalls_noise.py", "tests/test_pitfalls_clipping.py", "tests/test_pitfalls_batches.py",
     "tests/test_pitfalls_accounting.py", "tests/test_pitfalls_coverage.py")
-_ENGINE = ("tests/test_engine.py", "tests/test_gradients.py", *_PITFALLS, "tests/test_batches.py")
 _NATIVE = (
     "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py",
     "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py", "tests/test_draws.py",
@@ -30,12 +29,12 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "lora_dp/mechanism.py": Target((
-        "tests/test_noise.py", "tests/test_clipping.py", "tests/test_fused_step.py", "tests/test_precision.py",
-        *_ENGINE, "tests/test_resume.py")),
-    "lora_dp/clipping.py": Target(("tests/test_clipping.py", "tests/test_setup_refusals.py", *_ENGINE)),
-    "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", *_ENGINE)),
+        "tests/test_noise.py", "tests/test_clipping.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py",
+        "tests/test_pitfalls_clipping.py")),
+    "lora_dp/clipping.py": Target(("tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
+    "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
-        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py", *_ENGINE)),
+        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
     "lora_dp/accounting.py": Target((
         "tests/test_accounting.py", "tests/test_pitfalls_accounting.py", "tests/test_engine.py",
         "tests/fed/test_account.py")),
@@ -44,10 +43,10 @@ TARGETS: dict[str, Target] = {
         "tests/test_engine.py")),
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_layers.py", "tests/test_ownership.py", "tests/test_training_loops.py",
-        "tests/test_compile.py", "tests/test_stray_values.py", "tests/test_precision.py", *_ENGINE)),
+        "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
-        "tests/test_filtering.py", *_ENGINE)),
+        "tests/test_pitfalls_noise.py")),
     "lora_dp/optimizer.py": Target((
         "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
@@ -55,9 +54,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
-    "lora_dp/ops/clipped_sum.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", *_ENGINE)),
-    "lora_dp/ops/per_example_norm.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", *_ENGINE)),
-    "lora_dp/ops/per_example_grad.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", *_ENGINE)),
+    "lora_dp/ops/clipped_sum.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")),
+    "lora_dp/ops/per_example_norm.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")),
+    "lora_dp/ops/per_example_grad.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")),
     "lora_dp/ops/rounded_gaussian.py": Target((
         "tests/ops/test_rounded_gaussian.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py")),
     "lora_dp/ops/sampling_bits.py": Target((
