@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -49,6 +50,34 @@ def test_hardly_any_noise_leaves_the_gradients_as_they_are(sigma, way):
         optimizer.step()
     for parameter in model.parameters():
         assert float(parameter.grad) == pytest.approx(math.sqrt(0.5), abs=1e-5 + 0.1 * sigma)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("bound", [0.999, 1.0, 1.3])
+@pytest.mark.parametrize("sigma", [0.999, 1.0, 7.0, 0.9999 * 2.0**-12, 1e-6, 2.0**-45])
+def test_the_grid_of_a_step_is_that_of_a_release(sigma, bound, size):
+    """Step and deviation in steps: std / step of them, and one at least."""
+    mechanism = Mechanism(make_clip_rule("flat", bound), sigma, Silence())
+    std, (step, scale) = mechanism.noise_std(size), mechanism.grid(size)
+    assert step == grid_step(std, bound) and scale == max(std / step, 1)
+    assert (scale == 1) == (sigma == 2.0**-45)
+    # An odd number of steps is on this grid, and on none that is coarser.
+    value = torch.full((size,), 3 * step, dtype=torch.float64)
+    assert torch.equal(mechanism.release([value])[0], value)
+    half = torch.full((size,), 0.6 * step, dtype=torch.float64)
+    assert torch.equal(mechanism.release([half])[0], torch.full((size,), step, dtype=torch.float64))
+
+
+def test_without_noise_there_is_no_grid():
+    assert Mechanism(make_clip_rule("flat", 0.3), 0.0, Silence()).grid(5) == (1.0, 0.0)
+
+
+def test_the_least_noise_has_64_bits_below_it():
+    least = sys.float_info.min * 2.0**64
+    rule = make_clip_rule("flat", 1.0)
+    assert Mechanism(rule, 1.001 * least, SeededSource(0)).noise_std(1) == pytest.approx(1.001 * least)
+    assert_refuses(ValueError, "is noise too small",
+                   lambda: Mechanism(rule, 0.999 * least, SeededSource(0)).noise_std(1))
 
 
 def test_noise_that_underflows_is_refused():

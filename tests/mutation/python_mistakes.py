@@ -54,10 +54,13 @@ class _Finder:
         self.modules = {
             alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
             if isinstance(node, ast.Import) for alias in node.names} | {"F", "nn"}
-        # Where a quantity is only compared, 2 % more or less is nearly always the same.
+        # Where a quantity is only compared, or asked for its shape, 2 % more or less is nearly always the same.
         conditions = [node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
         conditions += [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
-        self.conditions = {inner for condition in conditions for inner in ast.walk(condition)}
+        self.unscaled = {inner for condition in conditions for inner in ast.walk(condition)}
+        self.unscaled |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        # Whether lengths are compared: they are the same.
+        self.strict = {node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"}
         self.lines = [0]
         for line in self.text.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
@@ -162,7 +165,7 @@ class _Finder:
                 operand = self.span(node.operand)
                 kind = "negate" if isinstance(node.op, ast.Not) else "sign"
                 yield self.replace(function, kind, start, end, f"({self.text[slice(*operand)].decode()})")
-            case ast.Constant():
+            case ast.Constant() if node not in self.strict:
                 for after in _constants(node.value):
                     yield self.replace(function, "constant", start, end, after)
             case ast.IfExp():
@@ -170,7 +173,7 @@ class _Finder:
             case ast.Call():
                 yield from self.call(node, function)
             case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name, ctx=ast.Load()) if (
-                    name in _QUANTITIES and node not in self.conditions):
+                    name in _QUANTITIES and node not in self.unscaled):
                 yield self.replace(function, "quantity", start, end, f"({text} * 1.02)")
         for name, value in ast.iter_fields(node):
             if (name == "func" and isinstance(value, ast.Name)) or (name == "slice" and isinstance(value, ast.Constant)):
