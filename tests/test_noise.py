@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from lora_dp.noise import add_noise, grid_sensitivity, grid_step
 from lora_dp.ops.registry import reference_only
 from lora_dp.randomness import SeededSource
 from tests.models import assert_refuses
-from tests.support import make_private
+from tests.support import check_deviation, make_private
 
 
 class Silence:
@@ -68,6 +68,13 @@ def test_the_grid_of_a_step_is_that_of_a_release(sigma, bound, size):
     assert torch.equal(mechanism.release([half])[0], torch.full((size,), step, dtype=torch.float64))
 
 
+def test_noise_of_deviation_one_is_noise_too():
+    value = torch.zeros(10_000, dtype=torch.float64)
+    noisy, = add_noise([value], 1.0, 1.0, SeededSource(3))
+    check_deviation(noisy, 1.0)
+    assert add_noise([], 1.0, 1.0, SeededSource(3)) == []
+
+
 def test_without_noise_there_is_no_grid():
     assert Mechanism(make_clip_rule("flat", 0.3), 0.0, Silence()).grid(5) == (1.0, 0.0)
 
@@ -86,7 +93,8 @@ def test_noise_that_underflows_is_refused():
 
 
 @settings(deadline=None)
-@given(sigma=st.floats(0.01, 100), bound=st.floats(1e-3, 1e3), size=st.integers(1, 10**9))
+@given(sigma=st.floats(1e-12, 100), bound=st.floats(1e-3, 1e3), size=st.integers(1, 10**9))
+@example(sigma=1e-9, bound=1.0, size=10**9)
 def test_sensitivity_covers_the_rounding_of_every_coordinate(sigma, bound, size):
     """Two neighbouring sums are rounded by half a step in each coordinate, in opposite directions at worst."""
     sensitivity = grid_sensitivity(bound, sigma, size)
@@ -128,8 +136,9 @@ def test_shape_and_dtype_are_kept(shape, dtype):
     assert torch.equal(value, torch.ones(shape, dtype=dtype))
 
 
-def test_without_noise_the_value_is_released_as_it_is():
-    value = torch.tensor([0.1, -0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_noise_the_value_is_released_as_it_is(dtype):
+    value = torch.tensor([0.1, -0.3], dtype=dtype)
     mechanism = Mechanism(make_clip_rule("flat", 1.0), 0.0, SeededSource(0))
     assert torch.equal(mechanism.release([value])[0], value)
     assert mechanism.noise_std(2) == 0.0

@@ -16,8 +16,8 @@ NOTICED = (AssertionError, pytest.fail.Exception)
 
 def violated(options: dict, seed: int = 0) -> bool:
     """Whether the audit of one training run refutes its claim, at a confidence of 95 %."""
-    return audit(
-        training(**options, first_seed=seed), GradientCanaries(900), delta=1e-5, assume="independent", seed=seed).violated
+    trained = training(**options, first_seed=seed)
+    return audit(trained, GradientCanaries(900), delta=1e-5, assume="independent", seed=seed).violated
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])

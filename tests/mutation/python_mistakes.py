@@ -30,8 +30,8 @@ _QUANTITIES = {
 _DROPPED = {
     "double", "float", "to", "abs", "sqrt", "sqrt_", "square", "square_", "clamp", "clamp_", "round", "round_",
     "masked_fill_", "nan_to_num", "bitwise_and_", "contiguous", "clone", "detach", "copy", "sum", "all", "any", "t",
-    "transpose", "measured", "restored", "clipped", "dense", "total", "isfinite", "expand_as", "max", "min", "exp", "log",
-    "log1p", "expm1", "ceil", "floor", "sorted", "escape", "sha256", "item", "clear", "reversed", "fsync", "int"}
+    "transpose", "measured", "restored", "clipped", "dense", "total", "isfinite", "expand_as", "max", "min", "exp",
+    "log", "log1p", "expm1", "ceil", "floor", "sorted", "escape", "sha256", "item", "clear", "reversed", "fsync", "int"}
 
 
 def python_mutants(path: str, source: str) -> list[Mutant]:
@@ -55,7 +55,8 @@ class _Finder:
             alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
             if isinstance(node, ast.Import) for alias in node.names} | {"F", "nn"}
         # Where a quantity is only compared, or asked for its shape, 2 % more or less is nearly always the same.
-        conditions = [node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
+        conditions: list[ast.AST] = [
+            node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
         conditions += [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
         self.unscaled = {inner for condition in conditions for inner in ast.walk(condition)}
         self.unscaled |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -69,6 +70,9 @@ class _Finder:
         assert isinstance(node, ast.expr | ast.stmt | ast.keyword)
         assert node.end_lineno is not None and node.end_col_offset is not None
         return self.lines[node.lineno - 1] + node.col_offset, self.lines[node.end_lineno - 1] + node.end_col_offset
+
+    def source(self, node: ast.expr) -> str:
+        return self.text[slice(*self.span(node))].decode()
 
     def of(self, statements: list[ast.stmt], function: str) -> Iterator[Mutant]:
         for statement in statements:
@@ -138,15 +142,14 @@ class _Finder:
         if (isinstance(test, ast.Compare) and len(test.ops) == 1) or isinstance(test, ast.UnaryOp):
             return  # the comparison's own mutants have it, or those of "not"
         start, end = self.span(test)
-        yield self.replace(function, "negate", start, end, f"not ({self.text[start:end].decode()})")
+        yield self.replace(function, "negate", start, end, f"not ({self.source(test)})")
 
     # Expressions
 
     def expression(self, node: ast.expr, function: str) -> Iterator[Mutant]:
         if isinstance(node, ast.JoinedStr):
             return
-        start, end = self.span(node)
-        text = self.text[start:end].decode()
+        (start, end), text = self.span(node), self.source(node)
         match node:
             case ast.Compare():
                 values = [node.left, *node.comparators]
@@ -162,9 +165,8 @@ class _Finder:
                 old, sign = _ARITHMETIC[type(node.op)]
                 yield from self.between(function, "arithmetic", node.left, node.right, old, sign)
             case ast.UnaryOp() if isinstance(node.op, ast.Not | ast.USub):
-                operand = self.span(node.operand)
                 kind = "negate" if isinstance(node.op, ast.Not) else "sign"
-                yield self.replace(function, kind, start, end, f"({self.text[slice(*operand)].decode()})")
+                yield self.replace(function, kind, start, end, f"({self.source(node.operand)})")
             case ast.Constant() if node not in self.strict:
                 for after in _constants(node.value):
                     yield self.replace(function, "constant", start, end, after)
@@ -176,29 +178,29 @@ class _Finder:
                     name in _QUANTITIES and node not in self.unscaled):
                 yield self.replace(function, "quantity", start, end, f"({text} * 1.02)")
         for name, value in ast.iter_fields(node):
-            if (name == "func" and isinstance(value, ast.Name)) or (name == "slice" and isinstance(value, ast.Constant)):
+            if (name == "func" and isinstance(value, ast.Name)) or (
+                    name == "slice" and isinstance(value, ast.Constant)):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 yield from self.child(child, function)
 
     def call(self, node: ast.Call, function: str) -> Iterator[Mutant]:
-        start, end = self.span(node)
-        text = self.text[start:end].decode()
+        (start, end), text = self.span(node), self.source(node)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         plain = not any(isinstance(argument, ast.Starred) for argument in node.args)
         if name in _EXTREMES:
             at = self.span(node.func)[1]
             yield self.replace(function, "extreme", at - len(name), at, _EXTREMES[name])
         method = isinstance(node.func, ast.Attribute) and not self.is_module(node.func.value)
-        on_device = name == "to" and text.endswith("device)")  # there is one device only where mutants are run
+        on_device = name == "to" and text.endswith("device)")  # there is one device where mutants are run
         if name in _DROPPED and method and not on_device:
             assert isinstance(node.func, ast.Attribute)
-            yield self.replace(function, "drop call", start, end, self.text[slice(*self.span(node.func.value))].decode())
+            yield self.replace(function, "drop call", start, end, self.source(node.func.value))
         if name in _DROPPED and (not method or name in ("measured", "restored")) and len(node.args) == 1 and plain and (
                 not isinstance(node.args[0], ast.GeneratorExp)):
-            yield self.replace(function, "drop call", start, end, f"({self.text[slice(*self.span(node.args[0]))].decode()})")
+            yield self.replace(function, "drop call", start, end, f"({self.source(node.args[0])})")
         if len(node.args) >= 2 and plain and all(isinstance(a, ast.Name | ast.Attribute) for a in node.args[:2]):
-            first, second = (self.text[slice(*self.span(argument))].decode() for argument in node.args[:2])
+            first, second = map(self.source, node.args[:2])
             if name not in ("isinstance", "getattr", "hasattr", "setattr", "zip"):
                 yield self.replace(function, "swap arguments", self.span(node.args[0])[0], self.span(node.args[1])[1],
                                    f"{second}, {first}")

@@ -23,7 +23,8 @@ SLOW = (
     "torch", "torch.testing", "torch.utils.data", "numpy", "scipy.stats", "hypothesis", "dp_accounting.pld",
     "dp_accounting.rdp", "opacus", "peft", "transformers", "timm", "datasets", "flwr.app", "flwr.clientapp",
     "flwr.serverapp", "yaml", "sklearn.metrics", "pandas", "matplotlib.pyplot", "mpmath", "jsonargparse", "psutil",
-    "_hypothesis_pytestplugin", "pdb", "torch.utils._pytree", "torch.func", "torch._dynamo", "tabulate", "rich.console", "torch.nn.attention")
+    "_hypothesis_pytestplugin", "pdb", "torch.utils._pytree", "torch.func", "torch._dynamo", "tabulate", "rich.console",
+    "torch.nn.attention")
 # A test that takes longer, in seconds, hangs.
 LIMIT = 100
 _MEMORY = 24 * 2**30

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 _PITFALLS = (
     "tests/test_pitfalls_noise.py", "tests/test_pitfalls_clipping.py", "tests/test_pitfalls_batches.py",
     "tests/test_pitfalls_accounting.py", "tests/test_pitfalls_coverage.py")
+_PER_EXAMPLE = (
+    "tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")
 _NATIVE = (
     "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py",
-    "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py", "tests/test_draws.py",
-    "tests/test_secret_keys.py", "tests/test_randomness.py", "tests/ops/test_noise_statistics.py",
-    "tests/ops/test_emulated_cuda.py")
+    "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py",
+    "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_randomness.py",
+    "tests/ops/test_noise_statistics.py", "tests/ops/test_emulated_cuda.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
           "tests/fed/test_methods.py", "tests/fed/test_faults.py", "tests/fed/test_secrets.py")
 
@@ -31,7 +33,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/mechanism.py": Target((
         "tests/test_noise.py", "tests/test_clipping.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py",
         "tests/test_pitfalls_clipping.py")),
-    "lora_dp/clipping.py": Target(("tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
+    "lora_dp/clipping.py": Target((
+        "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
         "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
@@ -54,9 +57,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
-    "lora_dp/ops/clipped_sum.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")),
-    "lora_dp/ops/per_example_norm.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")),
-    "lora_dp/ops/per_example_grad.py": Target(("tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")),
+    "lora_dp/ops/clipped_sum.py": Target(_PER_EXAMPLE),
+    "lora_dp/ops/per_example_norm.py": Target(_PER_EXAMPLE),
+    "lora_dp/ops/per_example_grad.py": Target(_PER_EXAMPLE),
     "lora_dp/ops/rounded_gaussian.py": Target((
         "tests/ops/test_rounded_gaussian.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py")),
     "lora_dp/ops/sampling_bits.py": Target((
@@ -71,14 +74,16 @@ TARGETS: dict[str, Target] = {
     "kernels/noise_update.py": Target(
         ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py"), interpreted=True),
     "lora_dp/fed/account.py": Target((
-        "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py", "tests/fed/test_units.py")),
+        "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py",
+        "tests/fed/test_units.py")),
     "lora_dp/fed/client.py": Target((*_UNITS, "tests/fed/test_own_method.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(_UNITS),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
-    "csrc/chacha20.h": Target(_NATIVE), "csrc/cpu_kernels.h": Target(_NATIVE), "csrc/gaussian_blocks.h": Target(_NATIVE),
+    "csrc/chacha20.h": Target(_NATIVE), "csrc/cpu_kernels.h": Target(_NATIVE),
+    "csrc/gaussian_blocks.h": Target(_NATIVE),
     "csrc/kernels.cpp": Target(_NATIVE), "csrc/rounded_gaussian.h": Target(_NATIVE), "csrc/stream.h": Target(_NATIVE),
     "csrc/secret_key.cpp": Target(("tests/test_secret_keys.py", *_NATIVE)),
     "csrc/update_math.h": Target(("tests/ops/test_private_update.py", *_NATIVE)),

@@ -128,15 +128,15 @@ class Workbench:
         """The copy's C++ becomes the copy's library; False where it is no C++."""
         nanobind = self._build.parent / "nanobind"
         if not nanobind.exists():
-            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"],
-                           check=True)
+            subprocess.run([
+                sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"], check=True)
         if not (self._build / "build.ninja").exists():
             # Quick to compile rather than quick: the portable kernels alone, which every machine has.
             subprocess.run([
                 "cmake", "-S", str(self.tree), "-B", str(self._build), "-G", "Ninja", "-DLORA_DP_CUDA=OFF",
-                "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=generic", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
-                f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}", f"-DPython_EXECUTABLE={sys.executable}"],
-                check=True, stdout=subprocess.DEVNULL)
+                "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=generic",
+                "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}"], check=True, stdout=subprocess.DEVNULL)
         built = subprocess.run(["ninja", "-C", str(self._build)], capture_output=True, text=True)
         if built.returncode:
             return False
