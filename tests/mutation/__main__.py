@@ -76,7 +76,9 @@ class Record:
         return list(dict.fromkeys(order))
 
 
-def run(mutants: Sequence[Mutant], record: Record, jobs: int, until: float) -> Iterator[dict[str, Any]]:
+def run(
+    mutants: Sequence[Mutant], record: Record, work: Path, jobs: int, until: float
+) -> Iterator[dict[str, Any]]:
     """Tries mutants out, in so many copies of the repository, until all are or the time is over."""
     for interpreted in (False, True):
         chosen = [m for m in mutants if TARGETS[m.path].interpreted == interpreted]
@@ -84,8 +86,8 @@ def run(mutants: Sequence[Mutant], record: Record, jobs: int, until: float) -> I
         opened = []
         try:
             for number in range(min(jobs, len(chosen))):
-                opened.append(Workbench(WORK / f"{'interpreted' if interpreted else 'plain'}-{number}",
-                                        interpreted=interpreted).__enter__())
+                folder = work / f"{'interpreted' if interpreted else 'plain'}-{number}"
+                opened.append(Workbench(folder, interpreted=interpreted).__enter__())
                 benches.put(opened[-1])
 
             def one(mutant: Mutant, benches: SimpleQueue[Workbench] = benches) -> dict[str, Any] | None:
@@ -132,8 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long (default: never)")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (default: 1)")
-    parser.add_argument("--record", type=Path, default=WORK / "record.jsonl",
-                        help="file of what was found; what was noticed there is not run again")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the copies and of record.jsonl, what was "
+                        "found; what was noticed there is not run again (default: build/mutation)")
     parser.add_argument("--list", action="store_true", help="list the mutants, run none")
     chosen = parser.parse_args(arguments)
     everything = [mutant for path in TARGETS for mutant in mutants_of(path)]
@@ -148,10 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.list:
         print("\n".join(mutant.id for mutant in mutants))
         return int(bool(gone))
-    record = Record(chosen.record)
+    record = Record(chosen.work / "record.jsonl")
     to_run = [m for m in mutants if m.id not in written_down
               and record.found.get(m.id, {}).get("status", "survived") == "survived"]
-    for entry in run(to_run, record, chosen.jobs, time.monotonic() + 60 * chosen.minutes):
+    for entry in run(to_run, record, chosen.work, chosen.jobs, time.monotonic() + 60 * chosen.minutes):
         print(f"{entry['status']:>12} {entry['seconds']:6.1f} s  {entry['id']}", flush=True)
     print(table(mutants, record, written_down))
     survived = [m.id for m in mutants if m.id not in written_down

@@ -38,7 +38,7 @@ def _find(path: str, source: str) -> Iterator[Mutant]:
             throwing = "throw " in line or (throwing and not line.rstrip().endswith(";"))
             throwing = throwing and not line.rstrip().endswith(";")
             continue
-        code = re.sub(r'"(?:[^"\\]|\\.)*"', lambda m: "\0" * len(m.group()), line.split("//")[0].rstrip("\n"))
+        code = re.sub(r'"(?:[^"\\]|\\.)*"', lambda m: "\0" * len(m.group()), line.split("//")[0].rstrip())
         indent = len(code) - len(code.lstrip())
         if indent <= 4 and (named := _FUNCTION.match(code)) and named.group(1) not in ("if", "for", "while", "switch"):
             function = named.group(1)

@@ -37,15 +37,7 @@ _DROPPED = {
 def python_mutants(path: str, source: str) -> list[Mutant]:
     """All mutants of a file, in its order."""
     tree = ast.parse(source)
-    whole = ast.dump(tree)
-    return [m for m in numbered(_Finder(path, source, tree).of(tree.body, "")) if _differs(m.applied(source), whole)]
-
-
-def _differs(mutated: str, whole: str) -> bool:
-    try:
-        return ast.dump(ast.parse(mutated)) != whole
-    except SyntaxError:
-        return False
+    return numbered(_Finder(path, source, tree).of(tree.body, ""))
 
 
 class _Finder:
@@ -188,6 +180,8 @@ class _Finder:
         (start, end), text = self.span(node), self.source(node)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         plain = not any(isinstance(argument, ast.Starred) for argument in node.args)
+        if name == "sum" and isinstance(node.func, ast.Name):
+            yield self.replace(function, "extreme", start, start + len(name), "max")
         if name in _EXTREMES:
             at = self.span(node.func)[1]
             yield self.replace(function, "extreme", at - len(name), at, _EXTREMES[name])

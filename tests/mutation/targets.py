@@ -89,3 +89,6 @@ TARGETS: dict[str, Target] = {
     "csrc/update_math.h": Target(("tests/ops/test_private_update.py", *_NATIVE)),
     "csrc/bindings.cpp": Target(("tests/ops/test_hostile_inputs.py", *_NATIVE)),
 }
+
+# Survivors that nobody has gone through yet: left out of the samples that the tests draw.
+UNSETTLED = frozenset(path for path in TARGETS if path.startswith(("csrc/", "kernels/")))

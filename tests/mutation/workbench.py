@@ -1,5 +1,6 @@
 """A copy of the repository in which mutants are put and tests are run, one at a time."""
 
+import ast
 import json
 import os
 import shutil
@@ -98,7 +99,7 @@ class Workbench:
             likely: tests to run before all others.
 
         Returns:
-            ``status`` ("killed", "survived", "timeout"; "not compiled" for C++), the ``test`` that failed, ``seconds``.
+            ``status`` ("killed", "survived", "timeout", "not compiled"), the ``test`` that failed, ``seconds``.
 
         Raises:
             RuntimeError: a test fails without the mistake too.
@@ -106,9 +107,10 @@ class Workbench:
         path = self.tree / mutant.path
         source = (ROOT / mutant.path).read_text(encoding="utf-8")
         compiled = mutant.path.startswith("csrc/")
-        path.write_text(mutant.applied(source), encoding="utf-8")
+        mutated = mutant.applied(source)
+        path.write_text(mutated, encoding="utf-8")
         try:
-            if compiled and not self._compile():
+            if not (self._compile() if compiled else _parses(mutated)):
                 return {"status": "not compiled", "test": None, "seconds": 0.0}
             found = self.ask(likely, []) if likely else {"status": "passed", "seconds": 0.0}
             if found["status"] in ("passed", "nothing"):
@@ -129,7 +131,8 @@ class Workbench:
         nanobind = self._build.parent / "nanobind"
         if not nanobind.exists():
             subprocess.run([
-                sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"], check=True)
+                sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"],
+                check=True)
         if not (self._build / "build.ninja").exists():
             # Quick to compile rather than quick: the portable kernels alone, which every machine has.
             subprocess.run([
@@ -144,6 +147,14 @@ class Workbench:
         shutil.copy(library, self._library.with_suffix(".new"))
         os.replace(self._library.with_suffix(".new"), self._library)
         return True
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _installed_library() -> str:
