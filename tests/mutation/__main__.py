@@ -19,6 +19,7 @@ import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -65,12 +66,13 @@ class Record:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def likely(self, mutant: Mutant) -> list[str]:
+    def likely(self, mutant: Mutant, interpreted: bool) -> list[str]:
         """Tests that have noticed mistakes in this function, then in this file: those that noticed most first."""
         here: Counter[str] = Counter()
         near: Counter[str] = Counter()
         for name, entry in self.found.items():
-            if entry["test"] and name.startswith(f"{mutant.path}::"):
+            if entry["test"] and name.startswith(f"{mutant.path}::") and (
+                    entry["test"].partition("::")[0] in tests_of(mutant, interpreted)):
                 (here if name.startswith(f"{mutant.path}::{mutant.function}::") else near)[entry["test"]] += 1
         order = [test for test, _ in here.most_common(_LIKELY)] + [test for test, _ in near.most_common(2)]
         return list(dict.fromkeys(order))
@@ -80,34 +82,38 @@ def run(
     mutants: Sequence[Mutant], record: Record, work: Path, jobs: int, until: float
 ) -> Iterator[dict[str, Any]]:
     """Tries mutants out, in so many copies of the repository, until all are or the time is over."""
+    noticed: set[str] = set()
     for interpreted in (False, True):
-        chosen = [m for m in mutants if TARGETS[m.path].interpreted == interpreted]
-        benches: SimpleQueue[Workbench] = SimpleQueue()
-        opened = []
-        try:
+        chosen = [m for m in mutants if tests_of(m, interpreted) and m.id not in noticed]
+        with ExitStack() as opened, ThreadPoolExecutor(jobs) as pool:
+            benches: SimpleQueue[Workbench] = SimpleQueue()
             for number in range(min(jobs, len(chosen))):
                 folder = work / f"{'interpreted' if interpreted else 'plain'}-{number}"
-                opened.append(Workbench(folder, interpreted=interpreted).__enter__())
-                benches.put(opened[-1])
+                benches.put(opened.enter_context(Workbench(folder, interpreted=interpreted)))
 
-            def one(mutant: Mutant, benches: SimpleQueue[Workbench] = benches) -> dict[str, Any] | None:
+            def one(
+                mutant: Mutant, benches: SimpleQueue[Workbench] = benches, interpreted: bool = interpreted
+            ) -> dict[str, Any] | None:
                 if time.monotonic() > until:
                     return None
                 bench = benches.get()
                 try:
-                    return {"id": mutant.id, **bench.try_out(
-                        mutant, list(TARGETS[mutant.path].tests), record.likely(mutant))}
+                    return bench.try_out(mutant, tests_of(mutant, interpreted), record.likely(mutant, interpreted))
                 finally:
                     benches.put(bench)
 
-            with ThreadPoolExecutor(max(len(opened), 1)) as pool:
-                for entry in pool.map(one, chosen):
-                    if entry is not None:
-                        record.add(entry)
-                        yield entry
-        finally:
-            for bench in opened:
-                bench.__exit__(None, None, None)
+            for mutant, found in zip(chosen, pool.map(one, chosen), strict=True):
+                if found is None or (found["status"] == "survived" and not interpreted and tests_of(mutant, True)):
+                    continue
+                noticed.add(mutant.id)
+                record.add({"id": mutant.id, **found})
+                yield record.found[mutant.id]
+
+
+def tests_of(mutant: Mutant, interpreted: bool) -> list[str]:
+    """The tests that are to notice a mutant, with Triton's kernels in its interpreter or without them."""
+    target = TARGETS[mutant.path]
+    return list(target.interpreted if interpreted else target.tests)
 
 
 def table(mutants: Iterable[Mutant], record: Record, written_down: dict[str, str]) -> str:

@@ -18,21 +18,21 @@ _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed
 
 @dataclass(frozen=True)
 class Target:
-    """The tests of one file.
+    """The tests of one file, in the order in which they run.
 
     Attributes:
-        tests: files, in the order in which they run.
-        interpreted: in Triton's interpreter.
+        tests: files.
+        interpreted: files that run after these, with Triton's kernels in its interpreter.
     """
 
     tests: tuple[str, ...]
-    interpreted: bool = False
+    interpreted: tuple[str, ...] = ()
 
 
 TARGETS: dict[str, Target] = {
     "lora_dp/mechanism.py": Target((
         "tests/test_noise.py", "tests/test_clipping.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py",
-        "tests/test_pitfalls_clipping.py")),
+        "tests/test_pitfalls_clipping.py"), ("tests/kernels/test_private_step.py",)),
     "lora_dp/clipping.py": Target((
         "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
@@ -49,7 +49,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
-        "tests/test_pitfalls_noise.py")),
+        "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
     "lora_dp/optimizer.py": Target((
         "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
@@ -58,8 +58,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
     "lora_dp/ops/clipped_sum.py": Target(_PER_EXAMPLE),
-    "lora_dp/ops/per_example_norm.py": Target(_PER_EXAMPLE),
-    "lora_dp/ops/per_example_grad.py": Target(_PER_EXAMPLE),
+    "lora_dp/ops/per_example_norm.py": Target(_PER_EXAMPLE, ("tests/kernels/test_gram.py",)),
+    "lora_dp/ops/per_example_grad.py": Target(_PER_EXAMPLE, ("tests/kernels/test_example_grad.py",)),
     "lora_dp/ops/rounded_gaussian.py": Target((
         "tests/ops/test_rounded_gaussian.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py")),
     "lora_dp/ops/sampling_bits.py": Target((
@@ -67,12 +67,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/ops/private_update.py": Target((
         "tests/ops/test_private_update.py", "tests/ops/test_hostile_inputs.py", "tests/test_fused_step.py",
         "tests/ops/test_emulated_cuda.py", "tests/test_noise.py")),
-    "lora_dp/ops/clip_and_sum.py": Target(
-        ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py"), interpreted=True),
-    "kernels/clip_sum.py": Target(
-        ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py"), interpreted=True),
-    "kernels/noise_update.py": Target(
-        ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py"), interpreted=True),
+    "lora_dp/ops/clip_and_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
+    "kernels/clip_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
+    "kernels/noise_update.py": Target((), ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py")),
     "lora_dp/fed/account.py": Target((
         "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py",
         "tests/fed/test_units.py")),

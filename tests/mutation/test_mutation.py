@@ -43,7 +43,8 @@ def test_python():
         "if not (not values or bound < 0):", "if (values) or bound < 0:", "if not values and bound < 0:",
         "if not values or bound <= 0:", "if not values or bound >= 0:", "if not values or bound < 1:",
         "pass", "scale = max(1.0, bound / sum(values, dtype=dtype))",
-        "scale = min(1.0, bound / max(values, dtype=dtype))", "scale = min(1.02, bound / sum(values, dtype=dtype))", "scale = min(1.0, bound * sum(values, dtype=dtype))",
+        "scale = min(1.0, bound / max(values, dtype=dtype))",
+        "scale = min(1.02, bound / sum(values, dtype=dtype))", "scale = min(1.0, bound * sum(values, dtype=dtype))",
         "scale = min(1.0, (bound * 1.02) / sum(values, dtype=dtype))", "scale = min(1.0, bound / (values))",
         "scale = min(1.0, bound / sum(values))", "return swap(bound, values).measured(scale).double()",
         "return swap(values, (bound * 1.02)).measured(scale).double()",
@@ -84,7 +85,8 @@ def test_a_mutant_of_another_source_is_refused():
 
 @pytest.mark.parametrize("path", TARGETS)
 def test_every_target_and_its_tests_are_there(path):
-    assert (ROOT / path).exists() and all((ROOT / test).exists() for test in TARGETS[path].tests)
+    assert (ROOT / path).exists() and all(
+        (ROOT / test).exists() for test in (*TARGETS[path].tests, *TARGETS[path].interpreted))
     mutants = mutants_of(path)
     assert len({mutant.id for mutant in mutants}) == len(mutants) > 5
 
