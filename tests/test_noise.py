@@ -22,9 +22,12 @@ from tests.support import check_deviation, make_private
 
 
 class Silence:
-    """A source whose draws are all zero: what is left of a release is the rounded value."""
+    """A source whose draws are all zero: what is left of a release is the rounded value. It keeps the scale."""
+
+    scale = 0.0
 
     def rounded_gaussians(self, shapes: Sequence[Sequence[int]], scale: float, device: torch.device) -> list[Tensor]:
+        self.scale = scale
         return [torch.zeros(torch.Size(shape), dtype=torch.int64) for shape in shapes]
 
 
@@ -57,15 +60,23 @@ def test_hardly_any_noise_leaves_the_gradients_as_they_are(sigma, way):
 @pytest.mark.parametrize("sigma", [0.999, 1.0, 7.0, 0.9999 * 2.0**-12, 1e-6, 2.0**-45])
 def test_the_grid_of_a_step_is_that_of_a_release(sigma, bound, size):
     """Step and deviation in steps: std / step of them, and one at least."""
-    mechanism = Mechanism(make_clip_rule("flat", bound), sigma, Silence())
+    source = Silence()
+    mechanism = Mechanism(make_clip_rule("flat", bound), sigma, source)
     std, (step, scale) = mechanism.noise_std(size), mechanism.grid(size)
     assert step == grid_step(std, bound) and scale == max(std / step, 1)
     assert (scale == 1) == (sigma == 2.0**-45)
     # An odd number of steps is on this grid, and on none that is coarser.
     value = torch.full((size,), 3 * step, dtype=torch.float64)
-    assert torch.equal(mechanism.release([value])[0], value)
+    assert torch.equal(mechanism.release([value])[0], value) and source.scale == scale
     half = torch.full((size,), 0.6 * step, dtype=torch.float64)
     assert torch.equal(mechanism.release([half])[0], torch.full((size,), step, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_beyond_64_bits_of_steps_keeps_its_sign(dtype):
+    """It is cut at 2⁶² steps, here of 2⁻³²: noise added to it does not wrap around."""
+    noisy, = add_noise([torch.tensor([1e30, -1e30, math.inf], dtype=dtype)], 1.0, 1.0, SeededSource(3))
+    assert noisy.tolist() == pytest.approx([2.0**30, -(2.0**30), 2.0**30], rel=1e-6)
 
 
 def test_noise_of_deviation_one_is_noise_too():
