@@ -117,6 +117,22 @@ def test_every_example_has_the_same_rate(make_source):
     assert chi2 < 110
 
 
+def test_a_uniform_value_below_the_rate_takes_part_and_no_other():
+    """Of the multiples of 2⁻⁵³ in [0, 1) as many are below the rate as the rate says, if itself is not."""
+    class Fixed:
+        def uniform(self, n: int) -> Tensor:
+            return torch.tensor([0.25, 0.25 - 2.0**-53, 0.0, 0.25 + 2.0**-53], dtype=torch.float64)
+
+    assert PoissonSampler(4, 0.25, 1, Fixed()).draw() == [1, 2]
+
+
+@pytest.mark.parametrize(("size", "batch_size", "steps"), [(1, 1, 1), (100, 1, 100), (1000, 3, 333), (7, 5, 1)])
+def test_an_epoch_has_as_many_steps_as_an_example_is_drawn_once_in(size, batch_size, steps):
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(size), batch_size=batch_size), SeededSource(0), lambda n: None, lambda: None)
+    assert len(loader) == steps
+
+
 def draws(loader: PrivateDataLoader, announced: list[int]) -> int:
     """How many examples ten batches had."""
     announced.clear()

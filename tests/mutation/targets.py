@@ -37,7 +37,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
-        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
+        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
+        "tests/test_setup_refusals.py")),
     "lora_dp/accounting.py": Target((
         "tests/test_accounting.py", "tests/test_pitfalls_accounting.py", "tests/test_engine.py",
         "tests/fed/test_account.py")),
