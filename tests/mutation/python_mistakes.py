@@ -221,5 +221,6 @@ def _constants(value: object) -> list[str]:
     if isinstance(value, int):
         return [str(value + 1)]
     if isinstance(value, float):
-        return [repr(value * 1.02)] if value else ["1.0"]
+        # What is so small is a tolerance.
+        return [repr(value * (1.02 if value > 1e-3 else 100))] if value else ["1.0"]
     return []

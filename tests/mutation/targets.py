@@ -74,8 +74,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/fed/account.py": Target((
         "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py",
         "tests/fed/test_units.py")),
-    "lora_dp/fed/client.py": Target((*_UNITS, "tests/fed/test_own_method.py", "tests/fed/test_centralised.py")),
-    "lora_dp/fed/noisy_sum.py": Target(_UNITS),
+    "lora_dp/fed/client.py": Target(("tests/fed/test_units.py", "tests/fed/test_centralised.py")),
+    "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
