@@ -346,8 +346,11 @@ def test_a_client_s_change_keeps_its_direction(method, bound, monkeypatch):
     """Without its noise: clipped as a whole or, below the bound, as training made it."""
     monkeypatch.setattr("lora_dp.fed.client.client_mechanism", lambda *_: Silent())
     federation = make_federation(method, sizes=(12,), weighting="equal", **CLIENT, max_update_norm=bound)
-    sent, start = updates(federation)[0], federation.server.state
-    trained = updates(make_federation(method, sizes=(12,), epsilon=None))[0]
+    silent = make_federation(method, sizes=(12,), epsilon=None)
+    for name in ("1.lora_B", "3.lora_B"):  # no change is the whole factor
+        begin = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        federation.server.state[name] = silent.server.state[name] = begin
+    sent, start, trained = updates(federation)[0], federation.server.state, updates(silent)[0]
     change = {n: trained[n] - start[n] for n in trained}
     if method == "deer":
         expected = product_clipped([change], start, bound)[0]
