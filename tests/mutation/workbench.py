@@ -41,6 +41,8 @@ class Workbench:
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
         for name in _COPIED:
             shutil.copytree(ROOT / name, self.tree / name, ignore=ignored)
+        for path in (self.tree / "csrc").iterdir():
+            path.touch()  # newer than what was last compiled, which may have been a mutant
         for path in [*ROOT.glob("*.toml"), *ROOT.glob("*.md"), *ROOT.glob("*.txt")]:
             shutil.copy(path, self.tree)
         (self.tree / "lora_dp" / "kernels").symlink_to("../kernels")
