@@ -46,10 +46,9 @@ class _Finder:
         self.modules = {
             alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
             if isinstance(node, ast.Import) for alias in node.names} | {"F", "nn"}
-        # Where a quantity is only compared, or asked for its shape, 2 % more or less is nearly always the same.
+        # Where a quantity decides what is refused, or is asked for its shape, 2 % more or less is nearly always the same.
         conditions: list[ast.AST] = [
             node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
-        conditions += [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
         self.unscaled = {inner for condition in conditions for inner in ast.walk(condition)}
         self.unscaled |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         # Whether lengths are compared: they are the same.
