@@ -41,6 +41,17 @@ def test_flat():
     assert torch.equal(coefficients[0], coefficients[1])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_clipped_leaves_the_margin_that_rounding_needs(rule):
+    """A few roundings of float32, and the 4.8e-7 that lora_dp.noise counts for sums in float64: 1.9e-6 of the bound."""
+    clip = make_clip_rule(rule, 2.0)
+    sq_norms = torch.full((4, 1), 1e20, dtype=torch.float64)
+    assert clip.sensitivity == 2.0
+    layers = torch.arange(4)
+    margin = 1 - float(contribution(clip.coefficients(sq_norms, layers, 4), sq_norms)) / clip.sensitivity
+    assert 1.8e-6 < margin < 2e-6
+
+
 def test_flat_without_a_bound_changes_nothing():
     sq_norms = torch.tensor([[0.0, 1.0, 1e30, math.nan]])
     assert FlatClipping(math.inf).coefficients(sq_norms, LAYERS[:1], 1).tolist() == [[1, 1, 1, 0]]
@@ -75,7 +86,7 @@ def test_no_examples(rule):
     assert make_clip_rule(rule, 0.5).coefficients(torch.ones(4, 0), LAYERS, 3).shape == (4, 0)
 
 
-@pytest.mark.parametrize("bound", [1e-42, 1e37])
+@pytest.mark.parametrize("bound", [1e-42, 1.01e20, 1e37])
 @pytest.mark.parametrize("rule", RULES)
 def test_bounds_that_float32_cannot_keep_are_refused(rule, bound):
     assert_refuses(ValueError, "must lie within 1e-20 and 1e20", lambda: make_clip_rule(rule, bound))

@@ -67,6 +67,21 @@ def test_steps_are_torchs_with_the_same_noise(make, low_pass, phases, taken):
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("sigma", [0.7, 1e4])
+def test_the_grid_is_that_of_all_parameters_together(sigma, taken):
+    """On an empty batch there is noise alone, and in float64 the same numbers, whoever releases them: a grid for the
+    largest parameter alone would be of another size by 1e-9 at least."""
+    found = []
+    for native in (True, False):
+        model, optimizer = private_mlp(
+            KNOWN[0], noise_multiplier=sigma, dtype=torch.float64, engine=PrivacyEngine("rdp", reproducible_seed=5))
+        with contextlib.nullcontext() if native else reference_only():
+            optimizer.step_on_empty_batch()
+        found.append(flat(private_gradients(model)))
+    assert len(taken) == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("engine", [lambda: PrivacyEngine("rdp"), lambda: PrivacyEngine("rdp", reproducible_seed=1)])
 def test_default_noise_takes_the_native_update_and_leaves_the_gradient(engine, taken):
     model, optimizer = private_mlp(KNOWN[0], noise_multiplier=1.0, engine=engine())

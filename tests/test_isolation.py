@@ -60,6 +60,17 @@ def mixed(between: nn.Module) -> nn.Module:
     return model.train()
 
 
+class Leak(nn.Module):
+    """Each example takes a little of the batch's mean."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.share * x.mean(0, keepdim=True)
+
+
 class Positions(nn.Module):
     """A position table looked up once for the whole batch."""
 
@@ -102,6 +113,31 @@ def test_batch_mixing_is_refused_by_the_name_of_the_module(between):
     both_ways(model, x, "'0'")  # the private layer whose rows feed the mixture
     frozen = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), between, DPLinear(6, 3))
     both_ways(frozen, x, "the first module where this is seen is '1'")
+
+
+@pytest.mark.parametrize(("dtype", "share"), [
+    (torch.float64, 1e-7), (torch.float32, 3e-3), (torch.bfloat16, 0.3)])
+def test_a_small_share_of_the_others_is_refused(dtype, share):
+    """A few times what the arithmetic itself may change; a share of zero passes."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6).to(dtype)
+    assert_refuses(IsolationError, "'0'", lambda: passes(mixed(Leak(share)).to(dtype), x))
+    frozen = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), Leak(share), DPLinear(6, 3)).to(dtype).train()
+    assert_refuses(IsolationError, "change", lambda: passes(frozen, x))
+    passes(mixed(Leak(0.0)).to(dtype), x)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-7), (torch.float32, 3e-3)])
+def test_a_small_share_of_the_others_in_the_loss_is_refused(dtype, share):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 6).to(dtype), torch.randint(0, 3, (4,))
+    model = nn.Sequential(DPLinear(6, 3)).to(dtype).train()
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits + share * logits.mean(0), targets)
+
+    passes(model, (x, y), F.cross_entropy)
+    assert_refuses(IsolationError, "mixes examples", lambda: passes(model, (x, y), loss))
 
 
 def test_running_statistics_are_refused_too():

@@ -2,11 +2,12 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,13 +18,16 @@ from lora_dp.noise import add_noise, grid_sensitivity, grid_step
 from lora_dp.ops.registry import reference_only
 from lora_dp.randomness import SeededSource
 from tests.models import assert_refuses
-from tests.support import make_private
+from tests.support import check_deviation, make_private
 
 
 class Silence:
-    """A source whose draws are all zero: what is left of a release is the rounded value."""
+    """A source whose draws are all zero: what is left of a release is the rounded value. It keeps the scale."""
+
+    scale = 0.0
 
     def rounded_gaussians(self, shapes: Sequence[Sequence[int]], scale: float, device: torch.device) -> list[Tensor]:
+        self.scale = scale
         return [torch.zeros(torch.Size(shape), dtype=torch.int64) for shape in shapes]
 
 
@@ -51,13 +55,57 @@ def test_hardly_any_noise_leaves_the_gradients_as_they_are(sigma, way):
         assert float(parameter.grad) == pytest.approx(math.sqrt(0.5), abs=1e-5 + 0.1 * sigma)
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("bound", [0.999, 1.0, 1.3])
+@pytest.mark.parametrize("sigma", [0.999, 1.0, 7.0, 0.9999 * 2.0**-12, 1e-6, 2.0**-45])
+def test_the_grid_of_a_step_is_that_of_a_release(sigma, bound, size):
+    """Step and deviation in steps: std / step of them, and one at least."""
+    source = Silence()
+    mechanism = Mechanism(make_clip_rule("flat", bound), sigma, source)
+    std, (step, scale) = mechanism.noise_std(size), mechanism.grid(size)
+    assert step == grid_step(std, bound) and scale == max(std / step, 1)
+    assert (scale == 1) == (sigma == 2.0**-45)
+    # An odd number of steps is on this grid, and on none that is coarser.
+    value = torch.full((size,), 3 * step, dtype=torch.float64)
+    assert torch.equal(mechanism.release([value])[0], value) and source.scale == scale
+    half = torch.full((size,), 0.6 * step, dtype=torch.float64)
+    assert torch.equal(mechanism.release([half])[0], torch.full((size,), step, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_beyond_64_bits_of_steps_keeps_its_sign(dtype):
+    """It is cut at 2⁶² steps, here of 2⁻³²: noise added to it does not wrap around."""
+    noisy, = add_noise([torch.tensor([1e30, -1e30, math.inf], dtype=dtype)], 1.0, 1.0, SeededSource(3))
+    assert noisy.tolist() == pytest.approx([2.0**30, -(2.0**30), 2.0**30], rel=1e-6)
+
+
+def test_noise_of_deviation_one_is_noise_too():
+    value = torch.zeros(10_000, dtype=torch.float64)
+    noisy, = add_noise([value], 1.0, 1.0, SeededSource(3))
+    check_deviation(noisy, 1.0)
+    assert add_noise([], 1.0, 1.0, SeededSource(3)) == []
+
+
+def test_without_noise_there_is_no_grid():
+    assert Mechanism(make_clip_rule("flat", 0.3), 0.0, Silence()).grid(5) == (1.0, 0.0)
+
+
+def test_the_least_noise_has_64_bits_below_it():
+    least = sys.float_info.min * 2.0**64
+    rule = make_clip_rule("flat", 1.0)
+    assert Mechanism(rule, 1.001 * least, SeededSource(0)).noise_std(1) == pytest.approx(1.001 * least)
+    assert_refuses(ValueError, "is noise too small",
+                   lambda: Mechanism(rule, 0.999 * least, SeededSource(0)).noise_std(1))
+
+
 def test_noise_that_underflows_is_refused():
     mechanism = Mechanism(make_clip_rule("flat", 1e-20), 1e-290, SeededSource(0))
     assert_refuses(ValueError, "is noise too small for floating-point numbers", lambda: mechanism.noise_std(3))
 
 
 @settings(deadline=None)
-@given(sigma=st.floats(0.01, 100), bound=st.floats(1e-3, 1e3), size=st.integers(1, 10**9))
+@given(sigma=st.floats(1e-12, 100), bound=st.floats(1e-3, 1e3), size=st.integers(1, 10**9))
+@example(sigma=1e-9, bound=1.0, size=10**9)
 def test_sensitivity_covers_the_rounding_of_every_coordinate(sigma, bound, size):
     """Two neighbouring sums are rounded by half a step in each coordinate, in opposite directions at worst."""
     sensitivity = grid_sensitivity(bound, sigma, size)
@@ -99,8 +147,9 @@ def test_shape_and_dtype_are_kept(shape, dtype):
     assert torch.equal(value, torch.ones(shape, dtype=dtype))
 
 
-def test_without_noise_the_value_is_released_as_it_is():
-    value = torch.tensor([0.1, -0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_noise_the_value_is_released_as_it_is(dtype):
+    value = torch.tensor([0.1, -0.3], dtype=dtype)
     mechanism = Mechanism(make_clip_rule("flat", 1.0), 0.0, SeededSource(0))
     assert torch.equal(mechanism.release([value])[0], value)
     assert mechanism.noise_std(2) == 0.0

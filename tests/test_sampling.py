@@ -1,5 +1,6 @@
 """The Poisson loader: every draw is a batch or an empty step, in order, with and without workers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -114,6 +115,48 @@ def test_every_example_has_the_same_rate(make_source):
         counts[batch] += 1
     chi2 = ((counts - 600).square() / (600 * 0.85)).sum()
     assert chi2 < 110
+
+
+def test_a_uniform_value_below_the_rate_takes_part_and_no_other():
+    """Of the multiples of 2⁻⁵³ in [0, 1) as many are below the rate as the rate says, if itself is not."""
+    class Fixed:
+        def uniform(self, n: int) -> Tensor:
+            return torch.tensor([0.25, 0.25 - 2.0**-53, 0.0, 0.25 + 2.0**-53], dtype=torch.float64)
+
+    assert PoissonSampler(4, 0.25, 1, Fixed()).draw() == [1, 2]
+
+
+@pytest.mark.parametrize(("size", "batch_size", "steps"), [(1, 1, 1), (100, 1, 100), (1000, 3, 333), (7, 5, 1)])
+def test_an_epoch_has_as_many_steps_as_an_example_is_drawn_once_in(size, batch_size, steps):
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(size), batch_size=batch_size), SeededSource(0), lambda n: None, lambda: None)
+    assert len(loader) == steps
+
+
+def draws(loader: PrivateDataLoader, announced: list[int]) -> int:
+    """How many examples ten batches had."""
+    announced.clear()
+    batches = sum(len(batch) for batch in loader.take(10))
+    assert batches == sum(announced)
+    return batches
+
+
+@pytest.mark.parametrize("batch_size", [2_000, 10_000, 18_000])
+def test_the_rate_is_the_batch_size_over_the_number_of_examples(batch_size):
+    """200,000 draws: a rate that is 2 % too high is seen at rate 0.1 at 3 deviations, at 0.5 at 9, at 0.9 at 27."""
+    announced: list[int] = []
+    loader = PrivateDataLoader(
+        DataLoader(Numbers(20_000), batch_size=batch_size), SeededSource(7), announced.append, lambda: None)
+    rate = batch_size / 20_000
+    assert loader.sample_rate == rate
+    assert abs(draws(loader, announced) / 200_000 - rate) < 2.6 * math.sqrt(rate * (1 - rate) / 200_000)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.95])
+def test_a_sampler_draws_at_its_rate(rate):
+    """8,000,000 draws, seeded: 2 % more would be 5.7 deviations at rate 0.01, 37 and more at the others."""
+    count = sum(map(len, PoissonSampler(1_000_000, rate, 8, SeededSource(11))))
+    assert abs(count / 8e6 - rate) < 2.6 * math.sqrt(rate * (1 - rate) / 8e6)
 
 
 def test_dataset_order_of_the_loader_is_not_used():

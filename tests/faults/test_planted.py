@@ -14,10 +14,10 @@ NODES = sorted({catcher for fault in FAULTS for catcher in fault.caught_by if ":
 NOTICED = (AssertionError, pytest.fail.Exception)
 
 
-def violated(options: dict) -> bool:
+def violated(options: dict, seed: int = 0) -> bool:
     """Whether the audit of one training run refutes its claim, at a confidence of 95 %."""
-    return audit(
-        training(**options), GradientCanaries(900), delta=1e-5, assume="independent", seed=0).violated
+    trained = training(**options, first_seed=seed)
+    return audit(trained, GradientCanaries(900), delta=1e-5, assume="independent", seed=seed).violated
 
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
@@ -54,12 +54,26 @@ def test_harmless_plants_are_not_caught() -> None:
 
 
 @pytest.mark.parametrize("options", [FULL, SAMPLED, PHASE_A])
-def test_more_noise_than_claimed_violates_nothing(options: dict) -> None:
+def test_what_is_sound_violates_nothing(options: dict) -> None:
+    """The engine as it is: at a confidence of 95 %, three false alarms of 8 seeds have a probability below 0.006."""
+    assert sum(violated(options, seed) for seed in range(8)) <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("options", [FULL, SAMPLED, PHASE_A])
+def test_more_noise_than_claimed_violates_nothing(options: dict, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         planting = Planting(patch)
         planting.replace(Mechanism, "noise_std", lambda std: lambda self, size: 1.2 * std(self, size))
-        assert not violated(options)
+        assert not violated(options, seed)
     assert planting.calls > 0
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("options", [FULL, SAMPLED, PHASE_A])
+def test_half_of_the_noise_is_found_at_every_seed(options: dict, seed: int) -> None:
+    with next(fault for fault in FAULTS if fault.name == "noise at half its deviation").planted():
+        assert violated(options, seed)
 
 
 def test_the_harness_tells_faults_from_mistakes_in_the_fault() -> None:

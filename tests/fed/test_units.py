@@ -173,6 +173,35 @@ def test_deer_is_clipped_by_the_product(monkeypatch):
     assert 0.4 < math.sqrt(moved) <= 0.5
 
 
+def product_clipped(changes, state, bound):
+    """Each client's change, scaled as a whole to the bound, where ΔB counts by ‖ΔB·A‖ (A as good as of full rank)."""
+    kept = []
+    for change in changes:
+        parts = [c @ Regulator.beside("B", state[n[:-1] + "A"]).root if factor(n) == "B" else c
+                 for n, c in change.items()]
+        norm = math.sqrt(sum(float(part.square().sum()) for part in parts))
+        kept.append({n: c * min(1, bound / norm) for n, c in change.items()})
+    return kept
+
+
+def test_deer_s_changes_keep_their_direction_at_the_server(monkeypatch):
+    """Clipped as a whole or, below the bound, as they came: the basis of the noise is left again."""
+    monkeypatch.setattr("lora_dp.fed.noisy_sum.client_mechanism", lambda *_: Silent())
+    federation = scripted("deer", [1e-3, 10.0], **SERVER, max_update_norm=0.5)
+    federation.fault_norm = math.inf
+    before = dict(federation.server.state)
+    federation.server.begin(0, torch.Generator().manual_seed(0))
+    task = federation.server.task(0, 0, 2)
+    replies = list(federation.engine.train([(client, task) for client in range(2)], lambda: None))
+    federation._run_turn(0, 0, [0, 1], lambda: None)
+    changes = [{n: t - before[n] for n, t in reply.update.tensors.items()} for reply in replies]
+    kept = product_clipped(changes, before, 0.5)
+    assert all(torch.equal(kept[0][n], changes[0][n]) and not torch.equal(kept[1][n], changes[1][n]) for n in kept[0])
+    for name in kept[0]:
+        torch.testing.assert_close(
+            federation.server.state[name] - before[name], (kept[0][name] + kept[1][name]) / 2, rtol=1e-6, atol=1e-9)
+
+
 def noise_of_empty_rounds(method, rounds, **options):
     """Changes of every trained tensor in rounds that nobody was drawn for."""
     drawn = []
@@ -309,6 +338,28 @@ def test_a_client_s_update_is_noised_as_a_whole(method):
     sigma = federation.plan.event(12).noise_multiplier * 0.25
     assert abs(float(values.std()) / sigma - 1) < 5 / math.sqrt(2 * len(values))
     assert abs(float(values.mean())) < 5 * sigma / math.sqrt(len(values))
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e3])
+@pytest.mark.parametrize("method", ["la-lora", "deer"])
+def test_a_client_s_change_keeps_its_direction(method, bound, monkeypatch):
+    """Without its noise: clipped as a whole or, below the bound, as training made it."""
+    monkeypatch.setattr("lora_dp.fed.client.client_mechanism", lambda *_: Silent())
+    federation = make_federation(method, sizes=(12,), weighting="equal", **CLIENT, max_update_norm=bound)
+    silent = make_federation(method, sizes=(12,), epsilon=None)
+    for name in ("1.lora_B", "3.lora_B"):  # no change is the whole factor
+        begin = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        federation.server.state[name] = silent.server.state[name] = begin
+    sent, start, trained = updates(federation)[0], federation.server.state, updates(silent)[0]
+    change = {n: trained[n] - start[n] for n in trained}
+    if method == "deer":
+        expected = product_clipped([change], start, bound)[0]
+    else:
+        norm = math.sqrt(sum(float(c.square().sum()) for c in change.values()))
+        expected = {n: c * min(1, bound / norm) for n, c in change.items()}
+    assert (bound == 1e3) == all(torch.equal(expected[n], change[n]) for n in change)
+    for name, c in expected.items():
+        torch.testing.assert_close(sent[name] - start[name], c, rtol=1e-6, atol=1e-9)
 
 
 def test_clients_draw_noise_of_their_own():

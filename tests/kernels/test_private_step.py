@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import GaussianFilter, LoRAConfig, PrivacyEngine, fused_step, inject_lora
+from lora_dp.mechanism import Mechanism
 from lora_dp.ops import registry
 from lora_dp.ops.lora_backward import lora_backward
 from lora_dp.ops.lora_forward import lora_forward
@@ -105,6 +106,18 @@ def without_native(monkeypatch):
 
 def momentum(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.1)
+
+
+def test_the_kernels_noise_is_that_of_all_parameters_together(device, launches, without_native, monkeypatch):
+    """Of a sum of as many numbers as all of them have, whatever the largest has."""
+    sizes, std = [], Mechanism.noise_std
+    monkeypatch.setattr(Mechanism, "noise_std", lambda own, size: (sizes.append(size), std(own, size))[1])
+    model = mlp().to(device)
+    optimizer = make_private(model, batch_size=6, noise_multiplier=1.0, phases="AB",
+                             engine=PrivacyEngine("rdp", reproducible_seed=0))
+    optimizer.step_on_empty_batch()
+    assert "noise_update" in launches
+    assert set(sizes) == {sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 @pytest.mark.parametrize("make", [adamw, torch.optim.Adam, torch.optim.SGD, momentum])

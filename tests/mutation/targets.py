@@ -1,0 +1,92 @@
+"""What is mutated, and which tests are to notice: those of the module first, quick ones before slow ones."""
+
+from dataclasses import dataclass
+
+_PITFALLS = (
+    "tests/test_pitfalls_noise.py", "tests/test_pitfalls_clipping.py", "tests/test_pitfalls_batches.py",
+    "tests/test_pitfalls_accounting.py", "tests/test_pitfalls_coverage.py")
+_PER_EXAMPLE = (
+    "tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")
+_NATIVE = (
+    "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py",
+    "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py",
+    "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_randomness.py",
+    "tests/ops/test_noise_statistics.py", "tests/ops/test_emulated_cuda.py")
+_UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
+          "tests/fed/test_methods.py", "tests/fed/test_faults.py", "tests/fed/test_secrets.py")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The tests of one file, in the order in which they run.
+
+    Attributes:
+        tests: files.
+        interpreted: files that run after these, with Triton's kernels in its interpreter.
+    """
+
+    tests: tuple[str, ...]
+    interpreted: tuple[str, ...] = ()
+
+
+TARGETS: dict[str, Target] = {
+    "lora_dp/mechanism.py": Target((
+        "tests/test_noise.py", "tests/test_clipping.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py",
+        "tests/test_pitfalls_clipping.py"), ("tests/kernels/test_private_step.py",)),
+    "lora_dp/clipping.py": Target((
+        "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
+    "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
+    "lora_dp/sampling.py": Target((
+        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
+        "tests/test_setup_refusals.py")),
+    "lora_dp/accounting.py": Target((
+        "tests/test_accounting.py", "tests/test_pitfalls_accounting.py", "tests/test_engine.py",
+        "tests/fed/test_account.py")),
+    "lora_dp/isolation.py": Target((
+        "tests/test_isolation.py", "tests/test_layers.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py",
+        "tests/test_engine.py")),
+    "lora_dp/recording.py": Target((
+        "tests/test_recording.py", "tests/test_layers.py", "tests/test_ownership.py", "tests/test_training_loops.py",
+        "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py")),
+    "lora_dp/fused_step.py": Target((
+        "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
+        "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
+    "lora_dp/optimizer.py": Target((
+        "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
+        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_gradients.py", *_PITFALLS)),
+    "lora_dp/randomness.py": Target((
+        "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
+        "tests/test_resume.py")),
+    "lora_dp/ops/clipped_sum.py": Target(_PER_EXAMPLE),
+    "lora_dp/ops/per_example_norm.py": Target(_PER_EXAMPLE, ("tests/kernels/test_gram.py",)),
+    "lora_dp/ops/per_example_grad.py": Target(_PER_EXAMPLE, ("tests/kernels/test_example_grad.py",)),
+    "lora_dp/ops/rounded_gaussian.py": Target((
+        "tests/ops/test_rounded_gaussian.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py")),
+    "lora_dp/ops/sampling_bits.py": Target((
+        "tests/ops/test_chacha20.py", "tests/test_randomness.py", "tests/ops/test_hostile_inputs.py")),
+    "lora_dp/ops/private_update.py": Target((
+        "tests/ops/test_private_update.py", "tests/ops/test_hostile_inputs.py", "tests/test_fused_step.py",
+        "tests/ops/test_emulated_cuda.py", "tests/test_noise.py")),
+    "lora_dp/ops/clip_and_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
+    "kernels/clip_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
+    "kernels/noise_update.py": Target((), ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py")),
+    "lora_dp/fed/account.py": Target((
+        "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py",
+        "tests/fed/test_units.py")),
+    "lora_dp/fed/client.py": Target(("tests/fed/test_units.py", "tests/fed/test_centralised.py")),
+    "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
+    "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
+    "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
+    "lora_dp/fed/engines/flower_ledger.py": Target((
+        "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
+    "csrc/chacha20.h": Target(_NATIVE), "csrc/cpu_kernels.h": Target(_NATIVE),
+    "csrc/gaussian_blocks.h": Target(_NATIVE),
+    "csrc/kernels.cpp": Target(_NATIVE), "csrc/rounded_gaussian.h": Target(_NATIVE), "csrc/stream.h": Target(_NATIVE),
+    "csrc/secret_key.cpp": Target(("tests/test_secret_keys.py", *_NATIVE)),
+    "csrc/update_math.h": Target(("tests/ops/test_private_update.py", *_NATIVE)),
+    "csrc/bindings.cpp": Target(("tests/ops/test_hostile_inputs.py", *_NATIVE)),
+}
+
+# Files in which every mutant is noticed or written down: the tests draw their samples from these.
+SETTLED = ("lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py")

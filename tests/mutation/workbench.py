@@ -1,0 +1,168 @@
+"""A copy of the repository in which mutants are put and tests are run, one at a time."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.mutation.mutant import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+_COPIED = ("lora_dp", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
+# An editable install puts its own finder ahead of every path.
+_SITE = """import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable_")]
+"""
+
+
+class Workbench:
+    """Copies the repository, and starts what runs tests there. Use it as a context.
+
+    Args:
+        folder: of the copy; what is there is replaced, but for what C++ was compiled to.
+        interpreted: run Triton's kernels in its interpreter.
+    """
+
+    def __init__(self, folder: Path, *, interpreted: bool = False) -> None:
+        self.tree = folder / "tree"
+        self._build = folder / "build"
+        self._interpreted = interpreted
+        self._server: subprocess.Popen[str] | None = None
+        self._sound: dict[str, bool] = {}
+
+    def __enter__(self) -> "Workbench":
+        shutil.rmtree(self.tree, ignore_errors=True)
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
+        for name in _COPIED:
+            shutil.copytree(ROOT / name, self.tree / name, ignore=ignored)
+        for path in (self.tree / "csrc").iterdir():
+            path.touch()  # newer than what was last compiled, which may have been a mutant
+        for path in [*ROOT.glob("*.toml"), *ROOT.glob("*.md"), *ROOT.glob("*.txt")]:
+            shutil.copy(path, self.tree)
+        (self.tree / "lora_dp" / "kernels").symlink_to("../kernels")
+        (self.tree / "sitecustomize.py").write_text(_SITE)
+        library = Path(_installed_library())
+        self._library = self.tree / "lora_dp" / library.name
+        shutil.copy(library, self._library)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._server is not None:
+            assert self._server.stdin is not None
+            self._server.stdin.close()
+            self._server.wait()
+            self._server = None
+
+    def ask(self, tests: list[str], first: list[str]) -> dict[str, Any]:
+        """What the server answers (:mod:`tests.mutation.server`)."""
+        if self._server is None:
+            environment = {
+                **os.environ, "PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+                "HF_HUB_OFFLINE": "1"}
+            environment.pop("PYTEST_ADDOPTS", None)
+            environment["TRITON_INTERPRET"] = "1" if self._interpreted else "0"
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "tests.mutation.server"], cwd=self.tree, env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if self._line() != "ready":
+                raise RuntimeError("The process that runs tests did not start: see its error above.")
+        assert self._server.stdin is not None
+        print(json.dumps({"tests": tests, "first": first}), file=self._server.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(self._line())
+        return answer
+
+    def _line(self) -> str:
+        assert self._server is not None and self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+    def sound(self, test: str) -> bool:
+        """Whether this test passes where there is no mistake; asked once."""
+        if test not in self._sound:
+            self._sound[test] = self.ask([test], [])["status"] == "passed"
+        return self._sound[test]
+
+    def try_out(self, mutant: Mutant, tests: list[str], likely: list[str]) -> dict[str, Any]:
+        """Puts the mistake in, runs tests until one fails, and takes it out.
+
+        Args:
+            mutant: of a file of the repository.
+            tests: files, in the order in which they run.
+            likely: tests to run before all others.
+
+        Returns:
+            ``status`` ("killed", "survived", "timeout", "not compiled"), the ``test`` that failed, ``seconds``.
+
+        Raises:
+            RuntimeError: a test fails without the mistake too.
+        """
+        path = self.tree / mutant.path
+        source = (ROOT / mutant.path).read_text(encoding="utf-8")
+        compiled = mutant.path.startswith("csrc/")
+        mutated = mutant.applied(source)
+        path.write_text(mutated, encoding="utf-8")
+        try:
+            if not (self._compile() if compiled else _parses(mutated)):
+                return {"status": "not compiled", "test": None, "seconds": 0.0}
+            found = self.ask(likely, []) if likely else {"status": "passed", "seconds": 0.0}
+            if found["status"] in ("passed", "nothing"):
+                found = self.ask(tests, likely)
+        finally:
+            path.write_text(source, encoding="utf-8")
+            if compiled:
+                shutil.copy(_installed_library(), self._library.with_suffix(".new"))
+                os.replace(self._library.with_suffix(".new"), self._library)
+        if found["status"] == "nothing":
+            raise RuntimeError(f"No test ran for {mutant.path}: {tests}.")
+        if found["test"] is not None and not self.sound(found["test"]):
+            raise RuntimeError(f"{found['test']} fails without a mutant too: mend that first.")
+        return {**found, "status": "survived" if found["status"] == "passed" else found["status"]}
+
+    def _compile(self) -> bool:
+        """The copy's C++ becomes the copy's library; False where it is no C++."""
+        nanobind = self._build.parent / "nanobind"
+        if not nanobind.exists():
+            subprocess.run([
+                sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"],
+                check=True)
+        if not (self._build / "build.ninja").exists():
+            # Quick to compile rather than quick: the portable kernels alone, which every machine has.
+            subprocess.run([
+                "cmake", "-S", str(self.tree), "-B", str(self._build), "-G", "Ninja", "-DLORA_DP_CUDA=OFF",
+                "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=generic",
+                "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}"], check=True, stdout=subprocess.DEVNULL)
+        built = subprocess.run(["ninja", "-C", str(self._build)], capture_output=True, text=True)
+        if built.returncode:
+            return False
+        library = next(self._build.glob("_native*.so"))
+        shutil.copy(library, self._library.with_suffix(".new"))
+        os.replace(self._library.with_suffix(".new"), self._library)
+        return True
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
+def _installed_library() -> str:
+    from lora_dp import _native
+
+    assert _native.__file__ is not None
+    return _native.__file__
+
+
