@@ -91,6 +91,8 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--delta 1", "delta must lie between 0 and 1, not 1.0: try 1e-5"),
         ("--lr -1", "lr must be positive, not -1.0"),
         ("--max_grad_norm 0", "max_grad_norm must be positive and finite, not 0.0"),
+        ("--max_grad_norm 1e-21", "max_grad_norm must lie within 1e-20 and 1e20, not 1e-21"),
+        ("--unit client --max_update_norm 1e21", "max_update_norm must lie within 1e-20 and 1e20, not 1e+21"),
         ("--clients 3 --clients_per_round 4", "clients_per_round must be from 1 to the number of clients (3), not 4"),
         ("--split_seed -1", "split_seed is -1: it must not be negative"),
         ("--input_column foo", "input_column has no meaning for the built-in digits"),

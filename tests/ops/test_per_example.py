@@ -265,7 +265,7 @@ def op_arguments(n: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     t = {name: tensor.to(dtype) for name, tensor in lora_tensors(2 * n, 4, 6, 2, 0).items()}
     coefficients = torch.rand(n)
     return {
-        "per_example_grad": (left, right, 0.5, None),
+        "per_example_grad_and_norm": (left, right, 0.5, None),
         "ghost_sq_norm": (left, right, 0.5),
         "clipped_sum_kept": (per_example_grad(left, right)[0], coefficients),
         "clipped_sum_pairs": (left, right, coefficients, 0.5),
@@ -290,7 +290,7 @@ def test_opcheck_of_either_orientation(swap):
     left, right = factors(3, 4, 5, 2, 0, torch.float32)
     arguments = (right, left, 0.5, None) if swap else (left, right, 0.5, torch.randn(5, 2))
     torch.library.opcheck(
-        torch.ops.lora_dp.per_example_grad.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.ops.lora_dp.per_example_grad_and_norm.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @examples
