@@ -32,7 +32,7 @@ ORDERS = np.array(
 _HIGH_ORDERS = np.array([2048.0, 4096.0, 8192.0])
 _ROUNDING = 8 * float(np.finfo(float).eps)  # of the logarithms that make up a divergence, relative to their size
 
-_FINEST, _COARSEST = 5e-6, 1e-3  # steps of the loss's grid, where its size allows
+_FINEST, _COARSEST = 1e-6, 1e-3  # steps of the loss's grid, where its size allows
 _STEP_POINTS, _POINTS = 100_000, 2**20  # of one step's loss and of the composition's
 _USELESS = 50.0  # a grid's step at which a PLD says nothing, and its exponentials overflow
 _TAIL = 50.0  # dp-accounting cuts a step's noise where exp(-50) is left,
@@ -106,7 +106,7 @@ def _reach(event: PoissonGaussian) -> float:
 
 
 def _fine_interval(event: PoissonGaussian) -> float:
-    """A twentieth of one step's deviation, within 5e-6 and 1e-3.
+    """A twentieth of one step's deviation, within 1e-6 and 1e-3.
 
     Rounding is pessimistic and costs second order in the grid's step: measured against finer grids, at most 0.2 % of
     epsilon. dp-accounting's own 1e-4 is up to ten times slower at large q, and up to 9 % looser at small q.
