@@ -46,7 +46,7 @@ class _Finder:
         self.modules = {
             alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
             if isinstance(node, ast.Import) for alias in node.names} | {"F", "nn"}
-        # Where a quantity decides what is refused, or is asked for its shape, 2 % more or less is nearly always the same.
+        # Where a quantity decides what is refused, or is asked for its shape, 2 % more or less matters little.
         conditions: list[ast.AST] = [
             node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
         self.unscaled = {inner for condition in conditions for inner in ast.walk(condition)}
