@@ -1,0 +1,133 @@
+"""What plants each fault by which examples mix unnoticed, masks are known, or a node obeys its server."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lora_dp.chain
+import lora_dp.fed.client
+import lora_dp.isolation
+import lora_dp.loss_watch
+import lora_dp.passes
+import lora_dp.secret_state
+from lora_dp.fed.engines.flower_policy import Policy
+from lora_dp.loss_watch import LossWatch
+from lora_dp.ops.example_rows import ExampleRows
+from lora_dp.optimizer import Clipped, PrivateOptimizer
+from lora_dp.passes import Passes
+from lora_dp.sampling import PrivateDataLoader
+from tests.faults.planting import Planting
+
+
+def _nothing(_: Any) -> Callable[..., None]:
+    return lambda *arguments, **options: None
+
+
+def any_reduction_taken(planting: Planting) -> None:
+    planting.replace(lora_dp.loss_watch, "is_plain", lambda _: lambda *arguments: True)
+
+
+def changing_divisors_taken(planting: Planting) -> None:
+    planting.replace(LossWatch, "_check_constant", _nothing)
+
+
+def losses_that_meet_taken(planting: Planting) -> None:
+    planting.replace(lora_dp.loss_watch, "meets", lambda _: lambda *arguments: False)
+
+
+def unseen_losses_taken(planting: Planting) -> None:
+    def planted(begin: Any) -> Any:
+        def trusting(self: LossWatch, n: int, tested: bool) -> None:
+            begin(self, n, tested)
+            self.examined = True
+        return trusting
+
+    planting.replace(LossWatch, "begin", planted)
+
+
+def padding_never_tried(planting: Planting) -> None:
+    planting.replace(lora_dp.isolation, "_check_padding", _nothing)
+
+
+def first_batch_alone_tried(planting: Planting) -> None:
+    planting.replace(Passes, "_kind", lambda _: lambda self, call, n: ("a batch", {}))
+
+
+def same_number_of_examples_alone_tried(planting: Planting) -> None:
+    planting.replace(lora_dp.isolation, "_check_company", lambda _: lambda *arguments: frozenset({0}))
+
+
+def collation_never_tried(planting: Planting) -> None:
+    planting.replace(PrivateDataLoader, "_test_collation", _nothing)
+
+
+def skipped_batches_forgotten(planting: Planting) -> None:
+    planting.replace(PrivateOptimizer, "check_stepped", lambda _: lambda self: self._drawn.clear())
+
+
+def masks_of_a_short_seed(planting: Planting) -> None:
+    def planted(_: Any) -> Any:
+        def seeded() -> None:
+            seed = random.SystemRandom().getrandbits(32)
+            lora_dp.secret_state._seeds.add(seed)
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+        return seeded
+
+    planting.replace(lora_dp.secret_state, "renew", planted)
+
+
+def seeds_taken(planting: Planting) -> None:
+    planting.replace(lora_dp.secret_state, "_check", _nothing)
+
+
+def lookups_measured_in_float32(planting: Planting) -> None:
+    """The norm is of rows that were added up in float32, the sum of rows in float64."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def planted(of: Any) -> Any:
+        def kept(ids: Tensor, gradient: Tensor, shape: torch.Size) -> ExampleRows:
+            found.append((ids, gradient))
+            return of(ids, gradient, shape)
+        return kept
+
+    def narrow(_: Any) -> Any:
+        def norms(self: ExampleRows) -> Tensor:
+            ids, gradient = found[-1]
+            table = torch.zeros(self.n, *self.shape)
+            for i in range(self.n):
+                table[i].index_add_(0, ids[i], gradient[i].float())
+            return table.flatten(1).norm(dim=1).double()
+        return norms
+
+    planting.replace(ExampleRows, "of", planted)
+    planting.replace(ExampleRows, "norms", narrow)
+
+
+def failing_batches_left_out(planting: Planting) -> None:
+    def planted(accumulate: Any) -> Any:
+        def whole(optimizer: PrivateOptimizer, rows: Any, backward: Any, failures: Any) -> None:
+            recorder = optimizer.recorder
+            try:
+                backward(rows)
+                clipped = optimizer.clip(recorder.take(), None)
+            except Exception as error:
+                recorder.discard()
+                failures.add(error, 1)
+                clipped = Clipped({}, 0)
+            optimizer.take(clipped, len(rows), len(rows))
+        return whole
+
+    planting.replace(lora_dp.fed.client, "accumulate", planted)
+
+
+def servers_obeyed(planting: Planting) -> None:
+    planting.replace(Policy, "check", _nothing)
+
+
+def damaged_lines_read(planting: Planting) -> None:
+    planting.replace(lora_dp.chain, "link", lambda _: lambda before, entry: "0" * 64)
