@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lora_dp.chain
+import lora_dp.engine
 import lora_dp.fed.client
 import lora_dp.isolation
 import lora_dp.loss_watch
@@ -78,7 +79,7 @@ def masks_of_a_short_seed(planting: Planting) -> None:
             np.random.seed(seed)
         return seeded
 
-    planting.replace(lora_dp.secret_state, "renew", planted)
+    planting.replace(lora_dp.engine, "renew", planted)
 
 
 def seeds_taken(planting: Planting) -> None:

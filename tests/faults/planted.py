@@ -156,7 +156,7 @@ FAULTS = [
            "tests/faults/test_clients_data.py::test_clients_train_on_disjoint_examples[dirichlet]")),
     Fault("windows counted as examples",
           "each window is clipped to C by itself: an example moves the sum by as many times C as it has windows.",
-          windows_counted, (REFUSED,), run=step_on_windows, refusal="no batch that the private loader drew"),
+          windows_counted, (REFUSED,), run=step_on_windows, refusal="joins 4 numbers in a batch of 8 examples"),
     Fault("windows in another order than their examples",
           "each example is clipped by the norms of others' windows.", windows_of_all_examples_first, (ISOLATION,),
           run=step_of_swin, refusal="attributed to"),
