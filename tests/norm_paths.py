@@ -83,13 +83,16 @@ PATHS = {
 }
 
 
-def drawn(*, largest_batch: int = 1000, largest_tokens: int = 6) -> st.SearchStrategy[Drawn]:
-    """Bounds from the least to the largest, and gradients from the least to the largest float32."""
+def drawn(*, largest_batch: int = 1000, largest_tokens: int = 6, hardest: bool = False) -> st.SearchStrategy[Drawn]:
+    """Bounds from the least to the largest, and gradients from the least to the largest float32; ``hardest``: the least
+    bound alone, and gradients near it."""
     bounds = st.one_of(
         st.just(LEAST_BOUND), st.sampled_from([1.0, LARGEST_BOUND]),
         st.floats(-19.9, 19.9).map(lambda power: 10.0**power))
     excess = st.one_of(st.floats(-4, 8), st.floats(-90, 130))
     powers = st.one_of(st.just(0.0), st.floats(-40, 40), st.floats(-149, 127))
+    if hardest:
+        bounds, excess, powers = st.just(LEAST_BOUND), st.floats(-4, 8), st.sampled_from([0.0, -30.0, 30.0])
     return st.builds(
         Drawn, bounds, excess, st.integers(1, largest_tokens), powers, powers, st.booleans(), st.floats(0, 60),
         st.sampled_from([1, 7, largest_batch]), st.integers(0, 2**16))

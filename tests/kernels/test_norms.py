@@ -21,8 +21,10 @@ powers = st.floats(-149, 127)
 
 @pytest.mark.skipif(not INTERPRETED, reason="the layers of these paths are on the CPU")
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "transposed"])
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(case=drawn(largest_batch=3, largest_tokens=3), rule=rules, reduction=st.sampled_from(["mean", "sum"]))
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(case=st.one_of(
+           drawn(largest_batch=3, largest_tokens=3), drawn(largest_batch=60, largest_tokens=2, hardest=True)),
+       rule=rules, reduction=st.sampled_from(["mean", "sum"]))
 def test_one_example_adds_no_more_than_the_bound(path, case, rule, reduction):
     assert contribution(case, PATHS[path], rule, reduction) <= case.bound
 
