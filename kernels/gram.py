@@ -16,7 +16,7 @@ from lora_dp.kernels.launching import Build, Config, check, on_device, pick
 
 # Blocks of 64 tokens: Triton 3.6 takes them for a product that Blackwell's tensor memory can hold, and fails.
 CONFIGS = {
-    "tokens_16": Config.of(2, 2, BLOCK_T=16, BLOCK_K=64),
+    "tokens_16": Config.of(4, 2, BLOCK_T=16, BLOCK_K=64),
     "tokens_32": Config.of(4, 2, BLOCK_T=32, BLOCK_K=32),
     "tokens_32_deep": Config.of(4, 2, BLOCK_T=32, BLOCK_K=64),
 }

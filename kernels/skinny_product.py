@@ -28,7 +28,7 @@ _HALF_CONFIGS = {
     "tall": Config.of(8, 4, BLOCK_M=128, BLOCK_K=64, SPLIT_K=1),
     "rows": Config.of(8, 3, BLOCK_M=64, BLOCK_K=64, SPLIT_K=1),
     "short": Config.of(8, 3, BLOCK_M=32, BLOCK_K=128, SPLIT_K=1),
-    "split": Config.of(4, 3, BLOCK_M=16, BLOCK_K=128, SPLIT_K=8),
+    "split": Config.of(8, 3, BLOCK_M=16, BLOCK_K=128, SPLIT_K=8),
 }
 CONFIGS = _HALF_CONFIGS | {"float32": Config.of(8, 4, BLOCK_M=64, BLOCK_K=32, SPLIT_K=1)}
 SUM_BLOCK = 1024
