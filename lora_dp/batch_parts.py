@@ -23,6 +23,21 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in what a model returned, in order: in containers of any kind, and in objects by their attributes."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        parts: list[Any] = list(tree.values())
+    elif isinstance(tree, list | tuple | set):
+        parts = list(tree)
+    elif hasattr(tree, "__dict__") and not isinstance(tree, type | torch.nn.Module):
+        parts = list(vars(tree).values())
+    else:
+        return []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
 def is_by_example(leaf: Any, n: int) -> bool:
     """Whether it is a tensor with one entry for each example."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == n
@@ -52,20 +67,31 @@ def structure(tree: Any, n: int) -> Hashable:
 
 
 def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
+    if ragged and not is_by_example(leaf, n) and _is_index(leaf):
+        return _even(leaf.diff()), _even(torch.bincount(leaf.clamp(min=0)))
     if not is_by_example(leaf, n) or leaf.is_floating_point() or leaf.dtype == torch.bool or not leaf.numel():
         return ()
     if any(word in name for word in _LABELS) and leaf.dim() <= 2:
         counted = (leaf != IGNORED) & (leaf >= 0)
         counts = counted.reshape(n, -1).sum(1)
-        return bool(counted.all()), bool((counts == counts[0]).all()), _outside(name, leaf, n)
+        return bool(counted.all()), bool((counts == counts[0]).all()), _reach(name, leaf)
     if ragged:
         return (bool((leaf == leaf[:1]).all()),)
     return ()
 
 
-def _outside(name: str, leaf: Tensor, n: int) -> int:
-    # A position of an answer beyond the tokens is passed over: how far positions reach, up to a factor of two.
-    return int(leaf.max()).bit_length() if "position" in name and leaf.dim() == 1 else 0
+def _is_index(leaf: Tensor) -> bool:
+    """Offsets of groups, or for each row the group that it belongs to."""
+    return leaf.dim() == 1 and leaf.numel() > 1 and leaf.dtype in (torch.int32, torch.int64) and int(leaf.max()) < 2**24
+
+
+def _even(values: Tensor) -> bool:
+    return bool((values == values[:1]).all())
+
+
+def _reach(name: str, leaf: Tensor) -> int:
+    # A position beyond an example's tokens is passed over: how far positions reach.
+    return int(leaf.max()) if "position" in name and leaf.dim() == 1 else 0
 
 
 def take(tree: Any, rows: Sequence[int], n: int) -> Any:
@@ -84,6 +110,9 @@ def extremes(tree: Any, n: int) -> set[int]:
             sizes = leaf.reshape(n, -1)
             for value in (sizes.sum(1), sizes.prod(1)):
                 found |= {int(value.argmin()), int(value.argmax())}
+        elif isinstance(leaf, Tensor) and _is_index(leaf):
+            for value in (leaf.diff(), torch.bincount(leaf.clamp(min=0))):
+                found |= {place for place in (int(value.argmin()), int(value.argmax())) if place < n}
     return found
 
 
@@ -122,42 +151,69 @@ def _lengths(tree: Any, n: int) -> Tensor | None:
     return None if mask is None else (mask != 0).sum(1)
 
 
-def _tokens(tree: Any, n: int) -> dict[int, Tensor]:
-    """Where tokens are: for each width T of a sequence in the batch (N, T) bool, False for padding.
+class _Room(NamedTuple):
+    """One piece of evidence for padding.
 
-    By masks, and labels that are ignored; by the value that ends the rows of an integer matrix where neither tells.
+    Attributes:
+        name: of the tensor that shows it.
+        place: the dimension that is padded.
+        size: how long it is.
+        used: (N, size) bool, False where an example has padding.
     """
-    told: dict[int, Tensor] = {}
-    matrices = [(name, leaf) for name, leaf in _leaves(tree)
-                if is_by_example(leaf, n) and leaf.dim() == 2 and leaf.shape[1] > 1 and leaf.numel()
-                and (not leaf.is_floating_point() or "mask" in name)]
-    for name, leaf in matrices:
-        if "mask" in name:
-            held = told.get(leaf.shape[1])
-            told[leaf.shape[1]] = leaf != 0 if held is None else held | (leaf != 0)
-    masked = set(told)
-    for name, leaf in matrices:
-        if "label" in name and leaf.shape[1] not in masked:
-            told[leaf.shape[1]] = leaf != IGNORED
-    for _, leaf in matrices:
-        if leaf.shape[1] not in told and (found := _before_padding(leaf)) is not None:
-            told[leaf.shape[1]] = found
-    return told
+
+    name: str
+    place: int
+    size: int
+    used: Tensor
 
 
-def _before_padding(ids: Tensor) -> Tensor | None:
-    """All but each row's last run of the value that ends a row more than once; None if no row ends in a run."""
-    repeated = ids[:, -1] == ids[:, -2]
-    if not bool(repeated.any()):
-        return None
-    pad = ids[repeated][0, -1]
-    return (ids != pad).flip(1).cummax(1).values.flip(1)
+def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
+    """By masks, by labels that are ignored, and by runs of one value at the start or end of any dimension.
+
+    Each by itself: a mask of ones says nothing against the zeros that end the rows beside it.
+    """
+    # Where a mask knows of padding, it tells all: a text may end in one word twice, an image in black.
+    told = any(is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
+               for name, leaf in _leaves(tree))
+    for name, leaf in _leaves(tree):
+        if not is_by_example(leaf, n) or leaf.dim() < 2 or not leaf.numel():
+            continue
+        if leaf.dim() == 2 and "mask" in name:
+            yield _Room(name, 1, leaf.shape[1], leaf != 0)
+            continue
+        if leaf.dim() == 2 and "label" in name and not leaf.is_floating_point():
+            yield _Room(name, 1, leaf.shape[1], leaf != IGNORED)
+        for place in range(1, leaf.dim()) if by_runs and ("mask" in name or not told) else ():
+            if leaf.shape[place] > 1 and (found := _without_runs(leaf, place)) is not None:
+                yield _Room(name, place, leaf.shape[place], found)
 
 
-def widths(tree: Any, n: int) -> frozenset[int]:
-    """How wide the sequences of the batch are, in tokens."""
-    return frozenset(leaf.shape[1] for name, leaf in _leaves(tree)
-                     if is_by_example(leaf, n) and leaf.dim() == 2 and ("mask" in name or not leaf.is_floating_point()))
+def _without_runs(leaf: Tensor, place: int) -> Tensor | None:
+    """(N, size) False in each example's last run of slices that hold one value, or its first if no last ones differ."""
+    slices = leaf.transpose(1, place).flatten(2) if leaf.dim() > 2 else leaf.unsqueeze(2)
+    size = slices.shape[1]
+    columns = torch.arange(size, device=leaf.device)
+    for at_end in (True, False):
+        corner = slices[:, -1 if at_end else 0, 0]
+        same = (slices == corner.view(-1, 1, 1)).all(2)
+        length = (same.flip(1) if at_end else same).long().cumprod(1).sum(1)
+        # Padding is what most rows end in; of single values, in a run of more than one.
+        if int(length.max()) < 2:
+            continue
+        pad = corner[length > (1 if leaf.dim() == 2 else 0)].mode().values
+        if leaf.dim() == 2 and int(((corner == pad) & (length > 1)).sum()) < min(2, len(leaf) - 1):
+            continue
+        length = torch.where(corner == pad, length, torch.zeros_like(length))
+        if bool((length == length[0]).all()):
+            continue  # all alike: a border, say
+        length = length.unsqueeze(1)
+        return columns < size - length if at_end else columns >= length
+    return None
+
+
+def widths(tree: Any, n: int) -> Hashable:
+    """The sizes of what an example holds: where they differ from batch to batch, somebody is padded."""
+    return tuple(tuple(leaf.shape[1:]) for _, leaf in _leaves(tree) if is_by_example(leaf, n))
 
 
 class Narrowed(NamedTuple):
@@ -165,49 +221,68 @@ class Narrowed(NamedTuple):
 
     Attributes:
         rows: their places in the batch.
-        tokens: how wide the padded sequences were.
-        kept: which columns are left.
-        mask: (rows, columns left) bool, True for their tokens.
+        place: the dimension that was padded, of the tensor that showed it.
+        tokens: how long it was.
+        kept: what is left of it.
+        mask: (rows, length left) bool, True where an example has no padding.
         call: the same call for them alone.
     """
 
     rows: list[int]
+    place: int
     tokens: int
     kept: slice
     mask: Tensor
     call: Any
 
 
-def narrowed(tree: Any, n: int) -> Iterator[Narrowed]:
-    """For each width and each end at which examples are padded: the call for some of them with less padding."""
-    for tokens, mask in _tokens(tree, n).items():
-        columns = torch.arange(tokens, device=mask.device)
-        any_token = mask.any(1)
-        first, last = torch.where(mask, columns, tokens).amin(1), torch.where(mask, columns, -1).amax(1)
-        for left, room in ((False, tokens - 1 - last), (True, first)):
-            room = torch.where(any_token, room, torch.zeros_like(room))
+# Models that work on blocks take some lengths only: a multiple of these is tried where another fails.
+_BLOCKS = (1, 2, 8, 16, 64)
+
+
+def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrowed]]:
+    """For each piece of evidence and each end: the call for some examples with less padding, in lengths to try in turn
+    until the model takes one.
+
+    Args:
+        tree, n: the batch.
+        by_runs: whether a run of one value is evidence, too: only where batches are known to differ in size, since
+            images have borders.
+    """
+    for name, place, size, used in _rooms(tree, n, by_runs):
+        columns = torch.arange(size, device=used.device)
+        anything = used.any(1)
+        first, last = torch.where(used, columns, size).amin(1), torch.where(used, columns, -1).amax(1)
+        for left, room in ((False, size - 1 - last), (True, first)):
+            room = torch.where(anything, room, torch.zeros_like(room))
             ranked = torch.argsort(room, descending=True, stable=True)
             # Two with the most room, so that they have company; one if nobody else is padded.
-            places = sorted(ranked[:2].tolist()) if n > 1 and int(room[ranked[1]]) > 0 else ranked[:1].tolist()
-            cut = int(room[torch.tensor(places, device=room.device)].min())
-            if cut == 0:
-                continue
-            kept = slice(cut, tokens) if left else slice(0, tokens - cut)
-            part = cut_columns(take(tree, places, n), tokens, kept)
-            yield Narrowed(places, tokens, kept, mask[places][:, kept], part)
+            rows = sorted(ranked[:2].tolist()) if n > 1 and int(room[ranked[1]]) > 0 else ranked[:1].tolist()
+            needed = size - int(room[torch.tensor(rows, device=room.device)].min())
+            lengths = sorted({-(-needed // block) * block for block in _BLOCKS})
+            found = []
+            for length in (length for length in lengths if length < size):
+                kept = slice(size - length, size) if left else slice(0, length)
+                part = cut(take(tree, rows, n), name, place, size, kept)
+                found.append(Narrowed(rows, place, size, kept, used[rows][:, kept], part))
+            if found:
+                yield found
 
 
-def cut_columns(tree: Any, tokens: int, kept: slice) -> Any:
-    """The same tree with these columns alone of everything that is ``tokens`` wide."""
-    def cut(path: Any, leaf: Any) -> Any:
+def cut(tree: Any, name: str, place: int, size: int, kept: slice) -> Any:
+    """The same tree with this part alone of the dimension ``place`` of tensor ``name``, and of what goes with it."""
+    def one(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        for place in range(1, leaf.dim()):
-            # (N, T, …); and matrices of attention, which have the width twice.
-            if leaf.shape[place] == tokens and (place == 1 or (leaf.dim() == 4 and "mask" in pytree.keystr(path))):
-                leaf = leaf[(slice(None),) * place + (kept,)]
+        own = pytree.keystr(path) == name
+        for dimension in range(1, leaf.dim()):
+            # (N, T, …) beside it; a mask of pixels; and matrices of attention, which have the length twice.
+            beside = dimension in (1, place) or (
+                "mask" in pytree.keystr(path) and (leaf.dim() == 4 or leaf.dim() == dimension + 1))
+            if leaf.shape[dimension] == size and (dimension == place if own else beside):
+                leaf = leaf[(slice(None),) * dimension + (kept,)]
         return leaf
-    return pytree.tree_map_with_path(cut, tree)
+    return pytree.tree_map_with_path(one, tree)
 
 
 def numbers_in(tree: Any) -> dict[str, float]:

@@ -287,11 +287,11 @@ class PrivacyEngine:
         try:
             recorder = recorder_of(model)
             owned = recorder is not None and recorder.owner is not None
-            check_isolation(
+            passed = check_isolation(
                 model, args, kwargs, n, targets=targets, criterion=criterion,
                 reduction=recorder.losses.reduction if recorder is not None and owned else None)
-            if recorder is not None and criterion is not None:
-                recorder.losses.vouched = True
+            if recorder is not None and passed.criterion is not None:
+                recorder.losses.vouched.add(passed.criterion)
         finally:
             for module, mode in modes.items():
                 module.training = mode

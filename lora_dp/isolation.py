@@ -17,7 +17,7 @@ reduced otherwise than declared, models that look at padding, and counts of a ba
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,34 @@ from torch.utils import _pytree as pytree
 
 from lora_dp import batch_parts
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
+from lora_dp.loss_watch import LossWatch
 from lora_dp.trials import SEED, LossFunction, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
-_MOST = 4
+FEW = 4
 _REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
            "labels out of the model's call)")
+
+
+class Passed(NamedTuple):
+    """What a batch has passed.
+
+    Attributes:
+        losses: which of the single numbers that the model returns are losses that keep examples apart.
+        padding: whether padding was there to be tried.
+        criterion: the shape of the criterion's graph, if one was given.
+    """
+
+    losses: frozenset[int] = frozenset()
+    padding: bool = False
+    criterion: int | None = None
 
 
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
-    padding_varies: bool = True, other_numbers: Mapping[str, float] | None = None,
-) -> frozenset[int]:
+    padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None,
+) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
     Random numbers, buffers, gradients and modes are left as they were. A batch of fewer than two examples passes: it
@@ -50,21 +65,19 @@ def check_isolation(
         targets: given to ``criterion``, also by example.
         criterion: loss(model output, targets), a scalar or (N,); None uses the model's own loss if its output has one.
         reduction: how a scalar loss is declared to join the examples; None accepts a mean and a sum.
-        padding_varies: whether other batches may be padded to another width.
+        padding_varies: whether other batches are padded to another width; None if that is not known, and then the
+            padding that masks and labels show is tried.
         other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
-
-    Returns:
-        Which of the single numbers that the model returns passed as a loss, by their place among them.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
     """
     if n < 2:
-        return frozenset()
+        return Passed()
     call: Any = (args, kwargs, targets)
     apart = not batch_parts.of_whole_batch(call, n)
-    if apart and n > _MOST:
-        call, n = batch_parts.take(call, batch_parts.chosen(call, n, _MOST), n), _MOST
+    if apart and n > FEW:
+        call, n = batch_parts.take(call, batch_parts.chosen(call, n, FEW), n), FEW
     with Trials(model, criterion) as trials:
         base = trials.run(call)
         for name, output in base.private():
@@ -72,19 +85,24 @@ def check_isolation(
                 raise IsolationError(
                     f"'{name}' works on {tuple(output.shape)} in a batch of {n} examples: its rows cannot be told "
                     "apart by example; freeze it or leave it out of the private layers.")
+        replaced_runs = []
         for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
             _check_gradient_rows(base, i, n)
             replaced = _attempt(trials, _only(call, i, n), ragged=not apart)
             if replaced is not None:
                 _check_replaced(base, replaced, i, n)
+                replaced_runs.append((i, replaced))
         # Masks of one example in batches of different shapes differ: from here on nothing is drawn.
         steady = trials.run(call, still=True) if base.random else base
-        passed = _check_company(trials, steady, call, n, apart, criterion, reduction)
-        if padding_varies:
-            _check_padding(trials, steady, call, n, reduction)
+        # What NumPy or Python draw cannot be stilled: compared by place in batches of one shape alone, as above.
+        passed = frozenset(range(len(steady.losses))) if steady.elsewhere else _check_company(
+            trials, steady, call, n, apart, criterion, reduction)
+        padding = padding_varies is not False and not steady.elsewhere and _check_padding(
+            trials, steady, call, n, reduction, passed, padding_varies is True)
         if other_numbers:
             _check_numbers(trials, steady, call, n, other_numbers)
-        return passed
+        shape = None if criterion is None else LossWatch().shape_of(_sum(steady.losses[0]), steady.result)
+        return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
 
 
 def _only(call: Any, i: int, n: int) -> Any:
@@ -147,6 +165,11 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"Rows of '{name}' attributed to example {i} change with the other examples of the batch; the first "
                 f"module where this is seen is '{mixing}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
                 "or order rows by example.")
+    for (name, left), (_, right) in zip(base.inputs, replaced.inputs, strict=False):
+        if _row_changed(left, right, i, n):
+            raise IsolationError(
+                f"What '{name}' is given of example {i} changes with the other examples of the batch; the first module "
+                f"where this is seen is '{mixing}': replace what mixes examples, or order rows by example.")
     for left, right in zip(base.by_example(n), replaced.by_example(n), strict=False):
         if _row_changed(left, right, i, n):
             raise IsolationError(
@@ -169,6 +192,19 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                     f"example's tokens first, then over examples): {_REMEDY}.")
 
 
+def _kept_apart(base: Trace, replaced_runs: list[tuple[int, Trace]], n: int) -> frozenset[int]:
+    """Which of the losses after the first one, too, leave an example's gradient alone when the others are replaced."""
+    kept = set(range(len(base.losses)))
+    for place in range(1, len(base.losses)):
+        left = base.backward(_sum(base.losses[place]))
+        for i, replaced in replaced_runs:
+            right = replaced.backward(_sum(replaced.losses[place])) if place < len(replaced.losses) else {}
+            if any(_differ(_rows(a, n)[i], _rows(b, n)[i])
+                   for name, found in left.items() for a, b in zip(found, right.get(name, []), strict=False)):
+                kept.discard(place)
+    return frozenset(kept)
+
+
 def _sum(loss: Tensor) -> Tensor:
     return loss if loss.dim() == 0 else loss.sum()
 
@@ -185,19 +221,26 @@ def _check_company(
 ) -> frozenset[int]:
     """Among another number of examples."""
     # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
-    halved = apart and n >= _MOST
+    halved = apart and n >= FEW
     rows = range(n // 2) if halved else range(n)
     company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call)
     other = _attempt(trials, company, ragged=not apart, still=steady.random or steady.still)
     if other is None:
         return frozenset()
     m = len(rows) if halved else 2 * n
-    for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+    pairs = [("The output for", left, right)
+             for left, right in zip(steady.by_example(n), other.by_example(m), strict=False)]
+    pairs += [(f"What '{name}' is given of", left, right)
+              for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
+    for what, left, right in pairs:
+        if not left.is_floating_point() or left.shape[0] % n or right.shape[0] % m or (
+                left.shape[0] // n != right.shape[0] // m or left.shape[1:] != right.shape[1:]):
+            continue
         for i in rows:
-            if left.shape[1:] == right.shape[1:] and _differ(left[i].detach(), right[i].detach()):
+            if _differ(_rows(left, n)[i], _rows(right, m)[i]):
                 raise IsolationError(
-                    f"The output for example {i} changes with the number of examples in the batch: find what counts "
-                    "or normalises over them.")
+                    f"{what} example {i} changes with the number of examples in the batch: find what counts or "
+                    "normalises over them.")
     passed = set()
     for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
         whole = steady.backward(_sum(loss))
@@ -205,7 +248,9 @@ def _check_company(
         fits = {kind for kind in ("mean", "sum") if _scales_as(kind, whole, part, rows, n, m)}
         claimed = "sum" if loss.dim() else reduction
         if fits & ({claimed} if claimed else {"mean", "sum"}):
-            passed.add(place)
+            # Of two or three, all doubled, a statistic of the batch scales as a mean does.
+            if place == 0 or halved:
+                passed.add(place)
         elif place == 0:
             raise IsolationError(_misreduced(claimed, fits, call, criterion is None))
     return frozenset(passed)
@@ -232,23 +277,37 @@ def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> st
 
 
 def _check_padding(
-    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None
+    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None, passed: frozenset[int],
+    known: bool,
+) -> bool:
+    """With less padding: what the longest example of a batch does to all others. Whether some was there."""
+    tried = False
+    for lengths in batch_parts.narrowed(call, n, by_runs=known):
+        for narrow in lengths:
+            # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
+            other = _attempt(trials, narrow.call, ragged=True, still=steady.random or steady.still)
+            if other is not None:
+                tried = True
+                _compare_narrowed(steady, other, narrow, n, reduction, passed)
+                break
+    return tried
+
+
+def _compare_narrowed(
+    steady: Trace, other: Trace, narrow: batch_parts.Narrowed, n: int, reduction: LossReduction | None,
+    passed: frozenset[int],
 ) -> None:
-    """With less padding: what the longest example of a batch does to all others."""
-    for narrow in batch_parts.narrowed(call, n):
-        # A model of one fixed width cannot be padded otherwise.
-        other = _attempt(trials, narrow.call, ragged=True, still=steady.random or steady.still)
-        if other is None:
-            continue
-        m = len(narrow.rows)
-        for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
-            _compare_padded(left, right, narrow, n, "output")
-        if not steady.losses or not other.losses:
-            continue
-        whole, part = steady.backward(_sum(steady.losses[0])), other.backward(_sum(other.losses[0]))
-        factor = n / m if reduction != "sum" and not steady.losses[0].dim() else 1.0
-        if reduction is None and not steady.losses[0].dim():
+    m = len(narrow.rows)
+    for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+        _compare_padded(left, right, narrow, n, "output")
+    for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
+        if left.is_floating_point():
+            _compare_padded(left, right, narrow, n, f"input of '{name}'")
+    for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
+        if (reduction is None and not loss.dim()) or (place and place not in passed):
             continue  # which of the two it is, was not said
+        whole, part = steady.backward(_sum(loss)), other.backward(_sum(other_loss))
+        factor = n / m if reduction != "sum" and not loss.dim() else 1.0
         for name, gradients in whole.items():
             for left, right in zip(gradients, part.get(name, []), strict=False):
                 _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'")
@@ -273,8 +332,8 @@ def _compare_padded(left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n
         if _differ(a, b):
             raise IsolationError(
                 f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
-                f"example ({tokens} or {columns} tokens): pad every batch to one fixed width, or use a "
-                "model that passes over padding (by its attention mask, in pooling too).")
+                f"example ({tokens} or {columns} long): pad every batch to one fixed size, or use a model that passes "
+                "over padding (by its attention mask, in pooling too).")
 
 
 def _check_numbers(

@@ -22,6 +22,8 @@ _MEAN, _SUM = 1, 2  # torch's numbers for the reductions of its losses
 _PASSED = ("MeanBackward", "SumBackward", "ToCopyBackward", "CloneBackward", "AliasBackward", "ViewBackward",
            "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "ExpandBackward")
 _RELATIVE = 1e-6
+_LARGEST_PART = 64
+_MOST_WAYS = 64
 
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -226,37 +228,136 @@ def weight(term: Term, n: int, claimed: LossReduction) -> float:
     return found * n if claimed == "mean" else found
 
 
+def is_constant(value: float) -> bool:
+    """Whether a number looks like one that somebody wrote: three digits, or one over a small whole number.
+
+    1 / 76 in a batch of 8 looks like a count of something. What looks right is compared from batch to batch.
+    """
+    inverse = 1 / value if value else math.inf
+    whole = abs(inverse) <= _LARGEST_PART and math.isclose(inverse, round(inverse), rel_tol=_RELATIVE)
+    return whole or math.isclose(float(f"{value:.3g}"), value, rel_tol=_RELATIVE)
+
+
 def is_plain(term: Term, value: float, n: int, claimed: LossReduction) -> bool:
     """Whether the term joins the examples as claimed, by its own reduction or by a division that can only mean that.
 
-    A mean where a mean is claimed may carry any constant. A sum divided by hand must be divided by N (times a whole
-    number, such as an example's size or a number of micro-batches): 1 / 76 in a batch of 8 is a count of something. A
+    A mean where a mean is claimed may carry a constant. A sum divided by hand must be divided by N, times a constant. A
     mean where a sum is claimed must have been multiplied by N.
     """
     if term.kind == "own" or n == 1:
-        return True
+        return is_constant(term.factor)
     if term.reduction == claimed:
         undone = n if claimed == "mean" else 1 / n
-        return not math.isclose(abs(term.factor), undone, rel_tol=_RELATIVE)
+        return is_constant(term.factor) and not math.isclose(abs(term.factor), undone, rel_tol=_RELATIVE)
     inverse = 1 / abs(value) if value else math.inf
-    if not inverse < math.inf or round(inverse) < 1 or not math.isclose(inverse, round(inverse), rel_tol=_RELATIVE):
-        return False
-    return claimed == "mean" or round(inverse) % n != 0
+    if inverse < math.inf and round(inverse) >= 1 and math.isclose(inverse, round(inverse), rel_tol=_RELATIVE):
+        return claimed == "mean" or round(inverse) % n != 0
+    return claimed == "mean" and is_constant(value) and not is_constant(term.factor)
 
 
-def scalar_factor(losses: Tensor, outputs: Outputs) -> float:
-    """Product of the single numbers by which a vector of losses was multiplied or divided on its way."""
+def own_count(term: Term, n: int, outputs: Outputs) -> float | None:
+    """How many labels of an example the model's own loss counts, on average; None where its graph does not tell."""
+    node: Node | None = outputs.tensors[term.own].grad_fn
+    while node is not None:
+        saved = _Saved(node)
+        if _kind(node).startswith("NllLoss") and saved.get("reduction") == _MEAN:
+            return float(saved.get("total_weight")) / n
+        following = [child for child, _ in node.next_functions if child is not None]
+        if len(following) != 1 or _kind(node) not in (*_PASSED, "MulBackward", "DivBackward"):
+            return None
+        node = following[0]
+    return None
+
+
+class Followed(NamedTuple):
+    """What lies between numbers and the model's outputs.
+
+    Attributes:
+        linear: the factors by which sums of vectors were multiplied on their way, by single numbers.
+        factors: products of single numbers along every way to the outputs.
+        shape: names the operations: equal for equal code.
+        leaves: ids of the tensors to which ways lead beside the outputs.
+    """
+
+    linear: tuple[float, ...]
+    factors: tuple[float, ...]
+    shape: int
+    leaves: set[int]
+
+
+def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
+    """Everything between these edges of a graph and the model's outputs."""
     known: dict[Node, bool] = {}
-    node, number, factor = losses.grad_fn, losses.output_nr, 1.0
-    while node is not None and (node, number) not in outputs.places:
-        children = [(n, k) for n, k in node.next_functions if n is not None and outputs.below(n, k, known)]
-        if len(children) != 1:
-            break
-        if _kind(node) in ("MulBackward", "DivBackward"):
-            with contextlib.suppress(UnknownLoss):  # by a vector, an entry for each example
-                factor *= _shares(node, children)[0]
-        node, number = children[0]
-    return factor
+    order: list[Node] = []
+    linear: list[float] = []
+    leaves: set[int] = set()
+    for edge in edges:
+        _visit(edge, outputs, known, order, leaves)
+        linear += _linear(edge, outputs, known)
+    products: dict[Node, frozenset[float]] = {}
+    for node in order:  # children first
+        children = [(c, k) for c, k in node.next_functions if c is not None]
+        below = [frozenset({1.0}) if (c, k) in outputs.places else products.get(c, frozenset()) for c, k in children]
+        found = frozenset().union(*below)
+        share = 1.0
+        if len([ways for ways in below if ways]) == 1 and _kind(node) in ("MulBackward", "DivBackward"):
+            with contextlib.suppress(UnknownLoss):  # by a vector
+                share = _shares(node, [child for child, ways in zip(children, below, strict=True) if ways])[0]
+        products[node] = frozenset(float(f"{share * way:.6g}") for way in found) if len(found) <= _MOST_WAYS else found
+    ways = frozenset().union(*(
+        frozenset({1.0}) if edge in outputs.places else products.get(edge[0], frozenset()) for edge in edges))
+    return Followed(tuple(linear), tuple(sorted(ways)), hash(tuple(node.name() for node in order)), leaves)
+
+
+def _visit(
+    edge: tuple[Node, int], outputs: Outputs, known: dict[Node, bool], order: list[Node], reached: set[int]
+) -> None:
+    """Enters all nodes down to the outputs into ``order``, children first, and the leaves beside them."""
+    if edge in outputs.places:
+        return
+    stack, seen = [edge[0]], set(order)
+    while stack:
+        node = stack[-1]
+        if node in seen:
+            stack.pop()
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            reached.add(id(variable))
+        children = [c for c, k in node.next_functions if c is not None and (c, k) not in outputs.places]
+        open_ = [child for child in children if child not in seen and child not in known]
+        if open_:
+            for child in open_:
+                known[child] = False
+            stack.extend(open_)
+            continue
+        seen.add(node)
+        order.append(node)
+        stack.pop()
+
+
+def _linear(edge: tuple[Node, int], outputs: Outputs, known: dict[Node, bool]) -> list[float]:
+    reached: dict[Node, bool] = {}
+    pending, factors = [(*edge, 1.0)], []
+    while pending:
+        node, number, factor = pending.pop()
+        children = [] if (node, number) in outputs.places else [
+            (c, k) for c, k in node.next_functions if c is not None and outputs.below(c, k, reached)]
+        single = len(children) == 1 and _kind(node) not in ("MeanBackward", "SumBackward", "ExpandBackward")
+        try:
+            if not children or not (single or _kind(node) in ("AddBackward", "SubBackward")):
+                raise UnknownLoss
+            pending += [(c, k, factor * share)
+                        for (c, k), share in zip(children, _vector_shares(node, children), strict=True)]
+        except UnknownLoss:
+            factors.append(factor)
+    return factors
+
+
+def _vector_shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
+    if _kind(node) in ("AddBackward", "SubBackward"):
+        return [1.0] * len(children)  # alpha and sign are no counts
+    return _shares(node, children)
 
 
 def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:

@@ -6,30 +6,43 @@ reaches a private layer by another way is refused by the step.
 
 import math
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.utils import _pytree as pytree
 
+from lora_dp.batch_parts import tensors_in
 from lora_dp.loss_graph import (
+    Followed,
     IsolationError,
     LossReduction,
     MixingLoss,
     Outputs,
     Term,
     UnknownLoss,
+    follow,
+    is_constant,
     is_plain,
     meets,
-    scalar_factor,
+    own_count,
     terms,
     weight,
 )
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5
+_ELSEWHERE = ("The losses do not depend on what the model returned in its last training forward: compute them from its "
+              "outputs, with gradients.")
+
+
+class _Seen(NamedTuple):
+    """What a loss of one shape was like in an earlier batch."""
+
+    n: int
+    weights: tuple[float, ...]
+    factors: tuple[float, ...]
 
 
 class LossWatch:
@@ -40,33 +53,35 @@ class LossWatch:
         tested: whether examples that meet in the loss are looked for in this pass.
         examined: whether a loss of this pass was seen and found right.
         proven: which of the single numbers that the model returns are losses that keep examples apart.
-        vouched: whether a criterion of the user's has passed the isolation check.
+        vouched: shapes of graphs of criteria that have passed the isolation check.
     """
 
     def __init__(self) -> None:
         self.reduction: LossReduction = "mean"
-        self.tested = self.examined = self.vouched = False
+        self.tested = self.examined = False
         self.proven: frozenset[int] = frozenset()
+        self.vouched: set[int] = set()
         self._n = 0
         self._outputs: Outputs | None = None
         self._own: list[int] = []
-        self._weights: list[float] | None = None
-        self._scalar: float | None = None
+        self._leaves: Callable[[], set[int]] = set
+        self._seen: dict[int, _Seen] = {}
+        self._counts: dict[int, float] = {}
         _show_backward_to(self)
 
-    def begin(self, n: int, tested: bool) -> None:
-        """A pass over ``n`` examples begins."""
-        self._n, self.tested, self.examined, self._outputs = n, tested, False, None
+    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set) -> None:
+        """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients."""
+        self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, False, None, leaves
 
     def returned(self, output: Any) -> None:
         """The model has returned."""
-        tensors = [t for t in _tensors(output) if t.requires_grad]
+        tensors = [t for t in tensors_in(output) if t.requires_grad]
         self._outputs = Outputs.of(tensors)
         self._own = [place for place, t in enumerate(self._outputs.tensors) if t.dim() == 0]
 
     def forget(self) -> None:
         """The pass is over: let go of its graph."""
-        self._outputs = None
+        self._outputs, self._leaves = None, set
 
     def scalar(self, loss: Tensor) -> None:
         """Before a backward from ``loss``: refuse what does not keep the examples apart.
@@ -75,21 +90,25 @@ class LossWatch:
             IsolationError: as it says.
         """
         outputs, n = self._outputs, self._n
-        if outputs is None:
+        if outputs is None or loss.grad_fn is None:
             return
         if n == 0:
             self.examined = True
             return
+        followed = follow([(loss.grad_fn, loss.output_nr)], outputs)
+        self._check_way(followed)
         if loss.numel() != 1:
-            if outputs.below(loss.grad_fn, loss.output_nr, {}):
+            if followed.factors:
                 raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
             return
         try:
             found = terms(loss, n, outputs)
-            weights = sorted(self._weight(term) for term in found)
+            before = self._seen.get(followed.shape)
+            values = [self._weight(term, before) for term in found]
         except UnknownLoss as error:
             # One example has nobody to meet.
-            if n == 1 or (self.vouched and not isinstance(error, MixingLoss)):
+            if not isinstance(error, MixingLoss) and (n == 1 or followed.shape in self.vouched):
+                self._compare(followed.shape, (), followed.factors)
                 self.examined = True
                 return
             raise IsolationError(
@@ -97,11 +116,13 @@ class LossWatch:
                 "engine.check_isolation(model, batch, criterion) test it on a batch first.") from error
         if not found:
             return
-        self._check_constant(weights)
-        if self.tested and n > 1:
-            for term in found:
-                if term.joined is not None:
-                    self._check_apart(term.joined, outputs)
+        joined = [term.joined for term in found if term.joined is not None]
+        inside = follow([(edge.node, edge.output_nr) for edge in joined], outputs)
+        self._check_linear(inside.linear)
+        self._compare(followed.shape, tuple(sorted(values)), inside.factors)
+        if n > 1 and (self.tested or before is None):
+            for edge in joined:
+                self._check_apart(edge, outputs)
         self.examined = True
 
     def vector(self, losses: Tensor, n: int) -> None:
@@ -112,47 +133,75 @@ class LossWatch:
             ValueError: the losses do not come from what the model returned.
         """
         outputs = self._outputs
-        if outputs is None or losses.grad_fn is None or not outputs.below(losses.grad_fn, losses.output_nr, {}):
-            raise ValueError(
-                "The losses do not depend on what the model returned in its last training forward: compute them from "
-                "its outputs, with gradients.")
-        if n > 1:
-            factor = scalar_factor(losses, outputs)
-            if self._scalar is not None and not math.isclose(factor, self._scalar, rel_tol=_RELATIVE):
+        if outputs is None or losses.grad_fn is None:
+            raise ValueError(_ELSEWHERE)
+        followed = follow([(losses.grad_fn, losses.output_nr)], outputs)
+        if not followed.factors:
+            raise ValueError(_ELSEWHERE)
+        self._check_way(followed)
+        before = self._seen.get(followed.shape)
+        self._compare(followed.shape, tuple(sorted(followed.linear)), followed.factors)
+        if before is None:
+            if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in followed.linear):
                 raise IsolationError(
-                    f"All losses of this batch are multiplied by {factor:.6g}, those of an earlier one by "
-                    f"{self._scalar:.6g}: do not divide by what a batch holds; give a public schedule as "
-                    "optimizer.backward(losses, weight=…).")
-            if math.isclose(factor * n, 1, rel_tol=_RELATIVE):
-                raise IsolationError(
-                    f"The losses were divided by the number of examples, {n}: hand them over as they are.")
-            self._scalar = factor
-            if self.tested:
-                self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs)
+                    f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
+                    "constant as optimizer.backward(losses, weight=…).")
+            self._check_linear(followed.linear)
+        if n > 1 and (self.tested or before is None):
+            self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs)
         self.examined = True
 
-    def _weight(self, term: Term) -> float:
+    def shape_of(self, loss: Tensor, output: Any) -> int:
+        """What names the graph of a loss that was computed from a model's output."""
+        edge = [] if loss.grad_fn is None else [(loss.grad_fn, loss.output_nr)]
+        return follow(edge, Outputs.of([t for t in tensors_in(output) if t.requires_grad])).shape
+
+    def _weight(self, term: Term, before: _Seen | None) -> float:
         n = self._n
-        if term.kind == "own" and n > 1 and self._own.index(term.own) not in self.proven:
-            raise MixingLoss("a number that the model returned, which was not found to be a mean or sum over examples")
+        if term.kind == "own" and n > 1:
+            place = self._own.index(term.own)
+            if place not in self.proven:
+                raise MixingLoss(
+                    "a number that the model returned, which was not found to be a mean or sum over examples")
+            self._check_counts(place, own_count(term, n, self._outputs))  # type: ignore[arg-type]
         value = weight(term, n, self.reduction)
-        if not is_plain(term, value, n, self.reduction):
+        if before is None and not is_plain(term, value, n, self.reduction):
             raise MixingLoss(
                 f"it is a {term.reduction} of {term.elements} numbers times {term.factor:.6g} in a batch of {n} "
                 f"examples, but was declared a {self.reduction} over the examples (make_private's loss_reduction)")
         return value
 
-    def _check_constant(self, weights: list[float]) -> None:
-        if self._n == 1 and self._weights is None:
-            return
-        before = self._weights
-        if before is not None and not (len(before) == len(weights) and all(
-                math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(before, weights, strict=True))):
+    def _check_counts(self, place: int, count: float | None) -> None:
+        if count is not None and not math.isclose(self._counts.setdefault(place, count), count, rel_tol=_RELATIVE):
+            raise MixingLoss(
+                f"a mean over {count:.6g} labels of an example in this batch, {self._counts[place]:.6g} in an earlier "
+                "one: some are ignored, and all share the divisor")
+
+    def _check_way(self, followed: Followed) -> None:
+        if not self._leaves().isdisjoint(followed.leaves):
             raise IsolationError(
-                f"The loss of this batch weighs an example by {_listed(weights)}, that of an earlier one by "
-                f"{_listed(before)}: a divisor that counts what a batch holds ties each example to the others; "
-                f"{_REMEDY}.")
-        self._weights = weights
+                "A part of the loss comes to private layers beside what the model returned (by an attribute or a "
+                "hook's features, say), where it cannot be followed: return it from forward.")
+
+    def _check_linear(self, factors: Sequence[float]) -> None:
+        for factor in factors:
+            if not is_constant(factor):
+                raise IsolationError(
+                    f"Losses were multiplied by {factor:.6g}, which looks like a count of what the batch holds: hand "
+                    "them over as they are, with a constant as optimizer.backward(losses, weight=…).")
+
+    def _compare(self, shape: int, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
+        """With an earlier batch of the same graph: no number may have followed what the batch holds."""
+        before = self._seen.get(shape)
+        if before is not None:
+            for now, then in ((weights, before.weights), (factors, before.factors)):
+                if not (len(now) == len(then) and all(
+                        math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))):
+                    raise IsolationError(
+                        f"The loss of this batch weighs an example by {_listed(now)}, that of an earlier one by "
+                        f"{_listed(then)}: a divisor that counts what a batch holds ties each example to the others; "
+                        f"{_REMEDY}. A public schedule is optimizer.backward(losses, weight=…).")
+        self._seen[shape] = _Seen(self._n, weights, factors)
 
     def _check_apart(self, joined: GradientEdge, outputs: Outputs) -> None:
         for i in (0, self._n - 1):
@@ -163,18 +212,7 @@ class LossWatch:
 
 
 def _listed(weights: Sequence[float]) -> str:
-    return " and ".join(f"{value:.6g}" for value in weights)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors in what a model returned, in the order of torch's trees; objects by their attributes."""
-    found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | torch.nn.Module):
-            found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
-    return found
+    return " and ".join(f"{value:.6g}" for value in weights) or "nothing"
 
 
 _watches: "weakref.WeakSet[LossWatch]" = weakref.WeakSet()

@@ -70,7 +70,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
         self._drawn: deque[int] = deque()
-        self._stepped = False
+        self._stepped = self._looked = False
         self._skip_next = False
         # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
         self._non_finite_examples: Tensor | int = 0
@@ -191,13 +191,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._drawn.append(size)
 
     def begin_batches(self) -> None:
-        """Told by the private loader: it begins to draw. Batches that were looked at before any step are forgotten.
+        """Told by the private loader: it begins to draw. One batch may have been looked at before any step.
 
         Raises:
             RuntimeError: a batch that was drawn before has not been stepped.
         """
-        if self._stepped:
+        if self._stepped or self._looked:
             self.check_stepped()
+        self._looked = bool(self._drawn)
         self._drawn.clear()
 
     def check_stepped(self) -> None:

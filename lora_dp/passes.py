@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.batch_parts import numbers_in, structure, widths
+from lora_dp.batch_parts import doubled, numbers_in, structure, widths
 from lora_dp.collation import drawn_for_test
 from lora_dp.coverage import batch_size
-from lora_dp.isolation import check_isolation
+from lora_dp.isolation import FEW, check_isolation
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass
 
@@ -37,20 +37,27 @@ class Passes:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         begin_pass(recorder.owner)
         n = batch_size(args, kwargs)
-        tested = n > 1 and not recorder.capturing and self._test(module, args, kwargs, n)
+        tested = not recorder.capturing and self._test(module, args, kwargs, n)
         recorder.open(n)
-        recorder.losses.begin(n, tested)
+        recorder.losses.begin(n, tested, recorder.leaves)
 
     def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
         """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come."""
         recorder = self.recorder
         kind, others = self._kind((args, kwargs), n)
-        if kind in recorder.tested and not others and not drawn_for_test():
+        if n == 1 and others:
+            # A batch of one has nobody to meet, but a count of the whole logical batch.
+            args, kwargs = doubled((args, kwargs))
+            n = 2
+        wanted = kind not in recorder.tested or recorder.padding_untried((args, kwargs), n)
+        if n < 2 or not (wanted or others or drawn_for_test()):
+            recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
-        recorder.losses.proven |= check_isolation(
+        passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction, padding_varies=recorder.padding_varies,
             other_numbers=others)
-        recorder.tested.add(kind)
+        recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
+        recorder.padding_tried |= passed.padding
         return True
 
     def _kind(self, call: Any, n: int) -> tuple[Hashable, dict[str, float]]:
@@ -63,7 +70,7 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), recorder.padding_varies), others
+        return (structure(call, n), recorder.padding_varies, n >= FEW), others
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -11,11 +11,12 @@ import functools
 import math
 import warnings
 from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora_dp.batch_parts import narrowed
 from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.clipped_sum import clipped_sum_pairs
 from lora_dp.ops.example_norms import example_norms
@@ -118,15 +119,22 @@ class Slot:
         self.n = n
         self.method = method
         self.shape = parameter.shape
-        self.leaf = _leaf((n, *parameter.shape), wide_dtype(parameter.dtype), parameter.device)
+        # All leaves of this slot: a loss must come to them by the model's outputs.
+        self.leaves: list[Tensor] = []
+        self.leaf = self._leaf((n, *parameter.shape), wide_dtype(parameter.dtype), parameter.device)
         # Norms, not squares: over several backward passes their sum still bounds the norm of the sum.
-        self._norms = _leaf((n,), torch.float64, parameter.device)
+        self._norms = self._leaf((n,), torch.float64, parameter.device)
         self._uses = 0
         self._pairs: list[_Pair] = []
         self._norms.register_post_accumulate_grad_hook(functools.partial(_keep_one, []))
         self._factors: tuple[Tensor, Tensor, float] | None = None
         self._lookups: list[tuple[Tensor, Tensor]] = []
         self._rows: ExampleRows | None = None
+
+    def _leaf(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        leaf = _leaf(shape, dtype, device)
+        self.leaves.append(leaf)
+        return leaf
 
     def group(self, rows: Tensor) -> Tensor:
         """(first, ..., d) with first a multiple of N, example-major, as (N, T, d).
@@ -161,7 +169,7 @@ class Slot:
         if torch.compiler.is_compiling() or not (
                 self.method == "ghost" or (self.method == "auto" and prefers_ghost(tokens, left, right))):
             return Receiver(False, self.leaf, self._norms)
-        leaves = [_leaf((n, tokens, width), rows.dtype, rows.device) for width in (left, right)]
+        leaves = [self._leaf((n, tokens, width), rows.dtype, rows.device) for width in (left, right)]
         self._pairs.append(_Pair(leaves[0], leaves[1], scale))
         return Receiver(True, leaves[0], leaves[1])
 
@@ -194,7 +202,7 @@ class Slot:
                 f"'{self.name}' is a trainable embedding, which cannot be recorded under torch.compile: freeze it, or "
                 "do not compile the model.")
         grouped = self.group(ids.unsqueeze(-1)).squeeze(-1)
-        leaf = _leaf((*grouped.shape, self.shape[-1]), dtype, ids.device)
+        leaf = self._leaf((*grouped.shape, self.shape[-1]), dtype, ids.device)
         self._lookups.append((grouped, leaf))
         return grouped, leaf
 
@@ -283,6 +291,10 @@ class Pass:
     def filled(self) -> bool:
         return any(slot.filled for slot in self.slots.values())
 
+    def leaves(self) -> set[int]:
+        """The ids of all leaves so far."""
+        return {id(leaf) for slot in self.slots.values() for leaf in slot.leaves}
+
 
 def _warn_of_unused(finished: Pass) -> None:
     modules = sorted({slot.name.rpartition(".")[0] for slot in finished.slots.values() if not slot.filled})
@@ -304,8 +316,9 @@ class Recorder:
         owner: the private optimizer for which the model records.
         suspended: inside an evaluation with gradients, which is not recorded.
         losses: what is followed of the losses that are differentiated.
-        tested: structures of batches that have passed the isolation check.
-        padding_varies: whether batches are padded to different widths, as far as is known.
+        tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
+        padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
+            a batch came in which that could be tried.
         widths, numbers: of the sequences of the last batch; among the arguments of the first.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
         uses_checked: whether a first pass was looked through for parameters that get no gradient.
@@ -320,9 +333,9 @@ class Recorder:
         self.suspended = False
         self.owner: object | None = None
         self.losses = LossWatch()
-        self.tested: set[Hashable] = set()
-        self.padding_varies = self.capturing = self.uses_checked = False
-        self.widths: frozenset[int] | None = None
+        self.tested: dict[Hashable, frozenset[int]] = {}
+        self.padding_varies = self.padding_tried = self.capturing = self.uses_checked = False
+        self.widths: Hashable = None
         self.numbers: dict[str, float] = {}
 
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
@@ -401,6 +414,14 @@ class Recorder:
         """Forget whatever was recorded."""
         self.current, self.superseded = None, []
         self.losses.forget()
+
+    def leaves(self) -> set[int]:
+        """The ids of the leaves that take the gradients of the current pass."""
+        return set() if self.current is None else self.current.leaves()
+
+    def padding_untried(self, call: Any, n: int) -> bool:
+        """Whether this batch is the first in which less padding can be tried."""
+        return self.padding_varies and not self.padding_tried and n > 1 and next(narrowed(call, n), None) is not None
 
     def expect_padding(self) -> None:
         """Told by the loader: its batches are padded to different widths."""

@@ -1,13 +1,15 @@
 """Trial passes of a model, watched: what its layers and its loss do, with everything left as it was."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from lora_dp.batch_parts import tensors_in
 from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.still import Still
@@ -22,20 +24,23 @@ class Trace:
 
     Attributes:
         outputs: name, module and output of each, in order.
+        inputs: name of each trained private layer and what it was given, in order: with weights of zero its output
+            tells nothing, and its gradient all the same.
         result: what the model returned.
         losses: the loss or losses: the criterion's, or the scalars that the model returned.
         buffers: copies of the model's, after the pass.
-        random: whether the pass drew random numbers.
+        random: whether the pass drew random numbers; ``elsewhere``, whether NumPy or Python drew them.
     """
 
     def __init__(self, model: nn.Module, still: bool):
         self.model, self.still = model, still
         self.outputs: list[tuple[str, nn.Module, Tensor]] = []
+        self.inputs: list[tuple[str, Tensor]] = []
         self.gradients: dict[str, list[Tensor]] = {}
         self.result: Any = None
         self.losses: list[Tensor] = []
         self.buffers: dict[str, Tensor] = {}
-        self.random = False
+        self.random = self.elsewhere = False
         self._tensor_hooks: list[Any] = []
 
     def close(self) -> None:
@@ -49,15 +54,17 @@ class Trace:
 
     def by_example(self, n: int) -> list[Tensor]:
         """The outputs of the model that hold one entry for each example."""
-        return [leaf for leaf in pytree.tree_leaves(plain(self.result))
-                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0 and leaf.shape[0] == n]
+        return [leaf for leaf in tensors_in(self.result)
+                if leaf.is_floating_point() and leaf.dim() > 0 and leaf.shape[0] == n]
 
     @contextmanager
     def hooks(self, keep_outputs: bool) -> Iterator[None]:
         """Watch modules; also during backward, in which reentrant checkpoints run their modules once more."""
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def watch(module: nn.Module, _: Any, output: Any) -> None:
+            def watch(module: nn.Module, given: Any, output: Any) -> None:
+                if keep_outputs and is_trained(module) and given and isinstance(given[0], Tensor):
+                    self.inputs.append((name, given[0].detach()))
                 if not isinstance(output, Tensor):
                     return
                 if keep_outputs:
@@ -95,15 +102,9 @@ def is_trained(module: nn.Module) -> bool:
     return isinstance(module, PrivateModule) and bool(module.private_parameters())
 
 
-def plain(result: Any) -> Any:
-    """A model's result as torch's trees know it."""
-    return dict(result) if isinstance(result, dict) else result
-
-
 def scalars(result: Any) -> list[Tensor]:
     """The single numbers with a gradient among a model's outputs: its own losses."""
-    return [leaf for leaf in pytree.tree_leaves(plain(result))
-            if isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.requires_grad]
+    return [leaf for leaf in tensors_in(result) if leaf.dim() == 0 and leaf.requires_grad]
 
 
 class Trials:
@@ -132,7 +133,7 @@ class Trials:
         trace = Trace(self._model, still)
         self._open.callback(trace.close)
         with trace.hooks(keep_outputs=True), undisturbed(self._model), torch.enable_grad(), _chance(still):
-            before = _generators(self._model)
+            before, others = _generators(self._model), _other_generators()
             # forward itself, not __call__: the hooks on the whole model are the engine's.
             trace.result = self._model.forward(*args, **kwargs)
             if self._criterion is None:
@@ -140,6 +141,7 @@ class Trials:
             else:
                 trace.losses = [self._criterion(trace.result, targets)]
             trace.random = any(not torch.equal(a, b) for a, b in zip(before, _generators(self._model), strict=True))
+            trace.elsewhere = others != _other_generators()
             trace.buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         return trace
 
@@ -154,6 +156,11 @@ def _devices(model: nn.Module) -> list[int]:
 
 def _generators(model: nn.Module) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
+
+
+def _other_generators() -> tuple[Any, ...]:
+    kind, words, place, *_ = np.random.get_state()
+    return random.getstate(), kind, np.asarray(words).tobytes(), place
 
 
 @contextmanager
@@ -178,10 +185,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     copies: dict[int, Tensor] = {}
     for owner, name, buffer in owned:
         owner[name] = copies.setdefault(id(buffer), buffer.clone())
+    by_python, by_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(SEED)
+            random.seed(SEED)
+            np.random.seed(SEED)
             yield
     finally:
+        random.setstate(by_python)
+        np.random.set_state(by_numpy)
         for owner, name, buffer in owned:
             owner[name] = buffer

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_dp import DPEmbedding, DPLinear, DPLoRALinear, IsolationError, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.isolation import Passed
 from tests.models import assert_refuses, cross_entropy, examples, mlp, take_step
 from tests.support import make_private
 
@@ -367,7 +368,7 @@ def test_each_model_is_checked_once(monkeypatch):
     import lora_dp.passes
 
     calls = []
-    monkeypatch.setattr(lora_dp.passes, "check_isolation", lambda *args, **options: calls.append(1) or frozenset())
+    monkeypatch.setattr(lora_dp.passes, "check_isolation", lambda *args, **options: calls.append(1) or Passed())
     monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
     model = mlp()
     optimizer = make_private(model, batch_size=4)

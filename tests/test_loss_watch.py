@@ -141,8 +141,22 @@ def test_a_loss_that_passes_by_the_outputs_is_refused():
     model[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
     optimizer = make_private(model, batch_size=4)
     optimizer.expect_batch(4)
-    model(examples(4)[0])
-    kept[-1].sum().backward()
+    x, y = examples(4)
+    out = model(x)
+    for loss in (kept[-1].sum(), F.cross_entropy(out, y) + 0.01 * kept[-1].mean(0).square().sum()):
+        with pytest.raises(IsolationError, match="beside what the model returned"):
+            loss.backward(retain_graph=True)
+    with pytest.raises(IsolationError, match="beside what the model returned"):
+        optimizer.backward(F.cross_entropy(out, y, reduction="none") + kept[-1].mean(0).square().sum())
+
+
+def test_a_gradient_by_another_way_than_backward_is_refused():
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    out = model(examples(4)[0])
+    torch.autograd.Variable._execution_engine.run_backward(
+        (out,), (torch.ones_like(out),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
     assert optimizer.ledger.steps == 0
 
@@ -235,7 +249,7 @@ def test_a_vector_divided_by_a_count_is_refused_in_the_next_batch():
         optimizer.backward(F.cross_entropy(model(x), y, reduction="none") / count)
         optimizer.step()
     losses = F.cross_entropy(model(x), y, reduction="none") / 29
-    assert_refuses(IsolationError, "multiplied by 0.0344828", lambda: optimizer.backward(losses))
+    assert_refuses(IsolationError, "weighs an example by 0.0344828", lambda: optimizer.backward(losses))
 
 
 @pytest.mark.parametrize(("words", "losses"), [

@@ -13,6 +13,7 @@ import lora_dp.engine
 import lora_dp.optimizer
 import lora_dp.passes
 from lora_dp import DPLinear, DPLoRALinear
+from lora_dp.isolation import Passed
 from tests.models import assert_refuses, examples, mlp, snapshot, take_step
 from tests.support import make_private
 
@@ -101,6 +102,6 @@ def test_balancing_loss_is_refused_on_the_first_batch():
 
 
 def test_no_isolation_check_is_caught(bug):
-    bug.setattr(lora_dp.passes, "check_isolation", lambda *args, **options: frozenset())
+    bug.setattr(lora_dp.passes, "check_isolation", lambda *args, **options: Passed())
     with pytest.raises(AssertionError):
         check_balancing_loss_is_refused()

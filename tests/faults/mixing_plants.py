@@ -33,7 +33,7 @@ def any_reduction_taken(planting: Planting) -> None:
 
 
 def changing_divisors_taken(planting: Planting) -> None:
-    planting.replace(LossWatch, "_check_constant", _nothing)
+    planting.replace(LossWatch, "_compare", _nothing)
 
 
 def losses_that_meet_taken(planting: Planting) -> None:
@@ -42,8 +42,8 @@ def losses_that_meet_taken(planting: Planting) -> None:
 
 def unseen_losses_taken(planting: Planting) -> None:
     def planted(begin: Any) -> Any:
-        def trusting(self: LossWatch, n: int, tested: bool) -> None:
-            begin(self, n, tested)
+        def trusting(self: LossWatch, n: int, tested: bool, leaves: Any) -> None:
+            begin(self, n, tested, set)
             self.examined = True
         return trusting
 

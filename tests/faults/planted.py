@@ -200,7 +200,7 @@ FAULTS = [
           ("tests/test_loss_watch.py::test_losses_that_join_examples_are_refused"
            "[depends on the model's outputs for others-mean-contrastive]",)),
     Fault("a loss that was not seen is taken", "whatever it does to the examples.", unseen_losses_taken,
-          ("tests/test_loss_watch.py::test_a_loss_that_passes_by_the_outputs_is_refused",)),
+          ("tests/test_loss_watch.py::test_a_gradient_by_another_way_than_backward_is_refused",)),
     Fault("the first batch alone is tried for mixing",
           "labels that are ignored, unequal groups and other widths come later.", first_batch_alone_tried,
           ("tests/test_batch_trials.py::test_ignored_labels_of_a_later_batch_are_refused",
