@@ -143,8 +143,9 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
     if not outputs:
         return
     generator = torch.Generator().manual_seed(SEED)
+    own = [output.reshape(n, -1)[i] for output in outputs]
     alone = torch.stack([
-        (output[i] * torch.randn(output[i].shape, generator=generator).to(output)).sum() for output in outputs]).sum()
+        (values * torch.randn(values.shape, generator=generator).to(values)).sum() for values in own]).sum()
     for name, gradients in base.backward(alone).items():
         for gradient in gradients:
             rows = _rows(gradient, n).nan_to_num()
@@ -170,7 +171,7 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
             raise IsolationError(
                 f"What '{name}' is given of example {i} changes with the other examples of the batch; the first module "
                 f"where this is seen is '{mixing}': replace what mixes examples, or order rows by example.")
-    for left, right in zip(base.by_example(n), replaced.by_example(n), strict=False):
+    for left, right in base.beside(replaced, n, n):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
@@ -228,8 +229,7 @@ def _check_company(
     if other is None:
         return frozenset()
     m = len(rows) if halved else 2 * n
-    pairs = [("The output for", left, right)
-             for left, right in zip(steady.by_example(n), other.by_example(m), strict=False)]
+    pairs = [("The output for", left, right) for left, right in steady.beside(other, n, m)]
     pairs += [(f"What '{name}' is given of", left, right)
               for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
     for what, left, right in pairs:
@@ -298,7 +298,7 @@ def _compare_narrowed(
     passed: frozenset[int],
 ) -> None:
     m = len(narrow.rows)
-    for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+    for left, right in steady.beside(other, n, m):
         _compare_padded(left, right, narrow, n, "output")
     for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
         if left.is_floating_point():
@@ -342,7 +342,7 @@ def _check_numbers(
     """A number that differs from batch to batch."""
     for name, value in other_numbers.items():
         changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.random or steady.still)
-        pairs = [*zip(steady.by_example(n), changed.by_example(n), strict=False)]
+        pairs = steady.beside(changed, n, n)
         for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
             left, right = steady.backward(_sum(loss)), changed.backward(_sum(other_loss))
             pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]

@@ -166,7 +166,7 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     """By what each child's number is multiplied in this node, which must be linear in them."""
     kind, saved = _kind(node), _Saved(node)
     if kind in ("AddBackward", "SubBackward") and _size(children) == 1:
-        alpha = float(saved.get("alpha") or 1)
+        alpha = 1.0 if (given := saved.get("alpha")) is None else float(given)
         slots = [place for place, (n, k) in enumerate(node.next_functions) if (n, k) in children]
         sign = -1.0 if kind == "SubBackward" else 1.0
         return [1.0 if place == 0 else sign * alpha for place in slots]
@@ -371,7 +371,8 @@ def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
         return False
     direction = torch.zeros(n, math.prod(shape) // n, dtype=metadata.dtype, device=metadata.device)
     direction[i] = 1
-    rows = [t for t in outputs.tensors if t.dim() and t.shape[0] == n]
+    # Of flattened tokens too: all rows of one example after another.
+    rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
     if not rows:
         return False
     gradients = torch.autograd.grad(
@@ -380,6 +381,6 @@ def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
         if gradient is not None:
             own = gradient.reshape(n, -1).abs().nan_to_num().amax(1)
             others = torch.cat([own[:i], own[i + 1 :]]).max()
-            if bool(others > tolerance(own.dtype) * own[i].clamp(min=torch.finfo(own.dtype).tiny)):
+            if bool(others > tolerance(own.dtype) * own[i]):
                 return True
     return False
