@@ -50,13 +50,15 @@ class LossWatch:
         self._n = 0
         self._outputs: Outputs | None = None
         self._own: list[int] = []
-        self._weights: list[float] | None = None
+        # Of each backward of a pass, in their order: several may go through one kept graph.
+        self._weights: list[list[float]] = []
+        self._backwards = 0
         self._scalar: float | None = None
         _show_backward_to(self)
 
     def begin(self, n: int, tested: bool) -> None:
         """A pass over ``n`` examples begins."""
-        self._n, self.tested, self.examined, self._outputs = n, tested, False, None
+        self._n, self.tested, self.examined, self._outputs, self._backwards = n, tested, False, None, 0
 
     def returned(self, output: Any) -> None:
         """The model has returned."""
@@ -143,16 +145,18 @@ class LossWatch:
         return value
 
     def _check_constant(self, weights: list[float]) -> None:
-        if self._n == 1 and self._weights is None:
+        place, self._backwards = self._backwards, self._backwards + 1
+        if place >= len(self._weights):
+            if self._n > 1:
+                self._weights.append(weights)
             return
-        before = self._weights
-        if before is not None and not (len(before) == len(weights) and all(
-                math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(before, weights, strict=True))):
+        before = self._weights[place]
+        if len(before) != len(weights) or not all(
+                math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(before, weights, strict=True)):
             raise IsolationError(
                 f"The loss of this batch weighs an example by {_listed(weights)}, that of an earlier one by "
                 f"{_listed(before)}: a divisor that counts what a batch holds ties each example to the others; "
                 f"{_REMEDY}.")
-        self._weights = weights
 
     def _check_apart(self, joined: GradientEdge, outputs: Outputs) -> None:
         for i in (0, self._n - 1):

@@ -125,6 +125,27 @@ def test_a_public_constant_may_stay():
     assert optimizer.ledger.steps == 2
 
 
+def test_each_backward_of_a_kept_graph_has_a_weight_of_its_own():
+    """Two passes through one graph are two constants; that one of them follows the batch is refused as ever."""
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+
+    def twice(second: float, n: int) -> None:
+        x, y = examples(n)
+        optimizer.expect_batch(n)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        (second * loss).backward()
+        optimizer.step()
+
+    twice(-0.9, N)
+    twice(-0.9, 1)
+    twice(-0.9, 5)
+    assert optimizer.ledger.steps == 3
+    with pytest.raises(IsolationError, match="weighs an example by -0.8, that of an earlier one by -0.9"):
+        twice(-0.8, 5)
+
+
 def test_a_mean_over_tokens_of_a_batch_of_another_width_is_refused():
     model = nn.Sequential(DPLinear(6, 3)).train()
     optimizer = make_private(model, batch_size=4)
