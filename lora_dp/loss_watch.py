@@ -82,10 +82,8 @@ class LossWatch:
         if n == 0:
             self.examined = True
             return
-        if loss.numel() != 1:
-            if outputs.below(loss.grad_fn, loss.output_nr, {}):
-                raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
-            return
+        if loss.numel() != 1 and outputs.below(loss.grad_fn, loss.output_nr, {}):
+            raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
         try:
             found = terms(loss, n, outputs)
             weights = sorted(self._weight(term) for term in found)
@@ -100,7 +98,7 @@ class LossWatch:
         if not found:
             return
         self._check_constant(weights)
-        if self.tested and n > 1:
+        if self.tested:
             for term in found:
                 if term.joined is not None:
                     self._check_apart(term.joined, outputs)
@@ -176,7 +174,7 @@ def _tensors(output: Any) -> list[Tensor]:
     for leaf in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | torch.nn.Module):
+        elif hasattr(leaf, "__dict__"):
             found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
     return found
 
@@ -201,10 +199,8 @@ def backward_unseen(loss: Tensor, *, retain_graph: bool) -> None:
 
 def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     """As torch's; losses of private models are examined first."""
-    watches = [watch for watch in list(_watches) if watch._outputs is not None]
-    if watches:
-        roots = [tensors] if isinstance(tensors, Tensor) else [root for root in tensors if isinstance(root, Tensor)]
-        for watch in watches:
-            for root in roots:
-                watch.scalar(root)
+    roots = [tensors] if isinstance(tensors, Tensor) else [root for root in tensors if isinstance(root, Tensor)]
+    for watch in list(_watches):
+        for root in roots:
+            watch.scalar(root)
     _plain_backward(tensors, *args, **kwargs)

@@ -6,7 +6,8 @@ _PITFALLS = (
     "tests/test_pitfalls_noise.py", "tests/test_pitfalls_clipping.py", "tests/test_pitfalls_batches.py",
     "tests/test_pitfalls_accounting.py", "tests/test_pitfalls_coverage.py")
 _PER_EXAMPLE = (
-    "tests/ops/test_per_example.py", "tests/test_norms.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")
+    "tests/ops/test_per_example.py", "tests/test_norms.py", "tests/test_recording.py", "tests/test_precision.py",
+    "tests/test_gradients.py")
 _NATIVE = (
     "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py",
     "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py",
@@ -18,7 +19,8 @@ _ACCOUNTING = (
 _TRIALS = (
     "tests/test_batch_trials.py", "tests/test_isolation.py", "tests/test_carried_embeddings.py",
     "tests/test_pitfalls_coverage.py", "tests/test_layers.py", "tests/test_engine.py")
-_LOSSES = ("tests/test_loss_watch.py", "tests/test_losses.py", "tests/test_isolation.py", "tests/test_kept_graph.py")
+_LOSSES = (
+    "tests/test_loss_watch.py", "tests/test_kept_graph.py", "tests/test_isolation.py", "tests/test_batch_trials.py")
 _SECRET_DRAWS = ("tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py")
 _CHAINED = ("tests/fed/engines/test_chained_ledgers.py", "tests/fed/engines/test_flower_ledger.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
