@@ -279,6 +279,6 @@ def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
         if gradient is not None:
             own = gradient.reshape(n, -1).abs().nan_to_num().amax(1)
             others = torch.cat([own[:i], own[i + 1 :]]).max()
-            if bool(others > tolerance(own.dtype) * own[i].clamp(min=torch.finfo(own.dtype).tiny)):
+            if bool(others > tolerance(own.dtype) * own[i]):
                 return True
     return False

@@ -133,7 +133,7 @@ class LossWatch:
 
     def _weight(self, term: Term) -> float:
         n = self._n
-        if term.kind == "own" and n > 1 and self._own.index(term.own) not in self.proven:
+        if term.kind == "own" and self._own.index(term.own) not in self.proven:
             raise MixingLoss("a number that the model returned, which was not found to be a mean or sum over examples")
         value = weight(term, n, self.reduction)
         if not is_plain(term, value, n, self.reduction):

@@ -195,6 +195,9 @@ def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
     assert optimizer.ledger.steps == 1
     with pytest.raises(IsolationError, match="a number that the model returned"):
         model(x)["third"].backward()
+    optimizer.zero_grad()
+    with pytest.raises(IsolationError, match="a number that the model returned"):
+        model(x[:2])["third"].backward()
 
 
 def test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one():

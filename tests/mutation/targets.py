@@ -62,7 +62,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_engine.py")),
     "lora_dp/trials.py": Target(_TRIALS),
     "lora_dp/batch_parts.py": Target(_TRIALS),
-    "lora_dp/loss_graph.py": Target(_LOSSES),
+    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target(_LOSSES),
     "lora_dp/losses.py": Target((
         "tests/test_losses.py", "tests/test_loss_watch.py", "tests/test_arguments.py", "tests/test_batches.py")),
