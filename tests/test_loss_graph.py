@@ -1,4 +1,4 @@
-"""What a loss's graph tells: its terms and their constants, how each joins the examples, whether examples meet in it."""
+"""What a loss's graph tells: its terms and their constants, how each joins the examples, whether examples meet."""
 
 import math
 from collections.abc import Callable

@@ -48,7 +48,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
-        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
+        "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
         "tests/test_setup_refusals.py")),
     "lora_dp/collation.py": Target((
         "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
