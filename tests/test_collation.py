@@ -159,6 +159,19 @@ def test_a_loader_is_tried_on_its_first_batch_that_two_examples_share(n, monkeyp
     assert tried == ([n] if n > 1 else [])
 
 
+@pytest.mark.parametrize("collate", [padded, lambda items: torch.stack([item[:3] for item in items])])
+def test_a_loader_tells_once_that_widths_vary(collate, monkeypatch):
+    import lora_dp.sampling
+
+    told: list[bool] = []
+    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
+    batches = lora_dp.sampling.PrivateDataLoader(
+        DataLoader(Texts(), batch_size=24, collate_fn=collate), SeededSource(0), lambda size: None, lambda: None,
+        on_varying_width=lambda: told.append(True))
+    assert len(list(batches.take(2))) == 2
+    assert told == ([True] if collate is padded else [])
+
+
 def test_the_trial_leaves_random_numbers_alone():
     dataset = numbers()
     batch = noisy([dataset[i] for i in range(8)])
