@@ -106,6 +106,7 @@ def test_a_loss_that_depends_on_no_output_has_no_term():
     outputs = Outputs.of([out])
     assert terms(other.mean(), N, outputs) == [] == terms(torch.ones(()), N, outputs)
     assert len(terms(other.mean() + out.mean(), N, outputs)) == 1
+    assert not outputs.below(None, 0, {})
 
 
 def test_a_graph_that_is_used_up_is_refused():
