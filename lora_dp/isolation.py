@@ -125,8 +125,9 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
     if not outputs:
         return
     generator = torch.Generator().manual_seed(SEED)
-    alone = torch.stack([
-        (output[i] * torch.randn(output[i].shape, generator=generator).to(output)).sum() for output in outputs]).sum()
+    own = [output.reshape(n, -1)[i] for output in outputs]
+    alone = torch.stack([(values * torch.randn(values.shape, generator=generator).to(values)).sum() for values in own]
+                        ).sum()
     for name, gradients in base.backward(alone).items():
         for gradient in gradients:
             rows = _rows(gradient, n).nan_to_num()
@@ -147,7 +148,7 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"Rows of '{name}' attributed to example {i} change with the other examples of the batch; the first "
                 f"module where this is seen is '{mixing}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
                 "or order rows by example.")
-    for left, right in zip(base.by_example(n), replaced.by_example(n), strict=False):
+    for left, right in base.beside(replaced, n, n):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
@@ -192,9 +193,10 @@ def _check_company(
     if other is None:
         return frozenset()
     m = len(rows) if halved else 2 * n
-    for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+    for left, right in steady.beside(other, n, m):
+        mine, theirs = _rows(left, n), _rows(right, m)
         for i in rows:
-            if left.shape[1:] == right.shape[1:] and _differ(left[i].detach(), right[i].detach()):
+            if mine.shape[1] == theirs.shape[1] and _differ(mine[i], theirs[i]):
                 raise IsolationError(
                     f"The output for example {i} changes with the number of examples in the batch: find what counts "
                     "or normalises over them.")
@@ -241,7 +243,7 @@ def _check_padding(
         if other is None:
             continue
         m = len(narrow.rows)
-        for left, right in zip(steady.by_example(n), other.by_example(m), strict=False):
+        for left, right in steady.beside(other, n, m):
             _compare_padded(left, right, narrow, n, "output")
         if not steady.losses or not other.losses:
             continue
@@ -283,7 +285,7 @@ def _check_numbers(
     """A number that differs from batch to batch."""
     for name, value in other_numbers.items():
         changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.random or steady.still)
-        pairs = [*zip(steady.by_example(n), changed.by_example(n), strict=False)]
+        pairs = steady.beside(changed, n, n)
         for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
             left, right = steady.backward(_sum(loss)), changed.backward(_sum(other_loss))
             pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]

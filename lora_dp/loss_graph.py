@@ -270,7 +270,8 @@ def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
         return False
     direction = torch.zeros(n, math.prod(shape) // n, dtype=metadata.dtype, device=metadata.device)
     direction[i] = 1
-    rows = [t for t in outputs.tensors if t.dim() and t.shape[0] == n]
+    # Of flattened tokens too: all rows of one example after another.
+    rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
     if not rows:
         return False
     gradients = torch.autograd.grad(

@@ -47,10 +47,19 @@ class Trace:
     def private(self) -> list[tuple[str, Tensor]]:
         return [(name, output) for name, module, output in self.outputs if is_trained(module)]
 
-    def by_example(self, n: int) -> list[Tensor]:
-        """The outputs of the model that hold one entry for each example."""
+    def tensors(self) -> list[Tensor]:
+        """The outputs of the model that may hold values of examples."""
         return [leaf for leaf in pytree.tree_leaves(plain(self.result))
-                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0 and leaf.shape[0] == n]
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0]
+
+    def by_example(self, n: int) -> list[Tensor]:
+        """Those whose first dimension is N, or all rows of one example after another, as of flattened tokens."""
+        return [leaf for leaf in self.tensors() if of_examples(leaf, n)]
+
+    def beside(self, other: "Trace", n: int, m: int) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of them: of this pass over ``n`` examples, and of another one over ``m``."""
+        return [(left, right) for left, right in zip(self.tensors(), other.tensors(), strict=False)
+                if of_examples(left, n) and of_examples(right, m)]
 
     @contextmanager
     def hooks(self, keep_outputs: bool) -> Iterator[None]:
@@ -89,6 +98,11 @@ class Trace:
             for parameter, gradient in before:
                 parameter.grad = gradient
         return self.gradients
+
+
+def of_examples(output: Tensor, n: int) -> bool:
+    """Whether its rows can be those of ``n`` examples, of each as many."""
+    return output.shape[0] > 0 and output.shape[0] % n == 0
 
 
 def is_trained(module: nn.Module) -> bool:

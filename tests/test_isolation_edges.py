@@ -141,6 +141,33 @@ def test_a_buffer_that_follows_the_examples_is_refused(grows):
     assert int(model.calls) == 0 and not model.seen.any()
 
 
+# Outputs whose rows are tokens
+
+
+class Flattened(nn.Module):
+    """(N, T, 6) to (N·T, 3), after which something may join the examples."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor], table: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.after, self.table = DPLinear(6, 3), after, table
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.after(self.inner(x)).flatten(0, 1)
+        return {**({"table": torch.ones(6, 5)} if self.table else {}), "logits": out}
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize(("words", "after"), [
+    ("attributed to other examples", lambda out: out - out.mean(0)), ("the other examples", lambda out: (
+        out - out.detach().mean(0))), ("the number of examples", lambda out: out / len(out))])
+def test_examples_that_meet_in_flattened_outputs_are_refused(words, after, table, n):
+    x = torch.randn(n, 5, 6, generator=torch.Generator().manual_seed(0))
+    refused(words, Flattened(after, table), n, x)
+    check_isolation(Flattened(lambda out: out.tanh(), table).train(), (x,), {}, n)
+
+
 # Padding
 
 
@@ -183,8 +210,8 @@ def padded(n: int, left: bool = False) -> dict[str, Tensor]:
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
 def test_tokens_that_take_something_of_padding_are_refused(flat, left, n):
-    with pytest.raises(IsolationError, match="of example .* changes with the padding"):
-        check_isolation(Tokens("all", flat).train(), (), padded(n, left), n, reduction="mean")
+    with pytest.raises(IsolationError, match="output of example .* changes with the padding"):
+        check_isolation(Tokens("all", flat).train(), (), padded(n, left), n)
     for leak in ("none", "own"):
         check_isolation(Tokens(leak, flat).train(), (), padded(n, left), n, reduction="mean")
     check_isolation(Tokens("all", flat).train(), (), padded(n, left), n, padding_varies=False)

@@ -153,6 +153,20 @@ def test_outputs_are_found_in_an_object():
         step(lambda out, y: F.cross_entropy(out.logits, y, reduction="sum"), model=model, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("mixing", [True, False])
+def test_a_loss_that_joins_examples_of_flattened_outputs_is_refused(mixing):
+    model = nn.Sequential(DPLinear(6, 3), nn.Flatten(0, 1)).train()
+    optimizer, x = make_private(model, batch_size=4), torch.randn(4, 5, 6)
+    optimizer.expect_batch(4)
+    if mixing:
+        with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+            contrastive(model(x), x).backward()
+    else:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert optimizer.ledger.steps == (not mixing)
+
+
 class Both(nn.Module):
     """Returns its loss, and what it was made of."""
 
