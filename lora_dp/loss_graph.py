@@ -95,7 +95,6 @@ class Outputs:
                 stack.extend(open_)
                 continue
             known[top] = any((n, k) in self.places or known[n] for n, k in children)
-            stack.pop()
         return known[node]
 
 
@@ -163,8 +162,8 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]])
 def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     """By what each child's number is multiplied in this node, which must be linear in them."""
     kind, saved = _kind(node), _Saved(node)
-    if kind in ("AddBackward", "SubBackward") and _size(children) == 1:
-        alpha = float(saved.get("alpha") or 1)
+    if kind in ("AddBackward", "SubBackward") and _single(children):
+        alpha = saved.get("alpha")
         slots = [place for place, (n, k) in enumerate(node.next_functions) if (n, k) in children]
         sign = -1.0 if kind == "SubBackward" else 1.0
         return [1.0 if place == 0 else sign * alpha for place in slots]
@@ -175,7 +174,7 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
         value = other if isinstance(other, float | int) else (
             float(other) if isinstance(other, Tensor) and other.numel() == 1 else None)
         if value:
-            return [float(value) if kind == "MulBackward" else 1 / float(value)]
+            return [value if kind == "MulBackward" else 1 / value]
     if kind == "MulBackward" and len(children) == 1:  # constant · number
         value = saved.get("self")
         if isinstance(value, Tensor) and value.numel() == 1:
@@ -185,10 +184,9 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     return _unknown(node)
 
 
-def _size(children: list[tuple[Node, int]]) -> int:
-    """How many numbers each of these edges carries, 0 where that cannot be told or they differ."""
-    sizes = {math.prod(node._input_metadata[number].shape) for node, number in children}
-    return sizes.pop() if len(sizes) == 1 else 0
+def _single(children: list[tuple[Node, int]]) -> bool:
+    """Whether each of these edges carries one number."""
+    return all(math.prod(node._input_metadata[number].shape) == 1 for node, number in children)
 
 
 class _Saved:

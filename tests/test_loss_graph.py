@@ -56,12 +56,14 @@ TWO_TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, floa
     "sum": (lambda a, b: a + b, (1, 1)), "difference": (lambda a, b: a - b, (1, -1)),
     "sum with a share": (lambda a, b: torch.add(a, b, alpha=0.25), (1, 0.25)),
     "difference with a share": (lambda a, b: torch.sub(a, b, alpha=3), (1, -3)),
+    "sum with nothing": (lambda a, b: torch.add(a, b, alpha=0), (1, 0)),
     "nested": (lambda a, b: 2 * (a - 3 * b) + b / 2, (2, -5.5)),
 }
 UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "product of two": lambda a, b: a * b, "quotient of two": lambda a, b: a / b,
     "reciprocal": lambda a, b: torch.tensor(2.0) / a, "times nothing": lambda a, b: a * 0.0,
     "root": lambda a, b: a.sqrt(),
+    "loss of one number": lambda a, b: F.mse_loss(a, torch.zeros(()), reduction="none"),
     "exponential": lambda a, b: a.exp(), "greater of two": torch.maximum, "several at once": lambda a, b: (
         torch.stack([a, b]).max()), "by several": lambda a, b: (a * torch.tensor([1.0, 2.0])).max()}
 
@@ -107,6 +109,12 @@ def test_a_loss_that_depends_on_no_output_has_no_term():
     assert terms(other.mean(), N, outputs) == [] == terms(torch.ones(()), N, outputs)
     assert len(terms(other.mean() + out.mean(), N, outputs)) == 1
     assert not outputs.below(None, 0, {})
+
+
+def test_the_only_number_of_the_only_example_is_joined():
+    out = model_output(1)
+    (found,) = terms(out.mean(), 1, Outputs.of([out]))
+    assert (found.kind, found.elements, found.reduction, found.joined) == ("outside", 1, "mean", edge(out))
 
 
 def test_a_graph_that_is_used_up_is_refused():
@@ -237,6 +245,14 @@ def test_numbers_by_which_all_losses_are_multiplied(join, factor):
     assert scalar_factor(join(out), Outputs.of([out])) == pytest.approx(factor, rel=1e-12)
 
 
+def test_numbers_before_an_output_and_beside_it_do_not_count():
+    hidden, learned = model_output(N), torch.ones(N, requires_grad=True)
+    logits = hidden * 3
+    outputs = Outputs.of([hidden, logits])
+    assert scalar_factor(logits.square(), outputs) == 1
+    assert scalar_factor(logits / 8 + learned.exp(), outputs) == 1 / 8
+
+
 # Whether examples meet
 
 
@@ -289,6 +305,16 @@ def test_a_gradient_that_is_no_number_hides_nobody():
 
 def test_what_has_no_rows_by_example_has_none_that_meet():
     out = model_output(7)
-    outputs = Outputs.of([out])
+    outputs = Outputs.of([out, model_output(0, 3), model_output(N, 0)])
     assert not meets(edge(out.square()), 0, N, outputs) and not meets(edge(out.mean()), 0, N, outputs)
     assert not meets(edge(model_output(N, 3) * 2), 0, N, outputs)
+    rows = model_output(N, 3)
+    assert not meets(edge(rows.flatten()[:7] * 2), 0, N, Outputs.of([rows]))
+
+
+def test_examples_that_meet_in_flattened_outputs_are_seen():
+    out = model_output(N * 4, 3)
+    outputs = Outputs.of([out])
+    assert meets(edge(out @ out.t()), 1, N, outputs) and not meets(edge(out.square()), 1, N, outputs)
+    own = out.view(N, 4, 3)
+    assert not meets(edge((own - own.mean(1, keepdim=True)).flatten(0, 1)), 1, N, outputs)
