@@ -17,10 +17,12 @@ _ACCOUNTING = (
     "tests/test_accounting.py", "tests/test_accounting_grid.py", "tests/test_pitfalls_accounting.py",
     "tests/test_engine.py", "tests/fed/test_account.py")
 _TRIALS = (
-    "tests/test_batch_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py", "tests/test_carried_embeddings.py",
-    "tests/test_pitfalls_coverage.py", "tests/test_layers.py", "tests/test_engine.py")
+    "tests/test_batch_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
+    "tests/test_carried_embeddings.py", "tests/test_pitfalls_coverage.py", "tests/test_layers.py",
+    "tests/test_engine.py")
 _LOSSES = (
-    "tests/test_loss_watch.py", "tests/test_kept_graph.py", "tests/test_isolation.py", "tests/test_batch_trials.py")
+    "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
+    "tests/test_batch_trials.py")
 _SECRET_DRAWS = ("tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py")
 _CHAINED = ("tests/fed/engines/test_chained_ledgers.py", "tests/fed/engines/test_flower_ledger.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
@@ -58,8 +60,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/accounting/steps.py": Target(_ACCOUNTING),
     "lora_dp/chain.py": Target((*_CHAINED, "tests/fed/test_account.py", "tests/fed/test_resume.py")),
     "lora_dp/isolation.py": Target((
-        "tests/test_isolation_edges.py", "tests/test_isolation.py", "tests/test_batch_trials.py", "tests/test_layers.py",
-        "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_engine.py")),
+        "tests/test_isolation_edges.py", "tests/test_isolation.py", "tests/test_batch_trials.py",
+        "tests/test_layers.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_engine.py")),
     "lora_dp/trials.py": Target(_TRIALS),
     "lora_dp/batch_parts.py": Target(_TRIALS),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
