@@ -58,7 +58,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/accounting/ledger.py": Target((*_ACCOUNTING, "tests/test_files.py", "tests/test_resume.py")),
     "lora_dp/accounting/planning.py": Target(_ACCOUNTING),
     "lora_dp/accounting/steps.py": Target(_ACCOUNTING),
-    "lora_dp/chain.py": Target((*_CHAINED, "tests/fed/test_account.py", "tests/fed/test_resume.py")),
+    "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
         "tests/test_isolation_edges.py", "tests/test_isolation.py", "tests/test_batch_trials.py",
         "tests/test_layers.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_engine.py")),

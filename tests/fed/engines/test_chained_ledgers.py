@@ -325,3 +325,17 @@ def test_a_head_that_is_not_the_chains_is_noticed(tmp_path):
     append_durably(Heads(log.path).path, b"f" * 64 + b"\n")
     with pytest.raises(BrokenChain, match="log.heads beside it is damaged"):
         ChainedLog(log.path).append({"a": 5})
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40, 64])
+def test_a_digest_that_a_crash_cut_off_is_not_held(tmp_path, cut):
+    """Whole lines alone count: also where nothing but the end of the line is missing."""
+    heads = Heads(tmp_path / "log")
+    assert heads.last() == (0, START)
+    for number, before in enumerate([(0, START), (1, "a" * 64), (2, "b" * 64)]):
+        heads.append("abc"[number] * 64)
+        whole = heads.path.read_bytes()
+        heads.path.write_bytes(whole[:-cut])
+        assert heads.last() == before
+        heads.path.write_bytes(whole)
+        assert heads.last() == (number + 1, "abc"[number] * 64)
