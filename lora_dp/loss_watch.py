@@ -101,15 +101,15 @@ class LossWatch:
             if followed.factors:
                 raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
             return
+        before = self._seen.get(followed.shape)
         try:
             found = terms(loss, n, outputs)
-            before = self._seen.get(followed.shape)
             values = [self._weight(term, before) for term in found]
         except UnknownLoss as error:
             # One example has nobody to meet.
             if not isinstance(error, MixingLoss) and (n == 1 or followed.shape in self.vouched):
-                self._compare(followed.shape, (), followed.factors)
-                self.examined = True
+                self._compare(before, (), followed.factors)
+                self._remember(followed.shape, (), followed.factors)
                 return
             raise IsolationError(
                 f"It cannot be told that the loss keeps examples apart: {error}. Instead, {_REMEDY}; or let "
@@ -119,11 +119,12 @@ class LossWatch:
         joined = [term.joined for term in found if term.joined is not None]
         inside = follow([(edge.node, edge.output_nr) for edge in joined], outputs)
         self._check_linear(inside.linear)
-        self._compare(followed.shape, tuple(sorted(values)), inside.factors)
-        if n > 1 and (self.tested or before is None):
+        weights = tuple(sorted(values))
+        self._compare(before, weights, inside.factors)
+        if n > 1 and (self.tested or before is None or before.n == 1):
             for edge in joined:
                 self._check_apart(edge, outputs)
-        self.examined = True
+        self._remember(followed.shape, weights, inside.factors)
 
     def vector(self, losses: Tensor, n: int) -> None:
         """Before the backward of per-example losses: refuse what does not keep the examples apart.
@@ -140,16 +141,17 @@ class LossWatch:
             raise ValueError(_ELSEWHERE)
         self._check_way(followed)
         before = self._seen.get(followed.shape)
-        self._compare(followed.shape, tuple(sorted(followed.linear)), followed.factors)
+        weights = tuple(sorted(followed.linear))
+        self._compare(before, weights, followed.factors)
         if before is None:
             if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in followed.linear):
                 raise IsolationError(
                     f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
                     "constant as optimizer.backward(losses, weight=…).")
             self._check_linear(followed.linear)
-        if n > 1 and (self.tested or before is None):
+        if n > 1 and (self.tested or before is None or before.n == 1):
             self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs)
-        self.examined = True
+        self._remember(followed.shape, weights, followed.factors)
 
     def shape_of(self, loss: Tensor, output: Any) -> int:
         """What names the graph of a loss that was computed from a model's output."""
@@ -190,9 +192,8 @@ class LossWatch:
                     f"Losses were multiplied by {factor:.6g}, which looks like a count of what the batch holds: hand "
                     "them over as they are, with a constant as optimizer.backward(losses, weight=…).")
 
-    def _compare(self, shape: int, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
+    def _compare(self, before: _Seen | None, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
         """With an earlier batch of the same graph: no number may have followed what the batch holds."""
-        before = self._seen.get(shape)
         if before is not None:
             for now, then in ((weights, before.weights), (factors, before.factors)):
                 if not (len(now) == len(then) and all(
@@ -201,7 +202,12 @@ class LossWatch:
                         f"The loss of this batch weighs an example by {_listed(now)}, that of an earlier one by "
                         f"{_listed(then)}: a divisor that counts what a batch holds ties each example to the others; "
                         f"{_REMEDY}. A public schedule is optimizer.backward(losses, weight=…).")
-        self._seen[shape] = _Seen(self._n, weights, factors)
+
+    def _remember(self, shape: int, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
+        """A loss that passed. The first one stays what others are compared with; of one example it proves least."""
+        if shape not in self._seen or self._seen[shape].n == 1:
+            self._seen[shape] = _Seen(self._n, weights, factors)
+        self.examined = True
 
     def _check_apart(self, joined: GradientEdge, outputs: Outputs) -> None:
         for i in (0, self._n - 1):

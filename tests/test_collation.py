@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_dp import IsolationError, PrivacyEngine
 from lora_dp.collation import check_collation
+from lora_dp.randomness import SeededSource
 from tests.models import assert_refuses, examples, mlp, private_run
 
 Collate = Callable[[list[Any]], Any]
@@ -143,6 +144,32 @@ def test_later_batches_are_tried_in_secret(monkeypatch):
             optimizer.step()
 
     assert_refuses(IsolationError, "collate function joins examples", run)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_a_loader_is_tried_on_its_first_batch_that_two_examples_share(n, monkeypatch):
+    import lora_dp.sampling
+
+    tried = []
+    monkeypatch.setattr(lora_dp.sampling, "check_collation", lambda *args: bool(tried.append(len(args[2]))))
+    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
+    loader = DataLoader(TensorDataset(examples(n)[0]), batch_size=n)
+    batches = lora_dp.sampling.PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None)
+    assert len(list(batches.take(3))) == 3
+    assert tried == ([n] if n > 1 else [])
+
+
+@pytest.mark.parametrize("collate", [padded, lambda items: torch.stack([item[:3] for item in items])])
+def test_a_loader_tells_once_that_widths_vary(collate, monkeypatch):
+    import lora_dp.sampling
+
+    told: list[bool] = []
+    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
+    batches = lora_dp.sampling.PrivateDataLoader(
+        DataLoader(Texts(), batch_size=24, collate_fn=collate), SeededSource(0), lambda size: None, lambda: None,
+        on_varying_width=lambda: told.append(True))
+    assert len(list(batches.take(2))) == 2
+    assert told == ([True] if collate is padded else [])
 
 
 def test_the_trial_leaves_random_numbers_alone():

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lora_dp import DPLinear, IsolationError, PrivacyEngine
 from tests.models import assert_refuses, examples, flat, mlp, take_step
 from tests.support import assert_close, brute_force, clip_and_sum, make_private, private_gradients
 
-OutsideLoss = Callable[[Tensor, Tensor], Tensor]
+OutsideLoss = Callable[[Any, Tensor], Tensor]
 N = 6
 
 
@@ -109,6 +111,109 @@ def test_losses_that_join_examples_are_refused(words, reduction, loss):
         step(loss, reduction=reduction)
 
 
+@pytest.mark.parametrize(("words", "loss"), [
+    ("'Max'", lambda out, y: out.max()), ("depends on the model's outputs for others", contrastive),
+    ("declared a mean", SUMS["cross entropy"])])
+def test_two_examples_can_meet_and_one_cannot(words, loss):
+    with pytest.raises(IsolationError, match=words):
+        step(loss, n=2)
+    assert step(loss, n=1)[1].ledger.steps == 1
+
+
+@pytest.mark.parametrize("place", [0, N - 1])
+def test_a_single_example_that_depends_on_others_is_seen(place):
+    """The first or the last: what is mixed by its place is mostly mixed there."""
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        alone = torch.arange(N) == place
+        return (out.square().sum(1) + alone * out[N // 2].sum()).mean()
+
+    with pytest.raises(IsolationError, match=f"that of example {place} depends"):
+        step(loss)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_of_no_example_is_a_step(reduction):
+    _, optimizer = step(lambda out, y: out.sum(), reduction=reduction, n=0)
+    assert optimizer.ledger.steps == 1
+
+
+def test_outputs_are_found_in_an_object():
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=self.inner(x), name="of no use here")
+
+    model = Wrapped().train()
+    _, optimizer = step(lambda out, y: F.cross_entropy(out.logits, y), model=model)
+    assert optimizer.ledger.steps == 1
+    with pytest.raises(IsolationError, match="weighs an example by 6, that of an earlier one by 1"):
+        step(lambda out, y: F.cross_entropy(out.logits, y, reduction="sum"), model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("mixing", [True, False])
+def test_a_loss_that_joins_examples_of_flattened_outputs_is_refused(mixing):
+    model = nn.Sequential(DPLinear(6, 3), nn.Flatten(0, 1)).train()
+    optimizer, x = make_private(model, batch_size=4), torch.randn(4, 5, 6)
+    optimizer.expect_batch(4)
+    if mixing:
+        with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+            contrastive(model(x), x).backward()
+    else:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert optimizer.ledger.steps == (not mixing)
+
+
+class Both(nn.Module):
+    """Returns its loss, and what it was made of."""
+
+    def __init__(self, losses: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.inner, self.losses = mlp(), losses
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.inner(x)
+        return {"logits": out, **self.losses(out)}
+
+
+def test_the_models_own_loss_is_taken_where_it_was_found_right():
+    """It joins the outputs in a way that is a mean, which its graph alone does not tell."""
+    def cubes(out: Tensor) -> dict[str, Tensor]:
+        return {"loss": torch.einsum("nk,nk,nk->", out, out, out) / len(out)}
+
+    model, reference, (x, _) = Both(cubes).train(), mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
+    optimizer.expect_batch(N)
+    model(x)["loss"].backward()
+    optimizer.step()
+    names = {name for name, p in reference.named_parameters() if p.requires_grad}
+    gradients = brute_force(
+        reference, lambda m, row: m(row.double()).pow(3).sum(), [x[i : i + 1] for i in range(N)], names)
+    assert_close(flat(private_gradients(model)) * N, flat(clip_and_sum(gradients, "flat", 0.3, str)))
+
+
+def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
+    """The second of two was found right, the third was not; outputs that are no numbers do not count."""
+    def three(out: Tensor) -> dict[str, Tensor]:
+        return {"loss": out.square().mean(), "second": out.abs().mean(), "third": out.mean(0).square().sum()}
+
+    model, (x, _) = Both(three).train(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    optimizer.expect_batch(N)
+    output = model(x)
+    (output["loss"] + output["second"]).backward()
+    optimizer.step()
+    assert optimizer.ledger.steps == 1
+    with pytest.raises(IsolationError, match="a number that the model returned"):
+        model(x)["third"].backward()
+    optimizer.zero_grad()
+    with pytest.raises(IsolationError, match="a number that the model returned"):
+        model(x[:2])["third"].backward()
+
+
 def test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one():
     """Of one batch alone it might be a constant."""
     counts = iter((12, 13))
@@ -119,10 +224,63 @@ def test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one():
     assert optimizer.ledger.steps == before
 
 
+def test_a_divisor_that_follows_large_batches_is_refused_too():
+    """One token more or less of thousands is still a count."""
+    counts = iter((2000, 2001))
+    model, optimizer = step(loss := lambda out, y: F.cross_entropy(out, y) * 6 / next(counts))
+    with pytest.raises(IsolationError, match="weighs an example"):
+        step(loss, model=model, optimizer=optimizer)
+
+
+def test_a_batch_of_one_is_held_to_the_weight_of_earlier_ones():
+    weights = iter((0.5, 0.5, 0.4))
+    model, optimizer = step(loss := lambda out, y: next(weights) * F.cross_entropy(out, y), n=1)
+    step(loss, model=model, optimizer=optimizer, n=2)
+    with pytest.raises(IsolationError, match="by 0.4, that of an earlier one by 0.5"):
+        step(loss, model=model, optimizer=optimizer, n=1)
+
+
+def test_each_loss_is_compared_with_its_like():
+    """Two losses by turns are right, each with a weight of its own; that one of them changes is seen."""
+    losses = (lambda out, y: F.cross_entropy(out, y), lambda out, y: 0.5 * out.square().mean())
+    model, optimizer = step(losses[0])
+    for loss in (losses[1], losses[0], losses[1]):
+        step(loss, model=model, optimizer=optimizer)
+    with pytest.raises(IsolationError, match="weighs an example by 0.1, that of an earlier one by 0.166667"):
+        step(lambda out, y: 0.3 * out.square().mean(), model=model, optimizer=optimizer)
+
+
+def test_a_sum_is_refused_even_after_a_batch_of_one():
+    """Of one example mean and sum are the same."""
+    model, optimizer = step(SUMS["cross entropy"], n=1)
+    with pytest.raises(IsolationError, match="weighs an example by 2, that of an earlier one by 1"):
+        step(SUMS["cross entropy"], model=model, optimizer=optimizer, n=2)
+
+
 def test_a_public_constant_may_stay():
     model, optimizer = step(loss := lambda out, y: 0.3 * F.cross_entropy(out, y))
     step(loss, model=model, optimizer=optimizer, n=5)
     assert optimizer.ledger.steps == 2
+
+
+def test_each_backward_of_a_kept_graph_has_a_weight_of_its_own():
+    """Two passes through one graph are two constants; that one of them follows the batch is refused as ever."""
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+
+    def twice(second: float, n: int) -> None:
+        x, y = examples(n)
+        optimizer.expect_batch(n)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        (second * loss).backward()
+        optimizer.step()
+
+    twice(-0.9, N)
+    twice(-0.9, 1)
+    assert optimizer.ledger.steps == 2
+    with pytest.raises(IsolationError, match="weighs an example by -0.8, that of an earlier one by -0.9"):
+        twice(-0.8, 5)
 
 
 def test_a_mean_over_tokens_of_a_batch_of_another_width_is_refused():
@@ -159,6 +317,27 @@ def test_a_gradient_by_another_way_than_backward_is_refused():
         (out,), (torch.ones_like(out),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
     assert optimizer.ledger.steps == 0
+
+
+def test_several_losses_in_one_backward_are_examined():
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    out = model(x)
+    with pytest.raises(IsolationError, match="'Max'"):
+        torch.autograd.backward([F.cross_entropy(out, y), out.max()])
+    torch.autograd.backward([F.cross_entropy(out, y), out.square().mean()])
+    optimizer.step()
+    assert optimizer.ledger.steps == 1
+
+
+def test_a_backward_from_an_edge_of_the_graph_is_refused():
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    loss = F.cross_entropy(model(x), y)
+    torch.autograd.backward([torch.autograd.graph.get_gradient_edge(loss)], [torch.ones(())])
+    assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
 
 
 def test_a_vector_with_weights_is_refused():
@@ -200,89 +379,6 @@ def test_an_unknown_graph_is_taken_once_the_criterion_was_tested():
     engine.check_isolation(model, batch, criterion)
     take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]), b[1]))
     assert optimizer.ledger.steps == 1
-
-
-# One loss for each example
-
-
-@pytest.mark.parametrize("declared", ["mean", "sum"])
-@pytest.mark.parametrize("n", [1, N])
-def test_a_vector_needs_no_reduction(declared, n):
-    model, reference, (x, y) = mlp(), mlp(), examples(n)
-    optimizer = make_private(model, batch_size=N, max_grad_norm=0.3, loss_reduction=declared)
-    optimizer.expect_batch(n)
-    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
-    optimizer.step()
-    expected = take_step(reference, make_private(reference, batch_size=N, max_grad_norm=0.3), (x, y))
-    assert_close(flat(private_gradients(model)) * N, flat(expected), 1e-6)
-
-
-def test_a_public_weight_multiplies_every_loss():
-    model, reference, (x, y) = mlp(), mlp(), examples(N)
-    optimizer = make_private(model, batch_size=N, max_grad_norm=1e6)
-    for weight in (0.5, 0.25):  # a schedule
-        optimizer.expect_batch(N)
-        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"), weight=weight)
-        optimizer.step()
-        model.load_state_dict(reference.state_dict())
-        expected = take_step(mine := mlp(), make_private(mine, batch_size=N, max_grad_norm=1e6), (x, y))
-        assert_close(flat(private_gradients(model)) * N, weight * flat(expected), 1e-5)
-
-
-@pytest.mark.parametrize(("words", "losses"), [
-    ("divided by the number of examples, 6", lambda out, y: F.cross_entropy(out, y, reduction="none") / 6),
-    ("depends on the model's outputs for others", lambda out, y: (out - out.mean(0)).square().sum(1)),
-    ("depends on the model's outputs for others", lambda out, y: F.cross_entropy(
-        out @ out.t(), torch.arange(len(out)), reduction="none")),
-])
-def test_a_vector_that_joins_examples_is_refused(words, losses):
-    model, (x, y) = mlp(), examples(N)
-    optimizer = make_private(model, batch_size=N)
-    assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(x), y)))
-
-
-def test_a_vector_divided_by_a_count_is_refused_in_the_next_batch():
-    model, (x, y) = mlp(), examples(N)
-    optimizer = make_private(model, batch_size=N)
-    for count in (31, 31):
-        optimizer.expect_batch(N)
-        optimizer.backward(F.cross_entropy(model(x), y, reduction="none") / count)
-        optimizer.step()
-    losses = F.cross_entropy(model(x), y, reduction="none") / 29
-    assert_refuses(IsolationError, "weighs an example by 0.0344828", lambda: optimizer.backward(losses))
-
-
-@pytest.mark.parametrize(("words", "losses"), [
-    ("shape (6,), got ()", lambda out, y: F.cross_entropy(out, y)),
-    ("shape (6,), got (6, 3)", lambda out, y: out),
-    ("shape (6,), got float", lambda out, y: 0.5),
-    ("do not depend on what the model returned", lambda out, y: torch.ones(N, requires_grad=True) * 2),
-    ("do not depend on what the model returned", lambda out, y: torch.ones(N))])
-def test_what_is_no_vector_of_losses_is_refused(words, losses):
-    model, (x, y) = mlp(), examples(N)
-    optimizer = make_private(model, batch_size=N)
-    assert_refuses(ValueError, words, lambda: optimizer.backward(losses(model(x), y)))
-
-
-def test_a_vector_needs_a_forward_before():
-    model = mlp()
-    optimizer = make_private(model, batch_size=N)
-    assert_refuses(RuntimeError, "needs a training forward", lambda: optimizer.backward(torch.ones(N)))
-
-
-def test_micro_batches_of_vectors_equal_one_batch():
-    released = []
-    for parts in ((N,), (1, 5), (4, 2)):
-        model, (x, y) = mlp(), examples(N)
-        optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
-        optimizer.expect_batch(N)
-        for number, (some, labels) in enumerate(zip(x.split(parts), y.split(parts), strict=True)):
-            optimizer.backward(F.cross_entropy(model(some), labels, reduction="none"))
-            optimizer.signal_skip_step(number < len(parts) - 1)
-            optimizer.step()
-        released.append(flat(private_gradients(model)))
-    for other in released[1:]:
-        assert_close(other, released[0], 1e-6)
 
 
 def test_a_graph_is_not_kept_after_the_step():

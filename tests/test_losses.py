@@ -91,6 +91,27 @@ def test_answers_are_looked_for_among_own_tokens_alone():
     assert torch.allclose(question_answering_loss(*wider, first, last, F.pad(mask, (0, 3))), losses)
 
 
+@pytest.mark.parametrize("position", [-100, -1, 4, 99])
+def test_a_position_outside_of_the_sequence_counts_for_nothing(position):
+    logits, inside = torch.randn(1, 4, dtype=torch.float64), torch.tensor([2])
+    mask, outside = torch.ones(1, 4), torch.tensor([position])
+    alone = F.cross_entropy(logits, inside) / 2
+    for first, last in ((outside, inside), (inside, outside)):
+        assert torch.isclose(question_answering_loss(logits, logits, first, last, mask)[0], alone)
+    assert question_answering_loss(logits, logits, outside, outside, mask).tolist() == [0.0]
+
+
+def test_float64_outputs_have_float64_losses():
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    assert classification_loss(logits, torch.tensor([0, 1, 2])).dtype == torch.float64
+    assert regression_loss(logits, logits.float()).dtype == torch.float64
+
+
+def test_a_regression_of_half_precision_is_in_float32():
+    predictions, targets = torch.full((2, 3), 1.0, dtype=torch.bfloat16), torch.full((2, 3), 1.001)
+    assert regression_loss(predictions, targets).tolist() == pytest.approx([1e-6, 1e-6], rel=1e-2)
+
+
 def test_half_precision_outputs_have_float32_losses():
     logits = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
     losses = classification_loss(logits, torch.tensor([0, 1]))
@@ -104,6 +125,16 @@ def test_half_precision_outputs_have_float32_losses():
     ("choose 'mean' or 'sum'", lambda: causal_lm_loss(
         torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), reduction="none")),
     ("of one shape", lambda: regression_loss(torch.zeros(3, 1), torch.zeros(3))),
+    ("of one shape", lambda: regression_loss(torch.zeros(()), torch.zeros(()))),
+    ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(3).long())),
+    ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(2, 1).long())),
+    ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 2).long())),
+    ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))),
+    *[("question_answering_loss takes", lambda shapes=shapes: question_answering_loss(
+        *[torch.zeros(shape, dtype=torch.long if len(shape) == 1 else torch.float) for shape in shapes]))
+      for shapes in (((2, 3), (2, 4), (2,), (2,), (2, 3)), ((2, 3), (2, 3), (2,), (2,), (2, 4)),
+                     ((2, 3), (2, 3), (3,), (3,), (2, 3)), ((2, 3), (2, 3), (3,), (2,), (2, 3)),
+                     ((2, 3, 1), (2, 3, 1), (2,), (2,), (2, 3, 1)))],
     ("question_answering_loss takes", lambda: question_answering_loss(
         torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(3).long(), torch.ones(2, 3)))])
 def test_shapes_that_do_not_belong_together_are_refused(words, call):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.sampling import PoissonSampler, PrivateDataLoader
@@ -166,3 +166,55 @@ def test_dataset_order_of_the_loader_is_not_used():
         return next(loader.take(1))
 
     assert torch.equal(first(False), first(True))
+
+
+def plain_loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbers(6), batch_size=2, **options)
+
+
+def with_batches(batches: Any) -> DataLoader[Any]:
+    """A loader whose batches were exchanged after it was made, as a subclass may do."""
+    loader = plain_loader()
+    vars(loader)["batch_sampler"] = batches(loader)
+    return loader
+
+
+class OwnBatches(BatchSampler):
+    """May leave out whom it likes."""
+
+
+@pytest.mark.parametrize("loader", [
+    lambda: plain_loader(sampler=RandomSampler(Numbers(6), replacement=True)),
+    lambda: plain_loader(sampler=RandomSampler(Numbers(6), num_samples=3)),
+    lambda: plain_loader(sampler=RandomSampler(Numbers(6))),  # of another data set, though of the same size
+    lambda: plain_loader(sampler=SequentialSampler(Numbers(6))),
+    lambda: with_batches(lambda loader: OwnBatches(loader.sampler, 2, False)),
+    lambda: with_batches(lambda loader: BatchSampler([0, 1], 2, False)), lambda: with_batches(lambda loader: [[0, 1]])])
+def test_an_order_that_a_plain_loader_does_not_make_is_refused(loader):
+    with pytest.raises(ValueError, match="no sampler of its own"):
+        PrivateDataLoader(loader(), SeededSource(0), lambda size: None, lambda: None)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"shuffle": True}, {"shuffle": True, "generator": torch.Generator()}, {"drop_last": True}])
+def test_the_orders_of_a_plain_loader_are_taken(options):
+    private = PrivateDataLoader(plain_loader(**options), SeededSource(0), lambda size: None, lambda: None)
+    assert private.sample_rate == 1 / 3
+
+
+def test_an_order_of_the_same_data_set_with_or_without_repeats():
+    numbers = Numbers(6)
+
+    def given(sampler: Any) -> PrivateDataLoader:
+        loader = DataLoader(numbers, batch_size=2, sampler=sampler)
+        return PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None)
+
+    assert given(RandomSampler(numbers)).sample_rate == given(SequentialSampler(numbers)).sample_rate == 1 / 3
+    for some in (RandomSampler(numbers, replacement=True), RandomSampler(numbers, num_samples=3)):
+        with pytest.raises(ValueError, match="no sampler of its own"):
+            given(some)
+
+
+def test_what_is_no_loader_is_refused():
+    with pytest.raises(TypeError, match="data_loader must be a DataLoader"):
+        PrivateDataLoader([[0, 1]], SeededSource(0), lambda size: None, lambda: None)  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ class Record:
         """Tests that have noticed mistakes in this function, then in this file: those that noticed most first."""
         here: Counter[str] = Counter()
         near: Counter[str] = Counter()
-        for name, entry in self.found.items():
+        for name, entry in list(self.found.items()):  # one thread reads while another adds
             if entry["test"] and name.startswith(f"{mutant.path}::") and (
                     entry["test"].partition("::")[0] in tests_of(mutant, interpreted)):
                 (here if name.startswith(f"{mutant.path}::{mutant.function}::") else near)[entry["test"]] += 1

@@ -194,7 +194,7 @@ class _Finder:
             yield self.replace(function, "drop call", start, end, f"({self.source(node.args[0])})")
         if len(node.args) >= 2 and plain and all(isinstance(a, ast.Name | ast.Attribute) for a in node.args[:2]):
             first, second = map(self.source, node.args[:2])
-            if name not in ("isinstance", "getattr", "hasattr", "setattr", "zip"):
+            if name not in ("isinstance", "getattr", "hasattr", "setattr", "zip", "isclose", "equal"):
                 yield self.replace(function, "swap arguments", self.span(node.args[0])[0], self.span(node.args[1])[1],
                                    f"{second}, {first}")
         for keyword in node.keywords:

@@ -6,12 +6,25 @@ _PITFALLS = (
     "tests/test_pitfalls_noise.py", "tests/test_pitfalls_clipping.py", "tests/test_pitfalls_batches.py",
     "tests/test_pitfalls_accounting.py", "tests/test_pitfalls_coverage.py")
 _PER_EXAMPLE = (
-    "tests/ops/test_per_example.py", "tests/test_recording.py", "tests/test_precision.py", "tests/test_gradients.py")
+    "tests/ops/test_per_example.py", "tests/test_norms.py", "tests/test_recording.py", "tests/test_precision.py",
+    "tests/test_gradients.py")
 _NATIVE = (
     "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py",
     "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py",
     "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_randomness.py",
     "tests/ops/test_noise_statistics.py", "tests/ops/test_emulated_cuda.py")
+_ACCOUNTING = (
+    "tests/test_accounting.py", "tests/test_accounting_grid.py", "tests/test_pitfalls_accounting.py",
+    "tests/test_engine.py", "tests/fed/test_account.py")
+_TRIALS = (
+    "tests/test_batch_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
+    "tests/test_carried_embeddings.py", "tests/test_pitfalls_coverage.py", "tests/test_layers.py",
+    "tests/test_engine.py")
+_LOSSES = (
+    "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
+    "tests/test_batch_trials.py")
+_SECRET_DRAWS = ("tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py")
+_CHAINED = ("tests/fed/engines/test_chained_ledgers.py", "tests/fed/engines/test_flower_ledger.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
           "tests/fed/test_methods.py", "tests/fed/test_faults.py", "tests/fed/test_secrets.py")
 
@@ -37,14 +50,28 @@ TARGETS: dict[str, Target] = {
         "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
-        "tests/test_sampling.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
+        "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
         "tests/test_setup_refusals.py")),
-    "lora_dp/accounting.py": Target((
-        "tests/test_accounting.py", "tests/test_pitfalls_accounting.py", "tests/test_engine.py",
-        "tests/fed/test_account.py")),
+    "lora_dp/collation.py": Target((
+        "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
+    "lora_dp/accounting/epsilon.py": Target(_ACCOUNTING),
+    "lora_dp/accounting/ledger.py": Target((*_ACCOUNTING, "tests/test_files.py", "tests/test_resume.py")),
+    "lora_dp/accounting/planning.py": Target(_ACCOUNTING),
+    "lora_dp/accounting/steps.py": Target(_ACCOUNTING),
+    "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
-        "tests/test_isolation.py", "tests/test_layers.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py",
-        "tests/test_engine.py")),
+        "tests/test_isolation_edges.py", "tests/test_isolation.py", "tests/test_batch_trials.py",
+        "tests/test_layers.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_engine.py")),
+    "lora_dp/trials.py": Target(_TRIALS),
+    "lora_dp/batch_parts.py": Target(_TRIALS),
+    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
+    "lora_dp/loss_watch.py": Target(_LOSSES),
+    "lora_dp/losses.py": Target((
+        "tests/test_losses.py", "tests/test_loss_watch.py", "tests/test_arguments.py", "tests/test_batches.py")),
+    "lora_dp/passes.py": Target((
+        "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
+        "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_layers.py", "tests/test_ownership.py", "tests/test_training_loops.py",
         "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py")),
@@ -58,6 +85,11 @@ TARGETS: dict[str, Target] = {
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
+    "lora_dp/secret_state.py": Target(_SECRET_DRAWS),
+    "lora_dp/cpu_draws.py": Target(("tests/test_cpu_draws.py", "tests/test_secret_state.py")),
+    "lora_dp/ops/example_norms.py": Target((
+        "tests/test_norms.py", "tests/test_clipping.py", "tests/test_pitfalls_clipping.py", *_PER_EXAMPLE)),
+    "lora_dp/ops/example_rows.py": Target(("tests/test_norms.py", "tests/test_stray_values.py", *_PER_EXAMPLE)),
     "lora_dp/ops/clipped_sum.py": Target(_PER_EXAMPLE),
     "lora_dp/ops/per_example_norm.py": Target(_PER_EXAMPLE, ("tests/kernels/test_gram.py",)),
     "lora_dp/ops/per_example_grad.py": Target(_PER_EXAMPLE, ("tests/kernels/test_example_grad.py",)),
@@ -76,10 +108,22 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_units.py")),
     "lora_dp/fed/client.py": Target(("tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
+    "lora_dp/fed/contained.py": Target((
+        "tests/fed/test_contained.py", "tests/fed/test_units.py", "tests/fed/test_secrets.py")),
+    "lora_dp/fed/unreadable.py": Target((
+        "tests/fed/test_contained.py", "tests/fed/test_examples.py", "tests/fed/test_secrets.py",
+        "tests/fed/test_data.py")),
+    "lora_dp/fed/harmless.py": Target((
+        "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
+        "tests/fed/test_contained.py")),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
-    "lora_dp/fed/engines/flower_ledger.py": Target((
-        "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
+    "lora_dp/fed/engines/flower_ledger.py": Target((*_CHAINED, "tests/fed/engines/test_flower.py")),
+    "lora_dp/fed/engines/flower_policy.py": Target((
+        "tests/fed/engines/test_hostile_server.py", "tests/fed/engines/test_flower_ledger.py",
+        "tests/fed/engines/test_flower.py")),
+    "lora_dp/fed/engines/flower_tensors.py": Target((
+        "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_message_bytes.py")),
     "csrc/chacha20.h": Target(_NATIVE), "csrc/cpu_kernels.h": Target(_NATIVE),
     "csrc/gaussian_blocks.h": Target(_NATIVE),
     "csrc/kernels.cpp": Target(_NATIVE), "csrc/rounded_gaussian.h": Target(_NATIVE), "csrc/stream.h": Target(_NATIVE),
@@ -91,4 +135,5 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
+    "lora_dp/loss_watch.py", "lora_dp/loss_graph.py",
     "lora_dp/fed/noisy_sum.py")

@@ -96,7 +96,7 @@ def test_every_target_and_its_tests_are_there(path):
     "lora_dp/fed/noisy_sum.py::NoisySum.add::drop call::rule.measured(change[name]) → (change[name])",
     "lora_dp/fed/client.py::Trainer._noised::drop call::rules[name].measured(tensor - start[name])",
     "lora_dp/fused_step.py::_native_step::extreme::sum → max",
-    "lora_dp/isolation.py::::constant::1e-4 → 0.01",
+    "lora_dp/loss_graph.py::::constant::1e-4 → 0.01",
 ])
 def test_mistakes_that_tests_once_missed_are_among_them(name):
     path = name.partition("::")[0]

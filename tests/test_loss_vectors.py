@@ -1,0 +1,127 @@
+"""Losses of single examples handed to optimizer.backward: what joins them is refused, a public weight is taken."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_dp import IsolationError
+from tests.models import assert_refuses, examples, flat, mlp, take_step
+from tests.support import assert_close, make_private, private_gradients
+
+N = 6
+
+
+@pytest.mark.parametrize("declared", ["mean", "sum"])
+@pytest.mark.parametrize("n", [1, N])
+def test_a_vector_needs_no_reduction(declared, n):
+    model, reference, (x, y) = mlp(), mlp(), examples(n)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=0.3, loss_reduction=declared)
+    optimizer.expect_batch(n)
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    optimizer.step()
+    expected = take_step(reference, make_private(reference, batch_size=N, max_grad_norm=0.3), (x, y))
+    assert_close(flat(private_gradients(model)) * N, flat(expected), 1e-6)
+
+
+def test_a_public_weight_multiplies_every_loss():
+    model, reference, (x, y) = mlp(), mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=1e6)
+    for weight in (0.5, 0.25):  # a schedule
+        optimizer.expect_batch(N)
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none"), weight=weight)
+        optimizer.step()
+        model.load_state_dict(reference.state_dict())
+        expected = take_step(mine := mlp(), make_private(mine, batch_size=N, max_grad_norm=1e6), (x, y))
+        assert_close(flat(private_gradients(model)) * N, weight * flat(expected), 1e-5)
+
+
+@pytest.mark.parametrize(("words", "losses"), [
+    ("divided by the number of examples, 6", lambda out, y: F.cross_entropy(out, y, reduction="none") / 6),
+    ("depends on the model's outputs for others", lambda out, y: (out - out.mean(0)).square().sum(1)),
+    ("depends on the model's outputs for others", lambda out, y: F.cross_entropy(
+        out @ out.t(), torch.arange(len(out)), reduction="none")),
+])
+def test_a_vector_that_joins_examples_is_refused(words, losses):
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(x), y)))
+
+
+@pytest.mark.parametrize("words", ["weighs an example by 0.5, that of an earlier one by 1", "outputs for others"])
+def test_a_vector_of_two_is_looked_at_and_of_one_is_not(words):
+    def losses(out: Tensor) -> Tensor:
+        return out.square().sum(1) / len(out) if "weighs" in words else (out - out.mean(0)).square().sum(1)
+
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+    optimizer.backward(losses(model(examples(1)[0])))
+    optimizer.zero_grad()
+    assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(examples(2)[0]))))
+
+
+def test_a_vector_after_a_forward_that_failed_is_refused():
+    def fail(module: nn.Module, inputs: object, output: Tensor) -> None:
+        raise ArithmeticError
+
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+    model[2].register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        model(examples(1)[0])
+    losses = torch.ones(1, requires_grad=True) * 2
+    assert_refuses(ValueError, "do not depend on what the model returned", lambda: optimizer.backward(losses))
+
+
+def test_a_vector_divided_by_what_is_no_constant_is_refused_at_once():
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    for count in (2899, 76):
+        assert_refuses(IsolationError, f"multiplied by {1 / count:.6g}, which looks like a count",
+                       lambda count=count: optimizer.backward(losses / count, retain_graph=True))
+
+
+@pytest.mark.parametrize("count", [31])
+def test_a_vector_divided_by_a_count_is_refused_in_the_next_batch(count):
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    for _ in range(2):
+        optimizer.expect_batch(N)
+        optimizer.backward(F.cross_entropy(model(x), y, reduction="none") / count)
+        optimizer.step()
+    losses = F.cross_entropy(model(x), y, reduction="none") / (count + 1)
+    assert_refuses(IsolationError, f"weighs an example by {1 / (count + 1):.6g}", lambda: optimizer.backward(losses))
+
+
+@pytest.mark.parametrize(("words", "losses"), [
+    ("shape (6,), got ()", lambda out, y: F.cross_entropy(out, y)),
+    ("shape (6,), got (6, 3)", lambda out, y: out),
+    ("shape (6,), got float", lambda out, y: 0.5),
+    ("do not depend on what the model returned", lambda out, y: torch.ones(N, requires_grad=True) * 2),
+    ("do not depend on what the model returned", lambda out, y: torch.ones(N))])
+def test_what_is_no_vector_of_losses_is_refused(words, losses):
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    assert_refuses(ValueError, words, lambda: optimizer.backward(losses(model(x), y)))
+
+
+def test_a_vector_needs_a_forward_before():
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+    assert_refuses(RuntimeError, "needs a training forward", lambda: optimizer.backward(torch.ones(N)))
+
+
+def test_micro_batches_of_vectors_equal_one_batch():
+    released = []
+    for parts in ((N,), (1, 5), (4, 2)):
+        model, (x, y) = mlp(), examples(N)
+        optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
+        optimizer.expect_batch(N)
+        for number, (some, labels) in enumerate(zip(x.split(parts), y.split(parts), strict=True)):
+            optimizer.backward(F.cross_entropy(model(some), labels, reduction="none"))
+            optimizer.signal_skip_step(number < len(parts) - 1)
+            optimizer.step()
+        released.append(flat(private_gradients(model)))
+    for other in released[1:]:
+        assert_close(other, released[0], 1e-6)
