@@ -113,6 +113,9 @@ def _introduce(content: RecordDict, node_config: Mapping[str, Any]) -> RecordDic
 def _admitted(content: RecordDict, node_config: Mapping[str, Any]) -> ClientLedger | None:
     """The node's ledger, if it has one, for a run in which its owner lets it take part. No data are opened for that.
 
+    It knows the run by the options that the node reads. A ledger without a budget has that of the policy: else a server
+    that names another seed each time could start any number of runs.
+
     Raises:
         Refused: a run that noise of this node's own does not protect, unless its owner has declared that it need not;
             or one that the node's policy does not admit.
@@ -133,7 +136,11 @@ def _admitted(content: RecordDict, node_config: Mapping[str, Any]) -> ClientLedg
     if ledger is not None:
         ledger.check(plan_of(config), reproducible=config.run.reproducible)
     policy.check(config)
-    return ledger
+    if ledger is None:
+        return None
+    if ledger.epsilon is None:
+        ledger = ledger.limited(*policy.budget())
+    return ledger.of_run(policy.run_digest(config))
 
 
 def _number(node_config: Mapping[str, Any]) -> int:

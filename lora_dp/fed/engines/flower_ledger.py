@@ -2,9 +2,10 @@
 
 import fcntl
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lora_dp.accounting import Ledger, PoissonGaussian, check_delta, check_epsil
 from lora_dp.chain import START, Heads, link
 from lora_dp.fed.privacy import UNITS, PrivacyPlan, Unit
 from lora_dp.files import write_atomically
+
+_LOG = logging.getLogger(__name__)
 
 
 class Refused(RuntimeError):
@@ -22,6 +25,7 @@ class Refused(RuntimeError):
 class ClientLedger:
     """The ledger of one node's data over all runs, and the budget that its owner has set.
 
+    It also holds how many releases each run has had, so that no turn of a run can be repeated beyond the run's plan.
     Each turn's file names the one that it replaces by its digest, and a second file (``.heads`` after the name) holds
     the last digest and how many there were: a damaged file, or one of an earlier day, is refused.
 
@@ -30,12 +34,16 @@ class ClientLedger:
         unit: whose presence it is about: an example's, or that of all this client's data. Releases that protect the one
             add up to no ε for the other.
         epsilon, delta: releases that would lead beyond this budget are refused; None for no limit.
+        written: whether that budget stands in the node-config; else it is what the policy admits.
+        run: digest of the run that turns are of; releases beyond its plan are refused; None for no limit.
     """
 
     path: Path
     unit: Unit = "example"
     epsilon: float | None = None
     delta: float | None = None
+    written: bool = True
+    run: str | None = None
 
     @classmethod
     def of_node(cls, node_config: Mapping[str, Any]) -> "ClientLedger | None":
@@ -61,6 +69,14 @@ class ClientLedger:
             raise Refused(f"has a budget in its node-config that is none: {error}") from error
         return cls(Path(named), kept, float(epsilon), float(delta))
 
+    def of_run(self, run: str) -> "ClientLedger":
+        """The same ledger, for turns of the run with this digest."""
+        return replace(self, run=run)
+
+    def limited(self, epsilon: float, delta: float) -> "ClientLedger":
+        """The same ledger with this budget, which its owner did not write."""
+        return replace(self, epsilon=epsilon, delta=delta, written=False)
+
     def check(self, plan: PrivacyPlan, *, reproducible: bool) -> None:
         """Raises Refused where noise of this client's own does not protect, in a run, what this ledger is about.
 
@@ -82,22 +98,49 @@ class ClientLedger:
             reproducible: noise follows a seed that the server knows.
 
         Raises:
-            Refused: what :meth:`check` refuses; or the turn leads beyond the budget; nothing was counted.
+            Refused: what :meth:`check` refuses; or the turn leads beyond the run's plan or the budget; nothing was
+                counted.
         """
         self.check(plan, reproducible=reproducible)
         with self._locked():
-            ledger, turns, before = self._read()
+            ledger, turns, before, runs = self._read()
             ledger.append(event, plan.releases_per_turn)
-            if self.epsilon is not None and self.delta is not None:
-                reached = ledger.epsilon(self.delta, plan.accountant)
-                if reached > self.epsilon:
-                    raise Refused(f"has no budget left: this turn would lead above its own ε of {self.epsilon:g}")
+            reached = self._within_budget(ledger, plan)
+            runs = self._within_plan(runs, plan)
             heads = Heads(self.path)
             if heads.last()[0] < turns:  # a crash came before the last turn was held, and before it left
                 heads.append(before)
-            state = self._state(ledger, turns + 1, before)
+            state = self._state(ledger, turns + 1, before, runs)
             write_atomically(self.path, json.dumps(state, indent=1))
             heads.append(state["node"]["digest"])
+        if reached is not None:  # a warning, because a SuperNode shows nothing below
+            _LOG.warning(
+                "This client's ledger is at ε = %.4g of %g over all runs, at δ = %g.", reached, self.epsilon,
+                self.delta)
+
+    def _within_budget(self, ledger: Ledger, plan: PrivacyPlan) -> float | None:
+        """The ε of a ledger, None without a budget; raises Refused where that is above the budget."""
+        if self.epsilon is None or self.delta is None:
+            return None
+        reached = ledger.epsilon(self.delta, plan.accountant)
+        if reached <= self.epsilon:
+            return reached
+        if self.written:
+            raise Refused(f"has no budget left: this turn would lead above its own ε of {self.epsilon:g}")
+        raise Refused(
+            f"has no budget left: this turn would lead above ε = {self.epsilon:g} at δ = {self.delta:g}, which its "
+            "policy admits for all runs together: for another budget, write epsilon and delta into its node-config")
+
+    def _within_plan(self, runs: dict[str, int], plan: PrivacyPlan) -> dict[str, int]:
+        """The releases of each run with those of one more turn; raises Refused where the plan has no room for them."""
+        if self.run is None:
+            return runs
+        spent = runs.get(self.run, 0) + plan.releases_per_turn
+        if spent > plan.planned_releases:
+            raise Refused(
+                "has released all that this run's plan accounts for, and what is repeated counts again: start another "
+                "run, with another seed")
+        return {**runs, self.run: spent}
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -106,13 +149,15 @@ class ClientLedger:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _state(self, ledger: Ledger, turns: int, before: str) -> dict[str, Any]:
+    def _state(self, ledger: Ledger, turns: int, before: str, runs: dict[str, int]) -> dict[str, Any]:
         state = ledger.state_dict()
-        node = {"unit": self.unit, "turns": turns, "before": before}
+        # Without runs it is as earlier versions wrote it.
+        node = {"unit": self.unit, "turns": turns, "before": before, **({"runs": runs} if runs else {})}
         return {**state, "unit": self.unit, "node": {**node, "digest": link(state["digest"], node)}}
 
-    def _read(self) -> tuple[Ledger, int, str]:
-        """The ledger as it is on the disk, how many turns were written to it, and the digest of the last.
+    def _read(self) -> tuple[Ledger, int, str, dict[str, int]]:
+        """The ledger as it is on the disk, how many turns were written to it, the digest of the last, and how many
+        releases there were of each run, by the run's digest.
 
         Raises:
             ValueError: it is damaged, gone, or of an earlier day.
@@ -122,7 +167,7 @@ class ClientLedger:
         if not self.path.exists():
             if held:
                 raise self._broken(f"it is gone, but {held} turns were written to it")
-            return Ledger(), 0, START
+            return Ledger(), 0, START, {}
         ledger = Ledger.load(self.path)
         state = json.loads(self.path.read_text(encoding="utf-8"))
         if state.get("unit") in UNITS and state["unit"] != self.unit:
@@ -130,11 +175,12 @@ class ClientLedger:
         if "node" not in state and state["version"] == 1:  # without digests, as earlier versions wrote it
             if held:
                 raise self._broken("it is of an earlier day, and has no digests")
-            return ledger, 0, START
+            return ledger, 0, START, {}
         try:
-            turns, before = state["node"]["turns"], state["node"]["before"]
-            whole = state == self._state(ledger, turns, before)
-        except (KeyError, TypeError) as error:
+            node = state["node"]
+            turns, before, runs = node["turns"], node["before"], node.get("runs", {})
+            whole = state == self._state(ledger, turns, before, runs)
+        except (KeyError, TypeError, AttributeError) as error:
             raise self._broken(f"its node's part is damaged: {error!r}") from error
         if not whole:
             raise self._broken("its node's part does not match its digest")
@@ -142,7 +188,7 @@ class ClientLedger:
         if (held, head) not in ((turns, digest), (turns - 1, before)):
             raise self._broken(
                 f"it has {turns} turns, but {Heads(self.path).path.name} beside it holds {held}, or others")
-        return ledger, turns, digest
+        return ledger, turns, digest, runs
 
     def _broken(self, what: str) -> ValueError:
         return ValueError(

@@ -7,6 +7,7 @@ what else it may be. A run's config.yaml is such a file.
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 
 import yaml
 
+from lora_dp.accounting import check_delta, check_epsilon
+from lora_dp.chain import canonical
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines.flower_ledger import Refused
 from lora_dp.fed.harmless import described, harmless
@@ -132,10 +135,12 @@ class Policy:
         rules: one for every option of a run.
         private: False where its owner has declared that it needs no privacy of its own: then it may take part in runs
             without any, and in those where the server, which is trusted with its updates, adds the noise.
+        unread: options with which the node does nothing.
     """
 
     rules: Mapping[str, Rule]
     private: bool = True
+    unread: frozenset[str] = frozenset(_SERVERS)
 
     @classmethod
     def of_node(cls, node_config: Mapping[str, Any], *, budget: bool) -> "Policy":
@@ -160,9 +165,11 @@ class Policy:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             _LOG.error("This node's policy is none: %s", described(error))
             raise Refused("has a policy that is none: its log says why") from error
+        unread = frozenset(_SERVERS)
         if node_config.get("data") is not None:
             rules.update(dict.fromkeys(_OF_SHARED_DATA, Anything()))
-        return cls(rules, private)
+            unread |= set(_OF_SHARED_DATA)
+        return cls(rules, private, unread)
 
     def check(self, config: RunConfig) -> None:
         """Raises Refused for a run that the owner does not want, naming the option."""
@@ -170,6 +177,30 @@ class Policy:
             rule = self.rules[name]
             if not rule.admits(value):
                 raise Refused(_no_such_run(name, value, rule))
+
+    def budget(self) -> tuple[float, float]:
+        """The largest ε and δ that it admits: those of all runs together, where the node's ledger has no budget.
+
+        Raises:
+            Refused: it has no bound on one of them.
+        """
+        epsilon, delta = _most(self.rules["epsilon"]), _most(self.rules["delta"])
+        try:
+            check_epsilon(epsilon)
+            check_delta(delta)
+        except ValueError as error:
+            raise Refused(
+                "has a ledger without a budget, and a policy without a bound on epsilon or delta: write epsilon and "
+                "delta into its node-config") from error
+        return epsilon, delta
+
+    def run_digest(self, config: RunConfig) -> str:
+        """What tells one run from another: SHA-256 of all options that the node reads, 64 hexadecimal digits.
+
+        The same values in other words are the same run, as is one with other options of the server's own.
+        """
+        options = {name: _plain(value) for name, value in flat(config).items() if name not in self.unread}
+        return hashlib.sha256(canonical(options).encode()).hexdigest()
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -255,6 +286,26 @@ def _rule(said: Any, usual: Rule) -> Rule:
         low, high = (float(said.get(name, edge)) for name, edge in (("min", -math.inf), ("max", math.inf)))
         return Between(low, high, whole=isinstance(usual, Between) and usual.whole)
     raise ValueError(f"allow takes a list of values, min and max, or any, not {harmless(str(said), 80)}")
+
+
+def _most(rule: Rule) -> float:
+    """The largest number that a rule admits; infinite where it has no bound."""
+    if isinstance(rule, Between):
+        return rule.high
+    values = rule.values if isinstance(rule, OneOf) else ()
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return max(numbers, default=math.inf)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, equal ones alike: 1.0 is 1, and every name a text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else value
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _same(one: Any, other: Any) -> bool:

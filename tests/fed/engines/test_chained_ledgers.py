@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,27 @@ def read_own(path: Path) -> Count:
     return counted
 
 
+# The same file, by what it says of one run.
+RUN = "a" * 64
+LONG = replace(PLAN, participations=100)
+
+
+def write_runs(path: Path) -> None:
+    for run, event in zip((RUN, "b" * 64, RUN), EVENTS, strict=True):
+        ClientLedger(path, run=run).spend(LONG, event, reproducible=False)
+
+
+def read_runs(path: Path) -> Count:
+    before = path.read_bytes() if path.exists() else None
+    try:
+        ClientLedger(path, run=RUN).spend(LONG, EVENTS[-1], reproducible=False)
+    except Exception:
+        assert (path.read_bytes() if path.exists() else None) == before
+        raise
+    counted: Count = json.loads(path.read_text())["node"]["runs"]
+    return {**counted, RUN: counted[RUN] - LONG.releases_per_turn}
+
+
 def write_saved(path: Path) -> None:
     ledger = Ledger()
     for count, event in enumerate(EVENTS, 7):
@@ -84,6 +106,7 @@ def counts(ledger: Ledger) -> Count:
 FILES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Count], tuple[str, ...]]] = {
     "log": (write_log, read_log, (LOG, f"{LOG}.heads")),
     "own": (write_own, read_own, ("own.json", "own.json.heads")),
+    "runs": (write_runs, read_runs, ("own.json", "own.json.heads")),
     "saved": (write_saved, read_saved, ("saved.json",)),
 }
 
@@ -211,7 +234,7 @@ def test_a_nodes_ledger_of_an_earlier_day_is_noticed(tmp_path, earlier):
         read_own(path)
 
 
-@pytest.mark.parametrize("kind", ["log", "own"])
+@pytest.mark.parametrize("kind", ["log", "own", "runs"])
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_a_crash_at_any_write_leaves_a_ledger_that_is_read_and_counts_no_less(tmp_path, monkeypatch, kind, stop):
     """Each call that reaches the disk, of two releases in turn, is the last one once."""
@@ -225,7 +248,7 @@ def test_a_crash_at_any_write_leaves_a_ledger_that_is_read_and_counts_no_less(tm
         if kind == "log":
             AheadLog(path).append(5, [0])
         else:
-            ClientLedger(path).spend(PLAN, EVENTS[-1], reproducible=False)
+            ClientLedger(path, run=RUN if kind == "runs" else None).spend(LONG, EVENTS[-1], reproducible=False)
 
     def crashing(function: Any) -> Any:
         def called(*args: Any) -> Any:
@@ -244,9 +267,9 @@ def test_a_crash_at_any_write_leaves_a_ledger_that_is_read_and_counts_no_less(tm
             for _ in range(2):
                 release()
                 done += 1
-    name = 0 if kind == "log" else EVENTS[-1]
+    name: Any = {"log": 0, "own": EVENTS[-1], "runs": RUN}[kind]
     each = PLAN.releases_per_round if kind == "log" else PLAN.releases_per_turn
-    extra = 1 if kind == "own" else 0  # reading a node's ledger spends once
+    extra = 0 if kind == "log" else 1  # reading a node's ledger spends once
     release()
     assert done < 2 or calls < stop
     assert read(path)[name] >= true[name] + (done + 1 + extra) * each
@@ -290,6 +313,30 @@ def test_a_ledger_without_digests_is_read_and_saved_with_them(tmp_path):
         kept = json.loads(path.read_text())
         assert kept["version"] == 2 and len(kept["digest"]) == 64
         assert Ledger.load(path).steps >= sum(count for _, count in entries)
+
+
+def test_a_nodes_ledger_that_knew_of_no_runs_goes_on_and_then_counts_them(tmp_path):
+    path = tmp_path / "own.json"
+    write_own(path)
+    assert "runs" not in json.loads(path.read_text())["node"]
+    ClientLedger(path, run=RUN).spend(LONG, EVENTS[-1], reproducible=False)
+    ClientLedger(path).spend(LONG, EVENTS[-1], reproducible=False)
+    kept = json.loads(path.read_text())
+    assert kept["node"]["runs"] == {RUN: LONG.releases_per_turn} and kept["node"]["turns"] == 5
+    assert Ledger.load(path).steps == 5 * LONG.releases_per_turn
+
+
+@pytest.mark.parametrize("runs", [None, {}, {RUN: 0}, {"c" * 64: 1}, [], 3])
+def test_runs_that_were_edited_are_noticed(tmp_path, runs):
+    path = tmp_path / "own.json"
+    write_runs(path)
+    kept = json.loads(path.read_text())
+    kept["node"]["runs"] = runs
+    if runs is None:
+        del kept["node"]["runs"]
+    path.write_text(json.dumps(kept, indent=1))
+    with pytest.raises(ValueError, match="its node's part .*restore it"):
+        read_runs(path)
 
 
 def test_a_log_without_digests_is_refused_with_the_remedy(tmp_path):

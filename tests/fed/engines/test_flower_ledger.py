@@ -76,6 +76,33 @@ def test_it_adds_up_over_runs(tmp_path):
     assert Ledger.load(path).steps == 6
 
 
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+@pytest.mark.parametrize("options", [{}, {"method": "deer"}, {"clients": 3, "clients_per_round": 2, "rounds": 3}])
+def test_without_a_budget_there_is_room_for_a_whole_run_and_not_for_a_second(tmp_path, options, accountant):
+    path = tmp_path / "ledger.json"
+    options = {"accountant": accountant, **options}
+    nodes = [{"partition-id": 0}, {"partition-id": 1, "ledger": str(path)}, {"partition-id": 2}]
+    for seed, room in ((0, True), (1, False)):
+        config = tiny(**options, seed=seed)
+        federation = connected(config, LoopbackGrid(nodes[:config.federation.clients]))
+        for _ in range(federation.plan.participations):
+            failed = federation.run_round([0, 1]).failed
+            assert [entry["client"] for entry in failed] == ([] if room else [1])
+            assert room or "for all runs together" in failed[0]["reason"]
+        ledger = Ledger.load(path)
+        assert ledger.steps == federation.plan.planned_releases and 7 < ledger.epsilon(1e-5, accountant) <= 8
+
+
+def test_a_run_that_is_begun_anew_ends_where_its_plan_does(tmp_path):
+    """As after a crash of the server, when nobody resumes: the node has answered a round, the new server asks all."""
+    path = tmp_path / "ledger.json"
+    connected(tiny(epsilon=2.0), grid(path)).run_round()
+    federation = connected(tiny(epsilon=2.0), grid(path))
+    answered = [federation.run_round().participants for _ in range(3)]
+    assert answered == [[0, 1], [0, 1], [0]]
+    assert Ledger.load(path).epsilon(1e-5, "rdp") <= 2
+
+
 UNPROTECTED = "sends nothing that secret noise of its own does not protect"
 
 
