@@ -77,10 +77,6 @@ class LoRAConfig:
         if self.alpha is not None:
             check_number("alpha", self.alpha)
         check_number("dropout", self.dropout)
-        if self.target_modules is None or self.trainable_modules is None:
-            raise TypeError(
-                "target_modules and trainable_modules cannot be None: leave them out for all linear layers but the "
-                "head, and for nothing besides the adapters.")
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
         if self.alpha is not None and not self.alpha > 0:

@@ -229,13 +229,14 @@ def weight(term: Term, n: int, claimed: LossReduction) -> float:
 
 
 def is_constant(value: float) -> bool:
-    """Whether a number looks like one that somebody wrote: three digits, or one over a small whole number.
+    """Whether a number looks like one that somebody wrote: three digits, a power of 2, or one over a small number.
 
     1 / 76 in a batch of 8 looks like a count of something. What looks right is compared from batch to batch.
     """
     inverse = 1 / value if value else math.inf
     whole = abs(inverse) <= _LARGEST_PART and math.isclose(inverse, round(inverse), rel_tol=_RELATIVE)
-    return whole or math.isclose(float(f"{value:.3g}"), value, rel_tol=_RELATIVE)
+    # Powers of two are those by which losses are scaled against underflow.
+    return whole or abs(math.frexp(value)[0]) == 0.5 or math.isclose(float(f"{value:.3g}"), value, rel_tol=_RELATIVE)
 
 
 def is_plain(term: Term, value: float, n: int, claimed: LossReduction) -> bool:

@@ -242,7 +242,8 @@ def backward_unseen(loss: Tensor, *, retain_graph: bool) -> None:
 def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     """As torch's; losses of private models are examined first."""
     watches = [watch for watch in list(_watches) if watch._outputs is not None]
-    if watches:
+    # Inside a backward, a reentrant checkpoint goes on with what it has run again.
+    if watches and torch._C._current_graph_task_id() == -1:
         roots = [tensors] if isinstance(tensors, Tensor) else [root for root in tensors if isinstance(root, Tensor)]
         for watch in watches:
             for root in roots:
