@@ -101,7 +101,8 @@ def test_objects_of_another_class(name: str, value: object) -> None:
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"target_modules": None}, "target_modules must be a list of names, got None"),
-    ({"trainable_modules": None}, "trainable_modules must be a list of names, got None"), ({"dropout": "0.1"}, "dropout must be a number"),
+    ({"trainable_modules": None}, "trainable_modules must be a list of names, got None"),
+    ({"dropout": "0.1"}, "dropout must be a number"),
     ({"dropout": None}, "dropout must be a number"), ({"alpha": "8"}, "alpha must be a number, got '8' (str)"),
     ({"alpha": [8]}, "alpha must be a number")])
 def test_lora_config(options: dict[str, Any], words: str) -> None:

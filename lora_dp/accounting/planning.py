@@ -15,6 +15,7 @@ _TOLERANCE = 1e-3  # a calibrated epsilon lies at most this much, relatively, be
 _LEAST_NOISE = 0.02  # calibration does not look below: one such step alone, seen for sure, has an epsilon near 1,400
 _MOST_NOISE = 1e9
 _COARSE = 4  # how much coarser the first search of a PLD is
+_AHEAD = (0.02, 0.01, 0.005)  # how far beyond a jump of ε max_steps looks
 _MOST_STEPS = 10**9
 
 
@@ -134,6 +135,13 @@ def max_steps(
     if accountant == "pld":  # as in _calibrate
         steps = _most_steps(lambda n: epsilon_after(n, "pld", _COARSE), target_epsilon, steps, stride=1 + steps // 8)
         steps = _most_steps(lambda n: epsilon_after(n, "pld"), target_epsilon, steps, stride=1 + steps // 1000)
+        # The true ε only grows with the steps; as computed it jumps by some thousandths, where a grid changes. What a
+        # larger number of steps keeps, a smaller one keeps too.
+        for ahead in _AHEAD:
+            beyond = min(math.ceil(steps * (1 + ahead)), _MOST_STEPS)
+            if steps < beyond and epsilon_after(beyond, "pld") <= target_epsilon:
+                return _most_steps(
+                    lambda n: epsilon_after(n, "pld"), target_epsilon, beyond, stride=1 + beyond // 1000)
     return steps
 
 
