@@ -1,5 +1,6 @@
 """LoRA adapters in a model: put them in, and exchange their tensors."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_dp.arguments import check_number
+from lora_dp.arguments import check_flag, check_kind, check_number
 from lora_dp.layers import DPLoRALinear, PrivateModule
 from lora_dp.merging import (
     adapters_of,
@@ -81,10 +82,11 @@ class LoRAConfig:
             raise TypeError(
                 "target_modules and trainable_modules cannot be None: leave them out for all linear layers but the "
                 "head, and for nothing besides the adapters.")
-        if not isinstance(self.r, int) or self.r < 1:
+        check_flag("rslora", self.rslora)
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}: leave it out for alpha = r.")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0 and finite, got {self.alpha}: leave it out for alpha = r.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}: 0 switches it off.")
         if self.bias not in get_args(Bias):
@@ -128,9 +130,12 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         The same model, with ``model.lora_config`` set.
 
     Raises:
+        TypeError: no module, or no LoRAConfig.
         ValueError: it has adapters already; a name matches nothing (with the nearest ones); the rank is above a
             layer's size; a layer cannot be adapted or trained in private; tied weights. The model is then unchanged.
     """
+    check_kind("model", model, nn.Module, "give the plain model")
+    check_kind("config", config, LoRAConfig, "LoRAConfig() adapts all linear layers but the head")
     check_plain(model)
     modules = Modules.of(model)
     roots = find_roots(modules, config.trainable_modules)

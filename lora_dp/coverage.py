@@ -117,6 +117,24 @@ def check_holds(optimizer: torch.optim.Optimizer, trained: Iterable[PrivateParam
                 "all parameters that require grad, or freeze that one.")
 
 
+def check_dtype(entry: PrivateParameter, before: torch.dtype, *, kept: bool) -> None:
+    """Refuse a parameter whose dtype was changed under the optimizer.
+
+    Args:
+        entry: the parameter.
+        before: its dtype when the model was made private.
+        kept: whether the optimizer keeps a state for it; without one a wider dtype does no harm.
+
+    Raises:
+        RuntimeError: it was changed.
+    """
+    now = entry.parameter.dtype
+    if now != before and (kept or torch.promote_types(now, before) != now):
+        raise RuntimeError(
+            f"'{entry.name}' was {before} when the model was made private and is {now} now: convert the model before "
+            "inject_lora, which keeps what is trained in float32, or compute under torch.autocast.")
+
+
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """N: the first dimension of the model's first tensor argument (the inputs before other keywords).
 
