@@ -19,7 +19,7 @@ from lora_dp.accounting import (
 )
 from lora_dp.arguments import check_count, check_flag, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
-from lora_dp.coverage import attach, batch_size, cover, recorder_of
+from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
 from lora_dp.filtering import Filter, check_filter
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import DPLoRALinear
@@ -115,8 +115,9 @@ class PrivacyEngine:
             The same model, the private optimizer, and the loader to train on.
 
         Raises:
-            ValueError: the model has BatchNorm or an uncovered trainable parameter, the optimizer holds such a
-                parameter, the data set is empty, or a number is out of range; always by name.
+            ValueError: the model has a BatchNorm (but for one that is frozen and in eval mode) or an uncovered
+                trainable parameter, the optimizer holds such a parameter, the data set is empty, or a number is out of
+                range; always by name.
             TypeError: an iterable data set, an argument of another type, or a model that torch.compile has wrapped
                 already.
             RuntimeError: torch.distributed runs several processes.
@@ -290,8 +291,11 @@ class PrivacyEngine:
         if n < 2:
             raise ValueError(f"The isolation check needs a batch of at least two examples, got {n}.")
         modes = {module: module.training for module in model.modules()}
+        still = frozen_norms(model)
         if not model.training:
             model.train()
+        for norm in still:
+            norm.eval()
         try:
             recorder = recorder_of(model)
             owned = recorder is not None and recorder.owner is not None

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.batch_parts import numbers_in, structure, widths
 from lora_dp.collation import drawn_for_test
-from lora_dp.coverage import batch_size
+from lora_dp.coverage import batch_size, check_frozen_norms
 from lora_dp.isolation import check_isolation
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
@@ -36,6 +36,7 @@ class Passes:
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         begin_pass(recorder.owner)
+        check_frozen_norms(recorder)
         n = batch_size(args, kwargs)
         tested = n > 1 and not recorder.capturing and self._test(module, args, kwargs, n)
         recorder.open(n)
