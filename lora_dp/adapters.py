@@ -125,6 +125,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     timm's classifier, or a child called score, classifier or qa_outputs. It also passes over linear layers whose
     forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj`` or Mamba's dt_proj; named explicitly
     they are an error. Those that are bypassed by some kernels only, such as Mamba's out_proj, have to be named.
+    Nor does it adapt what runs on a table of positions once for a whole batch, such as Swin V2's cpb_mlp.
 
     Returns:
         The same model, with ``model.lora_config`` set.
