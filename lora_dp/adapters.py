@@ -85,8 +85,10 @@ class LoRAConfig:
         check_flag("rslora", self.rslora)
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be above 0 and finite, got {self.alpha}: leave it out for alpha = r.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}: leave it out for alpha = r.")
+        if self.alpha == math.inf:
+            raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}: 0 switches it off.")
         if self.bias not in get_args(Bias):
