@@ -25,6 +25,7 @@ import functools
 import random
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,10 +56,11 @@ _cuda_renewed = False
 
 
 class _Forwards(threading.local):
-    """The private training forwards that run in this thread, by the id of their optimizer."""
+    """The private training forwards that run in this thread, by their optimizer."""
 
     def __init__(self) -> None:
-        self.running: set[int] = set()
+        # Weak: one that was interrupted from the keyboard ends with its optimizer, or with the model's next forward.
+        self.running: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 _forwards = _Forwards()
@@ -114,12 +116,13 @@ def forward_begins(optimizer: object) -> None:
         optimizer: the private one that takes the pass; nothing happens where its source of randomness is seeded.
     """
     if _is_secret(optimizer):
-        _forwards.running.add(id(optimizer))
+        _forwards.running.add(optimizer)
 
 
 def forward_ends(optimizer: object) -> None:
     """The forward that began for this optimizer is over, or never began."""
-    _forwards.running.discard(id(optimizer))
+    if optimizer is not None:
+        _forwards.running.discard(optimizer)
 
 
 def _check_draw(generator: torch.Generator | None) -> None:

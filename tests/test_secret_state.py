@@ -407,6 +407,25 @@ def test_a_model_that_draws_from_a_seed_inside_its_forward_is_refused(function: 
     research(torch.ones(1, 4))
 
 
+def test_an_interrupted_forward_is_over_with_the_models_next() -> None:
+    def interrupted(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    model = Net(interrupted)
+    optimizer = private(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 4))
+    model.function = torch.tanh
+    step(model, optimizer)
+    torch.rand(3, generator=torch.Generator())
+    model.function = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 4))
+    model.function = torch.tanh
+    model.eval()(torch.ones(1, 4))
+    torch.rand(3, generator=torch.Generator())
+
+
 @pytest.mark.parametrize("draw", [
     torch.rand_like, torch.randn_like, lambda x: torch.randint(0, 2, x.shape), lambda x: torch.poisson(x),
     lambda x: torch.rand(x.shape, generator=torch.default_generator), lambda x: F.rrelu(-x, training=True)])
