@@ -102,6 +102,7 @@ def begin_pass(optimizer: object) -> None:
     Raises:
         RuntimeError: a generator was seeded since :func:`renew`.
     """
+    forward_ends(optimizer)  # one that was interrupted
     if _is_secret(optimizer):
         _check()
         _renew_cpu(torch.default_generator.initial_seed())
