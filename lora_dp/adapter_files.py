@@ -104,8 +104,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: not a LoRA adapter, an unsupported option, an adapter for another model, or other adapters than
-            the model has. The model is then unchanged.
+        ValueError: not a LoRA adapter, an unsupported option, an adapter for another model, other adapters than the
+            model has, or tensors that are not floating-point or not finite. The model is then unchanged.
     """
     stored = peft_format.read(folder)
     modules = Modules.of(model)
@@ -126,6 +126,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     keys = {peft_format.peft_key(name, targets): name for name in [*shapes, *embeddings]}
     expected = {key: (shapes | embeddings)[name] for key, name in keys.items()}
     check_tensors(stored.tensors, expected, "The stored adapter")
+    _check_values(stored.tensors)
     if not adapters:
         inject_into(model, modules, config, targets, roots)
     model.lora_embeddings = sorted(embeddings)  # type: ignore[assignment]
@@ -136,6 +137,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         else:
             state[name].copy_(stored.tensors[key])
     return model
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a stored tensor that holds whole numbers, or any that is not finite; by name."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"The stored adapter has '{name}' in {tensor.dtype}, which is not floating-point: save the adapter "
+                "without quantisation.")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(
+                f"The stored adapter has NaN or infinite numbers in '{name}': the training that saved it had diverged, "
+                "so take an earlier one.")
 
 
 def _carried_embeddings(

@@ -1,5 +1,6 @@
 """LoRA adapters in a model: put them in, and exchange their tensors."""
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_dp.arguments import check_number
+from lora_dp.arguments import check_flag, check_kind, check_number
 from lora_dp.layers import DPLoRALinear, PrivateModule
 from lora_dp.merging import (
     adapters_of,
@@ -77,10 +78,13 @@ class LoRAConfig:
         if self.alpha is not None:
             check_number("alpha", self.alpha)
         check_number("dropout", self.dropout)
-        if not isinstance(self.r, int) or self.r < 1:
+        check_flag("rslora", self.rslora)
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}: leave it out for alpha = r.")
+        if self.alpha == math.inf:
+            raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}: 0 switches it off.")
         if self.bias not in get_args(Bias):
@@ -119,14 +123,18 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     timm's classifier, or a child called score, classifier or qa_outputs. It also passes over linear layers whose
     forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj`` or Mamba's dt_proj; named explicitly
     they are an error. Those that are bypassed by some kernels only, such as Mamba's out_proj, have to be named.
+    Nor does it adapt what runs on a table of positions once for a whole batch, such as Swin V2's cpb_mlp.
 
     Returns:
         The same model, with ``model.lora_config`` set.
 
     Raises:
+        TypeError: no module, or no LoRAConfig.
         ValueError: it has adapters already; a name matches nothing (with the nearest ones); the rank is above a
             layer's size; a layer cannot be adapted or trained in private; tied weights. The model is then unchanged.
     """
+    check_kind("model", model, nn.Module, "give the plain model")
+    check_kind("config", config, LoRAConfig, "LoRAConfig() adapts all linear layers but the head")
     check_plain(model)
     modules = Modules.of(model)
     roots = find_roots(modules, config.trainable_modules)

@@ -4,6 +4,8 @@ import math
 import numbers
 from typing import Any, Generic, TypeVar, overload
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -45,6 +47,27 @@ def check_kind(name: str, value: object, kind: type, remedy: str) -> None:
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {_shown(value)}: {remedy}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is no truth value.
+
+    Raises:
+        TypeError: a string, None, a number.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}.")
+
+
+def check_tensors(function: str, **given: object) -> None:
+    """Refuse lists, arrays and None among the tensors that a function takes, by name.
+
+    Raises:
+        TypeError: one is no tensor.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{function} takes tensors, got {name} = {_shown(value)}: torch.as_tensor makes one.")
 
 
 def _shown(value: object) -> str:

@@ -1,4 +1,7 @@
-"""Linear layers whose weight another module reads: an adapter on one is never called, and has no effect.
+"""Linear layers that an adapter does not suit: another module reads their weight, or no example has rows in them.
+
+An adapter on a layer whose weight is read is never called, and has no effect. One on a layer that runs on a table of
+positions, once for all examples, finds no rows that belong to one of them (:func:`runs_once`).
 
 Found by searching Transformers 5.24, timm 1.0.31, torchvision 0.29 and torch 2.14 for ``self.<linear>.weight``. What is
 not listed here is noticed when the first private step finds no gradient (:meth:`lora_dp.recording.Recorder.take`).
@@ -28,6 +31,13 @@ _SOMETIMES: dict[str, tuple[str, ...]] = {
     "Gemma3nTextAltUp": ("correction_coefs",), "Gemma4AssistantForCausalLM": ("lm_head",),
     "Gemma4UnifiedAssistantForCausalLM": ("lm_head",),
 }
+# On a table of relative positions, once for the batch: the child and all beneath it.
+_ONCE: dict[str, tuple[str, ...]] = {
+    "WindowAttention": ("cpb_mlp",), "ShiftedWindowAttentionV2": ("cpb_mlp",),
+    "Swinv2SelfAttention": ("continuous_position_bias_mlp",), "Swin2SRSelfAttention": ("continuous_position_bias_mlp",),
+    "WindowMultiHeadAttention": ("meta_mlp",), "RelPosMlp": ("mlp",),
+    "DisentangledSelfAttention": ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj"),
+}
 
 
 def always_bypassed(parent: nn.Module, child: str) -> bool:
@@ -41,6 +51,14 @@ def always_bypassed(parent: nn.Module, child: str) -> bool:
 def sometimes_bypassed(parent: nn.Module, child: str) -> bool:
     """Whether ``parent`` may read the weight of its ``child`` instead of calling it."""
     return _listed(_SOMETIMES, parent, child)
+
+
+def runs_once(parent: nn.Module, child: str) -> bool:
+    """Whether ``parent`` runs its ``child`` on a table of positions, once for all examples of a batch."""
+    if child in ("query_proj", "key_proj") and getattr(parent, "share_att_key", False):
+        # DeBERTa's project tokens and, where they are shared, the table as well.
+        return bool(getattr(parent, "relative_attention", False)) and _is_of(parent, _PACKAGES)
+    return _listed(_ONCE, parent, child)
 
 
 def _listed(table: dict[str, tuple[str, ...]], parent: nn.Module, child: str) -> bool:

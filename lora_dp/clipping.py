@@ -131,7 +131,7 @@ def make_clip_rule(name: ClippingName, max_grad_norm: float) -> ClipRule:
         ValueError: unknown name, or C not within 1e-20 and 1e20 (C = inf, no clipping, goes with "flat" alone).
     """
     rules: dict[str, type] = {"flat": FlatClipping, "per_layer": PerLayerClipping, "automatic": AutomaticClipping}
-    if name not in rules:
+    if not isinstance(name, str) or name not in rules:
         raise ValueError(f"Unknown clipping '{name}': choose one of {', '.join(rules)}.")
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}: 1.0 is a usual start.")

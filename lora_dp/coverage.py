@@ -49,14 +49,15 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
     """All trainable parameters of ``model``, each in one private layer.
 
     Raises:
-        ValueError: BatchNorm in the model, nothing trainable, a trainable parameter outside every private layer,
-            or one that another module shares; each by name.
+        ValueError: a BatchNorm that is not frozen, in eval mode and with running statistics; nothing trainable; a
+            trainable parameter outside every private layer, or one that another module shares; each by name.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if _is_batch_norm(module) and not _stands_still(module):
             raise ValueError(
                 f"'{name}' is a {type(module).__name__}, which mixes the examples of a batch: replace it by GroupNorm "
-                "or LayerNorm, which do not.")
+                "or LayerNorm, which do not, or freeze it (requires_grad_(False), and .eval() on it after "
+                "model.train()).")
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) keeps running statistics of the examples, without noise: set "
@@ -89,6 +90,35 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
     return list(covered.values())
 
 
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _stands_still(norm: Any) -> bool:
+    """Whether this BatchNorm normalises every example by the same public numbers, and nothing of it is trained."""
+    frozen = not any(parameter.requires_grad for parameter in norm.parameters())
+    return frozen and not norm.training and norm.running_mean is not None and norm.running_var is not None
+
+
+def frozen_norms(model: nn.Module) -> dict[nn.Module, str]:
+    """The BatchNorms of ``model`` that :func:`cover` takes, with their names."""
+    return {module: name for name, module in model.named_modules() if _is_batch_norm(module) and _stands_still(module)}
+
+
+def check_frozen_norms(recorder: Recorder) -> None:
+    """Refuse a pass in which a BatchNorm that was frozen at set-up is so no more, as after ``model.train()``.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    for name, norm in recorder.frozen_norms:
+        if not _stands_still(norm):
+            raise RuntimeError(
+                f"'{name}' is a {type(norm).__name__} that was frozen and in eval mode when the model was made "
+                "private, and is not now, so it mixes the examples of a batch: call .eval() on every BatchNorm after "
+                "model.train(), or replace them by torchvision.ops.FrozenBatchNorm2d.")
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, covered: Mapping[int, PrivateParameter]) -> None:
     """Refuse an optimizer that would move a parameter that the private step does not cover.
 
@@ -117,6 +147,24 @@ def check_holds(optimizer: torch.optim.Optimizer, trained: Iterable[PrivateParam
                 "all parameters that require grad, or freeze that one.")
 
 
+def check_dtype(entry: PrivateParameter, before: torch.dtype, *, kept: bool) -> None:
+    """Refuse a parameter whose dtype was changed under the optimizer.
+
+    Args:
+        entry: the parameter.
+        before: its dtype when the model was made private.
+        kept: whether the optimizer keeps a state for it; without one a wider dtype does no harm.
+
+    Raises:
+        RuntimeError: it was changed.
+    """
+    now = entry.parameter.dtype
+    if now != before and (kept or torch.promote_types(now, before) != now):
+        raise RuntimeError(
+            f"'{entry.name}' was {before} when the model was made private and is {now} now: convert the model before "
+            "inject_lora, which keeps what is trained in float32, or compute under torch.autocast.")
+
+
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """N: the first dimension of the model's first tensor argument (the inputs before other keywords).
 
@@ -131,8 +179,10 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def attach(model: nn.Module, recorder: Recorder) -> None:
-    """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names."""
+    """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names and the
+    BatchNorms, which are frozen."""
     recorder.parameters.update((id(parameter), (name, parameter)) for name, parameter in model.named_parameters())
+    recorder.frozen_norms = [(name, module) for module, name in frozen_norms(model).items()]
     for module in model.modules():
         if isinstance(module, PrivateModule):
             module.recorder = recorder

@@ -21,17 +21,22 @@ from lora_dp.ops.native import native
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _PARAMETERS = 2**24
+# Torch's own kernels draw these, by which a model may mask as well. Not "random_" alone, which serves `_bits`.
+_CHECKED = (
+    "random_.from", "random_.to", "normal_", "log_normal_", "geometric_", "cauchy_", "poisson", "multinomial",
+    "randperm.generator_out", "rrelu_with_noise", "rrelu_with_noise_")
 _lock = threading.RLock()
 
 
-def install(secret_key: Callable[[], int | None]) -> None:
+def install(secret_key: Callable[[], int | None], check: Callable[[torch.Generator | None], None]) -> None:
     """Replace torch's kernels for the rest of this process; once.
 
     Args:
         secret_key: the number of the native library's key to draw under, or None to leave a call to torch.
+        check: called before torch's own kernels draw from the generator given, None for the default one; may refuse.
     """
-    global _secret_key
-    _secret_key = secret_key
+    global _secret_key, _check
+    _secret_key, _check = secret_key, check
     if _LIBRARY._op_impls:
         return
     with warnings.catch_warnings():
@@ -42,13 +47,25 @@ def install(secret_key: Callable[[], int | None]) -> None:
             ("exponential_", _exponential),
         ):
             _LIBRARY.impl(name, _replacing(name, draw), "CPU", with_keyset=True)
+        for name in _CHECKED:
+            _LIBRARY.impl(name, _checking(name), "CPU", with_keyset=True)
 
 
 def _no_key() -> int | None:
     return None
 
 
+def _no_check(generator: torch.Generator | None) -> None:
+    pass
+
+
 _secret_key: Callable[[], int | None] = _no_key
+_check: Callable[[torch.Generator | None], None] = _no_check
+
+
+def is_default(generator: torch.Generator | None) -> bool:
+    """Whether this is what draws where no generator is given; torch hands a kernel another object for the same."""
+    return generator is None or generator._cdata == torch.default_generator._cdata  # type: ignore[attr-defined]
 
 
 def _replacing(name: str, draw: Callable[..., bool]) -> Callable[..., Tensor]:
@@ -58,12 +75,24 @@ def _replacing(name: str, draw: Callable[..., bool]) -> Callable[..., Tensor]:
 
     def kernel(keys: Any, out: Tensor, *given: Any, generator: torch.Generator | None = None) -> Tensor:
         with _lock:  # as torch's: two threads must not take one nonce
-            if generator is None or generator is torch.default_generator:
+            if is_default(generator):
                 key = _secret_key()
                 if key is not None and draw(key, out, *given):
                     return out
+            _check(generator)
             original.call_boxed(keys, out, *given, generator=generator)
             return out
+
+    return kernel
+
+
+def _checking(name: str) -> Callable[..., Any]:
+    """Torch's kernel, asked for only where the state that it draws from may be drawn from."""
+    original = torch.library.get_kernel(f"aten::{name}", "CPU")
+
+    def kernel(keys: Any, *given: Any, **named: Any) -> Any:
+        _check(next((value for value in (*given, *named.values()) if isinstance(value, torch.Generator)), None))
+        return original.call_boxed(keys, *given, **named)
 
     return kernel
 

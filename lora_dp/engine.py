@@ -17,10 +17,10 @@ from lora_dp.accounting import (
     check_epsilon,
     max_steps,
 )
-from lora_dp.arguments import check_count, check_kind, check_number
+from lora_dp.arguments import check_count, check_flag, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
-from lora_dp.coverage import attach, batch_size, cover, recorder_of
-from lora_dp.filtering import Filter
+from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
+from lora_dp.filtering import Filter, check_filter
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import DPLoRALinear
 from lora_dp.loss_graph import LossReduction
@@ -68,7 +68,7 @@ class PrivacyEngine:
     Args:
         accountant: "pld" (tighter) or "rdp", both of Google's dp-accounting.
         reproducible_seed: sampling and noise follow this seed. For research only: a release is then no longer
-            protected against whoever can guess the seed.
+            protected against whoever can guess the seed. From 0 to 2⁶⁴ − 1.
 
     Attributes:
         ledger: every step taken so far.
@@ -78,7 +78,9 @@ class PrivacyEngine:
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"Unknown accountant '{accountant}': choose 'pld' or 'rdp'.")
         if reproducible_seed is not None:
-            check_count("reproducible_seed", reproducible_seed, least=None)
+            check_count("reproducible_seed", reproducible_seed, least=0)
+            if reproducible_seed >= 2**64:
+                raise ValueError(f"reproducible_seed must be below 2**64, got {reproducible_seed}.")
         self.accountant: Accountant = accountant
         self.ledger = Ledger()
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
@@ -113,8 +115,9 @@ class PrivacyEngine:
             The same model, the private optimizer, and the loader to train on.
 
         Raises:
-            ValueError: the model has BatchNorm or an uncovered trainable parameter, the optimizer holds such a
-                parameter, the data set is empty, or a number is out of range; always by name.
+            ValueError: the model has a BatchNorm (but for one that is frozen and in eval mode) or an uncovered
+                trainable parameter, the optimizer holds such a parameter, the data set is empty, or a number is out of
+                range; always by name.
             TypeError: an iterable data set, an argument of another type, or a model that torch.compile has wrapped
                 already.
             RuntimeError: torch.distributed runs several processes.
@@ -178,6 +181,8 @@ class PrivacyEngine:
         check_kind("optimizer", optimizer, torch.optim.Optimizer, "make one of torch.optim over the trained parameters")
         check_number("noise_multiplier", noise_multiplier)
         check_number("max_grad_norm", max_grad_norm, "one bound for all, which clipping='per_layer' shares out")
+        check_filter(low_pass)
+        check_flag("regulate_noise", regulate_noise)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"Unknown loss_reduction '{loss_reduction}': choose 'mean' or 'sum'.")
         if norm_method not in ("auto", "direct", "ghost"):
@@ -242,9 +247,13 @@ class PrivacyEngine:
         A ledger only grows: what this engine has released since ``state`` was saved was released, and stays.
 
         Raises:
-            ValueError: a damaged ledger, the state of a reproducible run in an engine that is not, or of another
-                accountant, or a ledger that lacks steps of this engine's.
+            ValueError: no state of an engine, a damaged ledger, the state of a reproducible run in an engine that is
+                not, or of another accountant, or a ledger that lacks steps of this engine's.
         """
+        if not isinstance(state, dict) or not {"accountant", "ledger", "source"} <= state.keys():
+            raise ValueError(
+                "This is not the state of an engine, which has 'accountant', 'ledger' and 'source': give what "
+                "engine.state_dict() returned.")
         if state["accountant"] != self.accountant:
             raise ValueError(
                 f"The saved engine used the accountant '{state['accountant']}', this one '{self.accountant}': make "
@@ -282,8 +291,11 @@ class PrivacyEngine:
         if n < 2:
             raise ValueError(f"The isolation check needs a batch of at least two examples, got {n}.")
         modes = {module: module.training for module in model.modules()}
+        still = frozen_norms(model)
         if not model.training:
             model.train()
+        for norm in still:
+            norm.eval()
         try:
             recorder = recorder_of(model)
             owned = recorder is not None and recorder.owner is not None

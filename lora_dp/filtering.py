@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_dp.arguments import check_number
+
 FilterName = Literal["gaussian", "laplacian"]
 
 
 def _check_strength(strength: float) -> None:
+    check_number("The filter's strength", strength, "0 turns it off")
     if not 0 <= strength < math.inf:
         raise ValueError(f"The filter's strength must be a finite number >= 0, not {strength}: 0 turns it off.")
 
@@ -99,6 +102,18 @@ class LaplacianFilter:
 
 
 Filter = GaussianFilter | LaplacianFilter
+
+
+def check_filter(value: object) -> None:
+    """Refuse what is neither a filter nor None.
+
+    Raises:
+        TypeError: a name, a number, a function.
+    """
+    if value is not None and not isinstance(value, Filter):
+        raise TypeError(
+            f"low_pass must be a GaussianFilter, a LaplacianFilter or None, got a {type(value).__name__}: "
+            "make_filter(name, strength) makes one of a name.")
 
 
 def make_filter(name: FilterName | None, strength: float) -> Filter | None:

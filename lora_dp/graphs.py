@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dp.arguments import check_count
+from lora_dp.arguments import check_count, check_kind
 from lora_dp.batch_parts import structure
 from lora_dp.collation import drawn_for_test
 from lora_dp.layers import DPEmbedding
@@ -48,13 +48,17 @@ class GraphedStep:
 
     Raises:
         ValueError: batch_size below 1, or a trainable embedding, by name.
-        TypeError: batch_size is no whole number.
+        TypeError: batch_size is no whole number, or another argument is of another kind.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: PrivateOptimizer, loss: Callable[..., Tensor], *, batch_size: int
     ):
         check_count("batch_size", batch_size)
+        check_kind("model", model, nn.Module, "give the one that make_private returned")
+        check_kind("optimizer", optimizer, PrivateOptimizer, "give the one that make_private returned")
+        if not callable(loss):
+            raise TypeError(f"loss must be a function loss(model, *batch), got a {type(loss).__name__}.")
         for name, module in model.named_modules():
             if isinstance(module, DPEmbedding) and module.private_parameters():
                 raise ValueError(f"'{name}' is a trainable embedding, which no graph can record: freeze it.")

@@ -8,7 +8,8 @@ A private step clips each example's gradient by itself, so it needs each example
     optimizer.step()
 
 Every loss is computed in float32 (float64 for float64 outputs). Labels of −100 are passed over, as in torch and
-Transformers; an example in which nothing is labelled has the loss 0.
+Transformers; an example in which nothing is labelled has the loss 0. What is no tensor, or of another kind of numbers
+than its docstring says, raises TypeError.
 """
 
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_dp.arguments import check_number, check_tensors
 from lora_dp.ops.registry import wide_dtype
 
 IGNORED = -100
@@ -35,15 +37,24 @@ def classification_loss(logits: Tensor, labels: Tensor, *, label_smoothing: floa
         (N,), float32 or float64.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or a label_smoothing out of range.
 
     >>> classification_loss(torch.zeros(3, 2), torch.tensor([0, 1, -100]))
     tensor([0.6931, 0.6931, 0.0000])
     """
+    check_tensors("classification_loss", logits=logits, labels=labels)
+    check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}: 0 switches it off.")
     if logits.dim() != 2 or labels.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
             f"classification_loss takes logits (N, K) with labels (N,), got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}: for labels of tokens use masked_lm_loss.")
+    _check_floating("logits", logits)
+    if labels.dim() == 2:
+        _check_floating("labels (N, K), which are probabilities,", labels)
+    else:
+        _check_whole("labels", labels)
     return F.cross_entropy(
         _wide(logits), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
 
@@ -65,12 +76,15 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, *, reduction: TokenReduction 
     >>> masked_lm_loss(torch.zeros(2, 3, 2), torch.tensor([[0, 1, 1], [1, -100, -100]]))
     tensor([0.6931, 0.6931])
     """
+    check_tensors("masked_lm_loss", logits=logits, labels=labels)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"Token losses take logits (N, T, V) and labels (N, T), got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"Unknown reduction '{reduction}': choose 'mean' or 'sum' over an example's own tokens.")
+    _check_floating("logits", logits)
+    _check_whole("labels", labels)
     losses = F.cross_entropy(
         _wide(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     if reduction == "sum":
@@ -96,6 +110,11 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, *, reduction: TokenReduction 
     >>> causal_lm_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]]), reduction="sum")
     tensor([1.3863])
     """
+    check_tensors("causal_lm_loss", logits=logits, labels=labels)
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"Token losses take logits (N, T, V) and labels (N, T), got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}.")
     return masked_lm_loss(logits[:, :-1], labels[:, 1:], reduction=reduction)
 
 
@@ -115,10 +134,14 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     >>> regression_loss(torch.zeros(2, 2), torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
     tensor([1., 2.])
     """
+    check_tensors("regression_loss", predictions=predictions, targets=targets)
     if predictions.shape != targets.shape or predictions.dim() == 0:
         raise ValueError(
             f"regression_loss takes predictions and targets of one shape (N, …), got {tuple(predictions.shape)} and "
             f"{tuple(targets.shape)}: squeeze or reshape one of them.")
+    _check_floating("predictions", predictions)
+    if targets.dtype == torch.bool or targets.is_complex():
+        raise TypeError(f"targets must be real numbers, got {targets.dtype}: targets.float() makes them.")
     errors = (_wide(predictions) - targets).square()
     return errors if errors.dim() == 1 else errors.flatten(1).mean(1)
 
@@ -146,6 +169,9 @@ def question_answering_loss(
     >>> question_answering_loss(torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([0]), torch.tensor([9]), mask)
     tensor([0.5493])
     """
+    check_tensors(
+        "question_answering_loss", start_logits=start_logits, end_logits=end_logits, start_positions=start_positions,
+        end_positions=end_positions, attention_mask=attention_mask)
     shape = start_logits.shape
     if len(shape) != 2 or end_logits.shape != shape or attention_mask.shape != shape or not (
             start_positions.shape == end_positions.shape == shape[:1]):
@@ -153,8 +179,23 @@ def question_answering_loss(
             "question_answering_loss takes logits and mask (N, T) and positions (N,), got "
             f"{tuple(shape)}, {tuple(end_logits.shape)}, {tuple(attention_mask.shape)}, "
             f"{tuple(start_positions.shape)} and {tuple(end_positions.shape)}.")
+    for name, logits, positions in (
+        ("start", start_logits, start_positions), ("end", end_logits, end_positions)
+    ):
+        _check_floating(f"{name}_logits", logits)
+        _check_whole(f"{name}_positions", positions)
     own = attention_mask.bool()
     return (_position_loss(start_logits, start_positions, own) + _position_loss(end_logits, end_positions, own)) / 2
+
+
+def _check_floating(name: str, given: Tensor) -> None:
+    if not given.is_floating_point():
+        raise TypeError(f"{name} must be floating-point numbers, got {given.dtype}: .float() makes them.")
+
+
+def _check_whole(name: str, given: Tensor) -> None:
+    if given.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {given.dtype}: .long() makes them.")
 
 
 def _position_loss(logits: Tensor, positions: Tensor, own: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The private optimizer: per-example gradients in, one noised step of any ``torch.optim`` optimizer out."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.arguments import Fixed
-from lora_dp.coverage import PrivateParameter, check_holds, check_optimizer, unfrozen
+from lora_dp.arguments import Fixed, check_count, check_flag, check_number
+from lora_dp.coverage import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
 from lora_dp.layers import DPLoRALinear
@@ -46,6 +47,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     max_grad_norm = Fixed[float]()
     sample_rate = Fixed[float]()
     expected_batch_size = Fixed[int]()
+    loss_reduction = Fixed[LossReduction]()
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
@@ -60,6 +62,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.steps_taken = 0
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
+        self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
         self._phases = Phases(phases)
         self.loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
         self._before_release = before_release
@@ -115,8 +118,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return {**self.original_optimizer.state_dict(), "steps_taken": self.steps_taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, or the state of a plain optimizer over the same parameters.
+
+        Raises:
+            ValueError: no state of an optimizer, or of one over other parameters.
+            TypeError: ``steps_taken`` is no whole number.
+        """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                "This is not the state of an optimizer, which has 'state' and 'param_groups': give what "
+                "optimizer.state_dict() returned.")
+        steps_taken = state_dict.get("steps_taken", self.steps_taken)
+        check_count("steps_taken", steps_taken, least=0)
         self.original_optimizer.load_state_dict(state_dict)
-        self.steps_taken = state_dict.get("steps_taken", self.steps_taken)
+        self.steps_taken = steps_taken
         if self._recorder.owner is self:
             self.activate()
 
@@ -218,6 +233,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
+        check_flag("do_skip", do_skip)
         self._skip_next = do_skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -230,14 +246,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Args:
             losses: (N,), one for each example of the last forward, from the model's outputs (:mod:`lora_dp.losses`).
-            weight: a public number by which all are multiplied, such as a schedule's; never read off a batch.
+            weight: a public number by which all are multiplied, such as a schedule's; never read off a batch, not 0.
             retain_graph: as torch's.
 
         Raises:
-            ValueError: another shape, or losses that do not come from the model's outputs.
+            ValueError: another shape, losses that do not come from the model's outputs, or a weight that is 0, infinite
+                or NaN.
+            TypeError: the weight is no number, but a tensor say.
             RuntimeError: no training forward before, or another optimizer is active.
             IsolationError: an example's loss depends on others.
         """
+        check_number("weight", weight, "one public number for all examples; weigh each in its own loss")
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"weight must be finite and not 0, got {weight}: leave it out for 1.")
+        check_flag("retain_graph", retain_graph)
         finished = self._recorder.current
         if self._recorder.owner is not self or finished is None:
             raise RuntimeError(
@@ -265,8 +287,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
             PrivacyBudgetExceeded: the step would overrun the target ε; nothing has been released.
             RuntimeError: nothing was recorded, another optimizer is active, or the batch is not the one drawn.
             ValueError: a wrong mask, or the wrapped optimizer holds an uncovered parameter.
+            TypeError: a mask that is no tensor, or a closure that cannot be called.
         """
         value = None
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a bool tensor, got a {type(mask).__name__}: torch.tensor makes one.")
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be a function, got a {type(closure).__name__}: give a mask as mask=….")
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
@@ -383,7 +410,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
             "that make_private returned, each batch once and whole (micro-batches add up to it).")
 
     def _trained(self) -> list[PrivateParameter]:
-        return unfrozen(p for key, p in self._covered.items() if key in self._recorder.trained)
+        trained = unfrozen(p for key, p in self._covered.items() if key in self._recorder.trained)
+        for p in trained:
+            check_dtype(p, self._dtypes[id(p.parameter)], kept=p.parameter in self.original_optimizer.state)
+        return trained
 
     def _collect(self) -> dict[int, Tensor | ExampleSum]:
         sums, self._sums, self._examples, self._kept = self._sums, {}, 0, 0

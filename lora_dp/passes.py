@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.batch_parts import doubled, numbers_in, structure, widths
 from lora_dp.collation import drawn_for_test
-from lora_dp.coverage import batch_size
+from lora_dp.coverage import batch_size, check_frozen_norms
 from lora_dp.isolation import FEW, check_isolation
 from lora_dp.recording import Pass, Recorder
-from lora_dp.secret_state import begin_pass
+from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -36,10 +36,12 @@ class Passes:
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         begin_pass(recorder.owner)
+        check_frozen_norms(recorder)
         n = batch_size(args, kwargs)
         tested = not recorder.capturing and self._test(module, args, kwargs, n)
         recorder.open(n)
         recorder.losses.begin(n, tested, recorder.leaves)
+        forward_begins(recorder.owner)
 
     def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
         """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come."""
@@ -75,6 +77,7 @@ class Passes:
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         recorder = self.recorder
+        forward_ends(recorder.owner)
         if not recorder.suspended and output is not None:
             recorder.losses.returned(output)
             if recorder.current is not None and recorder.current.reentrant:

@@ -24,7 +24,7 @@ class Phases:
     name: PhasesName
 
     def __post_init__(self) -> None:
-        if self.name not in _CYCLES:
+        if not isinstance(self.name, str) or self.name not in _CYCLES:
             raise ValueError(f"Unknown phases '{self.name}': choose one of {', '.join(_CYCLES)}.")
 
     @property

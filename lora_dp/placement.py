@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_dp import peft_format
-from lora_dp.bypassed import always_bypassed, sometimes_bypassed
+from lora_dp.bypassed import always_bypassed, runs_once, sometimes_bypassed
 from lora_dp.layers import DPEmbedding, DPLayerNorm, DPLinear, PrivateModule, linear_features
 
 ALL_LINEAR = "all-linear"
@@ -29,7 +29,8 @@ class Modules:
         names: every name of every module but the model itself.
         own: the first name of each module, by id.
         obstacles: why a module cannot be replaced, by id.
-        doubtful: ids of modules that are sometimes not called: "all-linear" passes them over.
+        doubtful: ids of modules that are sometimes not called, or run once for a whole batch: "all-linear" passes
+            them over.
     """
 
     names: dict[str, nn.Module]
@@ -52,6 +53,8 @@ class Modules:
                 obstacles[id(module)] = obstacle
             if sometimes_bypassed(parent, child):
                 doubtful.add(id(module))
+            if runs_once(parent, child):
+                doubtful.update(id(beneath) for beneath in module.modules())
         return cls(names, own, obstacles, doubtful)
 
     def beneath(self, roots: Iterable[nn.Module]) -> dict[int, str]:

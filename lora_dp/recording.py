@@ -311,6 +311,7 @@ class Recorder:
 
     Attributes:
         parameters: qualified name of each parameter, and the parameter, by ``id``.
+        frozen_norms: name and module of each BatchNorm of the model, all of them frozen.
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
         owner: the private optimizer for which the model records.
@@ -326,6 +327,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
+        self.frozen_norms: list[tuple[str, nn.Module]] = []
         self.trained: frozenset[int] = frozenset()
         self.method: NormMethod = "auto"
         self.current: Pass | None = None

@@ -20,7 +20,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lora_dp.arguments import Fixed, check_kind
+from lora_dp.arguments import Fixed, check_count, check_kind
 from lora_dp.collation import check_collation, drawn_for_test
 from lora_dp.secret_state import worker_init
 
@@ -163,6 +163,7 @@ class PrivateDataLoader:
             IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
             RuntimeError: a batch was not stepped before the next was asked for.
         """
+        check_count("steps", steps, least=0)
         size = len(self.dataset)
         batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
         self._on_begin()

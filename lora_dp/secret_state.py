@@ -9,16 +9,23 @@ So :func:`renew` sets whole states, drawn from the operating system:
 - CPU: the 624 words of MT19937. Masks are then drawn by :mod:`lora_dp.cpu_draws`, from ChaCha20.
 - CUDA: the 64 bits of Philox's key and 60 of its counter, on every device.
 - other devices: their own seed of 64 bits.
-- Python's ``random`` and NumPy's, by which some models mask spans of their input: as MT19937 above.
+- Python's ``random`` and NumPy's, by which some models mask spans of their input: from 512 bits each, anew in every
+  pass. So it does not matter who seeds them in between.
 
 A generator's seed is part of its state and says whether the state is still ours: it is 64 random bits that stand in
 a set. Whoever seeds a generator again, or restores a state from elsewhere, replaces them; one who restores a state of
 ours, as checkpoints and ``torch.random.fork_rng`` do, puts them back.
+
+A model may seed, draw and restore within its forward, and leave nothing to see afterwards. So while a forward of
+training runs, each draw on the CPU asks for a state of ours (:func:`forward_begins`). Two things are not seen: the same
+on a CUDA device, and NumPy or ``random`` seeded inside the forward.
 """
 
 import functools
 import random
 import secrets
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +41,9 @@ _RESEEDED = (
     "torch's generators were seeded after make_private, so whoever knows that seed knows the dropout masks: seed "
     "before make_private, or call engine.renew_randomness() after whatever seeds (Transformers' Trainer and set_seed "
     "do).")
+_SEEDED_INSIDE = (
+    "The model seeds a generator inside its forward and draws from it, so its masks are public: draw from torch's "
+    "default generator, without torch.manual_seed, set_rng_state or a torch.Generator of the model's own.")
 
 # In bytes: seed, two counters of 4, the next word's place; then the words, each in 8.
 _WORDS, _WORDS_BEGIN = 624, 24
@@ -43,6 +53,17 @@ _STATE_SIZE = 5056
 _seeds: set[int] = set()
 # Whether those of CUDA were set, which waits until CUDA is in use.
 _cuda_renewed = False
+
+
+class _Forwards(threading.local):
+    """The private training forwards that run in this thread, by their optimizer."""
+
+    def __init__(self) -> None:
+        # Weak: one that was interrupted from the keyboard ends with its optimizer, or with the model's next forward.
+        self.running: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+_forwards = _Forwards()
 
 
 @functools.cache
@@ -59,19 +80,19 @@ def _secret_key() -> int | None:
 
 def renew() -> None:
     """Draw a new secret state for every generator that masks may come from."""
-    cpu_draws.install(_secret_key)
+    cpu_draws.install(_secret_key, _check_draw)
     _draw_by_aten_when_compiled()
     # Every device: those that are named below get more than this.
     torch.manual_seed(secrets.randbits(64))
     _renew_cpu(_new_seed())
     if torch.cuda.is_initialized():
         _renew_cuda()
-    random.seed(secrets.token_bytes(4 * _WORDS))
-    np.random.seed(_random_words())
+    _renew_pythons_and_numpys()
 
 
 def begin_pass(optimizer: object) -> None:
-    """Refuse a training pass whose masks could be guessed, and give it a state of its own on the CPU.
+    """Refuse a training pass whose masks could be guessed, and give it a state of its own on the CPU, in Python's
+    ``random`` and in NumPy.
 
     The new state keeps passes apart that begin in one state, as inside ``torch.random.fork_rng``.
 
@@ -81,9 +102,35 @@ def begin_pass(optimizer: object) -> None:
     Raises:
         RuntimeError: a generator was seeded since :func:`renew`.
     """
+    forward_ends(optimizer)  # one that was interrupted
     if _is_secret(optimizer):
         _check()
         _renew_cpu(torch.default_generator.initial_seed())
+        _renew_pythons_and_numpys()
+
+
+def forward_begins(optimizer: object) -> None:
+    """From here to :func:`forward_ends` a draw on the CPU, in this thread, from a state that is not ours raises
+    RuntimeError: from the default generator after a seed, or from one that is the model's own.
+
+    Args:
+        optimizer: the private one that takes the pass; nothing happens where its source of randomness is seeded.
+    """
+    if _is_secret(optimizer):
+        _forwards.running.add(optimizer)
+
+
+def forward_ends(optimizer: object) -> None:
+    """The forward that began for this optimizer is over, or never began."""
+    if optimizer is not None:
+        _forwards.running.discard(optimizer)
+
+
+def _check_draw(generator: torch.Generator | None) -> None:
+    if not _forwards.running:
+        return
+    if not cpu_draws.is_default(generator) or torch.default_generator.initial_seed() not in _seeds:
+        raise RuntimeError(_SEEDED_INSIDE)
 
 
 def end_pass(optimizer: object) -> None:
@@ -153,6 +200,11 @@ def _new_seed() -> int:
 def _random_words() -> np.ndarray:
     """A state of MT19937: 624 words of the operating system."""
     return np.frombuffer(secrets.token_bytes(4 * _WORDS), np.uint32)
+
+
+def _renew_pythons_and_numpys() -> None:
+    random.seed(secrets.token_bytes(64))
+    np.random.seed(np.frombuffer(secrets.token_bytes(64), np.uint32))
 
 
 def _renew_cpu(seed: int) -> None:

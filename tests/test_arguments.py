@@ -13,7 +13,16 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
 from lora_dp.arguments import check_count, check_number
+from lora_dp.fed.config import RunConfig
+from lora_dp.filtering import GaussianFilter, LaplacianFilter
 from lora_dp.graphs import GraphedStep
+from lora_dp.losses import (
+    causal_lm_loss,
+    classification_loss,
+    masked_lm_loss,
+    question_answering_loss,
+    regression_loss,
+)
 from tests.models import examples, loader_of, mlp, private_run, seeded, take_step, train
 from tests.support import make_private
 
@@ -104,7 +113,8 @@ def test_objects_of_another_class(name: str, value: object) -> None:
     ({"trainable_modules": None}, "trainable_modules must be a list of names, got None"),
     ({"dropout": "0.1"}, "dropout must be a number"),
     ({"dropout": None}, "dropout must be a number"), ({"alpha": "8"}, "alpha must be a number, got '8' (str)"),
-    ({"alpha": [8]}, "alpha must be a number")])
+    ({"alpha": [8]}, "alpha must be a number"), ({"rslora": "8"}, "rslora must be True or False, got '8' (str)"),
+    ({"rslora": None}, "rslora must be True or False")])
 def test_lora_config(options: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError) as refusal:
         LoRAConfig(**options)
@@ -112,12 +122,12 @@ def test_lora_config(options: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size", "event"])
+    "noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size", "event", "loss_reduction"])
 def test_what_the_optimizer_was_made_for_cannot_be_changed(name: str) -> None:
     model, private, _ = private_run(seeded(), noise_multiplier=1.5, max_grad_norm=0.5)
     before = getattr(private, name)
     with pytest.raises(AttributeError, match=rf"^'{name}' is fixed, .*: call make_private again for another\.$"):
-        setattr(private, name, 5.0)
+        setattr(private, name, "sum" if name == "loss_reduction" else 5.0)
     assert getattr(private, name) is before
     assert (private.noise_multiplier, private.max_grad_norm, private.sample_rate, private.expected_batch_size) == (
         1.5, 0.5, 0.2, 8)
@@ -245,3 +255,170 @@ def test_a_model_of_pefts_names_the_two_ways() -> None:
             make(model=given)
     plain = inject_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), LoRAConfig(r=2, target_modules=["0"]))
     make(model=plain, optimizer=torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"r": True}, "r must be a whole number"), ({"alpha": math.inf}, "alpha must be finite, got inf")])
+def test_lora_config_out_of_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LoRAConfig(**options)
+
+
+@pytest.mark.parametrize(("arguments", "name"), [
+    ((None, LoRAConfig()), "model"), (("gpt2", LoRAConfig()), "model"), ((nn.Linear(3, 3), None), "config"),
+    ((nn.Linear(3, 3), {"r": 8}), "config")])
+def test_inject_lora(arguments: tuple[Any, Any], name: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be a (Module|LoRAConfig), got .*: .+\.$"):
+        inject_lora(*arguments)
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    *[({name: value}, ValueError, f"^Unknown {name} ") for name in ("clipping", "phases", "loss_reduction")
+      for value in (["AB"], {"AB": 1}, None, 3)],
+    *[({"low_pass": value}, TypeError, "^low_pass must be a GaussianFilter, a LaplacianFilter or None, got a")
+      for value in ("gaussian", 3, [GaussianFilter(1.0)], GaussianFilter)],
+    *[({"regulate_noise": value, "phases": "B"}, TypeError, "^regulate_noise must be True or False, got")
+      for value in (None, "x", 1)]])
+def test_choices(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(**options)
+
+
+@pytest.mark.parametrize("phases", [["A"], None, {"A": 1}])
+def test_phases_chosen_later(phases: Any) -> None:
+    with pytest.raises(ValueError, match="^Unknown phases"):
+        make()[1].set_phases(phases)
+
+
+@pytest.mark.parametrize("kind", [GaussianFilter, LaplacianFilter])
+@pytest.mark.parametrize("strength", ["a", None, True, [1.0]])
+def test_strength_of_a_filter(kind: Any, strength: Any) -> None:
+    with pytest.raises(TypeError, match="^The filter's strength must be a number, got .*: 0 turns it off"):
+        kind(strength)
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    *[({"weight": value}, TypeError, "^weight must be a number, got")
+      for value in (None, "2", torch.ones(4), torch.tensor(2.0), True)],
+    *[({"weight": value}, ValueError, f"^weight must be finite and not 0, got {value}")
+      for value in (math.nan, math.inf, -math.inf, 0, 0.0)],
+    ({"retain_graph": "no"}, TypeError, "^retain_graph must be True or False")])
+def test_backward(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    model = mlp()
+    optimizer, (x, y) = make_private(model, batch_size=4), examples(4)
+    optimizer.expect_batch(4)
+    losses = classification_loss(model(x), y)
+    with pytest.raises(error, match=words):
+        optimizer.backward(losses, **options)
+    optimizer.backward(losses, weight=np.float32(-2))  # nothing was lost
+    for given, words in (({"mask": [True] * 4}, "^mask must be a bool tensor, got a list"),
+                         ({"closure": torch.ones(4)}, "^closure must be a function, got a Tensor")):
+        with pytest.raises(TypeError, match=words):
+            optimizer.step(**given)
+    with pytest.raises(TypeError, match="^do_skip must be True or False"):
+        optimizer.signal_skip_step("no")
+    optimizer.step()
+    assert optimizer.ledger.steps == 1
+
+
+def test_graphed_step() -> None:
+    model, private, _ = private_run(seeded())
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    for arguments, words in (((None, private, len), "model must be a Module"),
+                             ((model, plain, len), "optimizer must be a PrivateOptimizer"),
+                             ((model, None, len), "optimizer must be a PrivateOptimizer"),
+                             ((model, private, None), "loss must be a function")):
+        with pytest.raises(TypeError, match=words):
+            GraphedStep(*arguments, batch_size=4)
+
+
+X, Y, TOKENS, IDS, MASK = (
+    torch.randn(4, 3), torch.zeros(4).long(), torch.randn(2, 3, 5), torch.zeros(2, 3).long(), torch.ones(4, 3))
+LOSSES: dict[Any, dict[str, Any]] = {
+    classification_loss: {"logits": X, "labels": Y}, masked_lm_loss: {"logits": TOKENS, "labels": IDS},
+    causal_lm_loss: {"logits": TOKENS, "labels": IDS}, regression_loss: {"predictions": X, "targets": X},
+    question_answering_loss: {
+        "start_logits": X, "end_logits": X, "start_positions": Y, "end_positions": Y, "attention_mask": MASK}}
+EACH = [(loss, name) for loss, arguments in LOSSES.items() for name in arguments]
+
+
+@pytest.mark.parametrize("value", [None, [0, 1], np.zeros(4), 3.0], ids=repr)
+@pytest.mark.parametrize(("loss", "name"), EACH)
+def test_losses_take_tensors(loss: Any, name: str, value: Any) -> None:
+    loss(**LOSSES[loss])
+    with pytest.raises(TypeError, match=rf"^{loss.__name__} takes tensors, got {name} = .*: torch.as_tensor makes one"):
+        loss(**{**LOSSES[loss], name: value})
+
+
+@pytest.mark.parametrize(("loss", "name"), EACH)
+def test_losses_take_numbers_of_one_kind(loss: Any, name: str) -> None:
+    given = LOSSES[loss][name]
+    if given.dtype == torch.int64:
+        wrong, words = [given.float(), given.int(), given.bool()], r"must be int64, got torch\.\w+: \.long\(\) makes"
+    elif name == "targets":
+        wrong, words = [given > 0, given.to(torch.complex64)], r"must be real numbers, got torch\.\w+"
+    elif name == "attention_mask":
+        return
+    else:
+        wrong, words = [given.long(), given > 0], r"must be floating-point numbers, got torch\.\w+: \.float\(\) makes"
+    for value in wrong:
+        with pytest.raises(TypeError, match=rf"^{name} {words}"):
+            loss(**{**LOSSES[loss], name: value})
+
+
+def test_options_of_losses() -> None:
+    for smoothing, error in (("a", TypeError), (None, TypeError), (2, ValueError), (-0.1, ValueError), (1, ValueError)):
+        with pytest.raises(error, match="^label_smoothing must"):
+            classification_loss(X, Y, label_smoothing=smoothing)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"labels \(N, K\), which are probabilities, must be floating-point"):
+        classification_loss(X, torch.zeros(4, 3).long())
+    with pytest.raises(ValueError, match="^Token losses take"):
+        causal_lm_loss(X, Y)
+
+
+@pytest.mark.parametrize("state", [None, {}, [], "x", {"accountant": "rdp"}])
+def test_states(state: Any) -> None:
+    with pytest.raises(ValueError, match=r"not the state of an engine, .*engine\.state_dict\(\) returned"):
+        PrivacyEngine("rdp").load_state_dict(state)
+    optimizer = make()[1]
+    with pytest.raises(ValueError, match=r"not the state of an optimizer, .*optimizer\.state_dict\(\) returned"):
+        optimizer.load_state_dict(state)
+    with pytest.raises(TypeError, match="steps_taken must be a whole number"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "steps_taken": "3"})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**70])
+def test_seeds_out_of_range(seed: int) -> None:
+    with pytest.raises(ValueError, match="^reproducible_seed must be (at least 0|below 2)"):
+        PrivacyEngine(reproducible_seed=seed)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"max_grad_norm": "inf"}, "max_grad_norm must be a number, not 'inf'"),
+    ({"delta": None}, "delta must be a number, not None"),
+    ({"rounds": 2.5}, "rounds must be a whole number, not 2.5"), ({"rounds": "3"}, "rounds must be a whole number"),
+    ({"lr": "fast"}, "lr must be a number"), ({"reproducible": "yes"}, "reproducible must be true or false"),
+    ({"seed": True}, "seed must be a whole number")])
+def test_options_of_a_federated_run(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        RunConfig.from_flat(options)
+    assert RunConfig.from_flat({"lr": None, "max_grad_norm": 2, "clients_per_round": 3}).privacy.max_grad_norm == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_model_converted_after_make_private_is_refused_before_a_step_is_spent(dtype: torch.dtype, steps: int) -> None:
+    model = mlp()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make(model=model, optimizer=torch.optim.AdamW(trained))[1]
+    x, y = examples(4)
+    for _ in range(steps):
+        take_step(model, optimizer, (x, y))
+    model.to(dtype)
+    if dtype == torch.float64 and steps == 0:
+        take_step(model, optimizer, (x.double(), y))  # nothing has been kept in float32 yet
+        assert optimizer.ledger.steps == 1
+        return
+    with pytest.raises(RuntimeError, match=rf"was torch.float32 when .* and is {dtype} now: convert .* before inject"):
+        take_step(model, optimizer, (x.to(dtype), y))
+    assert optimizer.ledger.steps == steps

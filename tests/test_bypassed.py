@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import transformers as tf
@@ -13,9 +14,10 @@ from timm.models.eva import EvaAttention
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.swin_transformer import ShiftedWindowAttention
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlockV2
 
 from lora_dp import DPEmbedding, DPLinear, DPLoRALinear, LoRAConfig, inject_lora
+from lora_dp.losses import classification_loss
 from tests.support import make_private
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1}
@@ -67,6 +69,56 @@ def test_named_ones_are_refused(build, name, reason):
     for settings in ({"target_modules": [name]}, {"trainable_modules": [name]}):
         with pytest.raises(ValueError, match=f"{name}' cannot .*{reason} its weight without calling it"):
             inject_lora(build(), LoRAConfig(r=2, **settings))
+
+
+IMAGES = {"num_classes": 3, "img_size": 32}
+SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+
+
+def deberta(share: bool, relative: bool = True) -> nn.Module:
+    return tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(
+        vocab_size=40, num_attention_heads=2, intermediate_size=20, relative_attention=relative, position_buckets=8,
+        pos_att_type=["p2c", "c2p"], share_att_key=share, position_biased_input=False, **SMALL))
+
+
+def old_deberta() -> nn.Module:
+    return tf.DebertaForSequenceClassification(tf.DebertaConfig(
+        vocab_size=40, num_attention_heads=2, intermediate_size=20, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], max_relative_positions=8, position_biased_input=False, **SMALL))
+
+
+BLOCKS = {"depths": (1, 1), "embed_dim": 16, "num_heads": (2, 2)}
+
+
+@pytest.mark.parametrize(("build", "left_alone", "kept"), [
+    (lambda: timm.create_model("swinv2_tiny_window8_256", window_size=4, **IMAGES, **BLOCKS), {"0", "2"}, {"fc1"}),
+    (lambda: timm.create_model("swinv2_cr_tiny_224", patch_size=2, window_size=4, **IMAGES, **BLOCKS), set(), {"qkv"}),
+    (lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**SWIN)), {"0", "2"}, {"query", "key", "value"}),
+    (lambda: SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=3, block=SwinTransformerBlockV2),
+     {"qkv", "proj"}, {"reduction"}),
+    (lambda: timm.create_model("vit_relpos_small_patch16_rpn_224", patch_size=8, embed_dim=16, depth=1, num_heads=2,
+                               **IMAGES), set(), {"qkv", "proj"}),
+    (lambda: deberta(True), {"query_proj", "key_proj"}, {"value_proj", "dense"}),
+    (lambda: deberta(False), {"pos_key_proj", "pos_query_proj"}, {"query_proj", "key_proj", "value_proj"}),
+    (lambda: deberta(True, relative=False), set(), {"query_proj", "key_proj", "value_proj"}),
+    (old_deberta, {"pos_proj", "pos_q_proj"}, {"in_proj", "dense"})],
+    ids=["timm-swinv2", "timm-swinv2-cr", "swinv2", "torchvision", "timm-relpos", "deberta-v2", "deberta-v2-apart",
+         "deberta-v2-plain", "deberta"])
+def test_what_runs_on_a_table_of_positions_is_left_out_and_the_rest_trains(build, left_alone, kept):
+    """One private step: a layer whose rows belong to no example would stop it."""
+    torch.manual_seed(0)
+    plain = build()
+    text = isinstance(getattr(plain, "config", None), tf.DebertaConfig | tf.DebertaV2Config)
+    model = inject_lora(plain, LoRAConfig(r=2)).train()
+    found = adapted(model)
+    assert kept <= found and not found & left_alone
+    optimizer = make_private(model, batch_size=3, lr=0.0)
+    optimizer.expect_batch(3)
+    x = torch.randint(1, 40, (3, 7)) if text else torch.randn(3, 3, 32, 32)
+    output = model(x)
+    logits = output if isinstance(output, Tensor) else output.logits
+    optimizer.backward(classification_loss(logits, torch.tensor([0, 1, 0])))
+    optimizer.step()
 
 
 def test_one_that_some_kernels_bypass_may_be_named():

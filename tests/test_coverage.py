@@ -1,12 +1,15 @@
 """Set-up: which parameters are trained, which are refused, and how many examples a call has."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
+from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear, PrivacyEngine
 from lora_dp.coverage import batch_size, check_optimizer, cover
-from tests.models import assert_refuses, mlp
+from tests.models import assert_refuses, examples, mlp, take_step
+from tests.support import make_private
 
 
 def test_every_trainable_parameter_with_its_layer_and_factor():
@@ -61,9 +64,65 @@ def test_nothing_to_train_is_refused():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
-def test_batch_norm_is_refused_by_name_also_frozen_and_in_eval(norm):
-    model = nn.Sequential(DPLinear(6, 3), nn.Sequential(norm(3).requires_grad_(False).eval()))
-    assert_refuses(ValueError, f"'1.0' is a {norm.__name__}", lambda: cover(model))
+def test_batch_norm_is_refused_by_name_unless_nothing_of_it_can_move(norm):
+    for layer in (
+        norm(3), norm(3).requires_grad_(False), norm(3).eval(), norm(3, affine=False),
+        norm(3, track_running_stats=False).requires_grad_(False).eval(),
+    ):
+        model = nn.Sequential(DPLinear(6, 3), nn.Sequential(layer))
+        assert_refuses(ValueError, f"'1.0' is a {norm.__name__}", lambda m=model: cover(m))
+    for layer in (norm(3).requires_grad_(False).eval(), norm(3, affine=False).eval()):
+        assert [p.name for p in cover(nn.Sequential(DPLinear(6, 3), nn.Sequential(layer)))] == ["0.weight", "0.bias"]
+
+
+class FrozenBody(nn.Module):
+    """A head behind an adapter and a frozen BatchNorm with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.head = DPLinear(6, 5), nn.BatchNorm1d(5).requires_grad_(False), DPLinear(5, 3)
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+        self.norm.eval()
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)).tanh())
+
+
+def test_gradients_behind_a_frozen_batch_norm_are_those_of_each_example_alone():
+    model, (x, y) = FrozenBody(), examples(5)
+    reference = copy.deepcopy(model)
+    released = take_step(model, make_private(model, batch_size=5, max_grad_norm=1e6), (x, y))
+    for i in range(5):
+        nn.functional.cross_entropy(reference(x[i : i + 1]), y[i : i + 1]).backward()
+    for name, parameter in reference.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(released[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("thaw", [
+    lambda model: model.train(), lambda model: model.norm.requires_grad_(True),
+    lambda model: setattr(model.norm, "running_mean", None)])
+def test_a_batch_norm_that_is_frozen_no_more_is_refused_at_the_next_pass(thaw):
+    model, batch = FrozenBody(), examples(5)
+    optimizer = make_private(model, batch_size=5)
+    take_step(model, optimizer, batch)
+    mean = model.norm.running_mean.clone()
+    thaw(model)
+    assert_refuses(RuntimeError, "'norm' is a BatchNorm1d that was frozen", lambda: model(batch[0]))
+    assert_refuses(RuntimeError, "call .eval() on every BatchNorm after model.train()", lambda: model(batch[0]))
+    model.norm.requires_grad_(False).eval().running_mean = mean
+    take_step(model, optimizer, batch)
+    assert torch.equal(model.norm.running_mean, mean) and optimizer.ledger.steps == 2
+
+
+def test_an_isolation_check_of_ones_own_leaves_a_frozen_batch_norm_in_eval():
+    model, batch = FrozenBody().eval(), examples(5)
+    engine = PrivacyEngine("rdp")
+    make_private(model, batch_size=5, engine=engine)
+    engine.check_isolation(model, batch[0])
+    assert not model.training and int(model.norm.num_batches_tracked) == 0
 
 
 def test_optimizer_may_hold_frozen_but_no_uncovered_parameters():

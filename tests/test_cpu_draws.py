@@ -229,3 +229,13 @@ def test_a_forked_process_draws_other_masks_from_the_same_state() -> None:
     children = [in_child(mask) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert len({tuple(found) for found in (*children, mask())}) == 3
+
+
+def test_the_default_generator_given_by_name_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    drawn = torch.rand(8, generator=torch.default_generator)
+    torch.set_rng_state(state)
+    assert torch.equal(drawn, torch.rand(8))
+    torch.set_rng_state(state)
+    monkeypatch.setattr(cpu_draws, "_secret_key", lambda: None)
+    assert not torch.equal(drawn, torch.rand(8))  # torch's own kernel

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import peft
@@ -273,6 +274,23 @@ def test_missing_and_misshapen_tensors_are_named(plain, folder):
     edit_tensors(folder, lambda tensors: tensors.pop(key))
     with pytest.raises(ValueError, match=f"lacks '{key}'"):
         load_adapter(plain, folder)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("nan")), "NaN or infinite numbers in '{}'"),
+    (lambda tensor: tensor / 0, "NaN or infinite numbers in '{}'"),
+    (lambda tensor: tensor.to(torch.bfloat16) / 0, "NaN or infinite numbers in '{}'"),
+    (lambda tensor: tensor.to(torch.int8), "'{}' in torch.int8, which is not floating-point")])
+@pytest.mark.parametrize("end", ["lora_A.weight", "lora_B.weight"])
+def test_tensors_that_are_not_finite_numbers_are_named(change, message, end, plain, folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in tensors if key.endswith(end))
+    edit_tensors(folder, lambda found: found.update({key: change(found[key])}))
+    before = [tensor.clone() for tensor in plain.state_dict().values()]
+    with pytest.raises(ValueError, match=re.escape(f"The stored adapter has {message.format(key)}")):
+        load_adapter(plain, folder)
+    for one, other in zip(before, plain.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_rank_above_a_layers_size_is_refused_by_name(plain, tmp_path):

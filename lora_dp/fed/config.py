@@ -4,8 +4,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import yaml
@@ -23,6 +24,18 @@ ADAMW_LEARNING_RATE = 1e-3
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_type(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    """Raise ValueError for no number, whole number or truth value where the field's annotation asks for that alone."""
+    if value is None and type(None) in kinds:
+        return
+    for kind, right, what in (
+        (bool, bool, "true or false"), (int, Integral, "a whole number"), (float, Real, "a number"),
+    ):
+        if set(kinds) - {type(None)} == {kind}:
+            fits = isinstance(value, right) and isinstance(value, bool) == (kind is bool)
+            _require(fits, f"{name} must be {what}, not {value!r}.")
 
 
 @dataclass
@@ -329,6 +342,9 @@ class RunConfig:
         for group in dataclasses.fields(cls):
             kind: Any = group.default_factory
             names = [f.name for f in dataclasses.fields(kind)]
+            for name, hint in get_type_hints(kind).items():
+                if name in given:
+                    _check_type(name, given[name], get_args(hint) or (hint,))
             groups[group.name] = kind(**{name: given.pop(name) for name in names if name in given})
         _require(not given, f"Unknown options: {', '.join(sorted(given))}.")
         return cls(**groups)
