@@ -435,12 +435,14 @@ def test_a_model_that_draws_from_the_default_generator_is_taken(draw: Callable[[
 
 
 def test_a_seed_of_numpys_or_pythons_between_passes_changes_nothing() -> None:
+    seen: list[tuple[float, float]] = []
     drawn: list[tuple[float, float]] = []
-    model = Net(lambda x: (drawn.append((random.random(), np.random.rand())), x)[1])
+    model = Net(lambda x: (seen.append((random.random(), np.random.rand())), x)[1])
     optimizer = private(model)
     for _ in range(3):
         random.seed(0)
         np.random.seed(42)
         step(model, optimizer)
+        drawn.append(seen[-1])  # those before it are trials, under a seed of their own
     drawn += [(random.Random(0).random(), np.random.RandomState(42).rand())]
     assert all(len(set(values)) == len(drawn) for values in zip(*drawn, strict=True))
