@@ -28,6 +28,8 @@ from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
 from lora_dp.trials import SEED, LossFunction, Trace, Trials
 
+# What a layer whose gradient vanishes has left of it, relative to the largest gradient of all layers.
+_ROUNDING = 1e-3
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
 FEW = 4
 _REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
@@ -126,7 +128,8 @@ def _rows(tensor: Tensor, n: int) -> Tensor:
     return tensor.detach().reshape(n, -1)
 
 
-def _differ(left: Tensor, right: Tensor) -> bool:
+def _differ(left: Tensor, right: Tensor, least: float = 0.0) -> bool:
+    """Whether they differ by more than rounding, of values that are at least as large as ``least``."""
     if left.shape != right.shape:
         return True
     if not left.numel():
@@ -135,7 +138,13 @@ def _differ(left: Tensor, right: Tensor) -> bool:
         return not torch.equal(left, right)
     left, right = left.nan_to_num(), right.nan_to_num()
     return bool((left - right).abs().max()
-                > tolerance(left.dtype) * left.abs().max().clamp(min=torch.finfo(left.dtype).tiny))
+                > tolerance(left.dtype) * left.abs().max().clamp(min=max(torch.finfo(left.dtype).tiny, least)))
+
+
+def _least(gradients: Mapping[str, list[Tensor]]) -> float:
+    """A layer whose gradient is smaller than this beside the others' has rounding alone."""
+    return _ROUNDING * max((float(g.abs().max()) for found in gradients.values() for g in found if g.numel()),
+                           default=0.0)
 
 
 def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
@@ -184,9 +193,10 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
     if not base.losses or not replaced.losses:
         return
     left_gradients, right_gradients = base.backward(_sum(base.losses[0])), replaced.backward(_sum(replaced.losses[0]))
+    least = _least(left_gradients)
     for name, gradients in left_gradients.items():
         for left, right in zip(gradients, right_gradients.get(name, []), strict=False):
-            if _differ(_rows(left, n)[i], _rows(right, n)[i]):
+            if _differ(_rows(left, n)[i], _rows(right, n)[i], least):
                 raise IsolationError(
                     f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a "
                     "loss that is a mean or sum of terms of one example each (for token losses: average over each "
@@ -260,8 +270,9 @@ def _scales_as(
     kind: LossReduction, whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]], rows: range, n: int, m: int
 ) -> bool:
     scales = (n, m) if kind == "mean" else (1, 1)
+    least = scales[0] * _least(whole)
     return all(
-        not _differ(_rows(left, n)[i] * scales[0], _rows(right, m)[i] * scales[1])
+        not _differ(_rows(left, n)[i] * scales[0], _rows(right, m)[i] * scales[1], least)
         for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False)
         for i in rows)
 

@@ -141,7 +141,7 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]])
     kind, saved = _kind(node), _Saved(node)
     if kind in ("MeanBackward", "SumBackward"):
         elements = math.prod(saved.get("self_sym_sizes"))
-        if elements == 1 and n > 1:
+        if (elements == 1 and n > 1) or _stacked(children):
             return None
         if math.prod(node._input_metadata[0].shape) != 1:
             return _unknown(node)
@@ -170,8 +170,12 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
         slots = [place for place, (n, k) in enumerate(node.next_functions) if (n, k) in children]
         sign = -1.0 if kind == "SubBackward" else 1.0
         return [1.0 if place == 0 else sign * alpha for place in slots]
-    if kind == "NegBackward":
+    if kind in ("NegBackward", "RsubBackward"):  # constant − number
         return [-1.0]
+    if kind == "StackBackward" and _size(children) == 1:
+        return [1.0] * len(children)
+    if kind == "MeanBackward" and _stacked(children):
+        return [1 / math.prod(saved.get("self_sym_sizes"))]
     if kind in ("MulBackward", "DivBackward") and len(children) == 1 and node.next_functions[0] == children[0]:
         other = saved.get("other")
         value = other if isinstance(other, float | int) else (
@@ -185,6 +189,12 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     if kind in _PASSED and len(children) == 1:
         return [1.0]
     return _unknown(node)
+
+
+def _stacked(children: list[tuple[Node, int]]) -> bool:
+    """Whether what is joined is single numbers, the losses of several tasks, say."""
+    return len(children) == 1 and _kind(children[0][0]) == "StackBackward" and _size(
+        [(child, number) for child, number in children[0][0].next_functions if child is not None]) == 1
 
 
 def _size(children: list[tuple[Node, int]]) -> int:

@@ -60,6 +60,9 @@ MEANS: dict[str, OutsideLoss] = {
     "two terms": lambda out, y: 0.7 * F.cross_entropy(out, y) + 0.3 * out.square().mean(),
     "half of it": lambda out, y: F.cross_entropy(out, y) / 2,
     "margin": lambda out, y: F.multi_margin_loss(out, y),
+    "one less a mean": lambda out, y: 1 - out.tanh().mean(),
+    "mean of tasks": lambda out, y: torch.stack([F.cross_entropy(out, y), out.square().mean(), out.mean()]).mean(),
+    "sum of tasks": lambda out, y: torch.stack([F.cross_entropy(out, y), out.square().mean()]).sum(),
 }
 SUMS: dict[str, OutsideLoss] = {
     "cross entropy": lambda out, y: F.cross_entropy(out, y, reduction="sum"),
