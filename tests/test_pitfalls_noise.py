@@ -28,10 +28,10 @@ from tests.support import RULES, check_deviation, make_private
 def check_noise_matches_sensitivity(rule: str) -> None:
     """No example moves the sum by more than C, some come near it, and the noise has deviation σ · C."""
     sigma, bound = 1.3, 0.7
-    model = mlp()
-    optimizer = make_private(model, batch_size=5, max_grad_norm=bound, clipping=rule, lr=0.0)
     largest = 0.0
     for magnitude in (0.1, 1.0, 10.0):
+        model = mlp()  # anew: a loss whose weight differs from batch to batch is refused
+        optimizer = make_private(model, batch_size=5, max_grad_norm=bound, clipping=rule, lr=0.0)
         for example in one_by_one(examples(8)):
             norm = float(flat(take_step(model, optimizer, example,
                                         lambda m, b, s=magnitude: s * cross_entropy(m, b))).norm())

@@ -218,3 +218,10 @@ def test_an_order_of_the_same_data_set_with_or_without_repeats():
 def test_what_is_no_loader_is_refused():
     with pytest.raises(TypeError, match="data_loader must be a DataLoader"):
         PrivateDataLoader([[0, 1]], SeededSource(0), lambda size: None, lambda: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "error"), [(2.0, TypeError), ("3", TypeError), (None, TypeError), (-1, ValueError)])
+def test_steps_are_a_whole_number(steps, error):
+    loader = PrivateDataLoader(DataLoader(Numbers(50), batch_size=25), SeededSource(0), lambda _: None, lambda: None)
+    with pytest.raises(error, match="steps"):
+        next(loader.take(steps))
