@@ -343,3 +343,25 @@ def test_structures_tell_what_matters_apart():
     kinds = [structure(batch, 4) for batch in (
         labelled(0, 1, 2, 0), labelled(2, 2, 1, 1), labelled(0, -100, 1, 1), texts(5, 5, 5, 5), texts(9, 5, 5, 5))]
     assert kinds[0] == kinds[1] and len(set(kinds)) == 4
+
+
+@pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
+def test_a_model_of_one_size_is_left_alone(error):
+    """Images with a border: less of them is no batch that the model takes, whatever it says to that."""
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = DPLinear(8 * 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1:] != (1, 8, 8):
+                raise error("another size")
+            return self.head(x.flatten(1))
+
+    model, x = Fixed().train(), torch.rand(6, 1, 8, 8)
+    for row, border in enumerate((1, 2, 3, 1, 2, 2)):
+        x[row, :, :, -border:] = 0
+    optimizer = make_private(model, batch_size=6)
+    optimizer.recorder.expect_padding()
+    take_step(model, optimizer, (x, examples(6)[1]))
+    assert optimizer.ledger.steps == 1

@@ -14,7 +14,7 @@ from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed import as_released
 from lora_dp.fed.contained import Failures, GivenUp, accumulate
-from lora_dp.fed.examples import Examples
+from lora_dp.fed.examples import Examples, TextExamples
 from lora_dp.fed.exchange import Task, Update, Workspace
 from lora_dp.fed.methods import Method, State, factor
 from lora_dp.fed.models import Precision, logits
@@ -169,7 +169,8 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
-        optimizer.recorder.expect_padding()  # texts are padded to the longest of their batch
+        if isinstance(examples, TextExamples):
+            optimizer.recorder.expect_padding()  # to the longest text of a batch
         if self.on_turn is not None:
             self.on_turn(place[0], optimizer, batches)
         failures = Failures()
