@@ -117,14 +117,14 @@ class LossWatch:
         if not found:
             return
         joined = [term.joined for term in found if term.joined is not None]
-        inside = follow([(edge.node, edge.output_nr) for edge in joined], outputs)
-        self._check_linear(inside.linear)
+        if before is None:
+            self._check_linear(follow([(edge.node, edge.output_nr) for edge in joined], outputs).linear)
         weights = tuple(sorted(values))
-        self._compare(before, weights, inside.factors)
+        self._compare(before, weights, followed.factors)
         if n > 1 and (self.tested or before is None or before.n == 1):
             for edge in joined:
                 self._check_apart(edge, outputs)
-        self._remember(followed.shape, weights, inside.factors)
+        self._remember(followed.shape, weights, followed.factors)
 
     def vector(self, losses: Tensor, n: int) -> None:
         """Before the backward of per-example losses: refuse what does not keep the examples apart.
