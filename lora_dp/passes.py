@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.batch_parts import doubled, numbers_in, structure, widths
+from lora_dp.batch_parts import numbers_in, structure, take, widths
 from lora_dp.collation import drawn_for_test
 from lora_dp.coverage import batch_size, check_frozen_norms
 from lora_dp.isolation import FEW, check_isolation
@@ -49,7 +49,7 @@ class Passes:
         kind, others = self._kind((args, kwargs), n)
         if n == 1 and others:
             # A batch of one has nobody to meet, but a count of the whole logical batch.
-            args, kwargs = doubled((args, kwargs))
+            args, kwargs = take((args, kwargs), [0, 0], 1)
             n = 2
         wanted = kind not in recorder.tested or recorder.padding_untried((args, kwargs), n)
         if n < 2 or not (wanted or others or drawn_for_test()):

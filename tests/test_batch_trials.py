@@ -365,3 +365,15 @@ def test_a_model_of_one_size_is_left_alone(error):
     optimizer.recorder.expect_padding()
     take_step(model, optimizer, (x, examples(6)[1]))
     assert optimizer.ledger.steps == 1
+
+
+def test_a_count_is_refused_in_micro_batches_of_one():
+    """A batch of one has nobody to meet, but its loss may be divided by what the logical batch holds."""
+    model = Scaled().train()
+    optimizer = make_private(model, batch_size=4, loss_reduction="sum")
+    model(**scaled(1, 30.0))
+    optimizer.recorder.discard()
+    model(**scaled(1, 30.0, seed=2))
+    optimizer.recorder.discard()
+    with pytest.raises(IsolationError, match=r"The argument \S*\['tokens'\] of the model differs from batch to batch"):
+        model(**scaled(1, 31.0))
