@@ -117,14 +117,16 @@ class LossWatch:
         if not found:
             return
         joined = [term.joined for term in found if term.joined is not None]
+        # Below what joins them: a division by N above it is in the weights.
+        inside = follow([(edge.node, edge.output_nr) for edge in joined], outputs)
         if before is None:
-            self._check_linear(follow([(edge.node, edge.output_nr) for edge in joined], outputs).linear)
+            self._check_linear(inside.linear)
         weights = tuple(sorted(values))
-        self._compare(before, weights, followed.factors)
+        self._compare(before, weights, inside.factors)
         if n > 1 and (self.tested or before is None or before.n == 1):
             for edge in joined:
                 self._check_apart(edge, outputs)
-        self._remember(followed.shape, weights, followed.factors)
+        self._remember(followed.shape, weights, inside.factors)
 
     def vector(self, losses: Tensor, n: int) -> None:
         """Before the backward of per-example losses: refuse what does not keep the examples apart.

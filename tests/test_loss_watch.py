@@ -260,6 +260,22 @@ def test_a_sum_is_refused_even_after_a_batch_of_one():
         step(SUMS["cross entropy"], model=model, optimizer=optimizer, n=2)
 
 
+@pytest.mark.parametrize("name", MEANS)
+def test_means_are_taken_in_batches_of_any_size(name):
+    model, optimizer = step(MEANS[name])
+    for n in (5, 1, 7, 2):
+        step(MEANS[name], model=model, optimizer=optimizer, n=n)
+    assert optimizer.ledger.steps == 5
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_are_taken_in_batches_of_any_size(name):
+    model, optimizer = step(SUMS[name], reduction="sum")
+    for n in (5, 1, 7, 2):
+        step(SUMS[name], reduction="sum", model=model, optimizer=optimizer, n=n)
+    assert optimizer.ledger.steps == 5
+
+
 def test_a_public_constant_may_stay():
     model, optimizer = step(loss := lambda out, y: 0.3 * F.cross_entropy(out, y))
     step(loss, model=model, optimizer=optimizer, n=5)
