@@ -225,3 +225,8 @@ def test_steps_are_a_whole_number(steps, error):
     loader = PrivateDataLoader(DataLoader(Numbers(50), batch_size=25), SeededSource(0), lambda _: None, lambda: None)
     with pytest.raises(error, match="steps"):
         next(loader.take(steps))
+
+
+def test_no_steps_are_no_batches():
+    loader = PrivateDataLoader(DataLoader(Numbers(50), batch_size=25), SeededSource(0), lambda _: None, lambda: None)
+    assert list(loader.take(0)) == []
