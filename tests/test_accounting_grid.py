@@ -82,6 +82,8 @@ def check_planning_of(point: Point) -> None:
     assert reached <= point.target
     assert reached >= point.target * (1 - 1e-3) or noise == 0.02
     most = max_steps(Ledger(), event, point.target, point.delta)
+    if point.rounding >= point.delta / 2:
+        return  # what is left of δ is mostly rounding: the computed ε jumps with the steps, and fewer may be found
     assert point.steps <= most
     if noise > 0.02:  # ε lies within 0.1 %, and grows at least as the root of the steps where it is not tiny
         assert most <= 1.01 * point.steps + 1
