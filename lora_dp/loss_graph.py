@@ -298,13 +298,12 @@ class Followed(NamedTuple):
 
 def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
     """Everything between these edges of a graph and the model's outputs."""
-    known: dict[Node, bool] = {}
     order: list[Node] = []
     linear: list[float] = []
     leaves: set[int] = set()
     for edge in edges:
-        _visit(edge, outputs, known, order, leaves)
-        linear += _linear(edge, outputs, known)
+        _visit(edge, outputs, order, leaves)
+        linear += _linear(edge, outputs)
     products: dict[Node, frozenset[float]] = {}
     for node in order:  # children first
         children = [(c, k) for c, k in node.next_functions if c is not None]
@@ -320,9 +319,7 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
     return Followed(tuple(linear), tuple(sorted(ways)), hash(tuple(node.name() for node in order)), leaves)
 
 
-def _visit(
-    edge: tuple[Node, int], outputs: Outputs, known: dict[Node, bool], order: list[Node], reached: set[int]
-) -> None:
+def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached: set[int]) -> None:
     """Enters all nodes down to the outputs into ``order``, children first, and the leaves beside them."""
     if edge in outputs.places:
         return
@@ -336,10 +333,9 @@ def _visit(
         if variable is not None:
             reached.add(id(variable))
         children = [c for c, k in node.next_functions if c is not None and (c, k) not in outputs.places]
-        open_ = [child for child in children if child not in seen and child not in known]
+        # One that waits further down the stack comes first, too: its products are needed here.
+        open_ = [child for child in children if child not in seen]
         if open_:
-            for child in open_:
-                known[child] = False
             stack.extend(open_)
             continue
         seen.add(node)
@@ -347,7 +343,7 @@ def _visit(
         stack.pop()
 
 
-def _linear(edge: tuple[Node, int], outputs: Outputs, known: dict[Node, bool]) -> list[float]:
+def _linear(edge: tuple[Node, int], outputs: Outputs) -> list[float]:
     reached: dict[Node, bool] = {}
     pending, factors = [(*edge, 1.0)], []
     while pending:

@@ -266,6 +266,15 @@ def test_numbers_below_a_sum_of_vectors_are_found_on_every_way():
                for value in follow([(inside.grad_fn, 0)], Outputs.of([out])).factors)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_numbers_are_found_where_ways_part_and_meet_again(turned):
+    out = model_output(N)
+    square = out.square()
+    part = square / 19
+    joined = (part + square if turned else square + part).tanh().mean()
+    assert follow([(joined.grad_fn, 0)], Outputs.of([out])).factors == pytest.approx((1 / 19, 1.0), rel=1e-5)
+
+
 def test_leaves_beside_the_outputs_are_told():
     out, beside = model_output(N), torch.ones(N, requires_grad=True)
     joined = (out * beside).sum()
