@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -68,6 +69,8 @@ class LossWatch:
         self._seen: dict[int, _Seen] = {}
         self._counts: dict[int, float] = {}
         _show_backward_to(self)
+        # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
+        functorch_config.donated_buffer = False
 
     def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients."""

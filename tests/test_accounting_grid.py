@@ -82,10 +82,13 @@ def check_planning_of(point: Point) -> None:
     assert reached <= point.target
     assert reached >= point.target * (1 - 1e-3) or noise == 0.02
     most = max_steps(Ledger(), event, point.target, point.delta)
-    if point.rounding >= point.delta / 2:
-        return  # what is left of δ is mostly rounding: the computed ε jumps with the steps, and fewer may be found
     assert point.steps <= most
-    if noise > 0.02:  # ε lies within 0.1 %, and grows at least as the root of the steps where it is not tiny
+    within = ledger_of((noise, point.rate, most)).epsilon(point.delta)
+    beyond = ledger_of((noise, point.rate, most + 1)).epsilon(point.delta)
+    assert within <= point.target < beyond or most == 10**9
+    # ε lies within 0.1 %, and grows at least as the root of the steps where it is not tiny. Where the transforms'
+    # rounding drowns δ, the Rényi bound is left, which hardly grows with the steps once its largest order is best.
+    if noise > 0.02 and point.rounding < point.delta / 2:
         assert most <= 1.01 * point.steps + 1
     assert calibrate_noise_multiplier(point.target * 1.01, point.delta, point.rate, point.steps) <= noise
 

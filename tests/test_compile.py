@@ -156,3 +156,26 @@ def test_a_bare_container_is_refused_with_the_remedy():
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_refuses(RuntimeError, "put it into a module of your own",
                    lambda: norms_and_step(model, run, optimizer, *examples(5)))
+
+
+@pytest.mark.parametrize("vector", [True, False])
+def test_a_compiled_loss_is_tried_and_taken(vector):
+    """A trial goes back through it more often than once."""
+    @torch.compile(backend="aot_eager")
+    def criterion(output: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(output, y, reduction="none", label_smoothing=0.1)
+        return losses if vector else losses.mean()
+
+    engine = PrivacyEngine()
+    base = mlp()
+    inject_lora(base, LoRAConfig(r=2, target_modules=["0"]))
+    optimizer = torch.optim.SGD([p for p in base.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer, loader = make_private(engine, base, optimizer, loader_of(examples(32)))
+    if not vector:
+        engine.check_isolation(model, next(iter(loader)), criterion)
+        optimizer.step_on_empty_batch()
+    for x, y in loader:
+        loss = criterion(model(x), y)
+        optimizer.backward(loss) if vector else loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
