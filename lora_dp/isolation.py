@@ -103,7 +103,7 @@ def check_isolation(
             trials, steady, call, n, reduction, passed, padding_varies is True)
         if other_numbers:
             _check_numbers(trials, steady, call, n, other_numbers)
-        shape = None if criterion is None else LossWatch().shape_of(_sum(steady.losses[0]), steady.result)
+        shape = None if criterion is None else LossWatch().shape_of(steady.losses[0], steady.result)
         return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
 
 

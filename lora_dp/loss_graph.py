@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 LossReduction = Literal["mean", "sum"]
@@ -286,14 +287,19 @@ class Followed(NamedTuple):
     Attributes:
         linear: the factors by which sums of vectors were multiplied on their way, by single numbers.
         factors: products of single numbers along every way to the outputs.
-        shape: names the operations: equal for equal code.
+        shape: names the operations: equal for equal code; ``kinds`` without their number, which a loop changes.
         leaves: ids of the tensors to which ways lead beside the outputs.
+        reached: which of the model's outputs they lead to.
+        opaque: names of functions written in Python, or compiled, whose inside no graph shows.
     """
 
     linear: tuple[float, ...]
     factors: tuple[float, ...]
     shape: int
+    kinds: frozenset[str]
     leaves: set[int]
+    reached: frozenset[int]
+    opaque: tuple[str, ...]
 
 
 def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
@@ -316,7 +322,12 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
         products[node] = frozenset(float(f"{share * way:.6g}") for way in found) if len(found) <= _MOST_WAYS else found
     ways = frozenset().union(*(
         frozenset({1.0}) if edge in outputs.places else products.get(edge[0], frozenset()) for edge in edges))
-    return Followed(tuple(linear), tuple(sorted(ways)), hash(tuple(node.name() for node in order)), leaves)
+    ends = {*edges, *((c, k) for node in order for c, k in node.next_functions if c is not None)}
+    names = tuple(node.name() for node in order)
+    return Followed(
+        tuple(linear), tuple(sorted(ways)), hash(names), frozenset(names), leaves,
+        frozenset(outputs.places[end] for end in ends if end in outputs.places),
+        tuple(_kind(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)))
 
 
 def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached: set[int]) -> None:

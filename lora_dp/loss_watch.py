@@ -31,11 +31,16 @@ from lora_dp.loss_graph import (
     terms,
     weight,
 )
+from lora_dp.loss_rows import meeting
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5
 _ELSEWHERE = ("The losses do not depend on what the model returned in its last training forward: compute them from its "
               "outputs, with gradients.")
+
+
+# Losses of outputs that hold no more numbers are looked through in every batch, others in those that are tried.
+_FEW_NUMBERS = 2**17
 
 
 class _Seen(NamedTuple):
@@ -68,6 +73,10 @@ class LossWatch:
         self._leaves: Callable[[], set[int]] = set
         self._seen: dict[int, _Seen] = {}
         self._counts: dict[int, float] = {}
+        # By kinds of operations, what weighed an example first; and, by their number too, the products along the ways
+        # to the outputs.
+        self._weights: dict[frozenset[str], tuple[float, ...]] = {}
+        self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
         _show_backward_to(self)
         # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
         functorch_config.donated_buffer = False
@@ -86,8 +95,8 @@ class LossWatch:
         """The pass is over: let go of its graph."""
         self._outputs, self._leaves = None, set
 
-    def scalar(self, loss: Tensor) -> None:
-        """Before a backward from ``loss``: refuse what does not keep the examples apart.
+    def scalar(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+        """Before a backward from ``loss``, with this gradient: refuse what does not keep the examples apart.
 
         Raises:
             IsolationError: as it says.
@@ -104,6 +113,10 @@ class LossWatch:
             if followed.factors:
                 raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
             return
+        if gradient is not None and followed.factors:
+            raise IsolationError(
+                "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a public "
+                "schedule is optimizer.backward(losses, weight=…).")
         before = self._seen.get(followed.shape)
         try:
             found = terms(loss, n, outputs)
@@ -111,8 +124,8 @@ class LossWatch:
         except UnknownLoss as error:
             # One example has nobody to meet.
             if not isinstance(error, MixingLoss) and (n == 1 or followed.shape in self.vouched):
-                self._compare(before, (), followed.factors)
-                self._remember(followed.shape, (), followed.factors)
+                self._compare(before, followed, (), followed.factors)
+                self._remember(followed, (), followed.factors)
                 return
             raise IsolationError(
                 f"It cannot be told that the loss keeps examples apart: {error}. Instead, {_REMEDY}; or let "
@@ -122,14 +135,14 @@ class LossWatch:
         joined = [term.joined for term in found if term.joined is not None]
         # Below what joins them: a division by N above it is in the weights.
         inside = follow([(edge.node, edge.output_nr) for edge in joined], outputs)
+        self._check_inside(inside, outputs)
         if before is None:
             self._check_linear(inside.linear)
         weights = tuple(sorted(values))
-        self._compare(before, weights, inside.factors)
-        if n > 1 and (self.tested or before is None or before.n == 1):
-            for edge in joined:
-                self._check_apart(edge, outputs)
-        self._remember(followed.shape, weights, inside.factors)
+        self._compare(before, followed, weights, inside.factors)
+        for edge in joined:
+            self._check_apart(edge, outputs, before)
+        self._remember(followed, weights, inside.factors)
 
     def vector(self, losses: Tensor, n: int) -> None:
         """Before the backward of per-example losses: refuse what does not keep the examples apart.
@@ -145,18 +158,18 @@ class LossWatch:
         if not followed.factors:
             raise ValueError(_ELSEWHERE)
         self._check_way(followed)
+        self._check_inside(followed, outputs)
         before = self._seen.get(followed.shape)
         weights = tuple(sorted(followed.linear))
-        self._compare(before, weights, followed.factors)
+        self._compare(before, followed, weights, followed.factors)
         if before is None:
             if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in followed.linear):
                 raise IsolationError(
                     f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
                     "constant as optimizer.backward(losses, weight=…).")
             self._check_linear(followed.linear)
-        if n > 1 and (self.tested or before is None or before.n == 1):
-            self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs)
-        self._remember(followed.shape, weights, followed.factors)
+        self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs, before)
+        self._remember(followed, weights, followed.factors)
 
     def shape_of(self, loss: Tensor, output: Any) -> int:
         """What names the graph of a loss that was computed from a model's output."""
@@ -197,29 +210,79 @@ class LossWatch:
                     f"Losses were multiplied by {factor:.6g}, which looks like a count of what the batch holds: hand "
                     "them over as they are, with a constant as optimizer.backward(losses, weight=…).")
 
-    def _compare(self, before: _Seen | None, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
-        """With an earlier batch of the same graph: no number may have followed what the batch holds."""
+    def _check_inside(self, inside: Followed, outputs: Outputs) -> None:
+        """What lies between the examples' losses and the outputs: all of it must be known to keep to one example."""
+        if inside.opaque and inside.shape not in self.vouched:
+            raise IsolationError(
+                f"It cannot be told that the losses keep examples apart: no graph shows what {inside.opaque[0]!r} does, "
+                "a compiled function or one of Python's. Let engine.check_isolation(model, batch, criterion) test it "
+                "on a batch first.")
+        for place in inside.reached if self._n > 1 else ():
+            shape = tuple(outputs.tensors[place].shape)
+            if not shape or shape[0] % self._n:
+                raise IsolationError(
+                    f"The losses depend on an output of the model that is not by example, {shape} in a batch of "
+                    f"{self._n}: it may hold a statistic of the batch. Return rows of one example each, batch first.")
+
+    def _compare(
+        self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]
+    ) -> None:
+        """With earlier batches: no number may have followed what the batch holds."""
         if before is not None:
             for now, then in ((weights, before.weights), (factors, before.factors)):
-                if not (len(now) == len(then) and all(
-                        math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))):
-                    raise IsolationError(
-                        f"The loss of this batch weighs an example by {_listed(now)}, that of an earlier one by "
-                        f"{_listed(then)}: a divisor that counts what a batch holds ties each example to the others; "
-                        f"{_REMEDY}. A public schedule is optimizer.backward(losses, weight=…).")
+                if not _equal(now, then):
+                    raise IsolationError(_differs(now, then))
+        if self._n < 2 or not weights:
+            return
+        # A loop over the examples has another graph for every batch.
+        first = self._weights.get(followed.kinds)
+        if first is not None and not _equal(_distinct(weights), first):
+            raise IsolationError(_differs(_distinct(weights), first))
+        others = self._products.get((followed.kinds, len(factors)))
+        if others is not None and not _equal(factors, others) and _in_proportion(factors, others):
+            raise IsolationError(_differs(factors, others))
 
-    def _remember(self, shape: int, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
+    def _remember(self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
         """A loss that passed. The first one stays what others are compared with; of one example it proves least."""
-        if shape not in self._seen or self._seen[shape].n == 1:
-            self._seen[shape] = _Seen(self._n, weights, factors)
+        if followed.shape not in self._seen or self._seen[followed.shape].n == 1:
+            self._seen[followed.shape] = _Seen(self._n, weights, factors)
+        if self._n > 1 and weights:
+            self._weights.setdefault(followed.kinds, _distinct(weights))
+            self._products.setdefault((followed.kinds, len(factors)), factors)
         self.examined = True
 
-    def _check_apart(self, joined: GradientEdge, outputs: Outputs) -> None:
-        for i in (0, self._n - 1):
-            if meets(joined, i, self._n, outputs):
-                raise IsolationError(
-                    f"The loss mixes examples: that of example {i} depends on the model's outputs for others. Use a "
-                    "loss that is a mean or sum of terms of one example each.")
+    def _check_apart(self, joined: GradientEdge, outputs: Outputs, before: _Seen | None) -> None:
+        n, tried = self._n, self.tested or before is None or before.n == 1
+        if n < 2 or not (tried or sum(t.numel() for t in outputs.tensors) <= _FEW_NUMBERS):
+            return
+        # What is mixed by its place is mostly mixed at an end; the other search finds it anywhere.
+        found = next((i for i in (0, n - 1) if meets(joined, i, n, outputs)), None) if tried else None
+        if found is None:
+            found = meeting(joined, n, outputs)
+        if found is not None:
+            raise IsolationError(
+                f"The loss mixes examples: that of example {found} depends on the model's outputs for others. Use a "
+                "loss that is a mean or sum of terms of one example each.")
+
+
+def _equal(now: Sequence[float], then: Sequence[float]) -> bool:
+    return len(now) == len(then) and all(
+        math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
+
+
+def _in_proportion(now: Sequence[float], then: Sequence[float]) -> bool:
+    """Whether one number makes the first out of the second."""
+    return all(math.isclose(a * then[0], b * now[0], rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
+
+
+def _distinct(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(sorted({float(f"{value:.6g}") for value in values}))
+
+
+def _differs(now: Sequence[float], then: Sequence[float]) -> str:
+    return (f"The loss of this batch weighs an example by {_listed(now)}, that of an earlier one by {_listed(then)}: a "
+            f"divisor that counts what a batch holds ties each example to the others; {_REMEDY}. A public schedule is "
+            "optimizer.backward(losses, weight=…).")
 
 
 def _listed(weights: Sequence[float]) -> str:
@@ -250,7 +313,9 @@ def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     # Inside a backward, a reentrant checkpoint goes on with what it has run again.
     if watches and torch._C._current_graph_task_id() == -1:
         roots = [tensors] if isinstance(tensors, Tensor) else [root for root in tensors if isinstance(root, Tensor)]
+        given = args[0] if args else kwargs.get("grad_tensors", kwargs.get("grad_variables"))
+        gradients = list(given) if isinstance(given, list | tuple) else [given] * len(roots)
         for watch in watches:
-            for root in roots:
-                watch.scalar(root)
+            for root, gradient in zip(roots, gradients, strict=False):
+                watch.scalar(root, gradient)
     _plain_backward(tensors, *args, **kwargs)

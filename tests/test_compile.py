@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp import IsolationError, LoRAConfig, PrivacyEngine, inject_lora
 from tests.models import assert_refuses, examples, loader_of, mlp, train
 from tests.support import assert_close, make_private, private_gradients
 from tests.tiny_models import HEADS, IMAGES, TARGETS, build, randomise
@@ -166,14 +166,17 @@ def test_a_compiled_loss_is_tried_and_taken(vector):
         losses = F.cross_entropy(output, y, reduction="none", label_smoothing=0.1)
         return losses if vector else losses.mean()
 
-    engine = PrivacyEngine()
-    base = mlp()
-    inject_lora(base, LoRAConfig(r=2, target_modules=["0"]))
-    optimizer = torch.optim.SGD([p for p in base.parameters() if p.requires_grad], lr=0.1)
-    model, optimizer, loader = make_private(engine, base, optimizer, loader_of(examples(32)))
-    if not vector:
-        engine.check_isolation(model, next(iter(loader)), criterion)
-        optimizer.step_on_empty_batch()
+    model, engine = Net(), PrivacyEngine("rdp")
+    model, optimizer, loader = engine.make_private(
+        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+    x, y = examples(8)
+    optimizer.expect_batch(8)
+    with pytest.raises(IsolationError, match="no graph shows|cannot be told"):
+        loss = criterion(model(x), y)
+        optimizer.backward(loss) if vector else loss.backward()
+    engine.check_isolation(model, (x, y), criterion)
+    optimizer.zero_grad()
     for x, y in loader:
         loss = criterion(model(x), y)
         optimizer.backward(loss) if vector else loss.backward()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import IsolationError
+from lora_dp import IsolationError, PrivacyEngine
 from tests.models import assert_refuses, examples, flat, mlp, take_step
 from tests.support import assert_close, make_private, private_gradients
 
@@ -125,3 +125,136 @@ def test_micro_batches_of_vectors_equal_one_batch():
         released.append(flat(private_gradients(model)))
     for other in released[1:]:
         assert_close(other, released[0], 1e-6)
+
+
+# Batch by batch
+
+
+def test_examples_that_meet_in_a_later_batch_only_are_refused():
+    """Those of one group are pulled together; the first batch has one example of each group."""
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+
+    def losses(out: Tensor, groups: Tensor) -> Tensor:
+        mates = (groups[:, None] == groups[None]).float() - torch.eye(len(out))
+        return (out.square().sum(1) + (mates * (out[:, None] - out[None]).square().sum(-1)).sum(1))
+
+    x, _ = examples(N)
+    optimizer.backward(losses(model(x), torch.arange(N)))
+    optimizer.zero_grad()
+    groups = torch.tensor([0, 1, 2, 1, 3, 4])  # neither the first nor the last
+    # Both mates are weighed alike by chance in one of 64 batches.
+    assert_refuses(IsolationError, "that of example 1 depends on the model's outputs for others", lambda: [
+        optimizer.backward(losses(model(x), groups)) for _ in range(8)])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_count_in_a_loop_whose_graph_is_another_in_every_batch_is_refused(inside):
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+
+    def losses(out: Tensor, terms: list[int]) -> Tensor:
+        count = sum(terms)
+        each = [sum(out[i].square().sum() / (count if inside else 1) for _ in range(k)) for i, k in enumerate(terms)]
+        return torch.stack(each) if inside else torch.stack(each) / count
+
+    x, _ = examples(N)
+    optimizer.backward(losses(model(x), [1, 2, 1, 2, 1, 2]))
+    optimizer.zero_grad()
+    optimizer.backward(losses(model(x), [2, 1, 1, 2, 1, 2]))  # as many
+    optimizer.zero_grad()
+    assert_refuses(IsolationError, "0.0833333, that of an earlier one by 0.111111",
+                   lambda: optimizer.backward(losses(model(x), [1, 2, 1, 2, 3, 3])))
+
+
+def test_a_loop_over_examples_is_taken():
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    for n in (2, N, 3):
+        optimizer.expect_batch(n)
+        out = model(x[:n])
+        optimizer.backward(torch.stack([F.cross_entropy(out[i], y[i]) for i in range(n)]))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Beside(nn.Module):
+    """Returns something of the whole batch beside its logits."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.inner, self.kind = mlp(), kind
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.inner(x)
+        return out, {"centre": out.mean(0), "number": out.mean(), "rows": out.square()}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["centre", "number"])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_an_output_that_is_not_by_example_is_no_part_of_a_loss(kind, scalar):
+    model, (x, y) = Beside(kind), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    for n in (N, 5):
+        out, beside = model(x[:n])
+        losses = F.cross_entropy(out, y[:n], reduction="none") + beside.square().sum()
+        assert_refuses(IsolationError, "not by example", (
+            losses.mean().backward if scalar else lambda given=losses: optimizer.backward(given)))
+        optimizer.zero_grad()
+    # Returned, and left alone.
+    optimizer.backward(F.cross_entropy(model(x)[0], y, reduction="none"))
+
+
+def test_an_output_by_example_is_part_of_a_loss():
+    model, (x, y) = Beside("rows"), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    optimizer.expect_batch(N)
+    out, rows = model(x)
+    optimizer.backward(F.cross_entropy(out, y, reduction="none") + rows.mean(1))
+    optimizer.step()
+
+
+class Counted(torch.autograd.Function):
+    """A kernel of one's own, with a divisor inside."""
+
+    @staticmethod
+    def forward(ctx, losses: Tensor, count: float) -> Tensor:
+        ctx.count = count
+        return losses / count
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.count, None
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_a_function_of_pythons_is_taken_once_it_was_tested(scalar):
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+
+    def criterion(count: float):
+        def losses(out: Tensor, y: Tensor) -> Tensor:
+            return Counted.apply(F.cross_entropy(out, y, reduction="none"), count or float(len(out)))
+        return losses
+
+    def backward(count: float) -> None:
+        losses = criterion(count)(model(x), y)
+        losses.mean().backward() if scalar else optimizer.backward(losses)
+
+    assert_refuses(IsolationError, "no graph shows what 'Counted' does", lambda: backward(2.0))
+    optimizer.zero_grad()
+    assert_refuses(IsolationError, "", lambda: PrivacyEngine().check_isolation(model, (x, y), criterion(0)))
+    PrivacyEngine().check_isolation(model, (x, y), criterion(2.0))
+    optimizer.expect_batch(N)
+    backward(2.0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["tensor", "list", "keyword"])
+def test_a_gradient_given_to_backward_is_refused(way):
+    model, (x, y) = mlp(), examples(N)
+    make_private(model, batch_size=N)
+    loss, factor = F.cross_entropy(model(x), y), torch.tensor(9.0)
+    assert_refuses(IsolationError, "a public schedule is optimizer.backward", lambda: {
+        "tensor": lambda: loss.backward(factor), "list": lambda: torch.autograd.backward([loss], [factor]),
+        "keyword": lambda: torch.autograd.backward(loss, grad_tensors=factor)}[way]())
