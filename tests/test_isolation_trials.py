@@ -168,6 +168,13 @@ def test_an_extreme_example_hides_no_loss_that_mixes(loss, place, value):
     assert passes(Made(lambda out: {"loss": out.square().mean()}), 4, x).losses == {0}
 
 
+def test_an_example_whose_own_gradient_is_nan_takes_nothing_of_others():
+    x = examples(4)[0]
+    x[0] = torch.nan
+    taking = neighbourly(0, 1, "a gradient", 1e-5)
+    refused("attributed to other examples", Made(lambda out: taking(out.tanh())), 4, x)
+
+
 @pytest.mark.parametrize("n", [3, 4, 8])
 @pytest.mark.parametrize(("second", "kept"), [
     (lambda out: out.square().mean(), True), (lambda out: out.square().sum(), False),
