@@ -167,8 +167,8 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
     for name, gradients in base.backward(alone).items():
         for gradient in gradients:
             rows = _rows(gradient, n)
-            # Zero times what is infinite or NaN in another example is NaN, and no dependence.
-            others = torch.cat([rows[:i], rows[i + 1 :]]).nan_to_num(nan=0.0).abs()
+            # Zero times what is infinite or NaN in another example is NaN, which exceeds nothing: no dependence.
+            others = torch.cat([rows[:i], rows[i + 1 :]]).abs()
             if bool((others > tolerance(rows.dtype) * _largest(rows[i])).any()):
                 raise IsolationError(
                     f"The output of example {i} depends on rows of '{name}' that are attributed to other examples: the "
@@ -231,7 +231,7 @@ def _sum(loss: Tensor) -> Tensor:
 
 
 def _row_changed(left: Tensor, right: Tensor, i: int, n: int) -> bool:
-    if left.dim() == 0 or left.shape[0] % n or not left.is_floating_point() or left.shape != right.shape:
+    if left.dim() == 0 or left.shape[0] % n or left.shape != right.shape:
         return False
     return _differ(_rows(left, n)[i], _rows(right, n)[i])
 
@@ -253,7 +253,7 @@ def _check_company(
     pairs += [(f"What '{name}' is given of", left, right)
               for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
     for what, left, right in pairs:
-        if not left.is_floating_point() or left.shape[0] % n or right.shape[0] % m or (
+        if left.shape[0] % n or right.shape[0] % m or (
                 left.shape[0] // n != right.shape[0] // m or left.shape[1:] != right.shape[1:]):
             continue
         for i in rows:
@@ -321,8 +321,7 @@ def _compare_narrowed(
     for left, right in steady.beside(other, n, m):
         _compare_padded(left, right, narrow, n, "output")
     for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
-        if left.is_floating_point():
-            _compare_padded(left, right, narrow, n, f"input of '{name}'")
+        _compare_padded(left, right, narrow, n, f"input of '{name}'")
     for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
         if (reduction is None and not loss.dim()) or (place and place not in passed):
             continue  # which of the two it is, was not said

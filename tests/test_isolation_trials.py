@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_dp import DPLinear, IsolationError
+from lora_dp import DPEmbedding, DPLinear, IsolationError
 from lora_dp.isolation import Passed, check_isolation
 from tests.models import examples, mlp
 from tests.test_isolation_edges import Tokens, padded, refused
@@ -117,6 +117,43 @@ def test_what_a_layer_without_effect_yet_is_given_is_tried(n):
         lambda x: x + x.mean(0)), n, examples(n)[0])
     refused("What 'inner' is given of example . changes with the number", of(lambda x: x / len(x)), n, examples(n)[0])
     passes(of(lambda x: x.tanh()), n)
+
+
+def test_tokens_that_follow_other_examples_are_seen_where_they_are_looked_up():
+    """Before what comes after lets anything through."""
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = DPEmbedding(8, 6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return 0 * self.table((ids + ids.sum(0)) % 8)
+
+    refused("Rows of 'table' attributed to example 0 change", Looked(), 4, torch.arange(12).view(4, 3) % 5)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_tokens_that_an_empty_table_is_given_are_tried(n):
+    """A table of zeros, as an adapter begins, looks up the same for all: by its gradient they differ."""
+    class Empty(nn.Module):
+        def __init__(self, given: Callable[..., Tensor]) -> None:
+            super().__init__()
+            self.table, self.given = DPEmbedding(60, 6), given
+            nn.init.zeros_(self.table.weight)
+
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.table(self.given(ids, attention_mask)) * attention_mask.unsqueeze(2)
+
+    ids, mask = torch.arange(5 * n).view(n, 5) % 7, torch.ones(n, 5).long()
+    refused("What 'table' is given of example 0 changes with the other", Empty(lambda x, _: x + x.sum(0)), n, ids, mask)
+    refused("What 'table' is given of example . changes with the number", Empty(lambda x, _: x + len(x)), n, ids, mask)
+    for row in range(1, n):
+        mask[row, : 1 + row] = 0
+    by_mask, by_place = Empty(lambda x, mask: mask.cumsum(1)), Empty(lambda x, mask: torch.arange(
+        mask.shape[1]).expand(len(mask), -1))
+    with pytest.raises(IsolationError, match="input of 'table' of example . changes with the padding"):
+        check_isolation(by_place, (ids,), {"attention_mask": mask}, n)
+    assert check_isolation(by_mask, (ids,), {"attention_mask": mask}, n).padding
 
 
 def test_a_layer_that_the_batch_does_not_use_mixes_nothing():
@@ -317,6 +354,13 @@ def test_nothing_of_a_trial_outlives_it():
     assert known() is None
 
 
+class Kept(nn.Module):
+    """What it returns has another size in another batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, x.mean(0) > 0]
+
+
 def test_modules_whose_weights_nobody_trains_may_see_the_batch():
     """A frozen one, given what belongs to all; one whose rows are no examples; one that is called without gradients."""
     class Watched(Made):
@@ -325,12 +369,15 @@ def test_modules_whose_weights_nobody_trains_may_see_the_batch():
             self.monitor, self.frozen = nn.Linear(6, 6), DPLinear(6, 6).requires_grad_(False)
             self.monitor.requires_grad_(False)
             self.act, self.memory = nn.Tanh(), nn.GRU(6, 6, batch_first=True).requires_grad_(False)
+            self.error, self.places = nn.MSELoss(), nn.Embedding(7, 6).requires_grad_(False)
+            self.kept = Kept()
 
         def forward(self, x: Tensor) -> Any:
             with torch.no_grad():
                 self.monitor(x.mean(0).expand(len(x), -1))
                 self.frozen(x.mean(0))
                 self.inner(x)
+                self.error(x, 0 * x), self.places(torch.arange(7)), self.kept(x)
             out = self.inner(x=x)
             remembered, _ = self.memory(out.unsqueeze(1))
             return self.act(out.t()).t() + remembered.squeeze(1)
