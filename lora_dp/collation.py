@@ -51,8 +51,9 @@ def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequen
     n = len(indices)
     if n < 2:
         return False
-    # Two choices: what joins neighbours may leave the company of an example as it was in one of them.
-    parts = [list(range(n // 2)), list(range(n))] if n <= _MOST else [
+    # Several choices: what joins neighbours may leave the company of an example as it was in one of them; and of two
+    # examples, both show that one is drawn for the other.
+    parts = [list(range(1, n)), list(range(n - 1)), list(range(n))] if n <= _MOST else [
         list(range(_MOST)), sorted({0, n // 3, 2 * n // 3, n - 1})]
     found = [_compare_part(dataset, collate, indices, batch, part) for part in parts]
     return any(found)

@@ -109,7 +109,7 @@ def check_isolation(
 
 def _only(call: Any, i: int, n: int) -> Any:
     def copies(leaf: Any) -> Any:
-        return leaf[i : i + 1].expand_as(leaf).clone() if batch_parts.is_by_example(leaf, n) else leaf
+        return leaf[i : i + 1].expand_as(leaf) if batch_parts.is_by_example(leaf, n) else leaf
     return pytree.tree_map(copies, call)
 
 
@@ -125,26 +125,35 @@ def _attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) ->
 
 def _rows(tensor: Tensor, n: int) -> Tensor:
     """Example-major grouping, as the layers do it: (N, everything else)."""
-    return tensor.detach().reshape(n, -1)
+    return tensor.reshape(n, tensor.numel() // n)
 
 
 def _differ(left: Tensor, right: Tensor, least: float = 0.0) -> bool:
     """Whether they differ by more than rounding, of values that are at least as large as ``least``."""
     if left.shape != right.shape:
         return True
+    # What others made NaN or infinite is changed; what was so by itself hides nothing beside it.
+    finite = left.isfinite()
+    if not torch.equal(finite, right.isfinite()):
+        return True
+    left, right = left[finite], right[finite]
     if not left.numel():
         return False
     if not left.is_floating_point():
         return not torch.equal(left, right)
-    left, right = left.nan_to_num(), right.nan_to_num()
-    return bool((left - right).abs().max()
-                > tolerance(left.dtype) * left.abs().max().clamp(min=max(torch.finfo(left.dtype).tiny, least)))
+    return bool((left - right).abs().max() > tolerance(left.dtype) * left.abs().max().clamp(min=least))
 
 
-def _least(gradients: Mapping[str, list[Tensor]]) -> float:
-    """A layer whose gradient is smaller than this beside the others' has rounding alone."""
-    return _ROUNDING * max((float(g.abs().max()) for found in gradients.values() for g in found if g.numel()),
-                           default=0.0)
+def _least(gradients: Mapping[str, list[Tensor]], i: int, n: int) -> float:
+    """A layer whose gradient for example i is smaller than this beside those of other layers has rounding alone."""
+    return _ROUNDING * max(
+        (_largest(_rows(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0)
+
+
+def _largest(values: Tensor) -> float:
+    """Of those that are finite."""
+    finite = values[values.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
@@ -157,9 +166,10 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
         (values * torch.randn(values.shape, generator=generator).to(values)).sum() for values in own]).sum()
     for name, gradients in base.backward(alone).items():
         for gradient in gradients:
-            rows = _rows(gradient, n).nan_to_num()
-            others = torch.cat([rows[:i], rows[i + 1 :]]).abs().max()
-            if others > tolerance(rows.dtype) * rows.abs().max():
+            rows = _rows(gradient, n)
+            # Zero times what is infinite or NaN in another example is NaN, which exceeds nothing: no dependence.
+            others = torch.cat([rows[:i], rows[i + 1 :]]).abs()
+            if bool((others > tolerance(rows.dtype) * _largest(rows[i])).any()):
                 raise IsolationError(
                     f"The output of example {i} depends on rows of '{name}' that are attributed to other examples: the "
                     "module's first dimension is not ordered by example (all rows of one example together), or a "
@@ -193,7 +203,7 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
     if not base.losses or not replaced.losses:
         return
     left_gradients, right_gradients = base.backward(_sum(base.losses[0])), replaced.backward(_sum(replaced.losses[0]))
-    least = _least(left_gradients)
+    least = _least(left_gradients, i, n)
     for name, gradients in left_gradients.items():
         for left, right in zip(gradients, right_gradients.get(name, []), strict=False):
             if _differ(_rows(left, n)[i], _rows(right, n)[i], least):
@@ -221,7 +231,7 @@ def _sum(loss: Tensor) -> Tensor:
 
 
 def _row_changed(left: Tensor, right: Tensor, i: int, n: int) -> bool:
-    if left.dim() == 0 or left.shape[0] % n or not left.is_floating_point() or left.shape != right.shape:
+    if left.dim() == 0 or left.shape[0] % n or left.shape != right.shape:
         return False
     return _differ(_rows(left, n)[i], _rows(right, n)[i])
 
@@ -235,7 +245,7 @@ def _check_company(
     halved = apart and n >= FEW
     rows = range(n // 2) if halved else range(n)
     company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call)
-    other = _attempt(trials, company, ragged=not apart, still=steady.random or steady.still)
+    other = _attempt(trials, company, ragged=not apart, still=steady.still)
     if other is None:
         return frozenset()
     m = len(rows) if halved else 2 * n
@@ -243,7 +253,7 @@ def _check_company(
     pairs += [(f"What '{name}' is given of", left, right)
               for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
     for what, left, right in pairs:
-        if not left.is_floating_point() or left.shape[0] % n or right.shape[0] % m or (
+        if left.shape[0] % n or right.shape[0] % m or (
                 left.shape[0] // n != right.shape[0] // m or left.shape[1:] != right.shape[1:]):
             continue
         for i in rows:
@@ -270,11 +280,10 @@ def _scales_as(
     kind: LossReduction, whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]], rows: range, n: int, m: int
 ) -> bool:
     scales = (n, m) if kind == "mean" else (1, 1)
-    least = scales[0] * _least(whole)
     return all(
-        not _differ(_rows(left, n)[i] * scales[0], _rows(right, m)[i] * scales[1], least)
-        for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False)
-        for i in rows)
+        not _differ(_rows(left, n)[i] * scales[0], _rows(right, m)[i] * scales[1], scales[0] * least)
+        for i in rows for least in [_least(whole, i, n)]
+        for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False))
 
 
 def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
@@ -296,7 +305,7 @@ def _check_padding(
     for lengths in batch_parts.narrowed(call, n, by_runs=known):
         for narrow in lengths:
             # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
-            other = _attempt(trials, narrow.call, ragged=True, still=steady.random or steady.still)
+            other = _attempt(trials, narrow.call, ragged=True, still=steady.still)
             if other is not None:
                 tried = True
                 _compare_narrowed(steady, other, narrow, n, reduction, passed)
@@ -312,8 +321,7 @@ def _compare_narrowed(
     for left, right in steady.beside(other, n, m):
         _compare_padded(left, right, narrow, n, "output")
     for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
-        if left.is_floating_point():
-            _compare_padded(left, right, narrow, n, f"input of '{name}'")
+        _compare_padded(left, right, narrow, n, f"input of '{name}'")
     for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
         if (reduction is None and not loss.dim()) or (place and place not in passed):
             continue  # which of the two it is, was not said
@@ -331,16 +339,15 @@ def _compare_padded(left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n
         left, right = left.view(n, tokens, *left.shape[1:]), right.view(m, columns, *right.shape[1:])
     if left.shape[0] != n or right.shape[0] != m:
         return
-    left = left.detach()[narrow.rows]
+    left = left[narrow.rows]
     by_token = left.dim() > 1 and left.shape[1] == tokens and right.shape[1] == columns
     if by_token:
         left = left[:, narrow.kept]
     if left.shape != right.shape:
         return
     for row in range(m):
-        own = narrow.mask[row] if by_token else slice(None)
-        a, b = (left[row][own], right.detach()[row][own]) if by_token else (left[row], right.detach()[row])
-        if _differ(a, b):
+        own = narrow.mask[row] if by_token else ...
+        if _differ(left[row][own], right[row][own]):
             raise IsolationError(
                 f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
                 f"example ({tokens} or {columns} long): pad every batch to one fixed size, or use a model that passes "
@@ -352,12 +359,12 @@ def _check_numbers(
 ) -> None:
     """A number that differs from batch to batch."""
     for name, value in other_numbers.items():
-        changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.random or steady.still)
+        changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.still)
         pairs = steady.beside(changed, n, n)
         for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
             left, right = steady.backward(_sum(loss)), changed.backward(_sum(other_loss))
             pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]
-        if any(left.shape == right.shape and _differ(left.detach(), right.detach()) for left, right in pairs):
+        if any(left.shape == right.shape and _differ(left, right) for left, right in pairs):
             raise IsolationError(
                 f"The argument {name} of the model differs from batch to batch and changes the gradient of every "
                 f"example: if it counts what a batch holds, leave it out; {_REMEDY}. A public schedule belongs into an "

@@ -397,8 +397,9 @@ def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
         [joined], rows, [direction.view(shape)], retain_graph=True, allow_unused=True)
     for gradient in gradients:
         if gradient is not None:
-            own = gradient.reshape(n, -1).abs().nan_to_num().amax(1)
-            others = torch.cat([own[:i], own[i + 1 :]]).max()
-            if bool(others > tolerance(own.dtype) * own[i]):
+            shares = gradient.reshape(n, -1).abs()
+            # What is infinite or NaN by itself hides nothing; NaN elsewhere may be zero times it.
+            own = shares[i].nan_to_num(nan=0.0, posinf=0.0).max()
+            if bool((torch.cat([shares[:i], shares[i + 1 :]]) > tolerance(shares.dtype) * own).any()):
                 return True
     return False

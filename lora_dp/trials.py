@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_dp.batch_parts import tensors_in
 from lora_dp.coverage import recorder_of
@@ -20,7 +21,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class Trace:
-    """One forward pass: outputs of every leaf and private module in order, and the means to get their gradients.
+    """One forward pass: outputs of every module in order, and the means to get their gradients.
 
     Attributes:
         outputs: name, module and output of each, in order.
@@ -28,7 +29,7 @@ class Trace:
             tells nothing, and its gradient all the same.
         result: what the model returned.
         losses: the loss or losses: the criterion's, or the scalars that the model returned.
-        buffers: copies of the model's, after the pass.
+        buffers: what the pass has made of copies of the model's.
         random: whether the pass drew random numbers; ``elsewhere``, whether NumPy or Python drew them.
     """
 
@@ -47,7 +48,6 @@ class Trace:
         """Take the hooks off the tensors: through the autograd graph they would keep the trace and the model alive."""
         for handle in self._tensor_hooks:
             handle.remove()
-        self._tensor_hooks.clear()
 
     def private(self) -> list[tuple[str, Tensor]]:
         return [(name, output) for name, module, output in self.outputs if is_trained(module)]
@@ -72,7 +72,7 @@ class Trace:
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def watch(module: nn.Module, given: Any, output: Any) -> None:
                 if keep_outputs and is_trained(module) and given and isinstance(given[0], Tensor):
-                    self.inputs.append((name, given[0].detach()))
+                    self.inputs.append((name, given[0]))
                 if not isinstance(output, Tensor):
                     return
                 if keep_outputs:
@@ -82,8 +82,7 @@ class Trace:
                         lambda gradient: self.gradients.setdefault(name, []).append(gradient)))
             return watch
 
-        handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules()
-                   if name and (isinstance(module, PrivateModule) or not any(True for _ in module.children()))]
+        handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules() if name]
         try:
             yield
         finally:
@@ -135,6 +134,7 @@ class Trials:
     def __enter__(self) -> "Trials":
         # Suspended to the end: checkpointed modules run forward again inside the gradients.
         self._open.enter_context(_suspended(self._model))
+        self._open.enter_context(torch.enable_grad())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,10 +142,10 @@ class Trials:
 
     def run(self, call: tuple[Any, dict[str, Any], Any], *, still: bool = False) -> Trace:
         """One forward pass on (args, kwargs, targets); ``still`` for one in which nothing is drawn at random."""
-        args, kwargs, targets = call
+        args, kwargs, targets = _copied(call)
         trace = Trace(self._model, still)
         self._open.callback(trace.close)
-        with trace.hooks(keep_outputs=True), undisturbed(self._model), torch.enable_grad(), _chance(still):
+        with trace.hooks(keep_outputs=True), undisturbed(self._model), _chance(still):
             before, others = _generators(self._model), _other_generators()
             # forward itself, not __call__: the hooks on the whole model are the engine's.
             trace.result = self._model.forward(*args, **kwargs)
@@ -155,8 +155,20 @@ class Trials:
                 trace.losses = [self._criterion(trace.result, targets)]
             trace.random = any(not torch.equal(a, b) for a, b in zip(before, _generators(self._model), strict=True))
             trace.elsewhere = others != _other_generators()
-            trace.buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+            trace.buffers = dict(self._model.named_buffers())
         return trace
+
+
+def _copied(call: Any) -> Any:
+    """The same call with tensors of its own: a model may scale its input in place."""
+    copies: dict[int, Tensor] = {}
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
+
+    return pytree.tree_map(own, call)
 
 
 def _chance(still: bool) -> AbstractContextManager[Any]:

@@ -47,6 +47,16 @@ def centred(items: list[Any]) -> Tensor:
     return x - x.mean(0)
 
 
+def in_pairs(items: list[Any]) -> Tensor:
+    x, even = stacked(items), len(items) // 2 * 2
+    return torch.cat([x[:even] + x[:even].view(-1, 2, 6).flip(1).reshape(-1, 6) if even else x[:0], x[even:]])
+
+
+def last_of_first(items: list[Any]) -> Tensor:
+    x = stacked(items)
+    return torch.cat([x[:-1], x[-1:] + x[:1]])
+
+
 def noisy(items: list[Any]) -> Tensor:
     x = stacked(items)
     return x + 0.1 * torch.randn(x.shape)
@@ -79,7 +89,7 @@ def numbers() -> Dataset[Any]:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("collate", [mixup, random_mixup, centred])
+@pytest.mark.parametrize("collate", [mixup, random_mixup, centred, in_pairs, last_of_first])
 def test_what_joins_examples_is_refused(collate, n):
     with pytest.raises(IsolationError, match="collate function joins examples"):
         check(numbers(), collate, n)

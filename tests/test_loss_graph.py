@@ -335,10 +335,14 @@ def test_all_outputs_are_looked_at_and_the_graph_is_kept():
     mixed.mean().backward()
 
 
-def test_a_gradient_that_is_no_number_hides_nobody():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_gradient_that_is_no_number_hides_nobody_and_fakes_nobody(value, place):
+    """The example's own, or one that another example makes of a zero."""
     out = model_output(N, 3)
-    broken = out * torch.where(torch.arange(N).unsqueeze(1) == 1, math.nan, 1.0)
-    assert meets(edge(broken + out.roll(1, 0)), 1, N, Outputs.of([out]))
+    broken = out * torch.where(torch.arange(N).unsqueeze(1) == place, value, 1.0)
+    assert meets(edge(broken + out.roll(-1, 0)), 1, N, Outputs.of([out]))
+    assert not meets(edge(broken.tanh()), 1, N, Outputs.of([out]))
 
 
 def test_what_has_no_rows_by_example_has_none_that_meet():

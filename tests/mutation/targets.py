@@ -17,9 +17,9 @@ _ACCOUNTING = (
     "tests/test_accounting.py", "tests/test_accounting_grid.py", "tests/test_pitfalls_accounting.py",
     "tests/test_engine.py", "tests/fed/test_account.py")
 _TRIALS = (
-    "tests/test_batch_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
-    "tests/test_carried_embeddings.py", "tests/test_pitfalls_coverage.py", "tests/test_layers.py",
-    "tests/test_engine.py")
+    "tests/test_batch_trials.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
+    "tests/test_isolation.py",
+    "tests/test_pitfalls_coverage.py", "tests/test_carried_embeddings.py")
 _LOSSES = (
     "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
     "tests/test_batch_trials.py")
@@ -60,8 +60,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/accounting/steps.py": Target(_ACCOUNTING),
     "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
-        "tests/test_isolation_edges.py", "tests/test_isolation.py", "tests/test_batch_trials.py",
-        "tests/test_layers.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_engine.py")),
+        "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
+        "tests/test_batch_trials.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py")),
     "lora_dp/trials.py": Target(_TRIALS),
     "lora_dp/batch_parts.py": Target(_TRIALS),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
