@@ -52,8 +52,9 @@ def of_whole_batch(tree: Any, n: int) -> list[Tensor]:
 def structure(tree: Any, n: int) -> Hashable:
     """What of a batch decides which code runs on it: equal for two batches in which the same could mix.
 
-    Names, dtypes and dimensions (each size up to a factor of two), whether labels are ignored and evenly so, and, where
-    tensors hold rows of all examples together, whether those that may describe the grouping are even.
+    Names, dtypes and dimensions (each size up to a factor of two), whether labels are ignored or masked and evenly so,
+    whether whole numbers of examples are equal, and, where tensors hold rows of all examples together, whether those
+    that may describe the grouping are even.
     """
     described: list[Hashable] = []
     ragged = bool(of_whole_batch(tree, n))
@@ -69,15 +70,19 @@ def structure(tree: Any, n: int) -> Hashable:
 def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
     if ragged and not is_by_example(leaf, n) and _is_index(leaf):
         return _even(leaf.diff()), _even(torch.bincount(leaf.clamp(min=0)))
-    if not is_by_example(leaf, n) or leaf.is_floating_point() or leaf.dtype == torch.bool or not leaf.numel():
+    if not is_by_example(leaf, n) or not leaf.numel():
+        return ()
+    if "mask" in name and leaf.dim() == 2:
+        counts = (leaf != 0).sum(1)
+        return bool((counts == leaf.shape[1]).all()), _even(counts)
+    if leaf.is_floating_point() or leaf.dtype == torch.bool:
         return ()
     if any(word in name for word in _LABELS) and leaf.dim() <= 2:
         counted = (leaf != IGNORED) & (leaf >= 0)
         counts = counted.reshape(n, -1).sum(1)
         return bool(counted.all()), bool((counts == counts[0]).all()), _reach(name, leaf)
-    if ragged:
-        return (bool((leaf == leaf[:1]).all()),)
-    return ()
+    # Lengths, maybe, by which a model trims or packs.
+    return (_even(leaf),) if ragged or leaf.dim() == 1 else ()
 
 
 def _is_index(leaf: Tensor) -> bool:

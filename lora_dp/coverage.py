@@ -62,6 +62,10 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) keeps running statistics of the examples, without noise: set "
                 "track_running_stats=False.")
+        if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise ValueError(
+                f"'{name}' has max_norm, by which every forward shortens the rows that its examples look up, without "
+                "noise: set max_norm=None (and, once, shorten the rows of its weight by torch.renorm).")
     covered: dict[int, PrivateParameter] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PrivateModule)]
     for number, (prefix, module) in enumerate(layers):

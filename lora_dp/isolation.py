@@ -5,12 +5,13 @@ them, i:
 
 1. every other example is replaced (by copies of i): no row attributed to i, and no output for i, may change;
 2. a loss made of i's outputs alone must have no gradient in a row attributed to another example;
-3. under the replacement of 1, i's rows of the loss's gradient must not change; and no buffer may take another value,
-   for that would be a statistic of the batch, kept without noise;
+3. under the replacement of 1, i's rows of the gradient must not change, of the loss's and of any; no buffer may take
+   another value, for that would be a statistic of the batch, kept without noise; and no parameter may be written to;
 4. with fewer examples (or twice as many), i's outputs must stay, and its rows of the loss's gradient be what the
    declared reduction makes of them: the same for a sum, and N times them for a mean;
-5. with less padding the same, where padding varies from batch to batch;
-6. a number among the model's arguments that differs from batch to batch must change nothing.
+5. in the whole batch, outputs must be those in half of it, and each layer have twice as many rows;
+6. with less padding the same as in 4, where padding varies from batch to batch;
+7. a number among the model's arguments that differs from batch to batch must change nothing.
 
 They catch batch normalisation, window-major orders, tables shared across the batch, losses that mix examples or are
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
@@ -24,16 +25,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_dp import batch_parts
+from lora_dp.company import FEW, REMEDY, attempt, check_company, check_numbers, check_padding, check_whole
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
+from lora_dp.trial_values import differ, largest, least_of, rows_of, sum_of
 from lora_dp.trials import SEED, LossFunction, Trace, Trials
-
-# What a layer whose gradient vanishes has left of it, relative to the largest gradient of all layers.
-_ROUNDING = 1e-3
-# Examples in a trial: enough to drop some and keep company, few enough to cost little.
-FEW = 4
-_REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
-           "labels out of the model's call)")
 
 
 class Passed(NamedTuple):
@@ -78,6 +74,7 @@ def check_isolation(
         return Passed()
     call: Any = (args, kwargs, targets)
     apart = not batch_parts.of_whole_batch(call, n)
+    whole, examples = call, n
     if apart and n > FEW:
         call, n = batch_parts.take(call, batch_parts.chosen(call, n, FEW), n), FEW
     with Trials(model, criterion) as trials:
@@ -90,20 +87,24 @@ def check_isolation(
         replaced_runs = []
         for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
             _check_gradient_rows(base, i, n)
-            replaced = _attempt(trials, _only(call, i, n), ragged=not apart)
+            replaced = attempt(trials, _only(call, i, n), ragged=not apart)
             if replaced is not None:
                 _check_replaced(base, replaced, i, n)
                 replaced_runs.append((i, replaced))
+        for i, replaced in replaced_runs:
+            _check_backward(base, replaced, i, n)
         # Masks of one example in batches of different shapes differ: from here on nothing is drawn.
         steady = trials.run(call, still=True) if base.random else base
         # What NumPy or Python draw cannot be stilled: compared by place in batches of one shape alone, as above.
-        passed = frozenset(range(len(steady.losses))) if steady.elsewhere else _check_company(
+        passed = frozenset(range(len(steady.losses))) if steady.elsewhere else check_company(
             trials, steady, call, n, apart, criterion, reduction)
-        padding = padding_varies is not False and not steady.elsewhere and _check_padding(
+        if examples > n and not steady.elsewhere:
+            check_whole(trials, whole, examples)
+        padding = padding_varies is not False and not steady.elsewhere and check_padding(
             trials, steady, call, n, reduction, passed, padding_varies is True)
         if other_numbers:
-            _check_numbers(trials, steady, call, n, other_numbers)
-        shape = None if criterion is None else LossWatch().shape_of(steady.losses[0], steady.result)
+            check_numbers(trials, steady, call, n, other_numbers)
+        shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
         return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
 
 
@@ -111,49 +112,6 @@ def _only(call: Any, i: int, n: int) -> Any:
     def copies(leaf: Any) -> Any:
         return leaf[i : i + 1].expand_as(leaf) if batch_parts.is_by_example(leaf, n) else leaf
     return pytree.tree_map(copies, call)
-
-
-def _attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> Trace | None:
-    """A pass; None where rows of all examples lie in one tensor, which the changed batch no longer fits."""
-    try:
-        return trials.run(call, still=still)
-    except Exception:  # whatever a model says to a size that it does not take
-        if ragged:
-            return None
-        raise
-
-
-def _rows(tensor: Tensor, n: int) -> Tensor:
-    """Example-major grouping, as the layers do it: (N, everything else)."""
-    return tensor.reshape(n, tensor.numel() // n)
-
-
-def _differ(left: Tensor, right: Tensor, least: float = 0.0) -> bool:
-    """Whether they differ by more than rounding, of values that are at least as large as ``least``."""
-    if left.shape != right.shape:
-        return True
-    # What others made NaN or infinite is changed; what was so by itself hides nothing beside it.
-    finite = left.isfinite()
-    if not torch.equal(finite, right.isfinite()):
-        return True
-    left, right = left[finite], right[finite]
-    if not left.numel():
-        return False
-    if not left.is_floating_point():
-        return not torch.equal(left, right)
-    return bool((left - right).abs().max() > tolerance(left.dtype) * left.abs().max().clamp(min=least))
-
-
-def _least(gradients: Mapping[str, list[Tensor]], i: int, n: int) -> float:
-    """A layer whose gradient for example i is smaller than this beside those of other layers has rounding alone."""
-    return _ROUNDING * max(
-        (_largest(_rows(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0)
-
-
-def _largest(values: Tensor) -> float:
-    """Of those that are finite."""
-    finite = values[values.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
@@ -166,10 +124,10 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
         (values * torch.randn(values.shape, generator=generator).to(values)).sum() for values in own]).sum()
     for name, gradients in base.backward(alone).items():
         for gradient in gradients:
-            rows = _rows(gradient, n)
+            rows = rows_of(gradient, n)
             # Zero times what is infinite or NaN in another example is NaN, which exceeds nothing: no dependence.
             others = torch.cat([rows[:i], rows[i + 1 :]]).abs()
-            if bool((others > tolerance(rows.dtype) * _largest(rows[i])).any()):
+            if bool((others > tolerance(rows.dtype) * largest(rows[i])).any()):
                 raise IsolationError(
                     f"The output of example {i} depends on rows of '{name}' that are attributed to other examples: the "
                     "module's first dimension is not ordered by example (all rows of one example together), or a "
@@ -191,183 +149,70 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"What '{name}' is given of example {i} changes with the other examples of the batch; the first module "
                 f"where this is seen is '{mixing}': replace what mixes examples, or order rows by example.")
     for left, right in base.beside(replaced, n, n):
-        if _row_changed(left, right, i, n):
+        if _row_changed(left, right, i, n, masked=True):
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
                 "replace what mixes examples (BatchNorm by GroupNorm, say).")
     for name, buffer in base.buffers.items():
-        if name in replaced.buffers and _differ(buffer, replaced.buffers[name]):
+        if name in replaced.buffers and differ(buffer, replaced.buffers[name]):
             raise IsolationError(
                 f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
                 "off (track_running_stats=False, say) or keep that module in eval().")
     if not base.losses or not replaced.losses:
         return
-    left_gradients, right_gradients = base.backward(_sum(base.losses[0])), replaced.backward(_sum(replaced.losses[0]))
-    least = _least(left_gradients, i, n)
+    left_gradients = base.backward(sum_of(base.losses[0]))
+    right_gradients = replaced.backward(sum_of(replaced.losses[0]))
+    least = least_of(left_gradients, i, n)
     for name, gradients in left_gradients.items():
         for left, right in zip(gradients, right_gradients.get(name, []), strict=False):
-            if _differ(_rows(left, n)[i], _rows(right, n)[i], least):
+            if differ(rows_of(left, n)[i], rows_of(right, n)[i], least):
                 raise IsolationError(
                     f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a "
                     "loss that is a mean or sum of terms of one example each (for token losses: average over each "
-                    f"example's tokens first, then over examples): {_REMEDY}.")
+                    f"example's tokens first, then over examples): {REMEDY}.")
+
+
+def _check_backward(base: Trace, replaced: Trace, i: int, n: int) -> None:
+    """With a gradient at all examples' outputs, the same at those of ``i``: only rows of ``i`` may answer to it."""
+    def weighted(trace: Trace, others: float) -> Tensor | None:
+        generator, sums = torch.Generator().manual_seed(SEED), []
+        by = torch.full((n, 1), others).index_fill(0, torch.tensor(i), 1)
+        for output in trace.by_example(n):
+            if output.requires_grad:
+                values = rows_of(output, n).nan_to_num(posinf=0.0, neginf=0.0)
+                weights = torch.randn(values.shape, generator=generator) * by
+                sums.append((values * weights.to(values)).sum().double())
+        return torch.stack(sums).sum() if sums else None
+
+    left, right = weighted(base, 1.0), weighted(replaced, 2.0)
+    if left is None or right is None:
+        return
+    left_gradients, right_gradients = base.backward(left), replaced.backward(right)
+    least = least_of(left_gradients, i, n)
+    for name, gradients in left_gradients.items():
+        for one, other in zip(gradients, right_gradients.get(name, []), strict=False):
+            if one.shape == other.shape and differ(rows_of(one, n)[i], rows_of(other, n)[i], least):
+                raise IsolationError(
+                    f"The gradient of example {i} at '{name}' changes with the other examples of the batch: something "
+                    "in the model's backward looks at all of them (a hook that normalises gradients, say).")
 
 
 def _kept_apart(base: Trace, replaced_runs: list[tuple[int, Trace]], n: int) -> frozenset[int]:
     """Which of the losses after the first one, too, leave an example's gradient alone when the others are replaced."""
     kept = set(range(len(base.losses)))
     for place in range(1, len(base.losses)):
-        left = base.backward(_sum(base.losses[place]))
+        left = base.backward(sum_of(base.losses[place]))
         for i, replaced in replaced_runs:
-            right = replaced.backward(_sum(replaced.losses[place])) if place < len(replaced.losses) else {}
-            if any(_differ(_rows(a, n)[i], _rows(b, n)[i])
+            right = replaced.backward(sum_of(replaced.losses[place])) if place < len(replaced.losses) else {}
+            if any(differ(rows_of(a, n)[i], rows_of(b, n)[i])
                    for name, found in left.items() for a, b in zip(found, right.get(name, []), strict=False)):
                 kept.discard(place)
     return frozenset(kept)
 
 
-def _sum(loss: Tensor) -> Tensor:
-    return loss if loss.dim() == 0 else loss.sum()
-
-
-def _row_changed(left: Tensor, right: Tensor, i: int, n: int) -> bool:
+def _row_changed(left: Tensor, right: Tensor, i: int, n: int, *, masked: bool = False) -> bool:
     if left.dim() == 0 or left.shape[0] % n or left.shape != right.shape:
         return False
-    return _differ(_rows(left, n)[i], _rows(right, n)[i])
-
-
-def _check_company(
-    trials: Trials, steady: Trace, call: Any, n: int, apart: bool, criterion: LossFunction | None,
-    reduction: LossReduction | None,
-) -> frozenset[int]:
-    """Among another number of examples."""
-    # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
-    halved = apart and n >= FEW
-    rows = range(n // 2) if halved else range(n)
-    company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call)
-    other = _attempt(trials, company, ragged=not apart, still=steady.still)
-    if other is None:
-        return frozenset()
-    m = len(rows) if halved else 2 * n
-    pairs = [("The output for", left, right) for left, right in steady.beside(other, n, m)]
-    pairs += [(f"What '{name}' is given of", left, right)
-              for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
-    for what, left, right in pairs:
-        if left.shape[0] % n or right.shape[0] % m or (
-                left.shape[0] // n != right.shape[0] // m or left.shape[1:] != right.shape[1:]):
-            continue
-        for i in rows:
-            if _differ(_rows(left, n)[i], _rows(right, m)[i]):
-                raise IsolationError(
-                    f"{what} example {i} changes with the number of examples in the batch: find what counts or "
-                    "normalises over them.")
-    passed = set()
-    for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
-        whole = steady.backward(_sum(loss))
-        part = other.backward(_sum(other_loss))
-        fits = {kind for kind in ("mean", "sum") if _scales_as(kind, whole, part, rows, n, m)}
-        claimed = "sum" if loss.dim() else reduction
-        if fits & ({claimed} if claimed else {"mean", "sum"}):
-            # Of two or three, all doubled, a statistic of the batch scales as a mean does.
-            if place == 0 or halved:
-                passed.add(place)
-        elif place == 0:
-            raise IsolationError(_misreduced(claimed, fits, call, criterion is None))
-    return frozenset(passed)
-
-
-def _scales_as(
-    kind: LossReduction, whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]], rows: range, n: int, m: int
-) -> bool:
-    scales = (n, m) if kind == "mean" else (1, 1)
-    return all(
-        not _differ(_rows(left, n)[i] * scales[0], _rows(right, m)[i] * scales[1], scales[0] * least)
-        for i in rows for least in [_least(whole, i, n)]
-        for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False))
-
-
-def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
-    numbers = ", ".join(sorted(batch_parts.numbers_in(call))) if own else ""
-    by = f" (the model was given {numbers}: leave out what counts the batch)" if numbers else ""
-    if fits:
-        return (f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
-                f"loss_reduction='mean' or 'sum'{by}; or {_REMEDY}.")
-    return (f"The loss mixes examples: it is neither a mean nor a sum over them, since an example's gradient changes "
-            f"with their number as neither does{by}; {_REMEDY}.")
-
-
-def _check_padding(
-    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None, passed: frozenset[int],
-    known: bool,
-) -> bool:
-    """With less padding: what the longest example of a batch does to all others. Whether some was there."""
-    tried = False
-    for lengths in batch_parts.narrowed(call, n, by_runs=known):
-        for narrow in lengths:
-            # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
-            other = _attempt(trials, narrow.call, ragged=True, still=steady.still)
-            if other is not None:
-                tried = True
-                _compare_narrowed(steady, other, narrow, n, reduction, passed)
-                break
-    return tried
-
-
-def _compare_narrowed(
-    steady: Trace, other: Trace, narrow: batch_parts.Narrowed, n: int, reduction: LossReduction | None,
-    passed: frozenset[int],
-) -> None:
-    m = len(narrow.rows)
-    for left, right in steady.beside(other, n, m):
-        _compare_padded(left, right, narrow, n, "output")
-    for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
-        _compare_padded(left, right, narrow, n, f"input of '{name}'")
-    for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
-        if (reduction is None and not loss.dim()) or (place and place not in passed):
-            continue  # which of the two it is, was not said
-        whole, part = steady.backward(_sum(loss)), other.backward(_sum(other_loss))
-        factor = n / m if reduction != "sum" and not loss.dim() else 1.0
-        for name, gradients in whole.items():
-            for left, right in zip(gradients, part.get(name, []), strict=False):
-                _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'")
-
-
-def _compare_padded(left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n: int, what: str) -> None:
-    """An example's values at its own tokens, or all of them where they do not go by token."""
-    tokens, m, columns = narrow.tokens, len(narrow.rows), narrow.mask.shape[1]
-    if left.shape[0] == n * tokens and right.shape[0] == m * columns:
-        left, right = left.view(n, tokens, *left.shape[1:]), right.view(m, columns, *right.shape[1:])
-    if left.shape[0] != n or right.shape[0] != m:
-        return
-    left = left[narrow.rows]
-    by_token = left.dim() > 1 and left.shape[1] == tokens and right.shape[1] == columns
-    if by_token:
-        left = left[:, narrow.kept]
-    if left.shape != right.shape:
-        return
-    for row in range(m):
-        own = narrow.mask[row] if by_token else ...
-        if _differ(left[row][own], right[row][own]):
-            raise IsolationError(
-                f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
-                f"example ({tokens} or {columns} long): pad every batch to one fixed size, or use a model that passes "
-                "over padding (by its attention mask, in pooling too).")
-
-
-def _check_numbers(
-    trials: Trials, steady: Trace, call: Any, n: int, other_numbers: Mapping[str, float]
-) -> None:
-    """A number that differs from batch to batch."""
-    for name, value in other_numbers.items():
-        changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.still)
-        pairs = steady.beside(changed, n, n)
-        for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
-            left, right = steady.backward(_sum(loss)), changed.backward(_sum(other_loss))
-            pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]
-        if any(left.shape == right.shape and _differ(left, right) for left, right in pairs):
-            raise IsolationError(
-                f"The argument {name} of the model differs from batch to batch and changes the gradient of every "
-                f"example: if it counts what a batch holds, leave it out; {_REMEDY}. A public schedule belongs into an "
-                "attribute of the model.")
+    return differ(rows_of(left, n)[i], rows_of(right, n)[i], masked=masked)
 
 

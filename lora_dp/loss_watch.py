@@ -214,9 +214,9 @@ class LossWatch:
         """What lies between the examples' losses and the outputs: all of it must be known to keep to one example."""
         if inside.opaque and inside.shape not in self.vouched:
             raise IsolationError(
-                f"It cannot be told that the losses keep examples apart: no graph shows what {inside.opaque[0]!r} does, a "
-                "compiled function or one of Python's. Let engine.check_isolation(model, batch, criterion) test it "
-                "on a batch first.")
+                "It cannot be told that the losses keep examples apart: no graph shows what "
+                f"{inside.opaque[0]!r} does, a compiled function or one of Python's. Let "
+                "engine.check_isolation(model, batch, criterion) test it on a batch first.")
         for place in inside.reached if self._n > 1 else ():
             shape = tuple(outputs.tensors[place].shape)
             if not shape or shape[0] % self._n:

@@ -12,10 +12,13 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.batch_parts import numbers_in, structure, take, widths
 from lora_dp.collation import drawn_for_test
+from lora_dp.company import FEW
 from lora_dp.coverage import batch_size, check_frozen_norms
-from lora_dp.isolation import FEW, check_isolation
+from lora_dp.isolation import check_isolation
+from lora_dp.layers import PrivateModule
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
+from lora_dp.unwritten import Versions
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -24,12 +27,15 @@ _REASON = ("a private pass begins outside the compiled graph: to compile a bare 
 class Passes:
     """Methods rather than closures, so that a copy of the model has hooks of its own."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: Recorder, model: nn.Module):
         self.recorder = recorder
+        self._versions = Versions(model.named_parameters())
 
     @torch.compiler.disable(reason=_REASON)
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recorder = self.recorder
+        if recorder.tried:
+            return
         if not (module.training and torch.is_grad_enabled()):
             recorder.suspended = True
             return
@@ -42,11 +48,12 @@ class Passes:
         recorder.open(n)
         recorder.losses.begin(n, tested, recorder.leaves)
         forward_begins(recorder.owner)
+        self._versions.begin()
 
     def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
         """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come."""
         recorder = self.recorder
-        kind, others = self._kind((args, kwargs), n)
+        kind, others = self._kind(module, (args, kwargs), n)
         if n == 1 and others:
             # A batch of one has nobody to meet, but a count of the whole logical batch.
             args, kwargs = take((args, kwargs), [0, 0], 1)
@@ -62,9 +69,9 @@ class Passes:
         recorder.padding_tried |= passed.padding
         return True
 
-    def _kind(self, call: Any, n: int) -> tuple[Hashable, dict[str, float]]:
-        """The structure of the batch, and numbers among the arguments that differ from an earlier batch's, as they
-        were there."""
+    def _kind(self, model: nn.Module, call: Any, n: int) -> tuple[Hashable, dict[str, float]]:
+        """The structure of the batch and of the model, and numbers among the arguments that differ from an earlier
+        batch's, as they were there."""
         recorder = self.recorder
         seen = widths(call, n)
         recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
@@ -72,17 +79,43 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), recorder.padding_varies, n >= FEW), others
+        return (structure(call, n), recorder.padding_varies, n >= FEW, _standing(model)), others
 
     @torch.compiler.disable(reason=_REASON)
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         recorder = self.recorder
+        if recorder.tried:
+            return
         forward_ends(recorder.owner)
         if not recorder.suspended and output is not None:
+            self._versions.check()
+            self._test_rows(module, args, kwargs)
             recorder.losses.returned(output)
             if recorder.current is not None and recorder.current.reentrant:
                 _tie(output, recorder, recorder.current)
         recorder.suspended = False
+
+
+    def _test_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Where layers are given flattened rows, try again whenever an example has another number of them: examples of
+        different length whose padding was taken out are told apart by nothing else."""
+        found = self.recorder.current
+        if found is None or found.n < 2 or self.recorder.capturing:
+            return
+        rows = tuple((slot.name, slot.rows // found.n) for slot in found.slots.values() if slot.rows > found.n)
+        kind = (rows, widths((args, kwargs), found.n))
+        if rows and kind not in self.recorder.tested:
+            if not self.recorder.losses.tested:
+                check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction)
+            self.recorder.tested[kind] = frozenset()
+
+
+def _standing(model: nn.Module) -> Hashable:
+    """What of a model decides what runs: which modules are in training, which private layers train, whose hooks."""
+    modules = list(model.modules())
+    return (bytes(module.training for module in modules),
+            bytes(bool(module.private_parameters()) for module in modules if isinstance(module, PrivateModule)),
+            *model._forward_pre_hooks, *model._forward_hooks)
 
 
 def _tie(output: Any, recorder: Recorder, found: Pass) -> None:
@@ -94,6 +127,6 @@ def _tie(output: Any, recorder: Recorder, found: Pass) -> None:
 
 def watch(model: nn.Module, recorder: Recorder) -> None:
     """Put the hooks on ``model``."""
-    passes = Passes(recorder)
+    passes = Passes(recorder, model)
     model.register_forward_pre_hook(passes.before, with_kwargs=True)
-    model.register_forward_hook(passes.after, always_call=True)
+    model.register_forward_hook(passes.after, with_kwargs=True, always_call=True)

@@ -112,6 +112,7 @@ class Slot:
 
     Attributes:
         leaf: (N, *shape), whose gradient is what the direct way found.
+        rows: how many the layer was last given of all examples, 0 where that is not known.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, n: int, method: NormMethod):
@@ -124,7 +125,7 @@ class Slot:
         self.leaf = self._leaf((n, *parameter.shape), wide_dtype(parameter.dtype), parameter.device)
         # Norms, not squares: over several backward passes their sum still bounds the norm of the sum.
         self._norms = self._leaf((n,), torch.float64, parameter.device)
-        self._uses = 0
+        self.rows = self._uses = 0
         self._pairs: list[_Pair] = []
         self._norms.register_post_accumulate_grad_hook(functools.partial(_keep_one, []))
         self._factors: tuple[Tensor, Tensor, float] | None = None
@@ -144,6 +145,8 @@ class Slot:
         """
         n = self.leaf.shape[0]
         first = rows.shape[0] if rows.dim() > 1 else -1
+        if not torch.compiler.is_compiling():
+            self.rows = first
         if first < 0 or (first % n if n else first):
             raise ValueError(
                 f"'{self.name}' received an input of shape {tuple(rows.shape)} in a batch of {n} examples: the "
@@ -315,7 +318,7 @@ class Recorder:
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
         owner: the private optimizer for which the model records.
-        suspended: inside an evaluation with gradients, which is not recorded.
+        suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
         losses: what is followed of the losses that are differentiated.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
@@ -332,7 +335,7 @@ class Recorder:
         self.method: NormMethod = "auto"
         self.current: Pass | None = None
         self.superseded: list[Pass] = []
-        self.suspended = False
+        self.suspended = self.tried = False
         self.owner: object | None = None
         self.losses = LossWatch()
         self.tested: dict[Hashable, frozenset[int]] = {}

@@ -14,6 +14,7 @@ from lora_dp.batch_parts import tensors_in
 from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.still import Still
+from lora_dp.unwritten import Unwritten
 
 SEED = 20260219
 
@@ -147,8 +148,8 @@ class Trials:
         self._open.callback(trace.close)
         with trace.hooks(keep_outputs=True), undisturbed(self._model), _chance(still):
             before, others = _generators(self._model), _other_generators()
-            # forward itself, not __call__: the hooks on the whole model are the engine's.
-            trace.result = self._model.forward(*args, **kwargs)
+            with Unwritten(self._model):
+                trace.result = _called(self._model, args, kwargs)
             if self._criterion is None:
                 trace.losses = scalars(trace.result)
             else:
@@ -157,6 +158,33 @@ class Trials:
             trace.elsewhere = others != _other_generators()
             trace.buffers = dict(self._model.named_buffers())
         return trace
+
+
+    def outputs(self, call: tuple[Any, dict[str, Any], Any]) -> tuple[list[Tensor], list[tuple[str, int]]]:
+        """Of a pass in which nothing is drawn at random: what may hold values of examples, and the name of each trained
+        layer and how many rows it gave, in order."""
+        args, kwargs, _ = _copied(call)
+        trace, rows = Trace(self._model, True), []
+
+        def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def counts(module: nn.Module, given: Any, output: Any) -> None:
+                rows.append((name, output.shape[0] if isinstance(output, Tensor) and output.dim() else 0))
+            return counts
+
+        handles = [module.register_forward_hook(count(name)) for name, module in self._model.named_modules()
+                   if is_trained(module)]
+        try:
+            with undisturbed(self._model), Unwritten(self._model), Still():
+                trace.result = _called(self._model, args, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [tensor.detach() for tensor in trace.tensors()], rows
+
+
+def _called(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """As by the user, hooks on the whole model too, but never compiled."""
+    return model._call_impl(*args, **kwargs)
 
 
 def _copied(call: Any) -> Any:
@@ -194,11 +222,11 @@ def _suspended(model: nn.Module) -> Iterator[None]:
     if recorder is None:
         yield
         return
-    before, recorder.suspended = recorder.suspended, True
+    before, recorder.suspended, recorder.tried = recorder.suspended, True, True
     try:
         yield
     finally:
-        recorder.suspended = before
+        recorder.suspended, recorder.tried = before, False
 
 
 @contextmanager

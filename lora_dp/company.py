@@ -1,0 +1,193 @@
+"""Does an example keep to itself in other company? Trials among another number of examples, with less padding, and with
+other numbers among the arguments; part of :mod:`lora_dp.isolation`, where they are numbered 4 to 7.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lora_dp import batch_parts
+from lora_dp.loss_graph import IsolationError, LossReduction
+from lora_dp.trial_values import differ, least_of, rows_of, sum_of
+from lora_dp.trials import LossFunction, Trace, Trials
+
+# Examples in a trial: enough to drop some and keep company, few enough to cost little.
+FEW = 4
+REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
+          "labels out of the model's call)")
+
+
+def attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> Trace | None:
+    """A pass; None where rows of all examples lie in one tensor, which the changed batch no longer fits."""
+    try:
+        return trials.run(call, still=still)
+    except Exception:  # whatever a model says to a size that it does not take
+        if ragged:
+            return None
+        raise
+
+
+def check_company(
+    trials: Trials, steady: Trace, call: Any, n: int, apart: bool, criterion: LossFunction | None,
+    reduction: LossReduction | None,
+) -> frozenset[int]:
+    """Among another number of examples."""
+    # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
+    halved = apart and n >= FEW
+    rows = range(n // 2) if halved else range(n)
+    company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call)
+    other = attempt(trials, company, ragged=not apart, still=steady.still)
+    if other is None:
+        return frozenset()
+    m = len(rows) if halved else 2 * n
+    pairs = [("The output for", left, right, True) for left, right in steady.beside(other, n, m)]
+    pairs += [(f"What '{name}' is given of", left, right, False)
+              for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
+    for what, left, right, scores in pairs:
+        if left.shape[0] % n or right.shape[0] % m or (
+                left.shape[0] // n != right.shape[0] // m or left.shape[1:] != right.shape[1:]):
+            continue
+        for i in rows:
+            if differ(rows_of(left, n)[i], rows_of(right, m)[i], masked=scores):
+                raise IsolationError(_counted(what, i))
+    passed = set()
+    for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
+        whole = steady.backward(sum_of(loss))
+        part = other.backward(sum_of(other_loss))
+        fits = {kind for kind in ("mean", "sum") if _scales_as(kind, whole, part, rows, n, m)}
+        claimed = "sum" if loss.dim() else reduction
+        if fits & ({claimed} if claimed else {"mean", "sum"}):
+            # Of two or three, all doubled, a statistic of the batch scales as a mean does.
+            if place == 0 or halved:
+                passed.add(place)
+        elif place == 0:
+            raise IsolationError(_misreduced(claimed, fits, call, criterion is None))
+    return frozenset(passed)
+
+
+def _scales_as(
+    kind: LossReduction, whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]], rows: range, n: int, m: int
+) -> bool:
+    scales = (n, m) if kind == "mean" else (1, 1)
+    return all(
+        not differ(rows_of(left, n)[i] * scales[0], rows_of(right, m)[i] * scales[1], scales[0] * least)
+        for i in rows for least in [least_of(whole, i, n)]
+        for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False))
+
+
+def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
+    numbers = ", ".join(sorted(batch_parts.numbers_in(call))) if own else ""
+    by = f" (the model was given {numbers}: leave out what counts the batch)" if numbers else ""
+    if fits:
+        return (f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
+                f"loss_reduction='mean' or 'sum'{by}; or {REMEDY}.")
+    return (f"The loss mixes examples: it is neither a mean nor a sum over them, since an example's gradient changes "
+            f"with their number as neither does{by}; {REMEDY}.")
+
+
+def _counted(what: str, i: int) -> str:
+    return (f"{what} example {i} changes with the number of examples in the batch: find what counts or normalises over "
+            "them.")
+
+
+def check_whole(trials: Trials, call: Any, n: int) -> None:
+    """All examples beside half of them, drawn in secret: what only many do to each other, such as a capacity that they
+    fill together. Nothing is drawn, no gradient is taken.
+
+    Raises:
+        IsolationError: an output changes, or a layer has not as many rows of every example.
+    """
+    half = sorted(random.SystemRandom().sample(range(n), n // 2))
+    (whole, rows), (part, part_rows) = trials.outputs(call), trials.outputs(batch_parts.take(call, half, n))
+    for (name, first), (_, other) in zip(rows, part_rows, strict=False):
+        if first * len(half) != other * n:
+            raise IsolationError(
+                f"'{name}' works on {first} rows in a batch of {n} examples and on {other} in one of {len(half)}: not "
+                "on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
+                "attention does), or leave the module out of the private layers.")
+    for left, right in zip(whole, part, strict=False):
+        if left.shape[0] % n or right.shape[0] % len(half) or (
+                left.shape[0] // n != right.shape[0] // len(half) or left.shape[1:] != right.shape[1:]):
+            continue
+        for place, i in enumerate(half):
+            if differ(rows_of(left, n)[i], rows_of(right, len(half))[place], masked=True):
+                raise IsolationError(_counted("The output for", i))
+
+
+def check_padding(
+    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None, passed: frozenset[int],
+    known: bool,
+) -> bool:
+    """With less padding: what the longest example of a batch does to all others. Whether some was there."""
+    tried = False
+    for lengths in batch_parts.narrowed(call, n, by_runs=known):
+        for narrow in lengths:
+            # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
+            other = attempt(trials, narrow.call, ragged=True, still=steady.still)
+            if other is not None:
+                tried = True
+                _compare_narrowed(steady, other, narrow, n, reduction, passed)
+                break
+    return tried
+
+
+def _compare_narrowed(
+    steady: Trace, other: Trace, narrow: batch_parts.Narrowed, n: int, reduction: LossReduction | None,
+    passed: frozenset[int],
+) -> None:
+    m = len(narrow.rows)
+    for left, right in steady.beside(other, n, m):
+        _compare_padded(left, right, narrow, n, "output", masked=True)
+    for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
+        _compare_padded(left, right, narrow, n, f"input of '{name}'")
+    for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
+        if (reduction is None and not loss.dim()) or (place and place not in passed):
+            continue  # which of the two it is, was not said
+        whole, part = steady.backward(sum_of(loss)), other.backward(sum_of(other_loss))
+        factor = n / m if reduction != "sum" and not loss.dim() else 1.0
+        for name, gradients in whole.items():
+            for left, right in zip(gradients, part.get(name, []), strict=False):
+                _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'")
+
+
+def _compare_padded(
+    left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n: int, what: str, *, masked: bool = False
+) -> None:
+    """An example's values at its own tokens, or all of them where they do not go by token."""
+    tokens, m, columns = narrow.tokens, len(narrow.rows), narrow.mask.shape[1]
+    if left.shape[0] == n * tokens and right.shape[0] == m * columns:
+        left, right = left.view(n, tokens, *left.shape[1:]), right.view(m, columns, *right.shape[1:])
+    if left.shape[0] != n or right.shape[0] != m:
+        return
+    left = left[narrow.rows]
+    by_token = left.dim() > 1 and left.shape[1] == tokens and right.shape[1] == columns
+    if by_token:
+        left = left[:, narrow.kept]
+    if left.shape != right.shape:
+        return
+    for row in range(m):
+        own = narrow.mask[row] if by_token else ...
+        if differ(left[row][own], right[row][own], masked=masked):
+            raise IsolationError(
+                f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
+                f"example ({tokens} or {columns} long): pad every batch to one fixed size, or use a model that passes "
+                "over padding (by its attention mask, in pooling too).")
+
+
+def check_numbers(
+    trials: Trials, steady: Trace, call: Any, n: int, other_numbers: Mapping[str, float]
+) -> None:
+    """A number that differs from batch to batch."""
+    for name, value in other_numbers.items():
+        changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.still)
+        pairs = steady.beside(changed, n, n)
+        for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
+            left, right = steady.backward(sum_of(loss)), changed.backward(sum_of(other_loss))
+            pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]
+        if any(left.shape == right.shape and differ(left, right) for left, right in pairs):
+            raise IsolationError(
+                f"The argument {name} of the model differs from batch to batch and changes the gradient of every "
+                f"example: if it counts what a batch holds, leave it out; {REMEDY}. A public schedule belongs into an "
+                "attribute of the model.")

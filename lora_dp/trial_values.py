@@ -1,0 +1,62 @@
+"""What two trial passes gave one example: whether it is the same, but for rounding."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_dp.loss_graph import tolerance
+
+# What a layer whose gradient vanishes has left of it, relative to the largest gradient of all layers.
+_ROUNDING = 1e-3
+# No score of a model is this large.
+_LARGE = 1e3
+
+
+def rows_of(tensor: Tensor, n: int) -> Tensor:
+    """Example-major grouping, as the layers do it: (N, everything else)."""
+    return tensor.reshape(n, tensor.numel() // n)
+
+
+def differ(left: Tensor, right: Tensor, least: float = 0.0, *, masked: bool = False) -> bool:
+    """Whether they differ by more than rounding, of values that are at least as large as ``least``.
+
+    Args:
+        left, right: of the same example, in two passes.
+        masked: whether numbers may be among them that stand for nothing, such as the -1e9 of a class that is masked:
+            large ones are compared with themselves alone, and hide nothing beside them.
+    """
+    if left.shape != right.shape:
+        return True
+    # What others made NaN or infinite is changed; what was so by itself hides nothing beside it.
+    finite = left.isfinite()
+    if not torch.equal(finite, right.isfinite()):
+        return True
+    left, right = left[finite], right[finite]
+    if not left.numel():
+        return False
+    if not left.is_floating_point():
+        return not torch.equal(left, right)
+    sizes = left.abs()
+    scale = sizes.max()
+    if masked:
+        ordinary = sizes < _LARGE
+        scale = torch.where(ordinary, sizes[ordinary].max() if bool(ordinary.any()) else sizes, sizes)
+    return bool(((left - right).abs() > tolerance(left.dtype) * scale.clamp(min=least)).any())
+
+
+def least_of(gradients: Mapping[str, list[Tensor]], i: int, n: int) -> float:
+    """A layer whose gradient for example i is smaller than this beside those of other layers has rounding alone."""
+    return _ROUNDING * max(
+        (largest(rows_of(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0)
+
+
+def largest(values: Tensor) -> float:
+    """Of those that are finite."""
+    finite = values[values.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def sum_of(loss: Tensor) -> Tensor:
+    """A loss, or the sum of those of single examples."""
+    return loss if loss.dim() == 0 else loss.sum()

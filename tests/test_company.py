@@ -1,0 +1,296 @@
+"""What only many examples do to each other, and what hides behind large scores."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_dp import DPLinear, IsolationError, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.isolation import check_isolation
+from lora_dp.trial_values import differ
+from tests.models import assert_refuses, examples, loader_of, mlp
+from tests.support import make_private
+
+N = 24
+
+
+class Capacity(nn.Module):
+    """Experts of a mixture, each of which takes so many examples and drops the rest."""
+
+    def __init__(self, capacity: int | None):
+        super().__init__()
+        self.inner, self.capacity = mlp(), capacity
+        self.experts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        result = torch.zeros_like(out)
+        for number, expert in enumerate(self.experts):
+            own = ((out[:, 0] > 0).long() == number).nonzero()[:, 0][:self.capacity]
+            result = result.index_add(0, own, expert(out[own]))
+        return result
+
+
+def test_a_capacity_that_many_fill_together_is_refused():
+    """Four examples of a trial fill no expert."""
+    assert_refuses(IsolationError, "changes with the number of examples in the batch", lambda: check_isolation(
+        Capacity(5).train(), (examples(N)[0],), {}, N))
+    check_isolation(Capacity(None).train(), (examples(N)[0],), {}, N)
+
+
+class Unpadded(nn.Module):
+    """Takes padding out: the rows of all tokens in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = DPLinear(4, 4), nn.Linear(4, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        used = x.abs().sum(-1) > 0 if attention_mask is None else attention_mask.bool()
+        tokens = self.inner(x[used])
+        rows = torch.zeros(x.shape[:2] + (4,)).masked_scatter(used.unsqueeze(-1), tokens)
+        return self.head(rows.sum(1))
+
+
+def texts(*lengths: int) -> tuple[Tensor, Tensor]:
+    mask = (torch.arange(8) < torch.tensor(lengths).unsqueeze(1)).long()
+    x = torch.randn(len(lengths), 8, 4, generator=torch.Generator().manual_seed(1)) * mask.unsqueeze(-1)
+    return x, mask
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("lengths", [(8, 4, 8, 4), (6, 2, 4, 4), (8, 8, 8, 8, 8, 4, 8, 4)])
+def test_unequal_lengths_whose_padding_is_taken_out_are_refused_once_they_come(masked, lengths):
+    """As many rows in all as a multiple of N, and so no error of a shape; the first batch has no padding."""
+    model = Unpadded().train()
+    make_private(model, batch_size=4)
+
+    def forward(*lengths: int) -> None:
+        x, mask = texts(*lengths)
+        model(x, mask) if masked else model(x)
+
+    forward(8, 8, 8, 8)
+    forward(8, 8, 8)
+    assert_refuses((IsolationError, ValueError), "", lambda: forward(*lengths))
+
+
+class Trimmed(nn.Module):
+    """Cuts a batch to its longest example, and averages over what is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DPLinear(4, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.inner(x)[:, : int(lengths.max())].mean(1)
+
+
+def test_a_batch_that_is_cut_to_its_longest_example_is_refused_once_lengths_differ():
+    model = Trimmed().train()
+    make_private(model, batch_size=4)
+    x, _ = texts(8, 8, 8, 8)
+    model(x, torch.tensor([4, 4, 4, 4]))
+    assert_refuses(IsolationError, "changes with the other examples", lambda: model(x, torch.tensor([8, 4, 4, 4])))
+
+
+# Large scores
+
+
+class Masked(nn.Module):
+    """One class of three is masked; the others are centred over the batch, without a gradient of their own."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.inner, self.value = mlp(), value
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        out = out - 0.1 * out.detach().mean(0)
+        return out + torch.tensor([0.0, 0.0, self.value])
+
+
+@pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, 0.0])
+def test_a_masked_score_hides_nothing_beside_it(value):
+    assert_refuses(IsolationError, "The output for example 0 changes", lambda: check_isolation(
+        Masked(value).train(), (examples(4)[0],), {}, 4))
+
+
+@pytest.mark.parametrize(("left", "right", "expected"), [
+    ([1.0, -1e9], [1.0 + 1e-5, -1e9], False), ([1.0, -1e9], [1.001, -1e9], True),
+    ([1.0, -1e4], [1.0, -1e4 - 2], True), ([1.0, -1e4], [1.0, -1e4 - 0.1], False),
+    ([5e5, 2e3], [5e5, 2e3 + 1], True), ([-math.inf, 1.0], [-math.inf, 1.0], False)])
+def test_large_scores_are_compared_with_themselves(left, right, expected):
+    assert differ(torch.tensor(left), torch.tensor(right), masked=True) is expected
+
+
+# Backward
+
+
+class Normalised(nn.Module):
+    """Normalises the gradient of the whole batch on its way back."""
+
+    def __init__(self, by: str):
+        super().__init__()
+        self.inner, self.by = mlp(), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        if self.by == "batch":
+            out.register_hook(lambda gradient: gradient / gradient.norm())
+        elif self.by == "example":
+            out.register_hook(lambda gradient: gradient / gradient.norm(dim=1, keepdim=True))
+        return out * 1.0
+
+
+def test_a_backward_that_looks_at_the_whole_batch_is_refused():
+    assert_refuses(IsolationError, "changes with the other examples of the batch: something in the model's backward",
+                   lambda: check_isolation(Normalised("batch").train(), (examples(4)[0],), {}, 4))
+    check_isolation(Normalised("example").train(), (examples(4)[0],), {}, 4)
+
+
+# What a model is, may change
+
+
+class Standardised(nn.Module):
+    """Standardises over the batch while it trains, in a layer that is no BatchNorm of torch's."""
+
+    class Norm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0) if self.training else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = mlp(), Standardised.Norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.inner(x))
+
+
+def test_a_module_that_is_switched_back_to_training_is_tried_again():
+    model = Standardised().train()
+    model.norm.eval()
+    make_private(model, batch_size=4)
+    model(examples(4)[0])
+    model.train()
+    assert_refuses(IsolationError, "attributed to other examples", lambda: model(examples(4)[0]))
+
+
+def test_layers_that_are_unfrozen_later_are_tried_again():
+    """Rows of one position of all examples one after another."""
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.head = DPLinear(4, 4), DPLinear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.early(x.transpose(0, 1).flatten(0, 1)).view(x.shape[1], len(x), 4).mean(0))
+
+    model, (x, _) = Positions().train(), texts(8, 8, 8, 8)
+    make_private(model, batch_size=4)
+    model.early.requires_grad_(False)
+    model(x)
+    model.early.requires_grad_(True)
+    assert_refuses(IsolationError, "'early'", lambda: model(x))
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("on_outputs", [True, False])
+def test_hooks_on_the_whole_model_are_tried_too(before, on_outputs):
+    model = Standardised().train()
+    model.norm.eval()
+
+    def put() -> None:
+        if on_outputs:
+            model.register_forward_hook(lambda module, args, output: output - output.detach().mean(0))
+        else:
+            model.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(0),))
+
+    if before:
+        put()
+    make_private(model, batch_size=4)
+    if not before:
+        model(examples(4)[0])
+        put()
+    assert_refuses(IsolationError, "with the other examples of the batch", lambda: model(examples(4)[0]))
+
+
+def test_a_trial_leaves_the_pass_that_follows_as_it_is():
+    """The engine's own hooks are on the whole model as well."""
+    model, plain = mlp(), mlp()
+    optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
+    make_private(plain, batch_size=N)
+    x, y = examples(N)
+    optimizer.expect_batch(N)
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    optimizer.step()
+    assert optimizer.ledger.steps == 1
+
+
+def test_a_part_of_the_model_that_is_compiled_is_tried():
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.head = torch.compile(nn.Linear(3, 3).requires_grad_(False), backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(x))
+
+    check_isolation(Compiled().train(), (examples(8)[0],), {}, 8)
+
+
+# Parameters that a forward writes to
+
+
+class Centre(nn.Module):
+    """Keeps a running centre in a frozen parameter."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.inner, self.way = mlp(), way
+        self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        with torch.no_grad():
+            if self.way == "in place" or (self.way == "later" and len(x) == 3):
+                self.centre.mul_(0.9).add_(0.1 * out.mean(0))
+            elif self.way == "data":
+                self.centre.data.copy_(out.mean(0))
+        return out - self.centre
+
+
+@pytest.mark.parametrize("way", ["in place", "data"])
+def test_a_parameter_that_a_forward_writes_to_is_refused_before_it_does(way):
+    model = Centre(way).train()
+    make_private(model, batch_size=4)
+    assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(4)[0]))
+    assert not model.centre.any()
+
+
+def test_a_parameter_that_a_later_forward_writes_to_is_refused():
+    model = Centre("later").train()
+    make_private(model, batch_size=4)
+    model(examples(4)[0])
+    assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(3)[0]))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_frozen_table_with_a_maximal_norm_is_refused_at_set_up(kind):
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = kind(50, 4, max_norm=1.0).requires_grad_(False)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found = self.table(ids)
+            return self.head(found if found.dim() == 2 else found.mean(1))
+
+    model = inject_lora(Bag(), LoRAConfig(r=2, target_modules=["head"]))
+    with pytest.raises(ValueError, match="'table' has max_norm"):
+        PrivacyEngine().make_private(
+            model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+            data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
