@@ -72,17 +72,22 @@ def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, 
         return _even(leaf.diff()), _even(torch.bincount(leaf.clamp(min=0)))
     if not is_by_example(leaf, n) or not leaf.numel():
         return ()
-    if "mask" in name and leaf.dim() == 2:
-        counts = (leaf != 0).sum(1)
-        return bool((counts == leaf.shape[1]).all()), _even(counts)
-    if leaf.is_floating_point() or leaf.dtype == torch.bool:
+    if leaf.dim() == 2 and _marks(name, leaf):
+        used = leaf.reshape(n, -1).double().sum(1)
+        return bool((leaf == 1).all()), _even(used)
+    if leaf.is_floating_point() or leaf.dtype == torch.bool or leaf.dim() > 2:
         return ()
-    if any(word in name for word in _LABELS) and leaf.dim() <= 2:
-        counted = (leaf != IGNORED) & (leaf >= 0)
-        counts = counted.reshape(n, -1).sum(1)
-        return bool(counted.all()), bool((counts == counts[0]).all()), _reach(name, leaf)
-    # Lengths, maybe, by which a model trims or packs.
-    return (_even(leaf),) if ragged or leaf.dim() == 1 else ()
+    # Labels that are ignored; and lengths, by which a model trims or packs.
+    counted = leaf >= 0
+    ignored = bool(counted.all()), _even(counted.reshape(n, -1).sum(1))
+    reach = _reach(name, leaf) if any(word in name for word in _LABELS) else 0
+    return (*ignored, reach, _even(leaf) if ragged or leaf.dim() == 1 else None)
+
+
+def _marks(name: str, leaf: Tensor) -> bool:
+    """Whether it says of each token how much it counts."""
+    return any(word in name for word in ("mask", "weight")) or (
+        (leaf.is_floating_point() or leaf.dtype == torch.bool) and bool(((leaf == 0) | (leaf == 1)).all()))
 
 
 def _is_index(leaf: Tensor) -> bool:

@@ -17,7 +17,8 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -93,19 +94,34 @@ def check_isolation(
                 replaced_runs.append((i, replaced))
         for i, replaced in replaced_runs:
             _check_backward(base, replaced, i, n)
-        # Masks of one example in batches of different shapes differ: from here on nothing is drawn.
-        steady = trials.run(call, still=True) if base.random else base
-        # What NumPy or Python draw cannot be stilled: compared by place in batches of one shape alone, as above.
-        passed = frozenset(range(len(steady.losses))) if steady.elsewhere else check_company(
-            trials, steady, call, n, apart, criterion, reduction)
-        if examples > n and not steady.elsewhere:
-            check_whole(trials, whole, examples)
-        padding = padding_varies is not False and not steady.elsewhere and check_padding(
-            trials, steady, call, n, reduction, passed, padding_varies is True)
-        if other_numbers:
-            check_numbers(trials, steady, call, n, other_numbers)
+        # Masks of one example in batches of different shapes differ: from here on nothing is drawn. NumPy and Python
+        # cannot be kept from drawing, so that models which draw by them (SpecAugment, say) are tried in evaluation, and
+        # by 1 to 3 alone if they draw there, too.
+        with _evaluating(model) if base.elsewhere else nullcontext():
+            steady = trials.run(call, still=True) if base.random or base.elsewhere else base
+            if steady.elsewhere:
+                passed, padding = frozenset(range(len(steady.losses))), False
+            else:
+                passed = check_company(trials, steady, call, n, apart, criterion, reduction)
+                if examples > n:
+                    check_whole(trials, whole, examples)
+                padding = padding_varies is not False and check_padding(
+                    trials, steady, call, n, reduction, passed, padding_varies is True)
+            if other_numbers:
+                check_numbers(trials, steady, call, n, other_numbers)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
         return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _only(call: Any, i: int, n: int) -> Any:
@@ -154,7 +170,8 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
                 "replace what mixes examples (BatchNorm by GroupNorm, say).")
     for name, buffer in base.buffers.items():
-        if name in replaced.buffers and differ(buffer, replaced.buffers[name]):
+        # To the bit: however slowly it takes them up, nothing hides it.
+        if name in replaced.buffers and not torch.equal(buffer.nan_to_num(), replaced.buffers[name].nan_to_num()):
             raise IsolationError(
                 f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
                 "off (track_running_stats=False, say) or keep that module in eval().")

@@ -68,6 +68,7 @@ class LossWatch:
         self.proven: frozenset[int] = frozenset()
         self.vouched: set[int] = set()
         self._n = 0
+        self._taken: set[str] = set()
         self._outputs: Outputs | None = None
         self._own: list[int] = []
         self._leaves: Callable[[], set[int]] = set
@@ -84,6 +85,7 @@ class LossWatch:
     def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients."""
         self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, False, None, leaves
+        self._taken = set()
 
     def returned(self, output: Any) -> None:
         """The model has returned."""
@@ -113,6 +115,8 @@ class LossWatch:
             if followed.factors:
                 raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
             return
+        if followed.factors:
+            self._take("mean" if self.reduction == "mean" else "sum")
         if gradient is not None and followed.factors:
             raise IsolationError(
                 "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a public "
@@ -157,6 +161,7 @@ class LossWatch:
         followed = follow([(losses.grad_fn, losses.output_nr)], outputs)
         if not followed.factors:
             raise ValueError(_ELSEWHERE)
+        self._take("sum")
         self._check_way(followed)
         self._check_inside(followed, outputs)
         before = self._seen.get(followed.shape)
@@ -175,6 +180,14 @@ class LossWatch:
         """What names the graph of a loss that was computed from a model's output."""
         edge = [] if loss.grad_fn is None else [(loss.grad_fn, loss.output_nr)]
         return follow(edge, Outputs.of([t for t in tensors_in(output) if t.requires_grad])).shape
+
+    def _take(self, kind: str) -> None:
+        """Losses of single examples are summed up: a mean beside them would keep its 1/N."""
+        self._taken.add(kind)
+        if len(self._taken) > 1 and self._n > 1:
+            raise IsolationError(
+                "Two losses of one pass were joined otherwise, one by optimizer.backward and one by its own mean: add "
+                "them up, example by example, and hand them to optimizer.backward once.")
 
     def _weight(self, term: Term, before: _Seen | None) -> float:
         n = self._n

@@ -55,7 +55,7 @@ class Trace:
 
     def tensors(self) -> list[Tensor]:
         """The outputs of the model that may hold values of examples."""
-        return [leaf for leaf in tensors_in(self.result) if leaf.is_floating_point() and leaf.dim() > 0]
+        return [leaf for leaf in tensors_in(self.result) if leaf.dim() > 0]
 
     def by_example(self, n: int) -> list[Tensor]:
         """Those whose first dimension is N, or all rows of one example after another, as of flattened tokens."""

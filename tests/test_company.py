@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -294,3 +295,113 @@ def test_a_frozen_table_with_a_maximal_norm_is_refused_at_set_up(kind):
         PrivacyEngine().make_private(
             model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
             data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1e-4, 1e-6])
+def test_a_buffer_that_takes_up_the_examples_is_refused_however_slowly(momentum):
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("centre", torch.ones(3))
+            self.register_buffer("never", torch.full((3,), math.nan))
+            self.register_buffer("flags", torch.tensor([True, False]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.inner(x)
+            self.centre = torch.lerp(self.centre, 100 * out.detach().mean(0), momentum)
+            return out
+
+    assert_refuses(IsolationError, "The buffer 'centre' takes up statistics", lambda: check_isolation(
+        Slow().train(), (examples(4)[0],), {}, 4))
+
+
+@pytest.mark.parametrize("kind", ["labels", "flags"])
+def test_an_output_of_whole_numbers_is_compared_too(kind):
+    """Made of the whole batch, it comes back as a label."""
+    class Clustered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.inner(x)
+            above = x[:, 0] > x[:, 0].mean()
+            return out, above.long() if kind == "labels" else above
+
+    assert_refuses(IsolationError, "The output for example", lambda: check_isolation(
+        Clustered().train(), (examples(4)[0],), {}, 4))
+
+
+class Augmented(nn.Module):
+    """Draws by NumPy while it trains, as SpecAugment does, and averages over padding."""
+
+    def __init__(self, always: bool):
+        super().__init__()
+        self.inner, self.always = DPLinear(4, 3), always
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.training or self.always:
+            x = x * (1 + 0.1 * np.random.rand())
+        return (self.inner(x) * 20 / len(x) if self.always is None else self.inner(x)).mean(1)
+
+
+def test_a_model_that_draws_by_numpy_while_it_trains_is_tried_with_other_padding():
+    x, mask = texts(8, 4, 2, 4)
+    assert_refuses(IsolationError, "changes with the padding", lambda: check_isolation(
+        Augmented(False).train(), (x, mask), {}, 4, padding_varies=True))
+    assert_refuses(IsolationError, "changes with the number", lambda: check_isolation(
+        Augmented(None).train(), (x, mask), {}, 4))
+    model = Augmented(True).train()
+    check_isolation(model, (x, mask), {}, 4, padding_varies=True)
+    assert model.training and model.inner.training
+
+
+class OwnLoss(nn.Module):
+    """A mean over the tokens that count, of all examples together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DPLinear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor, used: Tensor) -> Tensor:
+        losses = F.cross_entropy(self.inner(x).transpose(1, 2), y.clamp(min=0), reduction="none")
+        counted = used * (y >= 0)
+        return (losses * counted).sum() / counted.sum()
+
+
+@pytest.mark.parametrize("by", ["labels", "marks", "flags"])
+def test_a_loss_of_the_models_own_is_tried_again_once_some_tokens_do_not_count(by):
+    """Whatever the arguments are called."""
+    model = OwnLoss().train()
+    make_private(model, batch_size=4)
+    x, mask = texts(8, 8, 8, 8)
+    y, used = torch.ones(4, 8, dtype=torch.long), torch.ones(4, 8)
+    model(x, y, used if by != "flags" else used.bool())
+    _, mask = texts(8, 2, 8, 8)
+    later = (torch.where(mask == 1, y, -100), used) if by == "labels" else (
+        y, mask.float() if by == "marks" else mask.bool())
+    assert_refuses(IsolationError, "The loss mixes examples", lambda: model(x, *later))
+
+
+@pytest.mark.parametrize("first", ["mean", "vector"])
+def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first):
+    model, (x, y) = mlp(), examples(6)
+    optimizer = make_private(model, batch_size=6)
+    out = model(x)
+    vector = F.cross_entropy(out, y, reduction="none")
+    backwards = [lambda: out.square().mean().backward(retain_graph=True),
+                 lambda: optimizer.backward(vector, retain_graph=True)]
+    one, other = backwards if first == "mean" else backwards[::-1]
+    one()
+    assert_refuses(IsolationError, "joined otherwise", other)
+
+
+def test_sums_of_one_pass_are_added():
+    model, (x, y) = mlp(), examples(6)
+    optimizer = make_private(model, batch_size=6, loss_reduction="sum")
+    optimizer.expect_batch(6)
+    out = model(x)
+    out.square().sum().backward(retain_graph=True)
+    optimizer.backward(F.cross_entropy(out, y, reduction="none"))
+    optimizer.step()
