@@ -4,8 +4,9 @@ Tensors whose first dimension is N hold one entry for each example. Others belon
 positions, or the patches of all images in one tensor.
 """
 
+import inspect
 import numbers
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,22 @@ def tensors_in(tree: Any) -> list[Tensor]:
     else:
         return []
     return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def argument_names(forward: Callable[..., Any], count: int) -> tuple[str, ...]:
+    """What a function calls its first ``count`` arguments; () where they have no names of their own."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[:count]
+    except ValueError:  # one of C's
+        return ()
+    known = len(parameters) == count and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    return tuple(p.name for p in parameters) if known else ()
+
+
+def named(names: tuple[str, ...], call: Call) -> Call:
+    """The same call by keywords, so that what arguments are called is known."""
+    args, kwargs = call
+    return ((), {**dict(zip(names, args, strict=True)), **kwargs}) if len(names) == len(args) else call
 
 
 def is_by_example(leaf: Any, n: int) -> bool:
@@ -219,6 +236,11 @@ def _without_runs(leaf: Tensor, place: int) -> Tensor | None:
         length = length.unsqueeze(1)
         return columns < size - length if at_end else columns >= length
     return None
+
+
+def used_tokens(tree: Any, n: int) -> Tensor | None:
+    """(N, T) bool, False where a mask or ignored labels show padding; None where nothing shows it."""
+    return next((room.used for room in _rooms(tree, n, by_runs=False)), None)
 
 
 def widths(tree: Any, n: int) -> Hashable:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.layers import DPLoRALinear, PrivateModule
 from lora_dp.recording import Recorder
+from lora_dp.unwritten import Versions
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,9 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names and the
     BatchNorms, which are frozen."""
     recorder.parameters.update((id(parameter), (name, parameter)) for name, parameter in model.named_parameters())
+    recorder.versions = Versions(model.named_parameters())
+    # Since an earlier make_private the model may have become another.
+    recorder.tested.clear()
     recorder.frozen_norms = [(name, module) for module, name in frozen_norms(model).items()]
     for module in model.modules():
         if isinstance(module, PrivateModule):

@@ -198,7 +198,14 @@ class PrivacyEngine:
             on_varying_width=lambda: private.recorder.expect_padding())
         event = PoissonGaussian(noise_multiplier, loader.sample_rate)
         limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
+        # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
+        from lora_dp.passes import is_watched, watch
+
         present = recorder_of(model)
+        if present is not None and not is_watched(model):
+            raise ValueError(
+                "A part of this model, or a module around it, was made private before: call make_private for one and "
+                "the same module, the whole of what you train, and begin with a new model.")
         recorder = present or Recorder()
         private = PrivateOptimizer(
             optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, ledger=self.ledger,
@@ -209,9 +216,6 @@ class PrivacyEngine:
         # Last: a refusal above leaves the model as it was.
         self.renew_randomness()
         if present is None:
-            # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
-            from lora_dp.passes import watch
-
             watch(model, recorder)
         attach(model, recorder)
         return model, private, loader

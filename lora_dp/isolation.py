@@ -30,7 +30,7 @@ from lora_dp.company import FEW, REMEDY, attempt, check_company, check_numbers, 
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
 from lora_dp.trial_values import differ, largest, least_of, rows_of, sum_of
-from lora_dp.trials import SEED, LossFunction, Trace, Trials
+from lora_dp.trials import LossFunction, Trace, Trials
 
 
 class Passed(NamedTuple):
@@ -50,7 +50,7 @@ class Passed(NamedTuple):
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
-    padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None,
+    padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, draws: int = 1,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -67,33 +67,30 @@ def check_isolation(
         padding_varies: whether other batches are padded to another width; None if that is not known, and then the
             padding that masks and labels show is tried.
         other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
+        draws: with how many random states a model that draws is tried.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
     """
     if n < 2:
         return Passed()
-    call: Any = (args, kwargs, targets)
+    positional = batch_parts.argument_names(model.forward, len(args))
+    call: Any = (*batch_parts.named(positional, (args, kwargs)), targets)
     apart = not batch_parts.of_whole_batch(call, n)
     whole, examples = call, n
     if apart and n > FEW:
         call, n = batch_parts.take(call, batch_parts.chosen(call, n, FEW), n), FEW
-    with Trials(model, criterion) as trials:
+    with Trials(model, criterion, positional) as trials:
         base = trials.run(call)
         for name, output in base.private():
             if output.dim() < 2 or output.shape[0] % n:
                 raise IsolationError(
                     f"'{name}' works on {tuple(output.shape)} in a batch of {n} examples: its rows cannot be told "
                     "apart by example; freeze it or leave it out of the private layers.")
-        replaced_runs = []
-        for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
-            _check_gradient_rows(base, i, n)
-            replaced = attempt(trials, _only(call, i, n), ragged=not apart)
-            if replaced is not None:
-                _check_replaced(base, replaced, i, n)
-                replaced_runs.append((i, replaced))
-        for i, replaced in replaced_runs:
-            _check_backward(base, replaced, i, n)
+        replaced_runs = _replace(trials, base, call, n, apart)
+        for _ in range(draws - 1 if base.random or base.elsewhere else 0):
+            trials.draw_anew()
+            _replace(trials, trials.run(call), call, n, apart)
         # Masks of one example in batches of different shapes differ: from here on nothing is drawn. NumPy and Python
         # cannot be kept from drawing, so that models which draw by them (SpecAugment, say) are tried in evaluation, and
         # by 1 to 3 alone if they draw there, too.
@@ -111,6 +108,20 @@ def check_isolation(
                 check_numbers(trials, steady, call, n, other_numbers)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
         return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
+
+
+def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> list[tuple[int, Trace]]:
+    """The first and the last example, each beside copies of itself."""
+    runs = []
+    for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
+        _check_gradient_rows(base, i, n)
+        replaced = attempt(trials, _only(call, i, n), ragged=not apart)
+        if replaced is not None:
+            _check_replaced(base, replaced, i, n)
+            runs.append((i, replaced))
+    for i, replaced in runs:
+        _check_backward(base, replaced, i, n)
+    return runs
 
 
 @contextmanager
@@ -134,7 +145,7 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
     outputs = [output for output in base.by_example(n) if output.requires_grad]
     if not outputs:
         return
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(base.seed)
     own = [output.reshape(n, -1)[i] for output in outputs]
     alone = torch.stack([
         (values * torch.randn(values.shape, generator=generator).to(values)).sum() for values in own]).sum()
@@ -192,7 +203,7 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
 def _check_backward(base: Trace, replaced: Trace, i: int, n: int) -> None:
     """With a gradient at all examples' outputs, the same at those of ``i``: only rows of ``i`` may answer to it."""
     def weighted(trace: Trace, others: float) -> Tensor | None:
-        generator, sums = torch.Generator().manual_seed(SEED), []
+        generator, sums = torch.Generator().manual_seed(base.seed), []
         by = torch.full((n, 1), others).index_fill(0, torch.tensor(i), 1)
         for output in trace.by_example(n):
             if output.requires_grad:

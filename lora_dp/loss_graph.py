@@ -319,6 +319,9 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
         if len([ways for ways in below if ways]) == 1 and _kind(node) in ("MulBackward", "DivBackward"):
             with contextlib.suppress(UnknownLoss):  # by a vector
                 share = _shares(node, [child for child, ways in zip(children, below, strict=True) if ways])[0]
+        if _kind(node) == "MeanBackward" and node._input_metadata[0].shape:
+            # Over tokens or classes; of one example's own rows, in a loop, the mean is a single number.
+            share = math.prod(node._input_metadata[0].shape) / max(math.prod(_Saved(node).get("self_sym_sizes")), 1)
         products[node] = frozenset(float(f"{share * way:.6g}") for way in found) if len(found) <= _MOST_WAYS else found
     ways = frozenset().union(*(
         frozenset({1.0}) if edge in outputs.places else products.get(edge[0], frozenset()) for edge in edges))

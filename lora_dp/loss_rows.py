@@ -28,6 +28,22 @@ def meeting(joined: GradientEdge, n: int, outputs: Outputs) -> int | None:
     return next((i for i in range(n) if meets(joined, i, n, outputs)), None)
 
 
+def reaches_padding(joined: GradientEdge, used: Tensor, outputs: Outputs) -> bool:
+    """Whether the joined numbers depend on outputs (N, T, …) where ``used``, (N, T) bool, is False."""
+    metadata = joined.node._input_metadata[joined.output_nr]
+    by_token = [t for t in outputs.tensors if t.dim() > 1 and t.shape[:2] == used.shape]
+    if not by_token:
+        return False
+    ones = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+    for gradient in torch.autograd.grad([joined], by_token, [ones], retain_graph=True, allow_unused=True):
+        if gradient is not None:
+            sizes = gradient.nan_to_num(posinf=0.0, neginf=0.0).reshape(*used.shape, -1).abs().amax(2)
+            unused = ~used.to(sizes.device)
+            if bool((sizes[unused] > tolerance(gradient.dtype) * sizes.max()).any()):
+                return True
+    return False
+
+
 def _in_proportion(joined: GradientEdge, n: int, outputs: Outputs) -> bool:
     metadata = joined.node._input_metadata[joined.output_nr]
     shape = tuple(metadata.shape)
@@ -44,8 +60,13 @@ def _in_proportion(joined: GradientEdge, n: int, outputs: Outputs) -> bool:
             continue
         info = torch.finfo(gradient.dtype)
         factors = weights.double().unsqueeze(1)
-        expected = gradient.reshape(n, -1).double().nan_to_num() * factors
-        off = (other.reshape(n, -1).double().nan_to_num() - expected).abs()
+        expected, other = gradient.reshape(n, -1).double() * factors, other.reshape(n, -1).double()
+        finite = expected.isfinite()
+        if not torch.equal(finite, other.isfinite()):
+            return False
+        # What is infinite or NaN by itself hides nothing beside it.
+        expected, other = expected.where(finite, 0.0), other.where(finite, 0.0)
+        off = (other - expected).abs()
         # Below the least normal number each of the two is rounded to a multiple of the least one.
         least = info.smallest_normal * info.eps * (1 + factors.abs())
         if bool((off > tolerance(gradient.dtype) * expected.abs().amax(1, keepdim=True) + least).any()):

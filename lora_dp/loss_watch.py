@@ -31,7 +31,7 @@ from lora_dp.loss_graph import (
     terms,
     weight,
 )
-from lora_dp.loss_rows import meeting
+from lora_dp.loss_rows import meeting, reaches_padding
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5
@@ -60,6 +60,7 @@ class LossWatch:
         examined: whether a loss of this pass was seen and found right.
         proven: which of the single numbers that the model returns are losses that keep examples apart.
         vouched: shapes of graphs of criteria that have passed the isolation check.
+        used: (N, T) bool, False at padding, in batches that are padded to different widths.
     """
 
     def __init__(self) -> None:
@@ -67,8 +68,10 @@ class LossWatch:
         self.tested = self.examined = False
         self.proven: frozenset[int] = frozenset()
         self.vouched: set[int] = set()
+        self.used: Tensor | None = None
         self._n = 0
         self._taken: set[str] = set()
+        self._looks = True
         self._outputs: Outputs | None = None
         self._own: list[int] = []
         self._leaves: Callable[[], set[int]] = set
@@ -82,10 +85,11 @@ class LossWatch:
         # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
         functorch_config.donated_buffer = False
 
-    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set) -> None:
-        """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients."""
+    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool = True) -> None:
+        """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
+        whether gradients may be read (not while a graph is captured)."""
         self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, False, None, leaves
-        self._taken = set()
+        self._taken, self._looks = set(), looks
 
     def returned(self, output: Any) -> None:
         """The model has returned."""
@@ -266,7 +270,7 @@ class LossWatch:
 
     def _check_apart(self, joined: GradientEdge, outputs: Outputs, before: _Seen | None) -> None:
         n, tried = self._n, self.tested or before is None or before.n == 1
-        if n < 2 or not (tried or sum(t.numel() for t in outputs.tensors) <= _FEW_NUMBERS):
+        if n < 2 or not (tried or self._looks and sum(t.numel() for t in outputs.tensors) <= _FEW_NUMBERS):
             return
         # What is mixed by its place is mostly mixed at an end; the other search finds it anywhere.
         found = next((i for i in (0, n - 1) if meets(joined, i, n, outputs)), None) if tried else None
@@ -276,6 +280,10 @@ class LossWatch:
             raise IsolationError(
                 f"The loss mixes examples: that of example {found} depends on the model's outputs for others. Use a "
                 "loss that is a mean or sum of terms of one example each.")
+        if self.used is not None and reaches_padding(joined, self.used, outputs):
+            raise IsolationError(
+                "The losses depend on the model's outputs at padding, so on the longest example of the batch: leave "
+                "padded tokens out by the attention mask (lora_dp.losses does), or pad every batch to one fixed size.")
 
 
 def _equal(now: Sequence[float], then: Sequence[float]) -> bool:

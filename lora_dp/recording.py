@@ -24,6 +24,7 @@ from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
+from lora_dp.unwritten import Versions
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -319,7 +320,8 @@ class Recorder:
         method: how norms are computed ("auto", "direct" or "ghost").
         owner: the private optimizer for which the model records.
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
-        losses: what is followed of the losses that are differentiated.
+        losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
+            to.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
             a batch came in which that could be tried.
@@ -338,6 +340,7 @@ class Recorder:
         self.suspended = self.tried = False
         self.owner: object | None = None
         self.losses = LossWatch()
+        self.versions = Versions(())
         self.tested: dict[Hashable, frozenset[int]] = {}
         self.padding_varies = self.padding_tried = self.capturing = self.uses_checked = False
         self.widths: Hashable = None

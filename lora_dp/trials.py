@@ -1,6 +1,7 @@
 """Trial passes of a model, watched: what its layers and its loss do, with everything left as it was."""
 
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -15,8 +16,6 @@ from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.still import Still
 from lora_dp.unwritten import Unwritten
-
-SEED = 20260219
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -34,8 +33,8 @@ class Trace:
         random: whether the pass drew random numbers; ``elsewhere``, whether NumPy or Python drew them.
     """
 
-    def __init__(self, model: nn.Module, still: bool):
-        self.model, self.still = model, still
+    def __init__(self, model: nn.Module, still: bool, seed: int):
+        self.model, self.still, self.seed = model, still, seed
         self.outputs: list[tuple[str, nn.Module, Tensor]] = []
         self.inputs: list[tuple[str, Tensor]] = []
         self.gradients: dict[str, list[Tensor]] = {}
@@ -98,7 +97,7 @@ class Trace:
         self.gradients = {}
         try:
             # Not torch.autograd.grad: reentrant checkpoints allow only backward().
-            with self.hooks(keep_outputs=False), undisturbed(self.model), _chance(self.still):
+            with self.hooks(keep_outputs=False), undisturbed(self.model, self.seed), _chance(self.still):
                 scalar.backward(retain_graph=True)
         finally:
             for parameter, gradient in before:
@@ -126,11 +125,13 @@ class Trials:
     Args:
         model: in the mode in which it is to be trained.
         criterion: loss(model output, targets), a scalar or one number for each example; None for the model's own.
+        positional: names of keyword arguments that the model is given by position, in order.
     """
 
-    def __init__(self, model: nn.Module, criterion: LossFunction | None):
-        self._model, self._criterion = model, criterion
+    def __init__(self, model: nn.Module, criterion: LossFunction | None, positional: tuple[str, ...] = ()):
+        self._model, self._criterion, self._positional = model, criterion, positional
         self._open = ExitStack()
+        self.draw_anew()
 
     def __enter__(self) -> "Trials":
         # Suspended to the end: checkpointed modules run forward again inside the gradients.
@@ -141,15 +142,19 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
+    def draw_anew(self) -> None:
+        """From here on passes draw other numbers, of a seed that nobody knows; until then all draw the same."""
+        self.seed = secrets.randbits(63)
+
     def run(self, call: tuple[Any, dict[str, Any], Any], *, still: bool = False) -> Trace:
         """One forward pass on (args, kwargs, targets); ``still`` for one in which nothing is drawn at random."""
         args, kwargs, targets = _copied(call)
-        trace = Trace(self._model, still)
+        trace = Trace(self._model, still, self.seed)
         self._open.callback(trace.close)
-        with trace.hooks(keep_outputs=True), undisturbed(self._model), _chance(still):
+        with trace.hooks(keep_outputs=True), undisturbed(self._model, self.seed), _chance(still):
             before, others = _generators(self._model), _other_generators()
             with Unwritten(self._model):
-                trace.result = _called(self._model, args, kwargs)
+                trace.result = self._called(args, kwargs)
             if self._criterion is None:
                 trace.losses = scalars(trace.result)
             else:
@@ -164,7 +169,7 @@ class Trials:
         """Of a pass in which nothing is drawn at random: what may hold values of examples, and the name of each trained
         layer and how many rows it gave, in order."""
         args, kwargs, _ = _copied(call)
-        trace, rows = Trace(self._model, True), []
+        trace, rows = Trace(self._model, True, self.seed), []
 
         def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def counts(module: nn.Module, given: Any, output: Any) -> None:
@@ -174,17 +179,18 @@ class Trials:
         handles = [module.register_forward_hook(count(name)) for name, module in self._model.named_modules()
                    if is_trained(module)]
         try:
-            with undisturbed(self._model), Unwritten(self._model), Still():
-                trace.result = _called(self._model, args, kwargs)
+            with undisturbed(self._model, self.seed), Unwritten(self._model), Still():
+                trace.result = self._called(args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
         return [tensor.detach() for tensor in trace.tensors()], rows
 
-
-def _called(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """As by the user, hooks on the whole model too, but never compiled."""
-    return model._call_impl(*args, **kwargs)
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As by the user, hooks on the whole model too, but never compiled."""
+        by_place = [kwargs[name] for name in self._positional]
+        by_name = {name: value for name, value in kwargs.items() if name not in self._positional}
+        return self._model._call_impl(*args, *by_place, **by_name)
 
 
 def _copied(call: Any) -> Any:
@@ -230,8 +236,8 @@ def _suspended(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random numbers and buffers are afterwards as they were before."""
+def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers follow the seed, and they and buffers are afterwards as they were before."""
     # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
     owned = [(module._buffers, name, buffer) for module in model.modules()
              for name, buffer in module._buffers.items() if buffer is not None]
@@ -241,9 +247,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     by_python, by_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=_devices(model)):
-            torch.manual_seed(SEED)
-            random.seed(SEED)
-            np.random.seed(SEED)
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             yield
     finally:
         random.setstate(by_python)

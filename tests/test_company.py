@@ -1,6 +1,7 @@
 """What only many examples do to each other, and what hides behind large scores."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -291,10 +292,7 @@ def test_a_frozen_table_with_a_maximal_norm_is_refused_at_set_up(kind):
             return self.head(found if found.dim() == 2 else found.mean(1))
 
     model = inject_lora(Bag(), LoRAConfig(r=2, target_modules=["head"]))
-    with pytest.raises(ValueError, match="'table' has max_norm"):
-        PrivacyEngine().make_private(
-            model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-            data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+    assert_refuses(ValueError, "'table' has max_norm", lambda: set_up(model))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1e-4, 1e-6])
@@ -405,3 +403,99 @@ def test_sums_of_one_pass_are_added():
     out.square().sum().backward(retain_graph=True)
     optimizer.backward(F.cross_entropy(out, y, reduction="none"))
     optimizer.step()
+
+
+# In some passes, and in some batches
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), np.random.rand, random.random])
+def test_a_model_that_mixes_in_half_of_its_passes_is_refused(draw):
+    """Each check draws anew, so that many together miss it no more often than (1/2)^24."""
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = DPLinear(6, 3), nn.Linear(3, 3).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.inner(x)
+            return self.head((out + out.flip(0)) / 2 if draw() < 0.5 else out)
+
+    model = Sometimes().train()
+    assert_refuses(IsolationError, "example", lambda: [
+        check_isolation(model, (examples(4)[0],), {}, 4, draws=4) for _ in range(6)])
+
+
+class Wide(nn.Module):
+    """One score for each token, of it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DPLinear(4, 1)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.inner(x)[..., 0]
+
+
+WIDTH_LOSSES = {
+    "mean over the width": lambda out, mask: (out.square() * mask).mean(1),
+    "softmax over the width": lambda out, mask: F.cross_entropy(
+        out, torch.zeros(len(out), dtype=torch.long), reduction="none"),
+    "padding counts": lambda out, mask: out.square().sum(1)}
+OWN_LOSSES = {
+    "sum": lambda out, mask: (out.square() * mask).sum(1),
+    "mean over its own": lambda out, mask: (out.square() * mask).sum(1) / mask.sum(1),
+    "softmax over its own": lambda out, mask: F.cross_entropy(
+        out.masked_fill(mask == 0, -1e9), torch.zeros(len(out), dtype=torch.long), reduction="none"),
+    "a loop": lambda out, mask: torch.stack(
+        [out[i, : int(mask[i].sum())].square().mean() for i in range(len(out))])}
+
+
+def of_widths(loss, *widths: int) -> None:
+    model = Wide().train()
+    optimizer = make_private(model, batch_size=4)
+    x, mask = texts(8, 4, 2, 3)
+    for width in widths:
+        x = F.pad(x[:, :8], (0, 0, 0, width - 8))
+        mask = F.pad(mask[:, :8], (0, width - 8))
+        optimizer.expect_batch(4)
+        optimizer.backward(loss(model(x, mask), mask))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", WIDTH_LOSSES)
+def test_losses_that_look_at_the_padded_width_are_refused_once_it_varies(name):
+    of_widths(WIDTH_LOSSES[name], 8, 8)
+    with pytest.raises(IsolationError, match="at padding|weighs an example by"):
+        of_widths(WIDTH_LOSSES[name], 8, 9, 10)
+
+
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_losses_over_an_examples_own_tokens_are_taken_at_any_width(name):
+    of_widths(OWN_LOSSES[name], 8, 9, 12)
+
+
+def test_a_model_that_is_changed_and_made_private_again_is_tried_again():
+    model = Standardised().train()
+    model.norm = nn.Identity()
+    set_up(model)
+    model(examples(8)[0])
+    model.norm = Standardised.Norm()
+    set_up(model)
+    assert_refuses(IsolationError, "example", lambda: model(examples(8)[0]))
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_a_part_of_what_is_private_or_what_is_around_it_is_not_made_private(outer_first):
+    """The hooks that try batches are on one module: what others do around it would not be seen."""
+    inner = mlp()
+    outer = nn.Sequential(inner)
+    first, second = (outer, inner) if outer_first else (inner, outer)
+    set_up(first)
+    assert_refuses(ValueError, "for one and the same module", lambda: set_up(second))
+
+
+def set_up(model: nn.Module) -> None:
+    PrivacyEngine().make_private(
+        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
