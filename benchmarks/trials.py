@@ -48,7 +48,7 @@ def measure(name: str) -> tuple[float, float, float]:
         optimizer.zero_grad()
 
     def blind() -> None:
-        def seen(watch: LossWatch, _: object) -> None:
+        def seen(watch: LossWatch, *_: object) -> None:
             watch.examined = True
 
         with mock.patch.object(lora_dp.passes.Passes, "_test", lambda *_: False), \

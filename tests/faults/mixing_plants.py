@@ -15,6 +15,7 @@ import lora_dp.isolation
 import lora_dp.loss_watch
 import lora_dp.passes
 import lora_dp.secret_state
+import lora_dp.unwritten
 from lora_dp.fed.engines.flower_policy import Policy
 from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.example_rows import ExampleRows
@@ -38,12 +39,38 @@ def changing_divisors_taken(planting: Planting) -> None:
 
 def losses_that_meet_taken(planting: Planting) -> None:
     planting.replace(lora_dp.loss_watch, "meets", lambda _: lambda *arguments: False)
+    planting.replace(lora_dp.loss_watch, "meeting", lambda _: lambda *arguments: None)
+
+
+def losses_of_later_batches_taken(planting: Planting) -> None:
+    planting.replace(lora_dp.loss_watch, "meeting", lambda _: lambda *arguments: None)
+
+
+def losses_at_padding_taken(planting: Planting) -> None:
+    planting.replace(lora_dp.loss_watch, "reaches_padding", lambda _: lambda *arguments: False)
+
+
+def losses_that_no_graph_shows_taken(planting: Planting) -> None:
+    planting.replace(LossWatch, "_check_inside", _nothing)
+
+
+def whole_batches_not_tried(planting: Planting) -> None:
+    planting.replace(lora_dp.isolation, "check_whole", _nothing)
+
+
+def backwards_not_tried(planting: Planting) -> None:
+    planting.replace(lora_dp.isolation, "_check_backward", _nothing)
+
+
+def parameters_written_to(planting: Planting) -> None:
+    planting.replace(lora_dp.unwritten.Versions, "check", _nothing)
+    planting.replace(lora_dp.unwritten, "_storage", lambda _: lambda tensor: 0)
 
 
 def unseen_losses_taken(planting: Planting) -> None:
     def planted(begin: Any) -> Any:
-        def trusting(self: LossWatch, n: int, tested: bool, leaves: Any) -> None:
-            begin(self, n, tested, set)
+        def trusting(self: LossWatch, n: int, tested: bool, leaves: Any, **options: Any) -> None:
+            begin(self, n, tested, set, **options)
             self.examined = True
         return trusting
 
@@ -51,15 +78,16 @@ def unseen_losses_taken(planting: Planting) -> None:
 
 
 def padding_never_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "_check_padding", lambda _: lambda *arguments: False)
+    planting.replace(lora_dp.isolation, "check_padding", lambda _: lambda *arguments: False)
 
 
 def first_batch_alone_tried(planting: Planting) -> None:
-    planting.replace(Passes, "_kind", lambda _: lambda self, call, n: ("a batch", {}))
+    planting.replace(Passes, "_kind", lambda _: lambda self, model, call, n: ("a batch", {}))
 
 
 def same_number_of_examples_alone_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "_check_company", lambda _: lambda *arguments: frozenset({0}))
+    planting.replace(lora_dp.isolation, "check_company", lambda _: lambda *arguments: frozenset({0}))
+    planting.replace(lora_dp.isolation, "check_whole", _nothing)
 
 
 def collation_never_tried(planting: Planting) -> None:
