@@ -335,10 +335,28 @@ def test_an_error_of_the_model_is_told():
                 raise KeyError("equal rows")
             return super().forward(x)
 
-    with pytest.raises(KeyError, match="equal rows"):
-        passes(Fails(), 4)
-    with pytest.raises(IsolationError):
-        passes(Made(lambda out: out - out.mean(0)), 4)
+    class FailsOfTwo(Made):
+        def forward(self, x: Tensor) -> Any:
+            if len(x) == 2:
+                raise KeyError("two rows")
+            return super().forward(x)
+
+    for model, words in ((Fails(), "equal rows"), (FailsOfTwo(), "two rows")):
+        with pytest.raises(KeyError, match=words):
+            passes(model, 4)
+
+
+def test_rows_of_all_examples_that_fit_no_other_batch_are_tried_as_they_are():
+    """Nothing is then told of how losses are reduced."""
+    class Fixed(Made):
+        def forward(self, x: Tensor, mixing: bool) -> Any:  # type: ignore[override]
+            if len(x) != 8:
+                raise KeyError("as many rows as ever")
+            out = self.inner(x).view(4, 2, 6).sum(1)
+            return out - out.mean(0) if mixing else out
+
+    assert not passes(Fixed(), 4, examples(8)[0], False, criterion=lambda out, _: out.square().mean()).losses
+    refused("example 0", Fixed(), 4, examples(8)[0], True)
 
 
 # What the layers of a model are to a trial
@@ -374,10 +392,10 @@ def test_modules_whose_weights_nobody_trains_may_see_the_batch():
 
         def forward(self, x: Tensor) -> Any:
             with torch.no_grad():
+                self.error(x, 0 * x), self.places(torch.arange(7)), self.kept(x)
                 self.monitor(x.mean(0).expand(len(x), -1))
                 self.frozen(x.mean(0))
                 self.inner(x)
-                self.error(x, 0 * x), self.places(torch.arange(7)), self.kept(x)
             out = self.inner(x=x)
             remembered, _ = self.memory(out.unsqueeze(1))
             return self.act(out.t()).t() + remembered.squeeze(1)
@@ -396,6 +414,6 @@ def test_a_block_that_mixes_by_itself_is_named():
 
 
 def test_outputs_without_rows_and_of_other_rows_belong_to_nobody():
-    for rows in (0, 1, 3, 6):
+    for rows in (0, 1, 3, 6, 8):
         passes(Made(lambda out, rows=rows: {  # type: ignore[misc]
-            "table": out.mean() * torch.ones(rows, 5), "logits": out}), 4)
+            "table": 0 * out.mean() * torch.ones(rows, 5), "logits": out, "kept": Kept()(out)}), 4)

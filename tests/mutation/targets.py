@@ -63,7 +63,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
         "tests/test_batch_trials.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py")),
     "lora_dp/trials.py": Target(_TRIALS),
-    "lora_dp/batch_parts.py": Target(_TRIALS),
+    "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target(_LOSSES),
     "lora_dp/losses.py": Target((
