@@ -296,7 +296,7 @@ def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(maske
             weights = attention_mask if masked else torch.ones_like(attention_mask)
             pooled = (self.inner(x) * weights.unsqueeze(2)).sum(1) / weights.sum(1, keepdim=True)
             return {"table": torch.ones(4 * x.shape[1] if len(x) == 4 else 28, 3), "odd": torch.ones(
-                len(x) if len(x) == 4 else 3, 1), "pooled": pooled.repeat_interleave(2, 0)}
+                len(x) if len(x) == 4 else 3, 1), "six": torch.ones(6, 1), "pooled": pooled.repeat_interleave(2, 0)}
 
     if masked:
         assert check_isolation(Pooled().train(), (), padded(4), 4).padding
