@@ -292,11 +292,16 @@ def test_a_sum_over_padding_too_is_refused(left):
 def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(masked):
     """Beside a table with as many rows as a batch has tokens, which fits no other batch."""
     class Pooled(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = DPLinear(6, 3)
+
         def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+            self.extra(torch.ones(len(x) if len(x) == 4 else 3, 6))
             weights = attention_mask if masked else torch.ones_like(attention_mask)
             pooled = (self.inner(x) * weights.unsqueeze(2)).sum(1) / weights.sum(1, keepdim=True)
             return {"table": torch.ones(4 * x.shape[1] if len(x) == 4 else 28, 3), "odd": torch.ones(
-                len(x) if len(x) == 4 else 3, 1), "six": torch.ones(6, 1), "pooled": pooled.repeat_interleave(2, 0)}
+                6, 1), "pooled": pooled.repeat_interleave(2, 0)}
 
     if masked:
         assert check_isolation(Pooled().train(), (), padded(4), 4).padding
