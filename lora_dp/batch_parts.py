@@ -69,7 +69,7 @@ def structure(tree: Any, n: int) -> Hashable:
 def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
     if ragged and not is_by_example(leaf, n) and _is_index(leaf):
         return tuple(_even(sizes) for sizes in _groups(leaf))
-    if not is_by_example(leaf, n) or leaf.is_floating_point() or leaf.dtype == torch.bool or not leaf.numel():
+    if not is_by_example(leaf, n) or leaf.is_floating_point() or leaf.dtype == torch.bool:
         return ()
     if any(word in name for word in _LABELS) and leaf.dim() <= 2:
         counted = leaf >= 0  # IGNORED is below
@@ -98,8 +98,8 @@ def _has_reach(name: str, leaf: Tensor) -> bool:
     return "position" in name and leaf.dim() == 1
 
 
-def _reach(name: str, leaf: Tensor) -> int:
-    return int(leaf.max()) if _has_reach(name, leaf) else 0
+def _reach(name: str, leaf: Tensor) -> int | None:
+    return int(leaf.max()) if _has_reach(name, leaf) else None
 
 
 def take(tree: Any, rows: Sequence[int], n: int) -> Any:
@@ -138,7 +138,7 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
     unusual, usual = [], []
     for name, leaf in _leaves(tree):
         if is_by_example(leaf, n) and not leaf.is_floating_point() and any(word in name for word in _LABELS):
-            entries = leaf.reshape(n, leaf.numel() // n)
+            entries = leaf.reshape(n, -1)
             counts = (entries >= 0).sum(1)
             unusual.append(int(counts.argmin()))
             usual.append(int(counts.argmax()))
@@ -183,7 +183,7 @@ def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
     told = any(is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
                for name, leaf in _leaves(tree))
     for name, leaf in _leaves(tree):
-        if not is_by_example(leaf, n) or leaf.dim() < 2 or not leaf.numel():
+        if not is_by_example(leaf, n) or not leaf.numel():
             continue
         if leaf.dim() == 2 and "mask" in name:
             yield _Room(name, 1, leaf.shape[1], leaf != 0)
@@ -191,7 +191,7 @@ def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
         if leaf.dim() == 2 and "label" in name and not leaf.is_floating_point():
             yield _Room(name, 1, leaf.shape[1], leaf != IGNORED)
         for place in range(1, leaf.dim()) if by_runs and ("mask" in name or not told) else ():
-            if leaf.shape[place] > 1 and (found := _without_runs(leaf, place)) is not None:
+            if (found := _without_runs(leaf, place)) is not None:
                 yield _Room(name, place, leaf.shape[place], found)
 
 
@@ -252,7 +252,7 @@ def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrow
     until the model takes one.
 
     Args:
-        tree, n: the batch.
+        tree, n: the batch, of at least two examples.
         by_runs: whether a run of one value is evidence, too: only where batches are known to differ in size, since
             images have borders.
     """
@@ -264,7 +264,7 @@ def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrow
             room = torch.where(anything, room, torch.zeros_like(room))
             ranked = torch.argsort(room, descending=True, stable=True)
             # Two with the most room, so that they have company; one if nobody else is padded.
-            rows = sorted(ranked[:2].tolist()) if n > 1 and int(room[ranked[1]]) > 0 else ranked[:1].tolist()
+            rows = sorted(ranked[:2].tolist()) if int(room[ranked[1]]) > 0 else ranked[:1].tolist()
             needed = size - int(room[torch.tensor(rows, device=room.device)].min())
             lengths = sorted({-(-needed // block) * block for block in _BLOCKS})
             found = []

@@ -125,7 +125,7 @@ def _attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) ->
 
 def _rows(tensor: Tensor, n: int) -> Tensor:
     """Example-major grouping, as the layers do it: (N, everything else)."""
-    return tensor.reshape(n, tensor.numel() // n)
+    return tensor.reshape(n, -1)
 
 
 def _differ(left: Tensor, right: Tensor, least: float = 0.0) -> bool:

@@ -66,8 +66,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target(_LOSSES),
-    "lora_dp/losses.py": Target((
-        "tests/test_losses.py", "tests/test_loss_watch.py", "tests/test_arguments.py", "tests/test_batches.py")),
+    "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
         "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
