@@ -356,7 +356,7 @@ def test_what_numpy_and_python_draw_is_compared_in_batches_of_one_shape(draw):
 @pytest.mark.parametrize("n", [4, 8])
 def test_a_random_order_of_the_batch_is_refused(n):
     """Without chance everybody would be his own partner."""
-    refused("example", Made(lambda out: out + out[torch.randperm(len(out))]), n, examples(n)[0])
+    refused("attributed to other examples", Made(lambda out: out + out[torch.randperm(len(out))]), n, examples(n)[0])
 
 
 def test_a_trial_draws_the_same_whatever_was_drawn_before_and_leaves_no_trace_of_it():
