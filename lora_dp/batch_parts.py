@@ -86,7 +86,7 @@ def structure(tree: Any, n: int) -> Hashable:
 
 def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
     if ragged and not is_by_example(leaf, n) and _is_index(leaf):
-        return _even(leaf.diff()), _even(torch.bincount(leaf.clamp(min=0)))
+        return tuple(_even(sizes) for sizes in _groups(leaf))
     if not is_by_example(leaf, n) or not leaf.numel():
         return ()
     if leaf.dim() == 2 and _marks(name, leaf):
@@ -112,13 +112,22 @@ def _is_index(leaf: Tensor) -> bool:
     return leaf.dim() == 1 and leaf.numel() > 1 and leaf.dtype in (torch.int32, torch.int64) and int(leaf.max()) < 2**24
 
 
+def _groups(leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """How large the groups are, if these are their offsets, and if these are the groups to which rows belong."""
+    return leaf.diff(), torch.bincount(leaf.clamp(min=0))
+
+
 def _even(values: Tensor) -> bool:
     return bool((values == values[:1]).all())
 
 
-def _reach(name: str, leaf: Tensor) -> int:
-    # A position beyond an example's tokens is passed over: how far positions reach.
-    return int(leaf.max()) if "position" in name and leaf.dim() == 1 else 0
+def _has_reach(name: str, leaf: Tensor) -> bool:
+    """A position beyond an example's tokens is passed over."""
+    return "position" in name and leaf.dim() == 1
+
+
+def _reach(name: str, leaf: Tensor) -> int | None:
+    return int(leaf.max()) if _has_reach(name, leaf) else None
 
 
 def take(tree: Any, rows: Sequence[int], n: int) -> Any:
@@ -138,7 +147,7 @@ def extremes(tree: Any, n: int) -> set[int]:
             for value in (sizes.sum(1), sizes.prod(1)):
                 found |= {int(value.argmin()), int(value.argmax())}
         elif isinstance(leaf, Tensor) and _is_index(leaf):
-            for value in (leaf.diff(), torch.bincount(leaf.clamp(min=0))):
+            for value in _groups(leaf):
                 found |= {place for place in (int(value.argmin()), int(value.argmax())) if place < n}
     return found
 
@@ -152,24 +161,23 @@ def doubled(tree: Any) -> Any:
 
 
 def chosen(tree: Any, n: int, most: int) -> list[int]:
-    """Examples for a trial, at most ``most``: the first, the last, and those with the fewest and most labels."""
-    if n <= most:
-        return list(range(n))
-    extremes = [0, n - 1]
+    """Examples for a trial, at most ``most``: where labels or positions are unusual, the shortest, the longest, and
+    the first and last."""
+    unusual, usual = [], []
     for name, leaf in _leaves(tree):
         if is_by_example(leaf, n) and not leaf.is_floating_point() and any(word in name for word in _LABELS):
-            counts = (leaf.reshape(n, -1) >= 0).sum(1)
-            extremes += [int(counts.argmin()), int(counts.argmax())]
+            entries = leaf.reshape(n, -1)
+            counts = (entries >= 0).sum(1)
+            unusual.append(int(counts.argmin()))
+            usual.append(int(counts.argmax()))
+            if _has_reach(name, leaf):
+                unusual.append(int(leaf.argmax()))
     lengths = _lengths(tree, n)
     if lengths is not None:
-        extremes += [int(lengths.argmin()), int(lengths.argmax())]
-    found = sorted(set(extremes))
-    if len(found) > most:
-        found = sorted({0, *found[-(most - 1):]})
-    spare = (i for i in range(n) if i not in found)
-    while len(found) < most and (extra := next(spare, None)) is not None:
-        found.append(extra)
-    return sorted(found)
+        unusual.append(int(lengths.argmin()))
+        usual.append(int(lengths.argmax()))
+    # Where there are more than fit, those first that a loss may pass over.
+    return sorted(list(dict.fromkeys([*unusual, *usual, 0, n - 1, *range(n)]))[:most])
 
 
 def _lengths(tree: Any, n: int) -> Tensor | None:
@@ -203,7 +211,7 @@ def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
     told = any(is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
                for name, leaf in _leaves(tree))
     for name, leaf in _leaves(tree):
-        if not is_by_example(leaf, n) or leaf.dim() < 2 or not leaf.numel():
+        if not is_by_example(leaf, n) or not leaf.numel():
             continue
         if leaf.dim() == 2 and "mask" in name:
             yield _Room(name, 1, leaf.shape[1], leaf != 0)
@@ -211,7 +219,7 @@ def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
         if leaf.dim() == 2 and "label" in name and not leaf.is_floating_point():
             yield _Room(name, 1, leaf.shape[1], leaf != IGNORED)
         for place in range(1, leaf.dim()) if by_runs and ("mask" in name or not told) else ():
-            if leaf.shape[place] > 1 and (found := _without_runs(leaf, place)) is not None:
+            if (found := _without_runs(leaf, place)) is not None:
                 yield _Room(name, place, leaf.shape[place], found)
 
 
@@ -277,7 +285,7 @@ def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrow
     until the model takes one.
 
     Args:
-        tree, n: the batch.
+        tree, n: the batch, of at least two examples.
         by_runs: whether a run of one value is evidence, too: only where batches are known to differ in size, since
             images have borders.
     """
@@ -289,7 +297,7 @@ def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrow
             room = torch.where(anything, room, torch.zeros_like(room))
             ranked = torch.argsort(room, descending=True, stable=True)
             # Two with the most room, so that they have company; one if nobody else is padded.
-            rows = sorted(ranked[:2].tolist()) if n > 1 and int(room[ranked[1]]) > 0 else ranked[:1].tolist()
+            rows = sorted(ranked[:2].tolist()) if int(room[ranked[1]]) > 0 else ranked[:1].tolist()
             needed = size - int(room[torch.tensor(rows, device=room.device)].min())
             lengths = sorted({-(-needed // block) * block for block in _BLOCKS})
             found = []

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_dp import batch_parts
@@ -46,8 +47,7 @@ def check_company(
     pairs += [(f"What '{name}' is given of", left, right, False)
               for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
     for what, left, right, scores in pairs:
-        if left.shape[0] % n or right.shape[0] % m or (
-                left.shape[0] // n != right.shape[0] // m or left.shape[1:] != right.shape[1:]):
+        if left.shape[0] * m != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
             continue
         for i in rows:
             if differ(rows_of(left, n)[i], rows_of(right, m)[i], masked=scores):
@@ -78,7 +78,7 @@ def _scales_as(
 
 
 def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
-    numbers = ", ".join(sorted(batch_parts.numbers_in(call))) if own else ""
+    numbers = ", ".join(batch_parts.numbers_in(call)) if own else ""
     by = f" (the model was given {numbers}: leave out what counts the batch)" if numbers else ""
     if fits:
         return (f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
@@ -108,8 +108,7 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
                 "on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
                 "attention does), or leave the module out of the private layers.")
     for left, right in zip(whole, part, strict=False):
-        if left.shape[0] % n or right.shape[0] % len(half) or (
-                left.shape[0] // n != right.shape[0] // len(half) or left.shape[1:] != right.shape[1:]):
+        if left.shape[0] * len(half) != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
             continue
         for place, i in enumerate(half):
             if differ(rows_of(left, n)[i], rows_of(right, len(half))[place], masked=True):
@@ -149,27 +148,36 @@ def _compare_narrowed(
         factor = n / m if reduction != "sum" and not loss.dim() else 1.0
         for name, gradients in whole.items():
             for left, right in zip(gradients, part.get(name, []), strict=False):
-                _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'")
+                _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'", summed=True)
 
 
 def _compare_padded(
-    left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n: int, what: str, *, masked: bool = False
+    left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n: int, what: str, *, summed: bool = False,
+    masked: bool = False,
 ) -> None:
-    """An example's values at its own tokens, or all of them where they do not go by token."""
+    """An example's values at its own tokens, or all of them where they do not go by token.
+
+    Gradients are ``summed`` over tokens: there must be none at what was cut.
+    """
     tokens, m, columns = narrow.tokens, len(narrow.rows), narrow.mask.shape[1]
-    if left.shape[0] == n * tokens and right.shape[0] == m * columns:
-        left, right = left.view(n, tokens, *left.shape[1:]), right.view(m, columns, *right.shape[1:])
-    if left.shape[0] != n or right.shape[0] != m:
+    if right.shape[0] % m:
         return
-    left = left[narrow.rows]
-    by_token = left.dim() > 1 and left.shape[1] == tokens and right.shape[1] == columns
-    if by_token:
-        left = left[:, narrow.kept]
+    left, right = left.unflatten(0, (n, -1))[narrow.rows], right.unflatten(0, (m, -1))
+    if left.shape[1] == right.shape[1] == 1:
+        left, right = left.squeeze(1), right.squeeze(1)
+    own: Any = [...] * m
+    if left.dim() > 1 and left.shape[1] == tokens and right.shape[1] == columns:
+        own = narrow.mask
+        if summed:
+            wide, own = torch.zeros_like(left), torch.ones(m, tokens, dtype=torch.bool, device=left.device)
+            wide[:, narrow.kept], own[:, narrow.kept] = right, narrow.mask
+            right = wide
+        else:
+            left = left[:, narrow.kept]
     if left.shape != right.shape:
         return
     for row in range(m):
-        own = narrow.mask[row] if by_token else ...
-        if differ(left[row][own], right[row][own], masked=masked):
+        if differ(left[row][own[row]], right[row][own[row]], masked=masked):
             raise IsolationError(
                 f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
                 f"example ({tokens} or {columns} long): pad every batch to one fixed size, or use a model that passes "

@@ -17,7 +17,7 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -202,19 +202,21 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
 
 def _check_backward(base: Trace, replaced: Trace, i: int, n: int) -> None:
     """With a gradient at all examples' outputs, the same at those of ``i``: only rows of ``i`` may answer to it."""
-    def weighted(trace: Trace, others: float) -> Tensor | None:
+    pairs = [(one, other) for one, other in base.beside(replaced, n, n)
+             if one.shape == other.shape and one.requires_grad and other.requires_grad]
+    if not pairs:
+        return
+
+    def weighted(outputs: Iterable[Tensor], others: float) -> Tensor:
         generator, sums = torch.Generator().manual_seed(base.seed), []
         by = torch.full((n, 1), others).index_fill(0, torch.tensor(i), 1)
-        for output in trace.by_example(n):
-            if output.requires_grad:
-                values = rows_of(output, n).nan_to_num(posinf=0.0, neginf=0.0)
-                weights = torch.randn(values.shape, generator=generator) * by
-                sums.append((values * weights.to(values)).sum().double())
-        return torch.stack(sums).sum() if sums else None
+        for output in outputs:
+            values = rows_of(output, n).nan_to_num(posinf=0.0, neginf=0.0)
+            weights = torch.randn(values.shape, generator=generator) * by
+            sums.append((values * weights.to(values)).sum().double())
+        return torch.stack(sums).sum()
 
-    left, right = weighted(base, 1.0), weighted(replaced, 2.0)
-    if left is None or right is None:
-        return
+    left, right = weighted((one for one, _ in pairs), 1.0), weighted((other for _, other in pairs), 2.0)
     left_gradients, right_gradients = base.backward(left), replaced.backward(right)
     least = least_of(left_gradients, i, n)
     for name, gradients in left_gradients.items():

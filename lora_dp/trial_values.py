@@ -15,7 +15,7 @@ _LARGE = 1e3
 
 def rows_of(tensor: Tensor, n: int) -> Tensor:
     """Example-major grouping, as the layers do it: (N, everything else)."""
-    return tensor.reshape(n, tensor.numel() // n)
+    return tensor.reshape(n, -1)
 
 
 def differ(left: Tensor, right: Tensor, least: float = 0.0, *, masked: bool = False) -> bool:

@@ -136,18 +136,26 @@ def test_ignored_labels_of_a_later_batch_are_refused():
         run(model, labelled(0, 1, 2, 0, 1, 2), labelled(0, 1, 0, 1), labelled(0, -100, 2, -100, 1, 1))
 
 
-def test_an_answer_beyond_the_tokens_of_a_later_batch_is_refused():
+def refuse_an_answer_beyond(n: int, place: int) -> None:
+    """In the second batch, one answer lies beyond the tokens: the loss passes over it."""
     import transformers as tf
 
     torch.manual_seed(0)
     model = inject_lora(tf.BertForQuestionAnswering(tf.BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)),
         LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]))
-    inside = {**texts(5, 5, 5, 5), "start_positions": torch.tensor([1, 0, 2, 3]),
-              "end_positions": torch.tensor([2, 3, 2, 4])}
-    beyond = {**inside, "start_positions": torch.tensor([1, 0, 99, 3])}
+    inside = {**texts(*[5] * n), "start_positions": torch.arange(n) % 4, "end_positions": torch.arange(n) % 3 + 2}
+    beyond = {**inside, "start_positions": torch.where(torch.arange(n) == place, 99, inside["start_positions"])}
     with pytest.raises(IsolationError, match="The loss mixes examples"):
         run(model, inside, beyond)
+
+
+def test_an_answer_beyond_the_tokens_of_a_later_batch_is_refused():
+    refuse_an_answer_beyond(4, 2)
+
+
+def test_an_answer_beyond_the_tokens_is_among_the_few_examples_that_are_tried():
+    refuse_an_answer_beyond(12, 9)
 
 
 class Patches(nn.Module):

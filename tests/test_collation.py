@@ -1,5 +1,6 @@
 """Collate functions: what joins the examples of a batch is refused, what stacks and pads them is taken."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,25 @@ def last_of_first(items: list[Any]) -> Tensor:
     return torch.cat([x[:-1], x[-1:] + x[:1]])
 
 
+def python_mixup(items: list[Any]) -> Tensor:
+    x, order = stacked(items), list(range(len(items)))
+    random.shuffle(order)
+    return x + random.random() * x[order]
+
+
+def noisy_by_python(items: list[Any]) -> Tensor:
+    return torch.stack([item[0] * random.random() for item in items])
+
+
+def noisy_by_numpy(items: list[Any]) -> Tensor:
+    return torch.stack([item[0] * np.random.rand() for item in items])
+
+
+def counted(items: list[Any]) -> Tensor:
+    """Whole numbers to which one is added for each example of the batch."""
+    return (stacked(items) * 1e6).long() + len(items)
+
+
 def noisy(items: list[Any]) -> Tensor:
     x = stacked(items)
     return x + 0.1 * torch.randn(x.shape)
@@ -89,7 +109,8 @@ def numbers() -> Dataset[Any]:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("collate", [mixup, random_mixup, centred, in_pairs, last_of_first])
+@pytest.mark.parametrize("collate", [
+    mixup, random_mixup, python_mixup, centred, in_pairs, last_of_first, counted])
 def test_what_joins_examples_is_refused(collate, n):
     with pytest.raises(IsolationError, match="collate function joins examples"):
         check(numbers(), collate, n)
@@ -104,15 +125,61 @@ def test_one_unusual_example_among_equal_ones_is_enough():
         check(TensorDataset(x), mixup, 21)
 
 
-@pytest.mark.parametrize("collate", [stacked, noisy])
-def test_what_stacks_is_taken(collate):
-    assert not check(numbers(), collate)
+def with_company(items: list[Any]) -> dict[str, Any]:
+    """Beside what is stacked, what belongs to the batch; a table as long as a batch of eight; sums that are rounded."""
+    x = stacked(items)
+    return {"x": x * len(x) / len(x), "names": ["abcdefgh"] * len(x), "count": torch.tensor(len(x)),
+            "sizes": torch.full((len(x) + 1,), len(x)), "table": torch.arange(8), "n": len(x),
+            "missing": torch.where(x > 0, x, torch.nan)}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("collate", [stacked, noisy, noisy_by_python, noisy_by_numpy, with_company])
+def test_what_stacks_is_taken(collate, n):
+    assert not check(numbers(), collate, n)
+
+
+def test_numbers_that_are_whole_in_some_batches_are_taken():
+    values = [1, 2, 3, 4, 5, 6, 7, 0.5]
+    assert check_collation(values, torch.tensor, range(8), torch.tensor(values)) is False
+
+
+def test_of_what_draws_by_itself_and_of_one_example_nothing_is_told():
+    generator = np.random.default_rng()
+    assert check(Texts(), lambda items: {**padded(items), "drawn": torch.from_numpy(
+        generator.random(len(items)))}) is False
+    assert check(Texts(), padded, 1) is False
 
 
 @pytest.mark.parametrize("collate", [padded, padded_left])
 def test_what_pads_is_taken_and_its_width_noticed(collate):
     assert check(Texts(), collate)
     assert not check(Texts(), lambda items: {"x": torch.stack([item[:3] for item in items])})
+
+
+def padded_and_joined(items: list[Tensor]) -> Tensor:
+    ids = pad_sequence(items, True)
+    return ids + ids.roll(1, 0)
+
+
+def padded_with_the_longest(items: list[Tensor]) -> Tensor:
+    longest = max(items, key=len)
+    return torch.stack([torch.cat([item, longest[len(item):]]) for item in items])
+
+
+@pytest.mark.parametrize("collate", [padded_and_joined, padded_with_the_longest, lambda items: (
+    padded_and_joined([item.float() for item in items]).flip(1))])
+def test_what_joins_examples_of_several_lengths_is_refused(collate):
+    for n in (3, 8):
+        with pytest.raises(IsolationError, match="collate function joins examples"):
+            check(Texts(), collate, n)
+
+
+@pytest.mark.parametrize("collate", [padded, padded_left])
+def test_an_empty_text_is_padded_like_any_other(collate):
+    texts = [torch.arange(0), torch.arange(1, 4), torch.arange(0)]
+    assert check_collation(texts, collate, range(3), collate(texts))
+    assert check_collation(texts, collate, [0, 1], collate(texts[:2]))
 
 
 def test_random_masks_are_taken():
@@ -185,9 +252,11 @@ def test_a_loader_tells_once_that_widths_vary(collate, monkeypatch):
 def test_the_trial_leaves_random_numbers_alone():
     dataset = numbers()
     batch = noisy([dataset[i] for i in range(8)])
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    check_collation(dataset, noisy, range(8), batch)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    for collate in (noisy, noisy_by_numpy, noisy_by_python):
+        check_collation(dataset, collate, range(8), batch)
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
 
 
 def test_about_one_later_batch_in_five_hundred_is_tried():

@@ -253,6 +253,87 @@ def test_a_buffer_whose_size_follows_the_examples_is_refused():
     refused("The buffer 'kept' takes up statistics", Keeping(), 4, x)
 
 
+@pytest.mark.parametrize("over", ["own", "all"])
+@pytest.mark.parametrize(("join", "reduction"), [
+    (Tensor.mean, "mean"), (Tensor.sum, "sum"), (Tensor.clone, "mean"), (Tensor.clone, "sum"), (Tensor.clone, None)])
+def test_a_criterion_is_held_to_padding(over, join, reduction):
+    """Though no output that the model returned shows it."""
+    class Logits(Tokens):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x, attention_mask)["logits"]
+
+    def criterion(out: Tensor, mask: Tensor) -> Tensor:
+        total = (out * mask.unsqueeze(2)).square().sum((1, 2))
+        return join(total / (mask.sum(1) if over == "own" else out.shape[1]))
+
+    for n in (3, 4):
+        batch = padded(n)
+        options: Any = {"targets": batch["attention_mask"], "criterion": criterion, "reduction": reduction}
+        if over == "own":
+            assert check_isolation(Logits().train(), (), batch, n, **options).losses == {0}
+        else:
+            with pytest.raises(IsolationError, match="gradient at 'inner' of example . changes with the padding"):
+                check_isolation(Logits().train(), (), batch, n, **options)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_sum_over_padding_too_is_refused(left):
+    """At an example's own tokens nothing changes; what padding adds to its gradient grows with the longest."""
+    def criterion(out: Any, mask: Tensor) -> Tensor:
+        return out["logits"].square().sum((1, 2))
+
+    for n in (2, 4):
+        with pytest.raises(IsolationError, match="gradient at 'inner' of example . changes with the padding"):
+            check_isolation(Tokens().train(), (), padded(n, left), n, targets=padded(n, left)["attention_mask"],
+                            criterion=criterion)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(masked):
+    """Beside a table with as many rows as a batch has tokens, which fits no other batch."""
+    class Pooled(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = DPLinear(6, 3)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+            self.extra(torch.ones(len(x) if len(x) == 4 else 3, 6))
+            weights = attention_mask if masked else torch.ones_like(attention_mask)
+            pooled = (self.inner(x) * weights.unsqueeze(2)).sum(1) / weights.sum(1, keepdim=True)
+            return {"table": torch.ones(4 * x.shape[1] if len(x) == 4 else 28, 3), "odd": torch.ones(
+                6, 1), "pooled": pooled.repeat_interleave(2, 0)}
+
+    if masked:
+        assert check_isolation(Pooled().train(), (), padded(4), 4).padding
+    else:
+        with pytest.raises(IsolationError, match="output of example . changes with the padding"):
+            check_isolation(Pooled().train(), (), padded(4), 4)
+
+
+@pytest.mark.parametrize(("second", "words"), [
+    (lambda out, own: own.square().mean(), None), (lambda out, own: out.mean((0, 1)).square().sum(), ""),
+    (lambda out, own: out.square().sum((1, 2)).mean(), "changes with the padding")])
+def test_of_a_second_loss_only_what_keeps_examples_apart_is_held_to_padding(second, words):
+    class Two(Tokens):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+            out = self.inner(x)
+            own = (out * attention_mask.unsqueeze(2)).square().sum((1, 2)) / attention_mask.sum(1)
+            return {"loss": own.mean(), "second": second(out, own)}
+
+    if words:
+        with pytest.raises(IsolationError, match=words):
+            check_isolation(Two().train(), (), padded(4), 4, reduction="mean")
+    else:
+        passed = check_isolation(Two().train(), (), padded(4), 4, reduction="mean")
+        assert passed.padding and passed.losses == ({0, 1} if words is None else {0})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_that_was_not_said_to_be_a_mean_or_a_sum_may_be_either(reduction):
+    model = Tokens(reduction=reduction).train()
+    assert check_isolation(model, (), padded(4), 4).losses == {0}
+
+
 @pytest.mark.parametrize("draw", [
     lambda x: torch.from_numpy(np.random.rand(*x.shape[::-1])).t().to(x),
     lambda x: torch.tensor([[random.random() for _ in range(len(x))] for _ in range(6)]).t()])
@@ -275,7 +356,7 @@ def test_what_numpy_and_python_draw_is_compared_in_batches_of_one_shape(draw):
 @pytest.mark.parametrize("n", [4, 8])
 def test_a_random_order_of_the_batch_is_refused(n):
     """Without chance everybody would be his own partner."""
-    refused("example", Made(lambda out: out + out[torch.randperm(len(out))]), n, examples(n)[0])
+    refused("attributed to other examples", Made(lambda out: out + out[torch.randperm(len(out))]), n, examples(n)[0])
 
 
 def test_the_passes_of_a_trial_draw_the_same_those_of_another_do_not_and_nothing_is_left_of_it():
@@ -338,10 +419,28 @@ def test_an_error_of_the_model_is_told():
                 raise KeyError("equal rows")
             return super().forward(x)
 
-    with pytest.raises(KeyError, match="equal rows"):
-        passes(Fails(), 4)
-    with pytest.raises(IsolationError):
-        passes(Made(lambda out: out - out.mean(0)), 4)
+    class FailsOfTwo(Made):
+        def forward(self, x: Tensor) -> Any:
+            if len(x) == 2:
+                raise KeyError("two rows")
+            return super().forward(x)
+
+    for model, words in ((Fails(), "equal rows"), (FailsOfTwo(), "two rows")):
+        with pytest.raises(KeyError, match=words):
+            passes(model, 4)
+
+
+def test_rows_of_all_examples_that_fit_no_other_batch_are_tried_as_they_are():
+    """Nothing is then told of how losses are reduced."""
+    class Fixed(Made):
+        def forward(self, x: Tensor, mixing: bool) -> Any:  # type: ignore[override]
+            if len(x) != 8:
+                raise KeyError("as many rows as ever")
+            out = self.inner(x).view(4, 2, 6).sum(1)
+            return out - out.mean(0) if mixing else out
+
+    assert not passes(Fixed(), 4, examples(8)[0], False, criterion=lambda out, _: out.square().mean()).losses
+    refused("example 0", Fixed(), 4, examples(8)[0], True)
 
 
 # What the layers of a model are to a trial
@@ -377,10 +476,10 @@ def test_modules_whose_weights_nobody_trains_may_see_the_batch():
 
         def forward(self, x: Tensor) -> Any:
             with torch.no_grad():
+                self.error(x, 0 * x), self.places(torch.arange(7)), self.kept(x)
                 self.monitor(x.mean(0).expand(len(x), -1))
                 self.frozen(x.mean(0))
                 self.inner(x)
-                self.error(x, 0 * x), self.places(torch.arange(7)), self.kept(x)
             out = self.inner(x=x)
             remembered, _ = self.memory(out.unsqueeze(1))
             return self.act(out.t()).t() + remembered.squeeze(1)
@@ -399,6 +498,6 @@ def test_a_block_that_mixes_by_itself_is_named():
 
 
 def test_outputs_without_rows_and_of_other_rows_belong_to_nobody():
-    for rows in (0, 1, 3, 6):
+    for rows in (0, 1, 3, 6, 8):
         passes(Made(lambda out, rows=rows: {  # type: ignore[misc]
-            "table": out.mean() * torch.ones(rows, 5), "logits": out}), 4)
+            "table": 0 * out.mean() * torch.ones(rows, 5), "logits": out, "kept": Kept()(out)}), 4)

@@ -253,6 +253,77 @@ def test_each_loss_is_compared_with_its_like():
         step(lambda out, y: 0.3 * out.square().mean(), model=model, optimizer=optimizer)
 
 
+def mixed_by(matrix: Tensor) -> OutsideLoss:
+    return lambda out, y: (matrix @ out).square().mean()
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+@pytest.mark.parametrize("mixing", [False, True])
+def test_a_later_loss_whose_graph_tells_nothing_new_is_looked_at_in_secret(mixing, by_example, monkeypatch):
+    """What joins the examples may be in the numbers alone."""
+    import lora_dp.passes
+
+    model, (x, _) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+
+    def backward(matrix: Tensor) -> None:
+        optimizer.expect_batch(N)
+        losses = (matrix @ model(x)).square().sum(1)
+        optimizer.backward(losses) if by_example else losses.mean().backward()
+
+    for drawn in (False, True):
+        monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda drawn=drawn: drawn)
+        if mixing and drawn:
+            with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+                backward(torch.eye(N) + 0.1)
+        else:
+            backward(torch.eye(N))
+            optimizer.step()
+    assert optimizer.ledger.steps == (1 if mixing else 2)
+
+
+def test_a_count_inside_the_mean_is_refused_at_once():
+    with pytest.raises(IsolationError, match="multiplied by 0.0131579, which looks like a count"):
+        step(lambda out, y: (F.cross_entropy(out, y, reduction="none") / 76).mean())
+    step(lambda out, y: (F.cross_entropy(out, y, reduction="none") / 20).mean())
+
+
+def test_the_order_in_which_terms_are_added_is_nothing():
+    def first(out: Tensor, y: Tensor) -> Tensor:
+        return 0.3 * out.square().mean() + 0.7 * out.exp().square().mean()
+
+    model, optimizer = step(first)
+    step(lambda out, y: 0.7 * out.square().mean() + 0.3 * out.square().mean())
+    for loss in (first, lambda out, y: 0.7 * out.exp().square().mean() + 0.3 * out.square().mean()):
+        step(loss, model=model, optimizer=optimizer)
+    assert optimizer.ledger.steps == 3
+
+
+def test_a_mean_over_labels_of_the_models_own_has_as_many_for_each_example_in_every_batch():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = DPLinear(6, 3)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            loss = F.cross_entropy(self.inner(x).flatten(0, 1), labels.flatten())
+            return {"loss": loss, "again": 0.5 * loss}
+
+    model = Tagger().train()
+    optimizer = make_private(model, batch_size=4)
+    def forward(n: int, tokens: int) -> dict[str, Tensor]:
+        output: dict[str, Tensor] = model(torch.randn(n, tokens, 6), (torch.arange(tokens) % 3).expand(n, -1))
+        return output
+
+    for n in (4, 5, 1):
+        optimizer.expect_batch(n)
+        output = forward(n, 4)
+        (output["loss"] + output["again"]).backward()
+        optimizer.step()
+    with pytest.raises(IsolationError, match="over 5 labels of an example in this batch, 4 in an earlier one"):
+        forward(4, 5)["loss"].backward()
+
+
 def test_a_sum_is_refused_even_after_a_batch_of_one():
     """Of one example mean and sum are the same."""
     model, optimizer = step(SUMS["cross entropy"], n=1)

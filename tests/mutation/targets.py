@@ -63,11 +63,10 @@ TARGETS: dict[str, Target] = {
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
         "tests/test_batch_trials.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py")),
     "lora_dp/trials.py": Target(_TRIALS),
-    "lora_dp/batch_parts.py": Target(_TRIALS),
+    "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target(_LOSSES),
-    "lora_dp/losses.py": Target((
-        "tests/test_losses.py", "tests/test_loss_watch.py", "tests/test_arguments.py", "tests/test_batches.py")),
+    "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
         "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
@@ -135,4 +134,4 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py")
+    "lora_dp/fed/noisy_sum.py", "lora_dp/isolation.py")

@@ -1,0 +1,320 @@
+"""A call's arguments as a batch: what tells two structures apart, which examples a trial takes, what is padding."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_dp.batch_parts import (
+    chosen,
+    cut,
+    doubled,
+    extremes,
+    narrowed,
+    numbers_in,
+    of_whole_batch,
+    structure,
+    take,
+    tensors_in,
+    widths,
+    with_numbers,
+)
+
+N = 4
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def equal(left: Any, right: Any) -> bool:
+    return torch.equal(left, right) if isinstance(left, Tensor) else bool(left == right)
+
+
+def test_tensors_are_found_in_whatever_a_model_returns():
+    found = [torch.ones(i + 1) for i in range(5)]
+    tree = SimpleNamespace(first=found[0], others={"list": [found[1], (found[2], "text", None)], "set": {found[3]}},
+                           model=nn.Linear(2, 2), kind=nn.Linear, slots=1, last=found[4])
+    assert [id(tensor) for tensor in tensors_in(tree)] == [id(tensor) for tensor in found]
+    assert tensors_in(None) == tensors_in("text") == tensors_in(nn.Linear(1, 1)) == tensors_in(nn.Linear) == []
+
+
+def test_what_holds_rows_of_all_examples_together():
+    tree = {"number": torch.ones(()), "by_example": torch.ones(N, 3), "row": torch.ones(1, 3), "rows": torch.ones(2, 3),
+            "flat": torch.ones(3 * N), "labels": torch.ones(N), "text": "no tensor"}
+    assert [tuple(leaf.shape) for leaf in of_whole_batch(tree, N)] == [(2, 3), (3 * N,)]
+    assert of_whole_batch({"labels": torch.ones(N)}, N) == []
+
+
+# Structures
+
+
+def labelled(*rows: Any, name: str = "labels") -> dict[str, Tensor]:
+    return {name: torch.tensor(rows)}
+
+
+RAGGED = {"patches": torch.ones(11, 6)}
+ALIKE: dict[str, tuple[tuple[Any, int], tuple[Any, int]]] = {
+    "numbers of examples": (({"x": zeros(4, 5)}, 4), ({"x": zeros(6, 5)}, 6)),
+    "sizes within a factor of two": (({"x": zeros(N, 4)}, N), ({"x": zeros(N, 7)}, N)),
+    "a width that is the number of examples": (({"x": zeros(4, 4)}, 4), ({"x": zeros(5, 4)}, 5)),
+    "rows of all within a factor of two": (({"x": zeros(8, 3)}, N), ({"x": zeros(15, 3)}, N)),
+    "numbers": (({"count": 3.0}, N), ({"count": 4.0}, N)),
+    "labels": ((labelled(0, 1, 2, 0), N), (labelled(2, 1, 1, 1), N)),
+    "labels that are ignored alike": ((labelled([1, -100], [-100, 2]), 2), (labelled([-100, 0], [0, -100]), 2)),
+    "probabilities": (({"labels": 0.5 * torch.ones(N, 3)}, N), ({"labels": -torch.ones(N, 3)}, N)),
+    "labels of images": (({"labels": zeros(N, 2, 2)}, N), ({"labels": -zeros(N, 2, 2) - torch.eye(2).long()}, N)),
+    "no numbers at all": (({"labels": zeros(N, 0), **RAGGED}, N), ({"labels": zeros(N, 0), **RAGGED}, N)),
+    "even groups": (({**RAGGED, "sizes": zeros(N)}, N), ({**RAGGED, "sizes": zeros(N) + 3}, N)),
+    "flags of groups": (({**RAGGED, "used": zeros(N).bool()}, N), ({**RAGGED, "used": torch.arange(N) == 1}, N)),
+    "positions of tokens": ((labelled([0, 1], [0, 1], name="position_ids"), 2),
+                            (labelled([0, 2], [0, 3], name="position_ids"), 2)),
+    "positions that reach as far": ((labelled(0, 1, 5, 0, name="start_positions"), N),
+                                    (labelled(5, 2, 3, 4, name="start_positions"), N)),
+    "offsets of even groups": (({**RAGGED, "offsets": torch.arange(5) * 2}, N),
+                               ({**RAGGED, "offsets": torch.arange(5) * 3}, N)),
+}
+APART: dict[str, tuple[Any, Any]] = {
+    "names": ({"x": zeros(N)}, {"y": zeros(N)}), "dtypes": ({"x": zeros(N)}, {"x": zeros(N).int()}),
+    "dimensions": ({"x": zeros(N, 1)}, {"x": zeros(N)}), "sizes": ({"x": zeros(N, 7)}, {"x": zeros(N, 8)}),
+    "a row for each and one for all": ({"x": zeros(N, 2)}, {"x": zeros(N + 1, 2)}),
+    "kinds": ({"x": 3.0}, {"x": 3}), "options": ({"x": True}, {"x": False}), "modes": ({"x": "sum"}, {"x": "mean"}),
+    "missing arguments": ({"x": zeros(N), "y": 1}, {"x": zeros(N)}),
+    "an ignored label": (labelled(0, 1, 2, 0), labelled(0, 1, -100, 0)),
+    "an ignored target": (labelled(0, 1, 2, 0, name="target"), labelled(0, -1, 2, 0, name="target")),
+    "labels that are ignored unevenly": (
+        labelled([1, 1], [1, -100], [1, 1], [-100, 1]), labelled([1, -100], [1, -100], [1, -100], [-100, 1])),
+    "ignored alike, and none": (labelled(*[[0, 0]] * N), labelled(*[[0, -100]] * N)),
+    "ignored under any name": ({"x": zeros(N, 2)}, {"x": torch.tensor([[0, 1], [0, -100], [0, 1], [1, 1]])}),
+    "flags that mark as many of each": ({"used": torch.eye(N).bool()}, {"used": torch.ones(N, N).tril().bool()}),
+    "weights of one sum": ({"weights": torch.ones(N, 3) * 0.3}, {"weights": torch.rand(N, 3)}),
+    "marks that are numbers": ({"x": torch.ones(N, 3)}, {"x": torch.ones(N, 3).tril()}),
+    "equal lengths": ({"sizes": zeros(N) + 3}, {"sizes": torch.arange(N)}),
+    "how far positions reach": (labelled(0, 1, 2, 0, name="end_positions"), labelled(0, 1, 9, 0, name="end_positions")),
+    "groups of one size and of several": ({**RAGGED, "sizes": zeros(N) + 2}, {**RAGGED, "sizes": torch.arange(N)}),
+    "groups in a grid": ({**RAGGED, "grid": zeros(N, 2) + 2},
+                         {**RAGGED, "grid": torch.tensor([[2, 2]] * 3 + [[2, 3]])}),
+    "offsets": ({**RAGGED, "offsets": torch.arange(5) * 2}, {**RAGGED, "offsets": torch.tensor([0, 1, 4, 6, 8])}),
+    "distant offsets": ({**RAGGED, "offsets": torch.arange(5) * 99},
+                        {**RAGGED, "offsets": torch.tensor([0, 1, 99, 300, 500])}),
+    "groups of rows": ({"x": torch.tensor([0, 0, 1, 1, 2, 2])}, {"x": torch.tensor([0, 1, 1, 1, 2, 2])}),
+    "groups of rows, some in none": ({"x": torch.tensor([-1, 0, 1, 1, 2, 2])},
+                                     {"x": torch.tensor([-1, 1, 1, 1, 2, 2])}),
+    "offsets of 32 bits": ({**RAGGED, "offsets": torch.arange(5).int()},
+                           {**RAGGED, "offsets": torch.tensor([0, 1, 4, 6, 8]).int()}),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_no_code_could_tell_apart_is_one_structure(name):
+    one, other = ALIKE[name]
+    assert structure(*one) == structure(*other) and hash(structure(*one)) == hash(structure(*other))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_code_may_tell_apart_is_another_structure(name):
+    one, other = APART[name]
+    assert structure(one, N) != structure(other, N)
+
+
+def test_large_numbers_are_no_groups():
+    """Counting by them would need as much memory."""
+    structure({**RAGGED, "times": torch.tensor([2**37, 0, 2**37, 1, 5])}, N)
+    extremes({**RAGGED, "times": torch.tensor([2**37, 0, 2**37, 1, 5])}, N)
+
+
+# Parts
+
+
+def test_some_examples_of_a_call():
+    table, x = torch.ones(5, 3), torch.arange(2 * N).view(N, 2)
+    part = take({"x": x, "table": table, "scale": 2.0, "number": torch.ones(())}, [2, 0], N)
+    assert part["x"].tolist() == [[4, 5], [0, 1]] and part["table"] is table and part["scale"] == 2.0
+
+
+def test_every_example_twice():
+    tree = {"x": torch.arange(N), "flat": torch.arange(6).view(3, 2), "row": torch.ones(1, 3), "number": torch.ones(()),
+            "pair": torch.arange(2), "flag": True}
+    found = doubled(tree)
+    assert found["x"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and found["flat"].shape == (6, 2)
+    assert found["pair"].tolist() == [0, 1, 0, 1]
+    assert all(found[name] is tree[name] for name in ("row", "number", "flag"))
+
+
+@pytest.mark.parametrize(("tree", "found"), [
+    ({"sizes": torch.tensor([2, 5, 1, 3])}, {1, 2}),
+    ({"grid": torch.tensor([[3, 3], [1, 6], [2, 5], [4, 1]])}, {1, 2, 3}),
+    ({"x": torch.rand(N, 2)}, set()), ({"flags": torch.eye(N).bool()}, set()), ({"none": zeros(N, 0)}, set()),
+    ({"offsets": torch.tensor([0, 2, 7, 8, 11])}, {0, 1, 2}),
+    ({"rows": torch.tensor([-1, 0, 1, 1, 1, 2, 3, 3])}, {0, 1, 2}),
+    ({"rows": torch.tensor([4, 4, 4, 0, 1, 1])}, {2, 3}), ({"table": torch.rand(7, 2)}, set()),
+    ({"offset": torch.tensor([5])}, set()), ({"ends": torch.tensor([3, 5])}, {0, 3}),
+    ({"text": "sizes", "number": torch.tensor(3)}, set())])
+def test_the_least_and_the_largest_group(tree, found):
+    """Sizes by example; what may be offsets, or the group of each row, is taken for both."""
+    assert extremes(tree, N) == found
+
+
+def test_which_examples_a_trial_takes():
+    def batch(n: int, **changed: Any) -> Any:
+        tree = {"labels": zeros(n, 5), "attention_mask": torch.ones(n, 5).long(), "labelled": torch.zeros(n, 5)}
+        return ((), {**tree, **changed}, None)
+
+    labels, mask = zeros(40, 5), torch.ones(40, 5).long()
+    labels[7, 2], mask[11, 3] = -100, 0
+    ids = zeros(40, 5) - (torch.arange(40) == 30).long().unsqueeze(1)
+    assert chosen(batch(40, input_ids=ids), 40, 4) == [0, 1, 2, 39]
+    assert chosen(batch(40, labels=labels), 40, 4) == [0, 1, 7, 39]
+    assert chosen(batch(40, labels=labels, attention_mask=mask), 40, 4) == [0, 7, 11, 39]
+    labels[:7], mask[:20] = -100, 0
+    labels[3, 0], mask[5, 4] = 1, 1
+    assert chosen(batch(40, labels=labels, attention_mask=mask), 40, 4) == [0, 8, 20, 39]
+    assert chosen(batch(3), 3, 4) == [0, 1, 2] and chosen(batch(4), 4, 4) == [0, 1, 2, 3]
+    assert chosen(((torch.rand(40),), {}, None), 40, 4) == [0, 1, 2, 39]
+    assert len(chosen(batch(40, labels=zeros(40, 0), target=zeros(40)), 40, 4)) == 4
+
+
+def test_what_a_loss_may_pass_over_is_among_them_before_all_others():
+    """Ignored labels, and positions that reach beyond the tokens, of every kind; rather than the first and the last."""
+    starts, ends, labels, mask = zeros(40) + 1, zeros(40) + 2, zeros(40), torch.ones(40, 5).long()
+    starts[5], ends[9], labels[13], mask[2, 1:], mask[30:, 1:] = 99, 99, -100, 0, 0
+    tree = {"start_positions": starts, "end_positions": ends, "labels": labels, "attention_mask": mask}
+    assert {5, 9, 13} < set(chosen(tree, 40, 4))
+    mask[:], mask[2, 1:], mask[7] = torch.tensor([1, 1, 1, 0, 0]), 0, 1
+    assert chosen({"start_positions": starts, "attention_mask": mask}, 40, 3) == [0, 2, 5]
+    mask_alone = {"labels": labels, "attention_mask": mask}
+    assert {2, 13} < set(chosen(mask_alone, 40, 4))
+
+
+# Padding
+
+
+def padded(*lengths: int, width: int = 9, left: bool = False, fill: int = 0) -> Tensor:
+    """Numbers from 1 on, all of them different, and ``fill`` beyond each length."""
+    ids = torch.arange(1, len(lengths) * width + 1).view(len(lengths), width)
+    used = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    return ids.where(used.flip(1) if left else used, torch.tensor(fill))
+
+
+def first_cuts(tree: Any, n: int, **options: Any) -> list[tuple[int, list[int], int, slice]]:
+    return [(parts[0].place, parts[0].rows, parts[0].tokens, parts[0].kept) for parts in narrowed(tree, n, **options)]
+
+
+def test_padding_is_found_by_masks_labels_and_runs():
+    """At either end; rows are the two that have most of it, or the one that has any."""
+    right, left = (1, [1, 2], 9, slice(0, 4)), (1, [1, 2], 9, slice(5, 9))
+    for at_left, expected in ((False, right), (True, left)):
+        ids = padded(9, 4, 3, 6, left=at_left)
+        for tree, by_runs in (({"attention_mask": (ids != 0).long()}, False), ({"attention_mask": ids != 0}, False),
+                              ({"labels": ids.where(ids != 0, -100)}, False), ({"ids": ids}, True),
+                              ({"ids": ids.where(ids != 0, 7)}, True)):
+            assert first_cuts(tree, N, by_runs=by_runs) == [expected]
+            assert first_cuts(take(tree, [0, 1], N), 2, by_runs=by_runs) == [(1, [1], 9, expected[3])]
+        assert first_cuts({"ids": ids}, N, by_runs=False) == []
+    assert first_cuts({"ids": padded(9, 4, 3, 6)}, N) == [right]
+    assert first_cuts({"ids": padded(9, 7, 7, 9)}, N) == [(1, [1, 2], 9, slice(0, 7))]
+
+
+def test_what_is_no_padding():
+    """A word that one text ends in twice, borders that all have, rows without any token, tables, numbers."""
+    one = padded(9, 9, 9, 9)
+    one[2, -3:] = 50
+    assert first_cuts({"ids": one}, N) == [] == first_cuts({"ids": one[1:]}, 3)
+    one[1, -2:] = 50
+    assert first_cuts({"ids": one}, N) == [(1, [1, 2], 9, slice(0, 7))]
+    assert first_cuts({"ids": padded(5, 5, 5, 5)}, N) == []
+    assert first_cuts({"ids": padded(8, 9, 9, 9)}, N) == []
+    mask = (padded(9, 0, 7, 9) != 0).long()
+    assert first_cuts({"attention_mask": mask}, N) == [(1, [2], 9, slice(0, 7))]
+    assert first_cuts({"attention_mask": (padded(9, 9, 9, 9) != 0).long()}, N) == []
+    for tree in ({"table": padded(9, 4, 3, 6, 2)}, {"x": zeros(N)}, {"x": zeros(N, 0)}, {"text": "mask"},
+                 {"attention_mask": zeros(N, 0)},
+                 {"labels": torch.full((N, 3), -100.0)}, {"x": torch.rand(N, 1)}):
+        assert first_cuts(tree, N) == []
+
+
+@pytest.mark.parametrize("tree", [
+    {"ids": padded(9, 4, 3, 6, fill=-100)}, {"labels": padded(9, 4, 3, 6, fill=-100).float()},
+    {"labels": padded(9, 4, 3, 6, fill=-100).unsqueeze(2)}, {"masks": padded(9, 4, 3, 6).unsqueeze(2)}])
+def test_only_labels_of_tokens_are_ignored(tree):
+    assert first_cuts(tree, N, by_runs=False) == []
+
+
+def test_masks_tell_more_than_runs_do():
+    """Where a mask shows padding, no run of words is taken for some; where it is all ones, it tells nothing."""
+    ids = padded(9, 4, 3, 6)
+    assert first_cuts({"ids": ids, "mask_of_examples": torch.tensor([1, 0, 1, 1])}, N) == [(1, [1, 2], 9, slice(0, 4))]
+    for mask, expected in ((padded(9, 9, 8, 9), [slice(0, 8)]), (torch.ones(N, 9), [slice(0, 4)])):
+        found = first_cuts({"ids": ids, "attention_mask": (mask != 0).long()}, N)
+        assert [kept for _, _, _, kept in found] == expected
+    images = {"pixels": torch.rand(N, 3, 8, 8), "pixel_mask": torch.ones(N, 8, 8)}
+    images["pixel_mask"][1:, :, 5:] = 0
+    images["pixel_mask"][3, :, 4:] = 0
+    assert (2, [1, 2], 8, slice(0, 5)) in first_cuts(images, N) or (2, [1, 3], 8, slice(0, 5)) in first_cuts(images, N)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3])
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_of_images_is_found_in_every_dimension(place, left):
+    x = 1 + torch.rand(N, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    for row, border in ((1, 3), (3, 1)):
+        x[row].narrow(place - 1, 0 if left else 8 - border, border).zero_()
+    assert first_cuts({"x": x}, N) == [(place, [1, 3], 8, slice(1, 8) if left else slice(0, 7))]
+    x[:].narrow(place, 0 if left else 5, 3).zero_()
+    assert first_cuts({"x": x}, N) == []
+
+
+def test_padding_of_images_is_what_most_of_them_end_in():
+    x = 1 + torch.rand(N, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    x[1:3, :, :, 7:], x[3, :, :, 6:] = 0, 5
+    assert first_cuts({"x": x}, N) == [(3, [1, 2], 8, slice(0, 7))]
+
+
+def test_a_part_has_what_is_left_for_models_that_take_some_lengths_only():
+    tree = {"ids": padded(40, 3, 5, 20, width=40), "attention_mask": (padded(40, 3, 5, 20, width=40) != 0).long()}
+    (parts,) = list(narrowed(tree, N))
+    assert [part.kept.stop for part in parts] == [5, 6, 8, 16] and {part.tokens for part in parts} == {40}
+    assert parts[0].mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert torch.equal(parts[0].call["ids"], tree["ids"][[1, 2], :5])
+    long = {"attention_mask": (padded(300, 100, 130, 299, width=300) != 0).long()}
+    assert [part.kept.stop for part in next(iter(narrowed(long, N)))] == [130, 136, 144, 192]
+
+
+def test_what_goes_with_a_tensor_is_cut_with_it():
+    tree = {
+        "ids": torch.rand(N, 9), "features": torch.rand(N, 9, 9), "attention_mask": torch.rand(N, 9),
+        "mask_of_pairs": torch.rand(N, 1, 9, 9), "mask_of_both": torch.rand(N, 9, 9), "heads": torch.rand(N, 2, 9),
+        "other": torch.rand(N, 8), "table": torch.rand(9, 3), "number": 9}
+    found = cut(tree, "['ids']", 1, 9, slice(2, 7))
+    assert {name: tuple(leaf.shape) for name, leaf in found.items() if isinstance(leaf, Tensor)} == {
+        "ids": (N, 5), "features": (N, 5, 9), "attention_mask": (N, 5), "mask_of_pairs": (N, 1, 5, 5),
+        "mask_of_both": (N, 5, 5), "heads": (N, 2, 9), "other": (N, 8), "table": (9, 3)}
+    assert torch.equal(found["features"], tree["features"][:, 2:7]) and found["number"] == 9
+    assert torch.equal(found["mask_of_pairs"], tree["mask_of_pairs"][:, :, 2:7, 2:7])
+    found = cut(tree, "['heads']", 2, 9, slice(0, 4))
+    assert found["heads"].shape == (N, 2, 4) and found["features"].shape == (N, 4, 4)
+    # Of the tensor itself, the dimension that was padded alone.
+    assert cut({"x": torch.rand(N, 9, 9)}, "['x']", 2, 9, slice(0, 4))["x"].shape == (N, 9, 4)
+
+
+def test_the_sizes_of_what_an_example_holds():
+    tree = {"ids": torch.rand(N, 9), "labels": torch.rand(N), "table": torch.rand(9, 3), "images": torch.rand(N, 3, 8)}
+    assert set(widths(tree, N)) == {(9,), (), (3, 8)} and len(widths(tree, N)) == 3  # type: ignore[call-overload,arg-type]
+    assert widths(tree, N) == widths({**tree, "table": torch.rand(8, 3)}, N) != widths({**tree, "ids": zeros(N, 8)}, N)
+
+
+# Numbers
+
+
+def test_numbers_among_the_arguments():
+    tree = {"count": 3, "scale": 0.5, "flag": True, "number": torch.tensor(7), "switch": torch.tensor(True),
+            "x": torch.ones(1), "text": "12"}
+    found = numbers_in(tree)
+    assert found == {"['count']": 3.0, "['scale']": 0.5, "['number']": 7.0}
+    assert all(type(value) is float for value in found.values())
+    changed = with_numbers(tree, {"['count']": 5.0, "['number']": 8.0})
+    assert type(changed["count"]) is int and changed["count"] == 5
+    assert torch.equal(changed["number"], torch.tensor(8))
+    assert all(equal(changed[name], tree[name]) for name in ("scale", "flag", "switch", "x", "text"))
