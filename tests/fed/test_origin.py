@@ -92,6 +92,7 @@ def test_no_option_changes_but_the_servers_own(tmp_path, name):
 def test_the_same_options_in_other_words_are_the_same(tmp_path):
     begun(tmp_path, epsilon="none", lr=1, clients=5, method_options={})
     AheadLog(tmp_path / LOG).begin(account(epsilon=float("inf"), lr=1.0), reproducible=False)
+    assert plain_options(RunConfig.from_flat({"lr": float("inf")}))["lr"] == "inf"
     written = RunConfig.from_flat({"lr": 0.1 + 0.2, "method": "flora", "ranks": {4: 0.75, 8: 0.25}})
     again = RunConfig.from_flat(yaml.safe_load(written.to_yaml()))
     assert plain_options(again) == plain_options(written)
@@ -116,6 +117,7 @@ PARTS = [np.array([0, 2, 4]), np.array([5, 1])]
 Changed = tuple[Examples, list[Any], Examples]
 CHANGES: dict[str, Callable[[Examples, Examples], Changed]] = {
     "one moved": lambda train, held: (train, [PARTS[0][:2], np.array([5, 1, 4])], held),
+    "one across": lambda train, held: (train, [PARTS[0][:2], np.concatenate([PARTS[0][2:], PARTS[1]])], held),
     "clients swapped": lambda train, held: (train, PARTS[::-1], held),
     "one less": lambda train, held: (train, [PARTS[0], PARTS[1][:1]], held),
     "known by number": lambda train, held: (train, [range(3), PARTS[1]], held),
