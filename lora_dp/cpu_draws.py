@@ -21,10 +21,15 @@ from lora_dp.ops.native import native
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _PARAMETERS = 2**24
-# Torch's own kernels draw these, by which a model may mask as well. Not "random_" alone, which serves `_bits`.
+# Torch's own kernels draw these, by which a model may mask as well: with those replaced, all that draw on a CPU.
 _CHECKED = (
-    "random_.from", "random_.to", "normal_", "log_normal_", "geometric_", "cauchy_", "poisson", "multinomial",
-    "randperm.generator_out", "rrelu_with_noise", "rrelu_with_noise_")
+    "random_", "random_.from", "random_.to", "normal_", "normal.Tensor_float", "normal.Tensor_float_out",
+    "normal.float_Tensor", "normal.float_Tensor_out", "normal.Tensor_Tensor", "normal.Tensor_Tensor_out", "log_normal_",
+    "geometric_", "cauchy_", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "multinomial",
+    "multinomial.out", "randperm.generator_out", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_")
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# Torch's own, for `_bits`: no check, and no way through the dispatcher, for two numbers.
+_RANDOM = torch.library.get_kernel("aten::random_", "CPU")
 _lock = threading.RLock()
 
 
@@ -47,6 +52,7 @@ def install(secret_key: Callable[[], int | None], check: Callable[[torch.Generat
             ("exponential_", _exponential),
         ):
             _LIBRARY.impl(name, _replacing(name, draw), "CPU", with_keyset=True)
+        _LIBRARY.impl("bernoulli.out", _bernoulli_out, "CPU")
         for name in _CHECKED:
             _LIBRARY.impl(name, _checking(name), "CPU", with_keyset=True)
 
@@ -99,7 +105,9 @@ def _checking(name: str) -> Callable[..., Any]:
 
 def _bits(key: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Uniform bits, all those of ``dtype`` (int32 or int64), of a stream that the default generator chooses."""
-    draw, parameter = torch.empty(2, dtype=torch.int64, device="cpu").random_().tolist()
+    numbers = torch.empty(2, dtype=torch.int64, device="cpu")
+    _RANDOM.call_boxed(_CPU, numbers)
+    draw, parameter = numbers.tolist()
     bits = torch.empty(shape, dtype=dtype, device="cpu")
     native.mask_bits(key, parameter % _PARAMETERS, draw, bits.data_ptr(), bits.element_size() * bits.numel())
     return bits
@@ -123,6 +131,10 @@ def _bernoulli_of(key: int, out: Tensor, p: Tensor) -> bool:
     thresholds = p.double().mul(2.0**32).round_().sub_(2.0**31)
     out.copy_(_bits(key, out.shape, torch.int32) < thresholds)
     return True
+
+
+def _bernoulli_out(p: Tensor, *, generator: torch.Generator | None = None, out: Tensor) -> Tensor:
+    return out.resize_(p.shape).bernoulli_(p, generator=generator)
 
 
 def _uniform(key: int, out: Tensor, low: float = 0.0, high: float = 1.0) -> bool:

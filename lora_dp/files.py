@@ -23,13 +23,18 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def append_durably(path: Path, lines: bytes) -> None:
+def append_durably(path: Path, lines: bytes, mode: int = 0o666) -> None:
     """Append lines, each of which ends with its line break; on the disk when this returns.
 
     A part of a line that a crash left at the end is cut off first.
+
+    Args:
+        path: of the file.
+        lines: with their line breaks.
+        mode: who may use the file if it is made here, less the process's umask.
     """
     new = not path.exists()
-    with path.open("ab+") as file:
+    with open(path, "ab+", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         end = file.seek(0, os.SEEK_END)
         whole = end
         while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":

@@ -1,60 +1,133 @@
 """A model without chance: for trials that compare batches of different shapes, in which equal masks are impossible."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Whatever draws fills in one value instead: dropout keeps everything, noise is at its mean, an order is kept.
-_MEANS: dict[str, Callable[..., float]] = {
-    "aten::bernoulli_": lambda tensor, p=0.5, **_: 1.0,
-    "aten::uniform_": lambda tensor, low=0.0, high=1.0, **_: (low + high) / 2,
-    "aten::normal_": lambda tensor, mean=0.0, std=1.0, **_: mean,
-    "aten::exponential_": lambda tensor, rate=1.0, **_: 1 / rate,
-    "aten::random_": lambda tensor, *_, **__: 0.0,
-    "aten::cauchy_": lambda tensor, median=0.0, *_, **__: median,
-    "aten::log_normal_": lambda tensor, mean=1.0, *_, **__: mean,
-    "aten::geometric_": lambda tensor, p=0.5, **_: 1.0,
+Given = Mapping[str, Any]
+
+
+def _most_likely(given: Given) -> Tensor:
+    """Of each row the categories in order of their weights; with replacement, the first of them again and again."""
+    weights, number = given["self"], given["num_samples"]
+    order: Tensor = weights.sort(dim=-1, descending=True, stable=True).indices
+    if given["replacement"]:
+        return order[..., :1].expand(*order.shape[:-1], number)
+    return order[..., :number]
+
+
+# What stands for a draw, of each row by itself: dropout keeps everything, noise is at its mean or median, an order is
+# kept. Also for draws in place.
+_VALUES: dict[str, Callable[[Given], Tensor | float]] = {
+    "aten::bernoulli": lambda given: 1.0,
+    "aten::uniform": lambda given: (given["from"] + given["to"]) / 2,
+    "aten::normal": lambda given: given["mean"],
+    "aten::exponential": lambda given: 1 / given["lambd"],
+    "aten::random": lambda given: given.get("from", 0),
+    "aten::cauchy": lambda given: given["median"],
+    "aten::log_normal": lambda given: math.exp(given["mean"]),
+    "aten::geometric": lambda given: 1.0,
+    "aten::poisson": lambda given: given["self"].round(),
+    "aten::binomial": lambda given: (given["count"] * given["prob"]).round(),
+    "aten::_standard_gamma": lambda given: given["self"],
+    "aten::_sample_dirichlet": lambda given: given["self"] / given["self"].sum(-1, keepdim=True),
+    "aten::multinomial": _most_likely,
+    "aten::rand": lambda given: 0.5,
+    "aten::rand_like": lambda given: 0.5,
+    "aten::randn": lambda given: 0.0,
+    "aten::randn_like": lambda given: 0.0,
+    "aten::randint": lambda given: given.get("low", 0),
+    "aten::randint_like": lambda given: given.get("low", 0),
+    "aten::randperm": lambda given: torch.arange(given["n"]),
+    "prims::normal": lambda given: given["mean"],
+    "prims::uniform": lambda given: (given["low"] + given["high"]) / 2,
 }
-_FACTORIES = {"aten::rand": 0.5, "aten::rand_like": 0.5, "aten::randn": 0.0, "aten::randn_like": 0.0}
 _DROPPED = ("dropout_p", "dropout")
+# Marked as drawing, and draw nothing: a number that names a kernel, a softmax.
+_SURE = ("aten::_fused_sdp_choice", "aten::_nested_tensor_softmax_with_shape")
 
 
 class Still(TorchDispatchMode):
-    """Inside this context torch draws nothing at random."""
+    """Inside this context torch draws nothing at random.
+
+    Raises:
+        RuntimeError: on an op that draws and is not known here.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
-        if name == "aten::native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name == "aten::bernoulli":
-            return torch.ones_like(args[0])
-        if name in _MEANS:
-            return args[0].fill_(_MEANS[name](*args, **kwargs))
-        if name in _FACTORIES:
-            return _filled(func(*args, **kwargs), _FACTORIES[name])
-        if name == "aten::randperm":
-            return func(*args, **kwargs).sort().values
-        args, kwargs = _without_dropout(func, args, kwargs)
-        return func(*args, **kwargs)
+        if not _draws(func):
+            return func(*args, **kwargs)
+        name, given = func._schema.name, _given(func, args, kwargs)
+        values = _VALUES.get(name.removesuffix("_").removesuffix("_functional"))
+        if values is not None:
+            value = values(given)
+            # Drawn all the same, for what it is like; not from a generator of the model's own, which nobody puts back.
+            drawn = _with(func, args, kwargs, ("generator",), None)
+            return drawn.copy_(value) if isinstance(value, Tensor) else drawn.fill_(value)
+        if name in ("aten::native_dropout", "aten::_fused_dropout"):
+            return _kept(func, given)
+        if name.startswith("aten::rrelu_with_noise"):
+            return _rectified(func, given)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if name in _SURE or any(dropped in given for dropped in _DROPPED):
+            return _with(func, args, kwargs, _DROPPED, 0.0)
+        raise RuntimeError(
+            f"The model draws at random by {name}, which lora_dp does not know how to do without: draw by another "
+            "function, torch.rand for example.")
 
 
-def _filled(tensor: Tensor, value: float) -> Tensor:
-    return tensor.fill_(value)
+def _draws(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags or any(
+        argument.name == "generator" for argument in func._schema.arguments)
 
 
-def _without_dropout(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.name in _DROPPED and str(argument.type) == "float":
-            if place < len(args):
-                args = (*args[:place], 0.0, *args[place + 1:])
-            elif argument.name in kwargs:
-                kwargs = {**kwargs, argument.name: 0.0}
-    return args, kwargs
+def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name, those left out at their defaults."""
+    names = [argument.name for argument in func._schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
+
+
+def _with(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], value: Any) -> Any:
+    """What an op returns with this value for the arguments of these names."""
+    changed, places = list(args), {argument.name: place for place, argument in enumerate(func._schema.arguments)}
+    for name in names:
+        if name in kwargs:
+            kwargs = {**kwargs, name: value}
+        elif places.get(name, len(args)) < len(args):
+            changed[places[name]] = value
+    return func(*changed, **kwargs)
+
+
+def _kept(func: Any, given: Given) -> Any:
+    """Dropout that keeps everything, with its mask."""
+    x = given["input"] if "input" in given else given["self"]
+    mask = torch.ones_like(x, dtype=torch.bool if "input" in given else torch.uint8)
+    outs = [given[name] for name in ("out0", "out1") if name in given]
+    if not outs:
+        return x.clone(), mask
+    return tuple(out.resize_(value.shape).copy_(value) for out, value in zip(outs, (x, mask), strict=True))
+
+
+def _rectified(func: Any, given: Given) -> Any:
+    """A leaky rectifier of the middle slope, which its backward reads from ``noise``."""
+    x, noise, training = given["self"], given["noise"], given["training"]
+    slope = (given["lower"] + given["upper"]) / 2
+    slopes = torch.where(x > 0, 1.0, slope).to(x.dtype)
+    result = x * slopes
+    if func._schema.name == "aten::rrelu_with_noise_functional":
+        return result, slopes if training else noise.clone()
+    if training:
+        noise.resize_(x.shape).copy_(slopes)
+    if func._schema.name == "aten::rrelu_with_noise_":
+        return x.copy_(result)
+    return given["out"].resize_(x.shape).copy_(result) if "out" in given else result

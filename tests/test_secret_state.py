@@ -388,7 +388,11 @@ def _put_back(x: Tensor) -> Tensor:
     lambda x: x * torch.randint(0, 2, x.shape, generator=torch.Generator()),
     lambda x: x[:, torch.randperm(4, generator=torch.Generator())],
     lambda x: x * torch.poisson(x.detach(), torch.Generator()),
-    lambda x: x[:, torch.multinomial(torch.ones(4), 4, generator=torch.Generator())]])
+    lambda x: x[:, torch.multinomial(torch.ones(4), 4, generator=torch.Generator())],
+    lambda x: x * torch.normal(x.detach(), 1.0, generator=torch.Generator()),
+    lambda x: x * torch.binomial(x.detach(), x.detach() / 2, torch.Generator()),
+    lambda x: x * torch.empty_like(x).random_(generator=torch.Generator()),
+    lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator(), out=torch.empty(4, 4))])
 def test_a_model_that_draws_from_a_seed_inside_its_forward_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     """Whatever it puts back afterwards: masks that anyone can work out hide nobody's place in the batch."""
     function(torch.ones(4, 4))  # outside of private training it may

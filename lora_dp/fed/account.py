@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import numpy as np
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.chain import BrokenChain, ChainedLog
+from lora_dp.chain import START, BrokenChain, ChainedLog, link
+from lora_dp.fed.origin import Origin
 from lora_dp.fed.privacy import UNITS, PrivacyPlan, check_size, finite, guarantee
+from lora_dp.files import append_durably
 
 LOG = "ledger.jsonl"
-_FORMAT, _VERSION = "lora-dp log", 2
+# Beside the log: which examples its rounds release of, in a digest that is as private as they are.
+EXAMPLES = "server-only.sha256"
+_FORMAT, _VERSION = "lora-dp log", 3
 _FEW = 8
 
 
@@ -27,15 +32,16 @@ class Account:
     Args:
         plan: the run's privacy.
         sizes: number of examples of each client.
+        origin: what tells the run from another, where it has a configuration.
 
     Raises:
         ValueError: no noise reaches the budget for a client of that size, or no client is of such a size.
     """
 
-    def __init__(self, plan: PrivacyPlan, sizes: Sequence[int]) -> None:
+    def __init__(self, plan: PrivacyPlan, sizes: Sequence[int], origin: Origin | None = None) -> None:
         for client, size in enumerate(sizes):
             check_size(client, size)
-        self.plan, self.sizes = plan, np.asarray(sizes, dtype=np.int64)
+        self.plan, self.sizes, self.origin = plan, np.asarray(sizes, dtype=np.int64), origin
         self._events = {int(size): plan.event(int(size)) for size in np.unique(self.sizes)}
         self._counts = np.zeros(1 if plan.server_adds_noise else len(sizes), dtype=np.int64)
 
@@ -120,6 +126,7 @@ class Account:
             "releases_per_round": plan.releases_per_round, "planned_releases": plan.planned_releases,
             "sizes": None if hidden else self.sizes.tolist(), "clients": len(self.sizes),
             "events": [[e.noise_multiplier, e.sample_rate] for e in self._events.values()][:1 if hidden else None],
+            "options": None if self.origin is None else self.origin.options,
         }
 
     def _epsilon(self, event: PoissonGaussian, count: int) -> float:
@@ -141,6 +148,21 @@ def _alike(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def _different(terms: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Names of the terms that are not alike; of the options, those that differ."""
+    names = [name for name in {**terms, **before} if not _alike(terms.get(name), before.get(name))]
+    options, others = terms.get("options"), before.get("options")
+    if "options" in names and options is not None and others is not None:
+        names.remove("options")
+        names += [name for name in {**options, **others} if options.get(name) != others.get(name)]
+    return list(dict.fromkeys(names))
+
+
+def _bound(origin: Origin, head: dict[str, Any]) -> str:
+    """What stands for the examples of the run whose log begins with this entry."""
+    return link(link(START, head), origin.examples)
+
+
 class AheadLog:
     """The rounds that were begun, each on the disk before anything of it leaves a client.
 
@@ -149,36 +171,53 @@ class AheadLog:
 
     Args:
         path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds; each with the
-            digest that chains it to those before (:mod:`lora_dp.chain`).
+            digest that chains it to those before (:mod:`lora_dp.chain`). Which examples they release of stands in a
+            file beside it, in a digest that follows the terms': it says something of private data, as the log must not.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._examples = path, path.with_name(EXAMPLES)
         self._log = ChainedLog(path)
 
     def begin(self, account: Account, *, reproducible: bool) -> None:
         """Writes the terms of a new log, or checks that those of an existing one are the account's.
 
         Raises:
-            LogError: they are not: what the log counts was released on other terms; or the log is not whole.
+            LogError: they are not: what the log counts was released on other terms, or of other examples; or the log is
+                not whole.
         """
         terms = {**account.terms(), "reproducible": reproducible}
         entries = self._entries()
         if not entries:
-            self._log.append({"format": _FORMAT, "version": _VERSION, "terms": terms})
+            head = {"format": _FORMAT, "version": _VERSION, "terms": terms}
+            if account.origin is not None:  # before the log, which counts on it
+                self._examples.unlink(missing_ok=True)
+                append_durably(self._examples, f"{_bound(account.origin, head)}\n".encode(), 0o600)
+            self._log.append(head)
             return
         try:
             if (entries[0]["format"], entries[0]["version"]) != (_FORMAT, _VERSION):
                 raise LogError(f"The log {self.path} is of format {entries[0]['format']!r}, version "
                                f"{entries[0]['version']!r}: go on with this run by the lora-dp that began it.")
-            before = entries[0]["terms"]
-            different = [name for name in {**terms, **before} if not _alike(terms.get(name), before.get(name))]
+            different = _different(terms, entries[0]["terms"])
         except (KeyError, TypeError, AttributeError) as error:
             raise LogError(self._lost("line 1 is damaged")) from error
+        origin = account.origin if "options" not in different else None
+        if origin is not None and self._held_examples() != _bound(origin, entries[0]):
+            different.append("examples")
         if different:
             raise LogError(
                 f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
                 "has released cannot be counted on these: restore its config.yaml and its data, or begin a new run.")
+
+    def _held_examples(self) -> str:
+        try:
+            held = self._examples.read_text(encoding="ascii")
+        except (OSError, ValueError):
+            held = ""
+        if re.fullmatch(r"[0-9a-f]{64}\n", held) is None:
+            raise LogError(self._lost(f"{EXAMPLES} beside it is missing or damaged"))
+        return held[:-1]
 
     def _entries(self) -> list[dict[str, Any]]:
         try:

@@ -30,8 +30,16 @@ class Examples(Dataset[Batch], ABC):
         """The model's inputs for these rows of the store, as one batch."""
 
     @abstractmethod
+    def _store(self) -> dict[str, Tensor]:
+        """What the inputs are made of, for all rows of the store."""
+
+    @abstractmethod
     def _join(self, examples: Sequence[Batch]) -> Batch:
         """The model's inputs of single examples, as one batch."""
+
+    def content(self) -> dict[str, Tensor]:
+        """All that its batches are made of, by name: the store, and which rows of it are these examples."""
+        return {"rows": self._rows, "labels": self._labels, **self._store()}
 
     @property
     def labels(self) -> Tensor:
@@ -88,6 +96,9 @@ class ImageExamples(Examples):
     def _inputs(self, rows: Tensor) -> Batch:
         return {"pixel_values": self._pixels[rows].float().sub_(self._mean).div_(self._std)}
 
+    def _store(self) -> dict[str, Tensor]:
+        return {"pixels": self._pixels, "mean": self._mean, "std": self._std}
+
     def _join(self, examples: Sequence[Batch]) -> Batch:
         return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
 
@@ -117,6 +128,10 @@ class TextExamples(Examples):
         if self._segments is not None:
             batch["token_type_ids"] = self._segments[rows, :width].long()
         return batch
+
+    def _store(self) -> dict[str, Tensor]:
+        stored = {"ids": self._ids, "lengths": self._lengths, "padding": torch.tensor(self._pad_id)}
+        return stored if self._segments is None else {**stored, "segments": self._segments}
 
     def _join(self, examples: Sequence[Batch]) -> Batch:
         names = [name for name in examples[0] if name != "labels"]

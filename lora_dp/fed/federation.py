@@ -26,6 +26,7 @@ from lora_dp.fed.job import Job, Parts, open_job
 from lora_dp.fed.methods import Aggregation
 from lora_dp.fed.models import Precision, logits, model_inputs
 from lora_dp.fed.noisy_sum import NoisySum
+from lora_dp.fed.origin import Origin
 from lora_dp.fed.server import Server, draw_clients, nbytes, poisson_clients
 from lora_dp.isolation import check_isolation
 
@@ -79,6 +80,7 @@ class Federation:
         min_clients: fewest updates that a round is combined from.
         fault_norm: of a client's change, above which it is left out.
         weights: of each client where weighting is "examples"; its size if left out.
+        origin: what tells this run from another, for its log.
 
     Attributes:
         log: where rounds are written ahead; None for none.
@@ -90,12 +92,13 @@ class Federation:
         self, trainer: Trainer, engine: Engine, sizes: Sequence[int], validation: Examples, *,
         ranks: Sequence[int] | None = None, clients_per_round: int | None = None, weighting: str = "examples",
         min_clients: int = 1, fault_norm: float = 1000.0, weights: Sequence[float] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.trainer, self.engine, self.validation = trainer, engine, validation
         self.workspace, self.method, self.plan = trainer.workspace, trainer.method, trainer.plan
         self.model = self.workspace.model
         self.device = next(self.model.parameters()).device
-        self.account = Account(self.plan, sizes)
+        self.account = Account(self.plan, sizes, origin)
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
@@ -126,7 +129,7 @@ class Federation:
         return cls(
             job.trainer, engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout), job.sizes,
             job.validation, ranks=job.ranks, clients_per_round=chosen.clients_per_round, weighting=chosen.weighting,
-            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm, weights=weights,
+            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm, weights=weights, origin=job.origin(config),
         )
 
     @property

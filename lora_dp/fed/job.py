@@ -14,6 +14,7 @@ from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Workspace
 from lora_dp.fed.methods import Method, WeightedAverage
 from lora_dp.fed.models import load_model
+from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.partition import partition
 from lora_dp.fed.privacy import PrivacyPlan
 
@@ -46,6 +47,10 @@ class Job:
     def examples(self, client: int) -> Examples:
         """A client's private examples, as a view."""
         return self.train.subset(self.parts[client])
+
+    def origin(self, config: RunConfig) -> Origin:
+        """What tells this run from another, opened from ``config``."""
+        return Origin(plain_options(config), examples_digest(self.train, self.parts, self.validation))
 
 
 class Parts(Sequence[Examples]):

@@ -40,6 +40,10 @@ class PartlyReadable(Examples):
             raise UnreadableExample("an example of this batch could not be encoded")
         return {name: tensor for name, tensor in self._readable.batch(places).items() if name != "labels"}
 
+    def _store(self) -> dict[str, Tensor]:
+        readable = {} if self._readable is None else self._readable.content()
+        return {"places": self._places, **{f"readable {name}": tensor for name, tensor in readable.items()}}
+
     def _join(self, examples: Sequence[Batch]) -> Batch:
         assert self._readable is not None
         return self._readable._join(examples)

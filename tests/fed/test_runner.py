@@ -49,8 +49,8 @@ def test_a_run_leaves_everything_behind(tmp_path, method):
     outcome = run(tiny(folder, method=method))
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock", "adapter", "checkpoints", "config.yaml", "curves.png", "ledger.json", "ledger.jsonl",
-        "ledger.jsonl.heads", *(["merged.safetensors"] if method in MERGING else []), "metrics.jsonl", "summary.json",
-        "updates.jsonl",
+        "ledger.jsonl.heads", *(["merged.safetensors"] if method in MERGING else []), "metrics.jsonl",
+        "server-only.sha256", "summary.json", "updates.jsonl",
     ]
     metrics = lines(folder)
     assert [line["round"] for line in metrics] == [0, 1, 2]

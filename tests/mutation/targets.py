@@ -23,7 +23,8 @@ _TRIALS = (
 _LOSSES = (
     "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
     "tests/test_batch_trials.py")
-_SECRET_DRAWS = ("tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py")
+_SECRET_DRAWS = (
+    "tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py", "tests/test_drawing_ops.py")
 _CHAINED = ("tests/fed/engines/test_chained_ledgers.py", "tests/fed/engines/test_flower_ledger.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
           "tests/fed/test_methods.py", "tests/fed/test_faults.py", "tests/fed/test_secrets.py")
@@ -85,7 +86,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
     "lora_dp/secret_state.py": Target(_SECRET_DRAWS),
-    "lora_dp/cpu_draws.py": Target(("tests/test_cpu_draws.py", "tests/test_secret_state.py")),
+    "lora_dp/cpu_draws.py": Target((
+        "tests/test_cpu_draws.py", "tests/test_secret_state.py", "tests/test_drawing_ops.py")),
     "lora_dp/ops/example_norms.py": Target((
         "tests/test_norms.py", "tests/test_clipping.py", "tests/test_pitfalls_clipping.py", *_PER_EXAMPLE)),
     "lora_dp/ops/example_rows.py": Target(("tests/test_norms.py", "tests/test_stray_values.py", *_PER_EXAMPLE)),
@@ -103,8 +105,9 @@ TARGETS: dict[str, Target] = {
     "kernels/clip_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
     "kernels/noise_update.py": Target((), ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py")),
     "lora_dp/fed/account.py": Target((
-        "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py",
-        "tests/fed/test_units.py")),
+        "tests/fed/test_account.py", "tests/fed/test_origin.py", "tests/fed/test_runner.py",
+        "tests/fed/test_resume.py", "tests/fed/test_units.py")),
+    "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/engines/test_flower_ledger.py")),
     "lora_dp/fed/client.py": Target(("tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/contained.py": Target((

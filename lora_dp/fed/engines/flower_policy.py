@@ -6,7 +6,6 @@ YAML file in the words of a run's config.yaml: an option that stands there must 
 what else it may be. A run's config.yaml is such a file.
 """
 
-import dataclasses
 import hashlib
 import logging
 import math
@@ -23,6 +22,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines.flower_ledger import Refused
 from lora_dp.fed.harmless import described, harmless
 from lora_dp.fed.methods import METHODS
+from lora_dp.fed.origin import SERVERS_OWN, flat, plain_options
 
 _LOG = logging.getLogger(__name__)
 _MOST_POLICY = 2**16
@@ -86,10 +86,8 @@ def _count(most: int) -> Between:
 _BOOLS = OneOf((False, True))
 _RATE = Between(1e-12, 1e6)
 _BOUND = Between(1e-3, 1e3)
-# The server's own business: a node does nothing with them.
-_SERVERS = dict.fromkeys((
-    "engine", "weighting", "min_clients", "client_timeout", "fault_norm", "evaluate_every", "checkpoint_every",
-    "output", "device"), Anything())
+# A node does nothing with them.
+_SERVERS = dict.fromkeys(("engine", *SERVERS_OWN), Anything())
 # What a node with data of its own does not read either: all of its folder is trained on, by its own columns.
 _OF_SHARED_DATA = (
     "dataset", "subset", "input_column", "pair_column", "label_column", "validation_split", "validation_fraction",
@@ -199,18 +197,7 @@ class Policy:
 
         The same values in other words are the same run, as is one with other options of the server's own.
         """
-        options = {name: _plain(value) for name, value in flat(config).items() if name not in self.unread}
-        return hashlib.sha256(canonical(options).encode()).hexdigest()
-
-
-def flat(config: RunConfig) -> dict[str, Any]:
-    """All options of a run by their names on the command line."""
-    options: dict[str, Any] = {}
-    for group in dataclasses.fields(config):
-        chosen = getattr(config, group.name)
-        options |= {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
-    options["model"] = options.pop("name")
-    return options
+        return hashlib.sha256(canonical(plain_options(config, self.unread)).encode()).hexdigest()
 
 
 def read_config(text: str, methods: Rule | None = None) -> RunConfig:
@@ -295,17 +282,6 @@ def _most(rule: Rule) -> float:
     values = rule.values if isinstance(rule, OneOf) else ()
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     return max(numbers, default=math.inf)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it, equal ones alike: 1.0 is 1, and every name a text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and math.isfinite(value):
-        return int(value) if value.is_integer() else value
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _same(one: Any, other: Any) -> bool:

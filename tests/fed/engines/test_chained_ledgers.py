@@ -347,8 +347,8 @@ def test_a_log_without_digests_is_refused_with_the_remedy(tmp_path):
     (tmp_path / LOG).write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in old))
     with pytest.raises(LogError, match="by an earlier lora-dp, without digests: go on with this run by that one"):
         read_log(tmp_path / LOG)
-    forge(tmp_path / LOG, [{"format": "lora-dp log", "version": 3, "terms": lines[0]["terms"]}])
-    with pytest.raises(LogError, match="version 3: go on with this run by the lora-dp that began it"):
+    forge(tmp_path / LOG, [{"format": "lora-dp log", "version": 4, "terms": lines[0]["terms"]}])
+    with pytest.raises(LogError, match="version 4: go on with this run by the lora-dp that began it"):
         read_log(tmp_path / LOG)
 
 

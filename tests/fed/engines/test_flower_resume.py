@@ -1,6 +1,7 @@
 """A deployed run whose server is stopped goes on where its clients' data are, and nowhere else."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,27 @@ def test_it_ends_as_if_it_had_never_stopped(tmp_path):
     assert weights[0].keys() == weights[1].keys() and all(weights[1][k].equal(v) for k, v in weights[0].items())
     ledgers = [json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("whole", "cut")]
     assert ledgers[0] == ledgers[1] and ledgers[1]["clients"][0]["steps"] == 3
+
+
+@pytest.mark.parametrize("name, value", [("seed", "5"), ("split_seed", "5"), ("lr", "0.01")])
+def test_it_goes_on_with_its_own_options_alone(tmp_path, name, value):
+    """Nodes without a folder of their own would take other examples for theirs. None is asked for anything."""
+    cut_short(tmp_path / "cut")
+    path = tmp_path / "cut" / "config.yaml"
+    text = path.read_text()
+    path.write_text(re.sub(rf"(?m)^{name}: .*$", f"{name}: {value}", text))
+    work, asked = client_app(simulated=True), []
+
+    def answer(message: Message, context: Context) -> Message | None:
+        asked.append(message.metadata.message_type)
+        return work(message, context)
+
+    nodes = LoopbackGrid([{"partition-id": client, "num-partitions": 2} for client in range(2)], answer)
+    with pytest.raises(ValueError, match=rf"begun on other terms \({name}.* differ\)"):
+        serve_again(tmp_path / "cut", nodes, QUIET)
+    assert set(asked) == {"query"}
+    path.write_text(text)
+    assert serve_again(tmp_path / "cut", grid(), QUIET).summary["status"] == "finished"
 
 
 def test_it_goes_on_nowhere_else(tmp_path):

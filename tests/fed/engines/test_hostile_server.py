@@ -25,9 +25,10 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import flower_client
 from lora_dp.fed.engines import flower_messages as messages
 from lora_dp.fed.engines.flower_ledger import Refused
-from lora_dp.fed.engines.flower_policy import RULES, Policy, flat, read_yaml
+from lora_dp.fed.engines.flower_policy import RULES, Policy, read_yaml
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.job import open_job, plan_of
+from lora_dp.fed.origin import flat
 from tests.fed.engines.test_flower import own_folder
 
 GOOD: dict[str, Any] = {
