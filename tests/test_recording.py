@@ -1,5 +1,6 @@
 """Slots and passes: norms of what is really summed, by either method, in any dtype."""
 
+import itertools
 import math
 
 import pytest
@@ -183,6 +184,64 @@ def test_sums_are_exact_whatever_products_torch_allows(api):
         assert matmul.fp32_precision == allowed
     finally:
         matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("uses", ["ghost", "ghost ghost", "ghost direct", "direct direct", "lookup lookup"])
+def test_the_order_in_which_a_slot_is_asked_does_not_matter(uses):
+    """Whether norms, what is kept, or the sum come first."""
+    def fresh() -> Slot:
+        generator = torch.Generator().manual_seed(0)
+        slot = slot_of((3, 6), 4, "auto")
+        for use in uses.split():
+            if use == "lookup":
+                _, leaf = slot.receive_lookup(torch.randint(3, (4, 2), generator=generator), torch.float32)
+                leaf.backward(torch.randn(4, 2, 6, generator=generator))
+            else:
+                slot.method = use
+                give(slot, torch.randn(4, 2, 3, generator=generator), torch.randn(4, 2, 6, generator=generator))
+        return slot
+
+    coefficients = torch.linspace(0.1, 1, 4)
+    slot, norms = fresh(), fresh().norms()
+    expected = weighted_sum(slot, coefficients)
+    assert_close(slot.norms(), norms)
+    assert_close(weighted_sum(slot, coefficients), expected)
+    again = fresh()
+    assert again.filled
+    if again.kept is None:
+        assert_close(fresh().recomputed_sum(coefficients), expected)
+        assert again.filled
+    else:
+        assert_close(again.kept, slot.kept)
+
+
+def test_uses_of_either_way_count_together():
+    """An outer product, and what comes by other means: the norm of the first alone would be too small."""
+    torch.manual_seed(0)
+    left, right, other = torch.randn(4, 2, 3), torch.randn(4, 2, 6), torch.randn(4, 3, 6)
+    for first in (True, False):
+        slot = slot_of((3, 6), 4, "direct")
+        for whole in (first, not first):
+            if whole:
+                slot.receive_whole(right).backward(other)
+            else:
+                give(slot, left, right)
+        check(slot, outer(left, right) + other)
+
+
+def test_no_gradient_is_a_norm_of_zero():
+    norms = slot_of((3, 6), 4, "auto").norms()
+    assert norms.dtype == torch.float64 and norms.tolist() == [0.0] * 4
+
+
+def test_the_cheaper_method_is_taken():
+    """Operations of either, counted in full; what moves costs 16 a number."""
+    for tokens, left, right in itertools.product((1, 2, 3, 7, 20, 64, 197), (1, 4, 16, 100, 768), (2, 30, 64, 1000)):
+        product = 2 * tokens * left * right
+        direct = product + 16 * 3 * left * right
+        grams = 2 * tokens**2 * left + 2 * tokens**2 * right
+        ghost = grams + 16 * (3 * tokens**2 + 8 * (tokens * left + tokens * right)) + product
+        assert prefers_ghost(tokens, left, right) == (ghost < direct), (tokens, left, right)
 
 
 def test_method_by_cost():

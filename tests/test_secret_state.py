@@ -1,5 +1,6 @@
 """Torch's generators during private training: whole states that nobody can guess, and none that somebody seeded."""
 
+import importlib.util
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -80,6 +81,9 @@ def test_make_private_draws_all_624_words_whatever_the_model_has_in_it(make: Cal
         private(make())
         assert not is_of_a_seed()
         found.append(words())
+        # What stands behind the words, of normals drawn in advance and the like, is as after a seed.
+        end = slice(24 + 8 * 624, None)
+        assert torch.equal(torch.get_rng_state()[end], torch.Generator().manual_seed(1).get_state()[end])
     together = np.concatenate(found)
     assert together.max() < 2**32 and len(np.unique(together)) > 1240  # 1248 random words: one repeats rarely
     bits = np.unpackbits(together.astype(np.uint32).view(np.uint8)).reshape(2, -1)
@@ -341,6 +345,31 @@ def test_cuda_that_starts_after_make_private_is_set_before_its_first_pass(monkey
         step(model, optimizer)
 
 
+def test_a_process_that_has_just_begun_has_set_no_cuda_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("lora_dp.secret_state")
+    assert spec is not None and spec.loader is not None
+    fresh, device = importlib.util.module_from_spec(spec), _Philox()
+    spec.loader.exec_module(fresh)
+    optimizer = private(Net())
+    try:
+        fresh.renew()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+        fresh.begin_pass(optimizer)
+        assert device.state.all()
+    finally:
+        monkeypatch.undo()
+        secret_state.renew()
+
+
+def test_devices_of_other_kinds_get_a_seed_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.xpu, "manual_seed_all", seeds.append)
+    for _ in range(20):
+        secret_state.renew()
+    assert len(set(seeds)) == 20 and max(seeds) >= 2**58
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_takes_the_state_and_drops_by_it() -> None:
     device = torch.device("cuda")
@@ -360,6 +389,7 @@ def test_cuda_takes_the_state_and_drops_by_it() -> None:
 def test_a_source_that_is_not_secure_asks_for_nothing() -> None:
     own = secret_state.worker_init(_seed_publicly, SeededSource(1))
     assert own is _seed_publicly and secret_state.worker_init(None, SeededSource(1)) is None
+    assert secret_state.worker_init(_seed_publicly, None) is _seed_publicly
     with torch.random.fork_rng():
         DataLoader(TensorDataset(torch.zeros(3)))
         torch.manual_seed(0)
