@@ -412,6 +412,7 @@ def test_numpy_numbers_are_numbers():
             calibrate_noise_multiplier(target, delta, rate, 20, "rdp"), ledger.epsilon(delta),
             max_steps(ledger, event, target, delta, "rdp")])
     assert found[0] == found[1]
-    of_a_byte = calibrate_noise_multiplier(2.9, DELTA, 0.125, np.int8(120))
+    of_a_byte = calibrate_noise_multiplier(*narrow, np.int8(120))
     planning._calibrate.cache_clear()
-    assert of_a_byte == calibrate_noise_multiplier(2.9, DELTA, 0.125, 120)
+    composed_epsilon.cache_clear()
+    assert of_a_byte == calibrate_noise_multiplier(*[float(value) for value in narrow], 120)

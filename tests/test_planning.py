@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_dp.accounting import Ledger, PoissonGaussian, max_steps, planning
+from lora_dp.accounting import Ledger, PoissonGaussian, calibrate_noise_multiplier, max_steps, planning
 from lora_dp.accounting.planning import _most_steps, _smallest_noise
 
 EVENT = PoissonGaussian(1.0, 0.5)
@@ -17,6 +17,7 @@ def counted(function: Callable[[Any], float]) -> tuple[Callable[[Any], float], l
 
     def asking(value: Any) -> float:
         asked.append(value)
+        assert len(asked) < 100, f"a search without an end: {asked}"
         return function(value)
 
     return asking, asked
@@ -100,16 +101,59 @@ def test_a_root_of_the_steps_takes_one_probe_inside_its_bracket():
     assert asked[-2:] == [5000, 5001]
 
 
-# ε as the searches see it, by the number of steps
+# ε as planning sees it
+
+
+@pytest.mark.parametrize("by_rdp", [1.25, 1e3], ids=["rdp near", "rdp out of reach"])
+@pytest.mark.parametrize("target", [0.01, 0.5, 8.0, 100.0])
+def test_calibration_takes_each_search_from_a_cheaper_one(monkeypatch, target, by_rdp):
+    """Only the last one looks at the finest grid, a few times; its ε is what counts."""
+    asked: dict[tuple[str, int], list[float]] = {}
+
+    def composed(entries: Any, delta: float, accountant: str, coarsening: int = 1) -> float:
+        ((event, steps),) = entries
+        assert (event.sample_rate, steps, delta) == (0.25, 300, 1e-6)
+        asked.setdefault((accountant, coarsening), []).append(event.noise_multiplier)
+        assert sum(map(len, asked.values())) < 100, f"a search without an end: {asked}"
+        epsilon = 3 / event.noise_multiplier
+        if accountant == "rdp":
+            return by_rdp + epsilon if by_rdp > 100 else by_rdp * epsilon
+        return epsilon * (1 + 0.005 * (coarsening - 1))
+
+    monkeypatch.setattr(planning, "composed_epsilon", composed)
+    planning._calibrate.cache_clear()
+    noise = calibrate_noise_multiplier(target, 1e-6, 0.25, 300)
+    planning._calibrate.cache_clear()
+    assert target * (1 - 1e-3) <= 3 / noise <= target
+    assert {key[0]: key[1] > 1 for key in asked if key != ("pld", 1)} == {"rdp": False, "pld": True}
+    assert len(asked["pld", 1]) <= 5
+    assert by_rdp > 100 or sum(len(found) for (name, _), found in asked.items() if name == "pld") <= 10
+
+
+def test_one_step_is_a_run():
+    noise = calibrate_noise_multiplier(1.0, 1e-5, 0.1, 1, "rdp")
+    ledger = Ledger()
+    ledger.append(PoissonGaussian(noise, 0.1))
+    assert 0.999 <= ledger.epsilon(1e-5, "rdp") <= 1
+
+
+def test_another_accountant_is_refused():
+    for call in (lambda: calibrate_noise_multiplier(1.0, 1e-5, 0.1, 10, "gdp"),
+                 lambda: max_steps(Ledger(), EVENT, 1.0, 1e-5, "gdp")):
+        with pytest.raises(ValueError, match="Unknown accountant 'gdp'"):
+            call()
 
 
 @pytest.fixture
 def epsilon_is(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     def planted(function: Callable[[int], float]) -> list[int]:
         asked: list[int] = []
+        every: list[int] = []
 
         def composed(entries: Any, delta: float, accountant: str, coarsening: int = 1) -> float:
             steps = sum(count for _, count in entries)
+            every.append(steps)
+            assert len(every) < 200, f"a search without an end: {every}"
             if accountant == "pld" and coarsening == 1:
                 asked.append(steps)
             return function(steps) * (1.25 if accountant == "rdp" else 1 + 0.01 * (coarsening - 1))

@@ -192,6 +192,7 @@ def test_seeds_that_differ_share_nothing() -> None:
     words = torch.cat([SeededSource(seed).uniform_bits(100) for seed in seeds])
     assert words.unique().numel() == 100 * len(seeds)
     assert repr(SeededSource(-3)) == "SeededSource(-3)" and SeededSource(True).seed == 1
+    assert torch.equal(SeededSource(True).uniform_bits(3), SeededSource(1).uniform_bits(3))
 
 
 def test_counters_are_draws_too() -> None:
