@@ -169,8 +169,9 @@ def epsilon_is(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 def test_max_steps_looks_beyond_a_jump(epsilon_is, hole, expected):
     """Rounding makes ε jump: 0.5, 1 and 2 % more steps are tried, and what fits from there on."""
     asked = epsilon_is(lambda steps: 2.0 if hole[0] <= steps <= hole[1] or steps > expected else steps / 2000)
-    assert max_steps(Ledger(), EVENT, 1.0, 1e-5) == expected
-    assert len(asked) <= 14
+    found = max_steps(Ledger(), EVENT, 1.0, 1e-5)
+    assert found == expected and isinstance(found, int)
+    assert len(asked) <= 14 and all(isinstance(steps, int) for steps in asked)
 
 
 def test_max_steps_looks_nowhere_beyond_its_end(epsilon_is):
@@ -183,6 +184,7 @@ def test_max_steps_at_its_target_exactly(epsilon_is):
     epsilon_is(lambda steps: steps / 100)
     ledger = Ledger()
     assert max_steps(ledger, EVENT, 0.5, 1e-5) == 50
+    assert max_steps(ledger, EVENT, 0.5, 1e-5, "rdp") == 40
     ledger.append(EVENT, 50)
     assert max_steps(ledger, EVENT, 0.5, 1e-5) == 0
     ledger.append(EVENT)

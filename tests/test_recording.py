@@ -215,18 +215,39 @@ def test_the_order_in_which_a_slot_is_asked_does_not_matter(uses):
         assert_close(again.kept, slot.kept)
 
 
-def test_uses_of_either_way_count_together():
-    """An outer product, and what comes by other means: the norm of the first alone would be too small."""
+@pytest.mark.parametrize("order", ["oow", "owo", "woo"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_uses_of_either_way_count_together(order, swapped):
+    """An outer product (o), and what comes whole (w): the norm of one of them alone would be too small."""
     torch.manual_seed(0)
-    left, right, other = torch.randn(4, 2, 3), torch.randn(4, 2, 6), torch.randn(4, 3, 6)
-    for first in (True, False):
-        slot = slot_of((3, 6), 4, "direct")
-        for whole in (first, not first):
-            if whole:
-                slot.receive_whole(right).backward(other)
-            else:
-                give(slot, left, right)
-        check(slot, outer(left, right) + other)
+    slot, total = slot_of((3, 6), 4, "direct"), torch.zeros(4, 3, 6, dtype=torch.float64)
+    for number, way in enumerate(order):
+        if (way == "w") != swapped:
+            other = torch.randn(4, 3, 6)
+            slot.receive_whole(torch.zeros(4, 2, 6)).backward(other)
+            total += other
+        else:
+            left, right = torch.randn(4, 2, 3), torch.randn(4, 2, 6)
+            give(slot, left, right)
+            total += outer(left, right)
+        if number:
+            check(slot, total)
+
+
+def test_all_leaves_are_known():
+    """A loss that comes to one of them beside the model's outputs is refused by them."""
+    parameter = nn.Parameter(torch.zeros(3, 6))
+    recorder = Recorder()
+    assert recorder.leaves() == set()
+    recorder.parameters, recorder.trained = {id(parameter): ("p", parameter)}, frozenset({id(parameter)})
+    recorder.open(4)
+    slot = recorder.slot(parameter)
+    leaves = [slot.leaf]
+    for slot.method in ("direct", "ghost"):
+        leaves += slot.receive(torch.zeros(4, 2, 3), 3, 6)[1:]
+    leaves += [slot.receive_whole(torch.zeros(4, 2, 6)),
+               slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32)[1]]
+    assert {id(leaf) for leaf in leaves} == recorder.leaves() and len(recorder.leaves()) == 5
 
 
 def test_no_gradient_is_a_norm_of_zero():
@@ -236,7 +257,8 @@ def test_no_gradient_is_a_norm_of_zero():
 
 def test_the_cheaper_method_is_taken():
     """Operations of either, counted in full; what moves costs 16 a number."""
-    for tokens, left, right in itertools.product((1, 2, 3, 7, 20, 64, 197), (1, 4, 16, 100, 768), (2, 30, 64, 1000)):
+    widths = (1, 2, 4, 7, 16, 30, 64, 100, 300, 768, 2000)
+    for tokens, left, right in itertools.product(range(1, 130), widths, widths):
         product = 2 * tokens * left * right
         direct = product + 16 * 3 * left * right
         grams = 2 * tokens**2 * left + 2 * tokens**2 * right
@@ -253,10 +275,25 @@ def test_method_by_cost():
     assert not slot_of((768, 16), 2, "auto").receive(torch.randn(2, 197, 768), 768, 16).ghost
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (3, 2, 5), (5,)])
-def test_rows_that_n_does_not_divide_are_refused_by_name(shape):
-    assert_refuses(ValueError, f"'layer.weight' received an input of shape {shape} in a batch of 4 examples",
-                   lambda: slot_of((2, 5), 4, "auto").group(torch.zeros(shape)))
+@pytest.mark.parametrize(("shape", "n"), [((7, 5), 4), ((3, 2, 5), 4), ((5,), 4), ((4,), 4), ((5,), 1), ((0,), 0)])
+def test_rows_that_n_does_not_divide_are_refused_by_name(shape, n):
+    """Nor are those of one example that have no dimension for examples."""
+    slot = slot_of((2, 5), n, "auto")
+    uses = [lambda rows: slot.receive(rows, 2, 5), slot.receive_whole]
+    if len(shape) > 1:
+        uses.append(lambda rows: slot.receive_lookup(rows[..., 0].long(), torch.float32))
+    for use in uses:
+        with pytest.raises(ValueError, match=rf"'layer.weight' received an input of shape .* in a batch of {n} examp"):
+            use(torch.zeros(shape))
+
+
+def test_what_a_graph_cannot_hold(monkeypatch):
+    """A leaf made inside a compiled one never comes out: the one that is there already is taken, or none is."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    slot = slot_of((3, 6), 4, "ghost")
+    assert slot.receive(torch.zeros(4, 2, 3), 3, 6)[:2] == (False, slot.leaf)
+    assert_refuses(NotImplementedError, "'layer.weight' is a trainable embedding",
+                   lambda: slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32))
 
 
 @pytest.mark.parametrize(("shape", "grouped"), [
