@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_dp.accounting import Ledger, PoissonGaussian, calibrate_noise_multiplier, max_steps, planning
@@ -154,6 +155,7 @@ def epsilon_is(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             steps = sum(count for _, count in entries)
             every.append(steps)
             assert len(every) < 200, f"a search without an end: {every}"
+            assert type(delta) is float  # with NumPy's all would be computed in its own width
             if accountant == "pld" and coarsening == 1:
                 asked.append(steps)
             return function(steps) * (1.25 if accountant == "rdp" else 1 + 0.01 * (coarsening - 1))
@@ -183,7 +185,7 @@ def test_max_steps_looks_nowhere_beyond_its_end(epsilon_is):
 def test_max_steps_at_its_target_exactly(epsilon_is):
     epsilon_is(lambda steps: steps / 100)
     ledger = Ledger()
-    assert max_steps(ledger, EVENT, 0.5, 1e-5) == 50
+    assert max_steps(ledger, EVENT, 0.5, np.float32(1e-5)) == 50
     assert max_steps(ledger, EVENT, 0.5, 1e-5, "rdp") == 40
     ledger.append(EVENT, 50)
     assert max_steps(ledger, EVENT, 0.5, 1e-5) == 0

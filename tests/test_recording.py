@@ -1,7 +1,9 @@
 """Slots and passes: norms of what is really summed, by either method, in any dtype."""
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -168,6 +170,21 @@ def test_a_kept_graph_leaves_the_activations_alone():
     optimizer.step()
 
 
+@pytest.mark.parametrize("end", ["step", "zero_grad"])
+def test_a_pass_that_is_over_keeps_nothing_alive(end):
+    """Its outputs, and so its graph, are freed before the next forward takes memory."""
+    model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    logits = model(torch.randn(4, 6))
+    held = weakref.ref(logits)
+    logits.square().mean().backward()
+    getattr(optimizer, end)()
+    del logits
+    gc.collect()
+    assert held() is None
+
+
 @pytest.mark.parametrize("api", ["legacy", "new"])
 def test_sums_are_exact_whatever_products_torch_allows(api):
     matmul = torch.backends.cuda.matmul
@@ -315,6 +332,22 @@ def test_a_leaf_takes_no_memory():
     slot = slot_of((1000, 1000), 1000, "auto")
     assert slot.leaf.shape == (1000, 1000, 1000)
     assert slot.leaf.untyped_storage().nbytes() == 4
+
+
+def test_when_less_padding_is_tried():
+    """Where widths vary, in the first batch that has some and more than one example."""
+    mask = (torch.arange(9) < torch.tensor([9, 4, 3, 6]).unsqueeze(1)).long()
+    padded, whole = {"input_ids": mask.clone(), "attention_mask": mask}, {"x": torch.ones(4, 3)}
+    recorder = Recorder()
+    assert not recorder.padding_untried(padded, 4)
+    recorder.expect_padding()
+    assert recorder.padding_untried(padded, 4) and not recorder.padding_untried(whole, 4)
+    two, alone = ({name: value[:n] for name, value in padded.items()} for n in (2, 1))
+    assert recorder.padding_untried(two, 2) and not recorder.padding_untried(alone, 1)
+    one_padded = {name: value[1:2] for name, value in padded.items()}
+    assert not recorder.padding_untried(one_padded, 1)
+    recorder.padding_tried = True
+    assert not recorder.padding_untried(padded, 4)
 
 
 def test_passes_hand_over_what_was_filled():

@@ -72,9 +72,9 @@ TARGETS: dict[str, Target] = {
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
-        "tests/test_recording.py", "tests/test_bypassed.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
-        "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_stray_values.py",
-        "tests/test_precision.py", "tests/test_gradients.py")),
+        "tests/test_recording.py", "tests/test_phases.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
+        "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_gradients.py",
+        "tests/test_bypassed.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
@@ -135,4 +135,4 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py")
+    "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py")
