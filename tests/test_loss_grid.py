@@ -3,15 +3,18 @@
 Any step of the grid, and any order, gives an upper bound. A wrong one costs gigabytes, minutes, or ε.
 """
 
+import logging
 import math
+import warnings
 
 import numpy as np
 import pytest
+from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import DEFAULT_RDP_ORDERS
 from scipy.integrate import quad
 
 from lora_dp.accounting import Ledger, PoissonGaussian
-from lora_dp.accounting.epsilon import ORDERS, pld_interval
+from lora_dp.accounting.epsilon import ORDERS, pld_interval, rdp_of_step
 
 FAR = 9.8  # standard deviations of a step's noise: beyond, e⁻⁵⁰ of it lies
 
@@ -77,3 +80,50 @@ def test_epsilon_is_a_plain_float(accountant):
     ledger = Ledger()
     ledger.append(PoissonGaussian(2.0, 0.1), 3)
     assert type(ledger.epsilon(1e-5, accountant)) is float
+
+
+def test_only_while_it_computes_is_dp_accounting_quiet(caplog):
+    logger = logging.getLogger("absl")
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.INFO, "absl"):
+        rdp_of_step.cache_clear()
+        rdp_of_step(PoissonGaussian(300.0, 0.5))
+        assert logger.level == logging.INFO and not caplog.records
+        # The check can fail: this is a step of which it would speak.
+        RdpAccountant(ORDERS).compose(PoissonGaussian(300.0, 0.5).dp_event())
+        assert caplog.records
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_less_noise_than_a_hundredth_is_none(accountant):
+    for noise, finite in ((0.0101, True), (0.0099, False)):
+        ledger = Ledger()
+        ledger.append(PoissonGaussian(noise, 1.0))
+        assert math.isfinite(ledger.epsilon(1e-5, accountant)) == finite
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(300.0, 1e-9), (300.0, 1e-8), (300.0, 3e-8), (100.0, 1e-9)])
+def test_rounding_takes_nothing_off_a_tiny_divergence(noise, rate):
+    """To first order in q² it is α·q²·χ²/2; dp-accounting's own lies below that at some order."""
+    true = ORDERS * rate**2 * math.expm1(1 / noise**2) / 2
+    event = PoissonGaussian(noise, rate)
+    assert np.all(rdp_of_step(event) >= 0.999 * true)
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(30.0, 1e-4), (1.0, 0.1), (5.0, 1.0)])
+def test_a_divergence_above_rounding_is_dp_accountings_or_less(noise, rate):
+    event = PoissonGaussian(noise, rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        google = RdpAccountant(ORDERS).compose(event.dp_event()).rdp
+    assert np.all(rdp_of_step(event) <= np.asarray(google) * (1 + 1e-9))
+
+
+@pytest.mark.parametrize(("noise", "rate", "high"), [(240.0, 1.0, False), (2000.0, 1.0, True)])
+def test_higher_orders_are_taken_where_they_prove_more(noise, rate, high):
+    ledger = Ledger()
+    ledger.append(PoissonGaussian(noise, rate))
+    orders = [*ORDERS, 2048.0, 4096.0, 8192.0]
+    ordinary, all_of_them = (RdpAccountant(each).compose(ledger.dp_event()).get_epsilon(1e-5)
+                             for each in (ORDERS, orders))
+    assert ledger.epsilon(1e-5, "rdp") == pytest.approx(all_of_them, rel=1e-6)
+    assert (all_of_them < 0.5 * ordinary) == high
