@@ -127,3 +127,10 @@ def test_higher_orders_are_taken_where_they_prove_more(noise, rate, high):
                              for each in (ORDERS, orders))
     assert ledger.epsilon(1e-5, "rdp") == pytest.approx(all_of_them, rel=1e-6)
     assert (all_of_them < 0.5 * ordinary) == high
+
+
+def test_where_a_grid_would_be_too_coarse_renyis_bound_is_taken():
+    ledger = Ledger()
+    ledger.append(PoissonGaussian(0.011, 0.5), 100_000)
+    assert pld_interval(ledger.entries) > 50
+    assert ledger.epsilon(1e-5) == ledger.epsilon(1e-5, "rdp") < math.inf

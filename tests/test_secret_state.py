@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_dp import DPLinear, PrivacyEngine, secret_state
-from lora_dp.randomness import SeededSource
+from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.sampling import PrivateDataLoader
 from tests.sources import forks
 from tests.support import make_private
@@ -81,9 +81,6 @@ def test_make_private_draws_all_624_words_whatever_the_model_has_in_it(make: Cal
         private(make())
         assert not is_of_a_seed()
         found.append(words())
-        # What stands behind the words, of normals drawn in advance and the like, is as after a seed.
-        end = slice(24 + 8 * 624, None)
-        assert torch.equal(torch.get_rng_state()[end], torch.Generator().manual_seed(1).get_state()[end])
     together = np.concatenate(found)
     assert together.max() < 2**32 and len(np.unique(together)) > 1240  # 1248 random words: one repeats rarely
     bits = np.unpackbits(together.astype(np.uint32).view(np.uint8)).reshape(2, -1)
@@ -296,6 +293,14 @@ def test_workers_of_the_loader_draw_in_secret(own: Callable[[int], None] | None)
         _, *known = drawn(PrivacyEngine(reproducible_seed=1))
         assert known == drawn(PrivacyEngine(reproducible_seed=1))[1:]
         assert all(not set(a) & set(b) for a, b in zip(known, secret, strict=True))
+
+
+def test_a_workers_own_function_is_called_with_its_number_and_first() -> None:
+    seen: list[int] = []
+    begin = secret_state.worker_init(lambda worker: (seen.append(worker), _seed_publicly(worker))[0], SecureSource())
+    assert begin is not None
+    begin(3)
+    assert seen == [3] and not is_of_a_seed()
 
 
 class _Philox:
