@@ -118,7 +118,7 @@ def test_a_divergence_above_rounding_is_dp_accountings_or_less(noise, rate):
     assert np.all(rdp_of_step(event) <= np.asarray(google) * (1 + 1e-9))
 
 
-@pytest.mark.parametrize(("noise", "rate", "high"), [(240.0, 1.0, False), (2000.0, 1.0, True)])
+@pytest.mark.parametrize(("noise", "rate", "high"), [(330.0, 1.0, False), (2000.0, 1.0, True)])
 def test_higher_orders_are_taken_where_they_prove_more(noise, rate, high):
     ledger = Ledger()
     ledger.append(PoissonGaussian(noise, rate))
@@ -134,3 +134,11 @@ def test_where_a_grid_would_be_too_coarse_renyis_bound_is_taken():
     ledger.append(PoissonGaussian(0.011, 0.5), 100_000)
     assert pld_interval(ledger.entries) > 50
     assert ledger.epsilon(1e-5) == ledger.epsilon(1e-5, "rdp") < math.inf
+
+
+def test_where_rounding_leaves_little_of_delta_renyis_bound_is_taken():
+    ledger = Ledger()
+    ledger.append(PoissonGaussian(1.0, 0.01), 1000)
+    for delta in (1.001e-12, 0.9e-12):
+        assert ledger.epsilon(delta) == ledger.epsilon(delta, "rdp")
+    assert ledger.epsilon(1e-10) < ledger.epsilon(1e-10, "rdp")

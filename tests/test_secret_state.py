@@ -303,6 +303,15 @@ def test_a_workers_own_function_is_called_with_its_number_and_first() -> None:
     assert seen == [3] and not is_of_a_seed()
 
 
+def test_a_torch_whose_states_are_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secret_state, "_STATE_SIZE", 5064)
+    secret_state._seeded_layout.cache_clear()
+    with pytest.raises(RuntimeError, match="keeps its CPU generator in 5056 bytes instead of 5064, .*use a version"):
+        private(Net())
+    monkeypatch.undo()
+    private(Net())
+
+
 class _Philox:
     """A CUDA generator's state: key, then offset."""
 

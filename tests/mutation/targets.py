@@ -68,7 +68,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/losses.py": Target((
         "tests/test_losses.py", "tests/test_loss_watch.py", "tests/test_arguments.py", "tests/test_batches.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_passes.py", "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
