@@ -251,6 +251,25 @@ def test_uses_of_either_way_count_together(order, swapped):
             check(slot, total)
 
 
+@pytest.mark.parametrize("wholes", [0, 1, 2])
+@pytest.mark.parametrize("products", [1, 2])
+def test_uses_that_one_backward_fills_count_together(products, wholes):
+    torch.manual_seed(0)
+    slot, total = slot_of((3, 6), 4, "direct"), torch.zeros(4, 3, 6, dtype=torch.float64)
+    leaves, found = [], []
+    for _ in range(products):
+        left, right = torch.randn(4, 2, 3), torch.randn(4, 2, 6)
+        leaves += slot.receive(left, 3, 6)[1:]
+        found += per_example_grad(left, right, 1.0)
+        total += outer(left, right)
+    for _ in range(wholes):
+        leaves.append(slot.receive_whole(torch.zeros(4, 2, 6)))
+        found.append(torch.randn(4, 3, 6))
+        total += found[-1]
+    torch.autograd.backward(leaves, found)
+    check(slot, total)
+
+
 def test_all_leaves_are_known():
     """A loss that comes to one of them beside the model's outputs is refused by them."""
     parameter = nn.Parameter(torch.zeros(3, 6))
