@@ -115,7 +115,7 @@ def _native_step(
     draw = mechanism.source.next_draw() if scale else Draw(0, 0)
     plan, gradients = _plan(optimizer, trained), [torch.empty_like(p.parameter) for p in trained]
     private_update_(
-        [p.parameter.detach() for p in trained], sums, plan.first, plan.second, gradients, plan.rows,
+        [p.parameter for p in trained], sums, plan.first, plan.second, gradients, plan.rows,
         optimizer="momentum" if plan.name == "sgd" and plan.first else plan.name, key=draw.key, draw=draw.number,
         scale=scale, step=step, expected_batch_size=expected_batch_size,
         filtered=[_strength(low_pass, p) > 0 for p in trained],
@@ -136,7 +136,7 @@ def _triton_step(
     plan, device = _plan(optimizer, trained), trained[0].parameter.device
     assert isinstance(mechanism.source, SeededSource)
     noise_update(
-        [p.parameter.detach() for p in trained], [total(value).double() for value in sums], plan.first, plan.second,
+        [p.parameter for p in trained], [total(value).double() for value in sums], plan.first, plan.second,
         torch.tensor(plan.rows, dtype=torch.float32).to(device, non_blocking=True),
         torch.tensor(mechanism.source.next_counter()).to(device, non_blocking=True),
         std=mechanism.noise_std(sum(p.parameter.numel() for p in trained)), expected_batch_size=expected_batch_size,

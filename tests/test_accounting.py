@@ -21,8 +21,9 @@ from lora_dp.accounting import (
     check_delta,
     check_epsilon,
     max_steps,
+    planning,
 )
-from lora_dp.accounting.epsilon import ORDERS, pld_interval, rdp_of_step
+from lora_dp.accounting.epsilon import ORDERS, composed_epsilon, pld_interval, rdp_of_step
 from lora_dp.accounting.steps import gathered
 
 DELTA = 1e-5
@@ -195,6 +196,19 @@ def test_entries_are_run_length_encoded_in_order():
     assert ledger.steps == 8
 
 
+def test_a_ledger_continues_what_it_begins_with():
+    """Whole entries, and at least as many steps of the last one."""
+    first, second, third = (0.1, 1.0, 3), (0.1, 2.0, 2), (0.2, 1.0, 1)
+    for ledger in ((first,), (first, second), (first, second, third)):
+        for earlier in ((), (first,), (first, second), (first, second, third)):
+            assert ledger_of(*ledger).continues(ledger_of(*earlier)) == (len(ledger) >= len(earlier))
+        assert not ledger_of(*ledger).continues(ledger_of((0.1, 1.0, 4)))
+        assert not ledger_of(*ledger).continues(ledger_of((0.1, 1.5, 1)))
+        assert ledger_of(*ledger).continues(ledger_of((0.1, 1.0, 2)))
+        assert not ledger_of(*ledger).continues(ledger_of((0.1, 1.0, 2), second))
+    assert not Ledger().continues(ledger_of(first))
+
+
 def test_round_trip_through_state_and_file(tmp_path):
     ledger = ledger_of((1 / 3, 0.1 + 0.2, 7), (1.0, 1e-3, 1), (0.25, 5.0, 10**9))
     restored = Ledger()
@@ -244,6 +258,10 @@ DAMAGED = {
     "of another version": lambda text: text.replace('"version": 2', '"version": 3'),
     "without a count": lambda text: text.replace('"count"', '"cuont"'),
     "with a negative count": lambda text: text.replace('"count": 3', '"count": -3'),
+    "with another count": lambda text: text.replace('"count": 3', '"count": 2'),
+    "with less noise": lambda text: text.replace('"noise_multiplier": 1.0', '"noise_multiplier": 1.5'),
+    "of another kind": lambda text: text.replace('"lora-dp ledger"', '"lora-dp log"'),
+    "of the version before, which had no digests": lambda text: text.replace('"version": 2', '"version": 1'),
     "with an impossible rate": lambda text: text.replace('"sample_rate": 0.1', '"sample_rate": 1.1'),
 }
 
@@ -268,6 +286,23 @@ def test_a_bad_state_changes_nothing():
     with pytest.raises(ValueError, match="Not a whole ledger of version 2"):
         ledger.load_state_dict(state)
     assert ledger.steps == 3
+
+
+def test_a_ledger_of_the_version_before_has_no_digests_at_all():
+    ledger = ledger_of((0.1, 1.0, 3), (0.1, 2.0, 1))
+    state = ledger.state_dict()
+    state["version"] = 1
+    plain = [{key: value for key, value in entry.items() if key != "digest"} for entry in state["entries"]]
+    restored = Ledger()
+    for spoilt in (state, {**state, "entries": plain}, {**state, "digest": ""},
+                   {"format": state["format"], "version": 1, "entries": [plain[0], state["entries"][1]]}):
+        with pytest.raises(ValueError, match="digests in a version that had none"):
+            restored.load_state_dict(spoilt)
+    with pytest.raises(ValueError, match="format 'lora-dp log'"):
+        restored.load_state_dict({"format": "lora-dp log", "version": 1, "entries": plain})
+    restored.load_state_dict({"format": state["format"], "version": 1, "entries": plain})
+    assert restored.entries == ledger.entries and restored.state_dict() == ledger.state_dict()
+    assert restored.state_dict()["version"] == 2
 
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, math.nan, math.inf])
@@ -364,9 +399,20 @@ def test_what_is_no_step_or_no_ledger_gets_one_clear_sentence(wrong):
 
 
 def test_numpy_numbers_are_numbers():
-    plain = calibrate_noise_multiplier(3.0, DELTA, 0.125, 20, "rdp")
-    assert calibrate_noise_multiplier(np.float64(3), np.float64(DELTA), np.float32(0.125), np.int32(20), "rdp") == plain
+    """Of whatever width: none is computed with in its own."""
+    event, narrow = PoissonGaussian(1.5, 0.125), [np.float32(value) for value in (2.9, DELTA, 0.125)]
     ledger = Ledger()
-    ledger.append(PoissonGaussian(np.float32(1.5), np.float64(0.125)), np.int64(4))
+    ledger.append(PoissonGaussian(np.float32(1.5), np.float32(0.125)), np.int64(4))
     assert json.loads(json.dumps(ledger.state_dict()))["entries"][0]["count"] == 4
-    assert ledger.epsilon(np.float64(DELTA)) == ledger_of((0.125, 1.5, 4)).epsilon(DELTA)
+    found = []
+    for target, delta, rate in (narrow, [float(value) for value in narrow]):
+        planning._calibrate.cache_clear()  # equal numbers are one key
+        composed_epsilon.cache_clear()
+        found.append([
+            calibrate_noise_multiplier(target, delta, rate, 20, "rdp"), ledger.epsilon(delta),
+            max_steps(ledger, event, target / 2, delta)])
+    assert found[0] == found[1]
+    of_a_byte = calibrate_noise_multiplier(*narrow, np.int8(120))
+    planning._calibrate.cache_clear()
+    composed_epsilon.cache_clear()
+    assert of_a_byte == calibrate_noise_multiplier(*[float(value) for value in narrow], 120)

@@ -184,6 +184,20 @@ def test_what_a_fourier_transform_rounds_off_is_not_taken_for_privacy():
     assert unsound  # or there is nothing to be careful of
 
 
+@pytest.mark.parametrize(("runs", "delta", "rounded"), [
+    ([(1.0, 1e-3, 600), (2.0, 1e-2, 400)], 2e-12, 1e-12), ([(20.0, 1.0, 100)], 1e-14, 1e-15),
+    ([(20.0, 1.0, 100), (30.0, 1.0, 100)], 1e-14, 2e-15)])
+def test_what_is_rounded_off_adds_up(runs, delta, rounded):
+    """1e-15 for each step; steps on all examples are one, in closed form."""
+    ledger = ledger_of(*runs)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+                               value_discretization_interval=pld_interval(ledger.entries))
+    accountant.compose(ledger.dp_event())
+    expected = accountant.get_epsilon(delta - rounded)
+    assert expected < ledger.epsilon(delta, "rdp")
+    assert ledger.epsilon(delta) == pytest.approx(expected, rel=1e-9)
+
+
 def true_divergence(order: float, noise: float, rate: float) -> float:
     """Rényi divergence of N(0, σ²) with N(1, σ²) mixed in at ``rate``, from N(0, σ²); by quadrature."""
     def integrand(x: float) -> float:

@@ -1,5 +1,6 @@
 """Layers whose weight is read without calling them: known ones are not adapted, all others are spoken of."""
 
+import linecache
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -173,6 +174,9 @@ def test_one_that_is_not_known_is_spoken_of_once(phases):
         step(model, optimizer)
         step(model, optimizer)
     assert len(found) == 1
+    # It points at the caller's step.
+    assert linecache.getline(found[0].filename, found[0].lineno).strip() == "optimizer.step()"
+    assert found[0].filename == __file__
 
 
 def test_an_empty_batch_says_nothing_yet():
@@ -187,17 +191,18 @@ def test_an_empty_batch_says_nothing_yet():
         step(model, optimizer)
 
 
-def test_several_are_counted():
+@pytest.mark.parametrize(("number", "more"), [(3, ""), (4, " and 1 more"), (5, " and 2 more")])
+def test_several_are_counted(number, more):
     class Many(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(number + 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layers[5](x)
+            return self.layers[number](x)
 
     model, optimizer = adapt(Many())
-    with pytest.warns(UserWarning, match=r"'layers\.0', 'layers\.1', 'layers\.2' and 2 more in"):
+    with pytest.warns(UserWarning, match=rf"'layers\.0', 'layers\.1', 'layers\.2'{more} in"):
         step(model, optimizer)
 
 

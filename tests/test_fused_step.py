@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lora_dp import GaussianFilter, LaplacianFilter, PrivacyEngine, fused_step
+from lora_dp.mechanism import total
+from lora_dp.ops import private_update
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import reference_only
+from lora_dp.optimizer import Clipped
 from tests.models import examples, flat, mlp, snapshot
 from tests.support import make_private, private_gradients
 
@@ -115,6 +118,55 @@ def test_other_dtypes_take_it_too(dtype, taken):
     assert optimizer.state[model[2].weight]["exp_avg"].dtype == dtype
 
 
+@pytest.mark.parametrize("make", KNOWN)
+def test_in_float64_a_step_is_torchs_to_the_last_digits(make, taken):
+    """A factor such as 1 / (1 − βᵗ) that was worked out in float32 would be off by 1e-7."""
+    ends = []
+    for native in (True, False):
+        model, optimizer = private_mlp(make, dtype=torch.float64)
+        with contextlib.nullcontext() if native else reference_only():
+            for number in range(3):
+                step(model, optimizer, number)
+        ends.append(flat(snapshot(model)))
+    assert len(taken) == 3
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_sum_of_another_layout_is_left_to_torch(taken, monkeypatch):
+    ends = []
+    for transposed in (False, True):
+        model, optimizer = private_mlp(KNOWN[0])
+        clip = optimizer.clip
+        monkeypatch.setattr(optimizer, "clip", lambda *a, clip=clip, transposed=transposed: Clipped(
+            {key: total(part).t().contiguous().t() if transposed else part for key, part in clip(*a).sums.items()}, 0))
+        step(model, optimizer, 0)
+        ends.append(flat(snapshot(model)))
+    assert len(taken) == 1
+    torch.testing.assert_close(*ends)
+
+
+def test_a_state_of_another_layout_is_taken_as_it_is(taken):
+    """As a checkpoint may hold it."""
+    ends = []
+    for transposed in (False, True):
+        model, optimizer = private_mlp(KNOWN[1])
+        step(model, optimizer, 0)
+        for state in optimizer.state.values() if transposed else ():
+            state["momentum_buffer"] = state["momentum_buffer"].t().contiguous().t()
+        step(model, optimizer, 1)
+        ends.append(flat(snapshot(model)))
+    assert len(taken) == 4
+    assert torch.equal(*ends)
+
+
+def test_a_filter_too_wide_for_the_update_is_left_to_torch(taken, monkeypatch):
+    monkeypatch.setitem(private_update._MOST_HALO, "cpu", 3)
+    for strength in (0.5, 2.0):
+        model, optimizer = private_mlp(KNOWN[0], low_pass=GaussianFilter(strength), phases="A")
+        step(model, optimizer, 0)
+        assert len(taken) == 1 and optimizer.steps_taken == 1
+
+
 class Derived(torch.optim.SGD):
     """May do anything in its step."""
 
@@ -123,6 +175,7 @@ class Derived(torch.optim.SGD):
     lambda p: torch.optim.RMSprop(p, lr=0.1), lambda p: Derived(p, lr=0.1),
     lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
     lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
     lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:]}], lr=0.1)])
 def test_what_has_another_formula_is_left_to_torch(make, taken):
     model, optimizer = private_mlp(make)
@@ -191,8 +244,9 @@ def test_adams_count_is_not_rounded(dtype, taken):
             optimizer.step_on_empty_batch()
     finally:
         torch.set_default_dtype(torch.float32)
-    steps = {int(state["step"]) for state in optimizer.state.values()}
-    assert steps == {300} and len(taken) == 300
+    steps = {(int(state["step"]), state["step"].dtype) for state in optimizer.state.values()}
+    # The count's dtype is torch's own for this default.
+    assert steps == {(300, torch.float64 if dtype == torch.float64 else torch.float32)} and len(taken) == 300
 
 
 def test_phases_whose_factors_the_optimizer_lacks_are_refused():

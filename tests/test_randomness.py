@@ -192,6 +192,7 @@ def test_seeds_that_differ_share_nothing() -> None:
     words = torch.cat([SeededSource(seed).uniform_bits(100) for seed in seeds])
     assert words.unique().numel() == 100 * len(seeds)
     assert repr(SeededSource(-3)) == "SeededSource(-3)" and SeededSource(True).seed == 1
+    assert torch.equal(SeededSource(True).uniform_bits(3), SeededSource(1).uniform_bits(3))
 
 
 def test_counters_are_draws_too() -> None:
@@ -235,6 +236,19 @@ def test_a_seeded_source_resumes_where_it_was_saved() -> None:
         assert torch.equal(fresh.uniform(3), expected[1])
 
 
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 5, 2**63 + 2**62 + 7, 2**64 - 1, 10**40])
+def test_the_state_of_any_seed_is_restored(seed: int) -> None:
+    """At the very beginning too."""
+    source = SeededSource(seed)
+    state = source.state_dict()
+    expected = source.uniform(3)
+    source.load_state_dict(state)
+    assert torch.equal(source.uniform(3), expected)
+    if seed > 2**62:
+        with pytest.raises(ValueError, match="The saved source had another seed"):
+            SeededSource(seed + 1).load_state_dict(state)
+
+
 def test_a_state_does_not_change_with_its_source() -> None:
     source = SeededSource(7)
     state = source.state_dict()
@@ -246,8 +260,11 @@ def test_a_state_does_not_change_with_its_source() -> None:
     {}, {"draws": torch.tensor(-1), "seed": torch.tensor(7)}, {"generator": torch.zeros(5056, dtype=torch.uint8)},
     {"draws": torch.tensor(3), "seed": torch.tensor(7), "key": torch.tensor(1)}, {"draw": torch.tensor(3)},
     {"draws": torch.tensor(1.7), "seed": torch.tensor(7)}, {"draws": torch.tensor(True), "seed": torch.tensor(7)},
-    {"draws": None, "seed": torch.tensor(7)}, None,
-], ids=["empty", "negative", "generator", "more", "misspelt", "fraction", "bool", "none", "nothing"])
+    {"draws": None, "seed": torch.tensor(7)}, None, {"draws": 3, "seed": torch.tensor(7)},
+    {"draws": torch.tensor([3]), "seed": torch.tensor(7)}, {"draws": torch.tensor(3), "seed": torch.tensor([7])},
+    {"draws": torch.tensor(3), "seed": torch.tensor(7, dtype=torch.int32)}, ["draws", "seed"],
+], ids=["empty", "negative", "generator", "more", "misspelt", "fraction", "bool", "none", "nothing", "no tensor",
+        "vector", "seeds", "narrow", "list"])
 def test_a_bad_state_is_refused(state: Any) -> None:
     source = SeededSource(7)
     source.uniform(1)

@@ -1,6 +1,9 @@
 """Slots and passes: norms of what is really summed, by either method, in any dtype."""
 
+import gc
+import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -167,6 +170,21 @@ def test_a_kept_graph_leaves_the_activations_alone():
     optimizer.step()
 
 
+@pytest.mark.parametrize("end", ["step", "zero_grad"])
+def test_a_pass_that_is_over_keeps_nothing_alive(end):
+    """Its outputs, and so its graph, are freed before the next forward takes memory."""
+    model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    logits = model(torch.randn(4, 6))
+    held = weakref.ref(logits)
+    logits.square().mean().backward()
+    getattr(optimizer, end)()
+    del logits
+    gc.collect()
+    assert held() is None
+
+
 @pytest.mark.parametrize("api", ["legacy", "new"])
 def test_sums_are_exact_whatever_products_torch_allows(api):
     matmul = torch.backends.cuda.matmul
@@ -185,6 +203,105 @@ def test_sums_are_exact_whatever_products_torch_allows(api):
         matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("uses", ["ghost", "ghost ghost", "ghost direct", "direct direct", "lookup lookup"])
+def test_the_order_in_which_a_slot_is_asked_does_not_matter(uses):
+    """Whether norms, what is kept, or the sum come first."""
+    def fresh() -> Slot:
+        generator = torch.Generator().manual_seed(0)
+        slot = slot_of((3, 6), 4, "auto")
+        for use in uses.split():
+            if use == "lookup":
+                _, leaf = slot.receive_lookup(torch.randint(3, (4, 2), generator=generator), torch.float32)
+                leaf.backward(torch.randn(4, 2, 6, generator=generator))
+            else:
+                slot.method = use
+                give(slot, torch.randn(4, 2, 3, generator=generator), torch.randn(4, 2, 6, generator=generator))
+        return slot
+
+    coefficients = torch.linspace(0.1, 1, 4)
+    slot, norms = fresh(), fresh().norms()
+    expected = weighted_sum(slot, coefficients)
+    assert_close(slot.norms(), norms)
+    assert_close(weighted_sum(slot, coefficients), expected)
+    again = fresh()
+    assert again.filled
+    if again.kept is None:
+        assert_close(fresh().recomputed_sum(coefficients), expected)
+        assert again.filled
+    else:
+        assert_close(again.kept, slot.kept)
+
+
+@pytest.mark.parametrize("order", ["oow", "owo", "woo"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_uses_of_either_way_count_together(order, swapped):
+    """An outer product (o), and what comes whole (w): the norm of one of them alone would be too small."""
+    torch.manual_seed(0)
+    slot, total = slot_of((3, 6), 4, "direct"), torch.zeros(4, 3, 6, dtype=torch.float64)
+    for number, way in enumerate(order):
+        if (way == "w") != swapped:
+            other = torch.randn(4, 3, 6)
+            slot.receive_whole(torch.zeros(4, 2, 6)).backward(other)
+            total += other
+        else:
+            left, right = torch.randn(4, 2, 3), torch.randn(4, 2, 6)
+            give(slot, left, right)
+            total += outer(left, right)
+        if number:
+            check(slot, total)
+
+
+@pytest.mark.parametrize("wholes", [0, 1, 2])
+@pytest.mark.parametrize("products", [1, 2])
+def test_uses_that_one_backward_fills_count_together(products, wholes):
+    torch.manual_seed(0)
+    slot, total = slot_of((3, 6), 4, "direct"), torch.zeros(4, 3, 6, dtype=torch.float64)
+    leaves, found = [], []
+    for _ in range(products):
+        left, right = torch.randn(4, 2, 3), torch.randn(4, 2, 6)
+        leaves += slot.receive(left, 3, 6)[1:]
+        found += per_example_grad(left, right, 1.0)
+        total += outer(left, right)
+    for _ in range(wholes):
+        leaves.append(slot.receive_whole(torch.zeros(4, 2, 6)))
+        found.append(torch.randn(4, 3, 6))
+        total += found[-1]
+    torch.autograd.backward(leaves, found)
+    check(slot, total)
+
+
+def test_all_leaves_are_known():
+    """A loss that comes to one of them beside the model's outputs is refused by them."""
+    parameter = nn.Parameter(torch.zeros(3, 6))
+    recorder = Recorder()
+    assert recorder.leaves() == set()
+    recorder.parameters, recorder.trained = {id(parameter): ("p", parameter)}, frozenset({id(parameter)})
+    recorder.open(4)
+    slot = recorder.slot(parameter)
+    leaves = [slot.leaf]
+    for slot.method in ("direct", "ghost"):
+        leaves += slot.receive(torch.zeros(4, 2, 3), 3, 6)[1:]
+    leaves += [slot.receive_whole(torch.zeros(4, 2, 6)),
+               slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32)[1]]
+    assert {id(leaf) for leaf in leaves} == recorder.leaves() and len(recorder.leaves()) == 5
+
+
+def test_no_gradient_is_a_norm_of_zero():
+    norms = slot_of((3, 6), 4, "auto").norms()
+    assert norms.dtype == torch.float64 and norms.tolist() == [0.0] * 4
+
+
+def test_the_cheaper_method_is_taken():
+    """Operations of either, counted in full; what moves costs 16 a number."""
+    widths = (1, 2, 4, 7, 16, 30, 64, 100, 300, 768, 2000)
+    for tokens, left, right in itertools.product(range(1, 130), widths, widths):
+        product = 2 * tokens * left * right
+        direct = product + 16 * 3 * left * right
+        grams = 2 * tokens**2 * left + 2 * tokens**2 * right
+        ghost = grams + 16 * (3 * tokens**2 + 8 * (tokens * left + tokens * right)) + product
+        assert prefers_ghost(tokens, left, right) == (ghost < direct), (tokens, left, right)
+
+
 def test_method_by_cost():
     assert prefers_ghost(1, 768, 1000)  # a head: the norm is a product of two
     assert not prefers_ghost(197, 768, 16)  # an adapter on the tokens of an image
@@ -194,10 +311,25 @@ def test_method_by_cost():
     assert not slot_of((768, 16), 2, "auto").receive(torch.randn(2, 197, 768), 768, 16).ghost
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (3, 2, 5), (5,)])
-def test_rows_that_n_does_not_divide_are_refused_by_name(shape):
-    assert_refuses(ValueError, f"'layer.weight' received an input of shape {shape} in a batch of 4 examples",
-                   lambda: slot_of((2, 5), 4, "auto").group(torch.zeros(shape)))
+@pytest.mark.parametrize(("shape", "n"), [((7, 5), 4), ((3, 2, 5), 4), ((5,), 4), ((4,), 4), ((5,), 1), ((0,), 0)])
+def test_rows_that_n_does_not_divide_are_refused_by_name(shape, n):
+    """Nor are those of one example that have no dimension for examples."""
+    slot = slot_of((2, 5), n, "auto")
+    uses = [lambda rows: slot.receive(rows, 2, 5), slot.receive_whole]
+    if len(shape) > 1:
+        uses.append(lambda rows: slot.receive_lookup(rows[..., 0].long(), torch.float32))
+    for use in uses:
+        with pytest.raises(ValueError, match=rf"'layer.weight' received an input of shape .* in a batch of {n} examp"):
+            use(torch.zeros(shape))
+
+
+def test_what_a_graph_cannot_hold(monkeypatch):
+    """A leaf made inside a compiled one never comes out: the one that is there already is taken, or none is."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    slot = slot_of((3, 6), 4, "ghost")
+    assert slot.receive(torch.zeros(4, 2, 3), 3, 6)[:2] == (False, slot.leaf)
+    assert_refuses(NotImplementedError, "'layer.weight' is a trainable embedding",
+                   lambda: slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32))
 
 
 @pytest.mark.parametrize(("shape", "grouped"), [
@@ -219,6 +351,22 @@ def test_a_leaf_takes_no_memory():
     slot = slot_of((1000, 1000), 1000, "auto")
     assert slot.leaf.shape == (1000, 1000, 1000)
     assert slot.leaf.untyped_storage().nbytes() == 4
+
+
+def test_when_less_padding_is_tried():
+    """Where widths vary, in the first batch that has some and more than one example."""
+    mask = (torch.arange(9) < torch.tensor([9, 4, 3, 6]).unsqueeze(1)).long()
+    padded, whole = {"input_ids": mask.clone(), "attention_mask": mask}, {"x": torch.ones(4, 3)}
+    recorder = Recorder()
+    assert not recorder.padding_untried(padded, 4)
+    recorder.expect_padding()
+    assert recorder.padding_untried(padded, 4) and not recorder.padding_untried(whole, 4)
+    two, alone = ({name: value[:n] for name, value in padded.items()} for n in (2, 1))
+    assert recorder.padding_untried(two, 2) and not recorder.padding_untried(alone, 1)
+    one_padded = {name: value[1:2] for name, value in padded.items()}
+    assert not recorder.padding_untried(one_padded, 1)
+    recorder.padding_tried = True
+    assert not recorder.padding_untried(padded, 4)
 
 
 def test_passes_hand_over_what_was_filled():

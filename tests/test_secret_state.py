@@ -1,5 +1,6 @@
 """Torch's generators during private training: whole states that nobody can guess, and none that somebody seeded."""
 
+import importlib.util
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_dp import DPLinear, PrivacyEngine, secret_state
-from lora_dp.randomness import SeededSource
+from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.sampling import PrivateDataLoader
 from tests.sources import forks
 from tests.support import make_private
@@ -294,6 +295,23 @@ def test_workers_of_the_loader_draw_in_secret(own: Callable[[int], None] | None)
         assert all(not set(a) & set(b) for a, b in zip(known, secret, strict=True))
 
 
+def test_a_workers_own_function_is_called_with_its_number_and_first() -> None:
+    seen: list[int] = []
+    begin = secret_state.worker_init(lambda worker: (seen.append(worker), _seed_publicly(worker))[0], SecureSource())
+    assert begin is not None
+    begin(3)
+    assert seen == [3] and not is_of_a_seed()
+
+
+def test_a_torch_whose_states_are_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secret_state, "_STATE_SIZE", 5064)
+    secret_state._seeded_layout.cache_clear()
+    with pytest.raises(RuntimeError, match="keeps its CPU generator in 5056 bytes instead of 5064, .*use a version"):
+        private(Net())
+    monkeypatch.undo()
+    private(Net())
+
+
 class _Philox:
     """A CUDA generator's state: key, then offset."""
 
@@ -341,6 +359,31 @@ def test_cuda_that_starts_after_make_private_is_set_before_its_first_pass(monkey
         step(model, optimizer)
 
 
+def test_a_process_that_has_just_begun_has_set_no_cuda_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("lora_dp.secret_state")
+    assert spec is not None and spec.loader is not None
+    fresh, device = importlib.util.module_from_spec(spec), _Philox()
+    spec.loader.exec_module(fresh)
+    optimizer = private(Net())
+    try:
+        fresh.renew()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+        fresh.begin_pass(optimizer)
+        assert device.state.all()
+    finally:
+        monkeypatch.undo()
+        secret_state.renew()
+
+
+def test_devices_of_other_kinds_get_a_seed_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.xpu, "manual_seed_all", seeds.append)
+    for _ in range(20):
+        secret_state.renew()
+    assert len(set(seeds)) == 20 and max(seeds) >= 2**58
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_takes_the_state_and_drops_by_it() -> None:
     device = torch.device("cuda")
@@ -360,6 +403,7 @@ def test_cuda_takes_the_state_and_drops_by_it() -> None:
 def test_a_source_that_is_not_secure_asks_for_nothing() -> None:
     own = secret_state.worker_init(_seed_publicly, SeededSource(1))
     assert own is _seed_publicly and secret_state.worker_init(None, SeededSource(1)) is None
+    assert secret_state.worker_init(_seed_publicly, None) is _seed_publicly
     with torch.random.fork_rng():
         DataLoader(TensorDataset(torch.zeros(3)))
         torch.manual_seed(0)

@@ -72,7 +72,7 @@ def rdp_of_step(event: PoissonGaussian, high: bool = False) -> Floats:
 
     orders = _HIGH_ORDERS if high else ORDERS
     with _quiet():
-        rdp = np.asarray(RdpAccountant(orders).compose(event.dp_event()).rdp, dtype=float)
+        rdp = np.asarray(RdpAccountant(orders).compose(event.dp_event()).rdp)
     # A divergence below the rounding of its logarithm may read as 0 or less, and would prove an epsilon of 0.
     least = [_ROUNDING * (1 + math.lgamma(order + 1)) / (order - 1) for order in orders]
     if event.sample_rate < 1:

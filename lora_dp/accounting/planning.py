@@ -166,7 +166,7 @@ def _most_steps(epsilon_after: Callable[[int], float], target: float, guess: int
         # ε² is near linear in the steps; every third probe halves instead, to bound their number where it is not.
         probes += 1
         fraction = 0.5
-        if probes % 3 and low_epsilon < high_epsilon < math.inf:
+        if probes % 3 and high_epsilon < math.inf:
             fraction = (target**2 - low_epsilon**2) / (high_epsilon**2 - low_epsilon**2)
         middle = min(max(low + round(fraction * (high - low)), low + 1), high - 1)
         middle_epsilon = epsilon_after(middle)

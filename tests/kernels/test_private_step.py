@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import GaussianFilter, LoRAConfig, PrivacyEngine, fused_step, inject_lora
+from lora_dp import DPLinear, GaussianFilter, LoRAConfig, PrivacyEngine, fused_step, inject_lora, mechanism
 from lora_dp.mechanism import Mechanism
 from lora_dp.ops import registry
 from lora_dp.ops.lora_backward import lora_backward
@@ -171,6 +171,42 @@ def test_noise_of_the_launch(device, launches, without_native):
     assert not torch.isclose(noise, run(2)).any(1).all()
     assert float(noise.std()) == pytest.approx(6.0, rel=0.13)
     assert float(torch.corrcoef(noise).fill_diagonal_(0).abs().max()) < 0.75
+
+
+def test_a_sum_that_is_formed_late_or_of_an_unused_layer(device, launches, without_native, monkeypatch):
+    """Neither that of a batch which the reference clipped, nor zeros in another dtype, keep the launch from a step."""
+    ends = []
+    for by_reference in (False, True):
+        model = nn.ModuleDict({"used": mlp(), "unused": DPLinear(6, 3)}).to(device).train()
+        monkeypatch.setattr(model, "forward", lambda x, model=model: model["used"](x))
+        optimizer = make_private(model, batch_size=4, max_grad_norm=0.3)
+        if by_reference:
+            monkeypatch.setattr(mechanism, "can_clip_and_sum", lambda gradients, sq_norms: False)
+        x, y = (tensor.to(device) for tensor in examples(4))
+        optimizer.expect_batch(4)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        ends.append(snapshot(model))
+    assert launches.count("noise_update") == 2 and launches.count("clip_sum") == 1
+    assert_same(*ends)
+
+
+def test_a_parameter_of_another_layout_is_left_to_torch(device, launches, without_native):
+    model = mlp().to(device)
+    model[2].weight.data = model[2].weight.data.t().contiguous().t()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.step_on_empty_batch()
+    assert "noise_update" not in launches and optimizer.steps_taken == 1
+
+
+def test_the_default_dtype_does_not_matter(device, launches, without_native):
+    optimizer = make_private(mlp().to(device), batch_size=4, noise_multiplier=1.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        optimizer.step_on_empty_batch()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "noise_update" in launches
 
 
 def test_cryptographic_noise_does_not_take_the_launch(device, launches, without_native):

@@ -61,8 +61,10 @@ def run(tests: list[str], first: list[str], answer: int) -> None:
     plugin = First(first)
     # Plugins that collect garbage, measure, start processes, or leave something behind are of no use here.
     without = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception", "benchmark", "xdist")
+    # Nor are tests that take minutes: they would pass the limit, and a survivor be taken for an endless loop.
     code = pytest.main(
-        ["-x", "--tb=no", "--hypothesis-profile=ci", *(f"-pno:{name}" for name in without), *tests], plugins=[plugin])
+        ["-x", "--tb=no", "-m", "not long", "--hypothesis-profile=ci", *(f"-pno:{name}" for name in without), *tests],
+        plugins=[plugin])
     # A test of this name may be gone; a file that cannot be imported is a mistake found.
     gone = code == pytest.ExitCode.USAGE_ERROR and any("::" in test for test in tests)
     status = "killed" if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not gone else (

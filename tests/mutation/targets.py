@@ -13,9 +13,6 @@ _NATIVE = (
     "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py",
     "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_randomness.py",
     "tests/ops/test_noise_statistics.py", "tests/ops/test_emulated_cuda.py")
-_ACCOUNTING = (
-    "tests/test_accounting.py", "tests/test_accounting_grid.py", "tests/test_pitfalls_accounting.py",
-    "tests/test_engine.py", "tests/fed/test_account.py")
 _TRIALS = (
     "tests/test_batch_trials.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
     "tests/test_isolation.py",
@@ -55,10 +52,12 @@ TARGETS: dict[str, Target] = {
         "tests/test_setup_refusals.py")),
     "lora_dp/collation.py": Target((
         "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
-    "lora_dp/accounting/epsilon.py": Target(_ACCOUNTING),
-    "lora_dp/accounting/ledger.py": Target((*_ACCOUNTING, "tests/test_files.py", "tests/test_resume.py")),
-    "lora_dp/accounting/planning.py": Target(_ACCOUNTING),
-    "lora_dp/accounting/steps.py": Target(_ACCOUNTING),
+    "lora_dp/accounting/epsilon.py": Target((
+        "tests/test_loss_grid.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
+    "lora_dp/accounting/ledger.py": Target(("tests/test_accounting.py", "tests/test_resume.py")),
+    "lora_dp/accounting/planning.py": Target((
+        "tests/test_planning.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
+    "lora_dp/accounting/steps.py": Target(("tests/test_accounting.py",)),
     "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
@@ -69,12 +68,13 @@ TARGETS: dict[str, Target] = {
     "lora_dp/loss_watch.py": Target(_LOSSES),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_passes.py", "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
-        "tests/test_recording.py", "tests/test_layers.py", "tests/test_ownership.py", "tests/test_training_loops.py",
-        "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py")),
+        "tests/test_recording.py", "tests/test_phases.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
+        "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_gradients.py",
+        "tests/test_bypassed.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
@@ -137,4 +137,5 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py", "lora_dp/isolation.py")
+    "lora_dp/fed/noisy_sum.py", "lora_dp/isolation.py", "lora_dp/fused_step.py", "lora_dp/accounting/steps.py",
+    "lora_dp/accounting/ledger.py", "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py")
