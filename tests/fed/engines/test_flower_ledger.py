@@ -1,8 +1,12 @@
 """A node's own ledger: written before anything leaves it, and a budget that the server cannot stretch."""
 
+import fcntl
 import json
+import math
 import stat
+import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,9 @@ from lora_dp.fed.engines.flower import connected
 from lora_dp.fed.engines.flower_keys import main, make_keys
 from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused
 from lora_dp.fed.faults import TooFewClients
+from lora_dp.fed.methods import get_method
 from tests.fed.engines.loopback import LoopbackGrid
+from tests.fed.small import TRAINING, plan_for
 
 TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
@@ -170,6 +176,50 @@ def test_a_damaged_ledger_stops_the_client(tmp_path):
 def test_half_a_budget_is_none(node, words):
     with pytest.raises(Refused, match=words):
         ClientLedger.of_node(node)
+
+
+def test_a_nodes_ledger_and_budget_are_those_of_its_config():
+    """Flower takes numbers from a command line, too: as text."""
+    assert ClientLedger.of_node({}) is None
+    assert ClientLedger.of_node({"ledger": "x"}) == ClientLedger(Path("x"), "example")
+    assert ClientLedger.of_node({"ledger": "x", "unit": "client"}) == ClientLedger(Path("x"), "client")
+    for epsilon, delta in (("3", "1e-6"), (3, 1e-6)):
+        found = ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
+        assert found == ClientLedger(Path("x"), "example", 3.0, 1e-6) and isinstance(found.epsilon, float)
+    for epsilon, delta in ((1, "1"), ("0", 1e-6), ("much", 1e-6)):
+        with pytest.raises(Refused, match="a budget in its node-config that is none"):
+            ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
+    limited = ClientLedger(Path("x"), "client").limited(8.0, 1e-5)
+    assert limited == ClientLedger(Path("x"), "client", 8.0, 1e-5, written=False)
+
+
+def test_a_budget_is_spent_to_its_last_bit_and_the_owner_is_told(tmp_path, caplog):
+    plan, event = plan_for(get_method("dp-lora"), TRAINING), PoissonGaussian(1.5, 0.25)
+    once = Ledger()
+    once.append(event, plan.releases_per_turn)
+    reached = once.epsilon(1e-5, "rdp")
+    below = ClientLedger(tmp_path / "below.json", "example", math.nextafter(reached, 0), 1e-5)
+    with pytest.raises(Refused, match="no budget left"):
+        below.spend(plan, event, reproducible=False)
+    ClientLedger(tmp_path / "none.json").spend(plan, event, reproducible=False)
+    assert not below.path.exists() and caplog.text == ""
+    ClientLedger(tmp_path / "just.json", "example", reached, 1e-5).spend(plan, event, reproducible=False)
+    assert f"is at ε = {reached:.4g} of {reached:g} over all runs, at δ = 1e-05." in caplog.text
+    assert Ledger.load(tmp_path / "just.json").entries == once.entries
+
+
+def test_one_process_at_a_time_spends(tmp_path):
+    """Two that read the same file would write one turn over the other."""
+    plan, event, path = plan_for(get_method("dp-lora"), TRAINING), PoissonGaussian(1.5, 0.25), tmp_path / "ledger.json"
+    ledger = ClientLedger(path)
+    spending = threading.Thread(target=lambda: ledger.spend(plan, event, reproducible=False))
+    with (tmp_path / "ledger.json.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        spending.start()
+        spending.join(0.3)
+        assert spending.is_alive() and not path.exists()
+    spending.join(60)
+    assert Ledger.load(path).steps == plan.releases_per_turn
 
 
 def test_the_ledger_composes_events_of_different_runs(tmp_path):
