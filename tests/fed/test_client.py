@@ -84,6 +84,25 @@ def test_noise_is_secret_unless_asked_otherwise():
     assert not any(tensor.equal(second[name]) for name, tensor in first.items())
 
 
+def test_what_torch_draws_in_a_reproducible_run_follows_its_seed_and_its_place(monkeypatch):
+    """Dropout masks, say: whatever state torch is in, which is left as it was."""
+    trainer = trainer_of(Adapted())
+    found, plain = [], lora_dp.fed.client.logits
+
+    def noted(*arguments: Any) -> Tensor:
+        found.append(torch.rand(()).item())
+        return plain(*arguments)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", noted)
+    state = trainer.workspace.state()
+    for before, seed, client, index in ((1, 0, 1, 0), (2, 0, 1, 0), (2, 0, 2, 0), (2, 0, 1, 1), (2, 9, 1, 0)):
+        with torch.random.fork_rng():
+            torch.manual_seed(before)
+            replace(trainer, seed=seed).train(client, make_examples(COUNT, 1), Task(index, 0, 2, state))
+            assert torch.initial_seed() == before
+    assert len(found) == 5 and found[0] == found[1] and len(set(found)) == 4
+
+
 # The mechanism
 
 

@@ -107,8 +107,8 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_account.py", "tests/fed/test_runner.py", "tests/fed/test_resume.py",
         "tests/fed/test_units.py")),
     "lora_dp/fed/client.py": Target((
-        "tests/fed/test_client.py", "tests/fed/test_contained.py", "tests/fed/test_units.py",
-        "tests/fed/test_secrets.py", "tests/fed/test_centralised.py")),
+        "tests/fed/test_client.py", "tests/fed/test_secrets.py", "tests/fed/test_contained.py",
+        "tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/contained.py": Target((
         "tests/fed/test_contained.py", "tests/fed/test_units.py", "tests/fed/test_secrets.py")),
