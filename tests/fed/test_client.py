@@ -14,6 +14,7 @@ import lora_dp.fed.federation
 import lora_dp.fed.job
 from lora_dp.accounting import PoissonGaussian
 from lora_dp.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
+from lora_dp.coverage import recorder_of
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
 from lora_dp.fed.examples import ImageExamples, TextExamples
@@ -123,6 +124,23 @@ def test_a_turn_clips_and_noises_examples_as_planned_or_not_at_all(privacy, clip
     else:
         assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (event.noise_multiplier, 0.7)
         assert type(optimizer.mechanism.rule) is rule
+
+
+def test_factors_that_take_turns_go_on_where_the_round_before_ended(monkeypatch):
+    """With an odd number of steps, too: else one factor would have more of them."""
+    trained, plain = [], lora_dp.fed.client.logits
+
+    def noted(model: nn.Module, *arguments: Any) -> Tensor:
+        recorder = recorder_of(model)
+        assert recorder is not None
+        trained.append("".join(f for f in "AB" if id(getattr(model[1], f"lora_{f}")) in recorder.trained))
+        return plain(model, *arguments)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", noted)
+    trainer = trainer_of(Adapted(), TRAINING, "la-lora")
+    for index in range(3):
+        trainer.train(1, make_examples(COUNT, 1), Task(index, 0, 2, trainer.workspace.state()))
+    assert TRAINING.local_steps == 3 and "".join(trained) in ("ABABABABA", "BABABABAB")
 
 
 @pytest.mark.parametrize("privacy", [{"max_grad_norm": 0.5}, {**WHOLE, "max_update_norm": 0.5}])
