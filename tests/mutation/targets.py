@@ -141,4 +141,4 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py", "lora_dp/fed/contained.py", "lora_dp/chain.py")
+    "lora_dp/fed/client.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fed/contained.py", "lora_dp/chain.py")
