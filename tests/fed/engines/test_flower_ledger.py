@@ -16,7 +16,7 @@ pytest.importorskip("flwr")
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.engines.flower import connected
+from lora_dp.fed.engines.flower import FlowerEngine, connected
 from lora_dp.fed.engines.flower_keys import main, make_keys
 from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused
 from lora_dp.fed.faults import TooFewClients
@@ -25,6 +25,15 @@ from tests.fed.engines.loopback import LoopbackGrid
 from tests.fed.small import TRAINING, plan_for
 
 TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes answer at once: a server that waits would do so for ever."""
+    def pause(self: FlowerEngine) -> None:
+        raise AssertionError("the server waits")
+
+    monkeypatch.setattr(FlowerEngine, "_pause", pause)
 
 
 def tiny(**options: Any) -> RunConfig:
