@@ -1,6 +1,7 @@
 // The CPU kernels for any machine, the choice of the widest, and the threads of an update.
 #include "kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <system_error>
 #include <thread>
@@ -20,16 +21,12 @@ const Kernels kPortableKernels = {"portable", write_keystream<1>, write_gaussian
 ChaChaKey::ChaChaKey(const std::uint8_t bytes[kChaChaKeyBytes]) {
     // RFC 8439, 2.3: "expand 32-byte k", the key, the block counter, the nonce.
     stream = {{0x61707865, 0x3320646e, 0x79622d32, 0x6b206574}};
-    for (int w = 0; w < 8; ++w) {
-        std::uint32_t word;
-        memcpy(&word, bytes + 4 * w, sizeof word);
-        stream.words[4 + w] = little_endian(word);
-    }
+    memcpy(stream.words + 4, bytes, kChaChaKeyBytes);
+    for (int w = 4; w < 12; ++w) stream.words[w] = little_endian(stream.words[w]);
 }
 
 ChaChaKey::~ChaChaKey() {
-    volatile std::uint32_t *words = stream.words;
-    for (int w = 0; w < 16; ++w) words[w] = 0;
+    for (volatile std::uint32_t &word : stream.words) word = 0;
 }
 
 const Kernels *kernels_called(const char *name) {
@@ -100,18 +97,15 @@ bool all_finite(const void *sum, std::int64_t begin, std::int64_t end) {
 }  // namespace
 
 std::int64_t first_non_finite(const Update &update, const Row *rows, int threads) {
-    std::atomic<std::int64_t> found{update.count};
+    std::vector<std::atomic<bool>> bad(static_cast<std::size_t>(update.count));
     for_tiles(update, rows, threads, [&](std::int64_t p, std::int64_t begin, std::int64_t end, int) {
         if (rows[p].coefficients != nullptr) return;
-        if (rows[p].sum_dtype == kFloat32 ? all_finite<Float32>(rows[p].sum, begin, end)
-                                          : all_finite<Float64>(rows[p].sum, begin, end)) {
-            return;
-        }
-        std::int64_t least = found;
-        while (p < least && !found.compare_exchange_weak(least, p)) {
-        }
+        const bool finite = rows[p].sum_dtype == kFloat32 ? all_finite<Float32>(rows[p].sum, begin, end)
+                                                          : all_finite<Float64>(rows[p].sum, begin, end);
+        if (!finite) bad[static_cast<std::size_t>(p)] = true;
     });
-    return found == update.count ? -1 : found.load();
+    const auto first = std::find(bad.begin(), bad.end(), true);
+    return first == bad.end() ? -1 : first - bad.begin();
 }
 
 void update_on_cpu(const Kernels &chosen, const Stream &key, const Update &update, const Row *rows, const double *hyper,

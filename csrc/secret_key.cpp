@@ -52,8 +52,7 @@ Store &own_store() {
 }
 
 void overwrite(Slot *slot) noexcept {
-    volatile std::uint8_t *bytes = slot->bytes;
-    for (std::size_t i = 0; i < kChaChaKeyBytes; ++i) bytes[i] = 0;
+    for (volatile std::uint8_t &byte : slot->bytes) byte = 0;
 }
 
 void add_page() {
@@ -122,7 +121,7 @@ ChaChaKey load_key(std::int64_t number) {
 
 void burn_stack() noexcept {
     volatile std::uint8_t below[16384];
-    for (std::size_t i = 0; i < sizeof below; ++i) below[i] = 0;
+    for (volatile std::uint8_t &byte : below) byte = 0;
 }
 
 bool keys_are_locked() {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -17,9 +18,11 @@ import pytest
 import torch
 
 from lora_dp import randomness
+from lora_dp.kernels.optimizer_rows import sgd_row
 from lora_dp.ops.native import native
+from lora_dp.ops.private_update import private_update_
 from lora_dp.randomness import Draw, RandomSource, SecureSource, SeededSource
-from tests.sources import draw_from, forks, gaussians, gaussians_of, in_child, on_linux
+from tests.sources import WIDE, draw_from, forks, gaussians, gaussians_of, in_child, on_linux
 
 # Forks
 
@@ -190,6 +193,17 @@ def count_in_memory(wanted: bytes, where: list[tuple[int, int, str, list[str]]])
     return found
 
 
+def stacks_of_threads() -> list[tuple[int, int, str, list[str]]]:
+    """Of threads that are running, and of those that are gone: each lies behind a page that nobody may read."""
+    found, before = [], (0, 0, "", ["rd"])
+    for place in mappings():
+        guarded = before[1] == place[0] and before[1] - before[0] == mmap.PAGESIZE and "rd" not in before[3]
+        if guarded and not place[2] and {"rd", "wr"} <= set(place[3]):
+            found.append(place)
+        before = place
+    return found
+
+
 def key_pages() -> list[tuple[int, int, str, list[str]]]:
     """Anonymous mappings left out of core dumps ("dd") and empty in a child ("wf"): the keys' are among them."""
     return [place for place in mappings("dd", "wf") if not place[2]]
@@ -237,17 +251,68 @@ def test_a_call_leaves_no_key_on_the_stack() -> None:
 
 
 @on_linux
-def test_keys_that_come_and_go_take_no_more_memory() -> None:
+def test_threads_leave_no_key_on_their_stacks() -> None:
+    """The words of a stream are on them while they draw; what a thread leaves there outlives it."""
+    secret, threads = os.urandom(32), torch.get_num_threads()
+    key, theta = native.key_from(secret), torch.zeros(10**5)
+    try:
+        torch.set_num_threads(4)
+        for draw in range(4):
+            private_update_(
+                [theta], [torch.zeros_like(theta)], [], [], [], [sgd_row(1.0)], optimizer="sgd", key=key, draw=draw,
+                scale=WIDE, step=2.0**-31, expected_batch_size=1.0, filtered=[False], filter_strength=0.0)
+    finally:
+        torch.set_num_threads(threads)
+    stacks = stacks_of_threads()
+    assert len(stacks) >= 3 and count_in_memory(secret[:16], stacks) == 0
+    native.drop_key(key)
+
+
+def grown_by_keys() -> int:
+    """By how many bytes the pages of keys grow where a thousand come and go."""
     native.drop_key(native.new_key())
     before = sum(end - start for start, end, *_ in key_pages())
     for _ in range(1000):
         native.drop_key(native.new_key())
-    assert sum(end - start for start, end, *_ in key_pages()) == before
+    return sum(end - start for start, end, *_ in key_pages()) - before
+
+
+@on_linux
+@forks
+def test_keys_that_come_and_go_take_no_more_memory() -> None:
+    assert grown_by_keys() == 0 and in_child(grown_by_keys) == 0
     keys = [native.new_key() for _ in range(1000)]
     values = [tuple(draw_from(key)) for key in keys]
     assert len(set(values)) == 1000
     for key in keys:
         native.drop_key(key)
+
+
+@on_linux
+@forks
+def test_keys_that_cannot_be_locked_are_not_said_to_be() -> None:
+    import resource
+
+    def without_leave_to_lock() -> bool:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+        if os.getuid() == 0:
+            os.setuid(65534)  # whom the limit binds
+        native.key_from(os.urandom(32))
+        return native.keys_are_locked()
+
+    assert in_child(without_leave_to_lock) is False
+
+
+def test_a_key_of_zeros_is_refused() -> None:
+    """A forked process finds its parent's keys so, and one of the same number would not know that they are not its."""
+    key = native.key_from(bytes(32))
+    for draw in (draw_from, gaussians_of):
+        with pytest.raises(ValueError, match=f"^key {key} is empty, as in a forked process: make another$"):
+            draw(key)
+    native.drop_key(key)
+    last = native.key_from(bytes(31) + b"\x01")  # one bit is enough
+    assert len(set(draw_from(last))) == 8
+    native.drop_key(last)
 
 
 def test_whether_keys_are_locked_is_known() -> None:

@@ -24,19 +24,22 @@ class Failures:
 
     Attributes:
         examples: how often one contributed nothing.
-        mixing: whether the model was found to mix examples: each is then trained on by itself.
     """
 
     def __init__(self) -> None:
         self.examples = 0
-        self.mixing = False
         self._first: str | None = None
-        self._mixed = ""
+        self._mixed: str | None = None
+
+    @property
+    def mixing(self) -> bool:
+        """Whether the model was found to mix examples: each is then trained on by itself."""
+        return self._mixed is not None
 
     def add(self, error: Exception, examples: int) -> None:
         """Notes what training on so many examples raised."""
-        if isinstance(error, IsolationError) and not self.mixing:
-            self.mixing, self._mixed = True, described(error)
+        if isinstance(error, IsolationError):
+            self._mixed = described(error)
         if examples == 1:
             self.examples += 1
             self._first = self._first or described(error)

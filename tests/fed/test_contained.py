@@ -1,6 +1,7 @@
 """That training fails on private data is no bit: what an example adds to the sum is a function of it alone."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -41,6 +42,14 @@ class Unknown(Doubles):
         return found
 
 
+class Twice(Doubles):
+    """Examples of which one comes twice wherever it comes: it would count twice."""
+
+    def batch(self, indices: Any) -> dict[str, Tensor]:
+        rows = [int(i) for i in indices]
+        return super().batch(rows + [ODD] * (ODD in rows))
+
+
 def same_as(examples: Doubles, kind: type[Doubles]) -> Doubles:
     made = kind.__new__(kind)
     made.__dict__.update(examples.__dict__)
@@ -78,6 +87,27 @@ def in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
 
 
+def deep_in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
+    """The same, once the later layers have recorded the gradients of their parameters."""
+    plain = lora_dp.fed.client.logits
+
+    def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        def hook(gradient: Tensor) -> Tensor:
+            raise RuntimeError("no gradient for Jane")
+
+        def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if any(row.equal(mark) for row in batch["pixel_values"]):
+                output.register_hook(hook)
+
+        handle = model[1].register_forward_hook(watch)  # type: ignore[index]
+        try:
+            return plain(model, batch, *precision)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
+
+
 def dropped(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     """The model leaves the odd example out of its batch."""
     plain = lora_dp.fed.client.logits
@@ -94,7 +124,8 @@ def dropped(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
 Plant = Callable[[pytest.MonkeyPatch, Tensor], None]
 FAILURES: dict[str, tuple[type[Doubles], Plant | None]] = {
     "fetch": (Unreadable, None), "class": (Unknown, None), "forward": (Doubles, in_forward),
-    "backward": (Doubles, in_backward), "batch": (Doubles, dropped)}
+    "backward": (Doubles, in_backward), "deep": (Doubles, deep_in_backward), "batch": (Doubles, dropped),
+    "twice": (Twice, None)}
 
 
 def failing(kind: str, monkeypatch: pytest.MonkeyPatch) -> Doubles:
@@ -221,6 +252,22 @@ def test_once_it_is_seen_to_mix_nothing_is_trained_together_any_more(monkeypatch
     assert sizes == [COUNT, COUNT] + 2 * COUNT * [1]
 
 
+def test_a_failure_is_told_as_what_it_is_and_costs_few_passes(monkeypatch, caplog):
+    """Parts of the batch in which nothing fails are trained on together: halving takes twice the logarithm."""
+    federation, examples = make_federation("dp-lora", ONE_STEP), failing("forward", monkeypatch)
+    raising, sizes = lora_dp.fed.client.logits, []
+
+    def counted(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        sizes.append(len(batch["labels"]))
+        return raising(model, batch, *precision)
+
+    monkeypatch.setattr(lora_dp.fed.client, "logits", counted)
+    with caplog.at_level(logging.ERROR):
+        sums_of_a_turn(federation, examples)
+    assert len(sizes) <= 1 + 2 * math.ceil(math.log2(COUNT)) and sizes.count(1) == 3
+    assert "Client 1, round 1: training failed 1 times on an example" in caplog.text and "MIXES" not in caplog.text
+
+
 def test_a_model_that_mixes_is_refused_at_the_start_on_public_data():
     federation = make_federation("dp-lora")
     federation.check_model()
@@ -238,7 +285,7 @@ def test_without_privacy_a_failure_is_one(monkeypatch):
         federation.trainer.train(1, failing("fetch", monkeypatch), Task(0, 0, 2, federation.server.state))
 
 
-@pytest.mark.parametrize("kind", ["fetch", "class", "forward", "backward"])
+@pytest.mark.parametrize("kind", ["fetch", "class", "forward", "backward", "deep"])
 @pytest.mark.parametrize("noise_by", ["client", "server"])
 def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise_by, monkeypatch, caplog):
     privacy = {"unit": "client", "noise_by": noise_by, "delta": 0.01, "weighting": "equal"}
@@ -248,7 +295,7 @@ def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise
     monkeypatch.setattr(PoissonSampler, "draw", lambda self: draws.pop(0))
     with caplog.at_level(logging.ERROR):
         found = federation.trainer.train(1, failing(kind, monkeypatch), task).tensors
-    assert "its update is that of a client without data" in caplog.text
+    assert "Client 1, round 1: training failed, and its update is that of a client without data" in caplog.text
     expected = dict(task.state)
     if noise_by == "client":
         event = federation.plan.event(COUNT)

@@ -108,7 +108,9 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_account.py", "tests/fed/test_origin.py", "tests/fed/test_runner.py",
         "tests/fed/test_resume.py", "tests/fed/test_units.py")),
     "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/engines/test_flower_ledger.py")),
-    "lora_dp/fed/client.py": Target(("tests/fed/test_units.py", "tests/fed/test_centralised.py")),
+    "lora_dp/fed/client.py": Target((
+        "tests/fed/test_client.py", "tests/fed/test_secrets.py", "tests/fed/test_contained.py",
+        "tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/contained.py": Target((
         "tests/fed/test_contained.py", "tests/fed/test_units.py", "tests/fed/test_secrets.py")),
@@ -120,16 +122,20 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_contained.py")),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
-    "lora_dp/fed/engines/flower_ledger.py": Target((*_CHAINED, "tests/fed/engines/test_flower.py")),
+    "lora_dp/fed/engines/flower_ledger.py": Target((
+        "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
     "lora_dp/fed/engines/flower_policy.py": Target((
         "tests/fed/engines/test_hostile_server.py", "tests/fed/engines/test_flower_ledger.py",
         "tests/fed/engines/test_flower.py")),
     "lora_dp/fed/engines/flower_tensors.py": Target((
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_message_bytes.py")),
-    "csrc/chacha20.h": Target(_NATIVE), "csrc/cpu_kernels.h": Target(_NATIVE),
-    "csrc/gaussian_blocks.h": Target(_NATIVE),
-    "csrc/kernels.cpp": Target(_NATIVE), "csrc/rounded_gaussian.h": Target(_NATIVE), "csrc/stream.h": Target(_NATIVE),
-    "csrc/secret_key.cpp": Target(("tests/test_secret_keys.py", *_NATIVE)),
+    "csrc/chacha20.h": Target(("tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py")),
+    "csrc/cpu_kernels.h": Target(_NATIVE),
+    "csrc/gaussian_blocks.h": Target(("tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py")),
+    "csrc/kernels.cpp": Target((
+        "tests/ops/test_chacha20.py", "tests/ops/test_private_update.py", "tests/test_secret_keys.py")),
+    "csrc/rounded_gaussian.h": Target(_NATIVE), "csrc/stream.h": Target(_NATIVE),
+    "csrc/secret_key.cpp": Target(("tests/test_secret_keys.py", "tests/test_randomness.py")),
     "csrc/update_math.h": Target(("tests/ops/test_private_update.py", *_NATIVE)),
     "csrc/bindings.cpp": Target(("tests/ops/test_hostile_inputs.py", *_NATIVE)),
 }
@@ -137,5 +143,6 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py", "lora_dp/isolation.py", "lora_dp/fused_step.py", "lora_dp/accounting/steps.py",
-    "lora_dp/accounting/ledger.py", "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py")
+    "lora_dp/fed/client.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fed/contained.py", "lora_dp/chain.py",
+    "lora_dp/isolation.py", "lora_dp/fused_step.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
+    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py")

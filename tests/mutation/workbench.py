@@ -14,6 +14,8 @@ from tests.mutation.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 _COPIED = ("lora_dp", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
+# What is beyond the end of an array stops the process: without it, such a mistake often changes nothing.
+_STOPPED = "-fsanitize=bounds-strict -fsanitize-undefined-trap-on-error -D_GLIBCXX_ASSERTIONS"
 # An editable install puts its own finder ahead of every path.
 _SITE = """import sys
 
@@ -140,7 +142,7 @@ class Workbench:
             subprocess.run([
                 "cmake", "-S", str(self.tree), "-B", str(self._build), "-G", "Ninja", "-DLORA_DP_CUDA=OFF",
                 "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=generic",
-                "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG {_STOPPED}", f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}"], check=True, stdout=subprocess.DEVNULL)
         built = subprocess.run(["ninja", "-C", str(self._build)], capture_output=True, text=True)
         if built.returncode:

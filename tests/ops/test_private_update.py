@@ -239,6 +239,49 @@ def test_sums_that_are_not_finite_are_refused_and_change_nothing():
         assert same_bits(problem.tensors, before)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("sum_dtype", [torch.float32, torch.float64])
+def test_the_first_sum_that_is_not_finite_is_named_wherever_it_is(sum_dtype, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for first, last in ((7, 4096), (8, 11_199), (3, 0), (1, 0)):
+            problem = Problem("adamw", torch.float32, sum_dtype=sum_dtype)
+            problem.sums[first].view(-1)[last] = math.inf
+            problem.sums[9][-1, -1] = problem.sums[10][-1] = math.nan
+            assert_refuses(ValueError, f"the sum of parameter {first} holds NaN or infinity", problem.take)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("examples", [0, 3])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_nothing_beyond_a_tensor_is_read_or_written(threads, examples):
+    """All that goes in lies between NaN: the numbers are those of tensors by themselves, and what is around stays."""
+    problem = Problem("adamw", torch.float32, strength=2.0, examples=examples)
+    wanted = copy.deepcopy(problem).take()
+    buffers = []
+
+    def within(tensor: Tensor) -> Tensor:
+        buffer = torch.full((tensor.numel() + 16,), math.nan, dtype=tensor.dtype)
+        buffers.append(buffer)
+        buffer[8 : 8 + tensor.numel()] = tensor.flatten()
+        return buffer[8 : 8 + tensor.numel()].view(tensor.shape)
+
+    for name in ("parameters", "first", "second", "gradients"):
+        setattr(problem, name, [within(tensor) for tensor in getattr(problem, name)])
+    problem.sums = [
+        ExampleSum(within(part.gradients), within(part.coefficients)) if examples else within(part)
+        for part in problem.sums]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert same_bits(problem.take(), wanted)
+    finally:
+        torch.set_num_threads(before)
+    assert all(buffer[:8].isnan().all() and buffer[-8:].isnan().all() for buffer in buffers)
+
+
 def test_absurd_gradients_stop_at_the_grids_end():
     for way in (torch.no_grad, reference_only):
         theta = torch.zeros(2, dtype=torch.float64)

@@ -33,7 +33,7 @@ class ClientLedger:
         path: of the file; made with the first release.
         unit: whose presence it is about: an example's, or that of all this client's data. Releases that protect the one
             add up to no ε for the other.
-        epsilon, delta: releases that would lead beyond this budget are refused; None for no limit.
+        epsilon, delta: releases that would lead beyond this budget are refused; both None for no limit.
         written: whether that budget stands in the node-config; else it is what the policy admits.
         run: digest of the run that turns are of; releases beyond its plan are refused; None for no limit.
     """
@@ -120,8 +120,9 @@ class ClientLedger:
 
     def _within_budget(self, ledger: Ledger, plan: PrivacyPlan) -> float | None:
         """The ε of a ledger, None without a budget; raises Refused where that is above the budget."""
-        if self.epsilon is None or self.delta is None:
+        if self.epsilon is None:
             return None
+        assert self.delta is not None
         reached = ledger.epsilon(self.delta, plan.accountant)
         if reached <= self.epsilon:
             return reached

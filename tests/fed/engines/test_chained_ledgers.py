@@ -312,6 +312,7 @@ def test_a_ledger_without_digests_is_read_and_saved_with_them(tmp_path):
             Ledger.load(path).save(path)
         kept = json.loads(path.read_text())
         assert kept["version"] == 2 and len(kept["digest"]) == 64
+        assert name != "own.json" or (kept["node"]["turns"], Heads(path).last()[0]) == (1, 1)
         assert Ledger.load(path).steps >= sum(count for _, count in entries)
 
 
@@ -337,6 +338,19 @@ def test_runs_that_were_edited_are_noticed(tmp_path, runs):
     path.write_text(json.dumps(kept, indent=1))
     with pytest.raises(ValueError, match="its node's part .*restore it"):
         read_runs(path)
+
+
+def test_a_nodes_part_that_was_cut_out_is_noticed(tmp_path):
+    """The file is then one that the engine would have saved, with digests that are right."""
+    path = tmp_path / "own.json"
+    for lost in ("node", "unit"):
+        forget(path)
+        write_runs(path)
+        kept = json.loads(path.read_text())
+        del kept[lost]
+        path.write_text(json.dumps(kept, indent=1))
+        with pytest.raises(ValueError, match="its node's part .*restore it"):
+            read_runs(path)
 
 
 def test_a_log_without_digests_is_refused_with_the_remedy(tmp_path):

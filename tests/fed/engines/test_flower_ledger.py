@@ -1,8 +1,12 @@
 """A node's own ledger: written before anything leaves it, and a budget that the server cannot stretch."""
 
+import fcntl
 import json
+import math
 import stat
+import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +16,24 @@ pytest.importorskip("flwr")
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.engines.flower import connected
+from lora_dp.fed.engines.flower import FlowerEngine, connected
 from lora_dp.fed.engines.flower_keys import main, make_keys
 from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused
 from lora_dp.fed.faults import TooFewClients
+from lora_dp.fed.methods import get_method
 from tests.fed.engines.loopback import LoopbackGrid
+from tests.fed.small import TRAINING, plan_for
 
 TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes answer at once: a server that waits would do so for ever."""
+    def pause(self: FlowerEngine) -> None:
+        raise AssertionError("the server waits")
+
+    monkeypatch.setattr(FlowerEngine, "_pause", pause)
 
 
 def tiny(**options: Any) -> RunConfig:
@@ -27,6 +42,62 @@ def tiny(**options: Any) -> RunConfig:
 
 def grid(ledger: Any, **budget: float) -> LoopbackGrid:
     return LoopbackGrid([{"partition-id": 0}, {"partition-id": 1, "ledger": str(ledger), **budget}])
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
+     ({"ledger": "x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
+     ({"ledger": "x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
+     ({"ledger": "x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
+     ({"ledger": "x", "unit": "patient"}, "unit as example or client"), ({"unit": "client"}, "must name a ledger")])
+def test_half_a_budget_is_none(node, words):
+    with pytest.raises(Refused, match=words):
+        ClientLedger.of_node(node)
+
+
+def test_a_nodes_ledger_and_budget_are_those_of_its_config():
+    """Flower takes numbers from a command line, too: as text."""
+    assert ClientLedger.of_node({}) is None
+    assert ClientLedger.of_node({"ledger": "x"}) == ClientLedger(Path("x"), "example")
+    assert ClientLedger.of_node({"ledger": "x", "unit": "client"}) == ClientLedger(Path("x"), "client")
+    for epsilon, delta in (("3", "1e-6"), (3, 1e-6)):
+        found = ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
+        assert found == ClientLedger(Path("x"), "example", 3.0, 1e-6) and isinstance(found.epsilon, float)
+    for epsilon, delta in ((1, "1"), ("0", 1e-6), ("much", 1e-6)):
+        with pytest.raises(Refused, match="a budget in its node-config that is none"):
+            ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
+    limited = ClientLedger(Path("x"), "client").limited(8.0, 1e-5)
+    assert limited == ClientLedger(Path("x"), "client", 8.0, 1e-5, written=False)
+
+
+def test_a_budget_is_spent_to_its_last_bit_and_the_owner_is_told(tmp_path, caplog):
+    plan, event = plan_for(get_method("dp-lora"), TRAINING), PoissonGaussian(1.5, 0.25)
+    once = Ledger()
+    once.append(event, plan.releases_per_turn)
+    reached = once.epsilon(1e-5, "rdp")
+    below = ClientLedger(tmp_path / "below.json", "example", math.nextafter(reached, 0), 1e-5)
+    with pytest.raises(Refused, match="no budget left"):
+        below.spend(plan, event, reproducible=False)
+    ClientLedger(tmp_path / "none.json").spend(plan, event, reproducible=False)
+    assert not below.path.exists() and caplog.text == ""
+    ClientLedger(tmp_path / "just.json", "example", reached, 1e-5).spend(plan, event, reproducible=False)
+    assert f"is at ε = {reached:.4g} of {reached:g} over all runs, at δ = 1e-05." in caplog.text
+    assert Ledger.load(tmp_path / "just.json").entries == once.entries
+
+
+def test_one_process_at_a_time_spends(tmp_path):
+    """Two that read the same file would write one turn over the other."""
+    plan, event, path = plan_for(get_method("dp-lora"), TRAINING), PoissonGaussian(1.5, 0.25), tmp_path / "ledger.json"
+    ledger = ClientLedger(path)
+    spending = threading.Thread(target=lambda: ledger.spend(plan, event, reproducible=False))
+    with (tmp_path / "ledger.json.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        spending.start()
+        spending.join(0.3)
+        assert spending.is_alive() and not path.exists()
+    spending.join(60)
+    assert Ledger.load(path).steps == plan.releases_per_turn
 
 
 def test_it_holds_what_the_server_counts_too(tmp_path):
@@ -158,18 +229,6 @@ def test_a_damaged_ledger_stops_the_client(tmp_path):
     federation = connected(tiny(), grid(path))
     assert federation.run_round().failed == [{"client": 1, "reason": "raised ValueError"}]
     assert path.read_text() == "{"
-
-
-@pytest.mark.parametrize(
-    ("node", "words"),
-    [({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
-     ({"ledger": "x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
-     ({"ledger": "x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
-     ({"ledger": "x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
-     ({"ledger": "x", "unit": "patient"}, "unit as example or client"), ({"unit": "client"}, "must name a ledger")])
-def test_half_a_budget_is_none(node, words):
-    with pytest.raises(Refused, match=words):
-        ClientLedger.of_node(node)
 
 
 def test_the_ledger_composes_events_of_different_runs(tmp_path):
