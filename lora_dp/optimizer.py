@@ -26,6 +26,9 @@ from lora_dp.regulator import Regulator
 from lora_dp.secret_state import end_pass
 from lora_dp.wrappers import check_one_process
 
+_LEAVE_OUT = (
+    "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
+
 
 class Clipped(NamedTuple):
     """Clipped sums, some not yet formed, by the ``id`` of their parameter; how many examples were not finite."""
@@ -229,7 +232,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._collect()
             raise RuntimeError(
                 f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
-                "or take optimizer.step_on_empty_batch() in its place (a step of noise alone).")
+                f"and {_LEAVE_OUT}.")
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
@@ -280,8 +283,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: runs forward and backward once, as torch's; its value is returned.
-            mask: (N,) bool; an example with False contributes nothing (padding up to a fixed batch size). With
-                ``loss_reduction="mean"`` the loss must be the mean over all N, padding included.
+            mask: (N,) bool; an example with False contributes nothing: padding up to a fixed batch size, or one that is
+                to be left out. An example's entry must depend on that example alone. With ``loss_reduction="mean"`` the
+                loss must be the mean over all N, those with False included.
 
         Raises:
             PrivacyBudgetExceeded: the step would overrun the target ε; nothing has been released.
@@ -305,16 +309,22 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return value
 
     def step_on_empty_batch(self) -> None:
-        """The step of a batch in which Poisson sampling drew nobody, or that is left out: noise alone. Never skip it.
+        """The step of a batch in which Poisson sampling drew nobody: noise alone. The private loader takes it itself.
+
+        It is no step for a batch that holds somebody: who left that out for what one example holds would take away what
+        all others add, many times C.
 
         Raises:
             PrivacyBudgetExceeded: as for :meth:`step`.
-            RuntimeError: a logical batch is under way.
+            RuntimeError: a logical batch is under way, or a batch with examples was drawn and waits for its step.
         """
         if self._examples:
             raise RuntimeError("A logical batch is under way: step() it before the next one.")
-        if self._drawn:
-            self._drawn.popleft()
+        if any(self._drawn):
+            raise RuntimeError(
+                f"A batch that the private loader drew ({max(self._drawn)} examples) cannot be left out, since one "
+                f"example would take away what all others add: step it, and {_LEAVE_OUT}.")
+        self._drawn.clear()
         self.activate()
         self._release()
 

@@ -75,12 +75,6 @@ class Receiver(NamedTuple):
     second: Tensor
 
 
-def _take_gradient(found: list[Tensor], leaf: Tensor) -> None:
-    assert leaf.grad is not None
-    found.append(leaf.grad)
-    leaf.grad = None
-
-
 def _keep_one(backwards: list[None], leaf: Tensor) -> None:
     """Of several backward passes the norms tell nothing exact: then the norm of what they left together is taken."""
     backwards.append(None)
@@ -89,23 +83,32 @@ def _keep_one(backwards: list[None], leaf: Tensor) -> None:
 
 
 class _Pair:
-    """The leaves of one ghost use: Gᵢ = scale · Σₜ leftₜ ⊗ rightₜ."""
+    """The leaves of one ghost use: Gᵢ = scale · Σ over backwards, Σₜ leftₜ ⊗ rightₜ."""
 
     def __init__(self, left: Tensor, right: Tensor, scale: float):
         self.scale = scale
-        self._lefts: list[Tensor] = []
-        self._rights: list[Tensor] = []
-        for leaf, found in ((left, self._lefts), (right, self._rights)):
+        self.found: list[tuple[Tensor, Tensor]] = []
+        self._sides: list[Tensor | None] = [None, None]
+        for side, leaf in enumerate((left, right)):
             # Taken at once: .grad may share memory with an activation, to which a second backward would add in place.
-            leaf.register_post_accumulate_grad_hook(functools.partial(_take_gradient, found))
+            leaf.register_post_accumulate_grad_hook(functools.partial(self._take, side))
+
+    def _take(self, side: int, leaf: Tensor) -> None:
+        self._sides[side], leaf.grad = leaf.grad, None
+        left, right = self._sides
+        if left is not None and right is not None:
+            self.found.append((left, right))
+            self._sides = [None, None]
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Left, right and scale, or None if no backward came through this use."""
-        if not self._lefts:
+        if not self.found:
             return None
-        # Each backward through a kept graph brings its own left, and the same right once more.
-        return sum(self._lefts[1:], self._lefts[0]), self._rights[0], self.scale
+        # Each backward through a kept graph brings both sides anew: the layer's input may be either of them, and a
+        # checkpoint works it out again. Joined along T, whatever the two have in common.
+        left, right = (side[0] if len(side) == 1 else torch.cat(side, 1) for side in zip(*self.found, strict=True))
+        return left, right, self.scale
 
 
 class Slot:
@@ -214,7 +217,7 @@ class Slot:
     def filled(self) -> bool:
         """Whether a backward has left something."""
         return (self.leaf.grad is not None or self._factors is not None
-                or any(pair.factors is not None for pair in self._pairs)
+                or any(pair.found for pair in self._pairs)
                 or any(leaf.grad is not None for _, leaf in self._lookups))
 
     @property

@@ -22,7 +22,9 @@ from torch.utils.data import (
 
 from lora_dp.arguments import Fixed, check_count, check_kind
 from lora_dp.collation import check_collation, drawn_for_test
-from lora_dp.secret_state import worker_init
+from lora_dp.secret_state import begin_fetch, collation, worker_init
+
+_NO_MORE = object()
 
 
 class UniformSource(Protocol):
@@ -142,9 +144,11 @@ class PrivateDataLoader:
         self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
         self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
         self._collation_tested = False
+        self._collate = loader.collate_fn
         self._options: dict[str, Any] = {
-            "collate_fn": loader.collate_fn, "num_workers": loader.num_workers, "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout, "worker_init_fn": worker_init(loader.worker_init_fn, source),
+            "collate_fn": collation(loader.collate_fn, source), "num_workers": loader.num_workers,
+            "pin_memory": loader.pin_memory, "timeout": loader.timeout,
+            "worker_init_fn": worker_init(loader.worker_init_fn, source),
             "multiprocessing_context": loader.multiprocessing_context,
         }
         if loader.num_workers:
@@ -161,13 +165,15 @@ class PrivateDataLoader:
 
         Raises:
             IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
-            RuntimeError: a batch was not stepped before the next was asked for.
+            RuntimeError: a batch was not stepped before the next was asked for, or torch's generators were seeded since
+                make_private.
         """
         check_count("steps", steps, least=0)
         size = len(self.dataset)
         batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
         self._on_begin()
-        for batch in DataLoader(self.dataset, batch_sampler=batches, **self._options):
+        fetched = iter(DataLoader(self.dataset, batch_sampler=batches, **self._options))
+        while (batch := self._fetch(fetched)) is not _NO_MORE:
             empty, drawn = batches.drawn.popleft()
             for _ in range(empty):
                 self._on_empty()
@@ -178,9 +184,14 @@ class PrivateDataLoader:
         for _ in range(batches.empty_at_end):
             self._on_empty()
 
+    def _fetch(self, fetched: Iterator[Any]) -> Any:
+        if not self._options["num_workers"]:  # whose own generators are secret from their start on
+            begin_fetch(self.source)
+        return next(fetched, _NO_MORE)
+
     def _test_collation(self, drawn: list[int], batch: Any) -> None:
         if len(drawn) < 2 or (self._collation_tested and not drawn_for_test()):
             return
-        if check_collation(self.dataset, self._options["collate_fn"], drawn, batch):
+        if check_collation(self.dataset, self._collate, drawn, batch):
             self._on_varying_width()
         self._collation_tested = True

@@ -9,16 +9,17 @@ So :func:`renew` sets whole states, drawn from the operating system:
 - CPU: the 624 words of MT19937. Masks are then drawn by :mod:`lora_dp.cpu_draws`, from ChaCha20.
 - CUDA: the 64 bits of Philox's key and 60 of its counter, on every device.
 - other devices: their own seed of 64 bits.
-- Python's ``random`` and NumPy's, by which some models mask spans of their input: from 512 bits each, anew in every
-  pass. So it does not matter who seeds them in between.
+- Python's ``random`` and NumPy's, by which some models mask spans of their input, and data sets change examples: from
+  512 bits each, anew before every batch is fetched and in every pass. So it does not matter who seeds them in between.
 
 A generator's seed is part of its state and says whether the state is still ours: it is 64 random bits that stand in
 a set. Whoever seeds a generator again, or restores a state from elsewhere, replaces them; one who restores a state of
 ours, as checkpoints and ``torch.random.fork_rng`` do, puts them back.
 
 A model may seed, draw and restore within its forward, and leave nothing to see afterwards. So while a forward of
-training runs, each draw on the CPU asks for a state of ours (:func:`forward_begins`). Two things are not seen: the same
-on a CUDA device, and NumPy or ``random`` seeded inside the forward.
+training runs, each draw on the CPU asks for a state of ours (:func:`forward_begins`). Not seen: the same on a
+CUDA device, NumPy or ``random`` seeded inside the forward, and seeds that a data set or a collate function sets for
+draws of its own and takes back.
 """
 
 import functools
@@ -38,12 +39,16 @@ from lora_dp import cpu_draws
 from lora_dp.randomness import SecureSource
 
 _RESEEDED = (
-    "torch's generators were seeded after make_private, so whoever knows that seed knows the dropout masks: seed "
-    "before make_private, or call engine.renew_randomness() after whatever seeds (Transformers' Trainer and set_seed "
-    "do).")
+    "torch's generators were seeded after make_private, so whoever knows that seed knows the dropout masks, and how "
+    "the data set changes examples: seed before make_private, or call engine.renew_randomness() after whatever seeds "
+    "(Transformers' Trainer and set_seed do).")
 _SEEDED_INSIDE = (
     "The model seeds a generator inside its forward and draws from it, so its masks are public: draw from torch's "
     "default generator, without torch.manual_seed, set_rng_state or a torch.Generator of the model's own.")
+
+_SEEDED_IN_FETCH = (
+    "The data set or the collate function seeds torch's generators, so whoever knows that seed knows how examples are "
+    "changed: draw from torch's default generator without seeding it.")
 
 # In bytes: seed, two counters of 4, the next word's place; then the words, each in 8.
 _WORDS, _WORDS_BEGIN = 624, 24
@@ -104,9 +109,26 @@ def begin_pass(optimizer: object) -> None:
     """
     forward_ends(optimizer)  # one that was interrupted
     if _is_secret(optimizer):
-        _check()
-        _renew_cpu(torch.default_generator.initial_seed())
-        _renew_pythons_and_numpys()
+        _begin_anew()
+
+
+def begin_fetch(source: object) -> None:
+    """The same before a batch is fetched in this process: examples may be changed at random as they are read.
+
+    Args:
+        source: of the loader's randomness; nothing happens where it is seeded.
+
+    Raises:
+        RuntimeError: a generator of torch's was seeded since :func:`renew`.
+    """
+    if getattr(source, "secure", False):
+        _begin_anew()
+
+
+def _begin_anew() -> None:
+    _check(_RESEEDED)
+    _renew_cpu(torch.default_generator.initial_seed())
+    _renew_pythons_and_numpys()
 
 
 def forward_begins(optimizer: object) -> None:
@@ -140,7 +162,7 @@ def end_pass(optimizer: object) -> None:
         RuntimeError: as for :func:`begin_pass`.
     """
     if _is_secret(optimizer):
-        _check()
+        _check(_RESEEDED)
 
 
 def _is_secret(optimizer: object) -> bool:
@@ -148,10 +170,10 @@ def _is_secret(optimizer: object) -> bool:
     return bool(getattr(getattr(mechanism, "source", None), "secure", False))
 
 
-def _check() -> None:
+def _check(refusal: str) -> None:
     generators = [torch.default_generator, *_cuda_generators()]
     if any(generator.initial_seed() not in _seeds for generator in generators):
-        raise RuntimeError(_RESEEDED)
+        raise RuntimeError(refusal)
 
 
 @contextmanager
@@ -189,6 +211,35 @@ class _SecretWorker:
         if self.own is not None:
             self.own(worker)
         renew()
+
+
+Collate = Callable[[Any], Any]
+
+
+def collation(own: Collate, source: object) -> Collate:
+    """The ``collate_fn`` of a loader under this source of randomness: a secure one's begins in a new secret state of
+    Python's ``random`` and of NumPy, and leaves one to the next batch of its process, a worker say. Whoever seeds these
+    while examples are read, or collated, does so for no later draws. One who seeds torch is refused.
+    """
+    return _SecretCollation(own) if getattr(source, "secure", False) else own
+
+
+class _SecretCollation:
+    """A class, as :class:`_SecretWorker` is."""
+
+    def __init__(self, own: Collate):
+        self.own = own
+
+    def __call__(self, examples: Any) -> Any:
+        self._renew()
+        batch = self.own(examples)
+        self._renew()
+        return batch
+
+    @staticmethod
+    def _renew() -> None:
+        _check(_SEEDED_IN_FETCH)
+        _renew_pythons_and_numpys()
 
 
 def _new_seed() -> int:

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lora_dp import PrivacyEngine
 from tests.models import assert_refuses, cross_entropy, examples, flat, mlp, moved, snapshot, take_step
 from tests.support import assert_close, make_private, private_gradients
 
@@ -99,6 +101,29 @@ def test_masked_nan_contributes_nothing():
     expected = take_step(reference, make_private(reference, batch_size=4), (x[mask], y[mask]))
     optimizer = make_private(model, batch_size=4)
     assert_close(flat(take_step(model, optimizer, (x, y), mask=mask)), flat(expected))
+
+
+def sum_without_the_damaged(x: Tensor, y: Tensor, bound: float) -> Tensor:
+    """The clipped sum of the one batch at rate 1, as the guide leaves examples out."""
+    model, engine = mlp().train(), PrivacyEngine("rdp")
+    model, optimizer, loader = engine.make_private(
+        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)), noise_multiplier=0.0, max_grad_norm=bound)
+    for inputs, labels in loader:
+        optimizer.backward(F.cross_entropy(model(inputs), labels, reduction="none"))
+        optimizer.step(mask=inputs.abs().amax(1) < 100)
+    assert engine.ledger.steps == 1
+    return flat(private_gradients(model)) * len(x)
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf, 1e6])
+def test_one_damaged_example_takes_nothing_of_the_others_away(damage):
+    (x, y), bound = examples(1), 0.01
+    x, y = x + 0.01 * torch.randn(30, x.shape[1]), y.expand(30).clone()
+    without = sum_without_the_damaged(x, y, bound)
+    assert without.norm() > 25 * bound  # what would be missing if the batch were left out
+    damaged = torch.cat([x, torch.full_like(x[:1], damage)])
+    assert_close(sum_without_the_damaged(damaged, torch.cat([y, y[:1]]), bound), without, 1e-6)
 
 
 def test_mask_adds_nobody():

@@ -279,6 +279,15 @@ def test_a_batch_that_is_skipped_is_noticed():
     assert_refuses(RuntimeError, "was never stepped", lambda: next(batches))
 
 
+def test_the_refusal_names_the_mask_as_the_remedy():
+    model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    batches = loader.take(2)
+    next(batches)
+    assert_refuses(
+        RuntimeError, "step every batch once, and leave out a single example by optimizer.step(mask=mask), whose entry "
+        "for an example depends on that example alone", lambda: next(batches))
+
+
 def test_the_last_batch_is_noticed_too():
     model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
 
@@ -308,12 +317,18 @@ def test_looking_at_a_batch_before_training_is_no_skip():
     assert optimizer.ledger.steps == 2
 
 
-def test_noise_alone_may_stand_for_a_batch():
+def test_noise_alone_may_not_stand_for_a_batch():
+    """Who left a batch out for what one example holds would take away what all others add."""
     model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
     for number, (x, y) in enumerate(loader.take(3)):
         if number == 1:
-            optimizer.step_on_empty_batch()
-            continue
+            before = model[2].weight.detach().clone()
+            assert_refuses(
+                RuntimeError,
+                f"the private loader drew ({len(x)} examples) cannot be left out, since one example would take away "
+                "what all others add: step it, and leave out a single example by optimizer.step(mask=mask)",
+                optimizer.step_on_empty_batch)
+            assert torch.equal(model[2].weight, before) and optimizer.ledger.steps == 1
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    assert optimizer.ledger.steps == 3
+        assert optimizer.ledger.steps == number + 1

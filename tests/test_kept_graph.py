@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from lora_dp import DPLinear, DPLoRALinear
 from lora_dp.layers import DPEmbedding, DPLayerNorm
+from lora_dp.recording import NormMethod
 from tests.support import assert_close, brute_force, make_private, private_gradients
 
 N, T = 5, 4
 
 
-def adapter() -> nn.Module:
-    layer = DPLoRALinear(6, 3, r=2)
+def adapter(fan_in_fan_out: bool = False) -> nn.Module:
+    layer = DPLoRALinear(6, 3, r=2, fan_in_fan_out=fan_in_fan_out)
     nn.init.normal_(layer.lora_B)
     return layer
 
@@ -32,24 +33,27 @@ def rows() -> Tensor:
     return torch.randn(N, T, 6)
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
-    "adapter": (adapter, rows, "auto"),
-    "direct": (lambda: DPLinear(6, 3, bias=False), rows, "direct"),
-    "ghost": (lambda: DPLinear(6, 3, bias=False), rows, "ghost"),
-    "bias": (lambda: DPLinear(6, 3), rows, "auto"),
-    "bias alone": (lambda: DPLinear(6, 3), rows, "direct"),
-    "affine": (lambda: DPLayerNorm(6), rows, "auto"),
-    "lookup": (Lookup, lambda: torch.randint(7, (N, T)), "auto"),
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "adapter": (adapter, rows),
+    "adapter of a Conv1D": (lambda: adapter(fan_in_fan_out=True), rows),
+    "linear": (lambda: DPLinear(6, 3, bias=False), rows),
+    "Conv1D": (lambda: DPLinear(6, 3, bias=False, fan_in_fan_out=True), rows),
+    "Conv1D and bias": (lambda: DPLinear(6, 3, fan_in_fan_out=True), rows),
+    "bias": (lambda: DPLinear(6, 3), rows),
+    "bias alone": (lambda: DPLinear(6, 3), rows),
+    "affine": (lambda: DPLayerNorm(6), rows),
+    "lookup": (Lookup, lambda: torch.randint(7, (N, T))),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["auto", "direct", "ghost"])
 @pytest.mark.parametrize("bound", [0.05, 1e6])
 @pytest.mark.parametrize("part", [-1.0, -0.9, 0.5])
-def test_both_count_as_one_gradient(name: str, bound: float, part: float) -> None:
+def test_both_count_as_one_gradient(name: str, method: NormMethod, bound: float, part: float) -> None:
     """``part`` below 0: what the second pass brings all but cancels the first."""
     torch.manual_seed(0)
-    make, inputs, method = LAYERS[name]
+    make, inputs = LAYERS[name]
     layer, x = make().train(), inputs()
     if name == "bias alone":
         layer.weight.requires_grad_(False)

@@ -56,6 +56,32 @@ def test_one_use(tokens, dtype, method):
     check(slot, outer(left, right, 1.5))
 
 
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+@pytest.mark.parametrize("anew", ["left", "right", "both"])
+def test_each_backward_through_one_use_brings_both_factors(anew, method):
+    """The layer's input is the right one, or the left one where the weight is stored as (in, out)."""
+    torch.manual_seed(0)
+    slot, total = slot_of((3, 6), 4, method), torch.zeros(4, 3, 6, dtype=torch.float64)
+    left, right = torch.randn(4, 5, 3), torch.randn(4, 5, 6)
+    ghost, first, second = slot.receive(left, 3, 6, 1.5)
+    for _ in range(3):
+        torch.autograd.backward([first, second], list((left, right) if ghost else per_example_grad(left, right, 1.5)))
+        total += outer(left, right, 1.5)
+        left = left if anew == "right" else torch.randn_like(left)
+        right = right if anew == "left" else torch.randn_like(right)
+    check(slot, total)
+
+
+def test_a_backward_that_stopped_between_the_two_factors_of_a_use_leaves_no_half():
+    torch.manual_seed(0)
+    slot, left, right = slot_of((3, 6), 4, "ghost"), torch.randn(4, 5, 3), torch.randn(4, 5, 6)
+    _, first, second = slot.receive(left, 3, 6)
+    first.backward(torch.randn_like(left))
+    assert not slot.filled
+    torch.autograd.backward([first, second], [left, right])
+    check(slot, outer(left, right))
+
+
 @pytest.mark.parametrize("methods", [("ghost", "ghost"), ("ghost", "direct"), ("direct", "direct")])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0)])
 def test_uses_of_one_parameter_add_up(methods, scales):
