@@ -53,7 +53,9 @@ TARGETS: dict[str, Target] = {
         "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
         "tests/test_setup_refusals.py")),
     "lora_dp/collation.py": Target((
-        "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
+        "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_batches.py",
+        "tests/test_pitfalls_batches.py")),
+    "lora_dp/own_generators.py": Target(("tests/test_own_generators.py",)),
     "lora_dp/accounting/epsilon.py": Target(_ACCOUNTING),
     "lora_dp/accounting/ledger.py": Target((*_ACCOUNTING, "tests/test_files.py", "tests/test_resume.py")),
     "lora_dp/accounting/planning.py": Target(_ACCOUNTING),
