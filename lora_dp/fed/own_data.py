@@ -7,7 +7,7 @@ it. An example whose label is none of the classes has the class −1, and :mod:`
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -38,8 +38,8 @@ _TEXT, _OTHER = datasets.Value("string"), datasets.Value("null")
 class _Table:
     """Columns with their kinds; ``typed`` unless all values are texts, as in CSV, that may be meant as numbers."""
 
-    features: dict[str, Any]
-    columns: dict[str, Sequence[Any]]
+    features: Mapping[str, Any]
+    columns: Mapping[str, Sequence[Any]]
     typed: bool = True
 
 
@@ -82,7 +82,7 @@ def _read(config: DataConfig) -> _Table:
     if builder.name == "imagefolder" and all(PurePath(file).suffix.lower() in extensions for file in files):
         return _of_images(files)
     split = datasets.load_dataset(builder.name, data_files={"train": files}, split="train")
-    return _Table(dict(split.features), {name: split[name] for name in split.column_names})
+    return _Table(split.features, {name: split[name] for name in split.column_names})
 
 
 def _csv(file: str, config: Any) -> list[Row]:
