@@ -18,30 +18,47 @@ MISSING = frozenset((
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null"))
 _LONGEST_FIELD = 2**31 - 1
+# Lines that a row may have, so that an open quote does not cost the reading of all that follows.
+_MOST_LINES = 1000
 _lock = threading.Lock()
 
 
 def csv_rows(lines: Iterable[str], **dialect: Any) -> list[Row]:
     """The rows below the header. A missing cell is None; a row with more cells than the header is one without values.
 
+    A quote that is not closed as the grammar of CSV has it is odd in its line alone: the next row begins after that.
+
     Args:
         lines: with their ends, as a file opened with ``newline=""`` gives them.
         dialect: as :func:`csv.reader` takes it.
     """
+    listed = list(lines)
     with _fields_of_any_length():
-        reader = csv.reader(lines, **dialect)
-        header = next(reader, [])
+        header, place = _record(listed, 0, dialect)
         rows: list[Row] = []
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return rows
-            except csv.Error:
+        while place < len(listed):
+            cells, place = _record(listed, place, dialect)
+            if cells is None:
                 rows.append({})
-                continue
-            if cells:
-                rows.append(_named(header, cells))
+            elif cells:
+                rows.append(_named(header or [], cells))
+    return rows
+
+
+def _record(lines: list[str], place: int, dialect: dict[str, Any]) -> tuple[list[str] | None, int]:
+    """The cells that begin at a line, None where they cannot be read, and the line after them."""
+    following = (lines[i] for i in range(place, min(place + _MOST_LINES, len(lines))))
+    reader = csv.reader(following, strict=True, **dialect)
+    try:
+        return next(reader, []), place + reader.line_num
+    except csv.Error:
+        pass
+    reader = csv.reader([lines[place], "\n"], **dialect)
+    try:
+        cells = next(reader)
+    except csv.Error:
+        return None, place + 1
+    return cells if reader.line_num == 1 else None, place + 1
 
 
 def _named(header: list[str], cells: list[str]) -> Row:

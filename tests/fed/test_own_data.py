@@ -131,9 +131,13 @@ def test_an_endless_value_is_an_example_like_others(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    b"x,", b"x", b",ham", b"x,ham,more", b"x,NA", b"nan,ham", b"x,3", b"x,0.5", b"\xff,ham", b"x,\xff", b'"",ham'])
+    b"x,", b"x", b",ham", b"x,ham,more", b"x,NA", b"nan,ham", b"x,3", b"x,0.5", b"\xff,ham", b"x,\xff", b'"",ham',
+    b'"x,ham', b'"', b'"x,ham,"', b'x,"ham', b'"x"y",z"w,ham'])
 def test_an_odd_line_of_csv(line, tmp_path):
-    clean = folder(tmp_path / "clean", plain(), as_csv)
+    """Others have quotes as well, in which an open one might end."""
+    rows = plain()
+    rows[20]["text"], rows[25]["text"] = "some, words", 'a "quoted" word'
+    clean = folder(tmp_path / "clean", rows, as_csv)
     lines = (tmp_path / "clean" / "train.csv").read_bytes().splitlines()
     odd = tmp_path / "odd"
     odd.mkdir()
@@ -232,6 +236,25 @@ def test_images(tmp_path):
     for i, batch in enumerate(found):
         assert all(torch.equal(batch[name], before.batch([i])[name]) for name in batch)
     assert sorted(examples.labels.tolist()) == [-1] + [0] * 8 + [1] * 9 + [2] * 7
+
+
+def test_damaged_images_of_parquet(tmp_path):
+    import datasets
+
+    (tmp_path / "own").mkdir()
+    PILImage.new("L", (8, 8), 9).save(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    images = [None if i == 3 else {"bytes": good[:50] if i == 5 else good, "path": None} for i in range(9)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(9)]}, features=features).to_parquet(
+        tmp_path / "own" / "train.parquet")
+    examples = encode_training(
+        open_own(DataConfig(dataset=str(tmp_path / "own"))), ImageSpec(8, 8, 1, (0.5,), (0.5,))).train
+    pixels = examples.batch([0, 1, 2, 4, 6, 7, 8])["pixel_values"]
+    assert len(examples) == 9 and bool((pixels == (9 / 255 - 0.5) / 0.5).all())
+    for row in (3, 5):
+        with pytest.raises(UnreadableExample):
+            examples.batch([row])
 
 
 # Well-kept data are read as everywhere else
@@ -366,6 +389,14 @@ def test_rows_of_csv():
         {"text": "a", "label": "b"}, {"text": "two\nlines", "label": "c"}, {"text": "d"}, {},
         {"text": "h", "label": None}]
     assert csv_rows([]) == [] and csv_rows(["a;b\n", "1;2\n"], delimiter=";") == [{"a": "1", "b": "2"}]
+
+
+def test_a_quote_that_is_not_closed_is_odd_in_its_line_alone():
+    lines = ["a,b\n", '"open,1\n', "x,2\n", '"y, z",3\n', '"two\n', 'lines",4\n', '"q"r,5\n', '"open,6']
+    rows = [{"a": "x", "b": "2"}, {"a": "y, z", "b": "3"}, {"a": "two\nlines", "b": "4"}, {"a": "qr", "b": "5"}]
+    assert csv_rows(lines) == [{}, *rows, {}]
+    many = ["a\n", '"\n', *["x\n"] * 2000, '"\n']
+    assert len(csv_rows(many)) == 2002
 
 
 def test_a_field_that_cannot_be_read_is_a_row_without_values(monkeypatch):
