@@ -4,6 +4,10 @@ A few examples of a drawn batch are collated again without the others: their row
 padding. Mixup, features normalised over the batch and examples joined in any other way give other rows. Where the data
 set or the collate function draws at random, both times the same seed is used, on batches of one size; then only the
 first example is compared, before which nothing else is drawn.
+
+What gives other values under one seed draws from a generator of its own, or remembers what it was given before. Both
+are refused: one example more moves the others. A generator of its own that the operating system seeds would be
+harmless, but cannot be told from one whose seed is public.
 """
 
 import random
@@ -18,12 +22,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.loss_graph import IsolationError
+from lora_dp.own_generators import own_generators, states
 
 _MOST = 4
+# So often the same examples are collated again under one seed: what draws now and then may draw alike once.
+_REPEATS = 3
 _RELATIVE = 1e-5
 _SEEDS = 8
 # One batch in so many is tried although one of its kind was before; nobody can tell which.
 _LATER = 500
+_REMEDY = (
+    "draw from the default generators of torch, NumPy or Python, or from a generator that is made anew for each "
+    "example from its index or from such a draw")
+_OWN_GENERATOR = (
+    "The data set or collate function draws from a generator of its own ({}), so that one example more shifts the "
+    f"draws of all others, for everybody to see who knows its seed: {_REMEDY}.")
+_CHANGES = (
+    "The same examples are others in {} when they are fetched again under one seed, so the data set or collate "
+    f"function draws from a generator of its own or remembers other examples: {_REMEDY}, and return nothing that "
+    "changes by itself, such as the time.")
 
 
 def drawn_for_test() -> bool:
@@ -46,7 +63,7 @@ def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequen
         Whether the width of the padding depends on the other examples of a batch.
 
     Raises:
-        IsolationError: an example's rows change with the others.
+        IsolationError: an example's rows change with the others, or from call to call under one seed.
     """
     n = len(indices)
     if n < 2:
@@ -69,8 +86,17 @@ def _compare_part(
             return collate(_fetched(dataset, chosen))
 
     found = collated(0, some)
-    if not _same(found, collated(0, some), m):
-        return False  # it draws from a generator of its own: nothing can be compared
+    generators = own_generators(dataset, collate)
+    before = states(generators)
+    for _ in range(_REPEATS):
+        again = collated(0, some)
+        # One that is seeded anew by each example's index ends in one state both times.
+        after = states(generators)
+        if moved := [name for name in before if after[name] != before[name]]:
+            kind = type(generators[moved[0]])
+            raise IsolationError(_OWN_GENERATOR.format(f"{moved[0]}, a {kind.__module__}.{kind.__name__}"))
+        if (leaf := _first_other(found, again, m)) is not None:
+            raise IsolationError(_CHANGES.format(leaf or "the batch"))
     if _same(found, collated(1, some), m):
         return _compare(batch, found, list(zip(part, range(m), strict=True)), n, m)
     # At random: the first example in two companies of one size. What a seed mixes it with may be itself, so several.
@@ -89,15 +115,19 @@ def _fetched(dataset: Any, indices: Sequence[int]) -> Any:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    torchs = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in zip(generators, torchs, strict=True):
+            generator.set_state(state)
 
 
 def _leaves(batch: Any) -> list[tuple[str, Any]]:
@@ -110,8 +140,18 @@ def _by_example(batch: Any, n: int) -> dict[str, Tensor]:
 
 
 def _same(left: Any, right: Any, n: int) -> bool:
+    return _first_other(left, right, n) is None
+
+
+def _first_other(left: Any, right: Any, n: int) -> str | None:
+    """Where two batches differ."""
     a, b = _by_example(left, n), _by_example(right, n)
-    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and _equal(a[name], b[name]) for name in a)
+    names = sorted(a.keys() | b.keys())
+    return next((name for name in names if name not in a or name not in b or not _alike(a[name], b[name])), None)
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and _equal(left, right)
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:

@@ -9,7 +9,8 @@ Two steps, because the model needs the number of classes and the data need the m
 The names and number of classes are taken to be public.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,8 @@ InputSpec = ImageSpec | TextSpec
 
 @dataclass(frozen=True)
 class RawData:
-    """A data set as opened: inputs are PIL images, strings or pairs of strings; labels int64 classes from 0."""
+    """A data set as opened: inputs are PIL images, strings or pairs of strings; labels int64 classes from 0, in a
+    client's own data −1 where an example has none of them."""
 
     kind: Kind
     label_names: list[str]
@@ -122,28 +124,24 @@ class Splits:
         return len(self.label_names)
 
 
-def open_data(config: DataConfig, *, evaluate: bool = True) -> RawData:
+def open_data(config: DataConfig) -> RawData:
     """Opens the data set and finds its splits, input column, label column and classes.
 
-    Integer and string labels become 0, 1, … in sorted order of the train split's values.
-
-    Args:
-        config: where it is.
-        evaluate: find examples to evaluate on, if need be by holding some of train out. Which ones those are hangs on
-            all of train, so that one example more changes where others are. Without, all of train is trained on.
+    Integer and string labels become 0, 1, … in sorted order of the train split's values. Where no split is there to
+    evaluate on, some of train is held out.
 
     Raises:
         ValueError: data set, split or column missing or not recognised; no examples; labels not classes.
     """
     if config.dataset == "digits":
-        return _open_digits(config, evaluate)
+        return _open_digits(config)
     train_split, validation_split = _find_splits(_load(config), config)
-    label_column = _find_label_column(train_split.features, config)
-    input_column, kind = _find_input_column(train_split.features, label_column, config)
+    label_column = find_label_column(train_split.features, config)
+    input_column, kind = find_input_column(train_split.features, label_column, config)
     names, classes = _classes(train_split, label_column)
     labels = _as_classes(train_split, label_column, classes)
-    if validation_split is None or not evaluate:
-        train, held_out = _hold_out(labels, config, evaluate)
+    if validation_split is None:
+        train, held_out = _hold_out(labels, config)
         validation_split, validation_labels = train_split.select(held_out), labels[held_out]
         train_split, labels = train_split.select(train), labels[train]
     else:
@@ -243,11 +241,11 @@ def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
     return matrix
 
 
-def _open_digits(config: DataConfig, evaluate: bool) -> RawData:
+def _open_digits(config: DataConfig) -> RawData:
     digits = load_digits()
     # their grey levels run from 0 to 16
     images = [Image.fromarray(pixels) for pixels in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
-    train, held_out = _hold_out(digits.target, config, evaluate)
+    train, held_out = _hold_out(digits.target, config)
     return RawData(
         kind="image",
         label_names=[str(name) for name in digits.target_names],
@@ -260,37 +258,55 @@ def _open_digits(config: DataConfig, evaluate: bool) -> RawData:
 
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
-    name, path = config.dataset, Path(config.dataset).expanduser()
-    local = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if local and not path.is_dir():
+    place = local_or_hub(config.dataset)
+    with failures_to_open(config.dataset):
+        return datasets.load_dataset(place, config.subset)
+
+
+def local_or_hub(name: str) -> str:
+    """Path of a local folder, or a name on the hub; ValueError where it is a path and there is no such folder."""
+    path = Path(name).expanduser()
+    if not (path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        return name
+    if not path.is_dir():
         raise ValueError(f"no folder {name}: give a folder that datasets.load_dataset opens, or a hub name")
+    return str(path)
+
+
+@contextmanager
+def failures_to_open(name: str) -> Iterator[None]:
+    """What a library raises over a data set, in one sentence."""
     try:
-        return datasets.load_dataset(str(path) if local else name, config.subset)
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        where = "in the folder" if local else "on the hub"
+        where = "on the hub" if local_or_hub(name) == name and not Path(name).exists() else "in the folder"
         remedy = "check its name, and that every split has rows"
         raise ValueError(f"no data set could be opened {where} {name} ({reason}): {remedy}") from error
+
+
+def train_name(names: Sequence[str], config: DataConfig) -> str:
+    """The split to train on; ValueError where several are there and none says that it is this."""
+    if "train" not in names and len(names) > 1:
+        raise ValueError(
+            f"{config.dataset} has the splits {', '.join(names)} but none called train: rename one of them")
+    return "train" if "train" in names else names[0]
 
 
 def _find_splits(
     opened: datasets.DatasetDict, config: DataConfig
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     names = list(opened)
-    listed = ", ".join(names)
-    if "train" not in names and len(names) > 1:
-        raise ValueError(
-            f"{config.dataset} has the splits {listed} but none called train: rename one of them"
-        )
-    train_name = "train" if "train" in names else names[0]
+    train = train_name(names, config)
     wanted = config.validation_split or next((name for name in VALIDATION_NAMES if name in names), None)
     if wanted is not None and wanted not in names:
-        raise ValueError(f"{config.dataset} has no split {wanted}: set validation_split to one of {listed}")
-    validation_name = None if wanted == train_name else wanted
-    return opened[train_name], opened[validation_name] if validation_name else None
+        raise ValueError(
+            f"{config.dataset} has no split {wanted}: set validation_split to one of {', '.join(names)}")
+    validation_name = None if wanted == train else wanted
+    return opened[train], opened[validation_name] if validation_name else None
 
 
-def _check_column(name: str, features: datasets.Features, option: str) -> str:
+def _check_column(name: str, features: Mapping[str, Any], option: str) -> str:
     if name not in features:
         raise ValueError(f"no column {name} in the data set: set {option} to one of {', '.join(features)}")
     return name
@@ -302,7 +318,8 @@ def _only_or_common(candidates: list[str], common: Sequence[str]) -> str | None:
     return next((name for name in common if name in candidates), None)
 
 
-def _find_label_column(features: datasets.Features, config: DataConfig) -> str:
+def find_label_column(features: Mapping[str, Any], config: DataConfig) -> str:
+    """The column of labels that is configured, or else can be told; ValueError where there is none."""
     if config.label_column is not None:
         return _check_column(config.label_column, features, "label_column")
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -314,7 +331,8 @@ def _find_label_column(features: datasets.Features, config: DataConfig) -> str:
     return column
 
 
-def _find_input_column(features: datasets.Features, labels: str, config: DataConfig) -> tuple[str, Kind]:
+def find_input_column(features: Mapping[str, Any], labels: str, config: DataConfig) -> tuple[str, Kind]:
+    """The same of inputs, and what they are."""
     kinds: dict[str, Kind] = {}
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
@@ -369,11 +387,8 @@ def _as_classes(split: datasets.Dataset, column: str, classes: dict[Any, int]) -
     return np.array([classes[value] for value in labels], dtype=np.int64)
 
 
-def _hold_out(labels: np.ndarray, config: DataConfig, evaluate: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the part to train on and of the held-out part, stratified by label, both in order; without evaluation
-    nothing is held out."""
-    if not evaluate:
-        return np.arange(len(labels)), np.arange(0)
+def _hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the part to train on and of the held-out part, stratified by label, both in order."""
     rng = np.random.default_rng(config.split_seed)
     held_out: list[int] = []
     for label in np.unique(labels):

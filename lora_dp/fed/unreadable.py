@@ -25,7 +25,7 @@ class PartlyReadable(Examples):
     Args:
         readable: those that can; None if there are none.
         rows: which of all they are, ascending.
-        labels: of all, int64 (N,).
+        labels: of all, int64 (N,); −1 where unknown.
     """
 
     def __init__(self, readable: Examples | None, rows: Sequence[int], labels: Tensor) -> None:
@@ -52,22 +52,27 @@ class PartlyReadable(Examples):
 def encode_training(raw: RawData, spec: InputSpec) -> Splits:
     """As :func:`lora_dp.fed.data.encode`, of the examples to train on alone, and whatever they hold.
 
-    An example that cannot be encoded, by itself, stays in the number of examples; which, and why, this process's log
-    tells.
+    An example that cannot be encoded, by itself, or that has none of the classes, stays in the number of examples; how
+    many, and why, this process's log tells.
 
     Raises:
         ValueError: the model takes another kind of input than the data have.
     """
     check_kind(raw, spec)
     raw = replace(raw, validation_inputs=[], validation_labels=np.arange(0))
-    try:
-        return encode(raw, spec)
-    except Exception as error:
-        _LOG.error("Some of the data cannot be read, and will contribute nothing: %s", described(error))
-    rows = _readable_rows(raw, spec, range(len(raw.train_labels)))
-    readable = encode(_only(raw, rows), spec).train if rows else None
     labels = torch.as_tensor(raw.train_labels, dtype=torch.long)
-    train = PartlyReadable(readable, rows, labels)
+    known = np.flatnonzero(raw.train_labels >= 0).tolist()
+    if len(known) == len(labels):
+        try:
+            return encode(raw, spec)
+        except Exception as error:
+            _LOG.error("Some of the data cannot be read, and will contribute nothing: %s", described(error))
+    else:
+        _LOG.error(
+            "%d examples have a label that is none of the %d classes, and will contribute nothing: correct them, or "
+            "name all classes in the node-config's classes.", len(labels) - len(known), raw.num_labels)
+    rows = _readable_rows(raw, spec, known)
+    train = PartlyReadable(encode(_only(raw, rows), spec).train if rows else None, rows, labels)
     _LOG.error("%d of %d examples cannot be read.", len(labels) - len(rows), len(labels))
     return Splits(train, train.subset([]), raw.label_names, raw.kind)
 
@@ -80,7 +85,7 @@ def _readable_rows(raw: RawData, spec: InputSpec, rows: Sequence[int]) -> list[i
     try:
         encode(_only(raw, rows), spec)
     except Exception:
-        if len(rows) == 1:
+        if len(rows) <= 1:
             return []
         middle = len(rows) // 2
         return _readable_rows(raw, spec, rows[:middle]) + _readable_rows(raw, spec, rows[middle:])

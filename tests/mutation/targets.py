@@ -51,7 +51,9 @@ TARGETS: dict[str, Target] = {
         "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
         "tests/test_setup_refusals.py")),
     "lora_dp/collation.py": Target((
-        "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
+        "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_batches.py",
+        "tests/test_pitfalls_batches.py")),
+    "lora_dp/own_generators.py": Target(("tests/test_own_generators.py",)),
     "lora_dp/accounting/epsilon.py": Target((
         "tests/test_loss_grid.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
     "lora_dp/accounting/ledger.py": Target(("tests/test_accounting.py", "tests/test_resume.py")),
@@ -61,7 +63,12 @@ TARGETS: dict[str, Target] = {
     "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
-        "tests/test_batch_trials.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py")),
+        "tests/test_company.py", "tests/test_batch_trials.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py")),
+    "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py",
+                                  "tests/test_isolation_edges.py", "tests/test_batch_trials.py")),
+    "lora_dp/trial_values.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py")),
+    "lora_dp/unwritten.py": Target(("tests/test_company.py",)),
+    "lora_dp/loss_rows.py": Target(("tests/test_loss_vectors.py", "tests/test_company.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target(_TRIALS),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
@@ -116,7 +123,9 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_contained.py", "tests/fed/test_units.py", "tests/fed/test_secrets.py")),
     "lora_dp/fed/unreadable.py": Target((
         "tests/fed/test_contained.py", "tests/fed/test_examples.py", "tests/fed/test_secrets.py",
-        "tests/fed/test_data.py")),
+        "tests/fed/test_data.py", "tests/fed/test_own_data.py")),
+    "lora_dp/fed/own_data.py": Target(("tests/fed/test_own_data.py", "tests/fed/engines/test_own_examples.py")),
+    "lora_dp/fed/own_rows.py": Target(("tests/fed/test_own_data.py",)),
     "lora_dp/fed/harmless.py": Target((
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/test_contained.py")),

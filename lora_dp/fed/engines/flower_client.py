@@ -2,9 +2,9 @@
 
 A node is told by its ``node_config``: ``partition-id`` is the client's number, from 0. ``data`` names a folder with its
 own examples, in place of its part of the run's data set. Which columns of them are read, ``label-column`` and the like
-say here, and the server does not: it could ask for one after another. ``ledger``, ``unit``, ``epsilon`` and ``delta``
-are explained in :mod:`lora_dp.fed.engines.flower_ledger`, ``policy`` and ``private`` in
-:mod:`lora_dp.fed.engines.flower_policy`.
+say here, and the server does not: it could ask for one after another. ``classes`` names the classes in the order of the
+run, as in "ham,spam". ``ledger``, ``unit``, ``epsilon`` and ``delta`` are explained in
+:mod:`lora_dp.fed.engines.flower_ledger`, ``policy`` and ``private`` in :mod:`lora_dp.fed.engines.flower_policy`.
 
 A node that Flower simulates has no owner but whoever runs the simulation: its configuration is that of the run.
 """
@@ -180,15 +180,28 @@ class _Node:
 
 def _node(content: RecordDict, node_config: Mapping[str, Any]) -> _Node:
     columns = tuple(node_config.get(name) for name in _COLUMNS)
-    return _opened(messages.unpack_config(content), node_config.get("data"), columns)
+    return _opened(
+        messages.unpack_config(content), node_config.get("data"), columns, _classes(node_config.get("classes")))
+
+
+def _classes(listed: object) -> tuple[str, ...] | None:
+    if listed is None:
+        return None
+    names = tuple(name.strip() for name in str(listed).split(","))
+    if len(names) < 2 or len(set(names)) < len(names) or "" in names:
+        raise Refused('cannot tell its classes: its node-config must list each once, as in classes="ham,spam"')
+    return names
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(text: str, folder: str | None, columns: tuple[str | None, ...]) -> _Node:
+def _opened(
+    text: str, folder: str | None, columns: tuple[str | None, ...], classes: tuple[str, ...] | None = None
+) -> _Node:
     """Data and model of a configuration, opened once in a process."""
     from lora_dp.fed.data import open_data
     from lora_dp.fed.engines.flower_policy import read_config
     from lora_dp.fed.job import open_job
+    from lora_dp.fed.own_data import open_own
     from lora_dp.fed.unreadable import encode_training
 
     config = read_config(text)
@@ -203,7 +216,7 @@ def _opened(text: str, folder: str | None, columns: tuple[str | None, ...]) -> _
             federation, clients=1, clients_per_round=None, ranks=None, min_clients=1, partition="iid",
             dirichlet_alpha=1.0))
     try:
-        raw = open_data(alone.data, evaluate=folder is None)
+        raw = open_data(alone.data) if folder is None else open_own(alone.data, classes)
     except Exception as error:
         _LOG.error("This node's data cannot be opened: %s", described(error))
         raise Refused("cannot open its own data: its log says why") from None

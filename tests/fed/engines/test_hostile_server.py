@@ -395,11 +395,14 @@ def test_a_policy_can_declare_too_that_no_privacy_is_needed(node, state, tmp_pat
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return asking_model(tmp_path_factory.mktemp("words") / "model")
+
+
+def asking_model(path: Path) -> Path:
     """A model whose tokenizer knows a word that its embedding has no row for: it asks whether a text has the word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-    path = tmp_path_factory.mktemp("words") / "model"
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hiv": 900}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
