@@ -63,7 +63,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
-        "tests/test_company.py", "tests/test_batch_trials.py", "tests/test_coverage.py", "tests/test_pitfalls_coverage.py")),
+        "tests/test_company.py", "tests/test_batch_trials.py", "tests/test_coverage.py",
+        "tests/test_pitfalls_coverage.py")),
     "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py",
                                   "tests/test_isolation_edges.py", "tests/test_batch_trials.py")),
     "lora_dp/trial_values.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py")),
