@@ -53,7 +53,7 @@ class Passed(NamedTuple):
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
-    padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None,
+    padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, number_varies: bool = True,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -70,6 +70,7 @@ def check_isolation(
         padding_varies: whether other batches are padded to another width; None if that is not known, and then the
             padding that masks and labels show is tried.
         other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
+        number_varies: whether other batches hold another number of examples.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
@@ -97,7 +98,7 @@ def check_isolation(
         # Masks of one example in batches of different shapes differ: from here on nothing is drawn.
         steady = trials.run(call, still=True) if base.random else base
         # What NumPy or Python draw cannot be stilled: compared by place in batches of one shape alone, as above.
-        passed = frozenset(range(len(steady.losses))) if steady.elsewhere else _check_company(
+        passed = frozenset(range(len(steady.losses))) if steady.elsewhere or not number_varies else _check_company(
             trials, steady, call, n, apart, criterion, reduction)
         padding = padding_varies is not False and not steady.elsewhere and _check_padding(
             trials, steady, call, n, reduction, passed, padding_varies is True)

@@ -56,8 +56,9 @@ class Passes:
             recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
         passed = check_isolation(
-            module, args, kwargs, n, reduction=recorder.losses.reduction, padding_varies=recorder.padding_varies,
-            other_numbers=others)
+            module, args, kwargs, n, reduction=recorder.losses.reduction,
+            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
+            number_varies=not recorder.sizes_fixed)
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
         return True

@@ -14,10 +14,11 @@ from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed import as_released
 from lora_dp.fed.contained import Failures, GivenUp, accumulate
-from lora_dp.fed.examples import Examples, TextExamples
+from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Task, Update, Workspace
 from lora_dp.fed.methods import Method, State, factor
 from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.one_shape import OneShape
 from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import FilterName, make_filter
@@ -169,11 +170,11 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
-        if isinstance(examples, TextExamples):
-            optimizer.recorder.expect_padding()  # to the longest text of a batch
+        optimizer.recorder.sizes_fixed = protected
         if self.on_turn is not None:
             self.on_turn(place[0], optimizer, batches)
         failures = Failures()
+        shape = OneShape(self.workspace, optimizer, examples, batch_size, training.precision, failures)
         for rows in batches.take(training.local_steps):
             step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
 
@@ -185,7 +186,8 @@ class Trainer:
                     optimizer.backward(classification_loss(logits(model, batch, training.precision), batch["labels"]))
 
             if protected:
-                accumulate(optimizer, rows, backward, failures)
+                for part, size in shape.parts(rows):
+                    accumulate(optimizer, part, backward, failures, size)
                 optimizer.release()
             else:
                 try:
