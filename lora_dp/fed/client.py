@@ -75,7 +75,8 @@ class Trainer:
     rounds is (ε, δ) differentially private. Taken to be public: the number of a client's examples (not with the client
     as unit), which rounds it takes part in, and all settings. It holds where training fails on private data too: with
     the example as unit, an example on which it fails contributes nothing; with the client as unit, its change is zero
-    before noise is added. The log of this process tells what failed.
+    before noise is added. The log of this process tells what failed. What an example adds to a sum hangs on it alone to
+    the last bit, whatever state the server has sent (:mod:`lora_dp.fed.one_shape`).
 
     Attributes:
         workspace: the model.

@@ -1,4 +1,4 @@
-"""What one example adds hangs on it alone to the last bit, whatever model a server sends: nothing is left to amplify."""
+"""What one example adds hangs on it alone to the last bit, whatever model a server sends."""
 
 import logging
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lora_dp.fed.client
 from lora_dp.fed.config import FederationConfig, RunConfig
-from lora_dp.fed.contained import Failures, accumulate
 from lora_dp.fed.examples import TextExamples
 from lora_dp.fed.exchange import Task, Workspace
 from lora_dp.fed.federation import Federation
@@ -19,7 +19,7 @@ from lora_dp.fed.one_shape import OneShape, rows_of_a_part
 from lora_dp.layers import DPLinear, DPLoRALinear
 from lora_dp.optimizer import PrivateOptimizer, total
 from lora_dp.sampling import PoissonSampler
-from tests.fed.small import Adapted, make_examples, make_federation
+from tests.fed.small import make_examples, make_federation
 from tests.fed.test_contained import ONE_STEP
 
 C = 1.0  # the default clip bound
@@ -144,7 +144,7 @@ def test_the_trial_is_made_once_for_a_shape_and_leaves_everything_as_it_was():
     federation.model.register_forward_hook(lambda module, given, output: calls.append(len(output)))
     for _ in range(2):
         sum_of(federation, state, range(9), make_examples(20, 1))
-    assert calls == 5 * [32 if len(make_examples(20, 1)) > 16 else 16]  # three trials, two steps
+    assert calls == 5 * [32]  # three passes of the trial, two steps
 
 
 def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():
@@ -158,6 +158,20 @@ def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():
     expected = [sum_of(federation, state, [i], examples) for i in (3, 7, 11)]
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, sum(part[name] for part in expected), rtol=0, atol=1e-13)
+
+
+def test_the_release_does_not_hang_on_the_number_of_parts(monkeypatch):
+    """Were each example of a single part rounded to the noise's grid by itself, and two parts together, one example
+    more could move the sum by a step of the grid for each other example."""
+    found = []
+    for rows in (16, 32, 32):
+        monkeypatch.setattr("lora_dp.fed.one_shape.rows_of_a_part", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(PoissonSampler, "draw", lambda self: list(range(20)))
+        federation = make_federation("dp-lora", ONE_STEP)
+        task = Task(0, 0, 2, federation.server.state)
+        found.append(federation.trainer.train(1, make_examples(20, 1), task).tensors)
+    assert all(tensor.equal(found[2][name]) for name, tensor in found[1].items())
+    assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
 
 
 @pytest.mark.parametrize(("batch_size", "examples", "vary", "rows"), [
@@ -219,22 +233,26 @@ def test_made_up_inputs_have_the_shapes_of_a_batch_and_nothing_of_the_examples()
     assert texts([3, 9, 20, 40]).widths([3, 0, 1]) == [40, 8, 16] and make_examples(3, 1).widths([0, 2]) == [0, 0]
 
 
-def test_a_model_that_drops_a_row_of_a_part_is_noticed(caplog):
+def test_what_is_left_of_a_part_on_which_training_fails_has_its_shape(monkeypatch):
     federation = make_federation("dp-lora", ONE_STEP)
-    assert isinstance(federation.model, Adapted)
-    failures, calls = Failures(), []
+    examples, state, calls = make_examples(20, 1), federation.server.state, []
+    bad, logits = examples.batch([6])["pixel_values"][0], lora_dp.fed.client.logits
 
-    def backward(rows: Sequence[int]) -> None:
-        calls.append(list(rows))
-        raise RuntimeError("no")
+    def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
+        calls.append(batch["pixel_values"])
+        if any(row.equal(bad) for row in batch["pixel_values"]):
+            raise RuntimeError("no")
+        return logits(model, batch, *precision)
 
-    class Nothing:
-        recorder = type("Recorder", (), {"discard": lambda self: None})()
-        taken: list[tuple[int, int]] = []
+    expected = sum_of(federation, state, [4, 9], examples)
+    monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
+    found = sum_of(federation, state, [4, 6, 9], examples)
+    assert [len(rows.unique(dim=0)) for rows in calls] == [3, 1, 2, 1, 1] and {len(rows) for rows in calls} == {32}
+    assert apart(found, expected) < 1e-13
 
-        def take(self, clipped: Any, size: int, kept: int) -> None:
-            self.taken.append((size, kept))
 
-    accumulate(Nothing(), [4, 6], backward, failures, 4)  # type: ignore[arg-type]
-    assert calls == [[4, 6, 4, 6], [4, 4, 4, 4], [6, 6, 6, 6]] and failures.examples == 2
-    assert Nothing.taken == [(1, 1), (1, 1)]
+def test_without_privacy_batches_are_given_as_they_are():
+    federation, seen = make_federation("dp-lora", ONE_STEP, epsilon=None), []
+    federation.model.register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    federation.trainer.train(1, make_examples(13, 1), Task(0, 0, 2, federation.server.state))
+    assert seen == [13] and not federation.workspace.rows_apart
