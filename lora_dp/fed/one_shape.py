@@ -33,13 +33,13 @@ from lora_dp.still import Still
 
 _LOG = logging.getLogger(__name__)
 _SEED = 20261129
-_ROWS = 16
+_ROWS = 8
 # How much larger the inputs of the other company are.
 _LOUD = 100.0
 
 
 def rows_of_a_part(batch_size: int, examples: int, widths_vary: bool) -> int:
-    """The public number of rows that the model is given at once, a multiple of 16.
+    """The public number of rows that the model is given at once, a multiple of 8.
 
     Two deviations above the expected size, so that most batches are one part; a quarter of it where examples differ in
     width, and each width has parts of its own.
