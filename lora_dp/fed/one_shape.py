@@ -27,6 +27,7 @@ from lora_dp.fed.examples import Batch, Examples, TextExamples
 from lora_dp.fed.exchange import Workspace
 from lora_dp.fed.harmless import described
 from lora_dp.fed.models import Precision, logits
+from lora_dp.layers import DPLoRALinear
 from lora_dp.losses import classification_loss
 from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.still import Still
@@ -84,8 +85,9 @@ class OneShape:
                 yield alike[start : start + size], size
 
     def _apart(self, width: int) -> bool:
-        layers, device = self._workspace.model.modules(), next(self._workspace.model.parameters()).device
-        ranks = tuple(layer.r for layer in layers if hasattr(layer, "lora_A"))
+        model = self._workspace.model
+        device = next(model.parameters()).device
+        ranks = tuple(layer.r for layer in model.modules() if isinstance(layer, DPLoRALinear))
         kind: Hashable = (self._rows, width, ranks, self._optimizer.recorder.trained, self._precision, device,
                           torch.get_num_threads())
         known = self._workspace.rows_apart
@@ -97,6 +99,7 @@ class OneShape:
         generator = torch.Generator().manual_seed(_SEED)
         try:
             with self._workspace.at_random(generator):
+                self._optimizer.activate()  # what regulates a step is worked out from the factors
                 if self._stays(width, device, generator):
                     return True
             reason = "a row's rounding hangs on its place or its company"
@@ -105,6 +108,7 @@ class OneShape:
             reason = described(error)
         finally:
             self._optimizer.recorder.discard()
+            self._optimizer.activate()
         _LOG.warning("Batches of %d rows cannot be given to this model, so each example is by itself, which takes "
                      "longer: %s.", self._rows, reason)
         return False

@@ -113,10 +113,10 @@ class Accompanied(nn.Module):
 
 
 @pytest.mark.parametrize("planted", [Placed, Accompanied])
-@pytest.mark.parametrize("state", ["as it is", "zeros"])
-def test_where_place_or_company_matter_each_example_is_by_itself(planted, state, caplog):
+@pytest.mark.parametrize(("method", "state"), [("dp-lora", "as it is"), ("dp-lora", "zeros"), ("deer", "zeros")])
+def test_where_place_or_company_matter_each_example_is_by_itself(planted, method, state, caplog):
     """Whatever the server sent: what it sends cannot hide it from the trial."""
-    federation = make_federation("dp-lora", ONE_STEP)
+    federation = make_federation(method, ONE_STEP)
     sent = {name: tensor.clone() * (state != "zeros") for name, tensor in federation.server.state.items()}
     examples, seen = make_examples(13, 1), []
     federation.model[2] = nn.Sequential(planted(), federation.model[2])
