@@ -51,6 +51,7 @@ def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
     padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, draws: int = 1,
+    number_varies: bool = True,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -68,6 +69,7 @@ def check_isolation(
             padding that masks and labels show is tried.
         other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
         draws: with how many random states a model that draws is tried.
+        number_varies: whether other batches hold another number of examples.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
@@ -96,11 +98,11 @@ def check_isolation(
         # by 1 to 3 alone if they draw there, too.
         with _evaluating(model) if base.elsewhere else nullcontext():
             steady = trials.run(call, still=True) if base.random or base.elsewhere else base
-            if steady.elsewhere:
-                passed, padding = frozenset(range(len(steady.losses))), False
-            else:
-                passed = check_company(trials, steady, call, n, apart, criterion, reduction)
-                if examples > n:
+            passed, padding = frozenset(range(len(steady.losses))), False
+            if not steady.elsewhere:
+                if number_varies:
+                    passed = check_company(trials, steady, call, n, apart, criterion, reduction)
+                if number_varies and examples > n:
                     check_whole(trials, whole, examples)
                 padding = padding_varies is not False and check_padding(
                     trials, steady, call, n, reduction, passed, padding_varies is True)

@@ -33,8 +33,9 @@ run that draws n of them keeps its ε at δ + (1 + e^ε) · n · 2⁻⁷⁴: for
 The time of a step may depend on the data and, by a few microseconds, on the noise; a compromised host, or one who can
 read the process's memory, sees everything. Per-example gradients are computed in floating point, and where a library
 picks another algorithm for another batch size, the rounding of one example's gradient (about 1e-7 of it in float32) can
-depend on how many others there are; no accounting that we know of covers this. Pad batches to a fixed size
-(:class:`lora_dp.graphs.GraphedStep`) to keep the shapes of all products the same.
+depend on how many others there are; no accounting that we know of covers this. Whoever chooses the model can amplify
+it to the clip bound. The federation's clients rule it out (:mod:`lora_dp.fed.one_shape`). Elsewhere, pad batches to a
+fixed size (:class:`lora_dp.graphs.GraphedStep`) to keep the shapes of all products the same.
 """
 
 import math

@@ -51,7 +51,7 @@ class Passes:
         recorder.open(n)
         recorder.losses.begin(n, tested, recorder.leaves, looks=not recorder.capturing)
         recorder.losses.used = used_tokens(self._named(module, args, kwargs), n) if (
-            recorder.padding_varies) else None
+            recorder.padding_varies and not recorder.sizes_fixed) else None
         forward_begins(recorder.owner)
         recorder.versions.begin()
 
@@ -69,8 +69,9 @@ class Passes:
             recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
         passed = check_isolation(
-            module, args, kwargs, n, reduction=recorder.losses.reduction, padding_varies=recorder.padding_varies,
-            other_numbers=others, draws=1 if recorder.tested else _FIRST_DRAWS)
+            module, args, kwargs, n, reduction=recorder.losses.reduction,
+            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
+            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS)
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
         return True
@@ -117,7 +118,8 @@ class Passes:
         kind = (rows, widths((args, kwargs), found.n))
         if rows and kind not in self.recorder.tested:
             if not self.recorder.losses.tested:
-                check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction)
+                check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
+                                number_varies=not self.recorder.sizes_fixed)
             self.recorder.tested[kind] = frozenset()
 
 

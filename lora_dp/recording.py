@@ -251,6 +251,13 @@ class Slot:
         ids, gradients = torch.cat([ids for ids, _ in found], 1), torch.cat([gradient for _, gradient in found], 1)
         return ExampleRows.of(ids, gradients, self.shape)
 
+    def by_example(self) -> list[Tensor]:
+        """Norms, and what the sum is made of: gradients, or their factors. Each has first dimension N."""
+        self._settle()
+        factors = [] if self._factors is None else [*self._factors[:2]]
+        kept = [] if self.leaf.grad is None else [self.leaf.grad]
+        return [self.norms(), *factors, *kept, *(leaf.grad for _, leaf in self._lookups if leaf.grad is not None)]
+
     def norms(self) -> Tensor:
         """‖Gᵢ‖ of what is kept or will be recomputed, never below it, for every example: (N,), float64.
 
@@ -326,6 +333,8 @@ class Recorder:
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
             to.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
+        sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
+            neither is tried.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
             a batch came in which that could be tried.
         widths, numbers: of the sequences of the last batch; among the arguments of the first.
@@ -345,6 +354,7 @@ class Recorder:
         self.losses = LossWatch()
         self.versions = Versions(())
         self.tested: dict[Hashable, frozenset[int]] = {}
+        self.sizes_fixed = False
         self.padding_varies = self.padding_tried = self.capturing = self.uses_checked = False
         self.widths: Hashable = None
         self.numbers: dict[str, float] = {}
@@ -432,7 +442,8 @@ class Recorder:
 
     def padding_untried(self, call: Any, n: int) -> bool:
         """Whether this batch is the first in which less padding can be tried."""
-        return self.padding_varies and not self.padding_tried and n > 1 and next(narrowed(call, n), None) is not None
+        wanted = self.padding_varies and not (self.padding_tried or self.sizes_fixed)
+        return wanted and n > 1 and next(narrowed(call, n), None) is not None
 
     def expect_padding(self) -> None:
         """Told by the loader: its batches are padded to different widths."""

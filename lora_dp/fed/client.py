@@ -14,10 +14,11 @@ from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed import as_released
 from lora_dp.fed.contained import Failures, GivenUp, accumulate
-from lora_dp.fed.examples import Examples, TextExamples
+from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Task, Update, Workspace
 from lora_dp.fed.methods import Method, State, factor
 from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.one_shape import OneShape
 from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import FilterName, make_filter
@@ -74,7 +75,8 @@ class Trainer:
     rounds is (ε, δ) differentially private. Taken to be public: the number of a client's examples (not with the client
     as unit), which rounds it takes part in, and all settings. It holds where training fails on private data too: with
     the example as unit, an example on which it fails contributes nothing; with the client as unit, its change is zero
-    before noise is added. The log of this process tells what failed.
+    before noise is added. The log of this process tells what failed. What an example adds to a sum hangs on it alone to
+    the last bit, whatever state the server has sent (:mod:`lora_dp.fed.one_shape`).
 
     Attributes:
         workspace: the model.
@@ -169,11 +171,11 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
-        if isinstance(examples, TextExamples):
-            optimizer.recorder.expect_padding()  # to the longest text of a batch
+        optimizer.recorder.sizes_fixed = protected
         if self.on_turn is not None:
             self.on_turn(place[0], optimizer, batches)
         failures = Failures()
+        shape = OneShape(self.workspace, optimizer, examples, batch_size, training.precision, failures)
         for rows in batches.take(training.local_steps):
             step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
 
@@ -185,7 +187,8 @@ class Trainer:
                     optimizer.backward(classification_loss(logits(model, batch, training.precision), batch["labels"]))
 
             if protected:
-                accumulate(optimizer, rows, backward, failures)
+                for part, size in shape.parts(rows):
+                    accumulate(optimizer, part, backward, failures, size)
                 optimizer.release()
             else:
                 try:

@@ -3,13 +3,20 @@
 A batch in which it fails is halved, down to single examples; one on which it fails by itself adds nothing to the sum,
 as one whose gradient is not finite. What an example adds is so a function of it alone. To leave out the whole batch
 would not do: one example would then take away what all others add, many times what the noise is made for.
+
+The number of rows that the model is given stays the same however few examples are left
+(:mod:`lora_dp.fed.one_shape`): the rest are copies of these, and a mask keeps them out of the sum.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
+
 from lora_dp.fed.harmless import described
 from lora_dp.isolation import IsolationError
+from lora_dp.mechanism import total
+from lora_dp.ops.private_update import ExampleSum
 from lora_dp.optimizer import Clipped, PrivateOptimizer
 
 _LOG = logging.getLogger(__name__)
@@ -65,33 +72,38 @@ class Failures:
 
 
 def accumulate(
-    optimizer: PrivateOptimizer, rows: Sequence[int], backward: Callable[[Sequence[int]], None], failures: Failures
+    optimizer: PrivateOptimizer, rows: Sequence[int], backward: Callable[[Sequence[int]], None], failures: Failures,
+    size: int,
 ) -> None:
     """Adds the clipped gradients of these examples to the logical batch that ``optimizer.release()`` will noise.
 
     Args:
         optimizer: active on the model.
-        rows: of the client's examples.
-        backward: runs model, loss and backward pass on some of them; whatever it raises stays here.
+        rows: of the client's examples, at most ``size``.
+        backward: runs model, loss and backward pass on ``size`` of them; whatever it raises stays here.
         failures: takes note of it.
+        size: how many rows the model is given.
     """
     recorder = optimizer.recorder
     if len(rows) == 1 or not failures.mixing:
         try:
-            backward(rows)
+            backward([rows[place % len(rows)] for place in range(size)])
             finished = recorder.take()
-            if finished.n != len(rows):
-                raise RuntimeError(f"The model was given {finished.n} examples where {len(rows)} were drawn.")
-            clipped = optimizer.clip(finished, None)
+            if finished.n != size:
+                raise RuntimeError(f"The model was given {finished.n} examples where there were {size}.")
+            clipped = optimizer.clip(finished, torch.arange(size) < len(rows))
+            # Summed at once: where each example is rounded to the noise's grid by itself, its part would hang on
+            # whether the batch has a second part.
+            sums: dict[int, torch.Tensor | ExampleSum] = {key: total(part) for key, part in clipped.sums.items()}
         except Exception as error:
             recorder.discard()
             failures.add(error, len(rows))
         else:
-            optimizer.take(clipped, len(rows), len(rows))
+            optimizer.take(Clipped(sums, clipped.non_finite), size, len(rows))
             return
     if len(rows) == 1:
         optimizer.take(Clipped({}, 0), 1, 1)
         return
     middle = len(rows) // 2
-    accumulate(optimizer, rows[:middle], backward, failures)
-    accumulate(optimizer, rows[middle:], backward, failures)
+    accumulate(optimizer, rows[:middle], backward, failures, size)
+    accumulate(optimizer, rows[middle:], backward, failures, size)

@@ -41,6 +41,24 @@ class Examples(Dataset[Batch], ABC):
         """All that its batches are made of, by name: the store, and which rows of it are these examples."""
         return {"rows": self._rows, "labels": self._labels, **self._store()}
 
+    def widths(self, indices: Indices) -> list[int]:
+        """How wide :meth:`batch` makes each of these examples by itself: 0 where all have one shape."""
+        return [0] * len(indices)
+
+    def made_up(self, count: int, width: int, vocabulary: int, generator: torch.Generator) -> Batch:
+        """Inputs of the shapes and dtypes of such a batch, drawn at random: they hold nothing of the examples."""
+        found: Batch = {}
+        for name, tensor in self._inputs(self._rows[:0]).items():
+            if tensor.is_floating_point():
+                found[name] = torch.randn(count, *tensor.shape[1:], generator=generator).to(tensor.dtype)
+            elif name == "attention_mask":
+                lengths = torch.randint(max(width - 7, 1), width + 1, (count, 1), generator=generator)
+                found[name] = (torch.arange(width) < lengths).long()
+            else:
+                most = vocabulary if name == "input_ids" else 2
+                found[name] = torch.randint(most, (count, width), generator=generator)
+        return found
+
     @property
     def labels(self) -> Tensor:
         """Classes of all examples, int64 (N,)."""
@@ -132,6 +150,10 @@ class TextExamples(Examples):
     def _store(self) -> dict[str, Tensor]:
         stored = {"ids": self._ids, "lengths": self._lengths, "padding": torch.tensor(self._pad_id)}
         return stored if self._segments is None else {**stored, "segments": self._segments}
+
+    def widths(self, indices: Indices) -> list[int]:
+        lengths = self._lengths[self._rows[torch.as_tensor(indices, dtype=torch.long)]]
+        return [min(multiple_of_8(length), self._ids.shape[1]) for length in lengths.tolist()]
 
     def _join(self, examples: Sequence[Batch]) -> Batch:
         names = [name for name in examples[0] if name != "labels"]

@@ -1,6 +1,7 @@
 """What server and clients exchange, and the one model on which a process does its work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,8 @@ class Workspace:
 
     Attributes:
         layers: the adapted layers.
+        rows_apart: of shapes of batches, whether each row's arithmetic hangs on that row alone
+            (:mod:`lora_dp.fed.one_shape`).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,6 +79,7 @@ class Workspace:
         # A change of rank keeps the parameters the same objects.
         self._parameters = exchanged_parameters(model)
         self._loaded: dict[str, Tensor] = {}
+        self.rows_apart: dict[Hashable, bool] = {}
 
     def state(self, wanted: Callable[[str], bool] = lambda name: True) -> State:
         """Copies of the adapters and the head; of those names only that are wanted."""
@@ -99,6 +103,31 @@ class Workspace:
         load_parameters(self._parameters, {n: t for n, t in state.items() if not n.endswith(MERGED)})
         for name, layer in self._adapted.items():
             self._load_merged(name, layer, state.get(name + MERGED))
+
+    @contextmanager
+    def at_random(self, generator: torch.Generator) -> Iterator[None]:
+        """Inside, adapters and head hold random numbers, and frozen weights what they held before any server's word.
+
+        Afterwards all is as it was.
+        """
+        held: list[tuple[Tensor, Tensor]] = []
+        scales = {f"{name}.lora_B": 1 / layer.scaling for name, layer in self._adapted.items()}
+        with torch.no_grad():
+            for name, layer in self._adapted.items():
+                if name in self._loaded:
+                    held.append((layer.weight, layer.weight.clone()))
+                    layer.weight.copy_(layer.original_weight)  # type: ignore[arg-type]
+            for name, parameter in self._parameters.items():
+                held.append((parameter, parameter.clone()))
+                drawn = torch.randn(parameter.shape, generator=generator)
+                # The adapters' output is multiplied by what a server may choose: here by nothing.
+                parameter.copy_(drawn * (0.1 * scales.get(name, 1.0)))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in held:
+                    tensor.copy_(before)
 
     @torch.no_grad()
     def _load_merged(self, name: str, layer: DPLoRALinear, merged: Tensor | None) -> None:

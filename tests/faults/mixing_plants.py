@@ -139,7 +139,7 @@ def lookups_measured_in_float32(planting: Planting) -> None:
 
 def failing_batches_left_out(planting: Planting) -> None:
     def planted(accumulate: Any) -> Any:
-        def whole(optimizer: PrivateOptimizer, rows: Any, backward: Any, failures: Any) -> None:
+        def whole(optimizer: PrivateOptimizer, rows: Any, backward: Any, failures: Any, size: int) -> None:
             recorder = optimizer.recorder
             try:
                 backward(rows)

@@ -1,0 +1,146 @@
+"""Batches of one shape, in which the arithmetic of a row hangs on that row alone.
+
+*The attack.* A library takes another algorithm for another number of rows, so that one example more changes the
+rounding of all others: by 1e-7 of their gradients. Whoever chooses the model can amplify that to the whole clip bound:
+a head whose weights cancel leaves nothing but rounding, times a large number, and every gradient is normalised.
+
+*What is done.* The examples of a drawn batch are given to the model in parts of one number of rows, which is public.
+Each holds examples of one width: their own, never that of the longest. A part that is not full has copies of its own
+examples, which a mask keeps out of the sum. So no example decides the shape of a product in which another stands.
+
+*What remains is tried.* A row's arithmetic could still hang on its place, as where rows are not aligned in memory, or
+on the values of others. So each shape is tried on this very machine, before an example of that shape is trained on:
+made-up inputs, with random numbers in adapters and head, once moved by a row and once in other company. Every number
+that is kept of an example must stay the same to the last bit. Nothing of the trial comes from private data or from a
+server. Where it fails, each example is trained on by itself, which has neither place nor company.
+"""
+
+import logging
+import math
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_dp.fed.contained import Failures
+from lora_dp.fed.examples import Batch, Examples, TextExamples
+from lora_dp.fed.exchange import Workspace
+from lora_dp.fed.harmless import described
+from lora_dp.fed.models import Precision, logits
+from lora_dp.layers import DPLoRALinear
+from lora_dp.losses import classification_loss
+from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.still import Still
+
+_LOG = logging.getLogger(__name__)
+_SEED = 20261129
+_ROWS = 8
+# How much larger the inputs of the other company are.
+_LOUD = 100.0
+
+
+def rows_of_a_part(batch_size: int, examples: int, widths_vary: bool) -> int:
+    """The public number of rows that the model is given at once, a multiple of 8.
+
+    Two deviations above the expected size, so that most batches are one part; a quarter of it where examples differ in
+    width, and each width has parts of its own.
+
+    Args:
+        batch_size: the expected size of a Poisson-sampled batch.
+        examples: how many the client has.
+        widths_vary: whether they are of several widths.
+    """
+    wanted = batch_size / 4 if widths_vary else min(batch_size + 2 * math.sqrt(batch_size), examples)
+    return _ROWS * math.ceil(wanted / _ROWS)
+
+
+class OneShape:
+    """Cuts a client's batches into parts of one shape.
+
+    Args:
+        workspace: the model, private by ``optimizer``.
+        optimizer: active.
+        examples: the client's.
+        batch_size: the expected size of a batch.
+        precision: in which the model runs.
+        failures: takes note of a model that cannot be tried.
+    """
+
+    def __init__(
+        self, workspace: Workspace, optimizer: PrivateOptimizer, examples: Examples, batch_size: int,
+        precision: Precision, failures: Failures,
+    ) -> None:
+        self._workspace, self._optimizer, self._examples = workspace, optimizer, examples
+        self._precision, self._failures = precision, failures
+        self._rows = rows_of_a_part(batch_size, len(examples), isinstance(examples, TextExamples))
+
+    def parts(self, rows: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+        """The examples of one batch, some at a time, and with how many rows the model is to be called for them."""
+        by_width: dict[int, list[int]] = {}
+        for row, width in zip(rows, self._examples.widths(rows), strict=True):
+            by_width.setdefault(width, []).append(row)
+        for width, alike in sorted(by_width.items()):
+            size = self._rows if self._apart(width) else 1
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size], size
+
+    def _apart(self, width: int) -> bool:
+        model = self._workspace.model
+        device = next(model.parameters()).device
+        ranks = tuple(layer.r for layer in model.modules() if isinstance(layer, DPLoRALinear))
+        kind: Hashable = (self._rows, width, ranks, self._optimizer.recorder.trained, self._precision, device,
+                          torch.get_num_threads())
+        known = self._workspace.rows_apart
+        if kind not in known:
+            known[kind] = self._try(width, device)
+        return known[kind]
+
+    def _try(self, width: int, device: torch.device) -> bool:
+        generator = torch.Generator().manual_seed(_SEED)
+        try:
+            with self._workspace.at_random(generator):
+                self._optimizer.activate()  # what regulates a step is worked out from the factors
+                if self._stays(width, device, generator):
+                    return True
+            reason = "a row's rounding hangs on its place or its company"
+        except Exception as error:
+            self._failures.add(error, self._rows)
+            reason = described(error)
+        finally:
+            self._optimizer.recorder.discard()
+            self._optimizer.activate()
+        _LOG.warning("Batches of %d rows cannot be given to this model, so each example is by itself, which takes "
+                     "longer: %s.", self._rows, reason)
+        return False
+
+    def _stays(self, width: int, device: torch.device, generator: torch.Generator) -> bool:
+        embedding = getattr(self._workspace.model, "get_input_embeddings", lambda: None)()
+        vocabulary = getattr(embedding, "num_embeddings", 2)
+        batch, others = (
+            {name: tensor.to(device) for name, tensor in
+             self._examples.made_up(self._rows, width, vocabulary, generator).items()} for _ in range(2))
+        labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
+        place = torch.arange(self._rows, device=device)
+        moved, even = place.roll(1), place % 2 == 0
+        joined = {name: torch.where(even.view(-1, *[1] * (tensor.dim() - 1)), tensor, _loud(others[name]))
+                  for name, tensor in batch.items()}
+        first = self._found(batch, labels)
+        rolled = self._found({name: tensor[moved] for name, tensor in batch.items()}, labels[moved])
+        company = self._found(joined, torch.where(even, labels, labels + 1))
+        return all(
+            torch.equal(a[moved], b) and torch.equal(a[even], c[even])
+            for a, b, c in zip(first, rolled, company, strict=True))
+
+    def _found(self, batch: Batch, labels: Tensor) -> list[Tensor]:
+        """All that the private step would keep of each row."""
+        with Still():
+            scores = logits(self._workspace.model, batch, self._precision)
+            self._optimizer.backward(classification_loss(scores, labels % scores.shape[1]))
+            finished = self._optimizer.recorder.take()
+            if finished.n != self._rows:
+                raise RuntimeError(f"The model was given {finished.n} examples where there are {self._rows}.")
+            return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
+
+
+def _loud(tensor: Tensor) -> Tensor:
+    return tensor * _LOUD if tensor.is_floating_point() else tensor
