@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +182,39 @@ def test_an_empty_text_is_padded_like_any_other(collate):
     texts = [torch.arange(0), torch.arange(1, 4), torch.arange(0)]
     assert check_collation(texts, collate, range(3), collate(texts))
     assert check_collation(texts, collate, [0, 1], collate(texts[:2]))
+
+
+@dataclass
+class Joined:
+    """A batch as an object of the user's own."""
+
+    inner: SimpleNamespace
+    number: int = 3
+
+
+def test_a_batch_that_is_an_object_is_looked_into():
+    def plain(items: list[Any]) -> Joined:
+        return Joined(SimpleNamespace(x=stacked(items)))
+
+    assert check(numbers(), plain) is False
+    with pytest.raises(IsolationError, match="an example's rows in .*x"):
+        check(numbers(), lambda items: Joined(SimpleNamespace(x=centred(items))))
+
+
+def by_length(items: list[Tensor]) -> dict[str, Tensor]:
+    return padded(sorted(items, key=len, reverse=True))
+
+
+def test_a_batch_that_is_sorted_is_taken_and_one_whose_rows_are_dealt_anew_is_not():
+    """As a packed sequence wants it; labels in another order than their inputs belong to others."""
+    texts = [torch.arange(1, length + 1) for length in (3, 5, 2, 4, 1, 6, 2, 3)]
+    assert check(texts, by_length) is True
+
+    def dealt(items: list[Tensor]) -> dict[str, Tensor]:
+        return {**padded(items), "labels": torch.tensor([float(item.sum()) for item in items]).sort().values}
+
+    with pytest.raises(IsolationError, match="joins examples"):
+        check(texts, dealt)
 
 
 def test_random_masks_are_taken():
