@@ -60,6 +60,28 @@ def test_a_vector_of_two_is_looked_at_and_of_one_is_not(words):
     assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(examples(2)[0]))))
 
 
+def test_a_vector_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next():
+    """Though batches of that kind were tried before; and in which order its terms are added is nothing."""
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+
+    def backward(n: int, turn: bool) -> None:
+        out = model(examples(n)[0])
+        one, other = (share * (part - part.mean(0)).square().sum(1) for share, part in (
+            (0.3, out[:, :1]), (0.7, out[:, 1:])))
+        optimizer.expect_batch(n)
+        optimizer.backward(other + one if turn else one + other)
+        optimizer.step()
+
+    x, y = examples(2)
+    optimizer.expect_batch(2)
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    optimizer.step()
+    backward(1, False)
+    backward(1, True)
+    assert_refuses(IsolationError, "outputs for others", lambda: backward(2, False))
+
+
 def test_a_vector_after_a_forward_that_failed_is_refused():
     def fail(module: nn.Module, inputs: object, output: Tensor) -> None:
         raise ArithmeticError

@@ -134,4 +134,5 @@ TARGETS: dict[str, Target] = {
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py", "lora_dp/isolation.py")
+    "lora_dp/fed/noisy_sum.py", "lora_dp/isolation.py", "lora_dp/trials.py", "lora_dp/batch_parts.py",
+    "lora_dp/collation.py", "lora_dp/losses.py")
