@@ -235,6 +235,15 @@ def test_a_divisor_that_follows_large_batches_is_refused_too():
         step(loss, model=model, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("n", [2, N])
+def test_a_divisor_that_creeps_is_held_to_the_first_one(n):
+    weights = iter(0.5 * (1 + 8e-6 * i) for i in range(3))
+    model, optimizer = step(loss := lambda out, y: next(weights) * F.cross_entropy(out, y), n=n)
+    step(loss, model=model, optimizer=optimizer, n=n)
+    with pytest.raises(IsolationError, match="weighs an example"):
+        step(loss, model=model, optimizer=optimizer, n=n)
+
+
 def test_a_batch_of_one_is_held_to_the_weight_of_earlier_ones():
     weights = iter((0.5, 0.5, 0.4))
     model, optimizer = step(loss := lambda out, y: next(weights) * F.cross_entropy(out, y), n=1)
