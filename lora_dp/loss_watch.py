@@ -115,10 +115,8 @@ class LossWatch:
             return
         followed = follow([(loss.grad_fn, loss.output_nr)], outputs)
         self._check_way(followed)
-        if loss.numel() != 1:
-            if followed.factors:
-                raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
-            return
+        if loss.numel() != 1 and followed.factors:
+            raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
         if followed.factors:
             self._take("mean" if self.reduction == "mean" else "sum")
         if gradient is not None and followed.factors:

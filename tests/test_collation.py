@@ -135,6 +135,31 @@ def with_company(items: list[Any]) -> dict[str, Any]:
             "missing": torch.where(x > 0, x, torch.nan)}
 
 
+@pytest.mark.parametrize(("share", "refused"), [(1e-4, True), (1e-7, False)])
+def test_a_small_share_of_another_example_is_seen(share, refused):
+    """Above a hundred-thousandth of each value, which is a few roundings of float32."""
+    x = 1 + torch.rand(24, 6, generator=torch.Generator().manual_seed(0))
+
+    def joined(items: list[Any]) -> Tensor:
+        stack = stacked(items)
+        return stack + share * stack.roll(1, 0)
+
+    if refused:
+        with pytest.raises(IsolationError, match="collate function joins examples"):
+            check(TensorDataset(x), joined)
+    else:
+        check(TensorDataset(x), joined)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_missing_values_hide_no_mixture(n):
+    """A value that is not equal to itself is no sign of chance."""
+    x = examples(24)[0]
+    x[:, 2] = torch.nan
+    with pytest.raises(IsolationError, match="collate function joins examples"):
+        check(TensorDataset(x), mixup, n)
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
 @pytest.mark.parametrize("collate", [stacked, noisy, noisy_by_python, noisy_by_numpy, with_company])
 def test_what_stacks_is_taken(collate, n):
@@ -180,7 +205,7 @@ def test_what_joins_examples_of_several_lengths_is_refused(collate):
 @pytest.mark.parametrize("collate", [padded, padded_left])
 def test_an_empty_text_is_padded_like_any_other(collate):
     texts = [torch.arange(0), torch.arange(1, 4), torch.arange(0)]
-    assert check_collation(texts, collate, range(3), collate(texts))
+    assert not check_collation(texts, collate, range(3), collate(texts))
     assert check_collation(texts, collate, [0, 1], collate(texts[:2]))
 
 

@@ -48,6 +48,15 @@ def test_a_vector_that_joins_examples_is_refused(words, losses):
     assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(x), y)))
 
 
+@pytest.mark.parametrize("n", [2, N])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_vector_divided_by_the_number_of_examples_is_refused_at_once(sign, n):
+    model, (x, y) = mlp(), examples(n)
+    optimizer = make_private(model, batch_size=N)
+    losses = sign * F.cross_entropy(model(x), y, reduction="none") / n
+    assert_refuses(IsolationError, f"divided by the number of examples, {n}", lambda: optimizer.backward(losses))
+
+
 @pytest.mark.parametrize("words", ["weighs an example by 0.5, that of an earlier one by 1", "outputs for others"])
 def test_a_vector_of_two_is_looked_at_and_of_one_is_not(words):
     def losses(out: Tensor) -> Tensor:
@@ -58,6 +67,39 @@ def test_a_vector_of_two_is_looked_at_and_of_one_is_not(words):
     optimizer.backward(losses(model(examples(1)[0])))
     optimizer.zero_grad()
     assert_refuses(IsolationError, words, lambda: optimizer.backward(losses(model(examples(2)[0]))))
+
+
+def test_a_vector_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next():
+    """Though batches of that kind were tried before; and in which order its terms are added is nothing."""
+    model = mlp()
+    optimizer = make_private(model, batch_size=N)
+
+    def backward(n: int, turn: bool) -> None:
+        out = model(examples(n)[0])
+        one, other = (share * (part - part.mean(0)).square().sum(1) for share, part in (
+            (0.3, out[:, :1]), (0.7, out[:, 1:])))
+        optimizer.expect_batch(n)
+        optimizer.backward(other + one if turn else one + other)
+        optimizer.step()
+
+    x, y = examples(2)
+    optimizer.expect_batch(2)
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    optimizer.step()
+    backward(1, False)
+    backward(1, True)
+    assert_refuses(IsolationError, "outputs for others", lambda: backward(2, False))
+
+
+def test_a_new_loss_is_looked_at_in_whatever_batch_it_comes():
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    optimizer.expect_batch(N)
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    optimizer.step()
+    out = model(x)
+    assert_refuses(IsolationError, "outputs for others", lambda: optimizer.backward(
+        (out - out.mean(0)).square().sum(1)))
 
 
 def test_a_vector_after_a_forward_that_failed_is_refused():

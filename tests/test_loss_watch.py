@@ -235,6 +235,15 @@ def test_a_divisor_that_follows_large_batches_is_refused_too():
         step(loss, model=model, optimizer=optimizer)
 
 
+@pytest.mark.parametrize("n", [2, N])
+def test_a_divisor_that_creeps_is_held_to_the_first_one(n):
+    weights = iter(0.5 * (1 + 8e-6 * i) for i in range(3))
+    model, optimizer = step(loss := lambda out, y: next(weights) * F.cross_entropy(out, y), n=n)
+    step(loss, model=model, optimizer=optimizer, n=n)
+    with pytest.raises(IsolationError, match="weighs an example"):
+        step(loss, model=model, optimizer=optimizer, n=n)
+
+
 def test_a_batch_of_one_is_held_to_the_weight_of_earlier_ones():
     weights = iter((0.5, 0.5, 0.4))
     model, optimizer = step(loss := lambda out, y: next(weights) * F.cross_entropy(out, y), n=1)
@@ -289,14 +298,21 @@ def test_a_count_inside_the_mean_is_refused_at_once():
 
 
 def test_the_order_in_which_terms_are_added_is_nothing():
-    def first(out: Tensor, y: Tensor) -> Tensor:
-        return 0.3 * out.square().mean() + 0.7 * out.exp().square().mean()
+    model, optimizer = step(lambda out, y: 0.3 * out[:, :1].square().mean() + 0.7 * out[:, 1:].square().mean())
+    step(lambda out, y: 0.7 * out[:, 1:].square().mean() + 0.3 * out[:, :1].square().mean(), model=model,
+         optimizer=optimizer)
+    assert optimizer.ledger.steps == 2
 
-    model, optimizer = step(first)
-    step(lambda out, y: 0.7 * out.square().mean() + 0.3 * out.square().mean())
-    for loss in (first, lambda out, y: 0.7 * out.exp().square().mean() + 0.3 * out.square().mean()):
-        step(loss, model=model, optimizer=optimizer)
-    assert optimizer.ledger.steps == 3
+
+def test_a_loss_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next():
+    """Though batches of that kind were tried before, with another loss."""
+    def centred(out: Tensor, y: Tensor) -> Tensor:
+        return (out - out.mean(0)).square().mean()
+
+    model, optimizer = step(F.cross_entropy, n=2)
+    step(centred, model=model, optimizer=optimizer, n=1)
+    with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+        step(centred, model=model, optimizer=optimizer, n=2)
 
 
 def test_a_mean_over_labels_of_the_models_own_has_as_many_for_each_example_in_every_batch():
@@ -403,6 +419,7 @@ def test_a_gradient_by_another_way_than_backward_is_refused():
     optimizer = make_private(model, batch_size=4)
     optimizer.expect_batch(4)
     out = model(examples(4)[0])
+    nn.Linear(3, 1)(out.detach()).mean().backward()  # a loss that does not depend on the model
     torch.autograd.Variable._execution_engine.run_backward(
         (out,), (torch.ones_like(out),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
@@ -445,7 +462,10 @@ def test_other_models_are_none_of_our_business():
     x, _ = examples(4)
     model(x)
     other(x).max().backward()
-    assert other.weight.grad is not None
+    other(x).backward(torch.ones(4, 3))
+    number = torch.ones((), requires_grad=True)
+    number.backward()
+    assert other.weight.grad is not None and float(number.grad) == 1
 
 
 def test_an_unknown_graph_is_taken_once_the_criterion_was_tested():
@@ -469,6 +489,13 @@ def test_an_unknown_graph_is_taken_once_the_criterion_was_tested():
     engine.check_isolation(model, batch, criterion)
     take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]), b[1]))
     assert optimizer.ledger.steps == 1
+    engine.check_isolation(model, batch, lambda out, y: criterion(out * 0.5, y))
+    for weight in (0.5, 0.4):
+        if weight == 0.5:
+            take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]) * weight, b[1]))
+        else:
+            with pytest.raises(IsolationError, match="weighs an example by 0.4, that of an earlier one by 0.5"):
+                take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]) * weight, b[1]))
 
 
 def test_a_graph_is_not_kept_after_the_step():

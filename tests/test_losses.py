@@ -130,6 +130,8 @@ def test_half_precision_outputs_have_float32_losses():
     ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(2, 1).long())),
     ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 2).long())),
     ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))),
+    ("(N, T, V)", lambda: causal_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2).long())),
+    ("(N, T, V)", lambda: causal_lm_loss(torch.zeros(3), torch.zeros(3).long())),
     *[("question_answering_loss takes", lambda shapes=shapes: question_answering_loss(
         *[torch.zeros(shape, dtype=torch.long if len(shape) == 1 else torch.float) for shape in shapes]))
       for shapes in (((2, 3), (2, 4), (2,), (2,), (2, 3)), ((2, 3), (2, 3), (2,), (2,), (2, 4)),
