@@ -23,7 +23,8 @@ _TRIALS = (
 _LOSSES = (
     "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
     "tests/test_batch_trials.py")
-_SECRET_DRAWS = ("tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py")
+_SECRET_DRAWS = (
+    "tests/test_secret_state.py", "tests/test_secret_fetch.py", "tests/test_cpu_draws.py", "tests/test_draws.py")
 _CHAINED = ("tests/fed/engines/test_chained_ledgers.py", "tests/fed/engines/test_flower_ledger.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
           "tests/fed/test_methods.py", "tests/fed/test_faults.py", "tests/fed/test_secrets.py")
@@ -51,7 +52,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
         "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
-        "tests/test_setup_refusals.py")),
+        "tests/test_secret_fetch.py", "tests/test_setup_refusals.py")),
     "lora_dp/collation.py": Target((
         "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
     "lora_dp/accounting/epsilon.py": Target(_ACCOUNTING),
@@ -74,14 +75,16 @@ TARGETS: dict[str, Target] = {
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_layers.py", "tests/test_ownership.py", "tests/test_training_loops.py",
-        "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py")),
+        "tests/test_stray_values.py", "tests/test_precision.py", "tests/test_gradients.py",
+        "tests/test_kept_graph.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
     "lora_dp/optimizer.py": Target((
         "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
-        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_gradients.py", *_PITFALLS)),
+        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_gradients.py",
+        "tests/test_collation.py", *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
