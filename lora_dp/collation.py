@@ -199,8 +199,8 @@ def _compare(
         found = next((place for place in range(n) if sorts and place not in taken and other(place, j) is None), None)
         if found is None:
             raise IsolationError(
-                f"The collate function joins examples: an example's rows in {where} change with the others in its batch "
-                "(mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave the "
+                f"The collate function joins examples: an example's rows in {where} change with the others in its "
+                "batch (mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave the "
                 "collate function to stack and pad.")
         taken.add(found)
     return varies

@@ -171,10 +171,7 @@ def test_numbers_that_are_whole_in_some_batches_are_taken():
     assert check_collation(values, torch.tensor, range(8), torch.tensor(values)) is False
 
 
-def test_of_what_draws_by_itself_and_of_one_example_nothing_is_told():
-    generator = np.random.default_rng()
-    assert check(Texts(), lambda items: {**padded(items), "drawn": torch.from_numpy(
-        generator.random(len(items)))}) is False
+def test_of_one_example_nothing_is_told():
     assert check(Texts(), padded, 1) is False
 
 

@@ -21,7 +21,8 @@ _LOSSES = (
     "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
     "tests/test_batch_trials.py")
 _SECRET_DRAWS = (
-    "tests/test_secret_state.py", "tests/test_cpu_draws.py", "tests/test_draws.py", "tests/test_drawing_ops.py")
+    "tests/test_secret_state.py", "tests/test_secret_fetch.py", "tests/test_cpu_draws.py", "tests/test_draws.py",
+    "tests/test_drawing_ops.py")
 _CHAINED = ("tests/fed/engines/test_chained_ledgers.py", "tests/fed/engines/test_flower_ledger.py")
 _UNITS = ("tests/fed/test_units.py", "tests/fed/test_aggregation.py", "tests/fed/test_products.py",
           "tests/fed/test_methods.py", "tests/fed/test_faults.py", "tests/fed/test_secrets.py")
@@ -49,7 +50,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
         "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
-        "tests/test_setup_refusals.py")),
+        "tests/test_secret_fetch.py", "tests/test_setup_refusals.py")),
     "lora_dp/collation.py": Target((
         "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_batches.py",
         "tests/test_pitfalls_batches.py")),
@@ -89,7 +90,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/optimizer.py": Target((
         "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
-        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_gradients.py", *_PITFALLS)),
+        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_gradients.py",
+        "tests/test_collation.py", *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
