@@ -101,8 +101,8 @@ def _compare_part(
         if (leaf := _first_other(found, again, m)) is not None:
             raise IsolationError(_CHANGES.format(leaf or "the batch"))
     if _same(found, collated(first + 1, some), m):
-        # What gives one batch for two orders of its examples has an order of its own, by their length say.
-        sorts = _same(found, collated(first, some[::-1]), m)
+        few = list(indices[:_MOST])
+        sorts = _sorts(collated(first, few), collated(first, few[1:] + few[:1]), len(few))
         return _compare(batch, found, list(zip(part, range(m), strict=True)), n, m, sorts=sorts)
     # At random: the first example in two companies of one size. What a seed mixes it with may be itself, so several.
     others = [index for index in indices if index != some[0]] * _MOST
@@ -173,6 +173,12 @@ def _equal(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right.to(left.dtype), rtol=_RELATIVE, atol=0, equal_nan=True)
 
 
+def _sorts(batch: Any, rotated: Any, n: int) -> bool:
+    """Whether the order in which examples are given makes no difference: they are put into another, by length say."""
+    several = any(not _equal(leaf, leaf[:1].expand_as(leaf)) for leaf in _by_example(batch, n).values())
+    return several and _same(batch, rotated, n)
+
+
 def _compare(
     whole: Any, part: Any, places: list[tuple[int, int]], n: int, m: int, *, widths_count: bool = True,
     sorts: bool = False,
@@ -200,8 +206,8 @@ def _compare(
         if found is None:
             raise IsolationError(
                 f"The collate function joins examples: an example's rows in {where} change with the others in its "
-                "batch (mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave the "
-                "collate function to stack and pad.")
+                "batch (mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave "
+                "the collate function to stack and pad.")
         taken.add(found)
     return varies
 
