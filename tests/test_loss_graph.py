@@ -286,7 +286,8 @@ def test_leaves_beside_the_outputs_are_told():
 
 @pytest.mark.parametrize(("value", "constant"), [
     (1.0, True), (0.5, True), (-0.3, True), (1e-3, True), (1 / 3, True), (1 / 64, True), (100.0, True),
-    (1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65.5, False)])
+    (1 / 63, True), (2.0**-20, True), (-(2.0**-20), True),
+    (1 / 76, False), (-1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65.5, False)])
 def test_what_looks_like_a_constant(value, constant):
     assert is_constant(value) == constant
 
