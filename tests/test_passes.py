@@ -90,6 +90,25 @@ def test_a_graph_that_is_kept_may_be_looked_at_when_its_pass_is_over():
     assert not optimizer.recorder.pending
 
 
+def test_a_batch_norm_that_is_thawed_later_is_refused():
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(3)).train()
+    model[1].requires_grad_(False).eval()
+    make_private(model, batch_size=4)
+    model(examples(4)[0])
+    model.train()
+    with pytest.raises(RuntimeError, match="BatchNorm1d that was frozen"):
+        model(examples(4)[0])
+
+
+def test_a_loss_that_joins_examples_is_refused_in_the_first_pass():
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    logits = model(examples(4)[0])
+    with pytest.raises(IsolationError, match="The loss mixes examples"):
+        (logits - logits.mean(0)).square().sum(1).mean().backward()
+
+
 def test_a_model_may_return_nothing():
     class Silent(nn.Module):
         def __init__(self) -> None:
