@@ -90,6 +90,100 @@ def test_a_graph_that_is_kept_may_be_looked_at_when_its_pass_is_over():
     assert not optimizer.recorder.pending
 
 
+def test_a_batch_norm_that_is_thawed_later_is_refused():
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(3)).train()
+    model[1].requires_grad_(False).eval()
+    make_private(model, batch_size=4)
+    model(examples(4)[0])
+    model.train()
+    with pytest.raises(RuntimeError, match="BatchNorm1d that was frozen"):
+        model(examples(4)[0])
+
+
+def test_a_loss_that_joins_examples_is_refused_in_the_first_pass():
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    logits = model(examples(4)[0])
+    with pytest.raises(IsolationError, match="The loss mixes examples"):
+        (logits - logits.mean(0)).square().sum(1).mean().backward()
+
+
+class Balanced(nn.Module):
+    """Returns a second number, which mixes examples in stacks (N, 1, 6) or where it is told to."""
+
+    mixes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.inner(x.flatten(1))
+        mixed = self.mixes or x.dim() == 3
+        balance = out.mean(0).square().sum() if mixed else (1 + out).square().mean()
+        return {"loss": out.square().mean(), "balance": balance}
+
+
+def refused_where_used(output: dict[str, Tensor]) -> None:
+    with pytest.raises(IsolationError, match="a number that the model returned"):
+        (output["loss"] + output["balance"]).backward()
+
+
+def test_a_number_of_the_models_is_proven_for_its_kind_of_batch_alone(trials):
+    model, x = Balanced().train(), examples(4)[0]
+    optimizer = make_private(model, batch_size=4)
+    optimizer.recorder.expect_padding()  # that widths differ is no news
+    for batch in (x.unsqueeze(1), x, x.unsqueeze(1)):
+        optimizer.recorder.discard()
+        output = model(batch)
+    assert trials == [4, 4]
+    refused_where_used(output)
+    optimizer.recorder.discard()
+    output = model(x)
+    (output["loss"] + output["balance"]).backward()
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_a_number_of_the_models_must_pass_every_trial(trials, monkeypatch, order):
+    model, x = Balanced().train(), examples(4)[0]
+    optimizer = make_private(model, batch_size=4)
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: True)
+    for model.mixes in order:
+        optimizer.recorder.discard()
+        output = model(x)
+    assert len(trials) == 2
+    model.mixes = False
+    optimizer.recorder.discard()
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
+    output = model(x)
+    refused_where_used(output)
+
+
+def test_the_loss_of_a_batch_that_is_tried_is_looked_at_again(trials):
+    """Its graph may be known, and its indices others."""
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.flatten(1))
+
+    model, x = Flat().train(), examples(4)[0]
+    optimizer = make_private(model, batch_size=4)
+
+    def loss(batch: Tensor, places: list[int]) -> Tensor:
+        optimizer.recorder.discard()
+        logits = model(batch)
+        return (logits - 2 * logits.index_select(0, torch.tensor(places))).square().sum(1).mean()
+
+    loss(x, [0, 1, 2, 3]).backward()
+    with pytest.raises(IsolationError, match="The loss mixes examples"):
+        loss(x.unsqueeze(1), [3, 1, 2, 0]).backward()
+    assert len(trials) == 2
+
+
 def test_a_model_may_return_nothing():
     class Silent(nn.Module):
         def __init__(self) -> None:

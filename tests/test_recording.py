@@ -7,14 +7,15 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import DPLinear
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.recording import Recorder, Slot, prefers_ghost
-from tests.models import assert_refuses
-from tests.support import assert_close, make_private
+from tests.models import assert_refuses, cross_entropy, examples, mlp, one_by_one
+from tests.support import assert_close, brute_force, make_private, private_gradients
 
 
 def slot_of(shape: tuple[int, ...], n: int, method: str, dtype: torch.dtype = torch.float32) -> Slot:
@@ -194,6 +195,22 @@ def test_a_kept_graph_leaves_the_activations_alone():
     assert torch.equal(x, before)
     optimizer.expect_batch(4)
     optimizer.step()
+
+
+def test_a_mean_and_losses_of_single_examples_give_the_same_sum():
+    """What a mean has divided by N is multiplied by it; a vector's sum is not."""
+    batch = examples(4)
+    model = mlp()
+    parts = brute_force(model, cross_entropy, one_by_one(batch), {name for name, _ in model.named_parameters()})
+    for vector in (False, True):
+        model = mlp()
+        optimizer = make_private(model, batch_size=4, max_grad_norm=1e6)
+        optimizer.expect_batch(4)
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        optimizer.backward(losses) if vector else losses.mean().backward()
+        optimizer.step()
+        for name, gradient in private_gradients(model).items():
+            assert_close(4 * gradient, torch.stack([part[name] for part in parts]).sum(0))
 
 
 @pytest.mark.parametrize("end", ["step", "zero_grad"])

@@ -59,6 +59,19 @@ def test_a_forked_seeded_source_goes_on_with_its_seed() -> None:
 
 
 @forks
+def test_a_child_with_the_number_of_an_earlier_process_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grandchild may get its grandparent's number, and with it none of its keys."""
+    secure, seeded, other = SecureSource(), SeededSource(7), SeededSource(7)
+    words = secure.uniform_bits(5).tolist()
+    assert seeded.uniform_bits(5).tolist() == other.uniform_bits(5).tolist()
+    number = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: number)
+    drawn, repeated = in_child(lambda: (secure.uniform_bits(5).tolist(), seeded.uniform_bits(5).tolist()))
+    assert len({*drawn, *words, *secure.uniform_bits(5).tolist()}) == 15
+    assert repeated == other.uniform_bits(5).tolist()
+
+
+@forks
 def test_a_child_cannot_use_its_parents_keys() -> None:
     keys = [native.new_key(), native.key_from(bytes(range(32))), SecureSource().next_draw().key]
 
