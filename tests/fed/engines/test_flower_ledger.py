@@ -24,6 +24,7 @@ from lora_dp.fed.methods import get_method
 from tests.fed.engines.loopback import LoopbackGrid
 from tests.fed.small import TRAINING, plan_for
 
+UNPROTECTED = "sends nothing that secret noise of its own does not protect"
 TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
 
@@ -69,6 +70,18 @@ def test_a_nodes_ledger_and_budget_are_those_of_its_config():
             ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
     limited = ClientLedger(Path("x"), "client").limited(8.0, 1e-5)
     assert limited == ClientLedger(Path("x"), "client", 8.0, 1e-5, written=False)
+
+
+@pytest.mark.parametrize(("changes", "reproducible", "words"), [
+    ({}, True, UNPROTECTED), ({"epsilon": None}, False, UNPROTECTED),
+    ({"mechanism": "as-released"}, False, UNPROTECTED), ({"unit": "client"}, False, UNPROTECTED),
+    ({"unit": "client", "noise_by": "client"}, False, "for the unit example, but the run protects the unit client")])
+def test_what_noise_of_its_own_does_not_protect_is_not_spent(tmp_path, changes, reproducible, words):
+    plan, ledger = plan_for(get_method("dp-lora"), TRAINING, **changes), ClientLedger(tmp_path / "ledger.json")
+    for refuse in (ledger.check, lambda plan, **how: ledger.spend(plan, PoissonGaussian(1.5, 0.25), **how)):
+        with pytest.raises(Refused, match=words):
+            refuse(plan, reproducible=reproducible)
+    assert not ledger.path.exists()
 
 
 def test_a_budget_is_spent_to_its_last_bit_and_the_owner_is_told(tmp_path, caplog):
@@ -172,9 +185,6 @@ def test_a_run_that_is_begun_anew_ends_where_its_plan_does(tmp_path):
     answered = [federation.run_round().participants for _ in range(3)]
     assert answered == [[0, 1], [0, 1], [0]]
     assert Ledger.load(path).epsilon(1e-5, "rdp") <= 2
-
-
-UNPROTECTED = "sends nothing that secret noise of its own does not protect"
 
 
 @pytest.mark.parametrize(
