@@ -98,7 +98,8 @@ class OneShape:
     def _try(self, width: int, device: torch.device) -> bool:
         generator = torch.Generator().manual_seed(_SEED)
         try:
-            with self._workspace.at_random(generator):
+            # A reproducible turn draws the same, whether its shape was tried before or not.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), self._workspace.at_random(generator):
                 self._optimizer.activate()  # what regulates a step is worked out from the factors
                 if self._stays(width, device, generator):
                     return True
@@ -108,6 +109,8 @@ class OneShape:
             reason = described(error)
         finally:
             self._optimizer.recorder.discard()
+            # What made-up inputs have passed, private ones have not.
+            self._optimizer.recorder.tested.clear()
             self._optimizer.activate()
         _LOG.warning("Batches of %d rows cannot be given to this model, so each example is by itself, which takes "
                      "longer: %s.", self._rows, reason)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_dp.fed.client
+from lora_dp.coverage import recorder_of
 from lora_dp.fed.config import FederationConfig, RunConfig
 from lora_dp.fed.examples import TextExamples
 from lora_dp.fed.exchange import Task, Workspace
@@ -28,6 +29,17 @@ C = 1.0  # the default clip bound
 @pytest.fixture(scope="module")
 def default() -> Federation:
     return Federation.from_config(RunConfig(FederationConfig(method="dp-lora", local_steps=1, batch_size=8)))
+
+
+def on_outputs(model: nn.Module, seen: list[int]) -> None:
+    """Notes how many rows each pass gives that is no trial of isolation."""
+    model.register_forward_hook(
+        lambda module, given, output: seen.append(len(output)) if not tried(module) else None)
+
+
+def tried(model: nn.Module) -> bool:
+    recorder = recorder_of(model)
+    return recorder is not None and recorder.tried
 
 
 def amplifying(federation: Federation, factor: float, quiet: float) -> State:
@@ -141,7 +153,7 @@ def test_the_trial_is_made_once_for_a_shape_and_leaves_everything_as_it_was():
     assert layer.weight.equal(weight) and not weight.equal(layer.original_weight)
     assert all(p.equal(held[name]) for name, p in federation.workspace.state().items())
     calls: list[int] = []
-    federation.model.register_forward_hook(lambda module, given, output: calls.append(len(output)))
+    on_outputs(federation.model, calls)
     for _ in range(2):
         sum_of(federation, state, range(9), make_examples(20, 1))
     assert calls == 5 * [24]  # three passes of the trial, two steps
@@ -150,7 +162,8 @@ def test_the_trial_is_made_once_for_a_shape_and_leaves_everything_as_it_was():
 def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():
     federation, seen = make_federation("dp-lora", ONE_STEP), []
     examples = make_examples(20, 1)
-    federation.model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    federation.model.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0]) if not tried(module) else None)
     state = federation.server.state
     found = sum_of(federation, state, [3, 7, 11], examples)
     own = examples.batch([3, 7, 11])["pixel_values"]
@@ -253,6 +266,6 @@ def test_what_is_left_of_a_part_on_which_training_fails_has_its_shape(monkeypatc
 
 def test_without_privacy_batches_are_given_as_they_are():
     federation, seen = make_federation("dp-lora", ONE_STEP, epsilon=None), []
-    federation.model.register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    on_outputs(federation.model, seen)
     federation.trainer.train(1, make_examples(13, 1), Task(0, 0, 2, federation.server.state))
     assert seen == [13] and not federation.workspace.rows_apart
