@@ -379,30 +379,3 @@ def _vector_shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     if _kind(node) in ("AddBackward", "SubBackward"):
         return [1.0] * len(children)  # alpha and sign are no counts
     return _shares(node, children)
-
-
-def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
-    """Whether example i's share of the joined numbers depends on the model's outputs for other examples.
-
-    A backward from these numbers to the outputs, no further; it frees nothing.
-    """
-    metadata = joined.node._input_metadata[joined.output_nr]
-    shape = tuple(metadata.shape)
-    if not shape or math.prod(shape) % n:
-        return False
-    direction = torch.zeros(n, math.prod(shape) // n, dtype=metadata.dtype, device=metadata.device)
-    direction[i] = 1
-    # Of flattened tokens too: all rows of one example after another.
-    rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
-    if not rows:
-        return False
-    gradients = torch.autograd.grad(
-        [joined], rows, [direction.view(shape)], retain_graph=True, allow_unused=True)
-    for gradient in gradients:
-        if gradient is not None:
-            shares = gradient.reshape(n, -1).abs()
-            # What is infinite or NaN by itself hides nothing; NaN elsewhere may be zero times it.
-            own = shares[i].nan_to_num(nan=0.0, posinf=0.0).max()
-            if bool((torch.cat([shares[:i], shares[i + 1 :]]) > tolerance(shares.dtype) * own).any()):
-                return True
-    return False

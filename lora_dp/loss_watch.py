@@ -26,12 +26,11 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
-    meets,
     own_count,
     terms,
     weight,
 )
-from lora_dp.loss_rows import meeting, reaches_padding
+from lora_dp.loss_rows import meeting, meets, reaches_padding
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5

@@ -1,6 +1,5 @@
 """What a loss's graph tells: its terms and their constants, how each joins the examples, whether examples meet."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -17,9 +16,7 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
-    meets,
     terms,
-    tolerance,
     weight,
 )
 from tests.models import assert_refuses
@@ -290,74 +287,3 @@ def test_leaves_beside_the_outputs_are_told():
     (1 / 76, False), (-1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65.5, False)])
 def test_what_looks_like_a_constant(value, constant):
     assert is_constant(value) == constant
-
-
-# Whether examples meet
-
-
-def centred(out: Tensor) -> Tensor:
-    return out - out.mean(0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("i", [0, 2, N - 1])
-@pytest.mark.parametrize("join", [
-    centred, lambda out: -centred(out), lambda out: out.cumsum(0).flip(0).cumsum(0),
-    lambda out: torch.cat([centred(out[:, :1]), out[:, 1:]], 1), lambda out: out + out.roll(1, 0)])
-def test_examples_that_meet_are_seen(join, i, dtype):
-    out = model_output(N, 3, dtype=dtype)
-    assert meets(edge(join(out)), i, N, Outputs.of([out]))
-    assert not meets(edge(out.square()), i, N, Outputs.of([out]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_share_below_what_arithmetic_changes_is_none(dtype):
-    out = model_output(N, 3, dtype=torch.float64)
-    for share, seen in ((0.3, False), (3.0, True)):
-        cast = out.to(dtype)
-        mixed = cast + share * tolerance(dtype) * cast.roll(1, 0)
-        assert meets(edge(mixed), 2, N, Outputs.of([cast])) is seen
-
-
-def test_the_tolerance_of_a_dtype():
-    """A few roundings of a sum: far below what an example can do to another by chance."""
-    for dtype, units in ((torch.float64, 1e8), (torch.float32, 1e4), (torch.bfloat16, 10), (torch.float16, 50)):
-        assert torch.finfo(dtype).eps < tolerance(dtype) < units * torch.finfo(dtype).eps
-
-
-def test_all_outputs_are_looked_at_and_the_graph_is_kept():
-    """Of two outputs the loss may use one, or mix in the second alone; numbers and tables are no rows."""
-    out, other, number, table = model_output(N, 3), model_output(N, 2), model_output(1).sum(), model_output(5, 3)
-    outputs = Outputs.of([number, table, out, other])
-    assert not meets(edge(out.square()), 1, N, outputs)
-    mixed = out.square().sum(1) + centred(other).square().sum(1)
-    for _ in range(2):
-        assert meets(edge(mixed), 1, N, outputs)
-    mixed.mean().backward()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_gradient_that_is_no_number_hides_nobody_and_fakes_nobody(value, place):
-    """The example's own, or one that another example makes of a zero."""
-    out = model_output(N, 3)
-    broken = out * torch.where(torch.arange(N).unsqueeze(1) == place, value, 1.0)
-    assert meets(edge(broken + out.roll(-1, 0)), 1, N, Outputs.of([out]))
-    assert not meets(edge(broken.tanh()), 1, N, Outputs.of([out]))
-
-
-def test_what_has_no_rows_by_example_has_none_that_meet():
-    out = model_output(7)
-    outputs = Outputs.of([out, model_output(0, 3), model_output(N, 0)])
-    assert not meets(edge(out.square()), 0, N, outputs) and not meets(edge(out.mean()), 0, N, outputs)
-    assert not meets(edge(model_output(N, 3) * 2), 0, N, outputs)
-    rows = model_output(N, 3)
-    assert not meets(edge(rows.flatten()[:7] * 2), 0, N, Outputs.of([rows]))
-
-
-def test_examples_that_meet_in_flattened_outputs_are_seen():
-    out = model_output(N * 4, 3)
-    outputs = Outputs.of([out])
-    assert meets(edge(out @ out.t()), 1, N, outputs) and not meets(edge(out.square()), 1, N, outputs)
-    own = out.view(N, 4, 3)
-    assert not meets(edge((own - own.mean(1, keepdim=True)).flatten(0, 1)), 1, N, outputs)
