@@ -209,6 +209,16 @@ def test_where_training_fails_on_all_the_update_is_noise_alone(monkeypatch, capl
     assert "training failed 13 times on an example" in caplog.text and "first time: IndexError" in caplog.text
 
 
+def test_a_batch_of_fewer_rows_than_were_asked_for_contributes_nothing(monkeypatch, caplog):
+    """A mask for more rows would fit a single one, too."""
+    federation, examples = make_federation("dp-lora", ONE_STEP), make_examples(COUNT, 1)
+    whole = type(examples).batch
+    monkeypatch.setattr(type(examples), "batch", lambda self, rows: whole(self, list(rows)[:1]))
+    with caplog.at_level(logging.ERROR):
+        steps, _ = sums_of_a_turn(federation, examples)
+    assert steps == [{}] and "was given 1 examples where there were" in caplog.text
+
+
 class Mixing(nn.Module):
     """Takes the batch's mean away."""
 

@@ -124,7 +124,9 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/contained.py": Target((
-        "tests/fed/test_contained.py", "tests/fed/test_units.py", "tests/fed/test_secrets.py")),
+        "tests/fed/test_contained.py", "tests/fed/test_one_shape.py", "tests/fed/test_units.py",
+        "tests/fed/test_secrets.py")),
+    "lora_dp/fed/one_shape.py": Target(("tests/fed/test_one_shape.py",)),
     "lora_dp/fed/unreadable.py": Target((
         "tests/fed/test_contained.py", "tests/fed/test_examples.py", "tests/fed/test_secrets.py",
         "tests/fed/test_data.py", "tests/fed/test_own_data.py")),
