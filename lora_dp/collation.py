@@ -32,7 +32,7 @@ _REPEATS = 3
 _RELATIVE = 1e-5
 _SEEDS = 8
 # One batch in so many is tried although one of its kind was before; nobody can tell which.
-_LATER = 500
+_LATER = 1000
 _REMEDY = (
     "draw from the default generators of torch, NumPy or Python, or from a generator that is made anew for each "
     "example from its index or from such a draw")

@@ -93,25 +93,25 @@ def _counted(what: str, i: int) -> str:
 
 
 def check_whole(trials: Trials, call: Any, n: int) -> None:
-    """All examples beside half of them, drawn in secret: what only many do to each other, such as a capacity that they
+    """All examples beside some of them, drawn in secret: what only many do to each other, such as a capacity that they
     fill together. Nothing is drawn, no gradient is taken.
 
     Raises:
         IsolationError: an output changes, or a layer has not as many rows of every example.
     """
-    half = sorted(random.SystemRandom().sample(range(n), n // 2))
-    (whole, rows), (part, part_rows) = trials.outputs(call), trials.outputs(batch_parts.take(call, half, n))
+    some = sorted(random.SystemRandom().sample(range(n), max(n // 4, FEW)))
+    (whole, rows), (part, part_rows) = trials.outputs(call), trials.outputs(batch_parts.take(call, some, n))
     for (name, first), (_, other) in zip(rows, part_rows, strict=False):
-        if first * len(half) != other * n:
+        if first * len(some) != other * n:
             raise IsolationError(
-                f"'{name}' works on {first} rows in a batch of {n} examples and on {other} in one of {len(half)}: not "
+                f"'{name}' works on {first} rows in a batch of {n} examples and on {other} in one of {len(some)}: not "
                 "on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
                 "attention does), or leave the module out of the private layers.")
     for left, right in zip(whole, part, strict=False):
-        if left.shape[0] * len(half) != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
+        if left.shape[0] * len(some) != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
             continue
-        for place, i in enumerate(half):
-            if differ(rows_of(left, n)[i], rows_of(right, len(half))[place], masked=True):
+        for place, i in enumerate(some):
+            if differ(rows_of(left, n)[i], rows_of(right, len(some))[place], masked=True):
                 raise IsolationError(_counted("The output for", i))
 
 

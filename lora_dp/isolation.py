@@ -9,7 +9,7 @@ them, i:
    another value, for that would be a statistic of the batch, kept without noise; and no parameter may be written to;
 4. with fewer examples (or twice as many), i's outputs must stay, and its rows of the loss's gradient be what the
    declared reduction makes of them: the same for a sum, and N times them for a mean;
-5. in the whole batch, outputs must be those in half of it, and each layer have twice as many rows;
+5. in the whole batch, outputs must be those in a part of it, and each layer have as many rows of each example;
 6. with less padding the same as in 4, where padding varies from batch to batch;
 7. a number among the model's arguments that differs from batch to batch must change nothing.
 
@@ -17,7 +17,7 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -114,15 +114,14 @@ def check_isolation(
 
 def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> list[tuple[int, Trace]]:
     """The first and the last example, each beside copies of itself."""
-    runs = []
+    runs, alone = [], {}
     for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
-        _check_gradient_rows(base, i, n)
+        alone[i] = _check_gradient_rows(base, i, n)
         replaced = attempt(trials, _only(call, i, n), ragged=not apart)
         if replaced is not None:
             _check_replaced(base, replaced, i, n)
             runs.append((i, replaced))
-    for i, replaced in runs:
-        _check_backward(base, replaced, i, n)
+    _check_backward(base, alone, n)
     return runs
 
 
@@ -143,15 +142,23 @@ def _only(call: Any, i: int, n: int) -> Any:
     return pytree.tree_map(copies, call)
 
 
-def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
-    outputs = [output for output in base.by_example(n) if output.requires_grad]
-    if not outputs:
-        return
-    generator = torch.Generator().manual_seed(base.seed)
-    own = [output.reshape(n, -1)[i] for output in outputs]
-    alone = torch.stack([
-        (values * torch.randn(values.shape, generator=generator).to(values)).sum() for values in own]).sum()
-    for name, gradients in base.backward(alone).items():
+def _weighted(base: Trace, n: int, i: int | None = None) -> Tensor | None:
+    """Outputs, of example ``i`` or of all, times random weights, summed up; None if none has a gradient."""
+    generator, sums = torch.Generator().manual_seed(base.seed), []
+    for output in base.by_example(n):
+        if output.requires_grad:
+            values = rows_of(output, n)
+            weights = torch.randn(values.shape, generator=generator).to(values)
+            # A sum that is NaN by one example has a gradient all the same.
+            sums.append((values * weights if i is None else values[i] * weights[i]).sum().double())
+    return torch.stack(sums).sum() if sums else None
+
+
+def _check_gradient_rows(base: Trace, i: int, n: int) -> dict[str, list[Tensor]]:
+    """The gradients of ``i``'s outputs, of which no other example's rows may have a part."""
+    alone = _weighted(base, n, i)
+    found = {} if alone is None else base.backward(alone)
+    for name, gradients in found.items():
         for gradient in gradients:
             rows = rows_of(gradient, n)
             # Zero times what is infinite or NaN in another example is NaN, which exceeds nothing: no dependence.
@@ -161,26 +168,29 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> None:
                     f"The output of example {i} depends on rows of '{name}' that are attributed to other examples: the "
                     "module's first dimension is not ordered by example (all rows of one example together), or a "
                     "module after it mixes the batch; move the batch dimension first, or leave the module out.")
+    return found
 
 
 def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
-    mixing = next((name for (name, _, left), (_, _, right) in zip(base.outputs, replaced.outputs, strict=False)
-                   if _row_changed(left, right, i, n)), "the model itself")
+    def first() -> str:
+        return next((name for (name, _, left), (_, _, right) in zip(base.outputs, replaced.outputs, strict=False)
+                     if _row_changed(left, right, i, n)), "the model itself")
+
     for (name, left), (_, right) in zip(base.private(), replaced.private(), strict=False):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"Rows of '{name}' attributed to example {i} change with the other examples of the batch; the first "
-                f"module where this is seen is '{mixing}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
+                f"module where this is seen is '{first()}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
                 "or order rows by example.")
     for (name, left), (_, right) in zip(base.inputs, replaced.inputs, strict=False):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"What '{name}' is given of example {i} changes with the other examples of the batch; the first module "
-                f"where this is seen is '{mixing}': replace what mixes examples, or order rows by example.")
+                f"where this is seen is '{first()}': replace what mixes examples, or order rows by example.")
     for left, right in base.beside(replaced, n, n):
         if _row_changed(left, right, i, n, masked=True):
             raise IsolationError(
-                f"The output for example {i} changes with the other examples of the batch, seen first in '{mixing}': "
+                f"The output for example {i} changes with the other examples of the batch, seen first in '{first()}': "
                 "replace what mixes examples (BatchNorm by GroupNorm, say).")
     for name, buffer in base.buffers.items():
         # To the bit: however slowly it takes them up, nothing hides it.
@@ -202,31 +212,20 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                     f"example's tokens first, then over examples): {REMEDY}.")
 
 
-def _check_backward(base: Trace, replaced: Trace, i: int, n: int) -> None:
-    """With a gradient at all examples' outputs, the same at those of ``i``: only rows of ``i`` may answer to it."""
-    pairs = [(one, other) for one, other in base.beside(replaced, n, n)
-             if one.shape == other.shape and one.requires_grad and other.requires_grad]
-    if not pairs:
+def _check_backward(base: Trace, alone: Mapping[int, dict[str, list[Tensor]]], n: int) -> None:
+    """Where all examples' outputs have a gradient, an example's rows get what they get of its outputs alone."""
+    if (everybody := _weighted(base, n)) is None:
         return
-
-    def weighted(outputs: Iterable[Tensor], others: float) -> Tensor:
-        generator, sums = torch.Generator().manual_seed(base.seed), []
-        by = torch.full((n, 1), others).index_fill(0, torch.tensor(i), 1)
-        for output in outputs:
-            values = rows_of(output, n).nan_to_num(posinf=0.0, neginf=0.0)
-            weights = torch.randn(values.shape, generator=generator) * by
-            sums.append((values * weights.to(values)).sum().double())
-        return torch.stack(sums).sum()
-
-    left, right = weighted((one for one, _ in pairs), 1.0), weighted((other for _, other in pairs), 2.0)
-    left_gradients, right_gradients = base.backward(left), replaced.backward(right)
-    least = least_of(left_gradients, i, n)
-    for name, gradients in left_gradients.items():
-        for one, other in zip(gradients, right_gradients.get(name, []), strict=False):
-            if one.shape == other.shape and differ(rows_of(one, n)[i], rows_of(other, n)[i], least):
-                raise IsolationError(
-                    f"The gradient of example {i} at '{name}' changes with the other examples of the batch: something "
-                    "in the model's backward looks at all of them (a hook that normalises gradients, say).")
+    found = base.backward(everybody)
+    for i, own in alone.items():
+        least = least_of(own, i, n)
+        for name, gradients in own.items():
+            for one, other in zip(gradients, found.get(name, []), strict=False):
+                if differ(rows_of(one, n)[i], rows_of(other, n)[i], least):
+                    raise IsolationError(
+                        f"The gradient of example {i} at '{name}' changes with the other examples of the batch: "
+                        "something in the model's backward looks at all of them (a hook that normalises gradients, "
+                        "say).")
 
 
 def _kept_apart(base: Trace, replaced_runs: list[tuple[int, Trace]], n: int) -> frozenset[int]:

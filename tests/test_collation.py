@@ -316,11 +316,11 @@ def test_the_trial_leaves_random_numbers_alone():
     assert random.getstate() == states[2]
 
 
-def test_about_one_later_batch_in_five_hundred_is_tried():
+def test_about_one_later_batch_in_a_thousand_is_tried():
     from lora_dp.collation import drawn_for_test
 
-    # Binomial: 100,000 draws at 1/500 lie within 5.5 deviations but for a probability of 4e-8.
-    assert abs(sum(drawn_for_test() for _ in range(100_000)) - 200) < 5.5 * 200**0.5
+    # Binomial: 100,000 draws at 1/1000 lie within 5.5 deviations but for a probability of 4e-8.
+    assert abs(sum(drawn_for_test() for _ in range(100_000)) - 100) < 5.5 * 100**0.5
 
 
 # Batches that are drawn and never stepped
