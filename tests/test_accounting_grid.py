@@ -99,8 +99,9 @@ def test_epsilon_at_points_drawn_at_random(number):
 
 
 @pytest.mark.long
-def test_epsilon_at_many_points():
-    for number in LONG:
+@pytest.mark.parametrize("part", range(6))
+def test_epsilon_at_many_points(part):
+    for number in LONG[part::6]:
         check_epsilon_of(drawn(number))
 
 
@@ -110,8 +111,9 @@ def test_planning_at_points_drawn_at_random(number):
 
 
 @pytest.mark.long
-def test_planning_at_many_points():
-    for number in LONG[:60]:
+@pytest.mark.parametrize("part", range(10))
+def test_planning_at_many_points(part):
+    for number in LONG[part:60:10]:
         check_planning_of(drawn(number))
 
 
