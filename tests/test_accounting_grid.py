@@ -113,7 +113,7 @@ def test_planning_at_points_drawn_at_random(number):
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(10))
 def test_planning_at_many_points(part):
-    for number in LONG[part:60:10]:
+    for number in LONG[part:40:10]:
         check_planning_of(drawn(number))
 
 
