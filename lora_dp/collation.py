@@ -10,19 +10,17 @@ are refused: one example more moves the others. A generator of its own that the 
 harmless, but cannot be told from one whose seed is public.
 """
 
-import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.loss_graph import IsolationError
 from lora_dp.own_generators import own_generators, states
+from lora_dp.seeded import other_states, seeded, torch_states
 
 _MOST = 4
 # How deep objects in objects are looked into.
@@ -84,9 +82,15 @@ def _compare_part(
     some, n, m = [indices[place] for place in part], len(indices), len(part)
     first = secrets.randbits(31)  # what mixes now and then is found in time if nobody knows the seed
 
+    drew = False
+
     def collated(seed: int, chosen: list[int]) -> Any:
-        with _seeded(seed):
-            return collate(_fetched(dataset, chosen))
+        nonlocal drew
+        with seeded(seed):
+            before = torch_states(), other_states()
+            made = collate(_fetched(dataset, chosen))
+            drew |= before != (torch_states(), other_states())
+            return made
 
     found = collated(first, some)
     generators = own_generators(dataset, collate)
@@ -100,9 +104,11 @@ def _compare_part(
             raise IsolationError(_OWN_GENERATOR.format(f"{moved[0]}, a {kind.__module__}.{kind.__name__}"))
         if (leaf := _first_other(found, again, m)) is not None:
             raise IsolationError(_CHANGES.format(leaf or "the batch"))
-    if _same(found, collated(first + 1, some), m):
-        few = list(indices[:_MOST])
-        sorts = _sorts(collated(first, few), collated(first, few[1:] + few[:1]), len(few))
+    if not drew:
+        def sorts() -> bool:
+            few = list(indices[:_MOST])
+            return _sorts(collated(first, few), collated(first, few[1:] + few[:1]), len(few))
+
         return _compare(batch, found, list(zip(part, range(m), strict=True)), n, m, sorts=sorts)
     # At random: the first example in two companies of one size. What a seed mixes it with may be itself, so several.
     others = [index for index in indices if index != some[0]] * _MOST
@@ -115,24 +121,6 @@ def _compare_part(
 def _fetched(dataset: Any, indices: Sequence[int]) -> Any:
     many = getattr(dataset, "__getitems__", None)
     return many(list(indices)) if callable(many) else [dataset[index] for index in indices]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
-    torchs = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in zip(generators, torchs, strict=True):
-            generator.set_state(state)
 
 
 def _leaves(batch: Any, depth: int = 0) -> list[tuple[str, Any]]:
@@ -181,9 +169,9 @@ def _sorts(batch: Any, rotated: Any, n: int) -> bool:
 
 def _compare(
     whole: Any, part: Any, places: list[tuple[int, int]], n: int, m: int, *, widths_count: bool = True,
-    sorts: bool = False,
+    sorts: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Whether widths differ; raises where rows do."""
+    """Whether widths differ; raises where rows do, unless the collate function ``sorts`` and they are elsewhere."""
     varies, others, pairs = False, _by_example(part, m), []
     for name, left in _by_example(whole, n).items():
         right = others.get(name)
@@ -198,17 +186,16 @@ def _compare(
     def other(i: int, j: int) -> str | None:
         return next((name or "the batch" for name, left, right in pairs if not _padded_alike(left[i], right[j])), None)
 
-    taken: set[int] = set()
-    for i, j in places:
-        if (where := other(i, j)) is None:
-            continue
-        found = next((place for place in range(n) if sorts and place not in taken and other(place, j) is None), None)
+    moved = [(where, j) for i, j in places if (where := other(i, j)) is not None]
+    free = set(range(n)) if moved and sorts() else set()
+    for where, j in moved:
+        found = next((place for place in sorted(free) if other(place, j) is None), None)
         if found is None:
             raise IsolationError(
                 f"The collate function joins examples: an example's rows in {where} change with the others in its "
                 "batch (mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave "
                 "the collate function to stack and pad.")
-        taken.add(found)
+        free.remove(found)
     return varies
 
 

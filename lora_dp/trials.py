@@ -1,12 +1,10 @@
 """Trial passes of a model, watched: what its layers and its loss do, with everything left as it was."""
 
-import random
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -14,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lora_dp.batch_parts import tensors_in
 from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
+from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
 from lora_dp.unwritten import Unwritten
 
@@ -52,17 +51,13 @@ class Trace:
     def private(self) -> list[tuple[str, Tensor]]:
         return [(name, output) for name, module, output in self.outputs if is_trained(module)]
 
-    def tensors(self) -> list[Tensor]:
-        """The outputs of the model that may hold values of examples."""
-        return [leaf for leaf in tensors_in(self.result) if leaf.dim() > 0]
-
     def by_example(self, n: int) -> list[Tensor]:
         """Those whose first dimension is N, or all rows of one example after another, as of flattened tokens."""
-        return [leaf for leaf in self.tensors() if of_examples(leaf, n)]
+        return [leaf for leaf in values_in(self.result) if of_examples(leaf, n)]
 
     def beside(self, other: "Trace", n: int, m: int) -> list[tuple[Tensor, Tensor]]:
         """Pairs of them: of this pass over ``n`` examples, and of another one over ``m``."""
-        return [(left, right) for left, right in zip(self.tensors(), other.tensors(), strict=False)
+        return [(left, right) for left, right in zip(values_in(self.result), values_in(other.result), strict=False)
                 if of_examples(left, n) and of_examples(right, m)]
 
     @contextmanager
@@ -114,6 +109,11 @@ def is_trained(module: nn.Module) -> bool:
     return isinstance(module, PrivateModule) and bool(module.private_parameters())
 
 
+def values_in(result: Any) -> list[Tensor]:
+    """The outputs of a model that may hold values of examples."""
+    return [leaf for leaf in tensors_in(result) if leaf.dim() > 0]
+
+
 def scalars(result: Any) -> list[Tensor]:
     """The single numbers with a gradient among a model's outputs: its own losses."""
     return [leaf for leaf in tensors_in(result) if leaf.dim() == 0 and leaf.requires_grad]
@@ -152,24 +152,22 @@ class Trials:
         trace = Trace(self._model, still, self.seed)
         self._open.callback(trace.close)
         with trace.hooks(keep_outputs=True), undisturbed(self._model, self.seed), _chance(still):
-            before, others = _generators(self._model), _other_generators()
+            before, others = torch_states(), other_states()
             with Unwritten(self._model):
                 trace.result = self._called(args, kwargs)
             if self._criterion is None:
                 trace.losses = scalars(trace.result)
             else:
                 trace.losses = [self._criterion(trace.result, targets)]
-            trace.random = any(not torch.equal(a, b) for a, b in zip(before, _generators(self._model), strict=True))
-            trace.elsewhere = others != _other_generators()
+            trace.random, trace.elsewhere = before != torch_states(), others != other_states()
             trace.buffers = dict(self._model.named_buffers())
         return trace
-
 
     def outputs(self, call: tuple[Any, dict[str, Any], Any]) -> tuple[list[Tensor], list[tuple[str, int]]]:
         """Of a pass in which nothing is drawn at random: what may hold values of examples, and the name of each trained
         layer and how many rows it gave, in order."""
         args, kwargs, _ = _copied(call)
-        trace, rows = Trace(self._model, True, self.seed), []
+        rows: list[tuple[str, int]] = []
 
         def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def counts(module: nn.Module, given: Any, output: Any) -> None:
@@ -180,11 +178,11 @@ class Trials:
                    if is_trained(module)]
         try:
             with undisturbed(self._model, self.seed), Unwritten(self._model), Still():
-                trace.result = self._called(args, kwargs)
+                result = self._called(args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        return [tensor.detach() for tensor in trace.tensors()], rows
+        return [tensor.detach() for tensor in values_in(result)], rows
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As by the user, hooks on the whole model too, but never compiled."""
@@ -209,17 +207,15 @@ def _chance(still: bool) -> AbstractContextManager[Any]:
     return Still() if still else nullcontext()
 
 
-def _devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _generators(model: nn.Module) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices(model))]
-
-
-def _other_generators() -> tuple[Any, ...]:
-    kind, words, place, *_ = np.random.get_state()
-    return random.getstate(), kind, np.asarray(words).tobytes(), place
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whichever modules are switched between training and evaluation inside, are switched back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -244,15 +240,9 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     copies: dict[int, Tensor] = {}
     for owner, name, buffer in owned:
         owner[name] = copies.setdefault(id(buffer), buffer.clone())
-    by_python, by_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=_devices(model)):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+        with seeded(seed):
             yield
     finally:
-        random.setstate(by_python)
-        np.random.set_state(by_numpy)
         for owner, name, buffer in owned:
             owner[name] = buffer

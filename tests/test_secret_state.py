@@ -322,6 +322,12 @@ class _Philox:
         assert state.dtype == torch.uint8 and state.device.type == "cpu" and state.shape == (16,)
         self.state = state.numpy().view(np.uint64).copy()
 
+    def get_state(self) -> Tensor:
+        return torch.from_numpy(self.state.copy().view(np.uint8))
+
+    def manual_seed(self, seed: int) -> None:
+        self.state = np.array([seed, 0], np.uint64)
+
     def initial_seed(self) -> int:
         return int(self.state[0])
 
