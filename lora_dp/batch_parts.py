@@ -97,8 +97,7 @@ def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, 
     # Labels that are ignored; and lengths, by which a model trims or packs.
     counted = leaf >= 0
     ignored = bool(counted.all()), _even(counted.reshape(n, -1).sum(1))
-    reach = _reach(name, leaf) if any(word in name for word in _LABELS) else 0
-    return (*ignored, reach, _even(leaf) if ragged or leaf.dim() == 1 else None)
+    return (*ignored, _reach(name, leaf), _even(leaf) if ragged or leaf.dim() == 1 else None)
 
 
 def _marks(name: str, leaf: Tensor) -> bool:

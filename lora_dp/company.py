@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_dp import batch_parts
 from lora_dp.loss_graph import IsolationError, LossReduction
-from lora_dp.trial_values import differ, least_of, rows_of, sum_of
+from lora_dp.trial_values import Gradients, differ, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
@@ -68,13 +68,12 @@ def check_company(
 
 
 def _scales_as(
-    kind: LossReduction, whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]], rows: range, n: int, m: int
+    kind: LossReduction, whole: Gradients, part: Gradients, rows: range, n: int, m: int
 ) -> bool:
     scales = (n, m) if kind == "mean" else (1, 1)
     return all(
         not differ(rows_of(left, n)[i] * scales[0], rows_of(right, m)[i] * scales[1], scales[0] * least)
-        for i in rows for least in [least_of(whole, i, n)]
-        for name, gradients in whole.items() for left, right in zip(gradients, part.get(name, []), strict=False))
+        for i in rows for least in [least_of(whole, i, n)] for _, left, right in pairs_of(whole, part))
 
 
 def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
@@ -146,9 +145,8 @@ def _compare_narrowed(
             continue  # which of the two it is, was not said
         whole, part = steady.backward(sum_of(loss)), other.backward(sum_of(other_loss))
         factor = n / m if reduction != "sum" and not loss.dim() else 1.0
-        for name, gradients in whole.items():
-            for left, right in zip(gradients, part.get(name, []), strict=False):
-                _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'", summed=True)
+        for name, left, right in pairs_of(whole, part):
+            _compare_padded(left * factor, right, narrow, n, f"gradient at '{name}'", summed=True)
 
 
 def _compare_padded(
@@ -192,8 +190,8 @@ def check_numbers(
         changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.still)
         pairs = steady.beside(changed, n, n)
         for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
-            left, right = steady.backward(sum_of(loss)), changed.backward(sum_of(other_loss))
-            pairs += [pair for key, found in left.items() for pair in zip(found, right.get(key, []), strict=False)]
+            pairs += [(left, right) for _, left, right in pairs_of(
+                steady.backward(sum_of(loss)), changed.backward(sum_of(other_loss)))]
         if any(left.shape == right.shape and differ(left, right) for left, right in pairs):
             raise IsolationError(
                 f"The argument {name} of the model differs from batch to batch and changes the gradient of every "

@@ -31,7 +31,7 @@ from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.recording import NormMethod, Recorder
 from lora_dp.sampling import PrivateDataLoader
 from lora_dp.secret_state import renew
-from lora_dp.trials import LossFunction
+from lora_dp.trials import LossFunction, modes_kept
 from lora_dp.wrappers import check_one_process, check_plain
 
 
@@ -294,13 +294,12 @@ class PrivacyEngine:
         n = batch_size(args, kwargs)
         if n < 2:
             raise ValueError(f"The isolation check needs a batch of at least two examples, got {n}.")
-        modes = {module: module.training for module in model.modules()}
-        still = frozen_norms(model)
-        if not model.training:
-            model.train()
-        for norm in still:
-            norm.eval()
-        try:
+        with modes_kept(model):
+            still = frozen_norms(model)
+            if not model.training:
+                model.train()
+            for norm in still:
+                norm.eval()
             recorder = recorder_of(model)
             owned = recorder is not None and recorder.owner is not None
             passed = check_isolation(
@@ -308,9 +307,6 @@ class PrivacyEngine:
                 reduction=recorder.losses.reduction if recorder is not None and owned else None)
             if recorder is not None and passed.criterion is not None:
                 recorder.losses.vouched.add(passed.criterion)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -17,8 +17,7 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +28,8 @@ from lora_dp import batch_parts
 from lora_dp.company import FEW, REMEDY, attempt, check_company, check_numbers, check_padding, check_whole
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
-from lora_dp.trial_values import differ, largest, least_of, rows_of, sum_of
-from lora_dp.trials import LossFunction, Trace, Trials
+from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
+from lora_dp.trials import LossFunction, Trace, Trials, modes_kept
 
 
 class Passed(NamedTuple):
@@ -96,7 +95,9 @@ def check_isolation(
         # Masks of one example in batches of different shapes differ: from here on nothing is drawn. NumPy and Python
         # cannot be kept from drawing, so that models which draw by them (SpecAugment, say) are tried in evaluation, and
         # by 1 to 3 alone if they draw there, too.
-        with _evaluating(model) if base.elsewhere else nullcontext():
+        with modes_kept(model):
+            if base.elsewhere:
+                model.eval()
             steady = trials.run(call, still=True) if base.random or base.elsewhere else base
             passed, padding = frozenset(range(len(steady.losses))), False
             if not steady.elsewhere:
@@ -123,17 +124,6 @@ def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> lis
             runs.append((i, replaced))
     _check_backward(base, alone, n)
     return runs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _only(call: Any, i: int, n: int) -> Any:
@@ -203,29 +193,26 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
     left_gradients = base.backward(sum_of(base.losses[0]))
     right_gradients = replaced.backward(sum_of(replaced.losses[0]))
     least = least_of(left_gradients, i, n)
-    for name, gradients in left_gradients.items():
-        for left, right in zip(gradients, right_gradients.get(name, []), strict=False):
-            if differ(rows_of(left, n)[i], rows_of(right, n)[i], least):
-                raise IsolationError(
-                    f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a "
-                    "loss that is a mean or sum of terms of one example each (for token losses: average over each "
-                    f"example's tokens first, then over examples): {REMEDY}.")
+    for name, left, right in pairs_of(left_gradients, right_gradients):
+        if differ(rows_of(left, n)[i], rows_of(right, n)[i], least):
+            raise IsolationError(
+                f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a loss "
+                "that is a mean or sum of terms of one example each (for token losses: average over each example's "
+                f"tokens first, then over examples): {REMEDY}.")
 
 
-def _check_backward(base: Trace, alone: Mapping[int, dict[str, list[Tensor]]], n: int) -> None:
+def _check_backward(base: Trace, alone: Mapping[int, Gradients], n: int) -> None:
     """Where all examples' outputs have a gradient, an example's rows get what they get of its outputs alone."""
     if (everybody := _weighted(base, n)) is None:
         return
     found = base.backward(everybody)
     for i, own in alone.items():
         least = least_of(own, i, n)
-        for name, gradients in own.items():
-            for one, other in zip(gradients, found.get(name, []), strict=False):
-                if differ(rows_of(one, n)[i], rows_of(other, n)[i], least):
-                    raise IsolationError(
-                        f"The gradient of example {i} at '{name}' changes with the other examples of the batch: "
-                        "something in the model's backward looks at all of them (a hook that normalises gradients, "
-                        "say).")
+        for name, one, other in pairs_of(own, found):
+            if differ(rows_of(one, n)[i], rows_of(other, n)[i], least):
+                raise IsolationError(
+                    f"The gradient of example {i} at '{name}' changes with the other examples of the batch: something "
+                    "in the model's backward looks at all of them (a hook that normalises gradients, say).")
 
 
 def _kept_apart(base: Trace, replaced_runs: list[tuple[int, Trace]], n: int) -> frozenset[int]:
@@ -235,8 +222,7 @@ def _kept_apart(base: Trace, replaced_runs: list[tuple[int, Trace]], n: int) -> 
         left = base.backward(sum_of(base.losses[place]))
         for i, replaced in replaced_runs:
             right = replaced.backward(sum_of(replaced.losses[place])) if place < len(replaced.losses) else {}
-            if any(differ(rows_of(a, n)[i], rows_of(b, n)[i])
-                   for name, found in left.items() for a, b in zip(found, right.get(name, []), strict=False)):
+            if any(differ(rows_of(a, n)[i], rows_of(b, n)[i]) for _, a, b in pairs_of(left, right)):
                 kept.discard(place)
     return frozenset(kept)
 

@@ -6,6 +6,7 @@ w_i and does nothing else. The weights are signed powers of two, so that this ho
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,19 +24,9 @@ def meets(joined: GradientEdge, i: int, n: int, outputs: Outputs) -> bool:
 
     A backward from these numbers to the outputs, no further; it frees nothing.
     """
-    metadata = joined.node._input_metadata[joined.output_nr]
-    shape = tuple(metadata.shape)
-    if not shape or math.prod(shape) % n:
-        return False
-    direction = torch.zeros(n, math.prod(shape) // n, dtype=metadata.dtype, device=metadata.device)
+    direction = torch.zeros(n, device=joined.node._input_metadata[joined.output_nr].device)
     direction[i] = 1
-    # Of flattened tokens too: all rows of one example after another.
-    rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
-    if not rows:
-        return False
-    gradients = torch.autograd.grad(
-        [joined], rows, [direction.view(shape)], retain_graph=True, allow_unused=True)
-    for gradient in gradients:
+    for gradient in _gradients(joined, n, outputs, direction):
         if gradient is not None:
             shares = gradient.reshape(n, -1).abs()
             # What is infinite or NaN by itself hides nothing; NaN elsewhere may be zero times it.
@@ -73,15 +64,8 @@ def reaches_padding(joined: GradientEdge, used: Tensor, outputs: Outputs) -> boo
 
 def _in_proportion(joined: GradientEdge, n: int, outputs: Outputs) -> bool:
     metadata = joined.node._input_metadata[joined.output_nr]
-    shape = tuple(metadata.shape)
-    rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
-    if not shape or math.prod(shape) % n or not rows:
-        return True
     weights = _weights(n, metadata.dtype).to(metadata.device)
-    plain, weighted = (
-        torch.autograd.grad([joined], rows, [by.repeat_interleave(math.prod(shape) // n).view(shape)],
-                            retain_graph=True, allow_unused=True)
-        for by in (torch.ones_like(weights), weights))
+    plain, weighted = (_gradients(joined, n, outputs, by) for by in (torch.ones_like(weights), weights))
     for gradient, other in zip(plain, weighted, strict=True):
         if gradient is None or other is None:
             continue
@@ -99,6 +83,21 @@ def _in_proportion(joined: GradientEdge, n: int, outputs: Outputs) -> bool:
         if bool((off > tolerance(gradient.dtype) * expected.abs().amax(1, keepdim=True) + least).any()):
             return False
     return True
+
+
+def _gradients(joined: GradientEdge, n: int, outputs: Outputs, weights: Tensor) -> Sequence[Tensor | None]:
+    """Of the joined numbers, each example's share weighed by its entry (N,), at the outputs that are by example.
+
+    Empty where the numbers are not by example, or no output is.
+    """
+    metadata = joined.node._input_metadata[joined.output_nr]
+    shape = tuple(metadata.shape)
+    # Of flattened tokens too: all rows of one example after another.
+    rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
+    if not shape or math.prod(shape) % n or not rows:
+        return ()
+    direction = weights.to(metadata.dtype).repeat_interleave(math.prod(shape) // n).view(shape)
+    return torch.autograd.grad([joined], rows, [direction], retain_graph=True, allow_unused=True)
 
 
 def _weights(n: int, dtype: torch.dtype) -> Tensor:

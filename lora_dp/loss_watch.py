@@ -36,8 +36,6 @@ _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (
 _RELATIVE = 1e-5
 _ELSEWHERE = ("The losses do not depend on what the model returned in its last training forward: compute them from its "
               "outputs, with gradients.")
-
-
 # Losses of outputs that hold no more numbers are looked through in every batch, others in those that are tried.
 _FEW_NUMBERS = 2**17
 
@@ -69,7 +67,7 @@ class LossWatch:
         self.vouched: set[int] = set()
         self.used: Tensor | None = None
         self._n = 0
-        self._taken: set[str] = set()
+        self._taken: set[LossReduction] = set()
         self._looks = True
         self._outputs: Outputs | None = None
         self._own: list[int] = []
@@ -114,14 +112,14 @@ class LossWatch:
             return
         followed = follow([(loss.grad_fn, loss.output_nr)], outputs)
         self._check_way(followed)
-        if loss.numel() != 1 and followed.factors:
-            raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
         if followed.factors:
-            self._take("mean" if self.reduction == "mean" else "sum")
-        if gradient is not None and followed.factors:
-            raise IsolationError(
-                "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a public "
-                "schedule is optimizer.backward(losses, weight=…).")
+            if loss.numel() != 1:
+                raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
+            self._take(self.reduction)
+            if gradient is not None:
+                raise IsolationError(
+                    "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a "
+                    "public schedule is optimizer.backward(losses, weight=…).")
         before = self._seen.get(followed.shape)
         try:
             found = terms(loss, n, outputs)
@@ -182,7 +180,7 @@ class LossWatch:
         edge = [] if loss.grad_fn is None else [(loss.grad_fn, loss.output_nr)]
         return follow(edge, Outputs.of([t for t in tensors_in(output) if t.requires_grad])).shape
 
-    def _take(self, kind: str) -> None:
+    def _take(self, kind: LossReduction) -> None:
         """Losses of single examples are summed up: a mean beside them would keep its 1/N."""
         self._taken.add(kind)
         if len(self._taken) > 1 and self._n > 1:
@@ -253,7 +251,7 @@ class LossWatch:
         if first is not None and not _equal(_distinct(weights), first):
             raise IsolationError(_differs(_distinct(weights), first))
         others = self._products.get((followed.kinds, len(factors)))
-        if others is not None and not _equal(factors, others) and _in_proportion(factors, others):
+        if others is not None and not _equal(factors, others) and _in_one_ratio(factors, others):
             raise IsolationError(_differs(factors, others))
 
     def _remember(self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
@@ -288,7 +286,7 @@ def _equal(now: Sequence[float], then: Sequence[float]) -> bool:
         math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
 
 
-def _in_proportion(now: Sequence[float], then: Sequence[float]) -> bool:
+def _in_one_ratio(now: Sequence[float], then: Sequence[float]) -> bool:
     """Whether one number makes the first out of the second."""
     return all(math.isclose(a * then[0], b * now[0], rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
 

@@ -7,10 +7,19 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from lora_dp.batch_parts import argument_names, named, numbers_in, structure, take, used_tokens, widths
+from lora_dp.batch_parts import (
+    Call,
+    argument_names,
+    named,
+    numbers_in,
+    structure,
+    take,
+    tensors_in,
+    used_tokens,
+    widths,
+)
 from lora_dp.collation import drawn_for_test
 from lora_dp.company import FEW
 from lora_dp.coverage import batch_size, check_frozen_norms
@@ -46,19 +55,20 @@ class Passes:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         begin_pass(recorder.owner)
         check_frozen_norms(recorder)
-        n = batch_size(args, kwargs)
-        tested = not recorder.capturing and self._test(module, args, kwargs, n)
+        n, call = batch_size(args, kwargs), self._named(module, args, kwargs)
+        tested = not recorder.capturing and self._test(module, args, kwargs, call, n)
         recorder.open(n)
         recorder.losses.begin(n, tested, recorder.leaves, looks=not recorder.capturing)
-        recorder.losses.used = used_tokens(self._named(module, args, kwargs), n) if (
-            recorder.padding_varies and not recorder.sizes_fixed) else None
+        recorder.losses.used = used_tokens(call, n) if recorder.padding_varies and not recorder.sizes_fixed else None
         forward_begins(recorder.owner)
         recorder.versions.begin()
 
-    def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> bool:
-        """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come."""
+    def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, n: int) -> bool:
+        """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come.
+
+        ``call`` is the same call with the names of all arguments.
+        """
         recorder = self.recorder
-        call = self._named(module, args, kwargs)
         kind, others = self._kind(module, call, n)
         if n == 1 and others:
             # A batch of one has nobody to meet, but a count of the whole logical batch.
@@ -76,12 +86,12 @@ class Passes:
         recorder.padding_tried |= passed.padding
         return True
 
-    def _named(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _named(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
         if len(args) not in self._names:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))
 
-    def _kind(self, model: nn.Module, call: Any, n: int) -> tuple[Hashable, dict[str, float]]:
+    def _kind(self, model: nn.Module, call: Call, n: int) -> tuple[Hashable, dict[str, float]]:
         """The structure of the batch and of the model, and numbers among the arguments that differ from an earlier
         batch's, as they were there."""
         recorder = self.recorder
@@ -106,7 +116,6 @@ class Passes:
             if recorder.current is not None and recorder.current.reentrant:
                 _tie(output, recorder, recorder.current)
         recorder.suspended = False
-
 
     def _test_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Where layers are given flattened rows, try again whenever an example has another number of them: examples of
@@ -133,8 +142,8 @@ def _standing(model: nn.Module) -> Hashable:
 
 def _tie(output: Any, recorder: Recorder, found: Pass) -> None:
     """Have every backward from the model's output tell whose it is, before checkpointed layers run again."""
-    for leaf in pytree.tree_leaves(dict(output) if isinstance(output, dict) else output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
+    for leaf in tensors_in(output):
+        if leaf.requires_grad:
             leaf.register_hook(lambda gradient: recorder.check_current(found))
 
 

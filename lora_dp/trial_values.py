@@ -1,11 +1,13 @@
 """What two trial passes gave one example: whether it is the same, but for rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lora_dp.loss_graph import tolerance
+
+Gradients = Mapping[str, list[Tensor]]
 
 # What a layer whose gradient vanishes has left of it, relative to the largest gradient of all layers.
 _ROUNDING = 1e-3
@@ -45,7 +47,7 @@ def differ(left: Tensor, right: Tensor, least: float = 0.0, *, masked: bool = Fa
     return bool(((left - right).abs() > tolerance(left.dtype) * scale.clamp(min=least)).any())
 
 
-def least_of(gradients: Mapping[str, list[Tensor]], i: int, n: int) -> float:
+def least_of(gradients: Gradients, i: int, n: int) -> float:
     """A layer whose gradient for example i is smaller than this beside those of other layers has rounding alone."""
     return _ROUNDING * max(
         (largest(rows_of(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0)
@@ -55,6 +57,12 @@ def largest(values: Tensor) -> float:
     """Of those that are finite."""
     finite = values[values.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def pairs_of(left: Gradients, right: Gradients) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The gradients of two passes at the same layers, in order, with the layer's name."""
+    return ((name, one, other) for name, found in left.items()
+            for one, other in zip(found, right.get(name, []), strict=False))
 
 
 def sum_of(loss: Tensor) -> Tensor:

@@ -116,3 +116,17 @@ def assert_refuses(error: type[BaseException], words: str, action: Callable[[], 
         assert words in str(refusal), f"'{words}' is not in: {refusal}"
     else:
         raise AssertionError(f"Not refused with {error.__name__}.")
+
+
+def texts(*lengths: int) -> tuple[Tensor, Tensor]:
+    """Texts of these lengths, (N, 8, 4) with zeros at padding, and their mask."""
+    mask = (torch.arange(8) < torch.tensor(lengths).unsqueeze(1)).long()
+    x = torch.randn(len(lengths), 8, 4, generator=torch.Generator().manual_seed(1)) * mask.unsqueeze(-1)
+    return x, mask
+
+
+def set_up(model: nn.Module) -> None:
+    """Makes a model private, for what is refused then or in its forward."""
+    PrivacyEngine().make_private(
+        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import IsolationError, PrivacyEngine
-from tests.models import assert_refuses, examples, flat, mlp, take_step
+from lora_dp import DPLinear, IsolationError, PrivacyEngine
+from tests.models import assert_refuses, examples, flat, mlp, take_step, texts
 from tests.support import assert_close, make_private, private_gradients
 
 N = 6
@@ -304,3 +304,82 @@ def test_a_gradient_given_to_backward_is_refused(way):
     assert_refuses(IsolationError, "a public schedule is optimizer.backward", lambda: {
         "tensor": lambda: loss.backward(factor), "list": lambda: torch.autograd.backward([loss], [factor]),
         "keyword": lambda: torch.autograd.backward(loss, grad_tensors=factor)}[way]())
+
+
+# Beside other losses
+
+
+@pytest.mark.parametrize("first", ["mean", "vector"])
+def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first):
+    model, (x, y) = mlp(), examples(6)
+    optimizer = make_private(model, batch_size=6)
+    out = model(x)
+    vector = F.cross_entropy(out, y, reduction="none")
+    backwards = [lambda: out.square().mean().backward(retain_graph=True),
+                 lambda: optimizer.backward(vector, retain_graph=True)]
+    one, other = backwards if first == "mean" else backwards[::-1]
+    one()
+    assert_refuses(IsolationError, "joined otherwise", other)
+
+
+def test_sums_of_one_pass_are_added():
+    model, (x, y) = mlp(), examples(6)
+    optimizer = make_private(model, batch_size=6, loss_reduction="sum")
+    optimizer.expect_batch(6)
+    out = model(x)
+    out.square().sum().backward(retain_graph=True)
+    optimizer.backward(F.cross_entropy(out, y, reduction="none"))
+    optimizer.step()
+
+
+# Over the padded width
+
+
+class Wide(nn.Module):
+    """One score for each token, of it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DPLinear(4, 1)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.inner(x)[..., 0]
+
+
+WIDTH_LOSSES = {
+    "mean over the width": lambda out, mask: (out.square() * mask).mean(1),
+    "softmax over the width": lambda out, mask: F.cross_entropy(
+        out, torch.zeros(len(out), dtype=torch.long), reduction="none"),
+    "padding counts": lambda out, mask: out.square().sum(1)}
+OWN_LOSSES = {
+    "sum": lambda out, mask: (out.square() * mask).sum(1),
+    "mean over its own": lambda out, mask: (out.square() * mask).sum(1) / mask.sum(1),
+    "softmax over its own": lambda out, mask: F.cross_entropy(
+        out.masked_fill(mask == 0, -1e9), torch.zeros(len(out), dtype=torch.long), reduction="none"),
+    "a loop": lambda out, mask: torch.stack(
+        [out[i, : int(mask[i].sum())].square().mean() for i in range(len(out))])}
+
+
+def of_widths(loss, *widths: int) -> None:
+    model = Wide().train()
+    optimizer = make_private(model, batch_size=4)
+    x, mask = texts(8, 4, 2, 3)
+    for width in widths:
+        x = F.pad(x[:, :8], (0, 0, 0, width - 8))
+        mask = F.pad(mask[:, :8], (0, width - 8))
+        optimizer.expect_batch(4)
+        optimizer.backward(loss(model(x, mask), mask))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", WIDTH_LOSSES)
+def test_losses_that_look_at_the_padded_width_are_refused_once_it_varies(name):
+    of_widths(WIDTH_LOSSES[name], 8, 8)
+    with pytest.raises(IsolationError, match="at padding|weighs an example by"):
+        of_widths(WIDTH_LOSSES[name], 8, 9, 10)
+
+
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_losses_over_an_examples_own_tokens_are_taken_at_any_width(name):
+    of_widths(OWN_LOSSES[name], 8, 9, 12)

@@ -209,7 +209,7 @@ FAULTS = [
           ("tests/test_loss_vectors.py::test_examples_that_meet_in_a_later_batch_only_are_refused",)),
     Fault("a loss that looks at padding is taken",
           "the longest example of a batch moves all others.", losses_at_padding_taken,
-          ("tests/test_company.py::test_losses_that_look_at_the_padded_width_are_refused_once_it_varies"
+          ("tests/test_loss_vectors.py::test_losses_that_look_at_the_padded_width_are_refused_once_it_varies"
            "[softmax over the width]",)),
     Fault("a loss that no graph shows is taken", "it may divide by what the batch holds.",
           losses_that_no_graph_shows_taken,
@@ -223,8 +223,8 @@ FAULTS = [
           ("tests/test_company.py::test_a_backward_that_looks_at_the_whole_batch_is_refused",)),
     Fault("a forward writes to parameters", "what it keeps there of the examples is released without noise.",
           parameters_written_to,
-          ("tests/test_company.py::test_a_parameter_that_a_forward_writes_to_is_refused_before_it_does[in place]",
-           "tests/test_company.py::test_a_parameter_that_a_later_forward_writes_to_is_refused")),
+          ("tests/test_unwritten.py::test_a_parameter_that_a_forward_writes_to_is_refused_before_it_does[in place]",
+           "tests/test_unwritten.py::test_a_parameter_that_a_later_forward_writes_to_is_refused")),
     Fault("a loss that was not seen is taken", "whatever it does to the examples.", unseen_losses_taken,
           ("tests/test_loss_watch.py::test_a_gradient_by_another_way_than_backward_is_refused",)),
     Fault("the first batch alone is tried for mixing",

@@ -68,10 +68,12 @@ TARGETS: dict[str, Target] = {
         "tests/test_pitfalls_coverage.py")),
     "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py",
                                   "tests/test_isolation_edges.py", "tests/test_batch_trials.py")),
-    "lora_dp/trial_values.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py")),
-    "lora_dp/unwritten.py": Target(("tests/test_company.py",)),
+    "lora_dp/trial_values.py": Target((
+        "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
+    "lora_dp/seeded.py": Target(("tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
+    "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
     "lora_dp/loss_rows.py": Target((
-        "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_company.py", "tests/test_loss_watch.py")),
+        "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target(_TRIALS),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),

@@ -1,0 +1,58 @@
+"""Parameters that a forward writes to: refused before it does, or once it has."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_dp import IsolationError, LoRAConfig, inject_lora
+from tests.models import assert_refuses, examples, mlp, set_up
+from tests.support import make_private
+
+
+class Centre(nn.Module):
+    """Keeps a running centre in a frozen parameter."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.inner, self.way = mlp(), way
+        self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        with torch.no_grad():
+            if self.way == "in place" or (self.way == "later" and len(x) == 3):
+                self.centre.mul_(0.9).add_(0.1 * out.mean(0))
+            elif self.way == "data":
+                self.centre.data.copy_(out.mean(0))
+        return out - self.centre
+
+
+@pytest.mark.parametrize("way", ["in place", "data"])
+def test_a_parameter_that_a_forward_writes_to_is_refused_before_it_does(way):
+    model = Centre(way).train()
+    make_private(model, batch_size=4)
+    assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(4)[0]))
+    assert not model.centre.any()
+
+
+def test_a_parameter_that_a_later_forward_writes_to_is_refused():
+    model = Centre("later").train()
+    make_private(model, batch_size=4)
+    model(examples(4)[0])
+    assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(3)[0]))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_frozen_table_with_a_maximal_norm_is_refused_at_set_up(kind):
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = kind(50, 4, max_norm=1.0).requires_grad_(False)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found = self.table(ids)
+            return self.head(found if found.dim() == 2 else found.mean(1))
+
+    model = inject_lora(Bag(), LoRAConfig(r=2, target_modules=["head"]))
+    assert_refuses(ValueError, "'table' has max_norm", lambda: set_up(model))
