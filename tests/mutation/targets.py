@@ -70,7 +70,8 @@ TARGETS: dict[str, Target] = {
                                   "tests/test_isolation_edges.py", "tests/test_batch_trials.py")),
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
-    "lora_dp/seeded.py": Target(("tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
+    "lora_dp/seeded.py": Target((
+        "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
     "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
