@@ -96,7 +96,9 @@ class GraphedStep:
             device = next(self.model.parameters()).device
             loss = self._backward(tensor.to(device) for tensor in batch)
             self.optimizer.step()
+            self._allocate(batch)
             return loss
+        self._allocate(batch)
         self._fill(batch, n)
         trained = self.optimizer.recorder.trained
         if trained not in self._captured:
@@ -120,11 +122,13 @@ class GraphedStep:
         self._tested.add(kind)
         return new
 
-    def _fill(self, batch: tuple[Tensor, ...], n: int) -> None:
+    def _allocate(self, batch: tuple[Tensor, ...]) -> None:
         if not self._inputs:
             device = next(self.model.parameters()).device
             self._inputs = [torch.empty((self.batch_size, *t.shape[1:]), dtype=t.dtype, device=device) for t in batch]
             self._mask = torch.zeros(self.batch_size, dtype=torch.bool, device=device)
+
+    def _fill(self, batch: tuple[Tensor, ...], n: int) -> None:
         for held, given in zip(self._inputs, batch, strict=True):
             held[:n].copy_(given, non_blocking=True)
             # Any valid example will do; the mask gives it no weight.

@@ -11,6 +11,13 @@ from lora_dp.trial_values import differ
 @pytest.mark.parametrize(("left", "right", "expected"), [
     ([1.0, -1e9], [1.0 + 1e-5, -1e9], False), ([1.0, -1e9], [1.001, -1e9], True),
     ([1.0, -1e4], [1.0, -1e4 - 2], True), ([1.0, -1e4], [1.0, -1e4 - 0.1], False),
-    ([5e5, 2e3], [5e5, 2e3 + 1], True), ([-math.inf, 1.0], [-math.inf, 1.0], False)])
+    ([5e5, 2e3], [5e5, 2e3 + 1], True), ([-math.inf, 1.0], [-math.inf, 1.0], False),
+    ([5.0, -1e4], [5.1, -1e4], True), ([5.0, -1e9], [5.001, -1e9], True)])
 def test_large_scores_are_compared_with_themselves(left, right, expected):
     assert differ(torch.tensor(left), torch.tensor(right), masked=True) is expected
+
+
+def test_scores_of_a_model_whose_weights_have_grown_round_each_other():
+    scores = [5.0, 400.0, -2e4, 6e4]
+    assert not differ(torch.tensor(scores), torch.tensor([5.03, *scores[1:]]), masked=True)
+    assert differ(torch.tensor(scores), torch.tensor([5.2, *scores[1:]]), masked=True)

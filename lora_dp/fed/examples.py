@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,6 +12,18 @@ from torch.utils.data import Dataset
 
 Batch = dict[str, Tensor]
 Indices = Sequence[int] | np.ndarray | Tensor
+
+
+class Shape(NamedTuple):
+    """What of one example may decide how a model computes with its batch.
+
+    Attributes:
+        width: of the tensors that :meth:`Examples.batch` makes of it alone; 0 where all examples have one shape.
+        padded: whether it is shorter than that: models pass over a mask without padding.
+    """
+
+    width: int = 0
+    padded: bool = False
 
 
 class Examples(Dataset[Batch], ABC):
@@ -41,22 +53,29 @@ class Examples(Dataset[Batch], ABC):
         """All that its batches are made of, by name: the store, and which rows of it are these examples."""
         return {"rows": self._rows, "labels": self._labels, **self._store()}
 
-    def widths(self, indices: Indices) -> list[int]:
-        """How wide :meth:`batch` makes each of these examples by itself: 0 where all have one shape."""
-        return [0] * len(indices)
+    @property
+    def shapes_vary(self) -> bool:
+        """Whether examples have shapes of their own, as texts do."""
+        return False
 
-    def made_up(self, count: int, width: int, vocabulary: int, generator: torch.Generator) -> Batch:
+    def shapes(self, indices: Indices) -> list[Shape]:
+        """The shape of each of these examples."""
+        return [Shape()] * len(indices)
+
+    def made_up(self, count: int, shape: Shape, vocabulary: int, generator: torch.Generator) -> Batch:
         """Inputs of the shapes and dtypes of such a batch, drawn at random: they hold nothing of the examples."""
+        width = shape.width
         found: Batch = {}
         for name, tensor in self._inputs(self._rows[:0]).items():
             if tensor.is_floating_point():
                 found[name] = torch.randn(count, *tensor.shape[1:], generator=generator).to(tensor.dtype)
             elif name == "attention_mask":
-                lengths = torch.randint(max(width - 7, 1), width + 1, (count, 1), generator=generator)
+                least, most = (max(width - 7, 1), width) if shape.padded else (width, width + 1)
+                lengths = torch.randint(least, most, (count, 1), generator=generator)
                 found[name] = (torch.arange(width) < lengths).long()
             else:
-                most = vocabulary if name == "input_ids" else 2
-                found[name] = torch.randint(most, (count, width), generator=generator)
+                values = vocabulary if name == "input_ids" else 2
+                found[name] = torch.randint(values, (count, width), generator=generator)
         return found
 
     @property
@@ -151,9 +170,14 @@ class TextExamples(Examples):
         stored = {"ids": self._ids, "lengths": self._lengths, "padding": torch.tensor(self._pad_id)}
         return stored if self._segments is None else {**stored, "segments": self._segments}
 
-    def widths(self, indices: Indices) -> list[int]:
-        lengths = self._lengths[self._rows[torch.as_tensor(indices, dtype=torch.long)]]
-        return [min(multiple_of_8(length), self._ids.shape[1]) for length in lengths.tolist()]
+    @property
+    def shapes_vary(self) -> bool:
+        return True
+
+    def shapes(self, indices: Indices) -> list[Shape]:
+        lengths = self._lengths[self._rows[torch.as_tensor(indices, dtype=torch.long)]].tolist()
+        widths = [min(multiple_of_8(length), self._ids.shape[1]) for length in lengths]
+        return [Shape(width, length < width) for length, width in zip(lengths, widths, strict=True)]
 
     def _join(self, examples: Sequence[Batch]) -> Batch:
         names = [name for name in examples[0] if name != "labels"]

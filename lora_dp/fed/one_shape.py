@@ -5,7 +5,8 @@ rounding of all others: by 1e-7 of their gradients. Whoever chooses the model ca
 a head whose weights cancel leaves nothing but rounding, times a large number, and every gradient is normalised.
 
 *What is done.* The examples of a drawn batch are given to the model in parts of one number of rows, which is public.
-Each holds examples of one width: their own, never that of the longest. A part that is not full has copies of its own
+Each holds examples of one width: their own, never that of the longest; and those that fill their width are by
+themselves, since models leave out a mask that has nothing to say. A part that is not full has copies of its own
 examples, which a mask keeps out of the sum. So no example decides the shape of a product in which another stands.
 
 *What remains is tried.* A row's arithmetic could still hang on its place, as where rows are not aligned in memory, or
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_dp.fed.contained import Failures
-from lora_dp.fed.examples import Batch, Examples, TextExamples
+from lora_dp.fed.examples import Batch, Examples, Shape
 from lora_dp.fed.exchange import Workspace
 from lora_dp.fed.harmless import described
 from lora_dp.fed.models import Precision, logits
@@ -39,18 +40,18 @@ _ROWS = 8
 _LOUD = 100.0
 
 
-def rows_of_a_part(batch_size: int, examples: int, widths_vary: bool) -> int:
+def rows_of_a_part(batch_size: int, examples: int, shapes_vary: bool) -> int:
     """The public number of rows that the model is given at once, a multiple of 8.
 
     Two deviations above the expected size, so that most batches are one part; a quarter of it where examples differ in
-    width, and each width has parts of its own.
+    shape, and each shape has parts of its own.
 
     Args:
         batch_size: the expected size of a Poisson-sampled batch.
         examples: how many the client has.
-        widths_vary: whether they are of several widths.
+        shapes_vary: whether they are of several shapes.
     """
-    wanted = batch_size / 4 if widths_vary else min(batch_size + 2 * math.sqrt(batch_size), examples)
+    wanted = batch_size / 4 if shapes_vary else min(batch_size + 2 * math.sqrt(batch_size), examples)
     return _ROWS * math.ceil(wanted / _ROWS)
 
 
@@ -72,36 +73,36 @@ class OneShape:
     ) -> None:
         self._workspace, self._optimizer, self._examples = workspace, optimizer, examples
         self._precision, self._failures = precision, failures
-        self._rows = rows_of_a_part(batch_size, len(examples), isinstance(examples, TextExamples))
+        self._rows = rows_of_a_part(batch_size, len(examples), examples.shapes_vary)
 
     def parts(self, rows: Sequence[int]) -> Iterator[tuple[list[int], int]]:
         """The examples of one batch, some at a time, and with how many rows the model is to be called for them."""
-        by_width: dict[int, list[int]] = {}
-        for row, width in zip(rows, self._examples.widths(rows), strict=True):
-            by_width.setdefault(width, []).append(row)
-        for width, alike in sorted(by_width.items()):
-            size = self._rows if self._apart(width) else 1
+        by_shape: dict[Shape, list[int]] = {}
+        for row, shape in zip(rows, self._examples.shapes(rows), strict=True):
+            by_shape.setdefault(shape, []).append(row)
+        for shape, alike in sorted(by_shape.items()):
+            size = self._rows if self._apart(shape) else 1
             for start in range(0, len(alike), size):
                 yield alike[start : start + size], size
 
-    def _apart(self, width: int) -> bool:
+    def _apart(self, shape: Shape) -> bool:
         model = self._workspace.model
         device = next(model.parameters()).device
         ranks = tuple(layer.r for layer in model.modules() if isinstance(layer, DPLoRALinear))
-        kind: Hashable = (self._rows, width, ranks, self._optimizer.recorder.trained, self._precision, device,
+        kind: Hashable = (self._rows, shape, ranks, self._optimizer.recorder.trained, self._precision, device,
                           torch.get_num_threads())
         known = self._workspace.rows_apart
         if kind not in known:
-            known[kind] = self._try(width, device)
+            known[kind] = self._try(shape, device)
         return known[kind]
 
-    def _try(self, width: int, device: torch.device) -> bool:
+    def _try(self, shape: Shape, device: torch.device) -> bool:
         generator = torch.Generator().manual_seed(_SEED)
         try:
             # A reproducible turn draws the same, whether its shape was tried before or not.
             with torch.random.fork_rng([device] if device.type == "cuda" else []), self._workspace.at_random(generator):
                 self._optimizer.activate()  # what regulates a step is worked out from the factors
-                if self._stays(width, device, generator):
+                if self._stays(shape, device, generator):
                     return True
             reason = "a row's rounding hangs on its place or its company"
         except Exception as error:
@@ -116,12 +117,12 @@ class OneShape:
                      "longer: %s.", self._rows, reason)
         return False
 
-    def _stays(self, width: int, device: torch.device, generator: torch.Generator) -> bool:
+    def _stays(self, shape: Shape, device: torch.device, generator: torch.Generator) -> bool:
         embedding = getattr(self._workspace.model, "get_input_embeddings", lambda: None)()
         vocabulary = getattr(embedding, "num_embeddings", 2)
         batch, others = (
             {name: tensor.to(device) for name, tensor in
-             self._examples.made_up(self._rows, width, vocabulary, generator).items()} for _ in range(2))
+             self._examples.made_up(self._rows, shape, vocabulary, generator).items()} for _ in range(2))
         labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
         place = torch.arange(self._rows, device=device)
         moved, even = place.roll(1), place % 2 == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_dp.fed.data import InputSpec, RawData, Splits, check_kind, encode
-from lora_dp.fed.examples import Batch, Examples
+from lora_dp.fed.examples import Batch, Examples, Indices, Shape
 from lora_dp.fed.harmless import described
 
 _LOG = logging.getLogger(__name__)
@@ -33,6 +33,17 @@ class PartlyReadable(Examples):
         self._readable = readable
         self._places = torch.full((len(labels),), -1, dtype=torch.long)
         self._places[torch.tensor(rows, dtype=torch.long)] = torch.arange(len(rows))
+
+    @property
+    def shapes_vary(self) -> bool:
+        return self._readable is not None and self._readable.shapes_vary
+
+    def shapes(self, indices: Indices) -> list[Shape]:
+        """Of those that cannot be read, any one: how others are computed must not hang on them."""
+        if self._readable is None:
+            return super().shapes(indices)
+        places = self._places[self._rows[torch.as_tensor(indices, dtype=torch.long)]]
+        return self._readable.shapes(places.clamp(min=0))
 
     def _inputs(self, rows: Tensor) -> Batch:
         places = self._places[rows]

@@ -235,4 +235,5 @@ def test_a_text_is_padded_to_its_own_width_so_that_a_model_may_look_at_padding(m
     with caplog.at_level(logging.ERROR):
         turn(trainer, examples)
     assert caplog.text == ""
-    assert examples.widths([0, 1, 2, 3]) == [9, 8, 8, 8]  # multiples of 8, and no wider than the longest
+    # multiples of 8, and no wider than the longest
+    assert [shape.width for shape in examples.shapes([0, 1, 2, 3])] == [9, 8, 8, 8]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import lora_dp.fed.client
 from lora_dp.coverage import recorder_of
 from lora_dp.fed.config import FederationConfig, RunConfig
-from lora_dp.fed.examples import TextExamples
+from lora_dp.fed.examples import Shape, TextExamples
 from lora_dp.fed.exchange import Task, Workspace
 from lora_dp.fed.federation import Federation
 from lora_dp.fed.methods import State, factor
 from lora_dp.fed.one_shape import OneShape, rows_of_a_part
+from lora_dp.fed.unreadable import PartlyReadable
 from lora_dp.layers import DPLinear, DPLoRALinear
 from lora_dp.optimizer import PrivateOptimizer, total
 from lora_dp.sampling import PoissonSampler
@@ -195,7 +196,7 @@ def test_how_many_rows_a_part_has_is_public(batch_size, examples, vary, rows):
 
 
 class Reader(nn.Module):
-    """Looks at padding: its mean is over all places, whatever the mask says."""
+    """Looks at padding: its mean is over all places, whatever the mask says. Without padding it takes another path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +211,8 @@ class Reader(nn.Module):
         return self.words
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.layer(self.words(input_ids) * (1 + attention_mask.unsqueeze(-1)))
+        path = 1.0 if bool(attention_mask.all()) else 1.01
+        hidden = self.layer(path * self.words(input_ids) * (1 + attention_mask.unsqueeze(-1)))
         return self.head(torch.tanh(hidden.mean(1)))
 
 
@@ -221,29 +223,76 @@ def texts(lengths: Sequence[int]) -> TextExamples:
     return TextExamples(ids, torch.tensor(lengths), torch.arange(len(lengths)) % 3, 0)
 
 
-def test_a_long_text_does_not_pad_the_others():
+def reading() -> Federation:
     federation = make_federation("dp-lora", ONE_STEP)
     workspace = Workspace(Reader())
     federation.trainer = replace(federation.trainer, workspace=workspace)
     federation.workspace, federation.model = workspace, workspace.model
-    examples, state = texts([3, 5, 8, 9, 12, 16, 2, 33]), workspace.state()
-    with_it, without = (sum_of(federation, state, range(n), examples) for n in (8, 7))
-    alone = sum_of(federation, state, [7], examples)
+    return federation
+
+
+def test_a_long_text_does_not_pad_the_others():
+    federation = reading()
+    found_alike(federation, texts([3, 5, 8, 9, 12, 16, 2, 33]))
+
+
+def test_a_text_with_padding_does_not_give_a_mask_to_those_without():
+    """Models leave out a mask that is all ones, and attention then takes another way."""
+    found_alike(reading(), texts([8, 8, 16, 16, 8, 16, 16, 13]))
+    found_alike(reading(), texts([40, 40, 40, 39]))
+
+
+def found_alike(federation: Federation, examples: TextExamples) -> None:
+    """All but the last example add the same with and without it."""
+    state, last = federation.workspace.state(), len(examples) - 1
+    with_it, without = (sum_of(federation, state, range(n), examples) for n in (last + 1, last))
+    alone = sum_of(federation, state, [last], examples)
     assert apart(alone, {name: torch.zeros_like(t) for name, t in alone.items()}) > 0.1
     assert apart({name: with_it[name] - without[name] for name in alone}, alone) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_others_are_computed_alike_beside_an_example_that_cannot_be_read(kind, caplog):
+    """Drawn or not: the rows of a part, and whether examples are together at all, must not hang on it."""
+    found = []
+    for odd in (None, 2):
+        federation = reading() if kind == "texts" else make_federation("dp-lora", ONE_STEP)
+        readable = texts([3, 5, 9, 12, 16, 2, 33]) if kind == "texts" else make_examples(7, 1)
+        examples, rows = readable, list(range(7))
+        if odd is not None:
+            rows = [row for row in range(8) if row != odd]
+            labels = torch.full((8,), -1)
+            labels[rows] = readable.labels
+            examples = PartlyReadable(readable, rows, labels)
+        seen: list[int] = []
+        on_outputs(federation.model, seen)
+        state = federation.workspace.state()
+        found.append((sum_of(federation, state, rows, examples), seen))
+        if odd is not None:
+            found.append((sum_of(federation, state, [*rows, odd], examples), seen))
+    (expected, sizes), *others = found
+    assert min(sizes) == 8 and sizes == found[1][1][:len(sizes)]
+    assert all(others[0][0][name].equal(tensor) for name, tensor in expected.items())
+    assert apart(others[1][0], expected) < 1e-13
+    assert "each example is by itself" not in caplog.text
+
+
 def test_made_up_inputs_have_the_shapes_of_a_batch_and_nothing_of_the_examples():
-    for examples, width in ((make_examples(9, 1), 0), (texts([3, 9, 20]), 16)):
+    for examples, shape in (
+            (make_examples(9, 1), Shape()), (texts([3, 9, 20]), Shape(16, True)), (texts([3, 8, 20]), Shape(8))):
         generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        made = examples.made_up(32, width, 50, generators[0])
+        made = examples.made_up(32, shape, 50, generators[0])
         real = examples.batch([0, 1])
         assert made.keys() == real.keys() - {"labels"}
         assert all(made[name].dtype == real[name].dtype and made[name].dim() == real[name].dim() for name in made)
-        other = make_examples(4, 2) if width == 0 else texts([40, 2])
-        again = other.made_up(32, width, 50, generators[1])
+        other = texts([40, 2]) if shape.width else make_examples(4, 2)
+        again = other.made_up(32, shape, 50, generators[1])
         assert all(made[name].equal(again[name]) and len(made[name]) == 32 for name in made)
-    assert texts([3, 9, 20, 40]).widths([3, 0, 1]) == [40, 8, 16] and make_examples(3, 1).widths([0, 2]) == [0, 0]
+        if shape.width:
+            padded = 1 - made["attention_mask"].sum(1).unique() / shape.width
+            assert bool((padded > 0).all() if shape.padded else (padded == 0).all()) and padded.max() < 0.5
+    assert texts([3, 9, 16, 20, 40]).shapes([4, 0, 1, 2]) == [(40, False), (8, True), (16, True), (16, False)]
+    assert make_examples(3, 1).shapes([0, 2]) == [(0, False), (0, False)]
 
 
 def test_what_is_left_of_a_part_on_which_training_fails_has_its_shape(monkeypatch):

@@ -82,6 +82,8 @@ def assert_odd_alone(clean: str, odd: str, classes: list[str] | None = None, **c
     for i, row in enumerate(others):
         one, other = plain_ones.batch([i]), examples.batch([row])
         assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
+    assert examples.shapes_vary and examples.shapes(others) == plain_ones.shapes(range(len(others)))
+    assert examples.shapes([ODD])[0] in plain_ones.shapes(range(len(others)))
     with pytest.raises(UnreadableExample):
         examples.batch([ODD])
     with pytest.raises(UnreadableExample):
