@@ -13,7 +13,7 @@ Gradients = Mapping[str, list[Tensor]]
 _ROUNDING = 1e-3
 # A score that is larger stands for nothing, perhaps: it is no measure for those beside it.
 _LARGE = 1e3
-# Unless it is a score of a model whose weights have grown: this part of the largest may be rounding of any other.
+# Unless it is above 0, in a model whose weights have grown: this part of it may have been rounded off any other.
 _GROWN = 1 / 64
 
 
@@ -28,7 +28,7 @@ def differ(left: Tensor, right: Tensor, least: float = 0.0, *, masked: bool = Fa
     Args:
         left, right: of the same example, in two passes.
         masked: whether numbers may be among them that stand for nothing, such as the -1e9 of a class that is masked:
-            large ones are compared with themselves alone, and hide nothing beside them but their own rounding.
+            large ones are compared with themselves alone, and hide nothing beside them, or only rounding if above 0.
     """
     if left.shape != right.shape:
         return True
@@ -45,11 +45,8 @@ def differ(left: Tensor, right: Tensor, least: float = 0.0, *, masked: bool = Fa
     scale = sizes.max()
     if masked:
         ordinary = sizes < _LARGE
-        most = sizes[ordinary].max() if bool(ordinary.any()) else sizes.new_zeros(())
-        grown = sizes[sizes < _LARGE * most.clamp(min=1)]
-        scale = torch.where(ordinary, most, sizes)
-        if grown.numel():
-            scale = torch.maximum(scale, grown.max() * _GROWN)
+        scale = torch.where(ordinary, sizes[ordinary].max() if bool(ordinary.any()) else sizes, sizes)
+        scale = torch.maximum(scale, left.max() * _GROWN)
     return bool(((left - right).abs() > tolerance(left.dtype) * scale.clamp(min=least)).any())
 
 

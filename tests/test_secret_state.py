@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import lora_dp.passes
 from lora_dp import DPLinear, PrivacyEngine, secret_state
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.sampling import PrivateDataLoader
@@ -166,7 +167,8 @@ def test_a_fork_or_a_state_put_back_is_no_seed() -> None:
     step(model, optimizer)
 
 
-def test_passes_that_begin_in_one_state_have_masks_of_their_own() -> None:
+def test_passes_that_begin_in_one_state_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
     masks: list[Tensor] = []
 
     def dropped(x: Tensor) -> Tensor:
@@ -182,7 +184,8 @@ def test_passes_that_begin_in_one_state_have_masks_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoints_second_forward_draws_the_same_masks(reentrant: bool) -> None:
+def test_a_checkpoints_second_forward_draws_the_same_masks(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
     masks: list[Tensor] = []
 
     class Block(nn.Module):

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,11 +19,30 @@ from rich.console import Console
 from lora_dp.fed import runner
 from lora_dp.fed.account import LogError
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.folder import RunFolder, read_config
 
-INTERRUPTED = "interrupted"
-# The run's folder; and None, INTERRUPTED, or why it has not ended.
-Result = tuple[Path, str | None]
+
+class Why(NamedTuple):
+    """Why a run has not ended.
+
+    Attributes:
+        said: in files, which are made to be shown.
+        in_full: with an exception's own words, which may quote private data: for the console of whoever runs it.
+    """
+
+    said: str
+    in_full: str
+
+    @classmethod
+    def of(cls, words: str) -> "Why":
+        """A reason in words that quote nothing."""
+        return cls(words, words)
+
+
+INTERRUPTED = Why.of("interrupted")
+# The run's folder; and None, INTERRUPTED, or another reason.
+Result = tuple[Path, Why | None]
 
 
 def run_all(jobs: Sequence[RunConfig], processes: int) -> Generator[Result, None, None]:
@@ -44,8 +64,11 @@ def run_one(config: RunConfig) -> Result:
     except KeyboardInterrupt:
         return path, INTERRUPTED
     except Exception as error:
-        text = " ".join(str(error).split())
-        return path, text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+        text, kind = " ".join(str(error).split()), type(error).__name__
+        in_full = text if isinstance(error, ValueError) and text else f"{kind}: {text}".rstrip(": ")
+        if isinstance(error, LogError | TooFewClients):  # which quote nothing
+            return path, Why.of(in_full)
+        return path, Why(f"{kind}, in words that the console alone shows, since they may quote the data", in_full)
 
 
 def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
@@ -114,7 +137,7 @@ def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result
             suspects += running.values()
         for job in suspects:
             if processes == 1:
-                yield job.run.output or Path(), "its process died (was memory short?)"
+                yield job.run.output or Path(), Why.of("its process died (was memory short?)")
             else:
                 yield from _in_processes([job], 1)
 

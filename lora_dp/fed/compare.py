@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_dp.fed import tables
-from lora_dp.fed.cells import INTERRUPTED, run_all
+from lora_dp.fed.cells import INTERRUPTED, Why, run_all
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.grid import (
     DEFINITION,
@@ -60,12 +60,12 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
         everything = grid.trials + grid.cells
         finished = sum(ended_summary(folder / cell.path) is not None for cell in everything)
         _say(console, f"{len(everything)} runs, {finished} of them finished before · {folder}")
-        failures: dict[Cell, str] = {}
+        failures: dict[Cell, Why] = {}
         interrupted = False
         with _progress(console) as progress:
             bar = progress.add_task("runs", total=len(everything), completed=finished)
 
-            def ended(cell: Cell, reason: str | None) -> None:
+            def ended(cell: Cell, reason: Why | None) -> None:
                 if reason is not None:
                     failures[cell] = reason
                 _say(console, _line(cell, folder / cell.path, reason))
@@ -78,7 +78,7 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
                 interrupted = True
         _write_failures(folder, failures)
         cells, trials = read_cells(grid, folder), read_trials(grid, folder)
-        named = {str(cell): reason for cell, reason in failures.items()}
+        named = {str(cell): reason.said for cell, reason in failures.items()}
         tables.write(folder, cells, trials, caption(grid, cells, trials), failures=named)
     if interrupted:
         _say(console, f"interrupted: the same command with --output {folder} goes on")
@@ -87,13 +87,13 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
     for note in [*cells["guarantee"].dropna().unique(), *cells["release"].dropna().unique()]:
         _say(console, note)
     for cell, reason in failures.items():
-        _say(console, f"failed: {cell}: {reason}")
+        _say(console, f"failed: {cell}: {reason.in_full}")
     _say(console, f"results: {folder}")
     return folder
 
 
 def _run_left(
-    grid: Grid, cells: Sequence[Cell], folder: Path, processes: int, ended: Callable[[Cell, str | None], None]
+    grid: Grid, cells: Sequence[Cell], folder: Path, processes: int, ended: Callable[[Cell, Why | None], None]
 ) -> None:
     """Runs those cells that have not ended, at the learning rates that are theirs, and tells what came of each."""
     jobs: dict[Path, tuple[Cell, RunConfig]] = {}
@@ -103,7 +103,7 @@ def _run_left(
             continue
         rate = cell.trial or grid.chosen_rate(folder, cell)
         if rate is None and grid.rates:
-            ended(cell, "a trial of its learning rates failed")
+            ended(cell, Why.of("a trial of its learning rates failed"))
         else:
             jobs[path] = cell, _placed(grid.config(cell, rate), path)
     with contextlib.closing(run_all([config for _, config in jobs.values()], processes)) as results:
@@ -155,9 +155,10 @@ def _placed(config: RunConfig, path: Path) -> RunConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output=path))
 
 
-def _write_failures(folder: Path, failures: Mapping[Cell, str]) -> None:
+def _write_failures(folder: Path, failures: Mapping[Cell, Why]) -> None:
     if failures:
-        entries = [{**dataclasses.asdict(c), "folder": c.path.as_posix(), "reason": r} for c, r in failures.items()]
+        entries = [{**dataclasses.asdict(cell), "folder": cell.path.as_posix(), "reason": reason.said}
+                   for cell, reason in failures.items()]
         write_atomically(folder / FAILURES, json.dumps(entries, indent=1, ensure_ascii=False))
     else:
         (folder / FAILURES).unlink(missing_ok=True)
@@ -173,10 +174,11 @@ def _say(console: Console, line: str) -> None:
     console.print(escape(line), highlight=False, soft_wrap=True)
 
 
-def _line(cell: Cell, path: Path, reason: str | None) -> str:
+def _line(cell: Cell, path: Path, reason: Why | None) -> str:
     summary = ended_summary(path)
     if summary is None:
-        return f"{cell}   failed: {reason}"
+        assert reason is not None
+        return f"{cell}   failed: {reason.in_full}"
     note = "" if summary["status"] == "finished" else f"   {summary['status']}"
     note += "   no privacy guarantee (ε = ∞)" if summary.get("guarantee") else ""
     return f"{cell}   accuracy {100 * summary['accuracy_after']:.1f} %{note}"

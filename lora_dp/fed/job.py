@@ -101,7 +101,9 @@ def open_job(
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
     splits = encode(raw, loaded.spec)
     parts = partition(
-        splits.train.labels.numpy(), chosen.clients, chosen.partition, alpha=chosen.dirichlet_alpha, seed=seed)
+        splits.train.labels.numpy(), chosen.clients, chosen.partition, alpha=chosen.dirichlet_alpha, seed=seed,
+        # Who is alone has all, however few; that a client has few is not public where whole clients are protected.
+        **({"min_examples": 1} if chosen.clients == 1 else {}))
     method = config.method
     optimization = config.optimization
     assert optimization.lr is not None and optimization.lr_ratio is not None

@@ -10,19 +10,24 @@ themselves, since models leave out a mask that has nothing to say. A part that i
 examples, which a mask keeps out of the sum. So no example decides the shape of a product in which another stands.
 
 *What remains is tried.* A row's arithmetic could still hang on its place, as where rows are not aligned in memory, or
-on the values of others. So each shape is tried on this very machine, before an example of that shape is trained on:
-made-up inputs, with random numbers in adapters and head, once moved by a row and once in other company. Every number
-that is kept of an example must stay the same to the last bit. Nothing of the trial comes from private data or from a
-server. Where it fails, each example is trained on by itself, which has neither place nor company.
+on the values of others, as where each expert of a mixture is given the rows that are sent to it. So each shape is tried
+on this very machine, before an example of that shape is trained on: made-up inputs, with random numbers in adapters and
+head, moved by a row, in other company, and beside copies of itself. The same ops must work on tensors of the same
+shapes, none of them told by a tensor which rows belong together, and every number that is kept of an example stay the
+same to the last bit. Nothing of the trial comes from private data or from a server. Where it fails, each example is
+trained on by itself, which has neither place nor company.
 """
 
 import logging
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_dp.batch_parts import tensors_in
 from lora_dp.fed.contained import Failures
 from lora_dp.fed.examples import Batch, Examples, Shape
 from lora_dp.fed.exchange import Workspace
@@ -31,11 +36,14 @@ from lora_dp.fed.models import Precision, logits
 from lora_dp.layers import DPLoRALinear
 from lora_dp.losses import classification_loss
 from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.recording import Recorder
 from lora_dp.still import Still
 
 _LOG = logging.getLogger(__name__)
 _SEED = 20261129
 _ROWS = 8
+# Arguments of ops that are tensors and say where groups of rows begin: products of mixed experts, packed sequences.
+_GROUPS = frozenset(("offs", "offsets", "batch_sizes", "cum_seq_q", "cum_seq_k", "cu_seqlens_q", "cu_seqlens_k"))
 # How much larger the inputs of the other company are.
 _LOUD = 100.0
 
@@ -128,12 +136,16 @@ class OneShape:
         moved, even = place.roll(1), place % 2 == 0
         joined = {name: torch.where(even.view(-1, *[1] * (tensor.dim() - 1)), tensor, _loud(others[name]))
                   for name, tensor in batch.items()}
-        first = self._found(batch, labels)
-        rolled = self._found({name: tensor[moved] for name, tensor in batch.items()}, labels[moved])
-        company = self._found(joined, torch.where(even, labels, labels + 1))
-        return all(
-            torch.equal(a[moved], b) and torch.equal(a[even], c[even])
-            for a, b, c in zip(first, rolled, company, strict=True))
+        companies = (
+            (batch, labels), ({name: tensor[moved] for name, tensor in batch.items()}, labels[moved]),
+            (joined, torch.where(even, labels, labels + 1)),
+            ({name: tensor[place * 0] for name, tensor in batch.items()}, labels[place * 0]))
+        with Ops(self._workspace.model, self._optimizer.recorder) as ops:
+            found = [(self._found(*company), ops.taken()) for company in companies]
+        kept, (_, done) = [tensors for tensors, _ in found], found[0]
+        return not ops.grouped and all(again == done for _, again in found) and all(
+            torch.equal(a[moved], b) and torch.equal(a[even], c[even]) and torch.equal(a[:1], d[:1])
+            for a, b, c, d in zip(*kept, strict=True))
 
     def _found(self, batch: Batch, labels: Tensor) -> list[Tensor]:
         """All that the private step would keep of each row."""
@@ -144,6 +156,48 @@ class OneShape:
             if finished.n != self._rows:
                 raise RuntimeError(f"The model was given {finished.n} examples where there are {self._rows}.")
             return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
+
+
+class Ops(TorchDispatchMode):
+    """Takes note of each op of a model's forward and the shapes that it works on, but for trials of isolation.
+
+    Attributes:
+        grouped: whether one of them was told by a tensor which rows belong together.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self.grouped = False
+        self._done: list[Hashable] = []
+        self._inside = False
+        self._hooks = (
+            # Behind the hook that tries isolation.
+            model.register_forward_pre_hook(lambda *_: self._set(not recorder.tried)),
+            model.register_forward_hook(lambda *_: self._set(False), prepend=True, always_call=True))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._inside:
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            self.grouped |= any(isinstance(value, Tensor) and name in _GROUPS
+                                for name, value in {**given, **(kwargs or {})}.items())
+            self._done.append((func, *(tensor.shape for tensor in tensors_in((args, kwargs, result)))))
+        return result
+
+    def taken(self) -> list[Hashable]:
+        """What was done since it was asked for last."""
+        done, self._done = self._done, []
+        return done
+
+    def _set(self, inside: bool) -> None:
+        self._inside = inside
 
 
 def _loud(tensor: Tensor) -> Tensor:

@@ -177,8 +177,11 @@ def test_a_failed_cell_is_a_dash_and_the_others_go_on(tmp_path, fake):
     shown = quietly(grid_config(tmp_path / "grid"))
     text = (tmp_path / "grid" / "comparison.md").read_text()
     assert re.search(r"`dp-lora` +\| 85.0 ± 7.1 \(n = 2\) +\| – +\|", text)
-    assert "- dp-lora, ε = 1, seed 0: RuntimeError: no memory" in text and "4 of 12 runs are missing" in text
+    assert "- dp-lora, ε = 1, seed 0: RuntimeError, in words that the console alone shows" in text
+    assert "4 of 12 runs are missing" in text
     assert "failed: dp-lora, ε = 8, seed 2: bad" in shown
+    assert "failed: dp-lora, ε = 1, seed 0: RuntimeError: no memory" in shown
+    assert not any(b"no memory" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     # The next call tries what failed, and nothing else.
     fake.ran.clear()
     names, fake.broken = set(fake.broken), {}
@@ -223,7 +226,7 @@ def test_what_a_client_s_exception_said_is_in_no_file(tmp_path, monkeypatch):
     assert "client 0 raised KeyError: 'patient Jane Roe'" in told.getvalue()
     config = RunConfig.from_flat({**SMALL, "output": tmp_path / "cell"})
     path, reason = cells.run_one(config)
-    assert "client 0 raised KeyError;" in reason and "Jane" not in reason
+    assert reason is not None and "client 0 raised KeyError;" in reason.said and "Jane" not in reason.said
     assert not any(b"Jane" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
@@ -235,7 +238,7 @@ def test_a_cell_whose_log_of_releases_is_damaged_is_not_begun_anew(tmp_path, mon
     log = tmp_path / "cell" / "ledger.jsonl"
     log.write_text(log.read_text().replace('"round":2', '"round":7'))
     _, reason = cells.run_one(config)
-    assert "is not whole" in reason and "do not go on with this run" in reason
+    assert reason is not None and "is not whole" in reason.said and "do not go on with this run" in reason.said
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
 
 

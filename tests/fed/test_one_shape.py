@@ -125,7 +125,27 @@ class Accompanied(nn.Module):
         return x * (1 + 1e-14 * (x.detach().abs().amax() > 10).double())
 
 
-@pytest.mark.parametrize("planted", [Placed, Accompanied])
+class Routed(nn.Module):
+    """Each of two experts is given the rows that are sent to it, which rounds alike here for any number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, :1].detach() > x[:, 1:2].detach()
+        for chosen in (first, ~first):
+            rows = chosen.flatten().nonzero().flatten()
+            x = x.index_add(0, rows, 0 * x[rows])
+        return x
+
+
+class Grouped(nn.Module):
+    """As one product for all experts does it: how many rows each has, a tensor says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        starts = torch.arange(len(x))
+        bags = nn.functional.embedding_bag(torch.zeros_like(starts), x.new_zeros(1, x.shape[1]), starts)
+        return x + bags
+
+
+@pytest.mark.parametrize("planted", [Placed, Accompanied, Routed, Grouped])
 @pytest.mark.parametrize(("method", "state"), [("dp-lora", "as it is"), ("dp-lora", "zeros"), ("deer", "zeros")])
 def test_where_place_or_company_matter_each_example_is_by_itself(planted, method, state, caplog):
     """Whatever the server sent: what it sends cannot hide it from the trial."""
@@ -157,7 +177,7 @@ def test_the_trial_is_made_once_for_a_shape_and_leaves_everything_as_it_was():
     on_outputs(federation.model, calls)
     for _ in range(2):
         sum_of(federation, state, range(9), make_examples(20, 1))
-    assert calls == 5 * [24]  # three passes of the trial, two steps
+    assert calls == 6 * [24]  # four passes of the trial, two steps
 
 
 def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():

@@ -205,6 +205,8 @@ def _opened(
     from lora_dp.fed.unreadable import encode_training
 
     config = read_config(text)
+    # Where a node computes is its own choice.
+    config = replace(config, run=replace(config.run, device="auto"))
     federation, alone = config.federation, config
     if folder is not None:
         # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
@@ -217,6 +219,8 @@ def _opened(
             dirichlet_alpha=1.0))
     try:
         raw = open_data(alone.data) if folder is None else open_own(alone.data, classes)
+        if not len(raw.train_labels):
+            raise ValueError("there are no examples: put some into its files")
     except Exception as error:
         _LOG.error("This node's data cannot be opened: %s", described(error))
         raise Refused("cannot open its own data: its log says why") from None

@@ -86,3 +86,24 @@ def test_a_class_that_one_row_has_changes_nothing_where_the_owner_names_them(wor
     for wrong in ("", "a", "a,,b", "a,a", 3):
         with pytest.raises(Refused, match="must list each once"):
             flower_client._classes(wrong)
+
+
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_a_node_takes_part_however_few_examples_it_has(unit, words, tmp_path):
+    """With whole clients protected their number is a secret, so that nothing may hang on it."""
+    text = yaml.safe_dump({**GOOD, "model": str(words), "unit": unit,
+                           **({"noise_by": "client"} if unit == "client" else {})})
+    own = texts(tmp_path / "own", "patient 39 is well")
+    rows = (own / "train.csv").read_bytes().splitlines()
+    for count in (1, 9, 10):
+        (own / "train.csv").write_bytes(b"\n".join(rows[:count + 1]) + b"\n")
+        assert len(opened(text, own, "0,1").examples(0)) == count
+    (own / "train.csv").write_bytes(rows[0] + b"\n")
+    with pytest.raises(Refused, match="cannot open its own data: its log says why"):
+        opened(text, own, "0,1")
+
+
+def test_where_a_node_computes_is_its_own_choice(words, tmp_path):
+    text = yaml.safe_dump({**GOOD, "model": str(words), "device": "meta"})
+    node = opened(text, texts(tmp_path / "own", "patient 39 is well"), "0,1")
+    assert {p.device.type for p in node.trainer.workspace.model.parameters()} <= {"cpu", "cuda"}
