@@ -238,8 +238,8 @@ def _without_runs(leaf: Tensor, place: int) -> Tensor | None:
         if leaf.dim() == 2 and int(((corner == pad) & (length > 1)).sum()) < min(2, len(leaf) - 1):
             continue
         length = torch.where(corner == pad, length, torch.zeros_like(length))
-        if bool((length == length[0]).all()):
-            continue  # all alike: a border, say
+        if bool((length == length[0]).all()) and bool((leaf != leaf[:1]).any()):
+            continue  # all alike: a border, say; of one example alone, and its copies, that cannot be told
         length = length.unsqueeze(1)
         return columns < size - length if at_end else columns >= length
     return None
@@ -306,6 +306,15 @@ def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrow
                 found.append(Narrowed(rows, place, size, kept, used[rows][:, kept], part))
             if found:
                 yield found
+
+
+def changed(tree: Any, n: int) -> Any:
+    """Other examples, as a model would take them: other numbers, and tokens that stand in the batch themselves."""
+    def other(leaf: Any) -> Any:
+        if is_by_example(leaf, n) and leaf.is_floating_point():
+            return leaf * 1.5 + 0.25
+        return leaf[..., :1].expand_as(leaf) if is_by_example(leaf, n) and leaf.dim() > 1 else leaf
+    return pytree.tree_map(other, tree)
 
 
 def cut(tree: Any, name: str, place: int, size: int, kept: slice) -> Any:

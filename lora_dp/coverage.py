@@ -170,6 +170,19 @@ def check_dtype(entry: PrivateParameter, before: torch.dtype, *, kept: bool) -> 
             "inject_lora, which keeps what is trained in float32, or compute under torch.autocast.")
 
 
+def check_frozen(recorder: Recorder) -> None:
+    """Refuse a pass in which a parameter that was frozen at set-up takes a gradient.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    for name, parameter in recorder.frozen:
+        if parameter.requires_grad:
+            raise RuntimeError(
+                f"'{name}' was frozen when the model was made private, and requires a gradient now, which nothing "
+                "clips or noises, whatever optimizer takes it: freeze it again, or call make_private again.")
+
+
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """N: the first dimension of the model's first tensor argument (the inputs before other keywords).
 
@@ -190,6 +203,7 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     recorder.versions = Versions(model.named_parameters())
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
+    recorder.frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
     recorder.frozen_norms = [(name, module) for module, name in frozen_norms(model).items()]
     for module in model.modules():
         if isinstance(module, PrivateModule):

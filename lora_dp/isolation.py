@@ -50,7 +50,7 @@ def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
     padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, draws: int = 1,
-    number_varies: bool = True,
+    number_varies: bool = True, copies: bool = False,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -69,6 +69,8 @@ def check_isolation(
         other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
         draws: with how many random states a model that draws is tried.
         number_varies: whether other batches hold another number of examples.
+        copies: whether all are copies of the only example of a batch, which meets nobody: what buffers take up of it
+            is tried, padding and numbers.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
@@ -88,8 +90,10 @@ def check_isolation(
                 raise IsolationError(
                     f"'{name}' works on {tuple(output.shape)} in a batch of {n} examples: its rows cannot be told "
                     "apart by example; freeze it or leave it out of the private layers.")
-        replaced_runs = _replace(trials, base, call, n, apart)
-        for _ in range(draws - 1 if base.random or base.elsewhere else 0):
+        replaced_runs = [] if copies else _replace(trials, base, call, n, apart)
+        if copies and (changed := attempt(trials, batch_parts.changed(call, n), ragged=True)) is not None:
+            _check_buffers(base, changed)
+        for _ in range(draws - 1 if not copies and (base.random or base.elsewhere) else 0):
             trials.draw_anew()
             _replace(trials, trials.run(call), call, n, apart)
         # Masks of one example in batches of different shapes differ: from here on nothing is drawn. NumPy and Python
@@ -101,7 +105,7 @@ def check_isolation(
             steady = trials.run(call, still=True) if base.random or base.elsewhere else base
             passed, padding = frozenset(range(len(steady.losses))), False
             if not steady.elsewhere:
-                if number_varies:
+                if number_varies and not copies:
                     passed = check_company(trials, steady, call, n, apart, criterion, reduction)
                 if number_varies and examples > n:
                     check_whole(trials, whole, examples)
@@ -182,12 +186,7 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{first()}': "
                 "replace what mixes examples (BatchNorm by GroupNorm, say).")
-    for name, buffer in base.buffers.items():
-        # To the bit: however slowly it takes them up, nothing hides it.
-        if name in replaced.buffers and not torch.equal(buffer.nan_to_num(), replaced.buffers[name].nan_to_num()):
-            raise IsolationError(
-                f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
-                "off (track_running_stats=False, say) or keep that module in eval().")
+    _check_buffers(base, replaced)
     if not base.losses or not replaced.losses:
         return
     left_gradients = base.backward(sum_of(base.losses[0]))
@@ -199,6 +198,15 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a loss "
                 "that is a mean or sum of terms of one example each (for token losses: average over each example's "
                 f"tokens first, then over examples): {REMEDY}.")
+
+
+def _check_buffers(base: Trace, other: Trace) -> None:
+    for name, buffer in base.buffers.items():
+        # To the bit: however slowly it takes them up, nothing hides it.
+        if name in other.buffers and not torch.equal(buffer.nan_to_num(), other.buffers[name].nan_to_num()):
+            raise IsolationError(
+                f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
+                "off (track_running_stats=False, say) or keep that module in eval().")
 
 
 def _check_backward(base: Trace, alone: Mapping[int, Gradients], n: int) -> None:

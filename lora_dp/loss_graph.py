@@ -288,7 +288,7 @@ class Followed(NamedTuple):
         linear: the factors by which sums of vectors were multiplied on their way, by single numbers.
         factors: products of single numbers along every way to the outputs.
         shape: names the operations: equal for equal code; ``kinds`` without their number, which a loop changes.
-        leaves: ids of the tensors to which ways lead beside the outputs.
+        leaves: by their ids, the tensors to which ways lead beside the outputs.
         reached: which of the model's outputs they lead to.
         opaque: names of functions written in Python, or compiled, whose inside no graph shows.
     """
@@ -297,7 +297,7 @@ class Followed(NamedTuple):
     factors: tuple[float, ...]
     shape: int
     kinds: frozenset[str]
-    leaves: set[int]
+    leaves: dict[int, Tensor]
     reached: frozenset[int]
     opaque: tuple[str, ...]
 
@@ -306,7 +306,7 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
     """Everything between these edges of a graph and the model's outputs."""
     order: list[Node] = []
     linear: list[float] = []
-    leaves: set[int] = set()
+    leaves: dict[int, Tensor] = {}
     for edge in edges:
         _visit(edge, outputs, order, leaves)
         linear += _linear(edge, outputs)
@@ -333,7 +333,7 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
         tuple(_kind(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)))
 
 
-def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached: set[int]) -> None:
+def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached: dict[int, Tensor]) -> None:
     """Enters all nodes down to the outputs into ``order``, children first, and the leaves beside them."""
     if edge in outputs.places:
         return
@@ -345,7 +345,7 @@ def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached:
             continue
         variable = getattr(node, "variable", None)
         if variable is not None:
-            reached.add(id(variable))
+            reached[id(variable)] = variable
         children = [c for c, k in node.next_functions if c is not None and (c, k) not in outputs.places]
         # One that waits further down the stack comes first, too: its products are needed here.
         open_ = [child for child in children if child not in seen]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lora_dp.batch_parts import tensors_in
@@ -214,6 +214,13 @@ class LossWatch:
             raise IsolationError(
                 "A part of the loss comes to private layers beside what the model returned (by an attribute or a "
                 "hook's features, say), where it cannot be followed: return it from forward.")
+        # A loss that does not come from this model is none of its business.
+        for leaf in followed.leaves.values() if followed.factors else ():
+            if is_trained(leaf, self._n):
+                raise IsolationError(
+                    f"The loss depends on a tensor {tuple(leaf.shape)} that requires a gradient beside the model's "
+                    "outputs: nothing clips or noises what trains it. Make it part of the model, as a private layer, "
+                    "or detach it; a penalty on weights is the optimizer's weight_decay.")
 
     def _check_linear(self, factors: Sequence[float]) -> None:
         for factor in factors:
@@ -265,11 +272,11 @@ class LossWatch:
 
     def _check_apart(self, joined: GradientEdge, outputs: Outputs, before: _Seen | None) -> None:
         n, tried = self._n, self.tested or before is None or before.n == 1
-        if n < 2 or not (tried or self._looks and sum(t.numel() for t in outputs.tensors) <= _FEW_NUMBERS):
+        if not (tried or self._looks and sum(t.numel() for t in outputs.tensors) <= _FEW_NUMBERS):
             return
         # What is mixed by its place is mostly mixed at an end; the other search finds it anywhere.
-        found = next((i for i in (0, n - 1) if meets(joined, i, n, outputs)), None) if tried else None
-        if found is None:
+        found = next((i for i in (0, n - 1) if meets(joined, i, n, outputs)), None) if tried and n > 1 else None
+        if found is None and n > 1:
             found = meeting(joined, n, outputs)
         if found is not None:
             raise IsolationError(
@@ -279,6 +286,13 @@ class LossWatch:
             raise IsolationError(
                 "The losses depend on the model's outputs at padding, so on the longest example of the batch: leave "
                 "padded tokens out by the attention mask (lora_dp.losses does), or pad every batch to one fixed size.")
+
+
+def is_trained(tensor: Tensor, n: int) -> bool:
+    """Whether a gradient that comes to it may train something: not where it is a value of each of ``n`` examples, of
+    which nobody made it."""
+    of_examples = tensor.dim() > 0 and tensor.shape[0] == n and tensor.is_leaf and not isinstance(tensor, nn.Parameter)
+    return tensor.requires_grad and not of_examples
 
 
 def _equal(now: Sequence[float], then: Sequence[float]) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_dp.batch_parts import (
     Call,
@@ -22,9 +23,11 @@ from lora_dp.batch_parts import (
 )
 from lora_dp.collation import drawn_for_test
 from lora_dp.company import FEW
-from lora_dp.coverage import batch_size, check_frozen_norms
+from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import PrivateModule
+from lora_dp.loss_graph import IsolationError
+from lora_dp.loss_watch import is_trained
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 
@@ -55,7 +58,12 @@ class Passes:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
         begin_pass(recorder.owner)
         check_frozen_norms(recorder)
+        check_frozen(recorder)
         n, call = batch_size(args, kwargs), self._named(module, args, kwargs)
+        if any(isinstance(leaf, Tensor) and is_trained(leaf, n) for leaf in pytree.tree_leaves(call)):
+            raise IsolationError(
+                "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
+                "the module before it. Make that module part of the private model, freeze it, or detach() the tensor.")
         tested = not recorder.capturing and self._test(module, args, kwargs, call, n)
         recorder.open(n)
         recorder.losses.begin(n, tested, recorder.leaves, looks=not recorder.capturing)
@@ -70,18 +78,19 @@ class Passes:
         """
         recorder = self.recorder
         kind, others = self._kind(module, call, n)
-        if n == 1 and others:
-            # A batch of one has nobody to meet, but a count of the whole logical batch.
+        single = n == 1
+        if single:
+            # Micro-batches of one meet nobody, but are padded to the whole batch's width and may leave traces.
             args, kwargs = take((args, kwargs), [0, 0], 1)
             call, n = take(call, [0, 0], 1), 2
         wanted = kind not in recorder.tested or recorder.padding_untried(call, n)
-        if n < 2 or not (wanted or others or drawn_for_test()):
+        if n == 0 or not (wanted or others or drawn_for_test()):
             recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
-            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS)
+            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single)
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
         return True
@@ -101,7 +110,7 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), recorder.padding_varies, n >= FEW, _standing(model)), others
+        return (structure(call, n), recorder.padding_varies, n == 1, n >= FEW, _standing(model)), others
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

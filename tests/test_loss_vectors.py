@@ -103,11 +103,13 @@ def test_a_new_loss_is_looked_at_in_whatever_batch_it_comes():
 
 
 def test_a_vector_after_a_forward_that_failed_is_refused():
-    def fail(module: nn.Module, inputs: object, output: Tensor) -> None:
-        raise ArithmeticError
-
     model = mlp()
     optimizer = make_private(model, batch_size=N)
+
+    def fail(module: nn.Module, inputs: object, output: Tensor) -> None:
+        if not optimizer.recorder.tried:
+            raise ArithmeticError
+
     model[2].register_forward_hook(fail)
     with pytest.raises(ArithmeticError):
         model(examples(1)[0])

@@ -19,6 +19,7 @@ from tests.models import (
     seeded,
     snapshot,
     take_step,
+    train,
 )
 from tests.support import assert_close, make_private, private_gradients
 
@@ -183,3 +184,14 @@ def test_evaluation_does_not_disturb_a_pass_under_way(kind):
     evaluate()
     optimizer.step()
     assert torch.equal(flat(private_gradients(model)) * 4, flat(expected))
+
+
+def test_a_schedule_by_the_steps_goes_on_with_empty_batches_too():
+    """The number of batches that a loop is given is private: empty ones are not handed over."""
+    model, optimizer, loader = private_run(seeded(), batch_size=1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    before, given = optimizer.param_groups[0]["lr"], []
+    train(model, optimizer, (given.append(batch) or batch for batch in loader.take(60)))
+    assert optimizer.ledger.steps == 60 > len(given)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(before * 0.9**60)
