@@ -164,4 +164,6 @@ SETTLED = (
     "lora_dp/fed/noisy_sum.py", "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py",
     "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
     "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py",
-    "lora_dp/fed/origin.py")
+    "lora_dp/fed/origin.py",
+    "lora_dp/fed/contained.py",
+    "lora_dp/fed/client.py")
