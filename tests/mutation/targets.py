@@ -166,4 +166,6 @@ SETTLED = (
     "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py",
     "lora_dp/fed/origin.py",
     "lora_dp/fed/contained.py",
-    "lora_dp/fed/client.py")
+    "lora_dp/fed/client.py",
+    "lora_dp/fed/own_rows.py",
+    "lora_dp/fed/own_data.py")
