@@ -138,7 +138,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/fed/harmless.py": Target((
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/test_contained.py")),
-    "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
+    "lora_dp/fed/privacy.py": Target(("tests/fed/test_privacy.py", "tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
