@@ -157,7 +157,19 @@ def test_the_report_holds_ledgers_that_can_be_loaded():
     assert [client["examples"] for client in report["clients"]] == list(SIZES)
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, 10**8 + 1])
+def test_a_size_that_no_client_has_is_refused(size):
+    with pytest.raises(ValueError, match="client 1 announces .* as its number of examples"):
+        account(sizes=(12, size, 9))
+
+
 # The log
+
+
+def test_the_log_says_which_format_it_has(tmp_path):
+    log(tmp_path)
+    head = json.loads((tmp_path / LOG).read_text())
+    assert (head["format"], head["version"]) == ("lora-dp log", 3)
 
 
 def test_the_log_counts_every_round_that_was_begun(tmp_path):

@@ -168,4 +168,5 @@ SETTLED = (
     "lora_dp/fed/contained.py",
     "lora_dp/fed/client.py",
     "lora_dp/fed/own_rows.py",
-    "lora_dp/fed/own_data.py")
+    "lora_dp/fed/own_data.py",
+    "lora_dp/fed/privacy.py")
