@@ -133,6 +133,12 @@ def test_the_worst_of_many_clients(accountant):
     assert true < found.worst_epsilon() <= found.worst_epsilon(exact=False) <= 8
 
 
+def test_of_a_few_kinds_of_clients_the_worst_is_exact_where_a_bound_would_do():
+    found = account(accountant="pld")
+    found.add_round([0, 1])
+    assert found.worst_epsilon(exact=False) == found.worst_epsilon() == max(found.epsilon(i) for i in range(3))
+
+
 def test_the_rate_that_is_accounted_is_never_below_the_one_that_is_drawn_with():
     """Clients that are nearly alike share one rate, so that a thousand sizes need some hundred calibrations."""
     plan = plan_for(get_method("dp-lora"), TRAINING)
