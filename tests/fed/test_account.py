@@ -133,6 +133,12 @@ def test_the_worst_of_many_clients(accountant):
     assert true < found.worst_epsilon() <= found.worst_epsilon(exact=False) <= 8
 
 
+def test_of_a_few_kinds_of_clients_the_worst_is_exact_where_a_bound_would_do():
+    found = account(accountant="pld")
+    found.add_round([0, 1])
+    assert found.worst_epsilon(exact=False) == found.worst_epsilon() == max(found.epsilon(i) for i in range(3))
+
+
 def test_the_rate_that_is_accounted_is_never_below_the_one_that_is_drawn_with():
     """Clients that are nearly alike share one rate, so that a thousand sizes need some hundred calibrations."""
     plan = plan_for(get_method("dp-lora"), TRAINING)
@@ -157,7 +163,19 @@ def test_the_report_holds_ledgers_that_can_be_loaded():
     assert [client["examples"] for client in report["clients"]] == list(SIZES)
 
 
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, 10**8 + 1])
+def test_a_size_that_no_client_has_is_refused(size):
+    with pytest.raises(ValueError, match="client 1 announces .* as its number of examples"):
+        account(sizes=(12, size, 9))
+
+
 # The log
+
+
+def test_the_log_says_which_format_it_has(tmp_path):
+    log(tmp_path)
+    head = json.loads((tmp_path / LOG).read_text())
+    assert (head["format"], head["version"]) == ("lora-dp log", 3)
 
 
 def test_the_log_counts_every_round_that_was_begun(tmp_path):

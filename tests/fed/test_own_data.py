@@ -98,7 +98,8 @@ ODD_ROWS = {
     "text a number": {"text": 7, "label": "ham"}, "text a list": {"text": ["x"], "label": "ham"},
     "text nested": {"text": {"a": [1, {"b": None}]}, "label": "ham"}, "text infinite": {"text": float("inf")},
     "nothing": {}, "another column": {"title": "x", "label": "ham"}, "surrogate": {"text": "\ud800", "label": "ham"},
-    "label surrogate": {"text": "x", "label": "\ud800"}, "long label": {"text": "x", "label": 10**400},
+    "label surrogate": {"text": "x", "label": "\ud800"}, "last surrogate": {"text": "x", "label": "\udfff"},
+    "long label": {"text": "x", "label": 10**400},
 }
 
 
@@ -186,7 +187,7 @@ def test_bytes_of_parquet_that_are_no_text(column, tmp_path):
         folder(tmp_path / "odd", [*rows[:ODD], {"text": "x", "label": "ham"}, *rows[ODD:]], write))
 
 
-@pytest.mark.parametrize("value", [-1, None])
+@pytest.mark.parametrize("value", [-1, None, 2, 9])
 def test_a_hidden_class_of_parquet(value, tmp_path):
     import datasets
 
@@ -194,7 +195,10 @@ def test_a_hidden_class_of_parquet(value, tmp_path):
     rows = [{"text": f"text {'x' * i}", "label": i % 2} for i in range(20)]
 
     def write(path: Path, rows: list[Row]) -> None:
-        datasets.Dataset.from_list(rows, features=features).to_parquet(path / "train.parquet")
+        # Other writers than datasets do not check that a number has a name.
+        table = datasets.Dataset.from_list([{**row, "label": 0} for row in rows], features=features).data.table
+        labels = pa.array([row["label"] for row in rows], pa.int64())
+        pq.write_table(table.set_column(1, "label", labels), path / "train.parquet")
 
     odd = [*rows[:ODD], {"text": "x", "label": value}, *rows[ODD:]]
     assert_odd_alone(folder(tmp_path / "clean", rows, write), folder(tmp_path / "odd", odd, write))
@@ -308,6 +312,55 @@ def test_what_is_not_trained_on_is_not_read(tmp_path):
     assert len(open_own(DataConfig(dataset=place)).train_labels) == 30
 
 
+@pytest.mark.parametrize(("write", "values", "is_text"), [
+    ("jsonl", ["a", "b", 1, 2], True), ("jsonl", ["a", "b", 1, 2, 3], False), ("jsonl", ["a", None, None], True),
+    ("jsonl", [None, None], False), ("jsonl", [1, 2], False), ("csv", ["a", "1", "b", "2"], True),
+    ("csv", ["a", "1", "b", "2", "3"], False), ("csv", ["1", "2"], False)])
+def test_a_column_is_one_of_texts_where_at_least_half_of_its_values_are(write, values, is_text, tmp_path):
+    rows = [{"words": value, "label": "ab"[i % 2]} for i, value in enumerate(values)]
+    config = DataConfig(dataset=folder(tmp_path / "own", rows, WRITERS[write]), input_column="words")
+    if is_text:
+        assert open_own(config, ["a", "b"]).kind == "text"
+        return
+    with pytest.raises(ValueError, match="column words holds neither images nor texts"):
+        open_own(config, ["a", "b"])
+
+
+def test_columns_are_those_that_at_least_half_of_the_rows_have(tmp_path):
+    def opened(name: str, without: int) -> list[str]:
+        rows = [{"words": "x", "label": "ab"[i % 2]} for i in range(2)] + [{"label": "a"}] * without
+        return open_own(DataConfig(dataset=folder(tmp_path / name, rows, as_jsonl), input_column="words")).label_names
+
+    assert opened("half", 2) == ["a", "b"]
+    with pytest.raises(ValueError, match="input_column"):
+        opened("less", 3)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
+    own = folder(tmp_path / "own", plain(), lambda path, rows: pd.DataFrame(rows).to_csv(
+        path / "train.csv", index=False, encoding="utf-8-sig"))
+    assert len(open_own(DataConfig(dataset=own, input_column="text")).train_inputs) == 30
+
+
+def test_images_whose_classes_stand_in_a_file_beside_them(tmp_path):
+    own = tmp_path / "own" / "train"
+    own.mkdir(parents=True)
+    for i in range(4):
+        PILImage.new("L", (8, 8), i).save(own / f"{i}.png")
+    (own / "metadata.csv").write_text("file_name,label\n" + "".join(f"{i}.png,{'yx'[i % 2]}\n" for i in range(4)))
+    raw = open_own(DataConfig(dataset=str(tmp_path / "own")))
+    assert raw.label_names == ["x", "y"] and raw.train_labels.tolist() == [1, 0, 1, 0]
+
+
+def test_where_as_many_images_lie_deeper_the_outer_folders_are_the_classes(tmp_path):
+    for place in ("a/0", "b/1", "a/deep/2", "b/deep/3"):
+        file = tmp_path / "own" / "train" / f"{place}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("L", (8, 8)).save(file)
+    raw = open_own(DataConfig(dataset=str(tmp_path / "own")))
+    assert raw.label_names == ["a", "b"] and sorted(raw.train_labels.tolist()) == [-1, -1, 0, 1]
+
+
 # Classes
 
 
@@ -336,6 +389,21 @@ def test_names_and_numbers_in_one_column_of_csv(tmp_path):
     place = folder(tmp_path / "own", rows, as_csv)
     assert open_own(DataConfig(dataset=place)).train_labels.tolist() == [0, 1, -1] * 3 + [0]
     assert open_own(DataConfig(dataset=place), ["1", "2", "3+"]).train_labels.tolist() == [0, 1, 2] * 3 + [0]
+
+
+@pytest.mark.parametrize(("labels", "found"), [
+    (["a", "b", 1, 2], [0, 1, -1, -1]), ([1, 2, "a", "b"], [-1, -1, 0, 1]), (["a", "b", [1], [2]], [0, 1, -1, -1]),
+    (["a", "b", "a", *[[1]] * 4], None)])
+def test_classes_are_of_one_kind_that_at_least_half_of_the_labels_have(labels, found, tmp_path):
+    """Of two kinds with as many they are names."""
+    rows = [{"text": "x", "label": label} for label in labels]
+    config = DataConfig(dataset=folder(tmp_path / "own", rows, as_jsonl))
+    if found is None:
+        with pytest.raises(ValueError, match="column label does not hold classes"):
+            open_own(config)
+        return
+    raw = open_own(config)
+    assert raw.label_names == ["a", "b"] and raw.train_labels.tolist() == found
 
 
 def test_labels_that_are_no_classes(tmp_path):
@@ -424,3 +492,11 @@ def test_rows_of_json():
     assert json_rows(b' \n[{"a": 1}, 2]') == [{"a": 1}, {}]
     with pytest.raises(ValueError, match="write one on each line"):
         json_rows(b'{"a":\n [1,\n 2]}\n')
+
+
+def test_json_lines_are_those_of_which_more_than_half_are_objects():
+    line, odd = b'{"a": 1}\n', b"{\n"
+    assert json_rows(3 * line + 2 * odd) == 3 * [{"a": 1}] + 2 * [{}]
+    for data in (b"", line + odd, 2 * line + 3 * odd):
+        with pytest.raises(ValueError, match="write one on each line"):
+            json_rows(data)

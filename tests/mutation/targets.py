@@ -138,7 +138,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/fed/harmless.py": Target((
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/test_contained.py")),
-    "lora_dp/fed/privacy.py": Target(("tests/fed/test_account.py", *_UNITS)),
+    "lora_dp/fed/privacy.py": Target(("tests/fed/test_privacy.py", "tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
@@ -163,4 +163,10 @@ SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
     "lora_dp/fed/noisy_sum.py", "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py",
     "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
-    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py")
+    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py",
+    "lora_dp/fed/origin.py",
+    "lora_dp/fed/contained.py",
+    "lora_dp/fed/client.py",
+    "lora_dp/fed/own_rows.py",
+    "lora_dp/fed/own_data.py",
+    "lora_dp/fed/privacy.py")
