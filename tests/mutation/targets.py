@@ -71,7 +71,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
     "lora_dp/seeded.py": Target((
-        "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
+        "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
     "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
@@ -163,4 +163,5 @@ SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
     "lora_dp/fed/noisy_sum.py", "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py",
     "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
-    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py")
+    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/unwritten.py",
+    "lora_dp/trial_values.py", "lora_dp/own_generators.py")
