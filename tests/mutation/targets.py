@@ -71,7 +71,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
     "lora_dp/seeded.py": Target((
-        "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
+        "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py",
+        "tests/test_isolation_trials.py")),
     "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
@@ -81,7 +82,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/loss_watch.py": Target((*_LOSSES, "tests/test_reentrant.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_passes.py", "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_passes.py", "tests/test_company.py", "tests/test_unwritten.py", "tests/test_recording.py",
+        "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
