@@ -104,4 +104,4 @@ def _weights(n: int, dtype: torch.dtype) -> Tensor:
     drawn = torch.frombuffer(bytearray(os.urandom(n)), dtype=torch.uint8).to(torch.int32)
     exponents = _HALF_EXPONENTS if dtype == torch.float16 else _EXPONENTS
     signs = 1 - 2 * (drawn // 128)
-    return torch.ldexp(signs.to(torch.float32), drawn % exponents - exponents // 2)
+    return torch.ldexp(signs, drawn % exponents - exponents // 2)

@@ -76,7 +76,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
-    "lora_dp/trials.py": Target(_TRIALS),
+    "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((*_LOSSES, "tests/test_reentrant.py")),
