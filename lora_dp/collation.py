@@ -186,9 +186,11 @@ def _compare(
     def other(i: int, j: int) -> str | None:
         return next((name or "the batch" for name, left, right in pairs if not _padded_alike(left[i], right[j])), None)
 
-    moved = [(where, j) for i, j in places if (where := other(i, j)) is not None]
-    free = set(range(n)) if moved and sorts() else set()
-    for where, j in moved:
+    moved = [(where, i, j) for i, j in places if (where := other(i, j)) is not None]
+    # A place that has its example already is no other's: else one example could stand in two rows.
+    kept = {i for i, _ in places} - {i for _, i, _ in moved}
+    free = set(range(n)) - kept if moved and sorts() else set()
+    for where, _, j in moved:
         found = next((place for place in sorted(free) if other(place, j) is None), None)
         if found is None:
             raise IsolationError(

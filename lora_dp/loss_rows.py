@@ -49,10 +49,10 @@ def meeting(joined: GradientEdge, n: int, outputs: Outputs) -> int | None:
 def reaches_padding(joined: GradientEdge, used: Tensor, outputs: Outputs) -> bool:
     """Whether the joined numbers depend on outputs (N, T, …) where ``used``, (N, T) bool, is False."""
     metadata = joined.node._input_metadata[joined.output_nr]
-    by_token = [t for t in outputs.tensors if t.dim() > 1 and t.shape[:2] == used.shape]
+    by_token = [t for t in outputs.tensors if t.shape[:2] == used.shape]
     if not by_token:
         return False
-    ones = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+    ones = torch.ones(tuple(metadata.shape), device=metadata.device)
     for gradient in torch.autograd.grad([joined], by_token, [ones], retain_graph=True, allow_unused=True):
         if gradient is not None:
             sizes = gradient.nan_to_num(posinf=0.0, neginf=0.0).reshape(*used.shape, -1).abs().amax(2)
@@ -96,7 +96,7 @@ def _gradients(joined: GradientEdge, n: int, outputs: Outputs, weights: Tensor) 
     rows = [t for t in outputs.tensors if t.dim() and t.numel() and t.shape[0] % n == 0]
     if not shape or math.prod(shape) % n or not rows:
         return ()
-    direction = weights.to(metadata.dtype).repeat_interleave(math.prod(shape) // n).view(shape)
+    direction = weights.repeat_interleave(math.prod(shape) // n).view(shape)
     return torch.autograd.grad([joined], rows, [direction], retain_graph=True, allow_unused=True)
 
 
@@ -104,4 +104,4 @@ def _weights(n: int, dtype: torch.dtype) -> Tensor:
     drawn = torch.frombuffer(bytearray(os.urandom(n)), dtype=torch.uint8).to(torch.int32)
     exponents = _HALF_EXPONENTS if dtype == torch.float16 else _EXPONENTS
     signs = 1 - 2 * (drawn // 128)
-    return torch.ldexp(signs.to(torch.float32), drawn % exponents - exponents // 2).to(dtype)
+    return torch.ldexp(signs, drawn % exponents - exponents // 2)

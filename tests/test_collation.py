@@ -219,8 +219,59 @@ def test_a_batch_that_is_an_object_is_looked_into():
         return Joined(SimpleNamespace(x=stacked(items)))
 
     assert check(numbers(), plain) is False
-    with pytest.raises(IsolationError, match="an example's rows in .*x"):
+    with pytest.raises(IsolationError, match=r"an example's rows in \S*x\S* change with the others"):
         check(numbers(), lambda items: Joined(SimpleNamespace(x=centred(items))))
+
+
+@pytest.mark.parametrize(("depth", "seen"), [(5, True), (6, False)])
+def test_objects_in_objects_are_looked_into_five_deep(depth, seen):
+    def nested(items: list[Any]) -> Any:
+        batch: Any = centred(items)
+        for _ in range(depth):
+            batch = SimpleNamespace(x=batch)
+        return batch
+
+    if seen:
+        with pytest.raises(IsolationError, match="joins examples"):
+            check(numbers(), nested)
+    else:
+        assert check(numbers(), nested) is False
+
+
+def test_a_part_that_comes_and_goes_is_refused():
+    calls: list[int] = []
+
+    def changing(items: list[Any]) -> dict[str, Tensor]:
+        calls.append(len(items))
+        return {"x": stacked(items), f"part {len(calls)}": stacked(items)}
+
+    with pytest.raises(IsolationError, match=r"The same examples are others in \['part \d'\]"):
+        check(numbers(), changing)
+
+
+def sorted_rows(items: list[Any]) -> Tensor:
+    x = stacked(items)
+    return x[x[:, 0].argsort()]
+
+
+def sorted_and_centred(items: list[Any]) -> Tensor:
+    return centred([(row,) for row in sorted_rows(items)])
+
+
+def sorted_and_one_twice(items: list[Any]) -> Tensor:
+    """In small batches the first of them takes the place of the second."""
+    x = sorted_rows(items)
+    return torch.cat([x[:1], x[:1], x[2:]]) if len(x) <= 4 else x
+
+
+def test_a_batch_that_is_sorted_may_not_be_joined_as_well():
+    x = torch.tensor([[3.0, 1], [5, 2], [7, 3], [4, 4], [8, 5], [6, 6], [2, 7], [9, 8]])
+    for start in range(8):  # with the first of a part in its place, and elsewhere
+        dataset = TensorDataset(x.roll(start, 0))
+        assert check(dataset, sorted_rows) is False
+        for collate in (sorted_and_centred, sorted_and_one_twice):
+            with pytest.raises(IsolationError, match="joins examples"):
+                check(dataset, collate)
 
 
 def by_length(items: list[Tensor]) -> dict[str, Tensor]:

@@ -41,6 +41,49 @@ def test_a_capacity_that_many_fill_together_is_refused():
     check_isolation(Capacity(None).train(), (examples(N)[0],), {}, N)
 
 
+class Limited(nn.Module):
+    """A layer beside what it returns looks at the first ten examples alone."""
+
+    def __init__(self, most: int | None):
+        super().__init__()
+        self.inner, self.side, self.most = mlp(), DPLinear(6, 3), most
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.side(x[: self.most])
+        return self.inner(x)
+
+
+def test_a_layer_that_has_rows_of_some_of_many_examples_is_refused():
+    assert_refuses(IsolationError, "'side' works on 10 rows in a batch of 24 examples and on 6 in one of 6",
+                   lambda: check_isolation(Limited(10).train(), (examples(N)[0],), {}, N))
+    model = Limited(None).train()
+    check_isolation(model, (examples(N)[0],), {}, N)
+    model.side.register_forward_hook(lambda module, given, output: (output,))  # whose rows nobody counts
+    check_isolation(model, (examples(N)[0],), {}, N)
+
+
+class Counted(nn.Module):
+    """Scores of which one is masked, and which count what is above a number of examples."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.inner, self.most = mlp(), most
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + torch.tensor([0.1, 0.1, 0.0]) * max(len(x) - self.most, 0) - torch.tensor([0, 0, 1e9])
+
+
+@pytest.mark.parametrize(("n", "most"), [(4, 0), (N, 8)])
+def test_a_masked_score_hides_no_count(n, most):
+    assert_refuses(IsolationError, "changes with the number of examples in the batch",
+                   lambda: check_isolation(Counted(most).train(), (examples(n)[0],), {}, n))
+    check_isolation(Counted(n).train(), (examples(n)[0],), {}, n)
+
+
+def test_without_padding_none_is_said_to_be_tried():
+    assert check_isolation(mlp().train(), (examples(4)[0],), {}, 4, padding_varies=True).padding is False
+
+
 class Unpadded(nn.Module):
     """Takes padding out: the rows of all tokens in one tensor."""
 
@@ -108,7 +151,7 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, 0.0])
 def test_a_masked_score_hides_nothing_beside_it(value):
-    assert_refuses(IsolationError, "The output for example 0 changes", lambda: check_isolation(
+    assert_refuses(IsolationError, "The output for example 0 changes with the other examples", lambda: check_isolation(
         Masked(value).train(), (examples(4)[0],), {}, 4))
 
 

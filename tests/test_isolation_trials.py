@@ -1,6 +1,7 @@
 """What one trial of the isolation check alone tells: each kind of mixing that the other trials do not show."""
 
 import gc
+import math
 import random
 import weakref
 from collections.abc import Callable
@@ -495,6 +496,26 @@ def test_a_block_that_mixes_by_itself_is_named():
 
     refused("the first module where this is seen is '0'", nn.Sequential(
         Block().requires_grad_(False), nn.Tanh(), DPLinear(6, 3)), 4, examples(4)[0])
+
+
+def test_a_module_that_gives_one_number_is_passed_over_where_the_first_that_mixes_is_named():
+    class Block(Made):
+        def __init__(self) -> None:
+            super().__init__()
+            self.error, self.centre = nn.MSELoss(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Any:
+            with torch.no_grad():
+                self.error(x, 0 * x)
+            return self.inner(self.centre(x - x.mean(0)))
+
+    refused("the first module where this is seen is 'centre'", Block(), 4, examples(4)[0])
+
+
+def test_a_buffer_that_is_no_number_and_stays_as_it_is_is_taken():
+    model = Made()
+    model.register_buffer("unset", torch.tensor([math.nan, 1.0]))
+    passes(model, 4)
 
 
 def test_outputs_without_rows_and_of_other_rows_belong_to_nobody():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_dp.loss_graph import Outputs, tolerance
-from lora_dp.loss_rows import meeting, meets, reaches_padding
+from lora_dp.loss_rows import _weights, meeting, meets, reaches_padding
 from tests.test_loss_graph import N, edge, model_output
 
 
@@ -61,6 +61,14 @@ def test_a_gradient_that_is_no_number_hides_nobody_and_fakes_nobody(value, place
     broken = out * torch.where(torch.arange(N).unsqueeze(1) == place, value, 1.0)
     assert meets(edge(broken + out.roll(-1, 0)), 1, N, Outputs.of([out]))
     assert not meets(edge(broken.tanh()), 1, N, Outputs.of([out]))
+    # Beside what is no number the smallest share is seen; beside a number one that rounding may have made is not.
+    assert meets(edge(broken + 1e-8 * out.roll(-1, 0)), 1, N, Outputs.of([out])) is (place == 1)
+
+
+def test_a_share_is_held_against_the_largest_of_the_example():
+    out = model_output(N, 2)
+    for share, seen in ((1e-3, False), (1e5, True)):
+        assert meets(edge(1e6 * out[:, 0] + share * out[:, 1].roll(1, 0)), 2, N, Outputs.of([out])) is seen
 
 
 def test_what_has_no_rows_by_example_has_none_that_meet():
@@ -103,9 +111,39 @@ def test_two_that_meet_are_found_wherever_they_are(pair, dtype):
     lambda out: out.square().sum(1).sqrt(), lambda out: (out.double() * 1e-3).tanh().sum(1),
     lambda out: out.masked_fill(torch.eye(N, 3).bool(), -torch.inf).logsumexp(1)])
 def test_nobody_is_found_where_all_keep_to_themselves(loss, dtype):
-    out = model_output(N, 3, dtype=dtype)
+    out, backwards = model_output(N, 3, dtype=dtype), []
+    between = out * 1.0
+    between.register_hook(backwards.append)
     for _ in range(12):
-        assert meeting(edge(loss(out)), N, Outputs.of([out])) is None
+        assert meeting(edge(loss(between)), N, Outputs.of([out])) is None
+    assert len(backwards) == 24  # two each: nobody had to be looked at alone
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 10), (torch.bfloat16, 10), (torch.float16, 18)])
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e-3])
+def test_two_that_meet_are_missed_only_where_they_have_one_weight(dtype, most, scale):
+    """Binomial: of 60 draws a share of 1/64 or, of float16, 1/16; above ``most`` by a probability of 1e-7."""
+    out = model_output(N, 3, dtype=dtype)
+    taken = torch.zeros(N, N, dtype=dtype)
+    taken[1, 4] = 1
+    mixed = scale * (out + taken @ out)
+    assert sum(meeting(edge(mixed), N, Outputs.of([out])) is None for _ in range(60)) <= most
+
+
+def test_what_becomes_infinite_under_weights_is_looked_at_alone():
+    out = model_output(N, 3, dtype=torch.float16)
+    mixed = out + 3e4 * out.roll(1, 0)
+    assert all(meeting(edge(mixed), N, Outputs.of([out])) is not None for _ in range(12))
+
+
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.float32, 32), (torch.float16, 8)])
+def test_weights_are_signed_powers_of_two_each_as_likely(dtype, exponents):
+    drawn = _weights(64_000, dtype)
+    expected = {sign * 2.0**power for sign in (1, -1) for power in range(-exponents // 2, exponents // 2)}
+    values, counts = drawn.unique(return_counts=True)
+    assert set(values.tolist()) == expected
+    mean = 64_000 / len(expected)
+    assert float((counts - mean).abs().max()) < 6 * mean**0.5
 
 
 def test_flattened_outputs_and_several_are_looked_at():
@@ -123,7 +161,11 @@ def test_what_is_infinite_or_nan_hides_nobody():
     out = model_output(N, 3)
     factors = torch.ones(N, 1)
     factors[0], factors[1] = math.inf, math.nan
-    assert meeting(edge((out * factors).sum(1)), N, Outputs.of([out])) is None
+    backwards: list[Tensor] = []
+    between = out * 1.0
+    between.register_hook(backwards.append)
+    assert meeting(edge((between * factors).sum(1)), N, Outputs.of([out])) is None
+    assert len(backwards) == 2
     assert {meeting(edge((out * factors + out.roll(3, 0)).sum(1)), N, Outputs.of([out])) for _ in range(3)} != {None}
 
 
@@ -137,13 +179,17 @@ USED = torch.arange(5) < torch.tensor([[5], [2], [3], [1], [4], [5]])
     (lambda out: (out * USED).square().sum(1), False), (lambda out: out.square().sum(1), True),
     (lambda out: out.masked_fill(~USED, -1e9).log_softmax(1)[:, 0], False),
     (lambda out: out.log_softmax(1)[:, 0], True),
-    (lambda out: (out * USED).sum(1) + 1e-6 * out.sum(1), False), (lambda out: out[:, 0] * math.nan, False)])
+    (lambda out: (out * USED).sum(1) + 1e-6 * out.sum(1), False),
+    (lambda out: 1e4 * ((out * USED).sum(1) + 1e-6 * out.sum(1)), False),
+    (lambda out: out[:, 0] * math.inf + 1e-8 * out[:, 1:].sum(1), True),
+    (lambda out: out[:, 0] * -math.inf + 1e-8 * out[:, 1:].sum(1), True), (lambda out: out[:, 0] * math.nan, False)])
 def test_losses_that_depend_on_padding_are_told(loss, seen):
     out = model_output(N, 5)
     for _ in range(2):  # the graph is kept
         assert reaches_padding(edge(loss(out)), USED, Outputs.of([out])) is seen
     wide = model_output(N, 5, 2)
     assert reaches_padding(edge(loss(wide.sum(2))), USED, Outputs.of([wide])) is seen
+    assert reaches_padding(edge(loss(wide[..., 0])), USED, Outputs.of([out, wide])) is seen  # one is not used
     assert not reaches_padding(edge(loss(wide[..., 0])), USED[:, :4], Outputs.of([wide]))
     pooled = model_output(N)
     assert not reaches_padding(edge(pooled * 2), USED, Outputs.of([pooled]))

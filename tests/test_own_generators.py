@@ -315,6 +315,39 @@ def test_a_search_runs_no_code_and_ends():
     assert own_generators([list(range(10**6))] * 50) == {}
 
 
+def test_a_search_goes_six_steps_deep():
+    inner: Any = random.Random(0)
+    for _ in range(6):
+        inner = [inner]
+    assert list(own_generators(inner)) == ["list.0.0.0.0.0.0"]
+    assert own_generators([inner]) == {}
+
+
+@pytest.mark.parametrize("kind", [list, lambda items: {str(place): item for place, item in enumerate(items)}])
+def test_a_search_leaves_out_what_has_more_than_a_hundred_items(kind):
+    items = [*range(99), random.Random(0)]
+    assert len(own_generators(kind(items))) == 1 and own_generators(kind([0, *items])) == {}
+
+
+@pytest.mark.parametrize(("place", "found"), [(5000, 1), (5001, 0)])
+def test_a_search_looks_at_five_thousand_objects(place, found):
+    """The list and the hundred lists in it come first."""
+    objects: list[Any] = [object() for _ in range(10_000)]
+    objects[place - 102] = random.Random(0)
+    assert len(own_generators([objects[begin : begin + 100] for begin in range(0, 10_000, 100)])) == found
+
+
+def test_what_a_library_keeps_is_not_the_users():
+    """A function of torch whose default is torch's own generator, and one without a module."""
+    assert own_generators(torch.utils.data.random_split) == {}
+
+    def nameless() -> float:
+        return module_wide.random()
+
+    nameless.__module__ = None  # type: ignore[assignment]
+    assert list(own_generators(nameless)) == ["nameless.module_wide"]
+
+
 def test_the_operating_systems_generator_has_no_state():
     found = own_generators([secrets.SystemRandom(), random.Random(0)])
     assert list(states(found)) == ["list.1"] and len(found) == 2

@@ -11,8 +11,9 @@ from lora_dp.trial_values import differ
 @pytest.mark.parametrize(("left", "right", "expected"), [
     ([1.0, -1e9], [1.0 + 1e-5, -1e9], False), ([1.0, -1e9], [1.001, -1e9], True),
     ([1.0, -1e4], [1.0, -1e4 - 2], True), ([1.0, -1e4], [1.0, -1e4 - 0.1], False),
-    ([5e5, 2e3], [5e5, 2e3 + 1], True), ([-math.inf, 1.0], [-math.inf, 1.0], False),
-    ([5.0, -1e4], [5.1, -1e4], True), ([5.0, -1e9], [5.001, -1e9], True)])
+    ([5e5, 2e3], [5e5, 2e3 + 1], True), ([100.0, 1e-3], [100.0, 1.01e-3], False),
+    ([-math.inf, 1.0], [-math.inf, 1.0], False), ([5.0, -1e4], [5.1, -1e4], True),
+    ([5.0, -1e9], [5.001, -1e9], True)])
 def test_large_scores_are_compared_with_themselves(left, right, expected):
     assert differ(torch.tensor(left), torch.tensor(right), masked=True) is expected
 
@@ -21,3 +22,9 @@ def test_scores_of_a_model_whose_weights_have_grown_round_each_other():
     scores = [-0.3364410400390625, -7408.07861328125, -4704.8388671875, 1601.9840087890625]
     assert not differ(torch.tensor(scores), torch.tensor([-0.3361968994140625, *scores[1:]]), masked=True)
     assert differ(torch.tensor(scores), torch.tensor([-0.33, *scores[1:]]), masked=True)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1e-6, False), (1e-2, True)])
+def test_gradients_are_compared_with_the_largest_of_them(share, expected):
+    left = torch.tensor([1e6, 1.0])
+    assert differ(left, left + torch.tensor([0.0, share * 1e6])) is expected

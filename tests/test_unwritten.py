@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import IsolationError, LoRAConfig, inject_lora
+from lora_dp.unwritten import Unwritten
 from tests.models import assert_refuses, examples, mlp, set_up
 from tests.support import make_private
 
@@ -40,6 +41,37 @@ def test_a_parameter_that_a_later_forward_writes_to_is_refused():
     make_private(model, batch_size=4)
     model(examples(4)[0])
     assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(3)[0]))
+
+
+def test_what_a_forward_that_was_tried_writes_later_is_refused():
+    """One batch in a thousand is tried again; the others are looked at once they have been written."""
+    model = Centre("not yet").train()
+    make_private(model, batch_size=4)
+    x = examples(4)[0]
+    for _ in range(2):
+        model(x)
+    model.way = "in place"
+    assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(x))
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: p.mul_(2), lambda p: torch.abs(torch.ones(3), out=p), lambda p: torch.add(p, 1, out=p),
+    lambda p: torch._foreach_add_([torch.zeros(3), p], 1), lambda p: p[1:].zero_()])
+def test_every_way_to_write_is_seen_before_it_is_done(write):
+    model = nn.Linear(3, 2).requires_grad_(False)
+    bias = nn.Parameter(torch.ones(3), requires_grad=False)
+    model.register_parameter("centre", bias)
+    with torch.no_grad(), Unwritten(model), pytest.raises(IsolationError, match="its parameter 'centre'"):
+        write(bias)
+    assert torch.equal(bias, torch.ones(3))
+
+
+def test_what_writes_elsewhere_is_done_as_it_was_asked():
+    model = nn.Linear(3, 2)
+    with torch.no_grad(), Unwritten(model):
+        found = torch.zeros(3, dtype=torch.float64).add_(model.weight[0], alpha=2.0)
+        torch.mul(found, 2, out=found)
+    assert found.dtype == torch.float64 and torch.allclose(found, 4 * model.weight[0].double())
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])

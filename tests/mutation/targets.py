@@ -71,17 +71,19 @@ TARGETS: dict[str, Target] = {
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
     "lora_dp/seeded.py": Target((
-        "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_isolation_trials.py")),
+        "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py",
+        "tests/test_isolation_trials.py")),
     "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
-    "lora_dp/trials.py": Target(_TRIALS),
+    "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
     "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((*_LOSSES, "tests/test_reentrant.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_passes.py", "tests/test_recording.py", "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_passes.py", "tests/test_company.py", "tests/test_unwritten.py", "tests/test_recording.py",
+        "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
@@ -163,10 +165,7 @@ SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
     "lora_dp/fed/noisy_sum.py", "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py",
     "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
-    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py",
-    "lora_dp/fed/origin.py",
-    "lora_dp/fed/contained.py",
-    "lora_dp/fed/client.py",
-    "lora_dp/fed/own_rows.py",
-    "lora_dp/fed/own_data.py",
-    "lora_dp/fed/privacy.py")
+    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/unwritten.py",
+    "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
+    "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
+    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py")
