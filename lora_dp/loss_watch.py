@@ -289,10 +289,17 @@ class LossWatch:
 
 
 def is_trained(tensor: Tensor, n: int) -> bool:
-    """Whether a gradient that comes to it may train something: not where it is a value of each of ``n`` examples, of
-    which nobody made it."""
-    of_examples = tensor.dim() > 0 and tensor.shape[0] == n and tensor.is_leaf and not isinstance(tensor, nn.Parameter)
+    """Whether this leaf may be trained by a gradient: not if it holds values of examples, which nobody made."""
+    of_examples = tensor.dim() > 0 and tensor.shape[0] % max(n, 1) == 0 and not isinstance(tensor, nn.Parameter)
     return tensor.requires_grad and not of_examples
+
+
+def trained_before(tensor: Tensor, n: int) -> bool:
+    """Whether a gradient that comes to an argument of the model may go on and train something."""
+    if tensor.grad_fn is None:
+        return is_trained(tensor, n)
+    leaves = follow([(tensor.grad_fn, tensor.output_nr)], Outputs.of([])).leaves
+    return any(is_trained(leaf, n) for leaf in leaves.values())
 
 
 def _equal(now: Sequence[float], then: Sequence[float]) -> bool:

@@ -27,7 +27,7 @@ from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import PrivateModule
 from lora_dp.loss_graph import IsolationError
-from lora_dp.loss_watch import is_trained
+from lora_dp.loss_watch import trained_before
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 
@@ -60,7 +60,7 @@ class Passes:
         check_frozen_norms(recorder)
         check_frozen(recorder)
         n, call = batch_size(args, kwargs), self._named(module, args, kwargs)
-        if any(isinstance(leaf, Tensor) and is_trained(leaf, n) for leaf in pytree.tree_leaves(call)):
+        if any(isinstance(leaf, Tensor) and trained_before(leaf, n) for leaf in pytree.tree_leaves(call)):
             raise IsolationError(
                 "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
                 "the module before it. Make that module part of the private model, freeze it, or detach() the tensor.")

@@ -417,6 +417,22 @@ def test_a_buffer_that_takes_up_the_only_example_is_refused(counts):
         assert_refuses(IsolationError, "The buffer 'kept' takes up statistics", lambda: model(x))
 
 
+def test_a_model_that_takes_no_other_numbers_than_the_only_examples_is_left_alone():
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = DPLinear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.max() > 1:
+                raise ValueError("no share")
+            return self.head(x)
+
+    model = Shares().train()
+    make_private(model, batch_size=1)
+    model(torch.linspace(0, 1, 6).unsqueeze(0))
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_padding_is_tried_in_micro_batches_of_one(masked):
     """Padded by the loader to the longest text of the whole batch."""
@@ -471,7 +487,7 @@ def mixing() -> tuple[nn.Module, Any]:
             self.head = DPLinear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(x - x.mean(0))
+            return self.head(x + x.sum(0))
 
     model = Mixing().train()
     return model, make_private(model, batch_size=2)

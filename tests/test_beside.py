@@ -67,8 +67,10 @@ def test_inputs_of_examples_may_require_a_gradient():
     """As gradient checkpointing and saliency want it: nobody made them, so that nothing is trained by it."""
     (model, optimizer), (x, y) = private_model(), examples(N)
     optimizer.expect_batch(N)
-    optimizer.backward(F.cross_entropy(model(x.requires_grad_()), y, reduction="none"))
+    x.requires_grad_()
+    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
+    model(2 * x[:3])
 
 
 def test_another_models_loss_is_its_own_business():
