@@ -51,11 +51,15 @@ def _truth(record: list[Entry], reproducible: bool) -> dict[Any, list[Entry]]:
     return left
 
 
-def _rounds_of_one_draw(entries: list[Entry]) -> list[Entry]:
-    """Under the server's noise the turns of a round share a draw: n of them are one release with 1/σ² = Σ 1/σₜ²."""
+def rounds_of_one_draw(entries: list[Entry], reproducible: bool) -> list[Entry]:
+    """Under the server's noise the turns of a round share a draw: n of them are one release with 1/σ² = Σ 1/σₜ².
+
+    A process that goes on after a kill draws anew, but in a reproducible run the same: there one may have done the
+    first turn, and the next one the second.
+    """
     draws: dict[tuple[int, int], list[Entry]] = {}
     for entry in entries:
-        draws.setdefault((entry["process"], entry["round"]), []).append(entry)
+        draws.setdefault((0 if reproducible else entry["process"], entry["round"]), []).append(entry)
     return [{**turns[0], "sigma": sum(turn["sigma"] ** -2 for turn in turns) ** -0.5} for turns in draws.values()]
 
 
@@ -83,7 +87,7 @@ def ledger_violations(folder: Path, record: list[Entry], job: Entry) -> Iterator
     account = json.loads((folder / "ledger.json").read_text())
     ledgers = {client["client"]: client for client in account["clients"]}
     for client, entries in _truth(record, options["reproducible"]).items():
-        entries = _rounds_of_one_draw(entries) if client == "all" else entries
+        entries = rounds_of_one_draw(entries, options["reproducible"]) if client == "all" else entries
         kept, true = ledgers[client]["ledger"]["entries"], sum(entry["steps"] for entry in entries)
         counted = min(ledgers[client]["steps"], sum(entry["count"] for entry in kept))
         if counted < true:

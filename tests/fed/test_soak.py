@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak_checks import rounds_of_one_draw
 from tests.fed.soaking import PLANTS
 
 ROOT = Path(__file__).parents[2]
@@ -39,3 +40,10 @@ def test_it_finds_what_is_broken() -> None:
     found = json.loads(done.stdout)
     for plant, (_, _, _, said) in PLANTS.items():
         assert any(re.search(said, violation) for violation in found[plant]), (plant, found[plant])
+
+
+def test_turns_of_a_round_that_two_processes_did_share_a_draw_where_it_is_reproducible() -> None:
+    turns = [{"process": process, "round": 3, "turn": process, "sigma": 2.0, "steps": 1} for process in (0, 1)]
+    assert len(rounds_of_one_draw(turns, reproducible=False)) == 2
+    (joined,) = rounds_of_one_draw(turns, reproducible=True)
+    assert joined["sigma"] == pytest.approx(2**0.5)
