@@ -216,7 +216,7 @@ class LossWatch:
                 "hook's features, say), where it cannot be followed: return it from forward.")
         # A loss that does not come from this model is none of its business.
         for leaf in followed.leaves.values() if followed.factors else ():
-            if is_trained(leaf, self._n):
+            if may_be_trained(leaf, self._n):
                 raise IsolationError(
                     f"The loss depends on a tensor {tuple(leaf.shape)} that requires a gradient beside the model's "
                     "outputs: nothing clips or noises what trains it. Make it part of the model, as a private layer, "
@@ -288,7 +288,7 @@ class LossWatch:
                 "padded tokens out by the attention mask (lora_dp.losses does), or pad every batch to one fixed size.")
 
 
-def is_trained(tensor: Tensor, n: int) -> bool:
+def may_be_trained(tensor: Tensor, n: int) -> bool:
     """Whether this leaf may be trained by a gradient: not if it holds values of examples, which nobody made."""
     of_examples = tensor.dim() > 0 and tensor.shape[0] % max(n, 1) == 0 and not isinstance(tensor, nn.Parameter)
     return tensor.requires_grad and not of_examples
@@ -297,9 +297,9 @@ def is_trained(tensor: Tensor, n: int) -> bool:
 def trained_before(tensor: Tensor, n: int) -> bool:
     """Whether a gradient that comes to an argument of the model may go on and train something."""
     if tensor.grad_fn is None:
-        return is_trained(tensor, n)
+        return may_be_trained(tensor, n)
     leaves = follow([(tensor.grad_fn, tensor.output_nr)], Outputs.of([])).leaves
-    return any(is_trained(leaf, n) for leaf in leaves.values())
+    return any(may_be_trained(leaf, n) for leaf in leaves.values())
 
 
 def _equal(now: Sequence[float], then: Sequence[float]) -> bool:

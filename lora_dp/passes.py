@@ -78,15 +78,16 @@ class Passes:
         """
         recorder = self.recorder
         kind, others = self._kind(module, call, n)
-        single = n == 1
-        if single:
-            # Micro-batches of one meet nobody, but are padded to the whole batch's width and may leave traces.
-            args, kwargs = take((args, kwargs), [0, 0], 1)
-            call, n = take(call, [0, 0], 1), 2
-        wanted = kind not in recorder.tested or recorder.padding_untried(call, n)
+        wanted = kind not in recorder.tested
+        if not wanted and recorder.padding_varies and not recorder.padding_tried:
+            wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
         if n == 0 or not (wanted or others or drawn_for_test()):
             recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
+        single = n == 1
+        if single:
+            # Micro-batches of one meet nobody, but are padded to the whole batch's width and may leave traces.
+            (args, kwargs), n = take((args, kwargs), [0, 0], 1), 2
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
