@@ -17,6 +17,7 @@ import lora_dp.passes
 import lora_dp.secret_state
 import lora_dp.unwritten
 from lora_dp.fed.engines.flower_policy import Policy
+from lora_dp.fed.one_shape import Ops
 from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.optimizer import Clipped, PrivateOptimizer
@@ -75,6 +76,35 @@ def unseen_losses_taken(planting: Planting) -> None:
         return trusting
 
     planting.replace(LossWatch, "begin", planted)
+
+
+def parameters_beside_the_model_trained(planting: Planting) -> None:
+    planting.replace(lora_dp.loss_watch, "may_be_trained", lambda _: lambda *arguments: False)
+    planting.replace(lora_dp.passes, "trained_before", lambda _: lambda *arguments: False)
+
+
+def frozen_parameters_thawed(planting: Planting) -> None:
+    planting.replace(lora_dp.passes, "check_frozen", _nothing)
+
+
+def single_examples_not_tried(planting: Planting) -> None:
+    def planted(test: Any) -> Any:
+        def at_least_two(self: Passes, module: Any, args: Any, kwargs: Any, call: Any, n: int) -> bool:
+            return n > 1 and bool(test(self, module, args, kwargs, call, n))
+        return at_least_two
+
+    planting.replace(Passes, "_test", planted)
+
+
+def ops_of_parts_not_compared(planting: Planting) -> None:
+    def planted(taken: Any) -> Any:
+        def forgetful(self: Ops) -> list[Any]:
+            taken(self)
+            self.grouped = False
+            return []
+        return forgetful
+
+    planting.replace(Ops, "taken", planted)
 
 
 def padding_never_tried(planting: Planting) -> None:
