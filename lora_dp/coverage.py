@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.layers import DPLoRALinear, PrivateModule
 from lora_dp.recording import Recorder
-from lora_dp.unwritten import Versions
+from lora_dp.unwritten import Parts, Versions
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names and the
     BatchNorms, which are frozen."""
     recorder.parameters.update((id(parameter), (name, parameter)) for name, parameter in model.named_parameters())
-    recorder.versions = Versions(model.named_parameters())
+    recorder.versions, recorder.parts = Versions(model), Parts(model)
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
     recorder.frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]

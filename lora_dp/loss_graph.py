@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Term(NamedTuple):
 
     Attributes:
         kind: "outside" for a reduction outside the model, "own" for a scalar that the model returned.
-        elements: how many numbers the reduction joins; 1 for a scalar of the model's.
+        elements: how many numbers the reduction joins, or counts; 1 for a scalar of the model's.
         reduction: the kind of joining, for a mean divided by ``elements`` already.
         factor: product of the constants by which the term is multiplied.
         joined: where the numbers that are joined come from, to look for examples that meet in them.
@@ -61,7 +61,7 @@ class Term(NamedTuple):
     """
 
     kind: Literal["outside", "own"]
-    elements: int
+    elements: float
     reduction: LossReduction
     factor: float
     joined: GradientEdge | None = None
@@ -74,6 +74,7 @@ class Outputs:
 
     tensors: tuple[Tensor, ...]
     places: Mapping[tuple[Node, int], int]
+    counts: ClassVar[bool] = False
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Outputs":
@@ -127,7 +128,7 @@ def _terms(
             yield Term("own", 1, "sum", factor, own=place)
             continue
         children = [(c, k) for c, k in node.next_functions if c is not None and outputs.below(c, k, known)]
-        if (joined := _joined(node, factor, n, children)) is not None:
+        if (joined := _joined(node, factor, n, children, outputs.counts)) is not None:
             yield joined
         else:
             pending += [(c, k, factor * share) for (c, k), share in zip(children, _shares(node, children), strict=True)]
@@ -137,8 +138,9 @@ def _kind(node: Node) -> str:
     return node.name().rpartition("::")[2].rstrip("0123456789")
 
 
-def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]]) -> Term | None:
-    """The term of a node that joins numbers, None for a node of another kind."""
+def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]], counts: bool) -> Term | None:
+    """The term of a node that joins numbers, None for a node of another kind. ``counts``: what it divides by is taken
+    as it is."""
     kind, saved = _kind(node), _Saved(node)
     if kind in ("MeanBackward", "SumBackward"):
         elements = math.prod(saved.get("self_sym_sizes"))
@@ -155,6 +157,8 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]])
     if not isinstance(rows, Tensor):
         return _unknown(node)
     if reduction == _MEAN and kind.startswith("NllLoss"):
+        if counts:
+            return Term("outside", float(saved.get("total_weight")), "mean", factor)
         if saved.get("weight") is not None:
             raise MixingLoss("a mean weighted by classes, whose divisor is the weight of the batch's labels")
         if float(saved.get("total_weight")) != rows.numel():
@@ -234,7 +238,7 @@ def weight(term: Term, n: int, claimed: LossReduction) -> float:
     if term.kind == "own":
         return term.factor
     if term.elements % n:
-        raise UnknownLoss(f"it joins {term.elements} numbers in a batch of {n} examples")
+        raise UnknownLoss(f"it joins {term.elements:g} numbers in a batch of {n} examples")
     found = term.factor / term.elements if term.reduction == "mean" else term.factor
     return found * n if claimed == "mean" else found
 
@@ -267,18 +271,30 @@ def is_plain(term: Term, value: float, n: int, claimed: LossReduction) -> bool:
     return claimed == "mean" and is_constant(value) and not is_constant(term.factor)
 
 
-def own_count(term: Term, n: int, outputs: Outputs) -> float | None:
-    """How many labels of an example the model's own loss counts, on average; None where its graph does not tell."""
-    node: Node | None = outputs.tensors[term.own].grad_fn
-    while node is not None:
-        saved = _Saved(node)
-        if _kind(node).startswith("NllLoss") and saved.get("reduction") == _MEAN:
-            return float(saved.get("total_weight")) / n
-        following = [child for child, _ in node.next_functions if child is not None]
-        if len(following) != 1 or _kind(node) not in (*_PASSED, "MulBackward", "DivBackward"):
-            return None
-        node = following[0]
-    return None
+def own_weights(loss: Tensor, n: int, claimed: LossReduction) -> tuple[float, ...]:
+    """By what a loss that the model computed itself multiplies its numbers, beyond what is claimed; one for each term.
+
+    A mean over labels that are not ignored, or weighted by classes, divides by what was counted. That is taken as long
+    as it is the same in every batch, for each of its examples.
+
+    Raises:
+        UnknownLoss: it is no sum of constants times means and sums over numbers.
+    """
+    if loss.grad_fn is None:
+        return ()
+    found = _terms(loss.grad_fn, loss.output_nr, 1.0, n, _Everything((), {}), {})
+    scale = n if claimed == "mean" else 1
+    return tuple(sorted(
+        term.factor * scale / (term.elements if term.reduction == "mean" else 1) for term in found))
+
+
+class _Everything(Outputs):
+    """Of a graph that is looked at down to its leaves, the labels that it counts included."""
+
+    counts = True
+
+    def below(self, node: Node | None, number: int, known: dict[Node, bool]) -> bool:
+        return node is not None
 
 
 class Followed(NamedTuple):

@@ -26,7 +26,7 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
-    own_count,
+    own_weights,
     terms,
     weight,
 )
@@ -63,7 +63,6 @@ class LossWatch:
     def __init__(self) -> None:
         self.reduction: LossReduction = "mean"
         self.tested = self.examined = False
-        self.proven: frozenset[int] = frozenset()
         self.vouched: set[int] = set()
         self.used: Tensor | None = None
         self._n = 0
@@ -72,15 +71,20 @@ class LossWatch:
         self._outputs: Outputs | None = None
         self._own: list[int] = []
         self._leaves: Callable[[], set[int]] = set
+        self.forget_batches()
+        _show_backward_to(self)
+        # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
+        functorch_config.donated_buffer = False
+
+    def forget_batches(self) -> None:
+        """Forget the losses of earlier batches."""
+        self.proven: frozenset[int] = frozenset()
         self._seen: dict[int, _Seen] = {}
-        self._counts: dict[int, float] = {}
+        self._counts: dict[int, tuple[float, ...]] = {}
         # By kinds of operations, what weighed an example first; and, by their number too, the products along the ways
         # to the outputs.
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
         self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
-        _show_backward_to(self)
-        # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
-        functorch_config.donated_buffer = False
 
     def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool = True) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
@@ -195,7 +199,7 @@ class LossWatch:
             if place not in self.proven:
                 raise MixingLoss(
                     "a number that the model returned, which was not found to be a mean or sum over examples")
-            self._check_counts(place, own_count(term, n, self._outputs))  # type: ignore[arg-type]
+            self._check_own(place, self._outputs.tensors[term.own])  # type: ignore[union-attr]
         value = weight(term, n, self.reduction)
         if before is None and not is_plain(term, value, n, self.reduction):
             raise MixingLoss(
@@ -203,11 +207,14 @@ class LossWatch:
                 f"examples, but was declared a {self.reduction} over the examples (make_private's loss_reduction)")
         return value
 
-    def _check_counts(self, place: int, count: float | None) -> None:
-        if count is not None and not math.isclose(self._counts.setdefault(place, count), count, rel_tol=_RELATIVE):
+    def _check_own(self, place: int, loss: Tensor) -> None:
+        """A loss that the model computed itself: nothing by which it divides may follow what the batch holds."""
+        now = own_weights(loss, self._n, self.reduction)
+        then = self._counts.setdefault(place, now)
+        if not _equal(now, then):
             raise MixingLoss(
-                f"a mean over {count:.6g} labels of an example in this batch, {self._counts[place]:.6g} in an earlier "
-                "one: some are ignored, and all share the divisor")
+                f"the model weighs each number of its own loss by {_listed(now)} in this batch, by {_listed(then)} in "
+                "an earlier one: some labels are ignored or weighted, and all share the divisor")
 
     def _check_way(self, followed: Followed) -> None:
         if not self._leaves().isdisjoint(followed.leaves):

@@ -64,6 +64,7 @@ class Passes:
             raise IsolationError(
                 "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
                 "the module before it. Make that module part of the private model, freeze it, or detach() the tensor.")
+        recorder.parts.begin()
         tested = not recorder.capturing and self._test(module, args, kwargs, call, n)
         recorder.open(n)
         recorder.losses.begin(n, tested, recorder.leaves, looks=not recorder.capturing)
@@ -121,6 +122,7 @@ class Passes:
         forward_ends(recorder.owner)
         if not recorder.suspended and output is not None:
             recorder.versions.check()
+            recorder.parts.check()
             self._test_rows(module, args, kwargs)
             recorder.losses.returned(output)
             if recorder.current is not None and recorder.current.reentrant:

@@ -24,7 +24,7 @@ from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
-from lora_dp.unwritten import Versions
+from lora_dp.unwritten import Parts, Versions
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -332,7 +332,7 @@ class Recorder:
         owner: the private optimizer for which the model records.
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
-            to.
+            to; ``parts``, which modules it is made of.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
         sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
             neither is tried.
@@ -354,12 +354,9 @@ class Recorder:
         self.suspended = self.tried = False
         self.owner: object | None = None
         self.losses = LossWatch()
-        self.versions = Versions(())
-        self.tested: dict[Hashable, frozenset[int]] = {}
-        self.sizes_fixed = False
-        self.padding_varies = self.padding_tried = self.capturing = self.uses_checked = False
-        self.widths: Hashable = None
-        self.numbers: dict[str, float] = {}
+        self.versions, self.parts = Versions(), Parts()
+        self.sizes_fixed = self.capturing = self.uses_checked = False
+        self.forget_batches()
 
     def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
         # A copied or unpickled model starts unowned: what is recorded belongs to one optimizer and these very tensors.
@@ -437,6 +434,14 @@ class Recorder:
         """Forget whatever was recorded."""
         self.current, self.superseded = None, []
         self.losses.forget()
+
+    def forget_batches(self) -> None:
+        """Forget what is remembered of earlier batches and of their losses."""
+        self.tested: dict[Hashable, frozenset[int]] = {}
+        self.padding_varies = self.padding_tried = False
+        self.widths: Hashable = None
+        self.numbers: dict[str, float] = {}
+        self.losses.forget_batches()
 
     def leaves(self) -> set[int]:
         """The ids of the leaves that take the gradients of the current pass."""

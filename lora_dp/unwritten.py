@@ -1,9 +1,11 @@
-"""Parameters to which a forward may not write: what it put there of the examples would be kept, and never clipped.
+"""What of a model a forward may not change: parameters, and which modules and ways of computing it is made of.
 
-An embedding with ``max_norm`` does, by which rows were looked up; so does a running centre kept as a frozen parameter.
+What it wrote into a parameter of the examples would be kept, and never clipped: an embedding with ``max_norm`` does so,
+by which rows were looked up, and a running centre kept as a frozen parameter. A model that exchanges its modules for
+good, as BigBird does at its first batch of short texts, computes with all later examples as one example decided.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,22 +48,72 @@ def _storage(tensor: Tensor) -> int:
 
 
 class Versions:
-    """How often parameters were written to."""
+    """How often the parameters of a model were written to, and which they are."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]):
-        self._parameters = list(parameters)
-        self._before: list[int] = []
+    def __init__(self, model: nn.Module | None = None):
+        self._parameters = [] if model is None else [
+            (f"{path}.{name}" if path else name, module._parameters, name) for path, module in model.named_modules()
+            for name in module._parameters]
+        self._before: tuple[list[Any], list[int], list[int]] = [], [], []
+
+    def _now(self) -> tuple[list[Any], list[int], list[int]]:
+        found = [held.get(name) for _, held, name in self._parameters]
+        held = [parameter for parameter in found if parameter is not None]
+        return found, [parameter._version for parameter in held], [parameter.data_ptr() for parameter in held]
 
     def begin(self) -> None:
         """A forward begins."""
-        self._before = [parameter._version for _, parameter in self._parameters]
+        self._before = self._now()
 
     def check(self) -> None:
         """It has ended.
 
         Raises:
-            IsolationError: it has written to a parameter.
+            IsolationError: it has written to a parameter, or put another in its place.
         """
-        for (name, parameter), before in zip(self._parameters, self._before, strict=False):
-            if parameter._version != before:
-                raise written(name)
+        (before, *written_before), (found, *written_now) = self._before, self._now()
+        names = [name for (name, *_), one, other in zip(self._parameters, before, found, strict=False)
+                 if one is not other]
+        if not names and written_before[0] and written_before != written_now:
+            there = [name for (name, *_), parameter in zip(self._parameters, found, strict=True) if parameter is not None]
+            names = [name for name, *marks in zip(there, *written_before, *written_now, strict=True)
+                     if marks[:2] != marks[2:]]
+        if names:
+            raise written(names[0])
+
+
+class Parts:
+    """Which modules a model is made of, and words among their attributes, as by which kernel attention is computed."""
+
+    def __init__(self, model: nn.Module | None = None):
+        self._children: list[tuple[str, dict[str, nn.Module | None], str]] = []
+        self._words: list[tuple[str, dict[str, Any], str]] = []
+        for path, module in [] if model is None else model.named_modules():
+            prefix = f"{path}." if path else ""
+            self._children += [(prefix + name, module._modules, name) for name in module._modules]
+            self._words += [(prefix + name, vars(module), name) for name, value in vars(module).items()
+                            if isinstance(value, str)]
+        self._before: tuple[list[Any], list[Any]] = [], []
+
+    def _now(self) -> tuple[list[Any], list[Any]]:
+        return ([held.get(name) for _, held, name in self._children], [held.get(name) for _, held, name in self._words])
+
+    def begin(self) -> None:
+        """A forward begins."""
+        self._before = self._now()
+
+    def check(self) -> None:
+        """It has ended.
+
+        Raises:
+            IsolationError: it has exchanged a module, or a word among the attributes.
+        """
+        (modules, words), now = self._before, self._now()
+        exchanged = [name for (name, *_), one, other in zip(self._children, modules, now[0], strict=False)
+                     if one is not None and other is not one]
+        changed = [name for (name, *_), one, other in zip(self._words, words, now[1], strict=False) if other != one]
+        if exchanged or changed:
+            raise IsolationError(
+                f"The model's forward changed its '{(changed + exchanged)[0]}' for good: one batch would decide how "
+                "all later examples are computed with. Settle it before make_private (for BigBird by "
+                "set_attention_type('original_full')).")

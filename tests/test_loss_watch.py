@@ -183,9 +183,8 @@ class Both(nn.Module):
 
 
 def test_the_models_own_loss_is_taken_where_it_was_found_right():
-    """It joins the outputs in a way that is a mean, which its graph alone does not tell."""
     def cubes(out: Tensor) -> dict[str, Tensor]:
-        return {"loss": torch.einsum("nk,nk,nk->", out, out, out) / len(out)}
+        return {"loss": (out * out * out).sum() / len(out)}
 
     model, reference, (x, _) = Both(cubes).train(), mlp(), examples(N)
     optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
@@ -196,6 +195,52 @@ def test_the_models_own_loss_is_taken_where_it_was_found_right():
     gradients = brute_force(
         reference, lambda m, row: m(row.double()).pow(3).sum(), [x[i : i + 1] for i in range(N)], names)
     assert_close(flat(private_gradients(model)) * N, flat(clip_and_sum(gradients, "flat", 0.3, str)))
+
+
+class Missing(nn.Module):
+    """A loss of its own that is a mean in the first batch, and divides by what the batch holds."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.inner, self.way = mlp(), way
+        self.register_buffer("rates", torch.tensor([1.0, 20.0, 20.0]))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        out = self.inner(x)
+        if self.way == "a product that joins":
+            return {"loss": torch.einsum("nk,nk->", out, out) / len(out)}
+        if self.way == "weights":
+            return {"loss": F.cross_entropy(out, y, self.rates)}
+        if self.way == "weights and smoothing":
+            return {"loss": F.cross_entropy(out, y, self.rates, label_smoothing=0.1)}
+        if self.way == "areas":
+            maps, labels = out.view(len(x), 3, 1, 1).expand(-1, -1, 2, 2), (y - 1).view(-1, 1, 1).expand(-1, 2, 2)
+            return {"loss": F.cross_entropy(maps, labels, ignore_index=-1)
+                    + 0.4 * F.cross_entropy(0.5 * maps, labels, ignore_index=-1)}
+        known = (y > 0).float()
+        return {"loss": (out.square().sum(1) * known).sum() / known.sum()}
+
+
+@pytest.mark.parametrize("way", ["sums", "weights", "weights and smoothing", "areas", "a product that joins"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds(way, compiled):
+    """A first batch that is even, so that nothing shows in its trial, proves nothing of others."""
+    model, (x, _) = Missing(way).train(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    even = torch.ones(N, dtype=torch.long)
+
+    def step(y: Tensor) -> None:
+        called(x, y)["loss"].backward()
+        optimizer.zero_grad()
+
+    if compiled or way == "a product that joins":
+        assert_refuses(IsolationError, "It cannot be told that the loss keeps examples apart", lambda: step(even))
+        return
+    step(even)
+    step(even)
+    with pytest.raises(IsolationError, match="its own loss by .* in an earlier one|changes with the others"):
+        step(even * (torch.arange(N) != 1))
 
 
 def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
@@ -336,7 +381,7 @@ def test_a_mean_over_labels_of_the_models_own_has_as_many_for_each_example_in_ev
         output = forward(n, 4)
         (output["loss"] + output["again"]).backward()
         optimizer.step()
-    with pytest.raises(IsolationError, match="over 5 labels of an example in this batch, 4 in an earlier one"):
+    with pytest.raises(IsolationError, match="its own loss by 0.2 in this batch, by 0.25 in an earlier one"):
         forward(4, 5)["loss"].backward()
 
 

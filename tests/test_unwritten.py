@@ -20,12 +20,17 @@ class Centre(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.inner(x)
+        before = out - self.centre
         with torch.no_grad():
             if self.way == "in place" or (self.way == "later" and len(x) == 3):
                 self.centre.mul_(0.9).add_(0.1 * out.mean(0))
             elif self.way == "data":
                 self.centre.data.copy_(out.mean(0))
-        return out - self.centre
+            elif self.way == "other data":
+                self.centre.data = out.mean(0)
+            elif self.way == "another":
+                self.centre = nn.Parameter(out.mean(0), requires_grad=False)
+        return before if "other" in self.way else out - self.centre
 
 
 @pytest.mark.parametrize("way", ["in place", "data"])
@@ -43,14 +48,15 @@ def test_a_parameter_that_a_later_forward_writes_to_is_refused():
     assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(3)[0]))
 
 
-def test_what_a_forward_that_was_tried_writes_later_is_refused():
+@pytest.mark.parametrize("way", ["in place", "other data", "another"])
+def test_what_a_forward_that_was_tried_writes_later_is_refused(way):
     """One batch in a thousand is tried again; the others are looked at once they have been written."""
     model = Centre("not yet").train()
     make_private(model, batch_size=4)
     x = examples(4)[0]
     for _ in range(2):
         model(x)
-    model.way = "in place"
+    model.way = way
     assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(x))
 
 
@@ -88,3 +94,60 @@ def test_a_frozen_table_with_a_maximal_norm_is_refused_at_set_up(kind):
 
     model = inject_lora(Bag(), LoRAConfig(r=2, target_modules=["head"]))
     assert_refuses(ValueError, "'table' has max_norm", lambda: set_up(model))
+
+
+class Switches(nn.Module):
+    """Computes otherwise for good, once a batch is short."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.inner, self.way, self.kind, self.late = mlp(), way, "long", None
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.late is None:
+            self.late = nn.Identity()  # made when it is needed first
+        if len(x) == 3 and self.way == "module":
+            self.act = nn.Tanh()
+        elif len(x) == 3 and self.way == "word":
+            self.kind = "short"
+        out: Tensor = self.act(self.inner(x))
+        return out
+
+
+@pytest.mark.parametrize(("way", "name"), [("module", "act"), ("word", "kind")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_that_one_batch_changes_for_good_is_refused(way, name, first):
+    model = nn.Sequential(Switches(way)).train()
+    optimizer = make_private(model, batch_size=4)
+    if not first:
+        for _ in range(2):
+            model(examples(4)[0])
+            optimizer.recorder.discard()
+    assert_refuses(IsolationError, f"changed its '0.{name}' for good", lambda: model(examples(3)[0]))
+
+
+def test_what_the_user_changes_between_two_passes_is_taken():
+    model = Switches("word").train()
+    optimizer = make_private(model, batch_size=4)
+    model(examples(4)[0])
+    optimizer.recorder.discard()
+    model.kind, model.act = "short", nn.Tanh()
+    model(examples(3)[0])
+
+
+def test_bigbird_is_refused_where_it_gives_up_sparse_attention():
+    """Already in the trial, whose passes differ by it."""
+    transformers = pytest.importorskip("transformers")
+    model = inject_lora(transformers.BigBirdForSequenceClassification(transformers.BigBirdConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=4,
+        num_random_blocks=1, max_position_embeddings=128, attention_type="block_sparse", num_labels=3)), LoRAConfig(
+            r=2, target_modules=["query"], trainable_modules=["classifier"])).train()
+    optimizer = make_private(model, batch_size=2)
+    ids = torch.randint(40, (2, 64))
+    model(ids)
+    optimizer.recorder.discard()
+    assert_refuses(IsolationError, "", lambda: model(ids[:, :8]))
+    optimizer.recorder.discard()
+    model.bert.set_attention_type("original_full")
+    model(ids[:, :8])

@@ -172,6 +172,8 @@ class Trainer:
         optimizer.steps_taken = first
         optimizer.activate()
         optimizer.recorder.sizes_fixed = protected
+        # What another client's batches were must not decide whether this one trains.
+        optimizer.recorder.forget_batches()
         if self.on_turn is not None:
             self.on_turn(place[0], optimizer, batches)
         failures = Failures()

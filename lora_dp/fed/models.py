@@ -158,6 +158,9 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
             model = auto.from_pretrained(
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
             )
+            if getattr(model.config, "attention_type", None) == "block_sparse":
+                # BigBird does so by itself at the first batch of short texts, and keeps it for all that come later.
+                model.base_model.set_attention_type("original_full")
             spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -198,7 +201,9 @@ def _text_spec(name: str, config: Any) -> TextSpec:
         raise ValueError("its tokenizer has neither a padding nor an end token")
     # decoders find the last token of a text by this id
     config.pad_token_id = tokenizer.pad_token_id
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if positions <= 0:  # XLNet's are without limit
+        positions = tokenizer.model_max_length
     return TextSpec(tokenizer, min(tokenizer.model_max_length, positions))
 
 

@@ -334,3 +334,47 @@ def test_an_isolation_error_does_not_come_out_of_a_turn(monkeypatch):
     monkeypatch.setattr(lora_dp.fed.client, "logits", raising)
     federation = make_federation("dp-lora")
     assert federation.run_round().failed == []
+
+
+class Widths(Doubles):
+    """Rows that are padded with zeros to a width of their own batch."""
+
+    def __init__(self, count: int, widths: tuple[int, ...]) -> None:
+        made = make_examples(count, 3)
+        self.__dict__.update(made.__dict__)
+        self.widths, self.calls = widths, 0
+
+    def batch(self, indices: Any) -> dict[str, Tensor]:
+        found = super().batch(indices)
+        width = self.widths[self.calls % len(self.widths)]
+        self.calls += 1
+        padded = torch.zeros(len(found["labels"]), width, dtype=torch.float64)
+        padded[:, :12] = found.pop("pixel_values").flatten(1)[:, :12]
+        return {"pixel_values": padded, **found}
+
+
+class Averages(nn.Module):
+    """Looks at padding: by how much wider the batch is, all features are smaller."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x[:, :12] * 12 / x.shape[1])
+
+
+def test_what_a_clients_batches_were_does_not_decide_whether_another_one_trains(caplog):
+    """A model that looks at padding is given up where widths vary, which only the client's own may tell."""
+    changes = []
+    for clients in ([1], [0, 1]):
+        federation = make_federation("dp-lora", replace(TRAINING, batch_size=1000), unit="client", noise_by="server",
+                                     delta=0.01, weighting="equal")
+        model = federation.model
+        model[1] = nn.Sequential(Averages(model[1]))
+        task = Task(0, 0, 2, {name: t for name, t in federation.workspace.state().items()})
+        parts = [Widths(9, (20, 24)), Widths(9, (20,))]
+        found = [federation.trainer.train(client, parts[client], task).tensors for client in clients][-1]
+        changes.append({name: tensor - task.state[name] for name, tensor in found.items()})
+    assert any(bool(change.any()) for change in changes[0].values())
+    assert all(change.equal(changes[1][name]) for name, change in changes[0].items())

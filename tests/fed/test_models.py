@@ -136,13 +136,18 @@ def test_sentence_encoder_from_a_local_folder():
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def small_decoder(folder: Path) -> str:
-    """A GPT-2 whose tokenizer has an end token but none for padding."""
+def small_tokenizer(folder: Path) -> None:
+    """With an end token but none for padding."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<end>", unk_token="<unk>", model_max_length=24
     ).save_pretrained(folder)
+
+
+def small_decoder(folder: Path) -> str:
+    """A GPT-2."""
+    small_tokenizer(folder)
     config = transformers.GPT2Config(vocab_size=4, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     transformers.GPT2Model(config).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
@@ -159,6 +164,31 @@ def test_decoder_without_a_padding_token(tmp_path):
     model = loaded.model.eval()
     short = {name: tensor[:1, :2] for name, tensor in batch.items()}
     torch.testing.assert_close(logits(model, batch)[:1], logits(model, short))
+
+
+def test_xlnet_has_positions_without_limit(tmp_path):
+    small_tokenizer(tmp_path)
+    transformers.XLNetModel(transformers.XLNetConfig(
+        vocab_size=4, d_model=16, n_layer=1, n_head=2, d_inner=32)).save_pretrained(tmp_path)
+    spec = load_model(ModelConfig(name=str(tmp_path)), 2, "text").spec
+    assert isinstance(spec, TextSpec) and spec.max_length == 24
+
+
+def test_a_short_text_does_not_change_how_later_ones_are_attended_to(tmp_path):
+    """BigBird gives up sparse attention for good at the first batch that is too short for it."""
+    small_tokenizer(tmp_path)
+    transformers.BigBirdModel(transformers.BigBirdConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=4,
+        num_random_blocks=1, max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attention_type="block_sparse")).save_pretrained(tmp_path)
+    model = load_model(ModelConfig(name=str(tmp_path)), 2, "text").model
+    seen: list[str] = []
+    model.bert.encoder.layer[0].attention.register_forward_hook(lambda module, *_: seen.append(module.attention_type))
+    ids = torch.randint(4, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for width in (64, 8, 64):
+            logits(model, {"input_ids": ids[:, :width], "attention_mask": torch.ones_like(ids[:, :width])})
+    assert seen == 3 * ["original_full"]
 
 
 def test_image_model_from_a_local_folder(tmp_path):
