@@ -75,7 +75,7 @@ class Versions:
         names = [name for (name, *_), one, other in zip(self._parameters, before, found, strict=False)
                  if one is not other]
         if not names and written_before[0] and written_before != written_now:
-            there = [name for (name, *_), parameter in zip(self._parameters, found, strict=True) if parameter is not None]
+            there = [name for (name, *_), held in zip(self._parameters, found, strict=True) if held is not None]
             names = [name for name, *marks in zip(there, *written_before, *written_now, strict=True)
                      if marks[:2] != marks[2:]]
         if names:
