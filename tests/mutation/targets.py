@@ -145,7 +145,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/fed/engines/flower_ledger.py": Target((
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
     "lora_dp/fed/engines/flower_policy.py": Target((
-        "tests/fed/engines/test_hostile_server.py", "tests/fed/engines/test_flower_ledger.py",
+        "tests/fed/engines/test_policy.py", "tests/fed/engines/test_hostile_server.py", "tests/fed/engines/test_flower_ledger.py",
         "tests/fed/engines/test_flower.py")),
     "lora_dp/fed/engines/flower_tensors.py": Target((
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_message_bytes.py")),
