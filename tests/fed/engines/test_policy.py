@@ -1,4 +1,4 @@
-"""The rules of a node's policy, one by one: what each admits, to the edge of its bounds, and how an owner writes them."""
+"""The rules of a node's policy: what each admits, to the edge of its bounds, and how an owner writes them."""
 
 import logging
 import math
@@ -58,6 +58,12 @@ def test_code_files_and_mechanism_are_those_of_the_default_run():
     for name, value in only.items():
         assert RULES[name].admits(value)
         assert not any(RULES[name].admits(other) for other in (not value, "else", 1, ["head"]))
+
+
+def test_a_run_that_no_rule_refuses_is_taken_part_in_and_no_other():
+    Policy(RULES).check(RunConfig())
+    with pytest.raises(Refused, match="no such run: r is 257, and by its policy must be a whole number from 1 to 256"):
+        Policy(RULES).check(RunConfig.from_flat({"r": 257}))
 
 
 def test_every_rule_with_bounds_is_looked_at_here():
