@@ -247,6 +247,8 @@ def test_what_is_no_padding():
     one = padded(9, 9, 9, 9)
     one[2, -3:] = 50
     assert first_cuts({"ids": one}, N) == [] == first_cuts({"ids": one[1:]}, 3)
+    one[1, -1] = 50  # another ends in that word, once
+    assert first_cuts({"ids": one}, N) == []
     one[1, -2:] = 50
     assert first_cuts({"ids": one}, N) == [(1, [1, 2], 9, slice(0, 7))]
     assert first_cuts({"ids": padded(5, 5, 5, 5)}, N) == []
