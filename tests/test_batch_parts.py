@@ -8,16 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.batch_parts import (
+    argument_names,
+    changed,
     chosen,
     cut,
     doubled,
     extremes,
+    named,
     narrowed,
     numbers_in,
     of_whole_batch,
     structure,
     take,
     tensors_in,
+    used_tokens,
     widths,
     with_numbers,
 )
@@ -48,6 +52,21 @@ def test_what_holds_rows_of_all_examples_together():
     assert of_whole_batch({"labels": torch.ones(N)}, N) == []
 
 
+# A call
+
+
+def test_what_a_function_calls_its_arguments():
+    def of_both_kinds(a: int, b: int = 1, *, c: int = 2) -> None: ...
+
+    def without_names(a: int, /, b: int, *others: int) -> None: ...
+
+    assert [argument_names(of_both_kinds, count) for count in range(5)] == [(), ("a",), ("a", "b"), (), ()]
+    assert [argument_names(without_names, count) for count in range(4)] == [(), (), (), ()]
+    assert argument_names(torch.add, 1) == ()  # nobody knows: one of C's
+    assert named(("a", "b"), ((1, 2), {"c": 3})) == ((), {"a": 1, "b": 2, "c": 3})
+    assert named((), ((1, 2), {"c": 3})) == ((1, 2), {"c": 3})
+
+
 # Structures
 
 
@@ -58,6 +77,7 @@ def labelled(*rows: Any, name: str = "labels") -> dict[str, Tensor]:
 RAGGED = {"patches": torch.ones(11, 6)}
 ALIKE: dict[str, tuple[tuple[Any, int], tuple[Any, int]]] = {
     "numbers of examples": (({"x": zeros(4, 5)}, 4), ({"x": zeros(6, 5)}, 6)),
+    "many examples and few": (({"x": zeros(4, 5)}, 4), ({"x": zeros(40, 5)}, 40)),
     "sizes within a factor of two": (({"x": zeros(N, 4)}, N), ({"x": zeros(N, 7)}, N)),
     "a width that is the number of examples": (({"x": zeros(4, 4)}, 4), ({"x": zeros(5, 4)}, 5)),
     "rows of all within a factor of two": (({"x": zeros(8, 3)}, N), ({"x": zeros(15, 3)}, N)),
@@ -90,6 +110,11 @@ APART: dict[str, tuple[Any, Any]] = {
     "ignored under any name": ({"x": zeros(N, 2)}, {"x": torch.tensor([[0, 1], [0, -100], [0, 1], [1, 1]])}),
     "flags that mark as many of each": ({"used": torch.eye(N).bool()}, {"used": torch.ones(N, N).tril().bool()}),
     "weights of one sum": ({"weights": torch.ones(N, 3) * 0.3}, {"weights": torch.rand(N, 3)}),
+    "a mask of ones and one that is even": ({"mask": torch.ones(N, 3)}, {"mask": torch.ones(N, 3).tril(-1)[[2] * N]}),
+    # A sum in the mask's own type would be rounded to 256 tokens.
+    "a token more, in few bits": (
+        {"mask": torch.ones(N, 260).bfloat16() * (torch.arange(260) < 256)},
+        {"mask": torch.ones(N, 260).bfloat16() * (torch.arange(260) < torch.tensor([[256], [257]] * 2))}),
     "marks that are numbers": ({"x": torch.ones(N, 3)}, {"x": torch.ones(N, 3).tril()}),
     "equal lengths": ({"sizes": zeros(N) + 3}, {"sizes": torch.arange(N)}),
     "how far positions reach": (labelled(0, 1, 2, 0, name="end_positions"), labelled(0, 1, 9, 0, name="end_positions")),
@@ -222,6 +247,8 @@ def test_what_is_no_padding():
     one = padded(9, 9, 9, 9)
     one[2, -3:] = 50
     assert first_cuts({"ids": one}, N) == [] == first_cuts({"ids": one[1:]}, 3)
+    one[1, -1] = 50  # another ends in that word, once
+    assert first_cuts({"ids": one}, N) == []
     one[1, -2:] = 50
     assert first_cuts({"ids": one}, N) == [(1, [1, 2], 9, slice(0, 7))]
     assert first_cuts({"ids": padded(5, 5, 5, 5)}, N) == []
@@ -305,6 +332,29 @@ def test_the_sizes_of_what_an_example_holds():
     assert widths(tree, N) == widths({**tree, "table": torch.rand(8, 3)}, N) != widths({**tree, "ids": zeros(N, 8)}, N)
 
 
+def test_which_tokens_are_used_is_what_masks_and_labels_say():
+    ids = padded(9, 4, 3, 6)
+    assert used_tokens({"ids": ids}, N) is None  # a run of one word says nothing here
+    for tree in ({"ids": ids, "attention_mask": (ids != 0).long()}, {"labels": ids.where(ids != 0, -100)}):
+        found = used_tokens(tree, N)
+        assert found is not None and torch.equal(found, ids != 0)
+
+
+def test_copies_of_one_example_have_padding_where_it_ends_in_one_word():
+    """What all rows have is a border, unless all rows are the same example."""
+    assert first_cuts({"ids": torch.tensor([[1, 2, 0, 0, 0]] * 2)}, 2) == [(1, [0, 1], 5, slice(0, 2))]
+    assert first_cuts({"ids": torch.tensor([[1, 2, 0, 0, 0], [3, 2, 0, 0, 0]])}, 2) == []
+
+
+def test_other_examples_are_as_a_model_would_take_them():
+    tree = {"x": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "ids": torch.tensor([[5, 6], [7, 8]]),
+            "labels": torch.tensor([1, 2]), "weights": torch.tensor([2.0, 4.0]), "table": torch.rand(3, 2), "scale": 2}
+    found = changed(tree, 2)
+    assert found["x"].tolist() == [[1.75, 3.25], [4.75, -5.75]] and found["weights"].tolist() == [3.25, 6.25]
+    assert found["ids"].tolist() == [[5, 5], [7, 7]]
+    assert all(found[name] is tree[name] for name in ("labels", "table", "scale"))
+
+
 # Numbers
 
 
@@ -314,7 +364,7 @@ def test_numbers_among_the_arguments():
     found = numbers_in(tree)
     assert found == {"['count']": 3.0, "['scale']": 0.5, "['number']": 7.0}
     assert all(type(value) is float for value in found.values())
-    changed = with_numbers(tree, {"['count']": 5.0, "['number']": 8.0})
-    assert type(changed["count"]) is int and changed["count"] == 5
-    assert torch.equal(changed["number"], torch.tensor(8))
-    assert all(equal(changed[name], tree[name]) for name in ("scale", "flag", "switch", "x", "text"))
+    other = with_numbers(tree, {"['count']": 5.0, "['number']": 8.0})
+    assert type(other["count"]) is int and other["count"] == 5
+    assert torch.equal(other["number"], torch.tensor(8))
+    assert all(equal(other[name], tree[name]) for name in ("scale", "flag", "switch", "x", "text"))

@@ -254,7 +254,7 @@ class AheadLog:
         rounds: list[tuple[int, list[int]]] = []
         for index, entry in enumerate(self._entries()[1:], 1):
             try:
-                number, clients = int(entry["round"]), [int(client) for client in entry["clients"]]
+                number, clients = entry["round"], [int(client) for client in entry["clients"]]
                 if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
                     raise ValueError(f"round {number} out of turn")
             except (ValueError, KeyError, TypeError) as error:

@@ -15,10 +15,12 @@ from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
 from lora_dp.fed.account import LOG, Account, AheadLog, LogError
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.methods import get_method
+from lora_dp.fed.privacy import UNITS
 from tests.fed.chained import forge, forget, hold
 from tests.fed.small import TRAINING, make_federation, plan_for
 
 SIZES = (12, 20, 9)
+MANY = tuple(range(41, 50))  # more kinds of clients than are worked out one by one where it must be quick
 
 
 def account(method: str = "dp-lora", sizes: Sequence[int] = SIZES, **changes: Any) -> Account:
@@ -121,7 +123,7 @@ def test_with_noise_by_the_server_there_is_one_account_for_all():
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 def test_the_worst_of_many_clients(accountant):
     """Quickly it may be an upper bound, but never less than the truth nor more than the budget."""
-    sizes = [*range(41, 50), 49, 41]
+    sizes = [*MANY, 49, 41]
     found = account(sizes=sizes, participations=5, accountant=accountant)
     rng = np.random.default_rng(0)
     for _ in range(4):
@@ -131,6 +133,48 @@ def test_the_worst_of_many_clients(accountant):
     assert true <= found.worst_epsilon(exact=False) <= 8
     found.add_round(range(len(sizes)))
     assert true < found.worst_epsilon() <= found.worst_epsilon(exact=False) <= 8
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_where_each_has_spent_its_budget_the_quick_bound_is_the_budget(accountant):
+    found = account(sizes=MANY, participations=5, accountant=accountant)
+    for _ in range(5):
+        found.add_round(range(len(MANY)))
+    assert 8 * 0.998 < found.worst_epsilon(exact=False) <= 8
+
+
+def test_the_quick_bound_tells_that_one_client_has_spent_more_than_its_budget():
+    found = account(sizes=MANY, participations=5)
+    for _ in range(4):
+        found.add_round([3])
+    # By this accountant the bound is what it bounds.
+    assert found.worst_epsilon(exact=False) == found.worst_epsilon() == found.epsilon(3)
+    for _ in range(2):
+        found.add_round([3])
+    assert found.worst_epsilon(exact=False) == found.worst_epsilon() == found.epsilon(3) > 8
+
+
+def test_without_privacy_the_worst_of_many_is_infinite_however_quickly():
+    found = account(sizes=MANY, epsilon=None)
+    found.add_round([3])
+    assert found.worst_epsilon(exact=False) == math.inf
+
+
+def test_what_a_report_and_the_terms_say_is_what_was_planned():
+    found = account(participations=3, delta=2e-5)
+    noise = [found.event(client).noise_multiplier for client in range(3)]
+    rates = [found.event(client).sample_rate for client in range(3)]
+    assert sorted(found.noise_multipliers()) == sorted(noise) and len(set(noise)) == 3
+    assert found.report().items() >= {
+        "unit": UNITS["example"], "delta": 2e-5, "accountant": "rdp", "target_epsilon": 8.0, "mechanism": "sound",
+        "guarantee": None, "worst_epsilon": 0.0}.items()
+    assert account(epsilon=None).report()["unit"] is None
+    assert found.terms() == {
+        "unit": "example", "delta": 2e-5, "epsilon": 8.0, "mechanism": "sound", "noise_by": None, "rounds": 4,
+        "releases_per_round": 3, "planned_releases": 9, "sizes": [12, 20, 9], "clients": 3,
+        "events": [[noise[client], rates[client]] for client in (2, 0, 1)], "options": None}
+    whole = account(unit="client", noise_by="client").terms()
+    assert (whole["noise_by"], whole["sizes"]) == ("client", None)
 
 
 def test_of_a_few_kinds_of_clients_the_worst_is_exact_where_a_bound_would_do():
@@ -207,13 +251,23 @@ def test_what_was_released_on_other_terms_is_not_counted_on_these(tmp_path, chan
 
 def test_the_last_bit_of_a_calibration_is_no_other_term(tmp_path):
     found = log(tmp_path, (1, [0]))
-    entries = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    calibrated_again(tmp_path / LOG, 1 + 1e-13)
+    assert replayed(found) == [3, 0, 0]
+    # What no two machines differ by is another noise.
+    calibrated_again(tmp_path / LOG, 1 + 1e-8)
+    with pytest.raises(LogError, match=r"other terms \(events differ\)"):
+        replayed(found)
+
+
+def calibrated_again(path: Path, factor: float) -> None:
+    """Multiplies the noise of a log's terms."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
     for entry in entries:
         del entry["digest"]
     events = entries[0]["terms"]["events"]
-    entries[0]["terms"]["events"] = [[noise * (1 + 1e-13), rate] for noise, rate in events]
-    forge(tmp_path / LOG, entries)
-    assert replayed(found) == [3, 0, 0]
+    entries[0]["terms"]["events"] = [[noise * factor, rate] for noise, rate in events]
+    forget(path)
+    forge(path, entries)
 
 
 def test_no_log_is_no_release(tmp_path):
@@ -252,6 +306,37 @@ def test_a_damaged_line_inside_is_refused(tmp_path, damaged):
             replayed(AheadLog(tmp_path / LOG), reproducible=reproducible)
 
 
+@pytest.mark.parametrize("head", [{}, {"format": "lora-dp log", "version": 3}, {
+    "format": "lora-dp log", "version": 3, "terms": [1]}])
+def test_a_whole_chain_that_begins_with_no_terms_is_damaged(tmp_path, head):
+    forge(tmp_path / LOG, [head, {"round": 1, "clients": [0]}])
+    with pytest.raises(LogError, match="line 1 is damaged.*do not go on"):
+        replayed(AheadLog(tmp_path / LOG))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"round": 3, "clients": [0]}, {"round": 0, "clients": [0]}, {"round": "x", "clients": [0]}, {"clients": [0]},
+    {"round": 2, "clients": 7}, {"round": 2, "clients": ["a"]}, {"round": 2, "clients": [None]}])
+def test_a_whole_chain_with_a_line_that_is_no_round_in_its_turn_is_damaged(tmp_path, wrong):
+    log(tmp_path)
+    head = json.loads((tmp_path / LOG).read_text())
+    del head["digest"]
+    forge(tmp_path / LOG, [head, {"round": 1, "clients": [0]}, {"round": 2, "clients": [1]}])
+    assert replayed(AheadLog(tmp_path / LOG)) == [3, 3, 0]
+    forge(tmp_path / LOG, [head, {"round": 1, "clients": [0]}, wrong])
+    with pytest.raises(LogError, match="line 3 is damaged.*do not go on"):
+        replayed(AheadLog(tmp_path / LOG))
+    forge(tmp_path / LOG, [head, {"round": 2, "clients": [0]}])
+    with pytest.raises(LogError, match="line 2 is damaged.*do not go on"):
+        replayed(AheadLog(tmp_path / LOG))
+
+
+def test_a_log_without_digests_is_gone_on_with_by_the_version_that_wrote_it(tmp_path):
+    (tmp_path / LOG).write_text(json.dumps({"terms": account().terms()}) + "\n")
+    with pytest.raises(LogError, match="written by an earlier lora-dp, without digests"):
+        replayed(AheadLog(tmp_path / LOG))
+
+
 def test_missing_lines_are_refused(tmp_path):
     found = log(tmp_path, (1, [0]), (2, [0]), (3, [0]))
     content = (tmp_path / LOG).read_bytes().splitlines(keepends=True)
@@ -280,7 +365,7 @@ def test_missing_lines_are_refused(tmp_path):
 @pytest.mark.parametrize("client", [-1, 3])
 def test_the_log_of_another_run_is_refused(tmp_path, client):
     with pytest.raises(ValueError, match="names clients that this run does not have"):
-        replayed(log(tmp_path, (1, [0]), (2, [client])))
+        replayed(log(tmp_path, (1, [0]), (2, [1, client])))
 
 
 def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """What one example adds hangs on it alone to the last bit, whatever model a server sends."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lora_dp.fed.client
 from lora_dp.coverage import recorder_of
@@ -41,6 +42,10 @@ def on_outputs(model: nn.Module, seen: list[int]) -> None:
 def tried(model: nn.Module) -> bool:
     recorder = recorder_of(model)
     return recorder is not None and recorder.tried
+
+
+def hooks_of(model: nn.Module) -> int:
+    return len(model._forward_pre_hooks) + len(model._forward_hooks)
 
 
 def amplifying(federation: Federation, factor: float, quiet: float) -> State:
@@ -118,11 +123,26 @@ class Placed(nn.Module):
         return x * (1 + 1e-14 * torch.arange(len(x), dtype=x.dtype).view(-1, 1))
 
 
+class Aligned(nn.Module):
+    """Every second row is rounded in another way, as where the width is odd and two rows are read at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 1e-14 * (torch.arange(len(x), dtype=x.dtype) % 2).view(-1, 1))
+
+
 class Accompanied(nn.Module):
     """A row's last bits hang on the values of others."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1 + 1e-14 * (x.detach().abs().amax() > 10).double())
+
+
+class AccompaniedLater(nn.Module):
+    """The same of all rows but the first four."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        later = torch.arange(len(x)).view(-1, 1) >= 4
+        return x * (1 + 1e-14 * (later & (x.detach().abs().amax() > 10)).double())
 
 
 class Routed(nn.Module):
@@ -145,7 +165,14 @@ class Grouped(nn.Module):
         return x + bags
 
 
-@pytest.mark.parametrize("planted", [Placed, Accompanied, Routed, Grouped])
+class Segmented(nn.Module):
+    """The same by an op that takes where groups begin by name alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.segment_reduce(0 * x, "sum", offsets=torch.arange(len(x) + 1))
+
+
+@pytest.mark.parametrize("planted", [Placed, Aligned, Accompanied, AccompaniedLater, Routed, Grouped, Segmented])
 @pytest.mark.parametrize(("method", "state"), [("dp-lora", "as it is"), ("dp-lora", "zeros"), ("deer", "zeros")])
 def test_where_place_or_company_matter_each_example_is_by_itself(planted, method, state, caplog):
     """Whatever the server sent: what it sends cannot hide it from the trial."""
@@ -175,9 +202,112 @@ def test_the_trial_is_made_once_for_a_shape_and_leaves_everything_as_it_was():
     assert all(p.equal(held[name]) for name, p in federation.workspace.state().items())
     calls: list[int] = []
     on_outputs(federation.model, calls)
+    sum_of(federation, state, [], make_examples(20, 1))  # tries no shape
+    hooks = hooks_of(federation.model)
     for _ in range(2):
         sum_of(federation, state, range(9), make_examples(20, 1))
+        assert not _get_current_dispatch_mode_stack() and hooks_of(federation.model) == hooks
     assert calls == 6 * [24]  # four passes of the trial, two steps
+
+
+@pytest.mark.parametrize("method", ["dp-lora", "deer"])
+def test_a_step_is_the_same_whether_its_shape_was_tried_before_or_not(method):
+    """What regulates it too, which is worked out from the factors."""
+    federation, examples = make_federation(method, ONE_STEP), make_examples(20, 1)
+    state = {name: torch.randn_like(tensor) for name, tensor in federation.server.state.items()}
+    first, second = (sum_of(federation, state, range(9), examples) for _ in range(2))
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
+def test_nothing_of_the_trial_comes_from_a_server_or_from_the_seed_of_the_run():
+    found = []
+    for number in range(2):
+        federation, seen = make_federation("deer", ONE_STEP, seed=number), []
+
+        def look(module: nn.Module, given: Any, output: Tensor, seen: list[list[Tensor]] = seen) -> None:
+            if not tried(module):
+                seen.append([output.detach().clone()])
+                output.register_hook(seen[-1].append)
+
+        federation.model.register_forward_hook(look)
+        state = {name: number * torch.randn_like(tensor) for name, tensor in federation.server.state.items()}
+        sum_of(federation, state, range(9), make_examples(20, number))
+        found.append(seen)
+    *tries, step = zip(*found, strict=True)
+    # The scores and their gradient, which comes last: those before it look for examples that meet in the loss.
+    assert len(tries) == 4 and all(a[0].equal(b[0]) and a[-1].equal(b[-1]) for a, b in tries)
+    assert not step[0][0].equal(step[1][0])
+
+
+class Touchy(nn.Module):
+    """Does what it must not where ``wrong`` says so of its rows, in the forward pass or in the backward pass."""
+
+    def __init__(self, what: str, wrong: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.what, self.wrong = what, wrong
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.wrong(x):
+            return x
+        if self.what == "mixes":
+            return x + x.mean(0)
+
+        def fail(gradient: Tensor) -> None:
+            raise RuntimeError("no backward for so many rows")
+
+        found = x.clone()
+        found.register_hook(fail)
+        return found
+
+
+def test_what_the_trial_left_of_a_failed_backward_is_no_part_of_a_step(caplog):
+    federation, examples = make_federation("dp-lora", ONE_STEP), make_examples(13, 1)
+    expected = [sum_of(make_federation("dp-lora", ONE_STEP), federation.server.state, [i], examples) for i in range(13)]
+    federation.model[2] = nn.Sequential(federation.model[2], Touchy("fails", lambda x: len(x) == 16))
+    with caplog.at_level(logging.WARNING):
+        found = sum_of(federation, federation.server.state, range(13), examples)
+    assert "each example is by itself" in caplog.text and "contributed nothing" not in caplog.text
+    assert apart(found, {name: sum(part[name] for part in expected) for name in found}) < 1e-12
+
+
+def test_that_the_trial_saw_examples_mixed_is_told_to_the_owner(caplog):
+    federation = make_federation("dp-lora", ONE_STEP)
+    federation.model[2] = nn.Sequential(federation.model[2], Touchy("mixes", lambda x: len(x) > 2))
+    with caplog.at_level(logging.WARNING):
+        sum_of(federation, federation.server.state, range(13), make_examples(13, 1))
+    assert "THE MODEL MIXES EXAMPLES" in caplog.text
+
+
+def test_a_model_that_mixes_private_examples_alone_is_found_out(caplog):
+    """That made-up inputs keep to themselves says nothing of others."""
+    federation = make_federation("dp-lora", ONE_STEP)
+    examples = make_examples(13, 1)
+    examples._pixels[:] = 255 * (examples._pixels > 127)
+    federation.model[0] = nn.Sequential(
+        nn.Flatten(), Touchy("mixes", lambda x: len(x) > 2 and bool((x.detach().abs() == 1).all(1).any())))
+    with caplog.at_level(logging.WARNING):
+        sum_of(federation, federation.server.state, range(13), examples)
+    assert "THE MODEL MIXES EXAMPLES" in caplog.text and "each example is by itself" not in caplog.text
+
+
+def test_private_examples_are_tried_as_often_whether_made_up_ones_were_before_or_not():
+    """The first batch of a model that draws is tried several times, in the hope of seeing it mix."""
+    federation, calls = make_federation("dp-lora", ONE_STEP), []
+    federation.model[2] = nn.Sequential(federation.model[2], nn.Dropout(0.1))
+    federation.model.register_forward_hook(lambda module, given, output: calls.append(tried(module)))
+    for _ in range(2):
+        sum_of(federation, federation.server.state, range(9), make_examples(20, 1))
+    made_up = [number for number, trial in enumerate(calls) if not trial][3]
+    first, second, last = "".join("t" if trial else "." for trial in calls[made_up + 1 :]).split(".")
+    assert first == second != "" and last == ""
+
+
+def test_in_which_order_shapes_were_drawn_does_not_matter():
+    federation, examples = reading(), texts([3, 5, 12, 14, 20, 40, 8, 16])
+    state = federation.workspace.state()
+    first, second = (sum_of(federation, state, rows, examples)
+                     for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 2, 3, 0, 1]))
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
 def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():

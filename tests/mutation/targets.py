@@ -145,8 +145,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/fed/engines/flower_ledger.py": Target((
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
     "lora_dp/fed/engines/flower_policy.py": Target((
-        "tests/fed/engines/test_hostile_server.py", "tests/fed/engines/test_flower_ledger.py",
-        "tests/fed/engines/test_flower.py")),
+        "tests/fed/engines/test_policy.py", "tests/fed/engines/test_hostile_server.py",
+        "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
     "lora_dp/fed/engines/flower_tensors.py": Target((
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_message_bytes.py")),
     "csrc/chacha20.h": Target(("tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py")),
@@ -168,4 +168,8 @@ SETTLED = (
     "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/unwritten.py",
     "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
     "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
-    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py")
+    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
+    "lora_dp/fed/one_shape.py",
+    "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_policy.py",
+    "lora_dp/fed/engines/flower_ledger.py",
+    "lora_dp/batch_parts.py")

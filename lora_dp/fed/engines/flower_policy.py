@@ -244,7 +244,10 @@ def read_yaml(text: str) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
-            return read_yaml(file.read(_MOST_POLICY))
+            text = file.read(_MOST_POLICY + 1)
+        if len(text) > _MOST_POLICY:
+            raise ValueError(f"it is longer than {_MOST_POLICY} characters")
+        return read_yaml(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         _LOG.error("This node's policy cannot be read: %s", described(error))
         raise Refused("has a policy that cannot be read: its log says why") from error
