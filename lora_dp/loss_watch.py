@@ -82,7 +82,7 @@ class LossWatch:
         # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
         functorch_config.donated_buffer = False
 
-    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool = True) -> None:
+    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
         whether gradients may be read (not while a graph is captured)."""
         self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, False, None, leaves
@@ -313,7 +313,8 @@ def _in_one_ratio(now: Sequence[float], then: Sequence[float]) -> bool:
 
 
 def _distinct(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(sorted({float(f"{value:.6g}") for value in values}))
+    """Of numbers in order."""
+    return tuple(dict.fromkeys(float(f"{value:.6g}") for value in values))
 
 
 def _differs(now: Sequence[float], then: Sequence[float]) -> str:
