@@ -171,4 +171,4 @@ SETTLED = (
     "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
     "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
     "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/company.py",
-    "lora_dp/collation.py")
+    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py")
