@@ -49,6 +49,7 @@ ONE_TERM: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "of another dtype": (lambda m: m.double() / 2, 0.5),
     "in other shapes": (lambda m: m.view(1, 1).squeeze(0).clone(), 1),
     "a mean of one": (lambda m: m.mean(), 1), "a sum of one": (lambda m: m.unsqueeze(0).sum() * 2, 2),
+    "stacked with a constant": (lambda m: torch.stack([torch.tensor(5.0), m]).sum(), 1),
     "several": (lambda m: -(2 * m / 4) * 3, -1.5),
 }
 TWO_TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]]] = {
@@ -154,6 +155,7 @@ def test_a_vector_that_is_an_output_is_no_loss():
     (lambda out: F.mse_loss(out, torch.zeros(N, 3)), 3 * N, "mean"),
     (lambda out: F.mse_loss(out, torch.zeros(N, 3), reduction="sum"), 3 * N, "sum"),
     (lambda out: out.mean((0, 1)), 3 * N, "mean"), (lambda out: out.sum(), 3 * N, "sum"),
+    (lambda out: torch.stack([out, out.exp()]).mean(), 6 * N, "mean"),
 ])
 def test_how_many_numbers_are_joined_and_how(loss, elements, reduction):
     out = model_output(N, 3)
@@ -267,6 +269,21 @@ def test_numbers_before_an_output_and_beside_it_do_not_count():
     outputs = Outputs.of([hidden, logits])
     for joined, factor in ((logits.square(), 1.0), (logits / 8 + learned.exp(), 1 / 8)):
         assert follow([(joined.grad_fn, joined.output_nr)], outputs).factors == (factor,)
+
+
+@pytest.mark.parametrize(("join", "factors"), [
+    (lambda out, beside: out / 8 + beside.exp(), [1 / 8]), (lambda out, beside: beside.exp() - out / 8, [1 / 8]),
+    (lambda out, beside: (out / 19).unsqueeze(1).expand(N, 2).mean(1) / 8, [1 / 8]),
+    (lambda out, beside: torch.stack([out[0] / 19, out[1] / 19]) / 8, [1 / 8]),
+    (lambda out, beside: (out / 19) * out / 8, [1 / 8])])
+@pytest.mark.parametrize("added", [False, True])
+def test_numbers_are_followed_down_to_where_losses_are_joined_or_come_from(join, factors, added):
+    """Beside them, another way leads to no output."""
+    out, beside = model_output(N), torch.ones(N, requires_grad=True)
+    if added:
+        out = out + 1
+    joined = join(out, beside)
+    assert follow([(joined.grad_fn, 0)], Outputs.of([out])).linear == pytest.approx(factors, rel=1e-9)
 
 
 def test_signs_are_no_counts_and_an_output_has_none():

@@ -78,7 +78,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
-    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
+    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", "tests/test_loss_rows.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
         "tests/test_beside.py", *_LOSSES, "tests/test_reentrant.py", "tests/test_compile.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
@@ -171,4 +171,4 @@ SETTLED = (
     "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
     "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
     "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/company.py",
-    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py")
+    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py", "lora_dp/loss_graph.py")
