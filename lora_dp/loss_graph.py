@@ -170,14 +170,13 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]],
 def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     """By what each child's number is multiplied in this node, which must be linear in them."""
     kind, saved = _kind(node), _Saved(node)
-    if kind in ("AddBackward", "SubBackward") and _size(children) == 1:
-        alpha = 1.0 if (given := saved.get("alpha")) is None else float(given)
+    if kind in ("AddBackward", "SubBackward") and _are_numbers(children):
         slots = [place for place, (n, k) in enumerate(node.next_functions) if (n, k) in children]
         sign = -1.0 if kind == "SubBackward" else 1.0
-        return [1.0 if place == 0 else sign * alpha for place in slots]
+        return [1.0 if place == 0 else sign * saved.get("alpha") for place in slots]
     if kind in ("NegBackward", "RsubBackward"):  # constant − number
         return [-1.0]
-    if kind == "StackBackward" and _size(children) == 1:
+    if kind == "StackBackward" and _are_numbers(children):
         return [1.0] * len(children)
     if kind == "MeanBackward" and _stacked(children):
         return [1 / math.prod(saved.get("self_sym_sizes"))]
@@ -186,7 +185,7 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
         value = other if isinstance(other, float | int) else (
             float(other) if isinstance(other, Tensor) and other.numel() == 1 else None)
         if value:
-            return [float(value) if kind == "MulBackward" else 1 / float(value)]
+            return [value if kind == "MulBackward" else 1 / value]
     if kind == "MulBackward" and len(children) == 1:  # constant · number
         value = saved.get("self")
         if isinstance(value, Tensor) and value.numel() == 1:
@@ -198,14 +197,13 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
 
 def _stacked(children: list[tuple[Node, int]]) -> bool:
     """Whether what is joined is single numbers, the losses of several tasks, say."""
-    return len(children) == 1 and _kind(children[0][0]) == "StackBackward" and _size(
-        [(child, number) for child, number in children[0][0].next_functions if child is not None]) == 1
+    return len(children) == 1 and _kind(children[0][0]) == "StackBackward" and _are_numbers(
+        [(child, number) for child, number in children[0][0].next_functions if child is not None])
 
 
-def _size(children: list[tuple[Node, int]]) -> int:
-    """How many numbers each of these edges carries, 0 where that cannot be told or they differ."""
-    sizes = {math.prod(node._input_metadata[number].shape) for node, number in children}
-    return sizes.pop() if len(sizes) == 1 else 0
+def _are_numbers(children: list[tuple[Node, int]]) -> bool:
+    """Whether each of these edges carries a single number."""
+    return all(math.prod(node._input_metadata[number].shape) == 1 for node, number in children)
 
 
 class _Saved:

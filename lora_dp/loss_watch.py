@@ -86,7 +86,7 @@ class LossWatch:
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
         self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
 
-    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool = True) -> None:
+    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
         whether gradients may be read (not while a graph is captured)."""
         self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, False, None, leaves
@@ -320,7 +320,8 @@ def _in_one_ratio(now: Sequence[float], then: Sequence[float]) -> bool:
 
 
 def _distinct(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(sorted({float(f"{value:.6g}") for value in values}))
+    """Of numbers in order."""
+    return tuple(dict.fromkeys(float(f"{value:.6g}") for value in values))
 
 
 def _differs(now: Sequence[float], then: Sequence[float]) -> str:

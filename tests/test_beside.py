@@ -71,6 +71,7 @@ def test_inputs_of_examples_may_require_a_gradient():
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
     model(2 * x[:3])
+    model(examples(1)[0].requires_grad_())
 
 
 def test_another_models_loss_is_its_own_business():

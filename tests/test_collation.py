@@ -274,6 +274,18 @@ def test_a_batch_that_is_sorted_may_not_be_joined_as_well():
                 check(dataset, collate)
 
 
+def with_the_label_of_the_next(items: list[Any]) -> dict[str, Tensor]:
+    x, y = (torch.stack(parts) for parts in zip(*items, strict=True))
+    return {"x": x, "y": y.roll(1)}
+
+
+def test_equal_examples_show_no_sorting():
+    """Though each row with another's label stands elsewhere too: the first four are equal in whatever order."""
+    values = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1])
+    with pytest.raises(IsolationError, match="joins examples"):
+        check(TensorDataset(values, values), with_the_label_of_the_next)
+
+
 def by_length(items: list[Tensor]) -> dict[str, Tensor]:
     return padded(sorted(items, key=len, reverse=True))
 
@@ -288,6 +300,20 @@ def test_a_batch_that_is_sorted_is_taken_and_one_whose_rows_are_dealt_anew_is_no
 
     with pytest.raises(IsolationError, match="joins examples"):
         check(texts, dealt)
+
+
+def noisy_by_rank(items: list[Any]) -> Tensor:
+    """A draw for each example: the smallest has the first."""
+    x = stacked(items)
+    return x * torch.rand(len(x), 1)[x[:, 0].argsort(stable=True).argsort()]
+
+
+def test_draws_that_are_dealt_out_by_the_other_examples_are_refused():
+    """Beside copies of itself an example has each of the draws somewhere."""
+    x = examples(8)[0]
+    x[0, 0] = 9
+    with pytest.raises(IsolationError, match="joins examples"):
+        check(TensorDataset(x), noisy_by_rank)
 
 
 def test_random_masks_are_taken():

@@ -80,6 +80,25 @@ def test_a_masked_score_hides_no_count(n, most):
     check_isolation(Counted(n).train(), (examples(n)[0],), {}, n)
 
 
+class Widened(nn.Module):
+    """Scores of which one is masked, and which count the columns of the batch, without a gradient of their own."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.inner, self.share = DPLinear(4, 3), share
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        out = (self.inner(x) * attention_mask.unsqueeze(-1)).sum(1)
+        return out + torch.tensor([0.1, 0.1, 0.0]) * self.share * x.shape[1] - torch.tensor([0, 0, 1e9])
+
+
+def test_a_masked_score_hides_no_padding():
+    x, mask = texts(8, 4, 2, 4)
+    assert_refuses(IsolationError, "The output of example", lambda: check_isolation(
+        Widened(1.0).train(), (x, mask), {}, 4, padding_varies=True))
+    check_isolation(Widened(0.0).train(), (x, mask), {}, 4, padding_varies=True)
+
+
 def test_without_padding_none_is_said_to_be_tried():
     assert check_isolation(mlp().train(), (examples(4)[0],), {}, 4, padding_varies=True).padding is False
 

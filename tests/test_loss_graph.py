@@ -16,6 +16,7 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
+    own_count,
     terms,
     weight,
 )
@@ -48,6 +49,7 @@ ONE_TERM: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "of another dtype": (lambda m: m.double() / 2, 0.5),
     "in other shapes": (lambda m: m.view(1, 1).squeeze(0).clone(), 1),
     "a mean of one": (lambda m: m.mean(), 1), "a sum of one": (lambda m: m.unsqueeze(0).sum() * 2, 2),
+    "stacked with a constant": (lambda m: torch.stack([torch.tensor(5.0), m]).sum(), 1),
     "several": (lambda m: -(2 * m / 4) * 3, -1.5),
 }
 TWO_TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]]] = {
@@ -55,6 +57,8 @@ TWO_TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, floa
     "sum with a share": (lambda a, b: torch.add(a, b, alpha=0.25), (1, 0.25)),
     "difference with a share": (lambda a, b: torch.sub(a, b, alpha=3), (1, -3)),
     "sum with nothing": (lambda a, b: torch.add(a, b, alpha=0), (1, 0)),
+    "sum of a stack": (lambda a, b: torch.stack([a, b]).sum(), (1, 1)),
+    "mean of a stack": (lambda a, b: torch.stack([a, b]).mean(), (0.5, 0.5)),
     "nested": (lambda a, b: 2 * (a - 3 * b) + b / 2, (2, -5.5)),
 }
 UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -151,6 +155,7 @@ def test_a_vector_that_is_an_output_is_no_loss():
     (lambda out: F.mse_loss(out, torch.zeros(N, 3)), 3 * N, "mean"),
     (lambda out: F.mse_loss(out, torch.zeros(N, 3), reduction="sum"), 3 * N, "sum"),
     (lambda out: out.mean((0, 1)), 3 * N, "mean"), (lambda out: out.sum(), 3 * N, "sum"),
+    (lambda out: torch.stack([out, out.exp()]).mean(), 6 * N, "mean"),
 ])
 def test_how_many_numbers_are_joined_and_how(loss, elements, reduction):
     out = model_output(N, 3)
@@ -172,6 +177,19 @@ def test_means_divided_by_what_the_labels_hold_mix(options, words):
     out, labels = model_output(N, 3), torch.tensor([0, 1, 2, 1, 2, 1])
     assert_refuses(MixingLoss, words, lambda: terms(F.nll_loss(out, labels, **options), N, Outputs.of([out])))
     terms(F.nll_loss(out, labels, reduction="sum", **options), N, Outputs.of([out]))
+
+
+@pytest.mark.parametrize(("loss", "count"), [
+    (F.nll_loss, 2.0), (lambda out, y: 0.5 * F.nll_loss(out, y), 2.0), (lambda out, y: F.nll_loss(out, y) / 2, 2.0),
+    (lambda out, y: F.nll_loss(out, y).clone().view(1).squeeze(), 2.0),
+    (lambda out, y: F.nll_loss(out, y, ignore_index=0), 1.5),
+    # Whose divisor no labels make, or which the graph does not tell.
+    (lambda out, y: F.nll_loss(out, y, reduction="sum"), None), (lambda out, y: F.mse_loss(out, out.detach()), None),
+    (lambda out, y: F.nll_loss(out, y) + out.mean(), None), (lambda out, y: F.nll_loss(out, y).exp(), None)])
+def test_how_many_labels_of_an_example_a_mean_of_the_models_own_counts(loss, count):
+    out, labels = model_output(2 * N, 3), torch.tensor([0, 1, 2, 1] * 3)
+    outputs = Outputs.of([out, loss(out, labels)])
+    assert own_count(Term("own", 1, "sum", 1.0, own=1), N, outputs) == count
 
 
 # What a term makes of an example
@@ -207,11 +225,11 @@ def test_numbers_that_no_example_has_a_share_of_are_refused(elements):
     (term("sum", -1 / (2 * N)), "mean", True), (term("sum", (1 + 1e-7) / N), "mean", True),
     (term("sum", (1 + 2e-5) / N), "mean", False), (term("sum", 1.0), "mean", False),
     (term("sum", 1 / 19), "mean", False),
-    (term("sum", -1 / 19), "mean", False), (term("sum", 0.0), "mean", False),
+    (term("sum", -1 / 19), "mean", False), (term("sum", 0.0), "mean", False), (term("sum", 0.7 / N), "mean", True),
     # A mean multiplied by N.
     (term("mean", N), "sum", True), (term("mean", -N), "sum", True), (term("mean", N / 7), "sum", True),
     (term("mean", N, 3 * N), "sum", True), (term("mean", 1.0), "sum", False), (term("mean", 0.5), "sum", False),
-    (term("mean", 2.0), "sum", True), (term("mean", 0.0), "sum", False),
+    (term("mean", 2.0), "sum", True), (term("mean", 0.0), "sum", False), (term("mean", 0.207 * N), "sum", False),
     (Term("own", 1, "sum", 0.3), "mean", True)])
 def test_a_term_joins_as_claimed_or_not(found, claimed, plain):
     assert is_plain(found, weight(found, N, claimed), N, claimed) is plain
@@ -253,6 +271,46 @@ def test_numbers_before_an_output_and_beside_it_do_not_count():
         assert follow([(joined.grad_fn, joined.output_nr)], outputs).factors == (factor,)
 
 
+@pytest.mark.parametrize(("join", "factors"), [
+    (lambda out, beside: out / 8 + beside.exp(), [1 / 8]), (lambda out, beside: beside.exp() - out / 8, [1 / 8]),
+    (lambda out, beside: (out / 19).unsqueeze(1).expand(N, 2).mean(1) / 8, [1 / 8]),
+    (lambda out, beside: torch.stack([out[0] / 19, out[1] / 19]) / 8, [1 / 8]),
+    (lambda out, beside: (out / 19) * out / 8, [1 / 8])])
+@pytest.mark.parametrize("added", [False, True])
+def test_numbers_are_followed_down_to_where_losses_are_joined_or_come_from(join, factors, added):
+    """Beside them, another way leads to no output."""
+    out, beside = model_output(N), torch.ones(N, requires_grad=True)
+    if added:
+        out = out + 1
+    joined = join(out, beside)
+    assert follow([(joined.grad_fn, 0)], Outputs.of([out])).linear == pytest.approx(factors, rel=1e-9)
+
+
+def test_signs_are_no_counts_and_an_output_has_none():
+    out = model_output(N)
+    outputs = Outputs.of([out])
+    assert follow([(edge(out).node, edge(out).output_nr)], outputs).factors == (1.0,)
+    for joined in (-out, 1 - out, torch.ones(N) - out, (-out).exp()):
+        assert follow([(joined.grad_fn, 0)], outputs).factors == (1.0,)
+        assert follow([((joined / 8).grad_fn, 0)], outputs).factors == (1 / 8,)
+
+
+@pytest.mark.parametrize(("n", "tokens"), [(N, 3), (N, 1), (1, 3), (1, 1)])
+def test_a_mean_over_an_examples_tokens_divides_by_their_number(n, tokens):
+    out = model_output(n, tokens)
+    joined = out.square().mean(1)
+    assert follow([(joined.grad_fn, 0)], Outputs.of([out])).factors == pytest.approx((1 / tokens,), rel=1e-5)
+
+
+@pytest.mark.parametrize(("ways", "followed"), [(64, True), (65, False)])
+def test_as_many_as_64_ways_are_followed_through_a_product(ways, followed):
+    out = model_output(N)
+    shares = [1 + i / 100 for i in range(ways)]
+    joined = sum(out.exp() * share for share in shares) / 8
+    assert follow([(joined.grad_fn, 0)], Outputs.of([out])).factors == pytest.approx(
+        [share / 8 if followed else share for share in shares], rel=1e-5)
+
+
 def test_numbers_below_a_sum_of_vectors_are_found_on_every_way():
     out = model_output(N)
     joined = (out.square() / 7 + out.exp() * 0.3).sum()
@@ -284,6 +342,6 @@ def test_leaves_beside_the_outputs_are_told():
 @pytest.mark.parametrize(("value", "constant"), [
     (1.0, True), (0.5, True), (-0.3, True), (1e-3, True), (1 / 3, True), (1 / 64, True), (100.0, True),
     (1 / 63, True), (2.0**-20, True), (-(2.0**-20), True),
-    (1 / 76, False), (-1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65.5, False)])
+    (1 / 76, False), (-1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65, False), (1 / 65.5, False)])
 def test_what_looks_like_a_constant(value, constant):
     assert is_constant(value) == constant

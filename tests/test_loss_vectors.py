@@ -243,12 +243,17 @@ class Beside(nn.Module):
 def test_an_output_that_is_not_by_example_is_no_part_of_a_loss(kind, scalar):
     model, (x, y) = Beside(kind), examples(N)
     optimizer = make_private(model, batch_size=N)
-    for n in (N, 5):
+    for n in (N, 5, 2):
         out, beside = model(x[:n])
         losses = F.cross_entropy(out, y[:n], reduction="none") + beside.square().sum()
         assert_refuses(IsolationError, "not by example", (
             losses.mean().backward if scalar else lambda given=losses: optimizer.backward(given)))
         optimizer.zero_grad()
+    # Of one example alone it is its own.
+    out, beside = model(x[:1])
+    losses = F.cross_entropy(out, y[:1], reduction="none") + beside.square().sum()
+    losses.mean().backward() if scalar else optimizer.backward(losses)
+    optimizer.zero_grad()
     # Returned, and left alone.
     optimizer.backward(F.cross_entropy(model(x)[0], y, reduction="none"))
 
@@ -311,9 +316,10 @@ def test_a_gradient_given_to_backward_is_refused(way):
 # Beside other losses
 
 
+@pytest.mark.parametrize("n", [1, 2, 6])
 @pytest.mark.parametrize("first", ["mean", "vector"])
-def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first):
-    model, (x, y) = mlp(), examples(6)
+def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first, n):
+    model, (x, y) = mlp(), examples(n)
     optimizer = make_private(model, batch_size=6)
     out = model(x)
     vector = F.cross_entropy(out, y, reduction="none")
@@ -321,7 +327,10 @@ def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first):
                  lambda: optimizer.backward(vector, retain_graph=True)]
     one, other = backwards if first == "mean" else backwards[::-1]
     one()
-    assert_refuses(IsolationError, "joined otherwise", other)
+    if n == 1:  # of which both are the same
+        other()
+    else:
+        assert_refuses(IsolationError, "joined otherwise", other)
 
 
 def test_sums_of_one_pass_are_added():

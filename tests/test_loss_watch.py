@@ -262,6 +262,21 @@ def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
         model(x[:2])["third"].backward()
 
 
+def test_a_number_of_one_example_alone_is_taken_though_it_would_join_several():
+    def two(out: Tensor) -> dict[str, Tensor]:
+        return {"loss": out.square().mean(), "centre": out.mean(0).square().sum()}
+
+    model, (x, _) = Both(two).train(), examples(2)
+    optimizer = make_private(model, batch_size=N)
+    optimizer.expect_batch(1)
+    model(x[:1])["centre"].backward()
+    optimizer.step()
+    assert optimizer.ledger.steps == 1
+    optimizer.zero_grad()
+    with pytest.raises(IsolationError, match="a number that the model returned"):
+        model(x)["centre"].backward()
+
+
 def test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one():
     """Of one batch alone it might be a constant."""
     counts = iter((12, 13))
@@ -295,6 +310,41 @@ def test_a_batch_of_one_is_held_to_the_weight_of_earlier_ones():
     step(loss, model=model, optimizer=optimizer, n=2)
     with pytest.raises(IsolationError, match="by 0.4, that of an earlier one by 0.5"):
         step(loss, model=model, optimizer=optimizer, n=1)
+
+
+@pytest.mark.parametrize("first", [2, N])
+def test_batches_of_one_that_creep_are_held_to_the_first_batch_of_several(first):
+    weights = iter(0.5 * (1 + 8e-6 * i) for i in range(3))
+    model, optimizer = step(loss := lambda out, y: next(weights) * F.cross_entropy(out, y), n=first)
+    step(loss, model=model, optimizer=optimizer, n=1)
+    with pytest.raises(IsolationError, match="weighs an example by 0.500008, that of an earlier one by 0.5"):
+        step(loss, model=model, optimizer=optimizer, n=1)
+
+
+def in_a_loop(lengths: list[int], share: float) -> OutsideLoss:
+    """Another graph for other lengths; ``share`` of the mean over the examples."""
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        each = [sum((out[i : i + 1].square().sum(1) for _ in range(k)), torch.zeros(1)) for i, k in enumerate(lengths)]
+        return share * torch.cat(each).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("n", [2, N])
+def test_a_divisor_outside_a_loop_whose_graph_is_another_in_every_batch_is_refused(n):
+    """Before that it is compared with those of other graphs, it looks like a constant."""
+    model, optimizer = step(in_a_loop([2] * n, 0.5), n=n)
+    step(in_a_loop([1] * (n - 1) + [3], 0.5), model=model, optimizer=optimizer, n=n)
+    with pytest.raises(IsolationError, match="weighs an example by 0.4, that of an earlier one by 0.5"):
+        step(in_a_loop([2] * (n - 1) + [3], 0.4), model=model, optimizer=optimizer, n=n)
+
+
+def test_one_examples_own_divisor_is_no_measure_for_others():
+    """A mean over its own tokens, in a loop, where micro-batches have one example each."""
+    model, optimizer = step(in_a_loop([4], 1 / 4), n=1)
+    for lengths, share in (([5], 1 / 5), ([2, 3], 1.0), ([7], 1 / 7), ([3, 3], 1.0)):
+        step(in_a_loop(lengths, share), model=model, optimizer=optimizer, n=len(lengths))
+    assert optimizer.ledger.steps == 5
 
 
 def test_each_loss_is_compared_with_its_like():
@@ -334,6 +384,48 @@ def test_a_later_loss_whose_graph_tells_nothing_new_is_looked_at_in_secret(mixin
             backward(torch.eye(N))
             optimizer.step()
     assert optimizer.ledger.steps == (1 if mixing else 2)
+
+
+class Large(nn.Module):
+    """Returns ``rest`` numbers and 2**14 − 1 for each example: together with one, 2**17 of eight."""
+
+    def __init__(self, rest: int) -> None:
+        super().__init__()
+        self.inner, self.rest = mlp(), rest
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.inner(x)
+        return out.repeat(1, 2**14 // 3), out.repeat(1, self.rest)[:, : self.rest]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_dp.passes
+
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
+
+
+@pytest.mark.parametrize(("rest", "looked"), [(1, True), (2, False)])
+def test_losses_of_few_outputs_are_looked_through_in_every_batch(rest, looked, undrawn):
+    def mixed(share: float) -> OutsideLoss:
+        return lambda out, y: ((torch.eye(8) + share) @ out[0]).square().mean()
+
+    model, optimizer = step(mixed(0.0), model=Large(rest).train(), n=8)
+    if looked:
+        with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+            step(mixed(0.1), model=model, optimizer=optimizer, n=8)
+    else:
+        step(mixed(0.1), model=model, optimizer=optimizer, n=8)
+
+
+def test_a_loss_of_many_outputs_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next(undrawn):
+    def centred(out: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return (out[0] - out[0].sum(0)).square().mean()
+
+    model, optimizer = step(lambda out, y: out[0].square().mean(), model=Large(2).train(), n=8)
+    step(centred, model=model, optimizer=optimizer, n=1)
+    with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+        step(centred, model=model, optimizer=optimizer, n=8)
 
 
 def test_a_count_inside_the_mean_is_refused_at_once():
@@ -376,9 +468,9 @@ def test_a_mean_over_labels_of_the_models_own_has_as_many_for_each_example_in_ev
         output: dict[str, Tensor] = model(torch.randn(n, tokens, 6), (torch.arange(tokens) % 3).expand(n, -1))
         return output
 
-    for n in (4, 5, 1):
+    for n, tokens in ((1, 6), (4, 4), (5, 4), (1, 4), (1, 5)):  # that of one example is its own
         optimizer.expect_batch(n)
-        output = forward(n, 4)
+        output = forward(n, tokens)
         (output["loss"] + output["again"]).backward()
         optimizer.step()
     with pytest.raises(IsolationError, match="its own loss by 0.2 in this batch, by 0.25 in an earlier one"):
@@ -497,7 +589,7 @@ def test_a_vector_with_weights_is_refused():
     make_private(model, batch_size=4)
     x, y = examples(4)
     losses = F.cross_entropy(model(x), y, reduction="none")
-    with pytest.raises(IsolationError, match="optimizer.backward"):
+    with pytest.raises(IsolationError, match="backward\\(\\) of a vector with weights cannot be followed: hand"):
         losses.backward(torch.ones(4))
 
 

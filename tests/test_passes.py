@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_dp.passes
-from lora_dp import IsolationError
+from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import FEW
-from tests.models import examples, mlp
-from tests.support import make_private
+from tests.models import examples, mlp, take_step, texts
+from tests.support import assert_close, make_private, private_gradients
 
 
 class Centred(nn.Module):
@@ -45,14 +45,15 @@ def forward(model: nn.Module, optimizer: Any, n: int) -> None:
     model(examples(n)[0])
 
 
-def test_two_examples_can_meet_and_one_cannot(trials):
+@pytest.mark.parametrize("several", [2, 3])
+def test_several_examples_can_meet_and_one_cannot(trials, several):
     model = Centred().train()
     optimizer = make_private(model, batch_size=4)
     forward(model, optimizer, 1)
     assert trials == [2]  # beside a copy of itself, for padding and buffers
     with pytest.raises(IsolationError):
-        forward(model, optimizer, 2)
-    assert trials == [2, 2]
+        forward(model, optimizer, several)
+    assert trials == [2, several]
 
 
 def test_from_four_examples_on_a_batch_is_of_another_kind(trials):
@@ -76,6 +77,124 @@ def test_nothing_is_tried_inside_a_capture(trials):
     optimizer.recorder.capturing = False
     forward(model, optimizer, 4)
     assert trials == [4]
+
+
+class Tokens(nn.Module):
+    """(N, T, 4) → (N, 3), a mean over tokens that a private layer is given flattened, or is not."""
+
+    def __init__(self, flat: bool = True, counts: bool = False) -> None:
+        super().__init__()
+        self.inner, self.flat, self.counts = DPLinear(4, 3), flat, counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if self.flat else self.inner(x)
+        return rows.mean(1) * (len(x) if self.counts else 1)
+
+
+def tokens(n: int, width: int) -> Tensor:
+    return texts(*[8] * n)[0][:, :width]
+
+
+@pytest.mark.parametrize(("flat", "n", "expected"), [
+    (True, 1, [2, 2]), (True, 2, [2] * 3), (True, 4, [4] * 3), (False, 4, [4] * 2)])
+def test_each_number_of_flattened_rows_is_tried_once(trials, flat, n, expected):
+    """The second width tells that widths vary; by the third only flattened rows are of another kind."""
+    model = Tokens(flat).train()
+    optimizer = make_private(model, batch_size=4)
+    for width in (8, 7, 6, 6, 7):
+        optimizer.recorder.discard()
+        model(tokens(n, width))
+    assert trials == expected
+    optimizer.recorder.discard()
+    model(tokens(n + 1 if n == 4 else n, 6))  # as many rows of each example
+    assert trials == expected
+
+
+def test_flattened_rows_are_not_tried_inside_a_capture(trials):
+    model = Tokens().train()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.recorder.capturing = True
+    model(tokens(4, 8))
+    assert not trials
+
+
+def test_where_all_sizes_are_fixed_neither_numbers_nor_padding_vary(trials):
+    """A sum over the batch's width and a factor that counts its rows are public then."""
+    model = Tokens(counts=True).train()
+    optimizer = make_private(model, batch_size=4)
+    with pytest.raises(IsolationError, match="changes with the number of examples"):
+        model(tokens(4, 8))
+    optimizer.recorder.sizes_fixed = True
+    for width in (8, 7, 6):
+        optimizer.recorder.discard()
+        model(tokens(4, width))
+    optimizer.recorder.discard()
+    model(texts(6, 4, 5, 3)[0])
+    assert trials == [4] * 5
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_padding_that_only_the_values_show_is_tried_once_it_comes(trials, n):
+    """A batch of the same structure as others, which had none."""
+    model = Tokens(flat=False).train()
+    optimizer = make_private(model, batch_size=4)
+    for width in (6, 7, 7):
+        optimizer.recorder.discard()
+        model(tokens(n, width))
+    assert trials == [max(n, 2)] * 2
+    optimizer.recorder.discard()
+    with pytest.raises(IsolationError, match="changes with the padding"):
+        model(texts(*[5, 4, 5, 3][:n])[0][:, :7])
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_of_a_model_that_draws_the_first_batch_is_tried_with_four_random_states_and_later_kinds_with_one(
+        trials, later):
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(float(torch.rand(())))
+            return self.inner(x)
+
+    seen: list[float] = []
+    model = Drawing().train()
+    optimizer = make_private(model, batch_size=4)
+    if later:
+        forward(model, optimizer, 3)
+        seen.clear()
+    forward(model, optimizer, FEW)
+    # A state is that of three passes: of the batch as it is, and with others replaced, for two examples.
+    assert sum(seen.count(value) == 3 for value in set(seen)) == (1 if later else 4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_between_forward_and_backward_changes_nothing(fails):
+    def evaluate(model: nn.Module) -> None:
+        model.eval()
+        if fails:
+            with pytest.raises(RuntimeError):
+                model(examples(4)[0][:, :5])
+        else:
+            model(examples(4, seed=2)[0])
+        model.train()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor], between: bool = True) -> Tensor:
+        out = model(batch[0])
+        if between:
+            evaluate(model)
+        return nn.functional.cross_entropy(out, batch[1])
+
+    released = []
+    for between in (False, True):
+        model = mlp()
+        optimizer = make_private(model, batch_size=4)
+        take_step(model, optimizer, examples(4), lambda m, b, between=between: loss(m, b, between))
+        released.append(private_gradients(model))
+    for name, gradient in released[0].items():
+        assert_close(released[1][name], gradient)
 
 
 def test_a_graph_that_is_kept_may_be_looked_at_when_its_pass_is_over():
@@ -161,14 +280,14 @@ def test_a_number_of_the_models_must_pass_every_trial(trials, monkeypatch, order
 
 
 def test_the_loss_of_a_batch_that_is_tried_is_looked_at_again(trials):
-    """Its graph may be known, and its indices others."""
+    """Its graph may be known, and its indices others; of so many outputs no other batch's loss is looked through."""
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = mlp()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x.flatten(1))
+            return self.inner(x.flatten(1)).repeat(1, 2**14)
 
     model, x = Flat().train(), examples(4)[0]
     optimizer = make_private(model, batch_size=4)

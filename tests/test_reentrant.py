@@ -42,6 +42,26 @@ def released(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     return private_gradients(model)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_between_forward_and_backward_changes_nothing(fails: bool) -> None:
+    """The layers that run again in backward are those of the training forward."""
+    found = []
+    for evaluated in (False, True):
+        model = Net().train()
+        optimizer = make_private(model, batch_size=4, max_grad_norm=0.1)
+        loss = loss_of(model)
+        if evaluated:
+            model.eval()
+            with pytest.raises(RuntimeError, match="shapes") if fails else torch.no_grad():
+                model(torch.randn(4, 3 if fails else 4))
+            model.train()
+        loss.backward()
+        found.append(released(model, optimizer))
+    assert found[0].keys() == found[1].keys() == {"first.weight", "first.bias", "head.weight", "head.bias"}
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient)
+
+
 def test_zero_grad_between_forward_and_backward_changes_nothing() -> None:
     found = []
     for forget in (0, 1, 2):

@@ -78,12 +78,14 @@ TARGETS: dict[str, Target] = {
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
-    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", *_LOSSES)),
-    "lora_dp/loss_watch.py": Target((*_LOSSES, "tests/test_reentrant.py")),
+    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", "tests/test_loss_rows.py", *_LOSSES)),
+    "lora_dp/loss_watch.py": Target((
+        "tests/test_beside.py", *_LOSSES, "tests/test_reentrant.py", "tests/test_compile.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_passes.py", "tests/test_company.py", "tests/test_unwritten.py", "tests/test_recording.py",
-        "tests/test_training_loops.py", "tests/test_ownership.py",
+        "tests/test_passes.py", "tests/test_beside.py", "tests/test_company.py", "tests/test_unwritten.py",
+        "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
+        "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
         "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
     "lora_dp/recording.py": Target((
@@ -168,8 +170,7 @@ SETTLED = (
     "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/unwritten.py",
     "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
     "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
-    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
-    "lora_dp/fed/one_shape.py",
-    "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_policy.py",
-    "lora_dp/fed/engines/flower_ledger.py",
-    "lora_dp/batch_parts.py")
+    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/company.py",
+    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py", "lora_dp/loss_graph.py",
+    "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_policy.py",
+    "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py")
