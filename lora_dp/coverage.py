@@ -176,11 +176,26 @@ def check_frozen(recorder: Recorder) -> None:
     Raises:
         RuntimeError: naming it.
     """
-    for name, parameter in recorder.frozen:
-        if parameter.requires_grad:
+    for name, held, key in recorder.frozen:
+        parameter = held.get(key)  # perhaps another than then, as after load_state_dict(assign=True)
+        if parameter is not None and parameter.requires_grad:
             raise RuntimeError(
                 f"'{name}' was frozen when the model was made private, and requires a gradient now, which nothing "
                 "clips or noises, whatever optimizer takes it: freeze it again, or call make_private again.")
+
+
+def check_strangers(recorder: Recorder) -> None:
+    """Refuse a pass in which the model's outputs lead to a tensor that takes a gradient and is no private parameter.
+
+    Raises:
+        RuntimeError: naming its shape.
+    """
+    # A compiled model is given its parameters.
+    for leaf in recorder.losses.strangers(recorder.leaves() | recorder.parameters.keys()):
+        raise RuntimeError(
+            f"A tensor {tuple(leaf.shape)} inside the model requires a gradient, which nothing clips or noises, "
+            "whatever optimizer takes it: make_private has not seen it (a plain tensor, a module in a list of Python's "
+            "or one put in later). Register it, as a private layer, before make_private, or freeze it.")
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -203,7 +218,9 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     recorder.versions, recorder.parts = Versions(model), Parts(model)
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
-    recorder.frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    recorder.frozen = [
+        (f"{path}.{name}" if path else name, module._parameters, name) for path, module in model.named_modules()
+        for name, parameter in module._parameters.items() if parameter is not None and not parameter.requires_grad]
     recorder.frozen_norms = [(name, module) for module, name in frozen_norms(model).items()]
     for module in model.modules():
         if isinstance(module, PrivateModule):

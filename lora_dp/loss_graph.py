@@ -8,7 +8,7 @@ the others, which no clipping bounds. What is not understood is refused, never t
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -183,12 +183,12 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     if kind in ("MulBackward", "DivBackward") and len(children) == 1 and node.next_functions[0] == children[0]:
         other = saved.get("other")
         value = other if isinstance(other, float | int) else (
-            float(other) if isinstance(other, Tensor) and other.numel() == 1 else None)
+            float(other) if _is_number(other, children) else None)
         if value:
             return [value if kind == "MulBackward" else 1 / value]
     if kind == "MulBackward" and len(children) == 1:  # constant · number
         value = saved.get("self")
-        if isinstance(value, Tensor) and value.numel() == 1:
+        if _is_number(value, children):
             return [float(value)]
     if kind in _PASSED and len(children) == 1:
         return [1.0]
@@ -199,6 +199,13 @@ def _stacked(children: list[tuple[Node, int]]) -> bool:
     """Whether what is joined is single numbers, the losses of several tasks, say."""
     return len(children) == 1 and _kind(children[0][0]) == "StackBackward" and _are_numbers(
         [(child, number) for child, number in children[0][0].next_functions if child is not None])
+
+
+def _is_number(other: Any, children: list[tuple[Node, int]]) -> bool:
+    """Whether this is one number for all that it meets; in a batch of one, a vector holds that example's own."""
+    (node, number), = children
+    return isinstance(other, Tensor) and other.numel() == 1 and (
+        other.dim() == 0 or list(other.shape) != list(node._input_metadata[number].shape))
 
 
 def _are_numbers(children: list[tuple[Node, int]]) -> bool:
@@ -286,6 +293,11 @@ def own_weights(loss: Tensor, n: int, claimed: LossReduction) -> tuple[float, ..
         term.factor * scale / (term.elements if term.reduction == "mean" else 1) for term in found))
 
 
+def own_factors(losses: Tensor) -> tuple[float, ...]:
+    """By which single numbers a vector of losses that the model computed itself was multiplied in the end."""
+    return () if losses.grad_fn is None else tuple(_linear((losses.grad_fn, losses.output_nr), _Everything((), {})))
+
+
 class _Everything(Outputs):
     """Of a graph that is looked at down to its leaves, the labels that it counts included."""
 
@@ -345,6 +357,16 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
         tuple(linear), tuple(sorted(ways)), hash(names), frozenset(names), leaves,
         frozenset(outputs.places[end] for end in ends if end in outputs.places),
         tuple(_kind(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)))
+
+
+def leaves_under(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """All tensors at the ends of these tensors' graphs that take a gradient."""
+    order: list[Node] = []
+    found: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            _visit((tensor.grad_fn, tensor.output_nr), Outputs.of([]), order, found)
+    return list(found.values())
 
 
 def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached: dict[int, Tensor]) -> None:

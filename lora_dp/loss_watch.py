@@ -4,15 +4,17 @@ Calls of ``backward`` are seen at ``torch.autograd.backward``, through which ``T
 reaches a private layer by another way is refused by the step.
 """
 
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_dp.batch_parts import tensors_in
 from lora_dp.loss_graph import (
@@ -26,6 +28,8 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
+    leaves_under,
+    own_factors,
     own_weights,
     terms,
     weight,
@@ -58,6 +62,7 @@ class LossWatch:
         proven: which of the single numbers that the model returns are losses that keep examples apart.
         vouched: shapes of graphs of criteria that have passed the isolation check.
         used: (N, T) bool, False at padding, in batches that are padded to different widths.
+        steps: how many releases there were.
     """
 
     def __init__(self) -> None:
@@ -65,12 +70,15 @@ class LossWatch:
         self.tested = self.examined = False
         self.vouched: set[int] = set()
         self.used: Tensor | None = None
+        self.steps = 0
         self._n = 0
         self._taken: set[LossReduction] = set()
         self._looks = True
         self._outputs: Outputs | None = None
         self._own: list[int] = []
         self._leaves: Callable[[], set[int]] = set
+        # After how many steps leaves came that look like values of examples.
+        self._of_examples: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.forget_batches()
         _show_backward_to(self)
         # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
@@ -168,14 +176,17 @@ class LossWatch:
         self._check_way(followed)
         self._check_inside(followed, outputs)
         before = self._seen.get(followed.shape)
-        weights = tuple(sorted(followed.linear))
+        # Those that the model computed itself are followed into it.
+        inside = [own_factors(outputs.tensors[place]) for place in sorted(followed.reached)
+                  if outputs.tensors[place].dim() == 1]
+        weights = tuple(sorted((*followed.linear, *itertools.chain(*inside))))
         self._compare(before, followed, weights, followed.factors)
         if before is None:
-            if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in followed.linear):
+            if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in weights):
                 raise IsolationError(
                     f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
                     "constant as optimizer.backward(losses, weight=…).")
-            self._check_linear(followed.linear)
+            self._check_linear(weights)
         self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs, before)
         self._remember(followed, weights, followed.factors)
 
@@ -195,7 +206,7 @@ class LossWatch:
     def _weight(self, term: Term, before: _Seen | None) -> float:
         n = self._n
         if term.kind == "own" and n > 1:
-            place = self._own.index(term.own)
+            place = self._own.index(term.own) if term.own in self._own else -1
             if place not in self.proven:
                 raise MixingLoss(
                     "a number that the model returned, which was not found to be a mean or sum over examples")
@@ -223,11 +234,33 @@ class LossWatch:
                 "hook's features, say), where it cannot be followed: return it from forward.")
         # A loss that does not come from this model is none of its business.
         for leaf in followed.leaves.values() if followed.factors else ():
-            if may_be_trained(leaf, self._n):
+            if self._may_be_trained(leaf, self._n):
                 raise IsolationError(
                     f"The loss depends on a tensor {tuple(leaf.shape)} that requires a gradient beside the model's "
                     "outputs: nothing clips or noises what trains it. Make it part of the model, as a private layer, "
                     "or detach it; a penalty on weights is the optimizer's weight_decay.")
+
+    def trained_before(self, tensor: Tensor, n: int) -> bool:
+        """Whether a gradient that comes to an argument of the next pass, over ``n`` examples, may train something."""
+        if not tensor.requires_grad:
+            return False
+        found = [tensor] if tensor.grad_fn is None else leaves_under([tensor])
+        return any(self._may_be_trained(leaf, n) for leaf in found)
+
+    def strangers(self, allowed: Container[int]) -> list[Tensor]:
+        """Leaves that the model's outputs lead to, but for these ids and for values of examples."""
+        assert self._outputs is not None
+        return [leaf for leaf in leaves_under(self._outputs.tensors)
+                if id(leaf) not in allowed and self._may_be_trained(leaf, self._n)]
+
+    def _may_be_trained(self, leaf: Tensor, n: int) -> bool:
+        """Whether this leaf may be trained by its gradient: not if it holds values of a batch's examples, which nobody
+        made. Those do not come again after a step."""
+        if not leaf.requires_grad:
+            return False
+        if leaf.dim() == 0 or leaf.shape[0] % max(n, 1) or isinstance(leaf, nn.Parameter):
+            return True
+        return bool(self._of_examples.setdefault(leaf, self.steps) != self.steps)
 
     def _check_linear(self, factors: Sequence[float]) -> None:
         for factor in factors:
@@ -293,20 +326,6 @@ class LossWatch:
             raise IsolationError(
                 "The losses depend on the model's outputs at padding, so on the longest example of the batch: leave "
                 "padded tokens out by the attention mask (lora_dp.losses does), or pad every batch to one fixed size.")
-
-
-def may_be_trained(tensor: Tensor, n: int) -> bool:
-    """Whether this leaf may be trained by a gradient: not if it holds values of examples, which nobody made."""
-    of_examples = tensor.dim() > 0 and tensor.shape[0] % max(n, 1) == 0 and not isinstance(tensor, nn.Parameter)
-    return tensor.requires_grad and not of_examples
-
-
-def trained_before(tensor: Tensor, n: int) -> bool:
-    """Whether a gradient that comes to an argument of the model may go on and train something."""
-    if tensor.grad_fn is None:
-        return may_be_trained(tensor, n)
-    leaves = follow([(tensor.grad_fn, tensor.output_nr)], Outputs.of([])).leaves
-    return any(may_be_trained(leaf, n) for leaf in leaves.values())
 
 
 def _equal(now: Sequence[float], then: Sequence[float]) -> bool:

@@ -448,6 +448,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         else:
             step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
         self.steps_taken += 1
+        self._recorder.losses.steps += 1
         self._stepped = True
         self.activate()
 

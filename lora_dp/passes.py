@@ -7,8 +7,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from lora_dp.batch_parts import (
     Call,
@@ -23,11 +22,10 @@ from lora_dp.batch_parts import (
 )
 from lora_dp.collation import drawn_for_test
 from lora_dp.company import FEW
-from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms
+from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check_strangers
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import PrivateModule
 from lora_dp.loss_graph import IsolationError
-from lora_dp.loss_watch import trained_before
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 
@@ -60,7 +58,7 @@ class Passes:
         check_frozen_norms(recorder)
         check_frozen(recorder)
         n, call = batch_size(args, kwargs), self._named(module, args, kwargs)
-        if any(isinstance(leaf, Tensor) and trained_before(leaf, n) for leaf in pytree.tree_leaves(call)):
+        if any(recorder.losses.trained_before(leaf, n) for leaf in tensors_in(call)):
             raise IsolationError(
                 "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
                 "the module before it. Make that module part of the private model, freeze it, or detach() the tensor.")
@@ -112,7 +110,8 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), recorder.padding_varies, n == 1, n >= FEW, _standing(model)), others
+        return (structure(call, n), recorder.padding_varies, n == 1, n >= FEW, _standing(model),
+                recorder.parts.standing()), others
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -125,6 +124,8 @@ class Passes:
             recorder.parts.check()
             self._test_rows(module, args, kwargs)
             recorder.losses.returned(output)
+            if recorder.losses.tested:
+                check_strangers(recorder)
             if recorder.current is not None and recorder.current.reentrant:
                 _tie(output, recorder, recorder.current)
         recorder.suspended = False

@@ -10,7 +10,7 @@ formed.
 import functools
 import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -325,7 +325,7 @@ class Recorder:
 
     Attributes:
         parameters: qualified name of each parameter, and the parameter, by ``id``.
-        frozen: name of each parameter that required no gradient when the model was made private, and the parameter.
+        frozen: name of each parameter that required no gradient when the model was made private, and what holds it.
         frozen_norms: name and module of each BatchNorm of the model, all of them frozen.
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
@@ -345,7 +345,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
-        self.frozen: list[tuple[str, nn.Parameter]] = []
+        self.frozen: list[tuple[str, Mapping[str, nn.Parameter | None], str]] = []
         self.frozen_norms: list[tuple[str, nn.Module]] = []
         self.trained: frozenset[int] = frozenset()
         self.method: NormMethod = "auto"

@@ -5,7 +5,7 @@ by which rows were looked up, and a running centre kept as a frozen parameter. A
 good, as BigBird does at its first batch of short texts, computes with all later examples as one example decided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,15 +88,26 @@ class Parts:
     def __init__(self, model: nn.Module | None = None):
         self._children: list[tuple[str, dict[str, nn.Module | None], str]] = []
         self._words: list[tuple[str, dict[str, Any], str]] = []
+        self._switches: list[tuple[dict[str, Any], str]] = []
+        self._attributes = [] if model is None else [vars(module) for module in model.modules()]
         for path, module in [] if model is None else model.named_modules():
             prefix = f"{path}." if path else ""
             self._children += [(prefix + name, module._modules, name) for name in module._modules]
             self._words += [(prefix + name, vars(module), name) for name, value in vars(module).items()
                             if isinstance(value, str)]
+            self._switches += [(vars(module), name) for name, value in vars(module).items()
+                               if isinstance(value, bool) and name != "training"]
         self._before: tuple[list[Any], list[Any]] = [], []
 
     def _now(self) -> tuple[list[Any], list[Any]]:
         return ([held.get(name) for _, held, name in self._children], [held.get(name) for _, held, name in self._words])
+
+    def standing(self) -> Hashable:
+        """Another where a module is another, or a word or a switch among the attributes has changed or come in."""
+        modules, words = self._now()
+        settings = [*words, *(held.get(name) for held, name in self._switches)]
+        return (*map(id, modules), *map(len, self._attributes),
+                *(value if isinstance(value, str | bool) else None for value in settings))
 
     def begin(self) -> None:
         """A forward begins."""

@@ -68,9 +68,23 @@ def test_inputs_of_examples_may_require_a_gradient():
     (model, optimizer), (x, y) = private_model(), examples(N)
     optimizer.expect_batch(N)
     x.requires_grad_()
-    optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
+    for part in (slice(3), slice(3, N)):
+        optimizer.signal_skip_step(part.stop != N)
+        optimizer.backward(F.cross_entropy(model(2 * x[part]), y[part], reduction="none"))
+        optimizer.step()
+    model(x.detach().clone().requires_grad_())
+
+
+def test_what_comes_again_after_a_step_may_be_trained():
+    """A prompt, or centres, as plain tensors with as many rows as a micro-batch has examples."""
+    (model, optimizer), (x, _) = private_model(), examples(N)
+    prompt, centres = (torch.zeros(N, width, requires_grad=True) for width in (x.shape[1], 3))
+    optimizer.expect_batch(N)
+    optimizer.backward((model(x + prompt) - centres).square().sum(1))
     optimizer.step()
-    model(2 * x[:3])
+    assert_refuses(IsolationError, "was given a tensor that requires a gradient", lambda: model(x + prompt))
+    losses = (model(x) - centres).square().sum(1)
+    assert_refuses(IsolationError, BESIDE, lambda: optimizer.backward(losses))
     model(examples(1)[0].requires_grad_())
 
 
@@ -92,3 +106,70 @@ def test_a_frozen_part_that_is_unfrozen_is_refused_whoever_trains_it():
         model(x)
     model[0].requires_grad_(False)
     model(x)
+
+
+class Hidden(nn.Module):
+    """Holds what takes a gradient where make_private does not see it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.scale = torch.ones(3, requires_grad=kind == "plain tensor")
+        self.layers = [nn.Linear(3, 3).requires_grad_(kind == "module in a list")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](self.inner(x)) * self.scale
+
+
+@pytest.mark.parametrize("kind", ["plain tensor", "module in a list"])
+def test_what_the_model_hides_is_refused_where_it_takes_a_gradient(kind):
+    model = Hidden(kind).train()
+    make_private(model, batch_size=N)
+    assert_refuses(RuntimeError, "inside the model requires a gradient", lambda: model(examples(N)[0]))
+    passed = Hidden("").train()
+    make_private(passed, batch_size=N)
+    passed(examples(N)[0])
+
+
+def test_a_head_that_is_put_in_later_is_refused():
+    model, optimizer = private_model()
+    x = examples(N)[0]
+    model(x)
+    optimizer.recorder.discard()
+    model[-1] = nn.Linear(model[-1].in_features, 3)
+    assert_refuses(RuntimeError, "inside the model requires a gradient", lambda: model(x))
+
+
+def test_frozen_weights_that_were_assigned_and_unfrozen_are_refused():
+    model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), DPLinear(6, 3)).train()
+    make_private(model, batch_size=N)
+    state = {name: tensor.clone() for name, tensor in model[0].state_dict().items()}
+    model[0].load_state_dict(state, assign=True)
+    model[0].requires_grad_(True)
+    assert_refuses(RuntimeError, "'0.weight' was frozen", lambda: model(torch.randn(N, 6)))
+
+
+class Warms(nn.Module):
+    """Mixes examples once a switch is set."""
+
+    mixes = False
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.inner = mlp()
+        if own:
+            self.mixes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out + out.flip(0) if self.mixes else out
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_switch_among_the_attributes_makes_a_batch_of_a_new_kind(own):
+    model, x = Warms(own).train(), examples(N)[0]
+    optimizer = make_private(model, batch_size=N)
+    model(x)
+    optimizer.recorder.discard()
+    model.mixes = True
+    assert_refuses(IsolationError, "example", lambda: model(x))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
+from lora_dp.losses import causal_lm_loss
 from tests.models import assert_refuses, examples, flat, mlp, take_step, texts
 from tests.support import assert_close, make_private, private_gradients
 
@@ -394,3 +395,19 @@ def test_losses_that_look_at_the_padded_width_are_refused_once_it_varies(name):
 @pytest.mark.parametrize("name", OWN_LOSSES)
 def test_losses_over_an_examples_own_tokens_are_taken_at_any_width(name):
     of_widths(OWN_LOSSES[name], 8, 9, 12)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 4)])
+def test_token_losses_of_a_single_example_are_divided_by_its_own_count(sizes):
+    """(1,) holds that example's own count of tokens, no number of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6).requires_grad_(False), DPLinear(6, 9)).train()
+    optimizer = make_private(model, batch_size=4)
+    for n, length in zip(sizes, (13, 7), strict=True):
+        ids = torch.randint(9, (n, 16))
+        labels = ids.clone()
+        labels[:, length:] = -100
+        optimizer.expect_batch(n)
+        optimizer.backward(causal_lm_loss(model(ids), labels, reduction="mean"))
+        optimizer.step()
+    assert optimizer.ledger.steps == 2

@@ -243,6 +243,34 @@ def test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds(way, comp
         step(even * (torch.arange(N) != 1))
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_losses_of_single_examples_that_the_model_returns_may_not_count_the_batch(shape):
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor, known: Tensor) -> Tensor:
+            losses = self.inner(x).square().sum(1)
+            return losses * (len(x) / known.sum().view(shape))
+
+    model, (x, _) = Counts().train(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    known = torch.ones(N)
+    for _ in range(2):
+        optimizer.backward(model(x, known))
+        optimizer.zero_grad()
+    known[1:] = 0.5
+    with pytest.raises(IsolationError, match="that of an earlier one by 1|changes with the others"):
+        optimizer.backward(model(x, known))
+
+
+def test_a_loss_of_the_models_own_in_a_tensor_of_one_number_is_refused_in_a_sentence():
+    model, (x, _) = Both(lambda out: {"loss": out.square().mean().view(1)}).train(), examples(N)
+    make_private(model, batch_size=N)
+    assert_refuses(IsolationError, "a number that the model returned", lambda: model(x)["loss"].backward())
+
+
 def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
     """The second of two was found right, the third was not; outputs that are no numbers do not count."""
     def three(out: Tensor) -> dict[str, Tensor]:
