@@ -36,7 +36,12 @@ class IsolationError(RuntimeError):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Up to which share of the largest value two values of this dtype are taken for the same."""
+    """Up to which share of the largest value two values of this dtype are taken for the same.
+
+    Under autocast values of float32 are made of half ones.
+    """
+    if dtype == torch.float32 and any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        return _HALF_TOLERANCE
     return _TOLERANCE.get(dtype, _HALF_TOLERANCE)
 
 
@@ -317,6 +322,7 @@ class Followed(NamedTuple):
         leaves: by their ids, the tensors to which ways lead beside the outputs.
         reached: which of the model's outputs they lead to.
         opaque: names of functions written in Python, or compiled, whose inside no graph shows.
+        grown: shapes before and after an operation that repeats numbers of one example along another dimension.
     """
 
     linear: tuple[float, ...]
@@ -326,6 +332,7 @@ class Followed(NamedTuple):
     leaves: dict[int, Tensor]
     reached: frozenset[int]
     opaque: tuple[str, ...]
+    grown: frozenset[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
@@ -356,7 +363,23 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
     return Followed(
         tuple(linear), tuple(sorted(ways)), hash(names), frozenset(names), leaves,
         frozenset(outputs.places[end] for end in ends if end in outputs.places),
-        tuple(_kind(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)))
+        tuple(_kind(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)),
+        frozenset(grown for node in order if (grown := _grown(node, outputs, products)) is not None))
+
+
+def _grown(
+    node: Node, outputs: Outputs, products: Mapping[Node, frozenset[float]]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shapes of the one operand that comes from the outputs, and of the result, where it was broadcast."""
+    operands = [(c, k) for c, k in node.next_functions
+                if c is not None and ((c, k) in outputs.places or products.get(c))]
+    if len(operands) != 1 or not node._input_metadata:
+        return None  # where outputs meet outputs, gradients tell
+    (child, number), = operands
+    given, made = (tuple(found._input_metadata[place].shape) for found, place in ((child, number), (node, 0)))
+    aligned = (1,) * (len(made) - len(given)) + given
+    repeated = math.prod(made) > math.prod(given) and all(a in (1, b) for a, b in zip(aligned, made, strict=True))
+    return (given, made) if repeated else None
 
 
 def leaves_under(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -157,6 +157,7 @@ class LossWatch:
         self._compare(before, followed, weights, inside.factors)
         for edge in joined:
             self._check_apart(edge, outputs, before)
+        self._check_paired(inside, before)
         self._remember(followed, weights, inside.factors)
 
     def vector(self, losses: Tensor, n: int) -> None:
@@ -188,6 +189,7 @@ class LossWatch:
                     "constant as optimizer.backward(losses, weight=…).")
             self._check_linear(weights)
         self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs, before)
+        self._check_paired(followed, before)
         self._remember(followed, weights, followed.factors)
 
     def shape_of(self, loss: Tensor, output: Any) -> int:
@@ -282,6 +284,18 @@ class LossWatch:
                 raise IsolationError(
                     f"The losses depend on an output of the model that is not by example, {shape} in a batch of "
                     f"{self._n}: it may hold a statistic of the batch. Return rows of one example each, batch first.")
+
+    def _check_paired(self, inside: Followed, before: _Seen | None) -> None:
+        """Predictions (N, 1) and targets (N,) are broadcast to (N, N): each prediction meets all examples' targets."""
+        n = self._n
+        if n == 1 or (before is not None and before.n not in (1, n)):
+            return  # of other batches the graph is the same, so that a dimension of N here is another's by chance
+        for given, made in inside.grown:
+            if given[:1] == made[:1] == (n,) and made.count(n) > given.count(n):
+                raise IsolationError(
+                    f"The losses pair each example with all others: {given} became {made} in a batch of {n}, as where "
+                    "predictions (N, 1) meet targets (N,). Bring both to one shape, by squeeze(1) or "
+                    "lora_dp.losses.regression_loss.")
 
     def _compare(
         self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]

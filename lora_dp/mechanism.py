@@ -97,7 +97,7 @@ class Mechanism:
             row: ExampleSum(gradient, wide[row].to(gradient.device)) for row, gradient in kept.items()}
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
-        """The clipped sums of all trained parameters, noised: same shapes and dtypes."""
+        """The clipped sums of all trained parameters, noised: same shapes, float64."""
         std = self.noise_std(sum(value.numel() for value in sums))
         return add_noise([value.to(sums[0].device) for value in sums], std, self.rule.sensitivity, self.source)
 

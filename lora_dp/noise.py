@@ -96,14 +96,15 @@ def add_noise(values: Sequence[Tensor], std: float, sensitivity: float, source: 
         source: of rounded Gaussians.
 
     Returns:
-        The shapes, dtypes and device of ``values``.
+        The shapes and device of ``values``, always in float64: rounded to the dtype of what was summed, the last bits
+        would tell the zeros of an empty batch from the sums of others.
     """
     if std == 0 or not values:
-        return list(values)
+        return [value.double() for value in values]
     step = grid_step(std, sensitivity)
     scale = max(std / step, 1.0)
     noise = source.rounded_gaussians([value.shape for value in values], scale, values[0].device)
-    return [_on_grid(value, step).add_(drawn).double().mul_(step).to(value.dtype)
+    return [_on_grid(value, step).add_(drawn).double().mul_(step)
             for value, drawn in zip(values, noise, strict=True)]
 
 

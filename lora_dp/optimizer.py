@@ -62,7 +62,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.mechanism, self.event, self.ledger = mechanism, event, ledger
         self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.rule.max_grad_norm
         self.sample_rate, self.expected_batch_size = event.sample_rate, expected_batch_size
-        self.steps_taken = 0
+        self.steps_taken = self._restored = 0
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
@@ -134,7 +134,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         steps_taken = state_dict.get("steps_taken", self.steps_taken)
         check_count("steps_taken", steps_taken, least=0)
         self.original_optimizer.load_state_dict(state_dict)
-        self.steps_taken = steps_taken
+        self.steps_taken = self._restored = steps_taken
         if self._recorder.owner is self:
             self.activate()
 
@@ -435,6 +435,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         collected = self._collect()
         trained = self._trained()
         check_optimizer(self.original_optimizer, self._covered)
+        if self.ledger.steps < self._restored:
+            raise RuntimeError(
+                f"The optimizer has gone on from {self._restored} private steps and the engine's ledger has "
+                f"{self.ledger.steps}, so that ε would leave out the others: restore it by "
+                "engine.load_state_dict(...) with what engine.state_dict() returned.")
         self._before_release()
         self.ledger.append(self.event)
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]

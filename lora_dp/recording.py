@@ -386,9 +386,11 @@ class Recorder:
 
         Raises:
             RuntimeError: nothing was recorded, or one backward ran through two forward passes.
+            IsolationError: the backward wrote to a parameter or a buffer.
         """
         finished, self.current = self.current, None
         self.losses.forget()
+        self.versions.check_backward()
         superseded, self.superseded = self.superseded, []
         if any(earlier.filled for earlier in superseded):
             raise RuntimeError(

@@ -20,16 +20,16 @@ def _most_likely(given: Given) -> Tensor:
     return order[..., :number]
 
 
-# What stands for a draw, of each row by itself: dropout keeps everything, noise is at its mean or median, an order is
-# kept. Also for draws in place.
+# What stands for a draw, of each row by itself: dropout keeps everything, an order is kept. Noise is half a deviation
+# off its mean, so that its size can be seen: NEFTune's follows the width of the batch. Also for draws in place.
 _VALUES: dict[str, Callable[[Given], Tensor | float]] = {
     "aten::bernoulli": lambda given: 1.0,
-    "aten::uniform": lambda given: (given["from"] + given["to"]) / 2,
-    "aten::normal": lambda given: given["mean"],
+    "aten::uniform": lambda given: given["from"] + 0.75 * (given["to"] - given["from"]),
+    "aten::normal": lambda given: given["mean"] + 0.5 * given["std"],
     "aten::exponential": lambda given: 1 / given["lambd"],
     "aten::random": lambda given: given.get("from", 0),
-    "aten::cauchy": lambda given: given["median"],
-    "aten::log_normal": lambda given: math.exp(given["mean"]),
+    "aten::cauchy": lambda given: given["median"] + 0.5 * given["sigma"],
+    "aten::log_normal": lambda given: math.exp(given["mean"] + 0.5 * given["std"]),
     "aten::geometric": lambda given: 1.0,
     "aten::poisson": lambda given: given["self"].round(),
     "aten::binomial": lambda given: (given["count"] * given["prob"]).round(),
@@ -38,13 +38,13 @@ _VALUES: dict[str, Callable[[Given], Tensor | float]] = {
     "aten::multinomial": _most_likely,
     "aten::rand": lambda given: 0.5,
     "aten::rand_like": lambda given: 0.5,
-    "aten::randn": lambda given: 0.0,
-    "aten::randn_like": lambda given: 0.0,
+    "aten::randn": lambda given: 0.5,
+    "aten::randn_like": lambda given: 0.5,
     "aten::randint": lambda given: given.get("low", 0),
     "aten::randint_like": lambda given: given.get("low", 0),
     "aten::randperm": lambda given: torch.arange(given["n"]),
-    "prims::normal": lambda given: given["mean"],
-    "prims::uniform": lambda given: (given["low"] + given["high"]) / 2,
+    "prims::normal": lambda given: given["mean"] + 0.5 * given["std"],
+    "prims::uniform": lambda given: given["low"] + 0.75 * (given["high"] - given["low"]),
 }
 _DROPPED = ("dropout_p", "dropout")
 # Marked as drawing, and draw nothing: a number that names a kernel, a softmax.

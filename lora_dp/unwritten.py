@@ -54,7 +54,10 @@ class Versions:
         self._parameters = [] if model is None else [
             (f"{path}.{name}" if path else name, module._parameters, name) for path, module in model.named_modules()
             for name in module._parameters]
+        self._buffers = [] if model is None else [
+            (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         self._before: tuple[list[Any], list[int], list[int]] = [], [], []
+        self._written: list[int] = []
 
     def _now(self) -> tuple[list[Any], list[int], list[int]]:
         found = [held.get(name) for _, held, name in self._parameters]
@@ -80,6 +83,22 @@ class Versions:
                      if marks[:2] != marks[2:]]
         if names:
             raise written(names[0])
+        self._written = [buffer._version for _, buffer in self._buffers]
+
+    def check_backward(self) -> None:
+        """The backward has ended, or the forward had none.
+
+        Raises:
+            IsolationError: it has written to a parameter or a buffer, by a hook.
+        """
+        before, self._written = self._written, []
+        names = [name for (name, buffer), mark in zip(self._buffers, before, strict=False) if buffer._version != mark]
+        if names:
+            raise IsolationError(
+                f"The backward writes to the buffer '{names[0]}', by the examples that it is given: nothing clips that "
+                "or adds noise. Leave out the hook that does so.")
+        if before:
+            self.check()
 
 
 class Parts:

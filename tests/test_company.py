@@ -443,3 +443,29 @@ def test_a_part_of_what_is_private_or_what_is_around_it_is_not_made_private(oute
     first, second = (outer, inner) if outer_first else (inner, outer)
     set_up(first)
     assert_refuses(ValueError, "for one and the same module", lambda: set_up(second))
+
+
+@pytest.mark.parametrize("follows", ["the width", "nothing"])
+@pytest.mark.parametrize("draw", [lambda x: torch.empty_like(x).uniform_(-1, 1), torch.randn_like])
+def test_noise_whose_size_follows_the_width_of_a_batch_is_refused(follows, draw):
+    """As NEFTune's does: the longest example of a batch decides how much noise all others get."""
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(30, 6).requires_grad_(False), DPLinear(6, 3)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.words(ids)
+            x = x + draw(x) / (ids.shape[1] ** 0.5 if follows == "the width" else 3)
+            return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    torch.manual_seed(0)
+    model = Noisy().train()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.recorder.expect_padding()
+    mask = (torch.arange(12) < torch.tensor([[5], [9], [3], [7]])).long()
+    ids = torch.randint(1, 30, (4, 12)) * mask
+    if follows == "nothing":
+        model(ids, mask)
+    else:
+        assert_refuses(IsolationError, "changes with the padding", lambda: model(ids, mask))

@@ -16,7 +16,8 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
-    own_count,
+    own_factors,
+    own_weights,
     terms,
     weight,
 )
@@ -179,17 +180,36 @@ def test_means_divided_by_what_the_labels_hold_mix(options, words):
     terms(F.nll_loss(out, labels, reduction="sum", **options), N, Outputs.of([out]))
 
 
-@pytest.mark.parametrize(("loss", "count"), [
-    (F.nll_loss, 2.0), (lambda out, y: 0.5 * F.nll_loss(out, y), 2.0), (lambda out, y: F.nll_loss(out, y) / 2, 2.0),
-    (lambda out, y: F.nll_loss(out, y).clone().view(1).squeeze(), 2.0),
-    (lambda out, y: F.nll_loss(out, y, ignore_index=0), 1.5),
-    # Whose divisor no labels make, or which the graph does not tell.
-    (lambda out, y: F.nll_loss(out, y, reduction="sum"), None), (lambda out, y: F.mse_loss(out, out.detach()), None),
-    (lambda out, y: F.nll_loss(out, y) + out.mean(), None), (lambda out, y: F.nll_loss(out, y).exp(), None)])
-def test_how_many_labels_of_an_example_a_mean_of_the_models_own_counts(loss, count):
+@pytest.mark.parametrize(("loss", "weights"), [
+    (F.nll_loss, [1 / 2]), (lambda out, y: 0.5 * F.nll_loss(out, y), [1 / 4]),
+    (lambda out, y: F.nll_loss(out, y) / 2, [1 / 4]),
+    (lambda out, y: F.nll_loss(out, y).clone().view(1).squeeze(), [1 / 2]),
+    (lambda out, y: F.nll_loss(out, y, ignore_index=0), [6 / 9]),
+    (lambda out, y: F.nll_loss(out, y, torch.tensor([1.0, 3.0, 5.0])), [6 / 36]),
+    (lambda out, y: F.nll_loss(out, y, reduction="sum"), [6]), (lambda out, y: F.mse_loss(out, out.detach()), [1 / 6]),
+    (lambda out, y: (out.square() * (y > 0).float()[:, None]).sum() / (y > 0).sum(), [6 / 9]),
+    (lambda out, y: F.nll_loss(out, y) + out.mean(), [1 / 6, 1 / 2])])
+def test_by_what_a_loss_of_the_models_own_weighs_its_numbers(loss, weights):
     out, labels = model_output(2 * N, 3), torch.tensor([0, 1, 2, 1] * 3)
-    outputs = Outputs.of([out, loss(out, labels)])
-    assert own_count(Term("own", 1, "sum", 1.0, own=1), N, outputs) == count
+    assert own_weights(loss(out, labels), N, "mean") == pytest.approx(weights, rel=1e-6)
+    assert own_weights(loss(out, labels), N, "sum") == pytest.approx([value / N for value in weights], rel=1e-6)
+
+
+def test_a_loss_of_the_models_own_that_is_no_sum_of_means_is_not_understood():
+    out, labels = model_output(2 * N, 3), torch.tensor([0, 1, 2, 1] * 3)
+    assert_refuses(UnknownLoss, "the operation 'Exp'", lambda: own_weights(F.nll_loss(out, labels).exp(), N, "mean"))
+    assert own_weights(out.detach().mean(), N, "mean") == ()
+
+
+@pytest.mark.parametrize(("losses", "factors"), [
+    (lambda out: out.square().sum(1), [1]), (lambda out: out.square().sum(1) / torch.tensor(4.0), [1 / 4]),
+    (lambda out: out.sum(1) / torch.tensor([8.0]), [1 / 8]), (lambda out: 3 * out.sum(1) + 2 * out.mean(1), [3, 2]),
+    (lambda out: out.sum(1) / torch.arange(1.0, N + 1), [1])])
+def test_by_which_single_numbers_losses_of_the_models_own_were_multiplied(losses, factors):
+    assert sorted(own_factors(losses(model_output(N, 3)))) == pytest.approx(sorted(factors), rel=1e-6)
+    one = own_factors(model_output(1, 3).sum(1) / torch.tensor([8.0]))
+    assert one == (1.0,)  # an example's own count
+    assert own_factors(torch.ones(3)) == ()
 
 
 # What a term makes of an example

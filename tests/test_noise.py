@@ -10,14 +10,15 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from lora_dp import DPLinear
+from lora_dp import DPLinear, PrivacyEngine
 from lora_dp.clipping import make_clip_rule
 from lora_dp.mechanism import Mechanism
 from lora_dp.noise import add_noise, grid_sensitivity, grid_step
 from lora_dp.ops.registry import reference_only
 from lora_dp.randomness import SeededSource
-from tests.models import assert_refuses
+from tests.models import assert_refuses, examples, flat, mlp
 from tests.support import check_deviation, make_private
 
 
@@ -140,10 +141,10 @@ def test_the_largest_noise_is_accepted():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
-def test_shape_and_dtype_are_kept(shape, dtype):
+def test_the_shape_is_kept_and_the_release_in_float64(shape, dtype):
     value = torch.ones(shape, dtype=dtype)
     noisy, = add_noise([value], 0.5, 1.0, SeededSource(0))
-    assert noisy.shape == shape and noisy.dtype == dtype
+    assert noisy.shape == shape and noisy.dtype == torch.float64
     assert torch.equal(value, torch.ones(shape, dtype=dtype))
 
 
@@ -182,3 +183,28 @@ def test_mask_zeroes_coefficients():
     (math.inf, 1.0, "noise_multiplier must be"), (1.0, math.inf, "set a finite max_grad_norm")])
 def test_bad_noise_is_refused(sigma, bound, words):
     assert_refuses(ValueError, words, lambda: Mechanism(make_clip_rule("flat", bound), sigma, SeededSource(0)))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("hook", [True, False])
+@pytest.mark.parametrize("expected", [1, 3, 7])
+def test_the_last_bits_do_not_tell_whether_a_batch_was_empty(optimizer, hook, expected):
+    """Noise alone, and noise on sums of zero: the same key, the same numbers, whatever takes the step."""
+    found = []
+    for empty in (True, False):
+        model = mlp()
+        _, private, _ = PrivacyEngine(reproducible_seed=7).make_private(
+            model=model, optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=0.3),
+            data_loader=DataLoader(TensorDataset(torch.zeros(expected)), batch_size=expected), noise_multiplier=1.0,
+            max_grad_norm=1.0)
+        if hook:
+            private.register_step_post_hook(lambda *_: None)
+        for _ in range(2):
+            if empty:
+                private.step_on_empty_batch()
+            else:
+                private.expect_batch(expected)
+                private.backward(model(examples(expected)[0]).sum(1))
+                private.step(mask=torch.zeros(expected, dtype=torch.bool))
+        found.append(flat({name: p.detach() for name, p in model.named_parameters()}))
+    assert found[0].equal(found[1])

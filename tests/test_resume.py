@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lora_dp import PrivacyEngine
-from tests.models import OPTIMIZERS, assert_refuses, private_run, seeded, snapshot, train
+from tests.models import OPTIMIZERS, assert_refuses, mlp, private_run, seeded, snapshot, train
+from tests.support import make_private
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -86,3 +87,19 @@ def test_steps_taken_cannot_be_unspent():
     assert engine.ledger.steps == 2
     engine.load_state_dict(engine.state_dict())
     assert engine.ledger.steps == 2
+
+
+def test_a_run_that_goes_on_without_its_ledger_is_refused():
+    model, engine = mlp(), PrivacyEngine(accountant="rdp", reproducible_seed=0)
+    optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0)
+    for _ in range(3):
+        optimizer.step_on_empty_batch()
+    saved, ledger = optimizer.state_dict(), engine.state_dict()
+    again = PrivacyEngine(accountant="rdp", reproducible_seed=0)
+    optimizer = make_private(mlp(), batch_size=4, engine=again, noise_multiplier=1.0)
+    optimizer.load_state_dict(saved)
+    assert_refuses(RuntimeError, "gone on from 3 private steps and the engine's ledger has 0",
+                   optimizer.step_on_empty_batch)
+    again.load_state_dict(ledger)
+    optimizer.step_on_empty_batch()
+    assert again.ledger.steps == 4

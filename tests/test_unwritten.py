@@ -1,5 +1,7 @@
 """Parameters that a forward writes to: refused before it does, or once it has."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -151,3 +153,22 @@ def test_bigbird_is_refused_where_it_gives_up_sparse_attention():
     optimizer.recorder.discard()
     model.bert.set_attention_type("original_full")
     model(ids[:, :8])
+
+
+@pytest.mark.parametrize("target", ["buffer", "parameter"])
+def test_what_a_backward_writes_is_refused_at_the_step(target):
+    model = nn.Sequential(mlp()).train()
+    kept = torch.zeros(3)
+    if target == "buffer":
+        model.register_buffer("kept", kept)
+    else:
+        kept = model.kept = nn.Parameter(kept, requires_grad=False)
+    optimizer = make_private(model, batch_size=4)
+
+    def keep(module: nn.Module, given: Any, made: Any) -> None:
+        kept.add_(made[0].mean(0))
+
+    model.register_full_backward_hook(keep)
+    optimizer.backward(model(examples(4)[0]).square().sum(1))
+    assert_refuses(IsolationError, "'kept'", optimizer.step)
+    assert optimizer.ledger.steps == 0
