@@ -17,7 +17,8 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def check_isolation(
     whole, examples = call, n
     if apart and n > FEW:
         call, n = batch_parts.take(call, batch_parts.chosen(call, n, FEW), n), FEW
-    with Trials(model, criterion, positional) as trials:
+    with _in_full_precision(call), Trials(model, criterion, positional) as trials:
         base = trials.run(call)
         for name, output in base.private():
             if output.dim() < 2 or output.shape[0] % n:
@@ -115,6 +116,16 @@ def check_isolation(
                 check_numbers(trials, steady, call, n, other_numbers)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
         return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
+
+
+@contextlib.contextmanager
+def _in_full_precision(call: Any) -> Iterator[None]:
+    """Without autocast, where the inputs allow it: its rounding hides what is small, and follows the padding."""
+    with contextlib.ExitStack() as stack:
+        if not any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in batch_parts.tensors_in(call)):
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> list[tuple[int, Trace]]:

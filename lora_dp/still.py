@@ -20,15 +20,31 @@ def _most_likely(given: Given) -> Tensor:
     return order[..., :number]
 
 
-# What stands for a draw, of each row by itself: dropout keeps everything, an order is kept. Noise is half a deviation
-# off its mean, so that its size can be seen: NEFTune's follows the width of the batch. Also for draws in place.
+def _off_centre(drawn: Tensor, centre: Any, offset: Any) -> Tensor:
+    """Noise of half a deviation, up and down by turns of features, so that its size is seen behind a LayerNorm too."""
+    turns = torch.ones(drawn.shape[-1:], device=drawn.device)
+    if drawn.dim() > 2:
+        turns[1::2] = -1
+    return centre + offset * turns
+
+
+# What stands for noise: NEFTune's size follows the width of the batch, which must not go unnoticed.
+_NOISE: dict[str, Callable[[Given], tuple[Any, Any]]] = {
+    "aten::uniform": lambda given: ((given["from"] + given["to"]) / 2, (given["to"] - given["from"]) / 4),
+    "aten::normal": lambda given: (given["mean"], given["std"] / 2),
+    "aten::cauchy": lambda given: (given["median"], given["sigma"] / 2),
+    "aten::rand": lambda given: (0.5, 0.25),
+    "aten::rand_like": lambda given: (0.5, 0.25),
+    "aten::randn": lambda given: (0.0, 0.5),
+    "aten::randn_like": lambda given: (0.0, 0.5),
+    "prims::normal": lambda given: (given["mean"], given["std"] / 2),
+    "prims::uniform": lambda given: ((given["low"] + given["high"]) / 2, (given["high"] - given["low"]) / 4),
+}
+# What stands for any other draw, of each row by itself: dropout keeps everything, an order is kept. Also in place.
 _VALUES: dict[str, Callable[[Given], Tensor | float]] = {
     "aten::bernoulli": lambda given: 1.0,
-    "aten::uniform": lambda given: given["from"] + 0.75 * (given["to"] - given["from"]),
-    "aten::normal": lambda given: given["mean"] + 0.5 * given["std"],
     "aten::exponential": lambda given: 1 / given["lambd"],
     "aten::random": lambda given: given.get("from", 0),
-    "aten::cauchy": lambda given: given["median"] + 0.5 * given["sigma"],
     "aten::log_normal": lambda given: math.exp(given["mean"] + 0.5 * given["std"]),
     "aten::geometric": lambda given: 1.0,
     "aten::poisson": lambda given: given["self"].round(),
@@ -38,13 +54,9 @@ _VALUES: dict[str, Callable[[Given], Tensor | float]] = {
     "aten::multinomial": _most_likely,
     "aten::rand": lambda given: 0.5,
     "aten::rand_like": lambda given: 0.5,
-    "aten::randn": lambda given: 0.5,
-    "aten::randn_like": lambda given: 0.5,
     "aten::randint": lambda given: given.get("low", 0),
     "aten::randint_like": lambda given: given.get("low", 0),
     "aten::randperm": lambda given: torch.arange(given["n"]),
-    "prims::normal": lambda given: given["mean"] + 0.5 * given["std"],
-    "prims::uniform": lambda given: given["low"] + 0.75 * (given["high"] - given["low"]),
 }
 _DROPPED = ("dropout_p", "dropout")
 # Marked as drawing, and draw nothing: a number that names a kernel, a softmax.
@@ -65,11 +77,13 @@ class Still(TorchDispatchMode):
         if not _draws(func):
             return func(*args, **kwargs)
         name, given = func._schema.name, _given(func, args, kwargs)
-        values = _VALUES.get(name.removesuffix("_").removesuffix("_functional"))
-        if values is not None:
-            value = values(given)
+        kind = name.removesuffix("_").removesuffix("_functional")
+        if kind in _NOISE or kind in _VALUES:
             # Drawn all the same, for what it is like; not from a generator of the model's own, which nobody puts back.
             drawn = _with(func, args, kwargs, ("generator",), None)
+            # A few uniform numbers decide more often than they are noise: these are in the middle.
+            noise = kind in _NOISE and (drawn.dim() > 2 or kind not in _VALUES)
+            value = _off_centre(drawn, *_NOISE[kind](given)) if noise else _VALUES[kind](given)
             return drawn.copy_(value) if isinstance(value, Tensor) else drawn.fill_(value)
         if name in ("aten::native_dropout", "aten::_fused_dropout"):
             return _kept(func, given)

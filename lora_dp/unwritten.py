@@ -57,7 +57,7 @@ class Versions:
         self._buffers = [] if model is None else [
             (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         self._before: tuple[list[Any], list[int], list[int]] = [], [], []
-        self._written: list[int] = []
+        self._written: list[int] | None = None
 
     def _now(self) -> tuple[list[Any], list[int], list[int]]:
         found = [held.get(name) for _, held, name in self._parameters]
@@ -91,14 +91,15 @@ class Versions:
         Raises:
             IsolationError: it has written to a parameter or a buffer, by a hook.
         """
-        before, self._written = self._written, []
-        names = [name for (name, buffer), mark in zip(self._buffers, before, strict=False) if buffer._version != mark]
+        before, self._written = self._written, None
+        if before is None:
+            return
+        names = [name for (name, buffer), mark in zip(self._buffers, before, strict=True) if buffer._version != mark]
         if names:
             raise IsolationError(
                 f"The backward writes to the buffer '{names[0]}', by the examples that it is given: nothing clips that "
                 "or adds noise. Leave out the hook that does so.")
-        if before:
-            self.check()
+        self.check()
 
 
 class Parts:

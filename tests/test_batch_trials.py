@@ -492,3 +492,24 @@ def mixing() -> tuple[nn.Module, Any]:
 
     model = Mixing().train()
     return model, make_private(model, batch_size=2)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_padding_is_tried_in_full_precision_under_autocast(looks):
+    """Rounded to bfloat16, what another padding leaves alone would seem to change with it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, num_labels=2,
+        max_position_embeddings=64, initializer_range=0.2)
+    model = inject_lora(transformers.BertForSequenceClassification(config), LoRAConfig(
+        r=2, target_modules=["query"], trainable_modules=["classifier"])).train()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.recorder.expect_padding()
+    mask = (torch.arange(48) < torch.tensor([[15], [39], [7], [30]])).long()
+    batch = {"input_ids": torch.randint(2, 40, (4, 48)) * mask, "attention_mask": mask if not looks else None}
+    with torch.autocast("cpu", torch.bfloat16):
+        if looks:
+            assert_refuses(IsolationError, "changes with the padding", lambda: model(**batch))
+        else:
+            model(**batch)

@@ -1,7 +1,5 @@
 """Parameters that a forward writes to: refused before it does, or once it has."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,20 +153,38 @@ def test_bigbird_is_refused_where_it_gives_up_sparse_attention():
     model(ids[:, :8])
 
 
+def add_to(kept: Tensor, gradient: Tensor) -> None:
+    kept.add_(gradient.mean(0))
+
+
 @pytest.mark.parametrize("target", ["buffer", "parameter"])
 def test_what_a_backward_writes_is_refused_at_the_step(target):
-    model = nn.Sequential(mlp()).train()
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.writes: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)
+            for kept in self.writes:
+                out.register_hook(lambda gradient, kept=kept: add_to(kept, gradient))
+            return out
+
+    model = Kept().train()
     kept = torch.zeros(3)
     if target == "buffer":
         model.register_buffer("kept", kept)
     else:
         kept = model.kept = nn.Parameter(kept, requires_grad=False)
     optimizer = make_private(model, batch_size=4)
-
-    def keep(module: nn.Module, given: Any, made: Any) -> None:
-        kept.add_(made[0].mean(0))
-
-    model.register_full_backward_hook(keep)
-    optimizer.backward(model(examples(4)[0]).square().sum(1))
-    assert_refuses(IsolationError, "'kept'", optimizer.step)
-    assert optimizer.ledger.steps == 0
+    x = examples(4)[0]
+    for writes in (False, False, True):
+        model.writes[:] = [kept] if writes else []
+        optimizer.expect_batch(4)
+        optimizer.backward(model(x).square().sum(1))
+        if writes:
+            assert_refuses(IsolationError, "'kept'", optimizer.step)
+        else:
+            optimizer.step()
+    assert optimizer.ledger.steps == 2
