@@ -414,10 +414,13 @@ def test_a_source_that_is_not_secure_asks_for_nothing() -> None:
     own = secret_state.worker_init(_seed_publicly, SeededSource(1))
     assert own is _seed_publicly and secret_state.worker_init(None, SeededSource(1)) is None
     assert secret_state.worker_init(_seed_publicly, None) is _seed_publicly
+    for source in (SeededSource(1), None):
+        assert secret_state.collation(_seed_publicly, source) is _seed_publicly
     with torch.random.fork_rng():
         DataLoader(TensorDataset(torch.zeros(3)))
         torch.manual_seed(0)
         secret_state.begin_pass(None)
+        secret_state.begin_fetch(None)
 
 
 def _forked(x: Tensor) -> Tensor:

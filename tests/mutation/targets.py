@@ -148,7 +148,8 @@ TARGETS: dict[str, Target] = {
         "tests/fed/engines/test_policy.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
     "lora_dp/fed/engines/flower_tensors.py": Target((
-        "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_message_bytes.py")),
+        "tests/fed/engines/test_tensor_bytes.py", "tests/fed/engines/test_hostile_client.py",
+        "tests/fed/engines/test_message_bytes.py")),
     "csrc/chacha20.h": Target(("tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py")),
     "csrc/cpu_kernels.h": Target(_NATIVE),
     "csrc/gaussian_blocks.h": Target(("tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py")),
