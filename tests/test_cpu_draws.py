@@ -59,7 +59,8 @@ def test_bernoulli_takes_a_chance_for_each_element() -> None:
     lambda: torch.zeros(3).bernoulli_(1.5), lambda: torch.zeros(3).bernoulli_(-0.1),
     lambda: torch.bernoulli(torch.tensor([0.5, 1.5])), lambda: torch.zeros(3).bernoulli_(float("nan")),
     lambda: torch.zeros(3).uniform_(2, 1), lambda: torch.zeros(3).exponential_(-1.0),
-    lambda: torch.zeros(3).exponential_(0.0), lambda: torch.zeros(1).expand(4).bernoulli_(0.5)])
+    lambda: torch.zeros(3).exponential_(0.0), lambda: torch.zeros(3).bernoulli_(torch.tensor([0, 1, 1])),
+    lambda: torch.empty(3, dtype=torch.float8_e5m2).uniform_(), lambda: torch.zeros(1).expand(4).bernoulli_(0.5)])
 def test_what_torch_refuses_stays_refused(draw: Callable[[], Tensor]) -> None:
     with pytest.raises(RuntimeError):
         draw()
@@ -268,8 +269,9 @@ def test_a_public_seed_and_a_generator_of_ones_own_stay_torchs() -> None:
     own = [torch.rand(9, generator=torch.Generator().manual_seed(5)).tolist() for _ in range(2)]
     assert own[0] == own[1] == public[0]
     half = torch.full((64,), 0.5)
-    mask = [torch.bernoulli(half, generator=torch.Generator().manual_seed(5)).tolist() for _ in range(2)]
-    assert mask[0] == mask[1]
+    for out in (None, torch.empty(64)):
+        mask = [torch.bernoulli(half, generator=torch.Generator().manual_seed(5), out=out).tolist() for _ in range(2)]
+        assert mask[0] == mask[1]
 
 
 def test_that_kernels_are_replaced_is_no_warning_to_the_user() -> None:
