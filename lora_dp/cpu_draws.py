@@ -147,7 +147,7 @@ def _uniform(key: int, out: Tensor, low: float = 0.0, high: float = 1.0) -> bool
     wide, width = (torch.float64, 64) if out.dtype == torch.float64 else (torch.float32, 32)
     bits = _bits(key, out.shape, torch.int64 if width == 64 else torch.int32)
     unit = bits.bitwise_right_shift_(width - exact).bitwise_and_(2**exact - 1).to(wide).mul_(2.0**-exact)
-    out.copy_(unit if (low, high) == (0.0, 1.0) else unit.mul_(high - low).add_(low))
+    out.copy_(unit.mul_(high - low).add_(low))
     return True
 
 

@@ -1,6 +1,10 @@
 """What torch draws on a CPU in a secret state: the right distributions, by ChaCha20 under the secret key."""
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,7 +59,8 @@ def test_bernoulli_takes_a_chance_for_each_element() -> None:
     lambda: torch.zeros(3).bernoulli_(1.5), lambda: torch.zeros(3).bernoulli_(-0.1),
     lambda: torch.bernoulli(torch.tensor([0.5, 1.5])), lambda: torch.zeros(3).bernoulli_(float("nan")),
     lambda: torch.zeros(3).uniform_(2, 1), lambda: torch.zeros(3).exponential_(-1.0),
-    lambda: torch.zeros(1).expand(4).bernoulli_(0.5)])
+    lambda: torch.zeros(3).exponential_(0.0), lambda: torch.zeros(3).bernoulli_(torch.tensor([0, 1, 1])),
+    lambda: torch.empty(3, dtype=torch.float8_e5m2).uniform_(), lambda: torch.zeros(1).expand(4).bernoulli_(0.5)])
 def test_what_torch_refuses_stays_refused(draw: Callable[[], Tensor]) -> None:
     with pytest.raises(RuntimeError):
         draw()
@@ -80,6 +85,41 @@ def test_exponential(rate: float) -> None:
     assert float(drawn.min()) > 0
     assert stats.kstest(drawn.numpy(), "expon", args=(0, 1 / rate)).pvalue > P_LEAST
     assert stats.kstest(torch.empty(100_000).exponential_(rate).numpy(), "expon", args=(0, 1 / rate)).pvalue > P_LEAST
+
+
+def given_bits(monkeypatch: pytest.MonkeyPatch, *words: int) -> None:
+    """The stream under the key is these words from now on, of 32 or 64 bits as they are asked for."""
+    def mask_bits(key: int, parameter: int, draw: int, pointer: int, size: int) -> None:
+        bits = np.array(words, np.int64).astype(np.int32 if size == 4 * len(words) else np.int64)
+        ctypes.memmove(pointer, bits.tobytes(), size)
+
+    monkeypatch.setattr(cpu_draws, "native", SimpleNamespace(mask_bits=mask_bits))
+
+
+@pytest.mark.parametrize("dtype, digits", [*zip(FLOATS, [24, 53, 11, 8], strict=True)])
+def test_uniform_is_the_first_bits_of_a_word(dtype: torch.dtype, digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = -2**63 if dtype == torch.float64 else -2**31
+    given_bits(monkeypatch, 0, -1, half)
+    assert torch.rand(3, dtype=dtype).tolist() == [0.0, 1 - 2.0**-digits, 0.5]
+    assert torch.empty(3, dtype=dtype).uniform_(-3, 5)[::2].tolist() == [-3.0, 1.0]
+
+
+def test_exponential_is_never_infinite_and_may_be_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_bits(monkeypatch, 0, -1, 2**52 - 1)
+    drawn = torch.empty(3, dtype=torch.float64).exponential_(2.0)
+    expected = torch.tensor([53 * np.log(2) / 2, 0.0, np.log(2) / 2], dtype=torch.float64)
+    torch.testing.assert_close(drawn, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, (1000 + 0.3) / 2**32, (1000 + 0.7) / 2**32])
+def test_bernoulli_is_exact_to_32_bits(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for chance in (torch.tensor(p, dtype=torch.float64), torch.tensor(p)):  # in the float32 that it is given in, too
+        threshold = round(float(chance) * 2**32) - 2**31
+        given_bits(monkeypatch, threshold - 1, threshold)
+        assert torch.zeros(2).bernoulli_(chance.expand(2)).tolist() == [1, 0]
+        assert torch.zeros(2).bernoulli_(float(chance)).tolist() == [1, 0]
+    given_bits(monkeypatch, -1, 0)
+    assert torch.zeros(2).bernoulli_().tolist() == [1, 0]
 
 
 class _DropPath(nn.Module):
@@ -159,6 +199,16 @@ def test_whatever_drops_draws_under_the_secret_key(name: str, monkeypatch: pytes
     check_hangs_on_the_key(DROPPING[name], monkeypatch)
 
 
+@pytest.mark.parametrize("draw", [
+    lambda x: torch.empty(99).exponential_(0.2), lambda x: torch.empty(99).uniform_(0, torch.finfo(torch.float32).max),
+    lambda x: torch.bernoulli(torch.tensor([0, 0.5] * 99)), lambda x: torch.bernoulli(torch.tensor([0.5, 1] * 99)),
+    lambda x: torch.empty(99, dtype=torch.bool).bernoulli_(0.5)])
+def test_at_the_edges_too_draws_are_under_the_secret_key(
+    draw: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_hangs_on_the_key(draw, monkeypatch)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["F.dropout", "rand", "sdpa"])
 def test_what_is_compiled_draws_under_the_secret_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +268,22 @@ def test_a_public_seed_and_a_generator_of_ones_own_stay_torchs() -> None:
         assert [torch.rand(9).tolist() for _ in range(2)] == public
     own = [torch.rand(9, generator=torch.Generator().manual_seed(5)).tolist() for _ in range(2)]
     assert own[0] == own[1] == public[0]
+    half = torch.full((64,), 0.5)
+    for out in (None, torch.empty(64)):
+        mask = [torch.bernoulli(half, generator=torch.Generator().manual_seed(5), out=out).tolist() for _ in range(2)]
+        assert mask[0] == mask[1]
+
+
+def test_that_kernels_are_replaced_is_no_warning_to_the_user() -> None:
+    code = """import warnings
+from lora_dp import cpu_draws
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        cpu_draws.install(lambda: None, lambda generator: None)
+assert not seen, seen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @forks

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lora_dp.passes
 from lora_dp import DPLinear, PrivacyEngine, secret_state
+from lora_dp.coverage import recorder_of
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.sampling import PrivateDataLoader
 from tests.sources import forks
@@ -413,10 +414,13 @@ def test_a_source_that_is_not_secure_asks_for_nothing() -> None:
     own = secret_state.worker_init(_seed_publicly, SeededSource(1))
     assert own is _seed_publicly and secret_state.worker_init(None, SeededSource(1)) is None
     assert secret_state.worker_init(_seed_publicly, None) is _seed_publicly
+    for source in (SeededSource(1), None):
+        assert secret_state.collation(_seed_publicly, source) is _seed_publicly
     with torch.random.fork_rng():
         DataLoader(TensorDataset(torch.zeros(3)))
         torch.manual_seed(0)
         secret_state.begin_pass(None)
+        secret_state.begin_fetch(None)
 
 
 def _forked(x: Tensor) -> Tensor:
@@ -466,14 +470,19 @@ def test_a_model_that_draws_from_a_seed_inside_its_forward_is_refused(function: 
 
 def test_an_interrupted_forward_is_over_with_the_models_next() -> None:
     def interrupted(x: Tensor) -> Tensor:
-        raise KeyboardInterrupt
+        recorder = recorder_of(model)
+        if recorder is None or not recorder.tried:
+            raise KeyboardInterrupt
+        return x
 
     model = Net(interrupted)
     optimizer = private(model)
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(1, 4))
-    model.function = torch.tanh
-    step(model, optimizer)
+    with pytest.raises(RuntimeError, match="seeds a generator inside its forward"):
+        torch.rand(3, generator=torch.Generator())  # nobody has told that it is over
+    model.function = lambda x: F.dropout(x, 0.5)
+    step(model, optimizer)  # its first batch of several is tried, which draws from a seed
     torch.rand(3, generator=torch.Generator())
     model.function = interrupted
     with pytest.raises(KeyboardInterrupt):

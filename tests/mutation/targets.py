@@ -150,7 +150,8 @@ TARGETS: dict[str, Target] = {
         "tests/fed/engines/test_policy.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
     "lora_dp/fed/engines/flower_tensors.py": Target((
-        "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_message_bytes.py")),
+        "tests/fed/engines/test_tensor_bytes.py", "tests/fed/engines/test_hostile_client.py",
+        "tests/fed/engines/test_message_bytes.py")),
     "csrc/chacha20.h": Target(("tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py")),
     "csrc/cpu_kernels.h": Target(_NATIVE),
     "csrc/gaussian_blocks.h": Target(("tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py")),
@@ -173,4 +174,5 @@ SETTLED = (
     "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/company.py",
     "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py", "lora_dp/loss_graph.py",
     "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_policy.py",
-    "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py")
+    "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py", "lora_dp/secret_state.py",
+    "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py")

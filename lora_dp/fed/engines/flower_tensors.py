@@ -21,7 +21,7 @@ _MOST_HEADER = 2**25
 
 def pack_tensors(state: State) -> ArrayRecord:
     """Tensors by name, in one array of bytes: a SuperLink is asked for every array of a record by itself."""
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    data = save({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     return ArrayRecord({_FORMAT: Array(np.frombuffer(data, dtype=np.uint8))})
 
 
