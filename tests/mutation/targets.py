@@ -87,7 +87,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
         "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
-        "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
+        "tests/test_frozen_later.py", "tests/test_secret_state.py", "tests/test_compile.py")),
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_phases.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
         "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_gradients.py",
@@ -171,4 +171,5 @@ SETTLED = (
     "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
     "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
     "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/company.py",
-    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py", "lora_dp/loss_graph.py")
+    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py", "lora_dp/loss_graph.py",
+    "lora_dp/recording.py")
