@@ -451,6 +451,13 @@ def test_looking_at_a_batch_before_training_is_no_skip():
     assert optimizer.ledger.steps == 2
 
 
+def test_one_batch_may_be_looked_at_before_training_and_no_second():
+    _, _, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    next(iter(loader))
+    next(iter(loader))
+    assert_refuses(RuntimeError, "was never stepped", lambda: next(iter(loader)))
+
+
 def test_noise_alone_may_not_stand_for_a_batch():
     """Who left a batch out for what one example holds would take away what all others add."""
     model, optimizer, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))

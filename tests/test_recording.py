@@ -222,6 +222,17 @@ def test_two_backward_passes_through_one_graph_add_up(method):
     assert (slot.norms().square() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
 
 
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+def test_of_several_optimizers_the_active_one_says_how_norms_are_computed(method):
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4, norm_method=method)
+    make_private(model, batch_size=4, norm_method="ghost" if method == "direct" else "direct")
+    optimizer.activate()
+    F.cross_entropy(model(x), y).backward()
+    head = next(slot for slot in optimizer.recorder.current.slots.values() if slot.name == "2.weight")
+    assert (head.kept is None) == (method == "ghost")
+
+
 def test_a_kept_graph_leaves_the_activations_alone():
     """Two losses, two backward passes: neither may write into what the graph or the user holds."""
     model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))

@@ -99,7 +99,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
         "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
-        "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", *_PITFALLS)),
+        "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
+        *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
