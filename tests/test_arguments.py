@@ -385,6 +385,9 @@ def test_states(state: Any) -> None:
         optimizer.load_state_dict(state)
     with pytest.raises(TypeError, match="steps_taken must be a whole number"):
         optimizer.load_state_dict({**optimizer.state_dict(), "steps_taken": "3"})
+    with pytest.raises(ValueError, match="steps_taken must be at least 0"):
+        optimizer.load_state_dict({**optimizer.state_dict(), "steps_taken": -1})
+    optimizer.load_state_dict(optimizer.state_dict())  # before its first step
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 2**70])

@@ -17,6 +17,7 @@ from lora_dp import IsolationError, PrivacyEngine
 from lora_dp.collation import check_collation
 from lora_dp.randomness import SeededSource
 from tests.models import assert_refuses, examples, mlp, private_run
+from tests.support import make_private
 
 Collate = Callable[[list[Any]], Any]
 
@@ -449,6 +450,51 @@ def test_looking_at_a_batch_before_training_is_no_skip():
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     assert optimizer.ledger.steps == 2
+
+
+def test_one_batch_may_be_looked_at_before_training_and_no_second():
+    _, _, loader = private_run(PrivacyEngine("rdp", reproducible_seed=0))
+    next(iter(loader))
+    next(iter(loader))
+    assert_refuses(RuntimeError, "was never stepped", lambda: next(iter(loader)))
+
+
+def test_what_was_looked_at_is_no_batch_that_waits_for_its_step():
+    """Of two batches of one size, the second is the one that is stepped."""
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4)
+    for _ in range(2):
+        optimizer.begin_batches()
+        optimizer.expect_batch(4)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.check_stepped()
+
+
+def test_a_batch_that_was_not_stepped_is_refused_once():
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    assert_refuses(RuntimeError, "drew (4 examples) was never stepped", optimizer.check_stepped)
+    optimizer.check_stepped()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.signal_skip_step()
+    optimizer.step()
+    assert_refuses(RuntimeError, "drew (of several micro-batches examples) was never stepped", optimizer.check_stepped)
+    optimizer.check_stepped()
+    assert optimizer.ledger.steps == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"set_to_none": True}, {"set_to_none": False}])
+def test_gradients_are_forgotten_as_torch_forgets_them(options):
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad(**options)
+    left = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is None if options.get("set_to_none", True) else not grad.any() for grad in left)
 
 
 def test_noise_alone_may_not_stand_for_a_batch():

@@ -14,15 +14,25 @@ N = 6
 
 
 @pytest.mark.parametrize("declared", ["mean", "sum"])
-@pytest.mark.parametrize("n", [1, N])
-def test_a_vector_needs_no_reduction(declared, n):
+@pytest.mark.parametrize(("n", "bound"), [(1, 0.3), (N, 0.3), (N, 1e6)])
+def test_a_vector_needs_no_reduction(declared, n, bound):
     model, reference, (x, y) = mlp(), mlp(), examples(n)
-    optimizer = make_private(model, batch_size=N, max_grad_norm=0.3, loss_reduction=declared)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=bound, loss_reduction=declared)
     optimizer.expect_batch(n)
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
-    expected = take_step(reference, make_private(reference, batch_size=N, max_grad_norm=0.3), (x, y))
+    expected = take_step(reference, make_private(reference, batch_size=N, max_grad_norm=bound), (x, y))
     assert_close(flat(private_gradients(model)) * N, flat(expected), 1e-6)
+
+
+def test_the_graph_of_a_vector_is_kept_only_where_that_is_asked_for():
+    model, (x, y) = mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    optimizer.backward(losses, retain_graph=True)
+    optimizer.backward(losses)
+    with pytest.raises((RuntimeError, ValueError), match="second time|used up"):
+        optimizer.backward(losses)
 
 
 def test_a_public_weight_multiplies_every_loss():

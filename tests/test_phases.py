@@ -2,8 +2,10 @@
 
 
 import pytest
+import torch
 import torch.nn.functional as F
 
+from lora_dp import PrivacyEngine
 from lora_dp.phases import Phases
 from tests.models import (
     OPTIMIZERS,
@@ -11,6 +13,7 @@ from tests.models import (
     cross_entropy,
     examples,
     flat,
+    loader_of,
     mlp,
     moved,
     one_by_one,
@@ -67,6 +70,17 @@ def test_set_phases():
     cross_entropy(model, examples(4)).backward()
     assert_refuses(RuntimeError, "inside a logical batch", lambda: optimizer.set_phases("B"))
     assert_refuses(ValueError, "choose one of B, A, AB, BA", lambda: Phases("C"))
+
+
+def test_phases_of_a_factor_that_the_wrapped_optimizer_lacks_are_refused():
+    model = mlp()
+    held = [p for name, p in model.named_parameters() if p.requires_grad and name != "0.lora_A"]
+    _, optimizer, _ = PrivacyEngine("rdp").make_private(
+        model=model, optimizer=torch.optim.SGD(held, lr=0.1), data_loader=loader_of(40, 8), noise_multiplier=1.0,
+        max_grad_norm=1.0, phases="B")
+    for phases in ("A", "BA", "AB"):
+        assert_refuses(ValueError, "lora_A", lambda phases=phases: optimizer.set_phases(phases))
+    optimizer.set_phases("B")
 
 
 def test_phase_of_each_step():

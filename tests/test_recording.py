@@ -73,6 +73,45 @@ def test_each_backward_through_one_use_brings_both_factors(anew, method):
     check(slot, total)
 
 
+def test_a_slot_tells_how_many_rows_a_layer_was_last_given():
+    slot = slot_of((3, 6), 4, "direct")
+    assert slot.rows == 0
+    for rows in (8, 4):
+        slot.group(torch.zeros(rows, 5, 3))
+        assert slot.rows == rows
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_what_a_sum_is_made_of_by_ghost_and_directly(uses):
+    """Norms, and the factors joined along T or the gradients: what a comparison of single examples looks at."""
+    torch.manual_seed(0)
+    pairs = [(torch.randn(4, tokens, 3), torch.randn(4, tokens, 6)) for tokens in (2, 5)[:uses]]
+    for method in ("ghost", "direct"):
+        slot = slot_of((3, 6), 4, method)
+        for left, right in pairs:
+            give(slot, left, right)
+        norms, *parts = slot.by_example()
+        expected = [torch.cat(side, 1) for side in zip(*pairs, strict=True)] if method == "ghost" else [
+            sum(outer(left, right) for left, right in pairs)]
+        assert len(parts) == len(expected)
+        for part, value in zip(parts, expected, strict=True):
+            assert_close(part, value)
+        assert_close(norms, sum(outer(left, right) for left, right in pairs).flatten(1).norm(dim=1))
+
+
+def test_what_a_sum_of_lookups_is_made_of():
+    torch.manual_seed(0)
+    slot, ids, found = slot_of((7, 3), 4, "auto"), torch.randint(7, (4, 5)), torch.randn(4, 5, 3)
+    slot.receive_lookup(ids, torch.float32)  # of which no gradient comes
+    _, leaf = slot.receive_lookup(ids, torch.float32)
+    leaf.backward(found)
+    norms, *parts = slot.by_example()
+    assert len(parts) == 1
+    assert_close(parts[0], found)
+    dense = torch.zeros(4, 7, 3).index_put((torch.arange(4).unsqueeze(1), ids), found, accumulate=True)
+    assert_close(norms, dense.flatten(1).norm(dim=1))
+
+
 def test_a_backward_that_stopped_between_the_two_factors_of_a_use_leaves_no_half():
     torch.manual_seed(0)
     slot, left, right = slot_of((3, 6), 4, "ghost"), torch.randn(4, 5, 3), torch.randn(4, 5, 6)
@@ -181,6 +220,17 @@ def test_two_backward_passes_through_one_graph_add_up(method):
     for i in range(4):
         assert_close(weighted_sum(slot, ones[i]), total[i], 1e-5)
     assert (slot.norms().square() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("method", ["direct", "ghost"])
+def test_of_several_optimizers_the_active_one_says_how_norms_are_computed(method):
+    model, (x, y) = mlp(), examples(4)
+    optimizer = make_private(model, batch_size=4, norm_method=method)
+    make_private(model, batch_size=4, norm_method="ghost" if method == "direct" else "direct")
+    optimizer.activate()
+    F.cross_entropy(model(x), y).backward()
+    head = next(slot for slot in optimizer.recorder.current.slots.values() if slot.name == "2.weight")
+    assert (head.kept is None) == (method == "ghost")
 
 
 def test_a_kept_graph_leaves_the_activations_alone():

@@ -166,6 +166,7 @@ def test_a_cycle_of_phases_regulates_each_by_the_other():
         trained = "BA"[step % 2]
         frozen = layer.lora_A if trained == "B" else layer.lora_B
         assert layer.regulator.trained == trained
+        assert optimizer.regulators == {id(layer.lora_B if trained == "B" else layer.lora_A): layer.regulator}
         torch.testing.assert_close(layer.regulator.root, Regulator.beside(trained, frozen).root)
         optimizer.expect_batch(2)
         square_loss(model, torch.randn(2, 5, 10, dtype=torch.float64)).mean().backward()

@@ -87,7 +87,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
         "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
-        "tests/test_frozen_later.py", "tests/test_compile.py", "tests/test_secret_state.py")),
+        "tests/test_frozen_later.py", "tests/test_secret_state.py", "tests/test_compile.py")),
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_phases.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
         "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_gradients.py",
@@ -98,8 +98,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/optimizer.py": Target((
         "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
         "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
-        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_gradients.py",
-        "tests/test_collation.py", *_PITFALLS)),
+        "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
+        "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
+        *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
@@ -165,14 +166,12 @@ TARGETS: dict[str, Target] = {
 
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
-    "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/noise.py", "lora_dp/sampling.py",
-    "lora_dp/fed/noisy_sum.py", "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py",
-    "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
-    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/unwritten.py",
-    "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/isolation.py",
-    "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py", "lora_dp/fed/client.py",
-    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/company.py",
-    "lora_dp/collation.py", "lora_dp/loss_watch.py", "lora_dp/passes.py", "lora_dp/loss_graph.py",
-    "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_policy.py",
-    "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py", "lora_dp/secret_state.py",
-    "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py")
+    "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/sampling.py", "lora_dp/fed/noisy_sum.py",
+    "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py", "lora_dp/randomness.py",
+    "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py", "lora_dp/accounting/epsilon.py",
+    "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/trial_values.py", "lora_dp/own_generators.py",
+    "lora_dp/loss_rows.py", "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py",
+    "lora_dp/fed/client.py", "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
+    "lora_dp/company.py", "lora_dp/collation.py", "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py",
+    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py",
+    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py")
