@@ -15,6 +15,7 @@ from lora_dp.batch_parts import (
     argument_names,
     named,
     numbers_in,
+    set_apart,
     structure,
     take,
     tensors_in,
@@ -77,9 +78,11 @@ class Passes:
 
         ``call`` is the same call with the names of all arguments.
         """
-        recorder = self.recorder
+        recorder, seen = self.recorder, self.recorder.sizes.look(call, n)
+        call = set_apart(call, seen.tables)
         kind, others = self._kind(module, call, n)
         wanted = kind not in recorder.tested
+        wanted |= seen.number and not recorder.number_tried
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
         if n == 0 or not (wanted or others or drawn_for_test()):
@@ -92,9 +95,11 @@ class Passes:
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
-            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single)
+            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
+            seen=seen)
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
+        recorder.number_tried = passed.number
         return True
 
     def _named(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
@@ -139,8 +144,9 @@ class Passes:
         kind = (rows, widths((args, kwargs), found.n))
         if rows and kind not in self.recorder.tested:
             if not self.recorder.losses.tested:
+                seen = self.recorder.sizes.look(self._named(module, args, kwargs), found.n)
                 check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
-                                number_varies=not self.recorder.sizes_fixed)
+                                number_varies=not self.recorder.sizes_fixed, seen=seen)
             self.recorder.tested[kind] = frozenset()
 
 

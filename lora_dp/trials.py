@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.batch_parts import tensors_in
+from lora_dp.batch_parts import put_back, tensors_in
 from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.seeded import other_states, seeded, torch_states
@@ -192,7 +192,7 @@ class Trials:
 
 
 def _copied(call: Any) -> Any:
-    """The same call with tensors of its own: a model may scale its input in place."""
+    """The same call as a model takes it, with tensors of its own: it may scale its input in place."""
     copies: dict[int, Tensor] = {}
 
     def own(leaf: Any) -> Any:
@@ -200,7 +200,7 @@ def _copied(call: Any) -> Any:
             return leaf
         return copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
 
-    return pytree.tree_map(own, call)
+    return pytree.tree_map(own, put_back(call))
 
 
 def _chance(still: bool) -> AbstractContextManager[Any]:
