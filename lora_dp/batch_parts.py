@@ -6,7 +6,7 @@ positions, or the patches of all images in one tensor.
 
 import inspect
 import numbers
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.losses import IGNORED
+from lora_dp.tables import Table, put_back
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Names of integer arguments that say of each token or example what it counts for.
@@ -53,32 +54,6 @@ def named(names: tuple[str, ...], call: Call) -> Call:
     """The same call by keywords, so that what arguments are called is known."""
     args, kwargs = call
     return ((), {**dict(zip(names, args, strict=True)), **kwargs}) if len(names) == len(args) else call
-
-
-class Table:
-    """A tensor among the arguments that belongs to no example; as no tensor, it is left as it is where examples are
-    taken, replaced or doubled.
-
-    Attributes:
-        tensor: what the model is given.
-        free: its dimensions that follow no width of the examples.
-    """
-
-    def __init__(self, tensor: Tensor, free: frozenset[int]):
-        self.tensor, self.free = tensor, free
-
-
-def set_apart(tree: Any, tables: Mapping[str, frozenset[int]]) -> Any:
-    """The same call with those named as :class:`Table`."""
-    def one(path: Any, leaf: Any) -> Any:
-        free = tables.get(pytree.keystr(path))
-        return leaf if free is None or not isinstance(leaf, Tensor) else Table(leaf, free)
-    return pytree.tree_map_with_path(one, tree) if tables else tree
-
-
-def put_back(tree: Any) -> Any:
-    """The call as a model takes it."""
-    return pytree.tree_map(lambda leaf: leaf.tensor if isinstance(leaf, Table) else leaf, tree)
 
 
 def is_by_example(leaf: Any, n: int) -> bool:

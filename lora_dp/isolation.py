@@ -38,6 +38,7 @@ from lora_dp.company import (
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
 from lora_dp.sizes import Seen, Sizes
+from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials, modes_kept
 
@@ -49,13 +50,11 @@ class Passed(NamedTuple):
         losses: which of the single numbers that the model returns are losses that keep examples apart.
         padding: whether padding was there to be tried.
         criterion: the shape of the criterion's graph, if one was given.
-        number: whether another number of examples could be tried, if it had to be.
     """
 
     losses: frozenset[int] = frozenset()
     padding: bool = False
     criterion: int | None = None
-    number: bool = True
 
 
 def check_isolation(
@@ -97,7 +96,7 @@ def check_isolation(
                seen)
     if seen.tables:
         try:
-            return _check(model, batch_parts.set_apart(call, seen.tables), *options)
+            return _check(model, set_apart(call, seen.tables), *options)
         except IsolationError:
             raise
         except Exception:  # what the model says if they hold rows of the examples after all
@@ -148,8 +147,7 @@ def _check(
             if other_numbers:
                 check_numbers(trials, steady, call, n, other_numbers)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
-        apart_losses = _kept_apart(base, replaced_runs, n) & (passed or frozenset())
-        return Passed(apart_losses, padding, shape, passed is not None)
+        return Passed((passed or frozenset()) & _kept_apart(base, replaced_runs, n), padding, shape)
 
 
 def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> list[tuple[int, Trace]]:

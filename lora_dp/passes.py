@@ -15,7 +15,7 @@ from lora_dp.batch_parts import (
     argument_names,
     named,
     numbers_in,
-    set_apart,
+    of_whole_batch,
     structure,
     take,
     tensors_in,
@@ -31,6 +31,7 @@ from lora_dp.loss_graph import IsolationError
 from lora_dp.loss_watch import trained_before
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
+from lora_dp.tables import set_apart
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -79,10 +80,11 @@ class Passes:
         ``call`` is the same call with the names of all arguments.
         """
         recorder, seen = self.recorder, self.recorder.sizes.look(call, n)
+        # What the model takes in no other number, may pass as long as there is no other.
+        number = seen.number and bool(of_whole_batch(call, n))
         call = set_apart(call, seen.tables)
-        kind, others = self._kind(module, call, n)
+        kind, others = self._kind(module, call, n, number)
         wanted = kind not in recorder.tested
-        wanted |= seen.number and not recorder.number_tried
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
         if n == 0 or not (wanted or others or drawn_for_test()):
@@ -99,7 +101,6 @@ class Passes:
             seen=seen)
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
-        recorder.number_tried = passed.number
         return True
 
     def _named(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
@@ -107,9 +108,9 @@ class Passes:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))
 
-    def _kind(self, model: nn.Module, call: Call, n: int) -> tuple[Hashable, dict[str, float]]:
-        """The structure of the batch and of the model, and numbers among the arguments that differ from an earlier
-        batch's, as they were there."""
+    def _kind(self, model: nn.Module, call: Call, n: int, number: bool) -> tuple[Hashable, dict[str, float]]:
+        """The structure of the batch and of the model, whether another ``number`` of examples must be taken, and
+        numbers among the arguments that differ from an earlier batch's, as they were there."""
         recorder = self.recorder
         seen = widths(call, n)
         recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
@@ -117,7 +118,7 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), recorder.padding_varies, n == 1, n >= FEW, _standing(model)), others
+        return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model)), others
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

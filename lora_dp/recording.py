@@ -339,7 +339,6 @@ class Recorder:
             neither is tried.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
             a batch came in which that could be tried.
-        number_tried: whether in the last trial another number of examples could be tried, if it had to be.
         widths, numbers: of the sequences of the last batch; among the arguments of the first.
         sizes: of the arguments of all batches.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
@@ -442,7 +441,6 @@ class Recorder:
         """Forget what is remembered of earlier batches and of their losses."""
         self.tested: dict[Hashable, frozenset[int]] = {}
         self.padding_varies = self.padding_tried = False
-        self.number_tried = True
         self.widths: Hashable = None
         self.sizes = Sizes()
         self.numbers: dict[str, float] = {}

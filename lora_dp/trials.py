@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.batch_parts import put_back, tensors_in
+from lora_dp.batch_parts import tensors_in
 from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
+from lora_dp.tables import put_back
 from lora_dp.unwritten import Unwritten
 
 LossFunction = Callable[[Any, Any], Tensor]

@@ -1,5 +1,6 @@
 """Tables among a model's arguments, which belong to no example, and trials that the model does not take."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
-from lora_dp.batch_parts import Table, cut, doubled, put_back, set_apart, structure, take
+from lora_dp.batch_parts import cut, doubled, structure, take
 from lora_dp.sizes import Sizes
+from lora_dp.tables import Table, put_back, set_apart
 from tests.support import make_private
 from tests.test_batch_trials import Patches, run, texts
 
@@ -297,21 +299,21 @@ def test_one_token_less_is_tried_where_a_model_needs_some():
 
 
 class Counted(nn.Module):
-    """Rows of all examples and a plain list of how many each has."""
+    """Rows of all examples and how many each has, in an object that nothing takes apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = DPLinear(6, 3)
 
-    def forward(self, labels: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
-        return torch.stack([part.mean(0) for part in self.inner(rows).split(counts)]) + 0 * labels.unsqueeze(1)
+    def forward(self, labels: Tensor, rows: Tensor, counts: SimpleNamespace) -> Tensor:
+        return torch.stack([part.mean(0) for part in self.inner(rows).split(counts.each)]) + 0 * labels.unsqueeze(1)
 
 
 def test_a_number_of_examples_that_varies_and_cannot_be_tried_is_refused():
     def counted(n: int) -> dict[str, Any]:
-        return {"labels": torch.arange(n), "rows": torch.randn(2 * n, 6), "counts": [2] * n}
+        return {"labels": torch.arange(n), "rows": torch.randn(2 * n, 6), "counts": SimpleNamespace(each=[2] * n)}
 
-    run(Counted(), counted(4), counted(4))
+    run(Counted(), counted(4), counted(4))  # one structure, in which it is wanted from the second number on
     with pytest.raises(IsolationError, match="does not take every example of this one twice.*whose first dimension is"):
         run(Counted(), counted(4), counted(5))
 
