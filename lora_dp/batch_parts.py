@@ -347,7 +347,8 @@ def cut(tree: Any, name: str, place: int, size: int, kept: slice, way: Way = "pl
 
     Args:
         way: "plain" for these alone; "padded" for tables, too, and for any dimension in which nothing but padding is
-            cut off, as in adjacency (N, T, T); "all" for whatever has that size, but in the tensor itself.
+            cut off, as in adjacency (N, T, T); "all" for whatever has that size, in the tensor itself
+            if it is a mask.
     """
     def one(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, Table):
@@ -357,12 +358,12 @@ def cut(tree: Any, name: str, place: int, size: int, kept: slice, way: Way = "pl
                 leaf.free)
         if not isinstance(leaf, Tensor):
             return leaf
-        own = pytree.keystr(path) == name
+        own, masks = pytree.keystr(path) == name, "mask" in pytree.keystr(path)
 
         def goes_with(dimension: int) -> bool:
-            beside = dimension in (1, place) or (
-                "mask" in pytree.keystr(path) and (leaf.dim() == 4 or leaf.dim() == dimension + 1))
-            return (dimension == place if own else beside or way == "all")
+            if own:
+                return dimension == place or (masks and way == "all")
+            return dimension in (1, place) or way == "all" or (masks and leaf.dim() in (4, dimension + 1))
 
         same = [dimension for dimension in range(1, leaf.dim()) if leaf.shape[dimension] == size]
         chosen = [dimension for dimension in same if goes_with(dimension)]

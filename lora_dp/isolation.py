@@ -13,6 +13,9 @@ them, i:
 6. with less padding the same as in 4, where padding varies from batch to batch;
 7. a number among the model's arguments that differs from batch to batch must change nothing.
 
+Tables among the arguments (positions, a causal mask) belong to no example: they stay in 1 to 5 and are cut in 6. Where
+the model does not take another number or less padding, although batches differ in it, that is no pass.
+
 They catch batch normalisation, window-major orders, tables shared across the batch, losses that mix examples or are
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """

@@ -30,6 +30,9 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, causal: Tensor | None = None,
                 positions: Tensor | None = None, distances: Tensor | None = None) -> Tensor:
+        if attention_mask.dim() == 4:
+            mask, attention_mask = attention_mask[:, 0], attention_mask[:, 0, 0]
+            assert mask.shape[1:] == (input_ids.shape[1],) * 2
         hidden = self.inner(self.words(input_ids)).tanh()
         if positions is not None:
             hidden = hidden + self.places(positions)
@@ -52,10 +55,11 @@ def with_table(name: str, *lengths: int) -> dict[str, Tensor]:
     return {**batch, **{
         "none": {}, "positions": {"positions": columns}, "causal": {"causal": columns > columns.unsqueeze(1)},
         "distances": {"distances": distances}, "one row": {"positions": columns.unsqueeze(0)},
+        "four dimensions": {"attention_mask": batch["attention_mask"][:, None, None].expand(-1, 1, width, -1)},
         "of each": {"distances": distances.expand(len(lengths), width, width)}}[name]}
 
 
-TABLES = ["none", "positions", "causal", "distances", "one row", "of each"]
+TABLES = ["none", "positions", "causal", "distances", "one row", "of each", "four dimensions"]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -215,6 +219,7 @@ def test_tables_are_cut_with_the_examples():
                               "pairs": (4, 6, 9), "joined": (4, 6, 9)}
     left = cut({"joined": tree["joined"].flip(1, 2)}, "['joined']", 1, 9, slice(3, 9), "padded")
     assert torch.equal(left["joined"], tree["joined"].flip(1, 2)[:, 3:, 3:])
+    assert cut({"mask": torch.rand(4, 9, 9)}, "['mask']", 2, 9, slice(0, 6), "all")["mask"].shape == (4, 6, 6)
     # Of an image whose height is its width, rows that hold something are kept.
     assert cut({"x": torch.rand(4, 9, 9)}, "['x']", 2, 9, slice(0, 6), "all")["x"].shape == (4, 9, 6)
 
