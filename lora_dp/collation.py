@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -115,7 +116,8 @@ def _check_shared(dataset: Any, collate: Callable[[Any], Any], indices: Sequence
         if _shapes(changed) != _shapes(base):
             continue
         found = _numbers(changed)
-        if moved := [name for name, leaf in shared.items() if name in found and not _alike(leaf, found[name])]:
+        if moved := [name for name, leaf in shared.items() if name in found
+                     and found[name].shape == leaf.shape and not _equal(leaf, found[name])]:
             raise IsolationError(
                 f"The collate function joins examples: {moved[0] or 'the batch'}, which has no entry for each example, "
                 "changes with those in the batch (a mean, or weights of its classes). Take it from public data, or "
@@ -135,9 +137,14 @@ def _lists(batch: Any) -> Counter[str]:
 
 def _numbers(batch: Any) -> dict[str, Tensor]:
     """What is of floating point in a batch."""
-    found = {name: torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
+    found = {name: torch.as_tensor(leaf, dtype=torch.float64) if _is_number(leaf) else leaf
              for name, leaf in _leaves(batch)}
     return {name: leaf for name, leaf in found.items() if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, float) or (
+        isinstance(leaf, np.ndarray | np.generic) and np.issubdtype(leaf.dtype, np.floating))
 
 
 def _shapes(batch: Any) -> list[tuple[str, Any]]:

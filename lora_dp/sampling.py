@@ -218,6 +218,8 @@ class PrivateDataLoader:
         try:
             if (batch := next(fetched, _NO_MORE)) is not _NO_MORE:
                 self._test_collation(drawn[0][1], batch)
+            elif drawn:
+                raise RuntimeError("The data set or the collate function raised StopIteration in the midst of a batch.")
             return batch
         except BaseException as error:
             if drawn:

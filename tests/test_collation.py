@@ -146,6 +146,7 @@ def labelled(n: int = 24, rare: int = 17) -> list[tuple[Tensor, int]]:
 SHARED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "the mean": lambda x, y: x.mean(0), "the mean of halves": lambda x, y: x.half().mean(0),
     "as a row": lambda x, y: x.var(0, correction=0, keepdim=True), "one number": lambda x, y: x.abs().mean(),
+    "of NumPy": lambda x, y: x.mean(0).numpy(), "one of NumPy": lambda x, y: x.numpy().mean(),
     "a plain number": lambda x, y: float(x.abs().mean()), "in an object": lambda x, y: SimpleNamespace(mean=x.mean(0)),
     "a kernel": lambda x, y: x.t() @ x, "as many as a trial has": lambda x, y: x.mean(0)[:4],
     "of each class": lambda x, y: 1 / torch.bincount(y, minlength=3).clamp(min=1).float(),

@@ -26,6 +26,8 @@ class Damaged(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index == 7 and self.damage == "read":
             raise OSError("truncated image")
+        if index == 7 and self.damage == "end":
+            raise StopIteration
         if index == 7 and self.damage == "interrupt":
             self.damage = None
             raise KeyboardInterrupt
@@ -53,7 +55,8 @@ REFUSED = r"A batch that the private loader drew \(\d+ examples\) could not be f
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("damage", "error", "words"), [
-    ("read", OSError, "truncated image"), ("stack", RuntimeError, "stack expects each tensor|resize storage")])
+    ("read", OSError, "truncated image"), ("end", RuntimeError, "StopIteration"),
+    ("stack", RuntimeError, "stack expects each tensor|resize storage")])
 def test_a_loop_that_goes_on_after_a_batch_that_could_not_be_fetched_is_refused(damage, error, words, workers):
     model, optimizer, loader = run(damage, workers)
     with pytest.raises(error, match=words):
