@@ -7,13 +7,14 @@ positions, or the patches of all images in one tensor.
 import inspect
 import numbers
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.losses import IGNORED
+from lora_dp.tables import Table, put_back
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Names of integer arguments that say of each token or example what it counts for.
@@ -76,6 +77,9 @@ def structure(tree: Any, n: int) -> Hashable:
     described: list[Hashable] = []
     ragged = bool(of_whole_batch(tree, n))
     for name, leaf in _leaves(tree):
+        if isinstance(leaf, Table):
+            described.append((name, "table", leaf.tensor.dtype, *(size.bit_length() for size in leaf.tensor.shape)))
+            continue
         if not isinstance(leaf, Tensor):
             described.append((name, type(leaf).__name__, leaf if isinstance(leaf, bool | str) else None))
             continue
@@ -151,11 +155,20 @@ def extremes(tree: Any, n: int) -> set[int]:
     return found
 
 
-def doubled(tree: Any) -> Any:
-    """Every example twice: what can be done to a batch that cannot be taken apart."""
+def doubled(tree: Any, n: int = 0) -> Any:
+    """Every example twice: what can be done to a batch that cannot be taken apart. Of ``n`` examples, the offsets of
+    groups of rows, and the groups to which rows belong, go on where they ended."""
+    rows = {len(leaf) for leaf in of_whole_batch(tree, n)}
+
     def twice(leaf: Any) -> Any:
-        many = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] > 1
-        return torch.cat([leaf, leaf]) if many else leaf
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == 1:
+            return leaf
+        if n and not is_by_example(leaf, n) and _is_index(leaf):
+            if len(leaf) == n + 1 and leaf[0] == 0 and bool((leaf.diff() >= 0).all()) and int(leaf[-1]) in rows:
+                return torch.cat([leaf, leaf[1:] + leaf[-1]])
+            if int(leaf.min()) >= -1 and int(leaf.max()) == n - 1:
+                return torch.cat([leaf, torch.where(leaf < 0, leaf, leaf + n)])
+        return torch.cat([leaf, leaf])
     return pytree.tree_map(twice, tree)
 
 
@@ -259,6 +272,7 @@ class Narrowed(NamedTuple):
     """Some examples of a batch, without padding that they have in common.
 
     Attributes:
+        name: of the tensor that showed it.
         rows: their places in the batch.
         place: the dimension that was padded, of the tensor that showed it.
         tokens: how long it was.
@@ -267,6 +281,7 @@ class Narrowed(NamedTuple):
         call: the same call for them alone.
     """
 
+    name: str
     rows: list[int]
     place: int
     tokens: int
@@ -279,14 +294,15 @@ class Narrowed(NamedTuple):
 _BLOCKS = (1, 2, 8, 16, 64)
 
 
-def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrowed]]:
+def narrowed(tree: Any, n: int, *, by_runs: bool = True, least: bool = False) -> Iterator[list[Narrowed]]:
     """For each piece of evidence and each end: the call for some examples with less padding, in lengths to try in turn
-    until the model takes one.
+    until the model takes one; what else has that width is cut in one way after the other.
 
     Args:
         tree, n: the batch, of at least two examples.
         by_runs: whether a run of one value is evidence, too: only where batches are known to differ in size, since
             images have borders.
+        least: whether to end with one token less, which models take that need some.
     """
     for name, place, size, used in _rooms(tree, n, by_runs):
         columns = torch.arange(size, device=used.device)
@@ -298,12 +314,16 @@ def narrowed(tree: Any, n: int, *, by_runs: bool = True) -> Iterator[list[Narrow
             # Two with the most room, so that they have company; one if nobody else is padded.
             rows = sorted(ranked[:2].tolist()) if int(room[ranked[1]]) > 0 else ranked[:1].tolist()
             needed = size - int(room[torch.tensor(rows, device=room.device)].min())
-            lengths = sorted({-(-needed // block) * block for block in _BLOCKS})
-            found = []
-            for length in (length for length in lengths if length < size):
-                kept = slice(size - length, size) if left else slice(0, length)
-                part = cut(take(tree, rows, n), name, place, size, kept)
-                found.append(Narrowed(rows, place, size, kept, used[rows][:, kept], part))
+            lengths = {-(-needed // block) * block for block in _BLOCKS} | ({size - 1} if least else set())
+            part, found, shapes = take(tree, rows, n), [], set()
+            for way in ("padded", "all", "plain"):
+                for length in (length for length in sorted(lengths) if needed <= length < size):
+                    kept = slice(size - length, size) if left else slice(0, length)
+                    call = cut(part, name, place, size, kept, way)
+                    made = tuple(tensor.shape for tensor in tensors_in(put_back(call)))
+                    if made not in shapes:
+                        shapes.add(made)
+                        found.append(Narrowed(name, rows, place, size, kept, used[rows][:, kept], call))
             if found:
                 yield found
 
@@ -317,20 +337,54 @@ def changed(tree: Any, n: int) -> Any:
     return pytree.tree_map(other, tree)
 
 
-def cut(tree: Any, name: str, place: int, size: int, kept: slice) -> Any:
-    """The same tree with this part alone of the dimension ``place`` of tensor ``name``, and of what goes with it."""
+Way = Literal["plain", "padded", "all"]
+
+
+def cut(tree: Any, name: str, place: int, size: int, kept: slice, way: Way = "plain") -> Any:
+    """The same tree with this part alone of the dimension ``place`` of tensor ``name``, and of what goes with it.
+
+    Beside (N, T, …), that is a mask of pixels, and matrices of attention, which have the length twice.
+
+    Args:
+        way: "plain" for these alone; "padded" for tables, too, and for any dimension in which nothing but padding is
+            cut off, as in adjacency (N, T, T); "all" for whatever has that size, in the tensor itself
+            if it is a mask.
+    """
     def one(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, Table):
+            return Table(_kept(leaf.tensor, [
+                dimension for dimension in range(leaf.tensor.dim())
+                if way != "plain" and dimension not in leaf.free and leaf.tensor.shape[dimension] == size], kept),
+                leaf.free)
         if not isinstance(leaf, Tensor):
             return leaf
-        own = pytree.keystr(path) == name
-        for dimension in range(1, leaf.dim()):
-            # (N, T, …) beside it; a mask of pixels; and matrices of attention, which have the length twice.
-            beside = dimension in (1, place) or (
-                "mask" in pytree.keystr(path) and (leaf.dim() == 4 or leaf.dim() == dimension + 1))
-            if leaf.shape[dimension] == size and (dimension == place if own else beside):
-                leaf = leaf[(slice(None),) * dimension + (kept,)]
-        return leaf
+        own, masks = pytree.keystr(path) == name, "mask" in pytree.keystr(path)
+
+        def goes_with(dimension: int) -> bool:
+            if own:
+                return dimension == place or (masks and way == "all")
+            return dimension in (1, place) or way == "all" or (masks and leaf.dim() in (4, dimension + 1))
+
+        same = [dimension for dimension in range(1, leaf.dim()) if leaf.shape[dimension] == size]
+        chosen = [dimension for dimension in same if goes_with(dimension)]
+        if chosen and way != "plain":
+            chosen += [dimension for dimension in same if dimension not in chosen
+                       and _ends_alike(_kept(leaf, chosen, kept), dimension, kept)]
+        return _kept(leaf, chosen, kept)
     return pytree.tree_map_with_path(one, tree)
+
+
+def _kept(leaf: Tensor, dimensions: Sequence[int], kept: slice) -> Tensor:
+    for dimension in dimensions:
+        leaf = leaf[(slice(None),) * dimension + (kept,)]
+    return leaf
+
+
+def _ends_alike(leaf: Tensor, dimension: int, kept: slice) -> bool:
+    """Whether what would be cut off is one value."""
+    size = leaf.shape[dimension]
+    rest = leaf.narrow(dimension, *((0, kept.start) if kept.start else (kept.stop, size - kept.stop)))
+    return bool((rest == rest.flatten()[:1]).all())
 
 
 def numbers_in(tree: Any) -> dict[str, float]:

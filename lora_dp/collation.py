@@ -1,7 +1,8 @@
 """Does a loader's batch hold each example by itself? A trial of its collate function.
 
 A few examples of a drawn batch are collated again without the others: their rows must be what they were, but for
-padding. Mixup, features normalised over the batch and examples joined in any other way give other rows. Where the data
+padding. Mixup, features normalised over the batch and examples joined in any other way give other rows. What comes
+beside the rows and has one shape in every batch, such as a mean, must stay when one example is another. Where the data
 set or the collate function draws at random, both times the same seed is used, on batches of one size; then only the
 first example is compared, before which nothing else is drawn.
 
@@ -10,10 +11,14 @@ are refused: one example more moves the others. A generator of its own that the 
 harmless, but cannot be told from one whose seed is public.
 """
 
+import random
+import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -28,6 +33,8 @@ _DEPTH = 4
 # So often the same examples are collated again under one seed: what draws now and then may draw alike once.
 _REPEATS = 3
 _RELATIVE = 1e-5
+# The number of an entry of a list, in the names of leaves.
+_ENTRY = re.compile(r"(?<=\[)\d+(?=\])")
 _SEEDS = 8
 # One batch in so many is tried although one of its kind was before; nobody can tell which.
 _LATER = 1000
@@ -63,7 +70,8 @@ def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequen
         Whether the width of the padding depends on the other examples of a batch.
 
     Raises:
-        IsolationError: an example's rows change with the others, or from call to call under one seed.
+        IsolationError: an example's rows change with the others, or from call to call under one seed; or a number
+            that belongs to no example changes with one of them.
     """
     n = len(indices)
     if n < 2:
@@ -73,7 +81,74 @@ def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequen
     parts = [list(range(1, n)), list(range(n - 1)), list(range(n))] if n <= _MOST else [
         list(range(_MOST)), sorted({0, n // 3, 2 * n // 3, n - 1})]
     found = [_compare_part(dataset, collate, indices, batch, part) for part in parts]
+    _check_shared(dataset, collate, indices, batch)
     return any(found)
+
+
+def _check_shared(dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int], batch: Any) -> None:
+    """What belongs to no example is compared where one of few examples is another and all shapes stay: what follows
+    from the number of examples or from widths is then the same."""
+    n, seed = len(indices), secrets.randbits(31)
+    m = min(_MOST, max(n - 1, 2))
+    unusual = _unusual(batch, n)
+    places = sorted(random.SystemRandom().sample(range(n), n), key=lambda place: place in unusual)
+    some, others = [indices[place] for place in places[:m]], [indices[place] for place in places[m:][::-1]]
+
+    def collated(chosen: list[int]) -> Any:
+        with seeded(seed):
+            items = _fetched(dataset, chosen)
+        with seeded(seed):  # however much was drawn for the examples
+            return collate(items)
+
+    # With all of them twice, widths stay: what then has another shape are rows, be it of some examples alone.
+    base, twice = collated(some), collated(some * 2)
+    found, lists, longer = _numbers(twice), _lists(base), _lists(twice)
+    shared = {name: leaf for name, leaf in _numbers(base).items() if name in found
+              and leaf.shape == found[name].shape and lists[_ENTRY.sub("", name)] == longer[_ENTRY.sub("", name)]}
+    if not shared:
+        return
+    again = _numbers(collated(some))  # one that changes by itself, such as a time, tells of nobody
+    shared = {name: leaf for name, leaf in shared.items() if name in again and _alike(leaf, again[name])}
+    for number in range(max(m, min(len(others), 2 * _MOST))):
+        place = number % m
+        other = others[number % len(others)] if others else some[place - 1]
+        changed = collated([*some[:place], other, *some[place + 1:]])
+        if _shapes(changed) != _shapes(base):
+            continue
+        found = _numbers(changed)
+        if moved := [name for name, leaf in shared.items() if name in found
+                     and found[name].shape == leaf.shape and not _equal(leaf, found[name])]:
+            raise IsolationError(
+                f"The collate function joins examples: {moved[0] or 'the batch'}, which has no entry for each example, "
+                "changes with those in the batch (a mean, or weights of its classes). Take it from public data, or "
+                "leave the collate function to stack and pad.")
+
+
+def _unusual(batch: Any, n: int) -> set[int]:
+    """Examples with the least and the most of anything: one of a rare class, say."""
+    sums = [leaf.reshape(n, -1).double().sum(1) for leaf in _by_example(batch, n).values() if leaf.numel()]
+    return {int(place) for values in sums for place in (values.argmin(), values.argmax())}
+
+
+def _lists(batch: Any) -> Counter[str]:
+    """How many entries a list has, by what they are called without their numbers."""
+    return Counter(_ENTRY.sub("", name) for name, _ in _leaves(batch))
+
+
+def _numbers(batch: Any) -> dict[str, Tensor]:
+    """What is of floating point in a batch."""
+    found = {name: torch.as_tensor(leaf, dtype=torch.float64) if _is_number(leaf) else leaf
+             for name, leaf in _leaves(batch)}
+    return {name: leaf for name, leaf in found.items() if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, float) or (
+        isinstance(leaf, np.ndarray | np.generic) and np.issubdtype(leaf.dtype, np.floating))
+
+
+def _shapes(batch: Any) -> list[tuple[str, Any]]:
+    return [(name, leaf.shape) for name, leaf in _leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _compare_part(

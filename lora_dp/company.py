@@ -19,6 +19,16 @@ FEW = 4
 REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
           "labels out of the model's call)")
 
+_OWN_TABLES = "have its forward make what has to fit the batch (a causal mask, positions) rather than be given it"
+_UNTRIED_PADDING = (
+    "Batches are padded to different widths, but the model takes none of the same examples with less padding, so that "
+    "it cannot be tried whether the longest example changes the others: pad every batch to one fixed size, or "
+    f"{_OWN_TABLES}.")
+UNTRIED_NUMBER = (
+    "Batches hold different numbers of examples, but the model does not take every example of this one twice: it "
+    "cannot be tried whether their number changes an example. Give it tensors whose first dimension is the example, or "
+    f"{_OWN_TABLES}.")
+
 
 def attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> Trace | None:
     """A pass; None where rows of all examples lie in one tensor, which the changed batch no longer fits."""
@@ -33,15 +43,15 @@ def attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> 
 def check_company(
     trials: Trials, steady: Trace, call: Any, n: int, apart: bool, criterion: LossFunction | None,
     reduction: LossReduction | None,
-) -> frozenset[int]:
-    """Among another number of examples."""
+) -> frozenset[int] | None:
+    """Among another number of examples; None if the model takes no other."""
     # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
     halved = apart and n >= FEW
     rows = range(n // 2) if halved else range(n)
-    company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call)
+    company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call, n)
     other = attempt(trials, company, ragged=not apart, still=steady.still)
     if other is None:
-        return frozenset()
+        return None
     m = len(rows) if halved else 2 * n
     pairs = [("The output for", left, right, True) for left, right in steady.beside(other, n, m)]
     pairs += [(f"What '{name}' is given of", left, right, False)
@@ -116,19 +126,29 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
 
 def check_padding(
     trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None, passed: frozenset[int],
-    known: bool,
+    known: bool, varied: frozenset[tuple[str, int]],
 ) -> bool:
-    """With less padding: what the longest example of a batch does to all others. Whether some was there."""
-    tried = False
-    for lengths in batch_parts.narrowed(call, n, by_runs=known):
+    """With less padding: what the longest example of a batch does to all others. Whether some was there.
+
+    Raises:
+        IsolationError: that changes with it; or the model takes none of the narrower batches, although what is padded
+            has been of several sizes.
+    """
+    tried, untried = set(), set()
+    for lengths in batch_parts.narrowed(call, n, by_runs=known, least=True):
         for narrow in lengths:
             # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
             other = attempt(trials, narrow.call, ragged=True, still=steady.still)
             if other is not None:
-                tried = True
+                tried.add(narrow.tokens)
                 _compare_narrowed(steady, other, narrow, n, reduction, passed)
                 break
-    return tried
+        else:
+            if known and (lengths[0].name, lengths[0].place) in varied:
+                untried.add(lengths[0].tokens)
+    if untried - tried:
+        raise IsolationError(_UNTRIED_PADDING)
+    return bool(tried)
 
 
 def _compare_narrowed(

@@ -13,6 +13,9 @@ them, i:
 6. with less padding the same as in 4, where padding varies from batch to batch;
 7. a number among the model's arguments that differs from batch to batch must change nothing.
 
+Tables among the arguments (positions, a causal mask) belong to no example: they stay in 1 to 5 and are cut in 6. Where
+the model does not take another number or less padding, although batches differ in it, that is no pass.
+
 They catch batch normalisation, window-major orders, tables shared across the batch, losses that mix examples or are
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
@@ -26,9 +29,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_dp import batch_parts
-from lora_dp.company import FEW, REMEDY, attempt, check_company, check_numbers, check_padding, check_whole
+from lora_dp.company import (
+    FEW,
+    REMEDY,
+    UNTRIED_NUMBER,
+    attempt,
+    check_company,
+    check_numbers,
+    check_padding,
+    check_whole,
+)
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
+from lora_dp.sizes import Seen, Sizes
+from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials, modes_kept
 
@@ -51,7 +65,7 @@ def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
     padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, draws: int = 1,
-    number_varies: bool = True, copies: bool = False,
+    number_varies: bool = True, copies: bool = False, seen: Seen | None = None,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -72,6 +86,7 @@ def check_isolation(
         number_varies: whether other batches hold another number of examples.
         copies: whether all are copies of the only example of a batch, which meets nobody: what buffers take up of it
             is tried, padding and numbers.
+        seen: what the sizes of earlier batches tell of the arguments.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
@@ -80,6 +95,24 @@ def check_isolation(
         return Passed()
     positional = batch_parts.argument_names(model.forward, len(args))
     call: Any = (*batch_parts.named(positional, (args, kwargs)), targets)
+    seen = seen or Sizes().look(call, n)
+    options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,
+               seen)
+    if seen.tables:
+        try:
+            return _check(model, set_apart(call, seen.tables), *options)
+        except IsolationError:
+            raise
+        except Exception:  # what the model says if they hold rows of the examples after all
+            pass
+    return _check(model, call, *options)
+
+
+def _check(
+    model: nn.Module, call: Any, positional: tuple[str, ...], n: int, criterion: LossFunction | None,
+    reduction: LossReduction | None, padding_varies: bool | None, other_numbers: Mapping[str, float], draws: int,
+    number_varies: bool, copies: bool, seen: Seen,
+) -> Passed:
     apart = not batch_parts.of_whole_batch(call, n)
     whole, examples = call, n
     if apart and n > FEW:
@@ -104,18 +137,21 @@ def check_isolation(
             if base.elsewhere:
                 model.eval()
             steady = trials.run(call, still=True) if base.random or base.elsewhere else base
-            passed, padding = frozenset(range(len(steady.losses))), False
+            passed: frozenset[int] | None = frozenset(range(len(steady.losses)))
+            padding = False
             if not steady.elsewhere:
                 if number_varies and not copies:
                     passed = check_company(trials, steady, call, n, apart, criterion, reduction)
+                    if passed is None and seen.number:
+                        raise IsolationError(UNTRIED_NUMBER)
                 if number_varies and examples > n:
                     check_whole(trials, whole, examples)
                 padding = padding_varies is not False and check_padding(
-                    trials, steady, call, n, reduction, passed, padding_varies is True)
+                    trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied)
             if other_numbers:
                 check_numbers(trials, steady, call, n, other_numbers)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
-        return Passed(passed & _kept_apart(base, replaced_runs, n), padding, shape)
+        return Passed((passed or frozenset()) & _kept_apart(base, replaced_runs, n), padding, shape)
 
 
 @contextlib.contextmanager

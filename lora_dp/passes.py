@@ -14,6 +14,7 @@ from lora_dp.batch_parts import (
     argument_names,
     named,
     numbers_in,
+    of_whole_batch,
     structure,
     take,
     tensors_in,
@@ -28,6 +29,7 @@ from lora_dp.layers import PrivateModule
 from lora_dp.loss_graph import IsolationError
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
+from lora_dp.tables import set_apart
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -75,8 +77,11 @@ class Passes:
 
         ``call`` is the same call with the names of all arguments.
         """
-        recorder = self.recorder
-        kind, others = self._kind(module, call, n)
+        recorder, seen = self.recorder, self.recorder.sizes.look(call, n)
+        # What the model takes in no other number, may pass as long as there is no other.
+        number = seen.number and bool(of_whole_batch(call, n))
+        call = set_apart(call, seen.tables)
+        kind, others = self._kind(module, call, n, number)
         wanted = kind not in recorder.tested
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
@@ -90,7 +95,8 @@ class Passes:
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
-            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single)
+            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
+            seen=seen)
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
         return True
@@ -100,9 +106,9 @@ class Passes:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))
 
-    def _kind(self, model: nn.Module, call: Call, n: int) -> tuple[Hashable, dict[str, float]]:
-        """The structure of the batch and of the model, and numbers among the arguments that differ from an earlier
-        batch's, as they were there."""
+    def _kind(self, model: nn.Module, call: Call, n: int, number: bool) -> tuple[Hashable, dict[str, float]]:
+        """The structure of the batch and of the model, whether another ``number`` of examples must be taken, and
+        numbers among the arguments that differ from an earlier batch's, as they were there."""
         recorder = self.recorder
         seen = widths(call, n)
         recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
@@ -110,7 +116,7 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), recorder.padding_varies, n == 1, n >= FEW, _standing(model),
+        return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
                 recorder.parts.standing()), others
 
     @torch.compiler.disable(reason=_REASON)
@@ -140,8 +146,9 @@ class Passes:
         kind = (rows, widths((args, kwargs), found.n))
         if rows and kind not in self.recorder.tested:
             if not self.recorder.losses.tested:
+                seen = self.recorder.sizes.look(self._named(module, args, kwargs), found.n)
                 check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
-                                number_varies=not self.recorder.sizes_fixed)
+                                number_varies=not self.recorder.sizes_fixed, seen=seen)
             self.recorder.tested[kind] = frozenset()
 
 

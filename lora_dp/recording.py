@@ -24,6 +24,7 @@ from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
+from lora_dp.sizes import Sizes
 from lora_dp.unwritten import Parts, Versions
 
 NormMethod = Literal["auto", "direct", "ghost"]
@@ -339,6 +340,7 @@ class Recorder:
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
             a batch came in which that could be tried.
         widths, numbers: of the sequences of the last batch; among the arguments of the first.
+        sizes: of the arguments of all batches.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
         uses_checked: whether a first pass was looked through for parameters that get no gradient.
     """
@@ -442,6 +444,7 @@ class Recorder:
         self.tested: dict[Hashable, frozenset[int]] = {}
         self.padding_varies = self.padding_tried = False
         self.widths: Hashable = None
+        self.sizes = Sizes()
         self.numbers: dict[str, float] = {}
         self.losses.forget_batches()
 

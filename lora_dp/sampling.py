@@ -25,6 +25,10 @@ from lora_dp.collation import check_collation, drawn_for_test
 from lora_dp.secret_state import begin_fetch, collation, worker_init
 
 _NO_MORE = object()
+_UNFETCHED = (
+    "A batch that the private loader drew ({} examples) could not be fetched ({}) and was never stepped: who goes on "
+    "without it tells of one example by what is missing. Have the data set and the collate function return something "
+    "for every example, leave out what is no use by optimizer.step(mask=mask), and call make_private again.")
 
 
 class UniformSource(Protocol):
@@ -78,6 +82,17 @@ class _NonEmpty(Sampler[list[int]]):
                 yield batch
             else:
                 self.empty_at_end += 1
+
+
+class _Batches(Iterator[Any]):
+    """What a loader yields; a generator that has raised would end quietly when it is asked again."""
+
+    def __init__(self, loader: "PrivateDataLoader", batches: Iterator[Any]):
+        self._loader, self._batches = loader, batches
+
+    def __next__(self) -> Any:
+        self._loader.check_fetched()
+        return next(self._batches)
 
 
 def _draws_from_all(loader: DataLoader[Any]) -> bool:
@@ -144,6 +159,7 @@ class PrivateDataLoader:
         self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
         self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
         self._collation_tested = False
+        self._unfetched: str | None = None
         self._collate = loader.collate_fn
         self._options: dict[str, Any] = {
             "collate_fn": collation(loader.collate_fn, source), "num_workers": loader.num_workers,
@@ -165,29 +181,56 @@ class PrivateDataLoader:
 
         Raises:
             IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
-            RuntimeError: a batch was not stepped before the next was asked for, or torch's generators were seeded since
-                make_private.
+            RuntimeError: a batch was not stepped before the next was asked for, one could not be fetched earlier, or
+                torch's generators were seeded since make_private.
         """
+        return _Batches(self, self._take(steps))
+
+    def check_fetched(self) -> None:
+        """Refuse to go on after a batch that was drawn and could not be fetched: that one example cannot be read would
+        take away what all others of its batch add.
+
+        Raises:
+            RuntimeError: there was one.
+        """
+        if self._unfetched is not None:
+            raise RuntimeError(self._unfetched)
+
+    def _take(self, steps: int) -> Iterator[Any]:
         check_count("steps", steps, least=0)
         size = len(self.dataset)
         batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
         self._on_begin()
         fetched = iter(DataLoader(self.dataset, batch_sampler=batches, **self._options))
-        while (batch := self._fetch(fetched)) is not _NO_MORE:
+        while (batch := self._fetch(fetched, batches.drawn)) is not _NO_MORE:
             empty, drawn = batches.drawn.popleft()
             for _ in range(empty):
                 self._on_empty()
-            self._test_collation(drawn, batch)
             self._on_batch(len(drawn))
             yield batch
             self._on_end()
         for _ in range(batches.empty_at_end):
             self._on_empty()
 
-    def _fetch(self, fetched: Iterator[Any]) -> Any:
+    def _fetch(self, fetched: Iterator[Any], drawn: deque[tuple[int, list[int]]]) -> Any:
         if not self._options["num_workers"]:  # whose own generators are secret from their start on
             begin_fetch(self.source)
-        return next(fetched, _NO_MORE)
+        try:
+            if (batch := next(fetched, _NO_MORE)) is not _NO_MORE:
+                self._test_collation(drawn[0][1], batch)
+            elif drawn:
+                raise RuntimeError("The data set or the collate function raised StopIteration in the midst of a batch.")
+            return batch
+        except BaseException as error:
+            if drawn:
+                self._count_unfetched(len(drawn[0][1]), error)
+            raise
+
+    def _count_unfetched(self, size: int, error: BaseException) -> None:
+        self._on_batch(size)  # as one that is skipped: noise alone may not take its place
+        if isinstance(error, Exception):  # of the data, rather than of who interrupts
+            # Without its words, by which a loop may tell errors that it passes over.
+            self._unfetched = _UNFETCHED.format(size, type(error).__name__)
 
     def _test_collation(self, drawn: list[int], batch: Any) -> None:
         if len(drawn) < 2 or (self._collation_tested and not drawn_for_test()):

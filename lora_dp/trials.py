@@ -14,6 +14,7 @@ from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
+from lora_dp.tables import put_back
 from lora_dp.unwritten import Unwritten
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -192,7 +193,7 @@ class Trials:
 
 
 def _copied(call: Any) -> Any:
-    """The same call with tensors of its own: a model may scale its input in place."""
+    """The same call as a model takes it, with tensors of its own: it may scale its input in place."""
     copies: dict[int, Tensor] = {}
 
     def own(leaf: Any) -> Any:
@@ -200,7 +201,7 @@ def _copied(call: Any) -> Any:
             return leaf
         return copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
 
-    return pytree.tree_map(own, call)
+    return pytree.tree_map(own, put_back(call))
 
 
 def _chance(still: bool) -> AbstractContextManager[Any]:

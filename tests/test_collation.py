@@ -1,6 +1,7 @@
 """Collate functions: what joins the examples of a batch is refused, what stacks and pads them is taken."""
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -134,6 +135,95 @@ def with_company(items: list[Any]) -> dict[str, Any]:
     return {"x": x * len(x) / len(x), "names": ["abcdefgh"] * len(x), "count": torch.tensor(len(x)),
             "sizes": torch.full((len(x) + 1,), len(x)), "table": torch.arange(8), "n": len(x),
             "missing": torch.where(x > 0, x, torch.nan)}
+
+
+# What comes beside the rows
+
+
+def labelled(n: int = 24, rare: int = 17) -> list[tuple[Tensor, int]]:
+    return [(x, int(i == rare)) for i, x in enumerate(examples(n)[0])]
+
+
+SHARED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "the mean": lambda x, y: x.mean(0), "the mean of halves": lambda x, y: x.half().mean(0),
+    "as a row": lambda x, y: x.var(0, correction=0, keepdim=True), "one number": lambda x, y: x.abs().mean(),
+    "of NumPy": lambda x, y: x.mean(0).numpy(), "one of NumPy": lambda x, y: x.numpy().mean(),
+    "a plain number": lambda x, y: float(x.abs().mean()), "in an object": lambda x, y: SimpleNamespace(mean=x.mean(0)),
+    "a kernel": lambda x, y: x.t() @ x, "as many as a trial has": lambda x, y: x.mean(0)[:4],
+    "of each class": lambda x, y: 1 / torch.bincount(y, minlength=3).clamp(min=1).float(),
+    "missing at times": lambda x, y: torch.where(x.mean(0) > 0, x.mean(0), torch.nan),
+    "with a number that changes": lambda x, y: [x.mean(0), time.perf_counter()]}
+
+
+def beside(statistic: Callable[[Tensor, Tensor], Any]) -> Collate:
+    def collate(items: list[Any]) -> Any:
+        x, y = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+        return {"x": x, "y": y, "it": statistic(x, y)}
+    return collate
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 24])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_statistic_beside_the_rows_is_refused(name, n):
+    with pytest.raises(IsolationError, match=r"joins examples: \['it'\]\S*, which has no entry for each example"):
+        check(labelled(n, n // 2), beside(SHARED[name]), n)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("of", [
+    lambda x, y: torch.rand(6), lambda x, y: float(np.random.rand()), lambda x, y: time.perf_counter(),
+    lambda x, y: torch.linspace(0, 1, x.shape[1]), lambda x, y: torch.ones(6, 6).triu() * -1e4, lambda x, y: 1 / len(x),
+    lambda x, y: x.reshape(-1), lambda x, y: x.reshape(-1, 3), lambda x, y: x.t(), lambda x, y: len(x) / 4])
+def test_what_does_not_follow_the_others_may_come_beside_the_rows(of, n):
+    """Drawn once for a batch, a table, its number of examples, the rows of all in one tensor or batch last."""
+    assert check(labelled(n), beside(of), n) is False  # type: ignore[arg-type]
+
+
+def test_what_follows_the_width_may_come_beside_the_rows():
+    def collate(items: list[Tensor]) -> dict[str, Any]:
+        ids = pad_sequence(items, True)
+        width = ids.shape[1]
+        return {"ids": ids, "scale": torch.tensor(width**-0.5), "width": float(width),
+                "row": torch.full((1, 2), width / 2),
+                "causal": torch.full((width, width), -1e4).triu(1), "places": torch.linspace(0, 1, width).unsqueeze(0)}
+
+    for n in (2, 3, 8, 24):
+        assert check(Texts(), collate, n)
+    with pytest.raises(IsolationError, match="which has no entry for each example"):
+        check(Texts(), lambda items: {**collate(items), "sum": sum(float(item.sum()) for item in items)}, 24)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 24])
+def test_images_that_some_examples_have_may_come_beside_the_rows(n):
+    """All in one tensor, which is as large with one text more."""
+    def collate(items: list[Any]) -> dict[str, Tensor]:
+        images = [x for x, y in items if y]
+        return {"y": torch.tensor([y for _, y in items]),
+                "images": torch.stack(images) if images else torch.zeros(0, 6)}
+
+    for every in (2, 3):
+        data = [(x, int(i % every == 0)) for i, x in enumerate(examples(n)[0])]
+        for _ in range(5):
+            assert check(data, collate, n) is False  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("collate", [
+    list, lambda items: tuple(zip(*items, strict=True)),
+    lambda items: [{"x": x, "score": float(x[0])} for x, _ in items],
+    lambda items: {"x": stacked(items), "scores": [float(x[0]) for x, _ in items]},
+    lambda items: [SimpleNamespace(x=x) for x, _ in items]])
+def test_lists_with_an_entry_for_each_example_may_come_beside_the_rows(collate, n):
+    assert check(labelled(n), collate, n) is False  # type: ignore[arg-type]
+    with pytest.raises(IsolationError, match="which has no entry for each example"):
+        check(labelled(n), lambda items: (collate(items), stacked(items).mean(0)), n)  # type: ignore[arg-type]
+
+
+def test_one_of_a_rare_class_is_among_those_that_are_tried():
+    """Weights of classes change with hardly any other example."""
+    for rare in (0, 11, 39):
+        with pytest.raises(IsolationError, match="which has no entry for each example"):
+            check(labelled(40, rare), beside(SHARED["of each class"]), 40)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("share", "refused"), [(1e-4, True), (1e-7, False)])
