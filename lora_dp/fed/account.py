@@ -33,16 +33,24 @@ class Account:
         plan: the run's privacy.
         sizes: number of examples of each client.
         origin: what tells the run from another, where it has a configuration.
+        events: one release of a client of each size that there is, from the smallest; by default what the plan
+            calibrates.
 
     Raises:
-        ValueError: no noise reaches the budget for a client of that size, or no client is of such a size.
+        ValueError: no noise reaches the budget for a client of that size, or no client is of such a size; another
+            number of events than of sizes.
     """
 
-    def __init__(self, plan: PrivacyPlan, sizes: Sequence[int], origin: Origin | None = None) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, sizes: Sequence[int], origin: Origin | None = None,
+        events: Sequence[PoissonGaussian] | None = None,
+    ) -> None:
         for client, size in enumerate(sizes):
             check_size(client, size)
         self.plan, self.sizes, self.origin = plan, np.asarray(sizes, dtype=np.int64), origin
-        self._events = {int(size): plan.event(int(size)) for size in np.unique(self.sizes)}
+        different = np.unique(self.sizes).tolist()
+        events = [plan.event(size) for size in different] if events is None else events
+        self._events = dict(zip(different, events, strict=True))
         self._counts = np.zeros(1 if plan.server_adds_noise else len(sizes), dtype=np.int64)
 
     def event(self, client: int) -> PoissonGaussian:
@@ -195,16 +203,25 @@ class AheadLog:
                 append_durably(self._examples, f"{_bound(account.origin, head)}\n".encode(), 0o600)
             self._log.append(head)
             return
-        try:
-            if (entries[0]["format"], entries[0]["version"]) != (_FORMAT, _VERSION):
-                raise LogError(f"The log {self.path} is of format {entries[0]['format']!r}, version "
-                               f"{entries[0]['version']!r}: go on with this run by the lora-dp that began it.")
-            different = _different(terms, entries[0]["terms"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise LogError(self._lost("line 1 is damaged")) from error
+        different = _different(terms, self._terms(entries[0]))
         origin = account.origin if "options" not in different else None
         if origin is not None and self._held_examples() != _bound(origin, entries[0]):
             different.append("examples")
+        self._refuse(different)
+
+    def _terms(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The terms in the first entry."""
+        try:
+            if (head["format"], head["version"]) != (_FORMAT, _VERSION):
+                raise LogError(f"The log {self.path} is of format {head['format']!r}, version "
+                               f"{head['version']!r}: go on with this run by the lora-dp that began it.")
+            return dict(head["terms"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, LogError):
+                raise
+            raise LogError(self._lost("line 1 is damaged")) from error
+
+    def _refuse(self, different: Sequence[str]) -> None:
         if different:
             raise LogError(
                 f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
@@ -251,8 +268,45 @@ class AheadLog:
                 on other terms than the account's.
         """
         self.begin(account, reproducible=reproducible)
+        rounds = self._rounds(self._entries())
+        if max((n for n, _ in rounds), default=0) < rounds_done:
+            raise LogError(self._lost(f"it ends before round {rounds_done}"))
+        if reproducible:
+            rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
+        self._count(rounds, account)
+
+    def counted(self, plan: PrivacyPlan) -> Account | None:
+        """What all rounds that were begun add up to, by the log alone: neither data nor model are opened for it.
+
+        Args:
+            plan: of the run, by its configuration.
+
+        Returns:
+            None where there is no log, and so nothing was released.
+
+        Raises:
+            LogError: the log is not whole, or was begun on other terms than the plan's.
+        """
+        entries = self._entries()
+        if not entries:
+            return None
+        terms = self._terms(entries[0])
+        try:
+            # Where sizes are no public matter, one kind of release is all clients'.
+            sizes = [1] * terms["clients"] if terms["sizes"] is None else terms["sizes"]
+            account = Account(plan, sizes, events=[PoissonGaussian(*event) for event in terms["events"]])
+            once = {name: terms[name] for name in ("options", "reproducible")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise LogError(self._lost("line 1 is damaged")) from error
+        self._refuse(_different({**account.terms(), **once}, terms))
+        rounds = self._rounds(entries)
+        self._count(dict(rounds).items() if once["reproducible"] else rounds, account)
+        return account
+
+    def _rounds(self, entries: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+        """The rounds that were begun, each with its clients, in the order of the log."""
         rounds: list[tuple[int, list[int]]] = []
-        for index, entry in enumerate(self._entries()[1:], 1):
+        for index, entry in enumerate(entries[1:], 1):
             try:
                 number, clients = int(entry["round"]), [int(client) for client in entry["clients"]]
                 if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
@@ -260,10 +314,9 @@ class AheadLog:
             except (ValueError, KeyError, TypeError) as error:
                 raise LogError(self._lost(f"line {index + 1} is damaged")) from error
             rounds.append((number, clients))
-        if max((n for n, _ in rounds), default=0) < rounds_done:
-            raise LogError(self._lost(f"it ends before round {rounds_done}"))
-        if reproducible:
-            rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
+        return rounds
+
+    def _count(self, rounds: Iterable[tuple[int, list[int]]], account: Account) -> None:
         for _, clients in rounds:
             if clients and not 0 <= min(clients) <= max(clients) < len(account.sizes):
                 raise LogError(f"{self.path} names clients that this run does not have: it belongs to another run.")
