@@ -178,9 +178,9 @@ class Federation:
         drawn = self.draw() if participants is None else list(participants)
         if spent := set(drawn) - set(self.account.eligible()):
             raise PrivacyBudgetExceeded(f"Client {min(spent)} has spent its budget: it takes part in no more rounds.")
+        self.account.add_round(drawn)  # before the log: Ctrl-C between the two may count a round that never began
         if self.log is not None:
             self.log.append(index + 1, [] if self.plan.server_adds_noise else drawn)
-        self.account.add_round(drawn)
         self.recorded = []
         before = self.server.snapshot()
         try:

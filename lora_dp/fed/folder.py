@@ -18,12 +18,14 @@ from lora_dp.fed.account import LOG, AheadLog
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.privacy import finite
-from lora_dp.files import append_durably, write_atomically
+from lora_dp.files import append_durably, remove_durably, write_atomically
 
 METRICS = "metrics.jsonl"
 UPDATES = "updates.jsonl"
 SERVER_ONLY = "server-only.jsonl"
 ENDED = ("finished", "budget spent")
+# What says an ε, and is written (or drawn up by `report`) when a run has stopped.
+_STOPPED = ("summary.json", "ledger.json", "curves.png", "report.html")
 
 
 class RunFolder:
@@ -118,6 +120,13 @@ class RunFolder:
             kept = [line for line in whole_lines(updates) if json.loads(line)["round"] <= last]
             write_atomically(updates, "".join(line + "\n" for line in kept))
         return results
+
+    def forget_results(self) -> None:
+        """Removes what says an ε of where the run had stopped: once a further round begins, it is below the true one.
+
+        ledger.jsonl counts at any time.
+        """
+        remove_durably(self.path / name for name in _STOPPED)
 
     def write_ledger(self, account: dict[str, Any]) -> None:
         """Replaces ledger.json; on the disk when this returns."""

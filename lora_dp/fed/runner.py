@@ -124,6 +124,7 @@ def _drive(
     federation.check_model()
     folder.log.begin(federation.account, reproducible=config.run.reproducible)
     federation.log = folder.log
+    folder.forget_results()
     status, problem = "finished", None
     report.begin(config, federation)
     try:
