@@ -15,6 +15,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
     """As :func:`write_atomically`, for bytes."""
+    path = path.resolve()  # at the end of a symbolic link, which stays one
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)
