@@ -334,6 +334,8 @@ class Recorder:
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
             to; ``parts``, which modules it is made of.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
+        per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
+            one, examples may meet: batches are not tried, nor losses followed.
         sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
             neither is tried.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
@@ -355,6 +357,7 @@ class Recorder:
         self.owner: object | None = None
         self.losses = LossWatch()
         self.versions, self.parts = Versions(), Parts()
+        self.per_example = True
         self.sizes_fixed = self.capturing = self.uses_checked = False
         self.forget_batches()
 
