@@ -54,16 +54,17 @@ class RunFolder:
             ValueError: the folder named in the configuration already holds a run, or cannot be made.
         """
         path = config.run.output or _fresh(config)
-        if (path / "config.yaml").exists():
-            raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
+        _check_empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the folder {path} ({error.strerror}): choose another --output") from error
         folder = cls(path)
-        if (path / "config.yaml").exists():
+        try:
+            _check_empty(path)
+        except ValueError:
             folder.close()
-            raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
+            raise
         write_atomically(path / "config.yaml", config.to_yaml())
         return folder
 
@@ -139,6 +140,15 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+
+
+def _check_empty(path: Path) -> None:
+    if (path / "config.yaml").exists():
+        raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
+    if (path / LOG).exists():
+        raise ValueError(
+            f"{path} holds the log of a run, which a new one would not count: choose another --output, or restore that "
+            "run's config.yaml and resume it.")
 
 
 def read_config(path: Path) -> RunConfig:

@@ -386,3 +386,15 @@ def test_a_folder_with_a_run_is_taken(folder):
     folder.close()
     with pytest.raises(ValueError, match="already holds a run: choose another --output, or resume it"):
         RunFolder.create(RunConfig.from_flat({**TINY, "output": folder.path}))
+
+
+def test_a_folder_with_the_log_of_a_run_is_taken(folder):
+    """A new run of the same options would go on in that log, and count its own rounds alone."""
+    folder.log.begin(Federation.from_config(RunConfig.from_flat(TINY)).account, reproducible=False)
+    folder.close()
+    (folder.path / "config.yaml").unlink()
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds the log of a run, which a new one would not count: choose another"):
+            RunFolder.create(RunConfig.from_flat({**TINY, "output": folder.path}))
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
