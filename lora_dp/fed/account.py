@@ -275,6 +275,14 @@ class AheadLog:
             rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
         self._count(rounds, account)
 
+    def rounds_begun(self) -> int:
+        """How many lines of rounds there are.
+
+        Raises:
+            LogError: the log is not whole.
+        """
+        return len(self._entries()[1:])
+
     def counted(self, plan: PrivacyPlan) -> Account | None:
         """What all rounds that were begun add up to, by the log alone: neither data nor model are opened for it.
 
