@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,17 @@ class AheadLog:
         path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds; each with the
             digest that chains it to those before (:mod:`lora_dp.chain`). Which examples they release of stands in a
             file beside it, in a digest that follows the terms': it says something of private data, as the log must not.
+
+    Attributes:
+        run: what tells this run from all others, the digest of the log's first line; None before :meth:`begin`. Runs of
+            one configuration with secret noise differ by a number that was drawn for each; reproducible ones release
+            the same bits.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._examples = path, path.with_name(EXAMPLES)
         self._log = ChainedLog(path)
+        self.run: str | None = None
 
     def begin(self, account: Account, *, reproducible: bool) -> None:
         """Writes the terms of a new log, or checks that those of an existing one are the account's.
@@ -198,16 +205,20 @@ class AheadLog:
         entries = self._entries()
         if not entries:
             head = {"format": _FORMAT, "version": _VERSION, "terms": terms}
+            if not reproducible:
+                head["run"] = secrets.token_hex(16)
             if account.origin is not None:  # before the log, which counts on it
                 self._examples.unlink(missing_ok=True)
                 append_durably(self._examples, f"{_bound(account.origin, head)}\n".encode(), 0o600)
             self._log.append(head)
+            self.run = link(START, head)
             return
         different = _different(terms, self._terms(entries[0]))
         origin = account.origin if "options" not in different else None
         if origin is not None and self._held_examples() != _bound(origin, entries[0]):
             different.append("examples")
         self._refuse(different)
+        self.run = link(START, entries[0])
 
     def _terms(self, head: dict[str, Any]) -> dict[str, Any]:
         """The terms in the first entry."""

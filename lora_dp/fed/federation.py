@@ -371,6 +371,7 @@ def checkpoint(federation: Federation) -> tuple[dict[str, torch.Tensor], dict[st
     """What a resumed run needs: tensors, and plain numbers. Sources of randomness are made anew for each round."""
     return dict(federation.server.state), {
         "round": federation.rounds_done,
+        "run": None if federation.log is None else federation.log.run,
         "server": federation.server.bookkeeping(),
         "seen": federation.seen.tolist(),
     }
