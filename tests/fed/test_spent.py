@@ -1,5 +1,6 @@
 """Whatever a folder says of ε counts all rounds that were begun, wherever a run was stopped, resumed and stopped."""
 
+import errno
 import io
 import json
 from collections.abc import Callable
@@ -205,3 +206,17 @@ def test_a_reproducible_run_counts_each_round_once(tmp_path, stopping):
         resume(folder, quiet())
     assert [entry["round"] for entry in begun(folder)[1:]] == [1, 2, 2]
     assert [client["steps"] for client in page.content(folder)["ledger"]["listed"]] == [2, 2, 2]
+
+
+def test_a_disk_that_is_still_full_is_told_with_the_remedy(tmp_path, stopping, monkeypatch):
+    folder = tmp_path / "run"
+    stopping(1, Killed())
+    with pytest.raises(Killed):
+        run(RunConfig.from_flat({**TINY, "output": folder}), quiet())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lora_dp.fed.folder.write_atomically", full)
+    with pytest.raises(OSError, match=r"The run in .* stopped \(.*No space left.*resume .* goes on"):
+        resume(folder, quiet())
