@@ -345,6 +345,40 @@ def test_examples_may_meet_within_a_client_that_is_protected_as_a_whole(noise_by
     assert any(bool((tensor != task.state[name]).any()) for name, tensor in trainer.workspace.state().items())
 
 
+class SequenceFirst(nn.Module):
+    """Gives its layer (3 tokens, N, d), and one row for the batch as a whole."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.stack([x, x.flip(1), -x])
+        return self.inner(tokens).tanh().mean(0) + self.inner(x.mean(0, keepdim=True))
+
+
+def test_a_whole_clients_step_is_that_of_its_batch_whatever_rows_layers_are_given(caplog):
+    federation = make_federation("dp-lora", ONE_STEP, noise_by="server", **WHOLE)
+    federation.model[1] = SequenceFirst(federation.model[1])
+    trainer = replace(federation.trainer, workspace=type(federation.workspace)(federation.model))
+    model, examples = federation.model, make_examples(COUNT, 1)
+    generator = torch.Generator().manual_seed(3)
+    start = {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) / 3
+             for name, t in trainer.workspace.state().items()}
+    with caplog.at_level(logging.ERROR):
+        update = trainer.train(1, examples, Task(0, 0, 2, start))
+    assert caplog.text == ""
+    trainer.workspace.load(start, 2)
+    batch = examples.batch(range(COUNT))
+    loss = torch.nn.functional.cross_entropy(model.eval()(batch["pixel_values"]), batch["labels"])
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, [named[name] for name in start])
+    for (name, before), gradient in zip(start.items(), gradients, strict=True):
+        assert float(gradient.abs().max()) > 1e-4
+        torch.testing.assert_close(
+            update.tensors[name], before - ONE_STEP.learning_rate * gradient, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("privacy", [{}, WHOLE, {"epsilon": None}], ids=["example", "client", "none"])
 def test_no_turn_leaves_its_way_of_trying_to_whoever_trains_the_model_next(privacy, monkeypatch):
     federation, found = make_federation("dp-lora", ONE_STEP, **privacy), []
