@@ -103,13 +103,13 @@ def _check_unspent(config: RunConfig, path: Path, reason: ValueError) -> None:
     tell of one. Without privacy there is none to spend, and what follows its seed releases the same bits again.
 
     Raises:
-        LogError: the log of the cell is not whole.
-        ValueError: rounds have begun.
+        LogError: rounds have begun, or the log of the cell is not whole.
     """
     if plan_of(config).private and not config.run.reproducible and AheadLog(path / LOG).rounds_begun():
-        raise ValueError(
-            f"{reason} The cell is not begun anew, since its rounds have spent a budget: restore {path} from a backup, "
-            "or move it away, and add its ε to the new run's.") from reason
+        raise LogError(
+            f"{path} cannot be resumed (python -m lora_dp.fed resume {path} says why), and is not begun anew, since "
+            "its rounds have spent a budget: restore it from a backup, or move it away and add its ε to the new run's."
+        ) from reason
 
 
 def _here(jobs: Sequence[RunConfig]) -> Generator[Result, None, None]:

@@ -263,8 +263,8 @@ def test_a_cell_whose_rounds_have_begun_is_not_begun_anew(tmp_path, monkeypatch,
     before = (tmp_path / "cell" / "ledger.jsonl").read_bytes()
     for _ in range(2):
         _, reason = cells.run_one(config)
-        assert reason is not None and reason.said.startswith("ValueError")
-        assert "The cell is not begun anew, since its rounds have spent a budget: restore" in reason.in_full
+        assert reason is not None and reason.said == reason.in_full
+        assert "says why), and is not begun anew, since its rounds have spent a budget: restore it" in reason.said
         assert [path.name for path in tmp_path.iterdir()] == ["cell"]
         assert (tmp_path / "cell" / "ledger.jsonl").read_bytes() == before
 
