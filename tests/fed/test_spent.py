@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from lora_dp.accounting import Ledger, PoissonGaussian
+from lora_dp.chain import ChainedLog, Heads
 from lora_dp.fed.account import LOG, AheadLog, LogError
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation
@@ -220,3 +221,18 @@ def test_a_disk_that_is_still_full_is_told_with_the_remedy(tmp_path, stopping, m
     monkeypatch.setattr("lora_dp.fed.folder.write_atomically", full)
     with pytest.raises(OSError, match=r"The run in .* stopped \(.*No space left.*resume .* goes on"):
         resume(folder, quiet())
+
+
+def test_a_log_is_read_whole_while_another_process_appends(tmp_path, monkeypatch):
+    """A page may be made while its run goes on."""
+    path, last = tmp_path / LOG, Heads.last
+    writer = ChainedLog(path)
+    writer.append({"round": 0})
+
+    def meanwhile(heads: Heads) -> tuple[int, str]:
+        monkeypatch.setattr(Heads, "last", last)
+        writer.append({"round": 1})
+        return last(heads)
+
+    monkeypatch.setattr(Heads, "last", meanwhile)
+    assert ChainedLog(path).read() == [{"round": 0}, {"round": 1}]
