@@ -80,6 +80,8 @@ class ChainedLog:
         Raises:
             BrokenChain: a line is damaged, or lines at the end are gone.
         """
+        # Before the file: whoever reads while another process appends finds at most one line more than is held.
+        held, head = self._heads.last()
         entries: list[dict[str, Any]] = []
         digests = [START]
         for line in (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")[:-1]:
@@ -93,7 +95,6 @@ class ChainedLog:
             if not whole:
                 raise BrokenChain(f"line {len(digests) - 1} is damaged")
             entries.append(entry)
-        held, head = self._heads.last()
         if held > len(entries):
             raise BrokenChain(f"it ends before line {len(entries) + 1} of {held}")
         if digests[held] != head or held < len(entries) - 1:

@@ -1,6 +1,7 @@
 """Files that a crash leaves either as they were or whole."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -14,6 +15,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
     """As :func:`write_atomically`, for bytes."""
+    path = path.resolve()  # at the end of a symbolic link, which stays one
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)
@@ -46,6 +48,16 @@ def append_durably(path: Path, lines: bytes, mode: int = 0o666) -> None:
         os.fsync(file.fileno())
     if new:
         _sync_folder(path.parent)
+
+
+def remove_durably(paths: Iterable[Path]) -> None:
+    """Remove files, whether they are there or not; when this returns, none of them comes back after a crash."""
+    folders = set()
+    for path in paths:
+        path.unlink(missing_ok=True)
+        folders.add(path.parent)
+    for folder in folders:
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -73,7 +73,7 @@ class LossWatch:
         self.steps = 0
         self._n = 0
         self._taken: set[LossReduction] = set()
-        self._looks = True
+        self._looks = self._per_example = True
         self._outputs: Outputs | None = None
         self._own: list[int] = []
         self._leaves: Callable[[], set[int]] = set
@@ -94,14 +94,19 @@ class LossWatch:
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
         self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
 
-    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool) -> None:
+    def begin(
+        self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool, per_example: bool = True,
+    ) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
-        whether gradients may be read (not while a graph is captured)."""
-        self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, False, None, leaves
-        self._taken, self._looks = set(), looks
+        whether gradients may be read (not while a graph is captured), ``per_example`` whether examples must be kept
+        apart: else no loss is followed."""
+        self._n, self.tested, self.examined, self._outputs, self._leaves = n, tested, not per_example, None, leaves
+        self._taken, self._looks, self._per_example = set(), looks, per_example
 
     def returned(self, output: Any) -> None:
         """The model has returned."""
+        if not self._per_example:
+            return
         tensors = [t for t in tensors_in(output) if t.requires_grad]
         self._outputs = Outputs.of(tensors)
         self._own = [place for place, t in enumerate(self._outputs.tensors) if t.dim() == 0]
@@ -168,6 +173,8 @@ class LossWatch:
             ValueError: the losses do not come from what the model returned.
         """
         outputs = self._outputs
+        if not self._per_example:
+            return
         if outputs is None or losses.grad_fn is None:
             raise ValueError(_ELSEWHERE)
         followed = follow([(losses.grad_fn, losses.output_nr)], outputs)

@@ -65,9 +65,10 @@ class Passes:
                 "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
                 "the module before it. Make that module part of the private model, freeze it, or detach() the tensor.")
         recorder.parts.begin()
-        tested = not recorder.capturing and self._test(module, args, kwargs, call, n)
+        tested = recorder.per_example and not recorder.capturing and self._test(module, args, kwargs, call, n)
         recorder.open(n)
-        recorder.losses.begin(n, tested, recorder.leaves, looks=not recorder.capturing)
+        recorder.losses.begin(
+            n, tested, recorder.leaves, looks=not recorder.capturing, per_example=recorder.per_example)
         recorder.losses.used = used_tokens(call, n) if recorder.padding_varies and not recorder.sizes_fixed else None
         forward_begins(recorder.owner)
         recorder.versions.begin()
@@ -140,7 +141,7 @@ class Passes:
         """Where layers are given flattened rows, try again whenever an example has another number of them: examples of
         different length whose padding was taken out are told apart by nothing else."""
         found = self.recorder.current
-        if found is None or found.n < 2 or self.recorder.capturing:
+        if found is None or found.n < 2 or self.recorder.capturing or not self.recorder.per_example:
             return
         rows = tuple((slot.name, slot.rows // found.n) for slot in found.slots.values() if slot.rows > found.n)
         kind = (rows, widths((args, kwargs), found.n))

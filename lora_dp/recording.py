@@ -335,6 +335,8 @@ class Recorder:
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
             to; ``parts``, which modules it is made of.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
+        per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
+            one, examples may meet: batches are not tried, losses not followed, and a batch's gradient is one.
         sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
             neither is tried.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
@@ -357,6 +359,7 @@ class Recorder:
         self.owner: object | None = None
         self.losses = LossWatch()
         self.versions, self.parts = Versions(), Parts()
+        self.per_example = True
         self.sizes_fixed = self.capturing = self.uses_checked = False
         self.forget_batches()
 
@@ -378,9 +381,11 @@ class Recorder:
             )
         if self.current is not None:
             self.superseded.append(self.current)
+        # Where examples may meet, a batch is one: layers need not be given rows that belong to one example each.
+        apart = n if self.per_example else min(n, 1)
         # All slots now: under torch.compile the layers find their leaves, they cannot make them.
         self.current = Pass(n, {
-            key: Slot(*entry, n, self.method) for key, entry in self.parameters.items()
+            key: Slot(*entry, apart, self.method) for key, entry in self.parameters.items()
             if key in self.trained and entry[1].requires_grad})
 
     def take(self) -> Pass:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,24 @@ class Account:
         plan: the run's privacy.
         sizes: number of examples of each client.
         origin: what tells the run from another, where it has a configuration.
+        events: one release of a client of each size that there is, from the smallest; by default what the plan
+            calibrates.
 
     Raises:
-        ValueError: no noise reaches the budget for a client of that size, or no client is of such a size.
+        ValueError: no noise reaches the budget for a client of that size, or no client is of such a size; another
+            number of events than of sizes.
     """
 
-    def __init__(self, plan: PrivacyPlan, sizes: Sequence[int], origin: Origin | None = None) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, sizes: Sequence[int], origin: Origin | None = None,
+        events: Sequence[PoissonGaussian] | None = None,
+    ) -> None:
         for client, size in enumerate(sizes):
             check_size(client, size)
         self.plan, self.sizes, self.origin = plan, np.asarray(sizes, dtype=np.int64), origin
-        self._events = {int(size): plan.event(int(size)) for size in np.unique(self.sizes)}
+        different = np.unique(self.sizes).tolist()
+        events = [plan.event(size) for size in different] if events is None else events
+        self._events = dict(zip(different, events, strict=True))
         self._counts = np.zeros(1 if plan.server_adds_noise else len(sizes), dtype=np.int64)
 
     def event(self, client: int) -> PoissonGaussian:
@@ -173,11 +182,17 @@ class AheadLog:
         path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds; each with the
             digest that chains it to those before (:mod:`lora_dp.chain`). Which examples they release of stands in a
             file beside it, in a digest that follows the terms': it says something of private data, as the log must not.
+
+    Attributes:
+        run: what tells this run from all others, the digest of the log's first line; None before :meth:`begin`. Runs of
+            one configuration with secret noise differ by a number that was drawn for each; reproducible ones release
+            the same bits.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._examples = path, path.with_name(EXAMPLES)
         self._log = ChainedLog(path)
+        self.run: str | None = None
 
     def begin(self, account: Account, *, reproducible: bool) -> None:
         """Writes the terms of a new log, or checks that those of an existing one are the account's.
@@ -190,21 +205,34 @@ class AheadLog:
         entries = self._entries()
         if not entries:
             head = {"format": _FORMAT, "version": _VERSION, "terms": terms}
+            if not reproducible:
+                head["run"] = secrets.token_hex(16)
             if account.origin is not None:  # before the log, which counts on it
                 self._examples.unlink(missing_ok=True)
                 append_durably(self._examples, f"{_bound(account.origin, head)}\n".encode(), 0o600)
             self._log.append(head)
+            self.run = link(START, head)
             return
-        try:
-            if (entries[0]["format"], entries[0]["version"]) != (_FORMAT, _VERSION):
-                raise LogError(f"The log {self.path} is of format {entries[0]['format']!r}, version "
-                               f"{entries[0]['version']!r}: go on with this run by the lora-dp that began it.")
-            different = _different(terms, entries[0]["terms"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise LogError(self._lost("line 1 is damaged")) from error
+        different = _different(terms, self._terms(entries[0]))
         origin = account.origin if "options" not in different else None
         if origin is not None and self._held_examples() != _bound(origin, entries[0]):
             different.append("examples")
+        self._refuse(different)
+        self.run = link(START, entries[0])
+
+    def _terms(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The terms in the first entry."""
+        try:
+            if (head["format"], head["version"]) != (_FORMAT, _VERSION):
+                raise LogError(f"The log {self.path} is of format {head['format']!r}, version "
+                               f"{head['version']!r}: go on with this run by the lora-dp that began it.")
+            return dict(head["terms"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, LogError):
+                raise
+            raise LogError(self._lost("line 1 is damaged")) from error
+
+    def _refuse(self, different: Sequence[str]) -> None:
         if different:
             raise LogError(
                 f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
@@ -251,8 +279,53 @@ class AheadLog:
                 on other terms than the account's.
         """
         self.begin(account, reproducible=reproducible)
+        rounds = self._rounds(self._entries())
+        if max((n for n, _ in rounds), default=0) < rounds_done:
+            raise LogError(self._lost(f"it ends before round {rounds_done}"))
+        if reproducible:
+            rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
+        self._count(rounds, account)
+
+    def rounds_begun(self) -> int:
+        """How many lines of rounds there are.
+
+        Raises:
+            LogError: the log is not whole.
+        """
+        return len(self._entries()[1:])
+
+    def counted(self, plan: PrivacyPlan) -> Account | None:
+        """What all rounds that were begun add up to, by the log alone: neither data nor model are opened for it.
+
+        Args:
+            plan: of the run, by its configuration.
+
+        Returns:
+            None where there is no log, and so nothing was released.
+
+        Raises:
+            LogError: the log is not whole, or was begun on other terms than the plan's.
+        """
+        entries = self._entries()
+        if not entries:
+            return None
+        terms = self._terms(entries[0])
+        try:
+            # Where sizes are no public matter, one kind of release is all clients'.
+            sizes = [1] * terms["clients"] if terms["sizes"] is None else terms["sizes"]
+            account = Account(plan, sizes, events=[PoissonGaussian(*event) for event in terms["events"]])
+            once = {name: terms[name] for name in ("options", "reproducible")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise LogError(self._lost("line 1 is damaged")) from error
+        self._refuse(_different({**account.terms(), **once}, terms))
+        rounds = self._rounds(entries)
+        self._count(dict(rounds).items() if once["reproducible"] else rounds, account)
+        return account
+
+    def _rounds(self, entries: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+        """The rounds that were begun, each with its clients, in the order of the log."""
         rounds: list[tuple[int, list[int]]] = []
-        for index, entry in enumerate(self._entries()[1:], 1):
+        for index, entry in enumerate(entries[1:], 1):
             try:
                 number, clients = entry["round"], [int(client) for client in entry["clients"]]
                 if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
@@ -260,10 +333,9 @@ class AheadLog:
             except (ValueError, KeyError, TypeError) as error:
                 raise LogError(self._lost(f"line {index + 1} is damaged")) from error
             rounds.append((number, clients))
-        if max((n for n, _ in rounds), default=0) < rounds_done:
-            raise LogError(self._lost(f"it ends before round {rounds_done}"))
-        if reproducible:
-            rounds = [(n, clients) for n, clients in dict(rounds).items() if n <= rounds_done]
+        return rounds
+
+    def _count(self, rounds: Iterable[tuple[int, list[int]]], account: Account) -> None:
         for _, clients in rounds:
             if clients and not 0 <= min(clients) <= max(clients) < len(account.sizes):
                 raise LogError(f"{self.path} names clients that this run does not have: it belongs to another run.")

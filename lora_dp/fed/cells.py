@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 
 from lora_dp.fed import runner
-from lora_dp.fed.account import LogError
+from lora_dp.fed.account import LOG, AheadLog, LogError
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.folder import RunFolder, read_config
+from lora_dp.fed.job import plan_of
 
 
 class Why(NamedTuple):
@@ -78,18 +79,14 @@ def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
     # Refused while another process is at work there, whose folder must stay where it is.
     RunFolder(path).close()
     try:
-        begun = read_config(path)
-    except ValueError:
-        begun = None
-    if begun is not None:
-        if begun.to_yaml() != config.to_yaml():
-            raise ValueError(f"{path} holds a run with other settings: move it away.")
-        try:
+        if read_config(path).to_yaml() == config.to_yaml():
             return runner.resume(path, quiet)
-        except LogError:
-            raise  # begun anew, the run would spend a second budget on the same data, and tell of one
-        except ValueError:
-            pass
+    except LogError:
+        raise
+    except ValueError as error:
+        _check_unspent(config, path, error)
+    else:
+        raise ValueError(f"{path} holds a run with other settings: move it away.")
     aside = next(p for i in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{i}")).exists())
     path.rename(aside)
     try:
@@ -99,6 +96,20 @@ def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
         if not path.exists():
             aside.rename(path)
         raise
+
+
+def _check_unspent(config: RunConfig, path: Path, reason: ValueError) -> None:
+    """Refuses to begin a cell anew where rounds of it have begun: it would spend a second budget on the same data, and
+    tell of one. Without privacy there is none to spend, and what follows its seed releases the same bits again.
+
+    Raises:
+        LogError: rounds have begun, or the log of the cell is not whole.
+    """
+    if plan_of(config).private and not config.run.reproducible and AheadLog(path / LOG).rounds_begun():
+        raise LogError(
+            f"{path} cannot be resumed (python -m lora_dp.fed resume {path} says why), and is not begun anew, since "
+            "its rounds have spent a budget: restore it from a backup, or move it away and add its ε to the new run's."
+        ) from reason
 
 
 def _here(jobs: Sequence[RunConfig]) -> Generator[Result, None, None]:

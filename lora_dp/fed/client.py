@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from lora_dp.filtering import FilterName, make_filter
 from lora_dp.losses import classification_loss
 from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.randomness import RandomSource, SecureSource, SeededSource
+from lora_dp.recording import Recorder
 from lora_dp.regulator import Regulator
 from lora_dp.sampling import PrivateDataLoader
 from lora_dp.secret_state import secret_generators
@@ -120,7 +121,8 @@ class Trainer:
             else:
                 try:
                     self._train_by_engine(examples, task, place, on_step)
-                except GivenUp:
+                except GivenUp as given_up:
+                    Failures.tell_whole(client, task.round, given_up.error)
                     self.workspace.load(task.state, task.rank)  # a change of zero
             trained = self.workspace.state(lambda name: self.method.trains(name, task.round, task.turn))
             if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
@@ -128,6 +130,27 @@ class Trainer:
         if self.plan.client_adds_noise:
             trained = self._noised(trained, task, self.plan.event(len(examples)), place)
         return Update(trained)
+
+    def attempt(self, examples: Examples, task: Task) -> None:
+        """One step of a client on all of these examples, which are public; afterwards the model is in the task's state.
+
+        Args:
+            examples: whose batch is all of them.
+            task: what it starts from.
+
+        Raises:
+            Exception: of any kind, for which a turn would be given up.
+        """
+        training = replace(self.training, batch_size=len(examples), local_steps=1)
+        place = (0, task.round, task.turn)
+        self.workspace.load(task.state, task.rank)
+        try:
+            with self._generators(derived_seed(self.seed, TRAINING, *place)):
+                replace(self, training=training, on_turn=None)._train_by_engine(examples, task, place, lambda: None)
+        except GivenUp as given_up:
+            raise given_up.error from None
+        finally:
+            self.workspace.load(task.state, task.rank)
 
     @contextmanager
     def _generators(self, seed: int) -> Iterator[None]:
@@ -171,39 +194,37 @@ class Trainer:
         first = task.round * training.local_steps
         optimizer.steps_taken = first
         optimizer.activate()
-        optimizer.recorder.sizes_fixed = protected
-        # What another client's batches were must not decide whether this one trains.
-        optimizer.recorder.forget_batches()
-        if self.on_turn is not None:
-            self.on_turn(place[0], optimizer, batches)
-        failures = Failures()
-        shape = OneShape(self.workspace, optimizer, examples, batch_size, training.precision, failures)
-        for rows in batches.take(training.local_steps):
-            step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
+        with _tried(optimizer.recorder, plan):
+            if self.on_turn is not None:
+                self.on_turn(place[0], optimizer, batches)
+            failures = Failures()
+            shape = OneShape(self.workspace, optimizer, examples, batch_size, training.precision, failures)
+            for rows in batches.take(training.local_steps):
+                step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
 
-            def backward(rows: Sequence[int], step: int = step, planned: int = planned) -> None:
-                batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
-                # Of the step alone: how many batches before it were empty is secret.
-                perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
-                with self.method.local_step(model, step, planned, perturbation):
-                    optimizer.backward(classification_loss(logits(model, batch, training.precision), batch["labels"]))
+                def backward(rows: Sequence[int], step: int = step, planned: int = planned) -> None:
+                    batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
+                    # Of the step alone: how many batches before it were empty is secret.
+                    perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
+                    with self.method.local_step(model, step, planned, perturbation):
+                        scores = logits(model, batch, training.precision)
+                        optimizer.backward(classification_loss(scores, batch["labels"]))
 
-            if protected:
-                for part, size in shape.parts(rows):
-                    accumulate(optimizer, part, backward, failures, size)
-                optimizer.release()
-            else:
-                try:
-                    backward(rows)
-                    optimizer.step()
-                except Exception as error:
-                    if not plan.private:
-                        raise
-                    failures.tell_whole(place[0], place[1], error)
-                    raise GivenUp from None
-            optimizer.zero_grad()
-            on_step()
-        failures.tell(place[0], place[1])
+                if protected:
+                    for part, size in shape.parts(rows):
+                        accumulate(optimizer, part, backward, failures, size)
+                    optimizer.release()
+                else:
+                    try:
+                        backward(rows)
+                        optimizer.step()
+                    except Exception as error:
+                        if not plan.private:
+                            raise
+                        raise GivenUp(error) from None
+                optimizer.zero_grad()
+                on_step()
+            failures.tell(place[0], place[1])
         if protected:
             self._check_ledger(engine.ledger, event)
 
@@ -228,6 +249,21 @@ class Trainer:
         mechanism = client_mechanism(self.plan, event.noise_multiplier, self.source(NOISE, *place))
         released = dict(zip(bounded, mechanism.release(list(bounded.values())), strict=True))
         return {name: _moved(start[name], released[name], rules.get(name)) for name in released}
+
+
+@contextmanager
+def _tried(recorder: Recorder, plan: PrivacyPlan) -> Iterator[None]:
+    """Inside, batches are tried for what the unit of privacy asks for: what meets within a client that is protected as
+    a whole, its clipped change bounds. Nothing is remembered of them before or afterwards: what another client's
+    batches were must not decide whether this one trains."""
+    recorder.sizes_fixed = plan.examples_are_protected
+    recorder.per_example = plan.examples_are_protected or not plan.private
+    recorder.forget_batches()
+    try:
+        yield
+    finally:
+        recorder.sizes_fixed, recorder.per_example = False, True
+        recorder.forget_batches()
 
 
 def _moved(start: Tensor, change: Tensor, regulator: Regulator | None) -> Tensor:

@@ -23,7 +23,15 @@ _LOG = logging.getLogger(__name__)
 
 
 class GivenUp(Exception):
-    """Training failed on the data of a client that is protected as a whole: its change is zero."""
+    """Training failed on the data of a client that is protected as a whole: its change is zero.
+
+    Attributes:
+        error: what it raised, which may quote the data.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class Failures:

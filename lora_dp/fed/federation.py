@@ -21,7 +21,7 @@ from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Reply, Task
 from lora_dp.fed.faults import TooFewClients, fault
-from lora_dp.fed.harmless import harmless
+from lora_dp.fed.harmless import described, harmless
 from lora_dp.fed.job import Job, Parts, open_job
 from lora_dp.fed.methods import Aggregation
 from lora_dp.fed.models import Precision, logits, model_inputs
@@ -178,9 +178,9 @@ class Federation:
         drawn = self.draw() if participants is None else list(participants)
         if spent := set(drawn) - set(self.account.eligible()):
             raise PrivacyBudgetExceeded(f"Client {min(spent)} has spent its budget: it takes part in no more rounds.")
+        self.account.add_round(drawn)  # before the log: Ctrl-C between the two may count a round that never began
         if self.log is not None:
             self.log.append(index + 1, [] if self.plan.server_adds_noise else drawn)
-        self.account.add_round(drawn)
         self.recorded = []
         before = self.server.snapshot()
         try:
@@ -304,14 +304,18 @@ class Federation:
         return float(self._weights[client]) if self.weighting == "examples" else 1.0
 
     def check_model(self) -> None:
-        """Tries on validation data, which are public, whether the model mixes the examples of a batch.
+        """Tries on validation data, which are public, whether clients can train as the unit of privacy asks for.
 
-        At a client such a model would be trained on each example by itself, and nobody else told: that it was found
-        there would be a word on the client's data.
+        With the example as unit: whether the model mixes the examples of a batch. At a client such a model would be
+        trained on each example by itself. With the client as unit: whether training works at all. Else every client's
+        change would be zero. That it was found there would be a word on the client's data, and so nobody else is told.
 
         Raises:
             IsolationError: naming the module in which examples meet.
+            ValueError: training fails.
         """
+        if self.plan.private and not self.plan.examples_are_protected:
+            self._check_training()
         if not self.plan.examples_are_protected or len(self.validation) < 2:
             return
         batch = self.validation.batch(range(min(_TRIED, len(self.validation))))
@@ -321,6 +325,16 @@ class Federation:
             check_isolation(self.model.train(), args, named, len(batch["labels"]))
         finally:
             self.model.train(mode)
+
+    def _check_training(self) -> None:
+        tried = min(_TRIED, len(self.validation), self.trainer.training.batch_size)
+        task = self.server.task(self.rounds_done, 0, self.workspace.layers.r)
+        try:
+            self.trainer.attempt(self.validation.subset(range(tried)), task)
+        except Exception as error:
+            raise ValueError(
+                f"Training fails on validation data ({described(error)}): every client's change would be zero, and the "
+                "run noise alone. Choose another model.") from error
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""
@@ -357,6 +371,7 @@ def checkpoint(federation: Federation) -> tuple[dict[str, torch.Tensor], dict[st
     """What a resumed run needs: tensors, and plain numbers. Sources of randomness are made anew for each round."""
     return dict(federation.server.state), {
         "round": federation.rounds_done,
+        "run": None if federation.log is None else federation.log.run,
         "server": federation.server.bookkeeping(),
         "seen": federation.seen.tolist(),
     }

@@ -18,12 +18,14 @@ from lora_dp.fed.account import LOG, AheadLog
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.privacy import finite
-from lora_dp.files import append_durably, write_atomically
+from lora_dp.files import append_durably, remove_durably, write_atomically
 
 METRICS = "metrics.jsonl"
 UPDATES = "updates.jsonl"
 SERVER_ONLY = "server-only.jsonl"
 ENDED = ("finished", "budget spent")
+# What says an ε, and is written (or drawn up by `report`) when a run has stopped.
+_STOPPED = ("summary.json", "ledger.json", "curves.png", "report.html")
 
 
 class RunFolder:
@@ -52,16 +54,17 @@ class RunFolder:
             ValueError: the folder named in the configuration already holds a run, or cannot be made.
         """
         path = config.run.output or _fresh(config)
-        if (path / "config.yaml").exists():
-            raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
+        _check_empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the folder {path} ({error.strerror}): choose another --output") from error
         folder = cls(path)
-        if (path / "config.yaml").exists():
+        try:
+            _check_empty(path)
+        except ValueError:
             folder.close()
-            raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
+            raise
         write_atomically(path / "config.yaml", config.to_yaml())
         return folder
 
@@ -119,6 +122,13 @@ class RunFolder:
             write_atomically(updates, "".join(line + "\n" for line in kept))
         return results
 
+    def forget_results(self) -> None:
+        """Removes what says an ε of where the run had stopped: once a further round begins, it is below the true one.
+
+        ledger.jsonl counts at any time.
+        """
+        remove_durably(self.path / name for name in _STOPPED)
+
     def write_ledger(self, account: dict[str, Any]) -> None:
         """Replaces ledger.json; on the disk when this returns."""
         write_atomically(self.path / "ledger.json", json.dumps(account, indent=1))
@@ -130,6 +140,15 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+
+
+def _check_empty(path: Path) -> None:
+    if (path / "config.yaml").exists():
+        raise ValueError(f"{path} already holds a run: choose another --output, or resume it.")
+    if (path / LOG).exists():
+        raise ValueError(
+            f"{path} holds the log of a run, which a new one would not count: choose another --output, or restore that "
+            "run's config.yaml and resume it.")
 
 
 def read_config(path: Path) -> RunConfig:

@@ -201,6 +201,8 @@ def _text_spec(name: str, config: Any) -> TextSpec:
         raise ValueError("its tokenizer has neither a padding nor an end token")
     # decoders find the last token of a text by this id
     config.pad_token_id = tokenizer.pad_token_id
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # T5's, which its plain configuration does not name
     positions = getattr(config, "max_position_embeddings", None) or 0
     if positions <= 0:  # XLNet's are without limit
         positions = tokenizer.model_max_length

@@ -1,6 +1,7 @@
 """One run from configuration to results, and a run that was cut short to its end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,21 @@ def resume(path: Path, console: Console | None = None) -> Outcome:
 def go_on(config: RunConfig, federation: Federation, folder: RunFolder, console: Console | None = None) -> Outcome:
     """The rounds that an opened folder lacks, by a federation that has just been made."""
     report = ConsoleReport(console or Console())
-    found, problems = checkpoint.newest(folder.path)
-    if found is not None:
-        rounds.restore(federation, *found)
-    for problem in problems:
-        report.warn(f"{problem} Going on from the one before it.")
-    done = federation.rounds_done
-    report.resumed(folder.path, done)
-    folder.log.replay(federation.account, rounds_done=done, reproducible=config.run.reproducible)
-    return drive(config, federation, folder, report, folder.keep_rounds(done if found is not None else -1))
+    with _resumable(folder.path):
+        found, problems = checkpoint.newest(folder.path)
+        if found is not None:
+            rounds.restore(federation, *found)
+        for problem in problems:
+            report.warn(f"{problem} Going on from the one before it.")
+        done = federation.rounds_done
+        report.resumed(folder.path, done)
+        folder.log.replay(federation.account, rounds_done=done, reproducible=config.run.reproducible)
+        if found is not None and found[1].get("run") not in (None, folder.log.run):  # earlier versions did not say
+            raise ValueError(
+                f"The checkpoint of round {done} in {folder.path} is of another run, whose releases this one's log "
+                "does not count: restore one of this run's own, or begin a new run.")
+        results = folder.keep_rounds(done if found is not None else -1)
+    return drive(config, federation, folder, report, results)
 
 
 def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -> Outcome:
@@ -108,10 +115,16 @@ def drive(
     Raises:
         OSError: a disk is full, or the like; the run can be resumed.
     """
-    try:
+    with _resumable(folder.path):
         return _drive(config, federation, folder, report, results)
+
+
+@contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    """A disk that is full, or the like, is told with the remedy."""
+    try:
+        yield
     except OSError as error:
-        path = folder.path
         raise OSError(
             f"The run in {path} stopped ({error}): mend that, then python -m lora_dp.fed resume {path} goes on."
         ) from error
@@ -124,6 +137,7 @@ def _drive(
     federation.check_model()
     folder.log.begin(federation.account, reproducible=config.run.reproducible)
     federation.log = folder.log
+    folder.forget_results()
     status, problem = "finished", None
     report.begin(config, federation)
     try:

@@ -386,3 +386,35 @@ def test_a_folder_with_a_run_is_taken(folder):
     folder.close()
     with pytest.raises(ValueError, match="already holds a run: choose another --output, or resume it"):
         RunFolder.create(RunConfig.from_flat({**TINY, "output": folder.path}))
+
+
+def test_a_folder_with_the_log_of_a_run_is_taken(folder):
+    """A new run of the same options would go on in that log, and count its own rounds alone."""
+    folder.log.begin(Federation.from_config(RunConfig.from_flat(TINY)).account, reproducible=False)
+    folder.close()
+    (folder.path / "config.yaml").unlink()
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds the log of a run, which a new one would not count: choose another"):
+            RunFolder.create(RunConfig.from_flat({**TINY, "output": folder.path}))
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """What that run released would go into this one, and be counted nowhere in it: even of the same configuration."""
+    for name, options in (("a", {}), ("same", {}), ("seed", {"seed": 5})):
+        config = RunConfig.from_flat({**TINY, **options, "reproducible": False, "output": tmp_path / name})
+        run(config, quiet())
+        (tmp_path / name / "summary.json").unlink()
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "a" / "checkpoints").iterdir()}
+    for name in ("same", "seed"):
+        own = {path.name: path.read_bytes() for path in (tmp_path / name / "checkpoints").iterdir()}
+        for file, data in kept.items():
+            (tmp_path / name / "checkpoints" / file).write_bytes(data)
+        log = (tmp_path / name / "ledger.jsonl").read_bytes()
+        with pytest.raises(ValueError, match="The checkpoint of round 4 in .* is of another run"):
+            resume(tmp_path / name, quiet())
+        assert (tmp_path / name / "ledger.jsonl").read_bytes() == log
+        for file, data in own.items():
+            (tmp_path / name / "checkpoints" / file).write_bytes(data)
+        assert not resume(tmp_path / name, quiet()).interrupted

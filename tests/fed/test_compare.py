@@ -242,6 +242,55 @@ def test_a_cell_whose_log_of_releases_is_damaged_is_not_begun_anew(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
 
 
+def spoil(cell: Path, how: str) -> None:
+    if how == "checkpoints":
+        for path in (cell / "checkpoints").glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:100])
+    elif how == "configuration":
+        (cell / "config.yaml").write_text("{")
+    else:
+        (cell / "config.yaml").unlink()
+
+
+@pytest.mark.parametrize("how", ["checkpoints", "configuration", "no configuration"])
+def test_a_cell_whose_rounds_have_begun_is_not_begun_anew(tmp_path, monkeypatch, how):
+    """Its data would pay a second budget, and its ledger tell of one."""
+    config = RunConfig.from_flat({**SMALL, "rounds": 3, "output": tmp_path / "cell"})
+    with monkeypatch.context() as patch:
+        interrupt_before_round(patch, 3)
+        assert cells.run_one(config)[1] is not None
+    spoil(tmp_path / "cell", how)
+    before = (tmp_path / "cell" / "ledger.jsonl").read_bytes()
+    for _ in range(2):
+        _, reason = cells.run_one(config)
+        assert reason is not None and reason.said == reason.in_full
+        assert "says why), and is not begun anew, since its rounds have spent a budget: restore it" in reason.said
+        assert [path.name for path in tmp_path.iterdir()] == ["cell"]
+        assert (tmp_path / "cell" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [{"epsilon": "none"}, {"reproducible": True}, {"mechanism": "as-released"}])
+def test_a_cell_that_spends_nothing_is_begun_anew(tmp_path, monkeypatch, options):
+    config = RunConfig.from_flat({**SMALL, **options, "rounds": 3, "output": tmp_path / "cell"})
+    with monkeypatch.context() as patch:
+        interrupt_before_round(patch, 3)
+        assert cells.run_one(config)[1] is not None
+    spoil(tmp_path / "cell", "checkpoints")
+    assert cells.run_one(config)[1] is None
+    assert {path.name for path in tmp_path.iterdir()} == {"cell", "cell.aside-1"}
+
+
+def test_a_cell_that_stopped_before_its_first_round_is_begun_anew(tmp_path, monkeypatch):
+    config = RunConfig.from_flat({**SMALL, "rounds": 3, "output": tmp_path / "cell"})
+    with monkeypatch.context() as patch:
+        interrupt_before_round(patch, 1)
+        assert cells.run_one(config)[1] is not None
+    (tmp_path / "cell" / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "cell" / "checkpoints" / "round-000001.json").write_text("{")
+    assert cells.run_one(config)[1] is None
+    assert {path.name for path in tmp_path.iterdir()} == {"cell", "cell.aside-1"}
+
+
 def test_what_no_new_run_can_replace_stays(tmp_path, fake, monkeypatch):
     """A data set that is missing today stops resuming and a new run alike: the checkpoints are worth keeping."""
     fake.broken = {"la-lora/eps1/seed0": RuntimeError("crash")}

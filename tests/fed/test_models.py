@@ -174,6 +174,18 @@ def test_xlnet_has_positions_without_limit(tmp_path):
     assert isinstance(spec, TextSpec) and spec.max_length == 24
 
 
+def test_t5_begins_its_decoder_with_padding_where_its_configuration_does_not_say(tmp_path):
+    small_tokenizer(tmp_path)
+    transformers.T5ForSequenceClassification(transformers.T5Config(
+        vocab_size=4, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=2, eos_token_id=0)
+    ).save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(name=str(tmp_path)), 2, "text")
+    ids = torch.tensor([[2, 3, 0], [3, 2, 0]])
+    scores = logits(loaded.model.eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert scores.shape == (2, 2) and bool(scores.isfinite().all())
+    assert loaded.model.config.decoder_start_token_id == loaded.spec.tokenizer.pad_token_id
+
+
 def test_a_short_text_does_not_change_how_later_ones_are_attended_to(tmp_path):
     """BigBird gives up sparse attention for good at the first batch that is too short for it."""
     small_tokenizer(tmp_path)

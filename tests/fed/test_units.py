@@ -257,6 +257,7 @@ def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
     from lora_dp.fed.runner import run
 
     folders = []
+    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)  # what tells one run's log from another's
     for number, drawn in enumerate(([0], [1, 2])):
         monkeypatch.setattr(federation, "poisson_clients", lambda *_, drawn=drawn: drawn)
         folders.append(tmp_path / str(number))

@@ -24,7 +24,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lora_dp.fed.engines import flower_messages as messages
-from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused
+from lora_dp.fed.engines.flower_ledger import ClientLedger, Refused, own_path
 from lora_dp.fed.engines.flower_messages import Introduction
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.harmless import described, harmless
@@ -100,6 +100,7 @@ def _train(content: RecordDict, node_config: Mapping[str, Any], *, simulated: bo
 def _introduce(content: RecordDict, node_config: Mapping[str, Any]) -> RecordDict:
     client, partitions = _number(node_config), node_config.get("num-partitions")
     ClientLedger.of_node(node_config)  # says now what would be refused in every round
+    own_path(node_config, "policy")
     examples = None
     if node_config.get("data") is not None:
         _admitted(content, node_config)
@@ -180,8 +181,10 @@ class _Node:
 
 def _node(content: RecordDict, node_config: Mapping[str, Any]) -> _Node:
     columns = tuple(node_config.get(name) for name in _COLUMNS)
+    data = own_path(node_config, "data")
     return _opened(
-        messages.unpack_config(content), node_config.get("data"), columns, _classes(node_config.get("classes")))
+        messages.unpack_config(content), None if data is None else str(data), columns,
+        _classes(node_config.get("classes")))
 
 
 def _classes(listed: object) -> tuple[str, ...] | None:

@@ -21,6 +21,29 @@ class Refused(RuntimeError):
     """A client does not do what it was asked; the words tell nothing of its data."""
 
 
+def own_path(node_config: Mapping[str, Any], name: str) -> Path | None:
+    """The file or folder that a node's configuration names as ``name``; None where it names none.
+
+    Symbolic links are followed to their end, whether something lies there yet or not: what is kept beside a file, and
+    what takes its place, then lies where the file does, by whatever name it is reached.
+
+    Raises:
+        Refused: a path that is not absolute, and so another one for each folder that the node is started from.
+    """
+    named = node_config.get(name)
+    if named is None:
+        return None
+    path = Path(str(named))
+    if not path.is_absolute():
+        raise Refused(
+            f"cannot tell which {name} is meant: its node-config must name it by an absolute path, since a relative "
+            "one is another in each folder that the node is started from")
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # Python below 3.13 raises the latter for links in a circle
+        raise Refused(f"cannot tell which {name} is meant: the symbolic links of its path lead nowhere") from error
+
+
 @dataclass(frozen=True)
 class ClientLedger:
     """The ledger of one node's data over all runs, and the budget that its owner has set.
@@ -50,24 +73,25 @@ class ClientLedger:
         """The ledger that a node's configuration names as ``ledger``, with its ``unit``, ``epsilon`` and ``delta``.
 
         Raises:
-            Refused: a unit or a budget without a ledger, or not whole.
+            Refused: a unit or a budget without a ledger, or not whole; a path that is not absolute.
         """
-        named, unit, epsilon, delta = (node_config.get(name) for name in ("ledger", "unit", "epsilon", "delta"))
-        if (epsilon is None) != (delta is None) or (epsilon is not None and named is None):
+        path = own_path(node_config, "ledger")
+        unit, epsilon, delta = (node_config.get(name) for name in ("unit", "epsilon", "delta"))
+        if (epsilon is None) != (delta is None) or (epsilon is not None and path is None):
             raise Refused("cannot keep its budget: its node-config must name ledger, epsilon and delta together")
-        if unit is not None and (unit not in UNITS or named is None):
+        if unit is not None and (unit not in UNITS or path is None):
             raise Refused("cannot keep its ledger: its node-config must name a ledger, and unit as example or client")
-        if named is None:
+        if path is None:
             return None
         kept: Unit = "client" if unit == "client" else "example"
         if epsilon is None or delta is None:
-            return cls(Path(named), kept)
+            return cls(path, kept)
         try:
             check_epsilon(float(epsilon))
             check_delta(float(delta))
         except ValueError as error:
             raise Refused(f"has a budget in its node-config that is none: {error}") from error
-        return cls(Path(named), kept, float(epsilon), float(delta))
+        return cls(path, kept, float(epsilon), float(delta))
 
     def of_run(self, run: str) -> "ClientLedger":
         """The same ledger, for turns of the run with this digest."""

@@ -19,7 +19,7 @@ import yaml
 from lora_dp.accounting import check_delta, check_epsilon
 from lora_dp.chain import canonical
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.engines.flower_ledger import Refused
+from lora_dp.fed.engines.flower_ledger import Refused, own_path
 from lora_dp.fed.harmless import described, harmless
 from lora_dp.fed.methods import METHODS
 from lora_dp.fed.origin import SERVERS_OWN, flat, plain_options
@@ -149,9 +149,10 @@ class Policy:
             budget: its ledger has one.
 
         Raises:
-            Refused: a file that is none, or what is not true or false.
+            Refused: a file that is none, or named by a path that is not absolute; what is not true or false.
         """
-        written = {} if node_config.get("policy") is None else _read(Path(str(node_config["policy"])))
+        path = own_path(node_config, "policy")
+        written = {} if path is None else _read(path)
         declared = [source["private"] for source in (node_config, written) if source.get("private") is not None]
         if any(not isinstance(value, bool) for value in declared):
             raise Refused("has a setting private that is neither true nor false")

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_dp.fed.account import LOG, AheadLog, LogError
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.folder import ENDED, read_config, read_results
+from lora_dp.fed.job import plan_of
 from lora_dp.fed.page import figures, words
 from lora_dp.fed.privacy import UNITS
 from lora_dp.fed.report import PUBLIC, PUBLIC_CLIENTS, notes, total_seconds
@@ -28,8 +30,12 @@ def content(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     try:
         summary = _read_json(folder / "summary.json") or {}
-        ledger = _read_json(folder / "ledger.json")
+        # What was begun counts, and is in the log alone until the run stops.
+        counted = AheadLog(folder / LOG).counted(plan_of(config))
+        ledger = _read_json(folder / "ledger.json") if counted is None else counted.report()
         results = read_results(folder)
+    except LogError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"A file in {folder} is damaged ({error}): restore it from a backup.") from error
     federation, privacy = config.federation, config.privacy
@@ -52,8 +58,7 @@ def content(folder: Path) -> dict[str, Any]:
         "after_round": evaluated[-1].round if evaluated else None,
         "private": privacy.target is not None and not released,
         "follows_seed": config.run.reproducible,
-        # What the summary has is exact; a round's may be a quick upper bound.
-        "worst_epsilon": summary["worst_epsilon"] if status in ENDED else results[-1].epsilon if results else 0.0,
+        "worst_epsilon": ledger["worst_epsilon"] if ledger is not None else results[-1].epsilon if results else 0.0,
         "unit": UNITS[privacy.unit],
         "public": summary.get("public", PUBLIC if privacy.unit == "example" else PUBLIC_CLIENTS) or "",
         "seconds": total_seconds(results),
@@ -110,7 +115,7 @@ def _failures(results: list[RoundResult]) -> dict[str, Any]:
 
 
 def _ledger(account: dict[str, Any]) -> dict[str, Any]:
-    """The clients of a ledger.json with the largest ε first, and how all of them are spread."""
+    """The clients of an account, as in ledger.json, with the largest ε first, and how all of them are spread."""
     clients = []
     for each in account.get("clients", []):
         entries = each.get("ledger", {}).get("entries", [])

@@ -48,10 +48,10 @@ def grid(ledger: Any, **budget: float) -> LoopbackGrid:
 @pytest.mark.parametrize(
     ("node", "words"),
     [({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
-     ({"ledger": "x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
-     ({"ledger": "x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
-     ({"ledger": "x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
-     ({"ledger": "x", "unit": "patient"}, "unit as example or client"), ({"unit": "client"}, "must name a ledger")])
+     ({"ledger": "/x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
+     ({"ledger": "/x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
+     ({"ledger": "/x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
+     ({"ledger": "/x", "unit": "patient"}, "unit as example or client"), ({"unit": "client"}, "must name a ledger")])
 def test_half_a_budget_is_none(node, words):
     with pytest.raises(Refused, match=words):
         ClientLedger.of_node(node)
@@ -60,16 +60,16 @@ def test_half_a_budget_is_none(node, words):
 def test_a_nodes_ledger_and_budget_are_those_of_its_config():
     """Flower takes numbers from a command line, too: as text."""
     assert ClientLedger.of_node({}) is None
-    assert ClientLedger.of_node({"ledger": "x"}) == ClientLedger(Path("x"), "example")
-    assert ClientLedger.of_node({"ledger": "x", "unit": "client"}) == ClientLedger(Path("x"), "client")
+    assert ClientLedger.of_node({"ledger": "/x"}) == ClientLedger(Path("/x"), "example")
+    assert ClientLedger.of_node({"ledger": "/x", "unit": "client"}) == ClientLedger(Path("/x"), "client")
     for epsilon, delta in (("3", "1e-6"), (3, 1e-6)):
-        found = ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
-        assert found == ClientLedger(Path("x"), "example", 3.0, 1e-6) and isinstance(found.epsilon, float)
+        found = ClientLedger.of_node({"ledger": "/x", "epsilon": epsilon, "delta": delta})
+        assert found == ClientLedger(Path("/x"), "example", 3.0, 1e-6) and isinstance(found.epsilon, float)
     for epsilon, delta in ((1, "1"), ("0", 1e-6), ("much", 1e-6)):
         with pytest.raises(Refused, match="a budget in its node-config that is none"):
-            ClientLedger.of_node({"ledger": "x", "epsilon": epsilon, "delta": delta})
-    limited = ClientLedger(Path("x"), "client").limited(8.0, 1e-5)
-    assert limited == ClientLedger(Path("x"), "client", 8.0, 1e-5, written=False)
+            ClientLedger.of_node({"ledger": "/x", "epsilon": epsilon, "delta": delta})
+    limited = ClientLedger(Path("/x"), "client").limited(8.0, 1e-5)
+    assert limited == ClientLedger(Path("/x"), "client", 8.0, 1e-5, written=False)
 
 
 @pytest.mark.parametrize(("changes", "reproducible", "words"), [
