@@ -174,4 +174,5 @@ SETTLED = (
     "lora_dp/fed/client.py", "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
     "lora_dp/company.py", "lora_dp/collation.py", "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py",
     "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py",
-    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py")
+    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py",
+    "lora_dp/noise.py")
