@@ -185,7 +185,7 @@ class LossWatch:
         self._check_inside(followed, outputs)
         before = self._seen.get(followed.shape)
         # Those that the model computed itself are followed into it.
-        inside = [own_factors(outputs.tensors[place]) for place in sorted(followed.reached)
+        inside = [own_factors(outputs.tensors[place]) for place in followed.reached
                   if outputs.tensors[place].dim() == 1]
         weights = tuple(sorted((*followed.linear, *itertools.chain(*inside))))
         self._compare(before, followed, weights, followed.factors)

@@ -77,7 +77,7 @@ class Versions:
         (before, *written_before), (found, *written_now) = self._before, self._now()
         names = [name for (name, *_), one, other in zip(self._parameters, before, found, strict=False)
                  if one is not other]
-        if not names and written_before[0] and written_before != written_now:
+        if not names and written_before != written_now:
             there = [name for (name, *_), held in zip(self._parameters, found, strict=True) if held is not None]
             names = [name for name, *marks in zip(there, *written_before, *written_now, strict=True)
                      if marks[:2] != marks[2:]]
@@ -116,7 +116,7 @@ class Parts:
             self._words += [(prefix + name, vars(module), name) for name, value in vars(module).items()
                             if isinstance(value, str)]
             self._switches += [(vars(module), name) for name, value in vars(module).items()
-                               if isinstance(value, bool) and name != "training"]
+                               if isinstance(value, bool)]
         self._before: tuple[list[Any], list[Any]] = [], []
 
     def _now(self) -> tuple[list[Any], list[Any]]:

@@ -19,6 +19,7 @@ from lora_dp.loss_graph import (
     own_factors,
     own_weights,
     terms,
+    tolerance,
     weight,
 )
 from tests.models import assert_refuses
@@ -191,8 +192,9 @@ def test_means_divided_by_what_the_labels_hold_mix(options, words):
     (lambda out, y: F.nll_loss(out, y) + out.mean(), [1 / 6, 1 / 2])])
 def test_by_what_a_loss_of_the_models_own_weighs_its_numbers(loss, weights):
     out, labels = model_output(2 * N, 3), torch.tensor([0, 1, 2, 1] * 3)
-    assert own_weights(loss(out, labels), N, "mean") == pytest.approx(weights, rel=1e-6)
-    assert own_weights(loss(out, labels), N, "sum") == pytest.approx([value / N for value in weights], rel=1e-6)
+    means, sums = (list(map(float, own_weights(loss(out, labels), N, claimed))) for claimed in ("mean", "sum"))
+    assert means == pytest.approx(weights, rel=1e-12)
+    assert sums == pytest.approx([value / N for value in weights], rel=1e-12)
 
 
 def test_a_loss_of_the_models_own_that_is_no_sum_of_means_is_not_understood():
@@ -365,3 +367,13 @@ def test_leaves_beside_the_outputs_are_told():
     (1 / 76, False), (-1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65, False), (1 / 65.5, False)])
 def test_what_looks_like_a_constant(value, constant):
     assert is_constant(value) == constant
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("dtype", "apart", "alike"), [
+    (torch.float64, 1e-6, 1e-12), (torch.float32, 1e-2, 1e-6), (torch.bfloat16, 5e-2, 1e-2)])
+def test_values_are_compared_as_precisely_as_they_were_computed(dtype, apart, alike, autocast):
+    """Those of float32 are made of half ones under autocast."""
+    with torch.autocast("cpu", enabled=autocast):
+        assert tolerance(dtype) > alike
+        assert (tolerance(dtype) < apart) != (autocast and dtype == torch.float32)

@@ -152,7 +152,8 @@ def test_the_shape_is_kept_and_the_release_in_float64(shape, dtype):
 def test_without_noise_the_value_is_released_as_it_is(dtype):
     value = torch.tensor([0.1, -0.3], dtype=dtype)
     mechanism = Mechanism(make_clip_rule("flat", 1.0), 0.0, SeededSource(0))
-    assert torch.equal(mechanism.release([value])[0], value)
+    released, = mechanism.release([value])
+    assert released.dtype == torch.float64 and torch.equal(released, value.double())
     assert mechanism.noise_std(2) == 0.0
 
 

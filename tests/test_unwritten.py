@@ -16,6 +16,7 @@ class Centre(nn.Module):
     def __init__(self, way: str):
         super().__init__()
         self.inner, self.ways = mlp(), [way]
+        self.other = nn.Parameter(torch.zeros(3), requires_grad=False)
         self.centre = nn.Parameter(torch.zeros(3), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,6 +31,8 @@ class Centre(nn.Module):
                 self.centre.data = out.mean(0)
             elif self.ways[0] == "another":
                 self.centre = nn.Parameter(out.mean(0), requires_grad=False)
+            elif self.ways[0] == "no other":
+                self.centre = None
         return before if "other" in self.ways[0] else out - self.centre
 
 
@@ -48,7 +51,7 @@ def test_a_parameter_that_a_later_forward_writes_to_is_refused():
     assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(3)[0]))
 
 
-@pytest.mark.parametrize("way", ["in place", "other data", "another"])
+@pytest.mark.parametrize("way", ["in place", "other data", "another", "no other"])
 def test_what_a_forward_that_was_tried_writes_later_is_refused(way):
     """One batch in a thousand is tried again; the others are looked at once they have been written."""
     model = Centre("not yet").train()
@@ -188,3 +191,9 @@ def test_what_a_backward_writes_is_refused_at_the_step(target):
         else:
             optimizer.step()
     assert optimizer.ledger.steps == 2
+
+
+def test_a_step_without_a_forward_says_so():
+    optimizer = make_private(mlp(), batch_size=4)
+    optimizer.expect_batch(4)
+    assert_refuses(RuntimeError, "No per-example gradient was recorded", optimizer.step)

@@ -73,7 +73,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/seeded.py": Target((
         "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py",
         "tests/test_isolation_trials.py")),
-    "lora_dp/unwritten.py": Target(("tests/test_unwritten.py",)),
+    "lora_dp/unwritten.py": Target(("tests/test_unwritten.py", "tests/test_beside.py")),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
@@ -174,4 +174,5 @@ SETTLED = (
     "lora_dp/fed/client.py", "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
     "lora_dp/company.py", "lora_dp/collation.py", "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py",
     "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py",
-    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py")
+    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py",
+    "lora_dp/noise.py", "lora_dp/loss_graph.py")
