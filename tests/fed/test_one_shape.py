@@ -180,7 +180,8 @@ def test_where_place_or_company_matter_each_example_is_by_itself(planted, method
     sent = {name: tensor.clone() * (state != "zeros") for name, tensor in federation.server.state.items()}
     examples, seen = make_examples(13, 1), []
     federation.model[2] = nn.Sequential(planted(), federation.model[2])
-    federation.model[2].register_forward_hook(lambda module, given, output: seen.append(len(output)))
+    federation.model[2].register_forward_hook(
+        lambda module, given, output: seen.append(len(output)) if not tried(federation.model) else None)
     with caplog.at_level(logging.WARNING):
         together = sum_of(federation, sent, range(13), examples)
     assert seen[-13:] == 13 * [1] and "each example is by itself" in caplog.text
