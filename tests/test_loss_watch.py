@@ -206,7 +206,7 @@ class Missing(nn.Module):
         self.register_buffer("rates", torch.tensor([1.0, 20.0, 20.0]))
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        out = self.inner(x)
+        out, y = self.inner(x), y.long()
         if self.way == "a product that joins":
             return {"loss": torch.einsum("nk,nk->", out, out) / len(out)}
         if self.way == "weights":
@@ -224,11 +224,11 @@ class Missing(nn.Module):
 @pytest.mark.parametrize("way", ["sums", "weights", "weights and smoothing", "areas", "a product that joins"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds(way, compiled):
-    """A first batch that is even, so that nothing shows in its trial, proves nothing of others."""
+    """A first batch that is even, so that nothing shows in its trial, proves nothing of others, which look alike."""
     model, (x, _) = Missing(way).train(), examples(N)
     optimizer = make_private(model, batch_size=N)
     called = torch.compile(model, backend="aot_eager") if compiled else model
-    even = torch.ones(N, dtype=torch.long)
+    even = torch.ones(N)
 
     def step(y: Tensor) -> None:
         called(x, y)["loss"].backward()
@@ -239,7 +239,7 @@ def test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds(way, comp
         return
     step(even)
     step(even)
-    with pytest.raises(IsolationError, match="its own loss by .* in an earlier one|changes with the others"):
+    with pytest.raises(IsolationError, match="its own loss by .* in this batch, by .* in an earlier one"):
         step(even * (torch.arange(N) != 1))
 
 
@@ -261,7 +261,7 @@ def test_losses_of_single_examples_that_the_model_returns_may_not_count_the_batc
         optimizer.backward(model(x, known))
         optimizer.zero_grad()
     known[1:] = 0.5
-    with pytest.raises(IsolationError, match="that of an earlier one by 1|changes with the others"):
+    with pytest.raises(IsolationError, match="that of an earlier one by 1"):
         optimizer.backward(model(x, known))
 
 

@@ -13,6 +13,7 @@ import lora_dp.engine
 import lora_dp.fed.client
 import lora_dp.isolation
 import lora_dp.loss_watch
+import lora_dp.mechanism
 import lora_dp.passes
 import lora_dp.secret_state
 import lora_dp.unwritten
@@ -105,6 +106,27 @@ def ops_of_parts_not_compared(planting: Planting) -> None:
         return forgetful
 
     planting.replace(Ops, "taken", planted)
+
+
+def own_losses_trusted(planting: Planting) -> None:
+    planting.replace(lora_dp.loss_watch, "own_weights", lambda _: lambda *arguments: (1.0,))
+
+
+def hidden_tensors_trained(planting: Planting) -> None:
+    planting.replace(lora_dp.passes, "check_strangers", _nothing)
+
+
+def unfetched_batches_forgotten(planting: Planting) -> None:
+    planting.replace(PrivateDataLoader, "_count_unfetched", _nothing)
+
+
+def rounded_to_the_sums_dtype(planting: Planting) -> None:
+    def planted(add_noise: Any) -> Any:
+        def rounded(values: list[Tensor], *arguments: Any) -> list[Tensor]:
+            return [noisy.to(value.dtype) for noisy, value in zip(add_noise(values, *arguments), values, strict=True)]
+        return rounded
+
+    planting.replace(lora_dp.mechanism, "add_noise", planted)
 
 
 def padding_never_tried(planting: Planting) -> None:
