@@ -134,6 +134,18 @@ def test_a_single_example_that_depends_on_others_is_seen(place):
         step(loss)
 
 
+@pytest.mark.parametrize(("n", "place"), [(2, 0), (2, 1), (N, 0), (N, N - 1)])
+def test_a_single_example_of_small_weight_that_depends_on_others_is_seen(n, place):
+    """Beside the others' own gradients it is nothing, beside its own it is much."""
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        weight = torch.where(torch.arange(n) == place, 1e-6, 0.0)
+        own = torch.where(weight > 0, weight, 1.0) * out.square().sum(1)
+        return (own + weight * out[(place + 1) % n].sum()).mean()
+
+    with pytest.raises(IsolationError, match=f"that of example {place} depends"):
+        step(loss, n=n)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_loss_of_no_example_is_a_step(reduction):
     _, optimizer = step(lambda out, y: out.sum(), reduction=reduction, n=0)
