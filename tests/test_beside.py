@@ -53,6 +53,14 @@ def test_a_criterion_that_is_trained_is_refused(criterion, reduced):
     assert_refuses(IsolationError, BESIDE, lambda: losses.mean().backward() if reduced else optimizer.backward(losses))
 
 
+def test_a_criterion_that_is_frozen_before_the_backward_is_taken():
+    (model, optimizer), (x, y), criterion = private_model(), examples(N), Centres()
+    losses = criterion(model(x), y)
+    criterion.requires_grad_(False)
+    optimizer.backward(losses)
+    assert criterion.centres.grad is None
+
+
 @pytest.mark.parametrize("n", [1, N])
 def test_a_module_before_the_model_is_refused_where_it_is_trained(n):
     (model, _), (x, _) = private_model(), examples(n)

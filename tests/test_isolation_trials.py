@@ -57,6 +57,14 @@ def test_what_the_first_or_the_last_takes_of_one_other_is_refused(kind, n):
                 Made(neighbourly(place, other, kind)), n, examples(n)[0])
 
 
+def test_under_autocast_what_its_rounding_would_hide_is_refused():
+    x = examples(4)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        refused("example 0", Made(neighbourly(0, 1, "plain", share=1e-3)), 4, x)
+        assert torch.is_autocast_enabled("cpu")
+        passes(mlp(), 4, x.bfloat16())  # weights of float32 take them under autocast alone
+
+
 @pytest.mark.parametrize(("place", "other"), [(0, 1), (3, 2)])
 @pytest.mark.parametrize("kind", TAKEN)
 def test_examples_of_unequal_groups_are_held_to_it_too(kind, place, other):

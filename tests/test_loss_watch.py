@@ -134,6 +134,18 @@ def test_a_single_example_that_depends_on_others_is_seen(place):
         step(loss)
 
 
+@pytest.mark.parametrize(("n", "place"), [(2, 0), (2, 1), (N, 0), (N, N - 1)])
+def test_a_single_example_of_small_weight_that_depends_on_others_is_seen(n, place):
+    """Beside the others' own gradients it is nothing, beside its own it is much."""
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        weight = torch.where(torch.arange(n) == place, 1e-6, 0.0)
+        own = torch.where(weight > 0, weight, 1.0) * out.square().sum(1)
+        return (own + weight * out[(place + 1) % n].sum()).mean()
+
+    with pytest.raises(IsolationError, match=f"that of example {place} depends"):
+        step(loss, n=n)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_loss_of_no_example_is_a_step(reduction):
     _, optimizer = step(lambda out, y: out.sum(), reduction=reduction, n=0)
@@ -274,7 +286,8 @@ def test_a_loss_of_the_models_own_in_a_tensor_of_one_number_is_refused_in_a_sent
 def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
     """The second of two was found right, the third was not; outputs that are no numbers do not count."""
     def three(out: Tensor) -> dict[str, Tensor]:
-        return {"loss": out.square().mean(), "second": out.abs().mean(), "third": out.mean(0).square().sum()}
+        third = out.mean(0).square().sum()
+        return {"loss": out.square().mean(), "second": out.abs().mean(), "third": third, "boxed": third.view(1)}
 
     model, (x, _) = Both(three).train(), examples(N)
     optimizer = make_private(model, batch_size=N)
@@ -283,11 +296,10 @@ def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
     (output["loss"] + output["second"]).backward()
     optimizer.step()
     assert optimizer.ledger.steps == 1
-    with pytest.raises(IsolationError, match="a number that the model returned"):
-        model(x)["third"].backward()
-    optimizer.zero_grad()
-    with pytest.raises(IsolationError, match="a number that the model returned"):
-        model(x[:2])["third"].backward()
+    for inputs, name in ((x, "third"), (x, "boxed"), (x[:2], "third")):
+        with pytest.raises(IsolationError, match="a number that the model returned"):
+            model(inputs)[name].backward()
+        optimizer.zero_grad()
 
 
 def test_a_number_of_one_example_alone_is_taken_though_it_would_join_several():
@@ -690,10 +702,11 @@ PAIRS = {
     "vector of sums": lambda p, y: F.mse_loss(p, y, reduction="none").sum(1)}
 
 
+@pytest.mark.parametrize("n", [2, N])
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("shapes", ["(N, 1) and (N,)", "(N,) and (N, 1)", "alike"])
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_predictions_that_are_broadcast_to_all_targets_are_refused(name, shapes):
+def test_predictions_that_are_broadcast_to_all_targets_are_refused(name, shapes, n):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4).requires_grad_(False), DPLinear(4, 1)).train()
     if shapes == "(N,) and (N, 1)":
@@ -701,7 +714,7 @@ def test_predictions_that_are_broadcast_to_all_targets_are_refused(name, shapes)
     optimizer = make_private(model, batch_size=N)
 
     def step() -> None:
-        p, y = model(torch.randn(N, 6)), torch.randn(N)
+        p, y = model(torch.randn(n, 6)), torch.randn(n)
         loss = PAIRS[name](p, y.view(-1, 1) if shapes != "(N, 1) and (N,)" else y)
         loss.backward() if loss.dim() == 0 else optimizer.backward(loss)
 
@@ -709,6 +722,20 @@ def test_predictions_that_are_broadcast_to_all_targets_are_refused(name, shapes)
         step()
     else:
         assert_refuses(IsolationError, "", step)
+
+
+def test_predictions_that_are_broadcast_after_a_batch_of_one_are_refused():
+    """Of one example there is nobody to be paired with."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4).requires_grad_(False), DPLinear(4, 1)).train()
+    optimizer = make_private(model, batch_size=N)
+
+    def backward(n: int) -> None:
+        optimizer.backward((model(torch.randn(n, 6)) - torch.randn(n)).square().sum(1))
+        optimizer.zero_grad()
+
+    backward(1)
+    assert_refuses(IsolationError, "pair each example with all others", lambda: backward(N))
 
 
 def test_a_dimension_that_is_as_large_as_one_batch_by_chance_is_taken():

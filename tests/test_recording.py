@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import DPLinear
+from lora_dp import DPLinear, IsolationError
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.recording import Recorder, Slot, prefers_ghost
@@ -478,3 +478,18 @@ def test_passes_hand_over_what_was_filled():
     recorder.open(2)
     recorder.discard()
     assert_refuses(RuntimeError, "No per-example gradient was recorded", recorder.take)
+
+
+def test_what_earlier_losses_were_like_is_forgotten_with_their_batches():
+    model, (x, y) = mlp(), examples(4)
+    recorder = make_private(model, batch_size=4).recorder
+
+    def backward(constant: float) -> None:
+        (constant * F.cross_entropy(model(x), y)).backward()
+        recorder.discard()
+
+    backward(1.0)
+    assert_refuses(IsolationError, "that of an earlier one", lambda: backward(0.5))
+    recorder.discard()
+    recorder.forget_batches()
+    backward(0.5)

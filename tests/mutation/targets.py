@@ -78,7 +78,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
-    "lora_dp/loss_graph.py": Target(("tests/test_loss_graph.py", "tests/test_loss_rows.py", *_LOSSES)),
+    "lora_dp/loss_graph.py": Target((
+        "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
         "tests/test_beside.py", *_LOSSES, "tests/test_reentrant.py", "tests/test_compile.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
@@ -91,7 +92,7 @@ TARGETS: dict[str, Target] = {
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_phases.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
         "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_gradients.py",
-        "tests/test_bypassed.py")),
+        "tests/test_bypassed.py", "tests/test_unwritten.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
@@ -175,4 +176,5 @@ SETTLED = (
     "lora_dp/company.py", "lora_dp/collation.py", "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py",
     "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py",
     "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py",
-    "lora_dp/noise.py", "lora_dp/loss_graph.py")
+    "lora_dp/noise.py", "lora_dp/loss_graph.py", "lora_dp/isolation.py",
+    "lora_dp/passes.py", "lora_dp/recording.py")
