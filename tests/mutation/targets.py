@@ -167,14 +167,10 @@ TARGETS: dict[str, Target] = {
 
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
 SETTLED = (
-    "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/sampling.py", "lora_dp/fed/noisy_sum.py",
-    "lora_dp/chain.py", "lora_dp/fused_step.py", "lora_dp/losses.py", "lora_dp/randomness.py",
-    "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py", "lora_dp/accounting/epsilon.py",
-    "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/trial_values.py", "lora_dp/own_generators.py",
-    "lora_dp/loss_rows.py", "lora_dp/trials.py", "lora_dp/fed/origin.py", "lora_dp/fed/contained.py",
-    "lora_dp/fed/client.py", "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
-    "lora_dp/company.py", "lora_dp/collation.py", "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py",
-    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py",
-    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py",
-    "lora_dp/noise.py", "lora_dp/loss_graph.py", "lora_dp/isolation.py",
-    "lora_dp/passes.py", "lora_dp/recording.py")
+    "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py",
+    "lora_dp/losses.py", "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
+    "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py", "lora_dp/seeded.py", "lora_dp/trial_values.py",
+    "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/fed/origin.py", "lora_dp/fed/own_rows.py",
+    "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/fed/one_shape.py", "lora_dp/secret_state.py",
+    "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
+    "lora_dp/loss_graph.py")
