@@ -176,5 +176,5 @@ SETTLED = (
     "lora_dp/company.py", "lora_dp/collation.py", "lora_dp/fed/one_shape.py", "lora_dp/fed/account.py",
     "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/batch_parts.py",
     "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py",
-    "lora_dp/noise.py", "lora_dp/loss_graph.py", "lora_dp/isolation.py",
+    "lora_dp/noise.py", "lora_dp/loss_graph.py", "lora_dp/loss_watch.py", "lora_dp/isolation.py",
     "lora_dp/passes.py", "lora_dp/recording.py")
