@@ -458,6 +458,15 @@ def test_losses_of_few_outputs_are_looked_through_in_every_batch(rest, looked, u
         step(mixed(0.1), model=model, optimizer=optimizer, n=8)
 
 
+def test_losses_of_two_examples_are_looked_through_in_every_batch(undrawn):
+    def mixed(share: float) -> OutsideLoss:
+        return lambda out, y: ((torch.eye(2) + share) @ out).square().mean()
+
+    model, optimizer = step(mixed(0.0), n=2)
+    with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
+        step(mixed(0.1), model=model, optimizer=optimizer, n=2)
+
+
 def test_a_loss_of_many_outputs_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next(undrawn):
     def centred(out: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         return (out[0] - out[0].sum(0)).square().mean()
