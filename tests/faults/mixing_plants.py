@@ -80,8 +80,7 @@ def unseen_losses_taken(planting: Planting) -> None:
 
 
 def parameters_beside_the_model_trained(planting: Planting) -> None:
-    planting.replace(lora_dp.loss_watch, "may_be_trained", lambda _: lambda *arguments: False)
-    planting.replace(lora_dp.passes, "trained_before", lambda _: lambda *arguments: False)
+    planting.replace(LossWatch, "_may_be_trained", lambda _: lambda *arguments: False)
 
 
 def frozen_parameters_thawed(planting: Planting) -> None:
@@ -134,7 +133,7 @@ def padding_never_tried(planting: Planting) -> None:
 
 
 def first_batch_alone_tried(planting: Planting) -> None:
-    planting.replace(Passes, "_kind", lambda _: lambda self, model, call, n: ("a batch", {}))
+    planting.replace(Passes, "_kind", lambda _: lambda *arguments: ("a batch", {}))
     planting.replace(lora_dp.passes, "drawn_for_test", lambda _: lambda: False)
 
 

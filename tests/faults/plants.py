@@ -341,7 +341,7 @@ def ledger_behind(planting: Planting) -> None:
                     ledger.append(before)
                 waiting[id(self)] = event
 
-            with mock.patch.object(self, "ledger", SimpleNamespace(append=append)):
+            with mock.patch.object(self, "ledger", SimpleNamespace(append=append, steps=ledger.steps)):
                 release(self)
         return late
 

@@ -446,6 +446,7 @@ def test_a_round_that_ends_in_the_middle_counts(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         federation.run_round(on_step=interrupt)
     assert counts(federation.account) == [3, 3, 3]
+    assert federation.log.rounds_begun() == 1
     assert replayed(federation.log) == [3, 3, 3]
     assert federation.rounds_done == 0
     assert all(tensor.equal(federation.server.state[name]) for name, tensor in state.items())
