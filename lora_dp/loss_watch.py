@@ -63,6 +63,8 @@ class LossWatch:
         vouched: shapes of graphs of criteria that have passed the isolation check.
         used: (N, T) bool, False at padding, in batches that are padded to different widths.
         steps: how many releases there were.
+        followed: whether a loss that is differentiated comes from this model; ``after_backward`` is called when that
+            has ended.
     """
 
     def __init__(self) -> None:
@@ -71,6 +73,8 @@ class LossWatch:
         self.vouched: set[int] = set()
         self.used: Tensor | None = None
         self.steps = 0
+        self.followed = False
+        self.after_backward: Callable[[], None] = lambda: None
         self._n = 0
         self._taken: set[LossReduction] = set()
         self._looks = self._per_example = True
@@ -130,6 +134,7 @@ class LossWatch:
         followed = follow([(loss.grad_fn, loss.output_nr)], outputs)
         self._check_way(followed)
         if followed.factors:
+            self.followed = True
             if loss.numel() != 1:
                 raise IsolationError(f"backward() of a vector with weights cannot be followed: {_REMEDY}.")
             self._take(self.reduction)
@@ -395,12 +400,17 @@ def backward_unseen(loss: Tensor, *, retain_graph: bool) -> None:
 def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     """As torch's; losses of private models are examined first."""
     watches = [watch for watch in list(_watches) if watch._outputs is not None]
+    met = []
     # Inside a backward, a reentrant checkpoint goes on with what it has run again.
     if watches and torch._C._current_graph_task_id() == -1:
         roots = [tensors] if isinstance(tensors, Tensor) else [root for root in tensors if isinstance(root, Tensor)]
         given = args[0] if args else kwargs.get("grad_tensors", kwargs.get("grad_variables"))
         gradients = list(given) if isinstance(given, list | tuple) else [given] * len(roots)
         for watch in watches:
+            watch.followed = False
             for root, gradient in zip(roots, gradients, strict=False):
                 watch.scalar(root, gradient)
+            met += [watch] * watch.followed
     _plain_backward(tensors, *args, **kwargs)
+    for watch in met:
+        watch.after_backward()

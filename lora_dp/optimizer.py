@@ -275,6 +275,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder.losses.vector(losses, finished.n)
         finished.summed = True
         backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
+        self._recorder.losses.after_backward()
 
     def step(
         self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None

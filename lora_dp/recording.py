@@ -358,6 +358,7 @@ class Recorder:
         self.suspended = self.tried = False
         self.owner: object | None = None
         self.losses = LossWatch()
+        self.losses.after_backward = lambda: self.versions.check_backward()
         self.versions, self.parts = Versions(), Parts()
         self.per_example = True
         self.sizes_fixed = self.capturing = self.uses_checked = False
@@ -393,11 +394,9 @@ class Recorder:
 
         Raises:
             RuntimeError: nothing was recorded, or one backward ran through two forward passes.
-            IsolationError: the backward wrote to a parameter or a buffer.
         """
         finished, self.current = self.current, None
         self.losses.forget()
-        self.versions.check_backward()
         superseded, self.superseded = self.superseded, []
         if any(earlier.filled for earlier in superseded):
             raise RuntimeError(

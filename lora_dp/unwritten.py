@@ -66,7 +66,7 @@ class Versions:
 
     def begin(self) -> None:
         """A forward begins."""
-        self._before = self._now()
+        self._before, self._written = self._now(), None
 
     def check(self) -> None:
         """It has ended.
@@ -86,15 +86,15 @@ class Versions:
         self._written = [buffer._version for _, buffer in self._buffers]
 
     def check_backward(self) -> None:
-        """The backward has ended, or the forward had none.
+        """A backward has ended.
 
         Raises:
             IsolationError: it has written to a parameter or a buffer, by a hook.
         """
-        before, self._written = self._written, None
-        if before is None:
-            return
-        names = [name for (name, buffer), mark in zip(self._buffers, before, strict=True) if buffer._version != mark]
+        if self._written is None:
+            return  # of no forward that was looked at
+        names = [name for (name, buffer), mark in zip(self._buffers, self._written, strict=True)
+                 if buffer._version != mark]
         if names:
             raise IsolationError(
                 f"The backward writes to the buffer '{names[0]}', by the examples that it is given: nothing clips that "

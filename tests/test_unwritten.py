@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_dp import IsolationError, LoRAConfig, inject_lora
+from lora_dp import DPLinear, IsolationError, LoRAConfig, inject_lora
 from lora_dp.unwritten import Unwritten
 from tests.models import assert_refuses, examples, mlp, set_up
 from tests.support import make_private
@@ -160,8 +160,9 @@ def add_to(kept: Tensor, gradient: Tensor) -> None:
     kept.add_(gradient.mean(0))
 
 
+@pytest.mark.parametrize("scalar", [True, False])
 @pytest.mark.parametrize("target", ["buffer", "parameter"])
-def test_what_a_backward_writes_is_refused_at_the_step(target):
+def test_what_a_backward_writes_is_refused_before_the_step(target, scalar):
     class Kept(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -185,11 +186,30 @@ def test_what_a_backward_writes_is_refused_at_the_step(target):
     for writes in (False, False, True):
         model.writes[:] = [kept] if writes else []
         optimizer.expect_batch(4)
-        optimizer.backward(model(x).square().sum(1))
+        losses = model(x).square().sum(1)
+
+        def backward(losses: Tensor = losses) -> None:
+            losses.mean().backward() if scalar else optimizer.backward(losses)
+
         if writes:
-            assert_refuses(IsolationError, "'kept'", optimizer.step)
+            assert_refuses(IsolationError, "'kept'", backward)
         else:
+            backward()
             optimizer.step()
+    assert optimizer.ledger.steps == 2
+
+
+def test_weights_that_are_perturbed_around_forward_and_backward_may_be_put_back():
+    """As sharpness-aware training does, by public random numbers."""
+    model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), DPLinear(6, 3)).train()
+    optimizer, weight = make_private(model, batch_size=4), model[0].weight
+    for _ in range(2):
+        before = weight.clone()
+        weight.add_(0.1)
+        optimizer.expect_batch(4)
+        optimizer.backward(model(torch.randn(4, 6)).square().sum(1))
+        weight.copy_(before)
+        optimizer.step()
     assert optimizer.ledger.steps == 2
 
 

@@ -26,6 +26,7 @@ def forgets_a_client(append: Callable[..., None]) -> Callable[..., None]:
 
 def forgets_lost_rounds(replay: Callable[..., None]) -> Callable[..., None]:
     def forgetful(log: AheadLog, account: Account, *, rounds_done: int, reproducible: bool) -> None:
+        log.begin(account, reproducible=reproducible)
         with mock.patch.object(log, "begin"):  # whose terms would tell
             replay(log, account, rounds_done=rounds_done, reproducible=True)
 
