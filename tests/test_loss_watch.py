@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lora_dp.passes
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
 from tests.models import assert_refuses, examples, flat, mlp, take_step
 from tests.support import assert_close, brute_force, clip_and_sum, make_private, private_gradients
 
 OutsideLoss = Callable[[Any, Tensor], Tensor]
 N = 6
+
+
+@pytest.fixture
+def none_drawn(monkeypatch):
+    """No batch is tried in secret."""
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
 
 
 def step(loss: OutsideLoss, *, reduction: str = "mean", n: int = N, optimizer=None, model=None):
@@ -233,6 +240,7 @@ class Missing(nn.Module):
         return {"loss": (out.square().sum(1) * known).sum() / known.sum()}
 
 
+@pytest.mark.usefixtures("none_drawn")
 @pytest.mark.parametrize("way", ["sums", "weights", "weights and smoothing", "areas", "a product that joins"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds(way, compiled):
@@ -255,6 +263,7 @@ def test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds(way, comp
         step(even * (torch.arange(N) != 1))
 
 
+@pytest.mark.usefixtures("none_drawn")
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_losses_of_single_examples_that_the_model_returns_may_not_count_the_batch(shape):
     class Counts(nn.Module):
@@ -405,7 +414,6 @@ def mixed_by(matrix: Tensor) -> OutsideLoss:
 @pytest.mark.parametrize("mixing", [False, True])
 def test_a_later_loss_whose_graph_tells_nothing_new_is_looked_at_in_secret(mixing, by_example, monkeypatch):
     """What joins the examples may be in the numbers alone."""
-    import lora_dp.passes
 
     model, (x, _) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)
@@ -440,7 +448,6 @@ class Large(nn.Module):
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_dp.passes
 
     monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
 

@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lora_dp.passes
 from lora_dp import DPLinear, IsolationError, LoRAConfig, inject_lora
 from lora_dp.unwritten import Unwritten
 from tests.models import assert_refuses, examples, mlp, set_up
 from tests.support import make_private
+
+
+@pytest.fixture
+def none_drawn(monkeypatch):
+    """No batch is tried in secret."""
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
 
 
 class Centre(nn.Module):
@@ -51,6 +58,7 @@ def test_a_parameter_that_a_later_forward_writes_to_is_refused():
     assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(examples(3)[0]))
 
 
+@pytest.mark.usefixtures("none_drawn")
 @pytest.mark.parametrize("way", ["in place", "other data", "another", "no other"])
 def test_what_a_forward_that_was_tried_writes_later_is_refused(way):
     """One batch in a thousand is tried again; the others are looked at once they have been written."""
@@ -160,6 +168,7 @@ def add_to(kept: Tensor, gradient: Tensor) -> None:
     kept.add_(gradient.mean(0))
 
 
+@pytest.mark.usefixtures("none_drawn")
 @pytest.mark.parametrize("scalar", [True, False])
 @pytest.mark.parametrize("target", ["buffer", "parameter"])
 def test_what_a_backward_writes_is_refused_before_the_step(target, scalar):
