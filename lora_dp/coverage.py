@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.layers import DPLoRALinear, PrivateModule
 from lora_dp.recording import Recorder
-from lora_dp.unwritten import Parts, Versions
+from lora_dp.unwritten import Parts, Versions, held_parameters
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
     recorder.frozen = [
-        (f"{path}.{name}" if path else name, module._parameters, name) for path, module in model.named_modules()
-        for name, parameter in module._parameters.items() if parameter is not None and not parameter.requires_grad]
+        (name, held, key) for name, held, key in held_parameters(model)
+        if (parameter := held[key]) is not None and not parameter.requires_grad]
     recorder.frozen_norms = [(name, module) for module, name in frozen_norms(model).items()]
     for module in model.modules():
         if isinstance(module, PrivateModule):

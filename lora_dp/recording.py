@@ -10,7 +10,7 @@ formed.
 import functools
 import math
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.sizes import Sizes
-from lora_dp.unwritten import Parts, Versions
+from lora_dp.unwritten import Held, Parts, Versions
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -349,7 +349,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
-        self.frozen: list[tuple[str, Mapping[str, nn.Parameter | None], str]] = []
+        self.frozen: list[Held] = []
         self.frozen_norms: list[tuple[str, nn.Module]] = []
         self.trained: frozenset[int] = frozenset()
         self.method: NormMethod = "auto"

@@ -5,7 +5,7 @@ by which rows were looked up, and a running centre kept as a frozen parameter. A
 good, as BigBird does at its first batch of short texts, computes with all later examples as one example decided.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,13 +47,21 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+Held = tuple[str, dict[str, nn.Parameter | None], str]
+
+
+def held_parameters(model: nn.Module) -> Iterator[Held]:
+    """The name of each parameter, and where it is found, also once another has taken its place."""
+    for path, module in model.named_modules():
+        for name in module._parameters:
+            yield f"{path}.{name}" if path else name, module._parameters, name
+
+
 class Versions:
     """How often the parameters of a model were written to, and which they are."""
 
     def __init__(self, model: nn.Module | None = None):
-        self._parameters = [] if model is None else [
-            (f"{path}.{name}" if path else name, module._parameters, name) for path, module in model.named_modules()
-            for name in module._parameters]
+        self._parameters = [] if model is None else list(held_parameters(model))
         self._buffers = [] if model is None else [
             (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         self._before: tuple[list[Any], list[int], list[int]] = [], [], []
@@ -123,8 +131,9 @@ class Parts:
         return ([held.get(name) for _, held, name in self._children], [held.get(name) for _, held, name in self._words])
 
     def standing(self) -> Hashable:
-        """Another where a module is another, or a word or a switch among the attributes has changed or come in."""
-        modules, words = self._now()
+        """As the forward began: another where a module is another, or a word or a switch among the attributes has
+        changed or come in."""
+        modules, words = self._before
         settings = [*words, *(held.get(name) for held, name in self._switches)]
         return (*map(id, modules), *map(len, self._attributes),
                 *(value if isinstance(value, str | bool) else None for value in settings))

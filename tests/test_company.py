@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import check_isolation
-from tests.models import assert_refuses, examples, mlp, set_up, texts
+from tests.models import Drawing, assert_refuses, examples, mlp, set_up, texts
 from tests.support import make_private
 
 N = 24
@@ -399,28 +399,19 @@ def test_a_model_that_mixes_in_half_of_its_passes_is_refused(draw):
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_model_that_draws_is_tried_with_so_many_random_states(draws):
-    class Drawing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(float(torch.rand(())))
-            return self.inner(x)
-
     class Still(Drawing):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(0.0)
             return self.inner(x)
 
     seen: list[float] = []
-    check_isolation(Drawing().train(), (examples(4)[0],), {}, 4, draws=draws)
+    check_isolation(Drawing(seen).train(), (examples(4)[0],), {}, 4, draws=draws)
     states = [seen.count(value) for value in dict.fromkeys(seen) if value != 0.5]  # 0.5 where nothing is drawn
     assert states == [3] * draws  # as it is, and with the others replaced, for two examples
     passes = []
     for number in (1, draws):
         seen.clear()
-        check_isolation(Still().train(), (examples(4)[0],), {}, 4, draws=number)
+        check_isolation(Still(seen).train(), (examples(4)[0],), {}, 4, draws=number)
         passes.append(len(seen))
     assert passes[0] == passes[1]
 

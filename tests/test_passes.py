@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import FEW
-from tests.models import examples, mlp, take_step, texts
+from tests.models import Drawing, examples, mlp, take_step, texts
 from tests.support import assert_close, make_private, private_gradients
 
 
@@ -150,17 +150,8 @@ def test_padding_that_only_the_values_show_is_tried_once_it_comes(trials, n):
 @pytest.mark.parametrize("later", [False, True])
 def test_of_a_model_that_draws_the_first_batch_is_tried_with_four_random_states_and_later_kinds_with_one(
         trials, later):
-    class Drawing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(float(torch.rand(())))
-            return self.inner(x)
-
     seen: list[float] = []
-    model = Drawing().train()
+    model = Drawing(seen).train()
     optimizer = make_private(model, batch_size=4)
     if later:
         forward(model, optimizer, 3)
