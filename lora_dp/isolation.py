@@ -41,6 +41,7 @@ from lora_dp.company import (
 )
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
+from lora_dp.number_lists import as_tensors
 from lora_dp.sizes import Seen, Sizes
 from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
@@ -94,7 +95,7 @@ def check_isolation(
     if n < 2:
         return Passed()
     positional = batch_parts.argument_names(model.forward, len(args))
-    call: Any = (*batch_parts.named(positional, (args, kwargs)), targets)
+    call: Any = as_tensors((*batch_parts.named(positional, (args, kwargs)), targets), n)
     seen = seen or Sizes().look(call, n)
     options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,
                seen)

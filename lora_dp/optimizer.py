@@ -28,6 +28,7 @@ from lora_dp.wrappers import check_one_process
 
 _LEAVE_OUT = (
     "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
+_EAGER = "what was drawn at random while it was compiled would come back in every step"
 
 
 class Clipped(NamedTuple):
@@ -239,11 +240,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         check_flag("do_skip", do_skip)
         self._skip_next = do_skip
 
+    @torch.compiler.disable(reason=_EAGER)
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
         self._recorder.forget_gradients()
         self.original_optimizer.zero_grad(set_to_none)
 
+    @torch.compiler.disable(reason=_EAGER)
     def backward(self, losses: Tensor, *, weight: float = 1.0, retain_graph: bool = False) -> None:
         """Differentiate the losses of single examples: the way that no reduction can spoil.
 
@@ -277,6 +280,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
         self._recorder.losses.after_backward()
 
+    @torch.compiler.disable(reason=_EAGER)
     def step(
         self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
     ) -> Any:

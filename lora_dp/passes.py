@@ -27,6 +27,7 @@ from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import PrivateModule
 from lora_dp.loss_graph import IsolationError
+from lora_dp.number_lists import as_tensors
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 from lora_dp.tables import set_apart
@@ -59,7 +60,8 @@ class Passes:
         begin_pass(recorder.owner)
         check_frozen_norms(recorder)
         check_frozen(recorder)
-        n, call = batch_size(args, kwargs), self._named(module, args, kwargs)
+        n = batch_size(args, kwargs)
+        call = self._named(module, args, kwargs, n)
         if any(recorder.losses.trained_before(leaf, n) for leaf in tensors_in(call)):
             raise IsolationError(
                 "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
@@ -92,7 +94,7 @@ class Passes:
         single = n == 1
         if single:
             # Micro-batches of one meet nobody, but are padded to the whole batch's width and may leave traces.
-            (args, kwargs), n = take((args, kwargs), [0, 0], 1), 2
+            (args, kwargs), n = take(as_tensors((args, kwargs), 1), [0, 0], 1), 2
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
@@ -102,7 +104,8 @@ class Passes:
         recorder.padding_tried |= passed.padding
         return True
 
-    def _named(self, module: nn.Module, args: Any, kwargs: Any) -> Call:
+    def _named(self, module: nn.Module, args: Any, kwargs: Any, n: int) -> Call:
+        args, kwargs = as_tensors((args, kwargs), n)
         if len(args) not in self._names:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))
@@ -147,7 +150,7 @@ class Passes:
         kind = (rows, widths((args, kwargs), found.n))
         if rows and kind not in self.recorder.tested:
             if not self.recorder.losses.tested:
-                seen = self.recorder.sizes.look(self._named(module, args, kwargs), found.n)
+                seen = self.recorder.sizes.look(self._named(module, args, kwargs, found.n), found.n)
                 check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
                                 number_varies=not self.recorder.sizes_fixed, seen=seen)
             self.recorder.tested[kind] = frozenset()

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_dp.number_lists import as_lists
+
 
 class Table:
     """A tensor among the arguments that belongs to no example; as no tensor, it is left as it is where examples are
@@ -30,4 +32,4 @@ def set_apart(tree: Any, tables: Mapping[str, frozenset[int]]) -> Any:
 
 def put_back(tree: Any) -> Any:
     """The call as a model takes it."""
-    return pytree.tree_map(lambda leaf: leaf.tensor if isinstance(leaf, Table) else leaf, tree)
+    return as_lists(pytree.tree_map(lambda leaf: leaf.tensor if isinstance(leaf, Table) else leaf, tree))
