@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_dp import batch_parts
+from lora_dp.kept_buffers import same
 from lora_dp.loss_graph import IsolationError, LossReduction
 from lora_dp.trial_values import Gradients, differ, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials
@@ -122,6 +123,36 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
         for place, i in enumerate(some):
             if differ(rows_of(left, n)[i], rows_of(right, len(some))[place], masked=True):
                 raise IsolationError(_counted("The output for", i))
+
+
+def check_buffers(base: Trace, other: Trace) -> None:
+    """Refuse where a buffer is another after the one pass than after the other, whose examples differ.
+
+    Raises:
+        IsolationError: naming the buffer.
+    """
+    for name, buffer in base.buffers.items():
+        # To the bit: however slowly it takes them up, nothing hides it.
+        if name not in other.buffers or not same(buffer, other.buffers[name]):
+            raise IsolationError(
+                f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
+                "off (track_running_stats=False, say) or keep that module in eval().")
+
+
+def check_written(trials: Trials, call: Any, n: int) -> None:
+    """Refuse where buffers change with the examples of this batch: each half of them is put in the other's place.
+
+    Raises:
+        IsolationError: naming the buffer.
+    """
+    half = n // 2
+    others = [batch_parts.changed(call, n)] if n == 1 else [
+        batch_parts.take(call, [*(half + row % (n - half) for row in range(half)), *range(half, n)], n),
+        batch_parts.take(call, [*range(half), *(row % half for row in range(n - half))], n)]
+    base = trials.run(call)
+    for other in others:
+        if (found := attempt(trials, other, ragged=bool(batch_parts.of_whole_batch(call, n)))) is not None:
+            check_buffers(base, found)
 
 
 def check_padding(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_dp.kept_buffers import KeptBuffers
 from lora_dp.layers import DPLoRALinear, PrivateModule
+from lora_dp.model_parts import Parts
 from lora_dp.recording import Recorder
-from lora_dp.unwritten import Parts, Versions, held_parameters
+from lora_dp.unwritten import Versions, held_parameters
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names and the
     BatchNorms, which are frozen."""
     recorder.parameters.update((id(parameter), (name, parameter)) for name, parameter in model.named_parameters())
-    recorder.versions, recorder.parts = Versions(model), Parts(model)
+    recorder.versions, recorder.parts, recorder.buffers = Versions(model), Parts(model), KeptBuffers(model)
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
     recorder.frozen = [

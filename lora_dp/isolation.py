@@ -34,6 +34,7 @@ from lora_dp.company import (
     REMEDY,
     UNTRIED_NUMBER,
     attempt,
+    check_buffers,
     check_company,
     check_numbers,
     check_padding,
@@ -127,7 +128,7 @@ def _check(
                     "apart by example; freeze it or leave it out of the private layers.")
         replaced_runs = [] if copies else _replace(trials, base, call, n, apart)
         if copies and (changed := attempt(trials, batch_parts.changed(call, n), ragged=True)) is not None:
-            _check_buffers(base, changed)
+            check_buffers(base, changed)
         for _ in range(draws - 1 if not copies and (base.random or base.elsewhere) else 0):
             trials.draw_anew()
             _replace(trials, trials.run(call), call, n, apart)
@@ -234,7 +235,7 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{first()}': "
                 "replace what mixes examples (BatchNorm by GroupNorm, say).")
-    _check_buffers(base, replaced)
+    check_buffers(base, replaced)
     if not base.losses or not replaced.losses:
         return
     left_gradients = base.backward(sum_of(base.losses[0]))
@@ -246,15 +247,6 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a loss "
                 "that is a mean or sum of terms of one example each (for token losses: average over each example's "
                 f"tokens first, then over examples): {REMEDY}.")
-
-
-def _check_buffers(base: Trace, other: Trace) -> None:
-    for name, buffer in base.buffers.items():
-        # To the bit: however slowly it takes them up, nothing hides it.
-        if name in other.buffers and not torch.equal(buffer.nan_to_num(), other.buffers[name].nan_to_num()):
-            raise IsolationError(
-                f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
-                "off (track_running_stats=False, say) or keep that module in eval().")
 
 
 def _check_backward(base: Trace, alone: Mapping[int, Gradients], n: int) -> None:

@@ -83,6 +83,7 @@ class LossWatch:
         self._leaves: Callable[[], set[int]] = set
         # After how many steps leaves came that look like values of examples.
         self._of_examples: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._doubted: int | None = None
         self.forget_batches()
         _show_backward_to(self)
         # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
@@ -264,8 +265,17 @@ class LossWatch:
     def strangers(self, allowed: Container[int]) -> list[Tensor]:
         """Leaves that the model's outputs lead to, but for these ids and for values of examples."""
         assert self._outputs is not None
-        return [leaf for leaf in leaves_under(self._outputs.tensors)
-                if id(leaf) not in allowed and self._may_be_trained(leaf, self._n)]
+        leaves = [leaf for leaf in leaves_under(self._outputs.tensors) if id(leaf) not in allowed]
+        found = [leaf for leaf in leaves if self._may_be_trained(leaf, self._n)]
+        again = any(leaf in self._of_examples for leaf in leaves) and self._doubted in (None, self.steps)
+        self._doubted = self.steps if again else None
+        return found
+
+    @property
+    def doubts(self) -> bool:
+        """Whether to look for strangers in this pass, the first after a step: those that hold values of examples do not
+        come again."""
+        return self._doubted is not None and self._doubted != self.steps
 
     def _may_be_trained(self, leaf: Tensor, n: int) -> bool:
         """Whether this leaf may be trained by its gradient: not if it holds values of a batch's examples, which nobody

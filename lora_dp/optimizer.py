@@ -77,6 +77,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
         self._drawn: deque[int] = deque()
+        self._lost: str | None = None
         self._stepped = self._looked = False
         self._skip_next = False
         # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
@@ -119,23 +120,27 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.original_optimizer.state_dict(), "steps_taken": self.steps_taken}
+        return {**self.original_optimizer.state_dict(), "steps_taken": self.steps_taken,
+                "ledger_steps": self.ledger.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, or the state of a plain optimizer over the same parameters.
 
         Raises:
             ValueError: no state of an optimizer, or of one over other parameters.
-            TypeError: ``steps_taken`` is no whole number.
+            TypeError: ``steps_taken`` or ``ledger_steps`` is no whole number.
         """
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 "This is not the state of an optimizer, which has 'state' and 'param_groups': give what "
                 "optimizer.state_dict() returned.")
         steps_taken = state_dict.get("steps_taken", self.steps_taken)
+        # The ledger may have steps of earlier optimizers, too.
+        ledger_steps = state_dict.get("ledger_steps", steps_taken)
         check_count("steps_taken", steps_taken, least=0)
+        check_count("ledger_steps", ledger_steps, least=0)
         self.original_optimizer.load_state_dict(state_dict)
-        self.steps_taken = self._restored = steps_taken
+        self.steps_taken, self._restored = steps_taken, max(steps_taken, ledger_steps)
         if self._recorder.owner is self:
             self.activate()
 
@@ -217,6 +222,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if self._stepped or self._looked:
             self.check_stepped()
+        self._check_lost()
         self._looked = bool(self._drawn)
         self._drawn.clear()
 
@@ -227,13 +233,22 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: there is one.
         """
-        if self._drawn or self._examples:
+        if self._lost is None and (self._drawn or self._examples):
             sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
-            self._drawn.clear()
-            self._collect()
-            raise RuntimeError(
+            self._lose(
                 f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
-                f"and {_LEAVE_OUT}.")
+                f"and {_LEAVE_OUT}")
+        self._check_lost()
+
+    def _lose(self, why: str) -> None:
+        """Refuse from here on: a loop that passes over this error would go on without what the batch's examples add."""
+        self._drawn.clear()
+        self._collect()
+        self._lost = f"{why}. That it is missing tells of its examples: call make_private again to go on without it."
+
+    def _check_lost(self) -> None:
+        if self._lost is not None:
+            raise RuntimeError(self._lost)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
@@ -323,6 +338,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             PrivacyBudgetExceeded: as for :meth:`step`.
             RuntimeError: a logical batch is under way, or a batch with examples was drawn and waits for its step.
         """
+        self._check_lost()
         if self._examples:
             raise RuntimeError("A logical batch is under way: step() it before the next one.")
         if any(self._drawn):
@@ -414,15 +430,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self._layer_numbers[key]
 
     def _check_drawn(self) -> None:
+        self._check_lost()
         while self._drawn:
             # Equal but for a mask, which may drop padding and drawn examples, never add any.
             if self._kept <= self._drawn.popleft() <= self._examples:
                 return
-        examples = self._examples
-        self._collect()
-        raise RuntimeError(
-            f"This step saw {examples} examples, which is no batch that the private loader drew: train on the loader "
-            "that make_private returned, each batch once and whole (micro-batches add up to it).")
+        self._lose(
+            f"This step saw {self._examples} examples, which is no batch that the private loader drew: train on the "
+            "loader that make_private returned, each batch once and whole (micro-batches add up to it)")
+        self._check_lost()
 
     def _trained(self) -> list[PrivateParameter]:
         trained = unfrozen(p for key, p in self._covered.items() if key in self._recorder.trained)

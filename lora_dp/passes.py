@@ -22,7 +22,7 @@ from lora_dp.batch_parts import (
     widths,
 )
 from lora_dp.collation import drawn_for_test
-from lora_dp.company import FEW
+from lora_dp.company import FEW, check_written
 from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check_strangers
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import PrivateModule
@@ -31,6 +31,7 @@ from lora_dp.number_lists import as_tensors
 from lora_dp.recording import Pass, Recorder
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 from lora_dp.tables import set_apart
+from lora_dp.trials import Trials
 
 _REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
            "nn.Sequential, put it into a module of your own")
@@ -74,6 +75,7 @@ class Passes:
         recorder.losses.used = used_tokens(call, n) if recorder.padding_varies and not recorder.sizes_fixed else None
         forward_begins(recorder.owner)
         recorder.versions.begin()
+        recorder.buffers.begin()
 
     def _test(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, n: int) -> bool:
         """Try whether examples keep to themselves, where the batch is of a new kind or its turn has come.
@@ -133,8 +135,9 @@ class Passes:
             recorder.versions.check()
             recorder.parts.check()
             self._test_rows(module, args, kwargs)
+            self._test_buffers(module, args, kwargs)
             recorder.losses.returned(output)
-            if recorder.losses.tested:
+            if recorder.losses.tested or recorder.losses.doubts:
                 check_strangers(recorder)
             if recorder.current is not None and recorder.current.reentrant:
                 _tie(output, recorder, recorder.current)
@@ -154,6 +157,20 @@ class Passes:
                 check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
                                 number_varies=not self.recorder.sizes_fixed, seen=seen)
             self.recorder.tested[kind] = frozenset()
+
+
+    def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Try again where a forward has written to a buffer as none did before: its batch may hold something rare."""
+        recorder = self.recorder
+        if recorder.capturing or not recorder.per_example or not recorder.buffers.unknown():
+            return
+        found = recorder.current
+        if found is not None and found.n:
+            call: Any = (*self._named(module, args, kwargs, found.n), None)
+            positional = self._names[len(args)] if len(self._names[len(args)]) == len(args) else ()
+            for fill in (0, 1):  # what is set for good shows beside one of them
+                with recorder.buffers.put_back(fill), Trials(module, None, positional) as trials:
+                    check_written(trials, call, found.n)
 
 
 def _standing(model: nn.Module) -> Hashable:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.batch_parts import narrowed
+from lora_dp.kept_buffers import KeptBuffers
 from lora_dp.loss_watch import LossWatch
+from lora_dp.model_parts import Parts
 from lora_dp.ops.clipped_sum import clipped_sum_pairs
 from lora_dp.ops.example_norms import example_norms
 from lora_dp.ops.example_rows import ExampleRows
@@ -25,7 +27,7 @@ from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.sizes import Sizes
-from lora_dp.unwritten import Held, Parts, Versions
+from lora_dp.unwritten import Held, Versions
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -333,7 +335,7 @@ class Recorder:
         owner: the private optimizer for which the model records.
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
-            to; ``parts``, which modules it is made of.
+            to; ``parts``, which modules it is made of; ``buffers``, to which buffers forwards wrote.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
         per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
             one, examples may meet: batches are not tried, losses not followed, and a batch's gradient is one.
@@ -359,7 +361,7 @@ class Recorder:
         self.owner: object | None = None
         self.losses = LossWatch()
         self.losses.after_backward = lambda: self.versions.check_backward()
-        self.versions, self.parts = Versions(), Parts()
+        self.versions, self.parts, self.buffers = Versions(), Parts(), KeptBuffers()
         self.per_example = True
         self.sizes_fixed = self.capturing = self.uses_checked = False
         self.forget_batches()

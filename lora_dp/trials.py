@@ -236,14 +236,16 @@ def _suspended(model: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Random numbers follow the seed, and they and buffers are afterwards as they were before."""
     # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
-    owned = [(module._buffers, name, buffer) for module in model.modules()
-             for name, buffer in module._buffers.items() if buffer is not None]
+    owned = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     copies: dict[int, Tensor] = {}
-    for owner, name, buffer in owned:
-        owner[name] = copies.setdefault(id(buffer), buffer.clone())
+    for held, buffers in owned:
+        held.update({name: copies.setdefault(id(buffer), buffer.clone())
+                     for name, buffer in buffers.items() if buffer is not None})
     try:
         with seeded(seed):
             yield
     finally:
-        for owner, name, buffer in owned:
-            owner[name] = buffer
+        # Those too that were None, or not there.
+        for held, buffers in owned:
+            held.clear()
+            held.update(buffers)

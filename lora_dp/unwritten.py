@@ -1,11 +1,10 @@
-"""What of a model a forward may not change: parameters, and which modules and ways of computing it is made of.
+"""Parameters, which a forward may not write to.
 
-What it wrote into a parameter of the examples would be kept, and never clipped: an embedding with ``max_norm`` does so,
-by which rows were looked up, and a running centre kept as a frozen parameter. A model that exchanges its modules for
-good, as BigBird does at its first batch of short texts, computes with all later examples as one example decided.
+What it wrote into one of the examples would be kept, and never clipped: an embedding with ``max_norm`` does so, by
+which rows were looked up, and a running centre kept as a frozen parameter.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,52 +107,3 @@ class Versions:
                 f"The backward writes to the buffer '{names[0]}', by the examples that it is given: nothing clips that "
                 "or adds noise. Leave out the hook that does so.")
         self.check()
-
-
-class Parts:
-    """Which modules a model is made of, and words among their attributes, as by which kernel attention is computed."""
-
-    def __init__(self, model: nn.Module | None = None):
-        self._children: list[tuple[str, dict[str, nn.Module | None], str]] = []
-        self._words: list[tuple[str, dict[str, Any], str]] = []
-        self._switches: list[tuple[dict[str, Any], str]] = []
-        self._attributes = [] if model is None else [vars(module) for module in model.modules()]
-        for path, module in [] if model is None else model.named_modules():
-            prefix = f"{path}." if path else ""
-            self._children += [(prefix + name, module._modules, name) for name in module._modules]
-            self._words += [(prefix + name, vars(module), name) for name, value in vars(module).items()
-                            if isinstance(value, str)]
-            self._switches += [(vars(module), name) for name, value in vars(module).items()
-                               if isinstance(value, bool)]
-        self._before: tuple[list[Any], list[Any]] = [], []
-
-    def _now(self) -> tuple[list[Any], list[Any]]:
-        return ([held.get(name) for _, held, name in self._children], [held.get(name) for _, held, name in self._words])
-
-    def standing(self) -> Hashable:
-        """As the forward began: another where a module is another, or a word or a switch among the attributes has
-        changed or come in."""
-        modules, words = self._before
-        settings = [*words, *(held.get(name) for held, name in self._switches)]
-        return (*map(id, modules), *map(len, self._attributes),
-                *(value if isinstance(value, str | bool) else None for value in settings))
-
-    def begin(self) -> None:
-        """A forward begins."""
-        self._before = self._now()
-
-    def check(self) -> None:
-        """It has ended.
-
-        Raises:
-            IsolationError: it has exchanged a module, or a word among the attributes.
-        """
-        (modules, words), now = self._before, self._now()
-        exchanged = [name for (name, *_), one, other in zip(self._children, modules, now[0], strict=False)
-                     if one is not None and other is not one]
-        changed = [name for (name, *_), one, other in zip(self._words, words, now[1], strict=False) if other != one]
-        if exchanged or changed:
-            raise IsolationError(
-                f"The model's forward changed its '{(changed + exchanged)[0]}' for good: one batch would decide how "
-                "all later examples are computed with. Settle it before make_private (for BigBird by "
-                "set_attention_type('original_full')).")

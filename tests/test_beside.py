@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
-from tests.models import assert_refuses, examples, mlp
+from tests.models import WIDTH, assert_refuses, examples, mlp
 from tests.support import make_private
 
 N = 6
@@ -181,3 +181,33 @@ def test_a_switch_among_the_attributes_makes_a_batch_of_a_new_kind(own):
     optimizer.recorder.discard()
     model.mixes = True
     assert_refuses(IsolationError, "example", lambda: model(x))
+
+
+class PlainPrompt(nn.Module):
+    """A soft prompt that is no parameter, of as many rows as a batch may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = torch.randn(8, WIDTH).requires_grad_()
+        self.head = DPLinear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.prompt.expand(len(x), -1, -1), x.unsqueeze(1)], 1).tanh().mean(1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_plain_tensor_is_found_where_it_comes_again_after_a_step(size):
+    """In micro-batches of a size that divides it, nothing but that tells it from values of examples."""
+    model = PlainPrompt().train()
+    optimizer = make_private(model, batch_size=8)
+
+    def step() -> None:
+        optimizer.expect_batch(8)
+        for first in range(0, 8, size):
+            optimizer.signal_skip_step(first + size < 8)
+            optimizer.backward(model(torch.randn(size, WIDTH)).square().sum(1))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()
+    assert_refuses(RuntimeError, "A tensor (8, ", step)

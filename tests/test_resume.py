@@ -103,3 +103,31 @@ def test_a_run_that_goes_on_without_its_ledger_is_refused():
     again.load_state_dict(ledger)
     optimizer.step_on_empty_batch()
     assert again.ledger.steps == 4
+
+
+def test_a_run_that_goes_on_without_the_steps_of_its_last_phase_is_refused():
+    """Two optimizers of one engine: the ledger has the steps of both, the second's state says how many those were."""
+    model, engine = mlp(), PrivacyEngine(accountant="rdp", reproducible_seed=0)
+    for steps in (3, 2):
+        optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0)
+        early = engine.state_dict()
+        for _ in range(steps):
+            optimizer.step_on_empty_batch()
+    again = PrivacyEngine(accountant="rdp", reproducible_seed=0)
+    again.load_state_dict(early)
+    saved, ledger = optimizer.state_dict(), engine.state_dict()
+    optimizer = make_private(mlp(), batch_size=4, engine=again, noise_multiplier=1.0)
+    optimizer.load_state_dict(saved)
+    assert optimizer.steps_taken == 2
+    assert_refuses(RuntimeError, "gone on from 5 private steps and the engine's ledger has 3",
+                   optimizer.step_on_empty_batch)
+    again.load_state_dict(ledger)
+    optimizer.step_on_empty_batch()
+    assert again.ledger.steps == 6
+
+
+def test_a_count_of_steps_that_is_none_is_refused():
+    optimizer = make_private(mlp(), batch_size=4, noise_multiplier=1.0)
+    for name in ("steps_taken", "ledger_steps"):
+        assert_refuses(TypeError, name, lambda name=name: optimizer.load_state_dict(
+            {**optimizer.state_dict(), name: "3"}))

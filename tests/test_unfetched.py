@@ -1,5 +1,6 @@
 """A drawn batch that cannot be fetched was drawn: a loop that goes on without it is refused."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,14 +91,21 @@ def test_the_very_first_batch_is_no_look_at_the_data():
 
 
 def test_an_interrupted_batch_is_a_skipped_one():
-    """Who interrupts does not do so for what an example holds: the loader goes on after the refusal."""
+    """Who interrupts need not do so for what an example holds, but nobody can tell: begin anew, with the ledger."""
     model, optimizer, loader = run("interrupt")
     with pytest.raises(KeyboardInterrupt):
         train(model, optimizer, loader.take(50))
-    assert_refuses(RuntimeError, "was never stepped", lambda: train(model, optimizer, loader))
+    for _ in range(2):
+        assert_refuses(RuntimeError, "call make_private again to go on without it",
+                       partial(train, model, optimizer, loader.take(5)))
     before = optimizer.ledger.steps
+    engine = PrivacyEngine("rdp", reproducible_seed=0)
+    engine.ledger.append(optimizer.event, before)
+    _, optimizer, loader = engine.make_private(
+        model=model, optimizer=optimizer.original_optimizer, data_loader=DataLoader(loader.dataset, batch_size=BATCH),
+        noise_multiplier=1.0, max_grad_norm=1.0)
     train(model, optimizer, loader)
-    assert optimizer.ledger.steps == before + len(loader)
+    assert engine.ledger.steps == before + len(loader)
 
 
 def test_a_collate_function_that_was_refused_is_not_given_another_batch():

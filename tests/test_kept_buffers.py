@@ -1,0 +1,131 @@
+"""Buffers that forwards write to in some batches only."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_dp import DPLinear, IsolationError
+from lora_dp.kept_buffers import KeptBuffers
+from tests.support import make_private
+
+RARE = 2
+
+
+class Keeps(nn.Module):
+    """A head beside a buffer that is written to by the examples of one label, or by none."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.inner, self.head = way, DPLinear(6, 8), DPLinear(8, 3)
+        self.register_buffer("centre", torch.zeros(8))
+        self.register_buffer("seen", torch.tensor(False))
+        self.register_buffer("unseen", torch.tensor(True))
+        self.register_buffer("passes", torch.tensor(0))
+        self.register_buffer("later", None)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.inner(x).tanh()
+        rare = hidden[y == RARE].detach()
+        if self.way == "average" and len(rare):
+            self.centre.mul_(0.9).add_(rare.mean(0), alpha=0.1)
+        if self.way == "in its place" and len(rare):
+            self.centre = rare.mean(0)
+        if self.way == "data" and len(rare):
+            self.centre.data = rare.mean(0)
+        if self.way == "none before" and len(rare):
+            self.later = rare.mean(0)
+        if self.way == "new" and len(rare) and not hasattr(self, "first"):
+            self.register_buffer("first", rare.mean(0))
+        if self.way == "set for good":
+            self.seen.logical_or_((y == RARE).any())
+        if self.way == "cleared for good":
+            self.unseen.logical_and_(~(y == RARE).any())
+        if self.way == "counts":
+            self.passes += 1
+        if self.way == "by width" and x.shape[1] > 3:
+            self.later = torch.arange(x.shape[1])
+        return self.head(hidden)
+
+
+def batch(n: int, *rare: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    y = torch.arange(n) % 2
+    y[list(rare)] = RARE
+    return torch.randn(n, 6, generator=generator), y
+
+
+def train(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    optimizer.recorder.discard()
+    model(x, y)
+
+
+WAYS = ["average", "in its place", "data", "none before", "new", "set for good", "cleared for good"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("n", "place"), [(12, 7), (12, 0), (12, 11), (5, 2), (2, 1), (3, 1)])
+def test_what_a_rare_example_leaves_in_a_buffer_is_refused(way: str, n: int, place: int) -> None:
+    model = Keeps(way).train()
+    optimizer = make_private(model, batch_size=8)
+    train(model, optimizer, *batch(n))
+    train(model, optimizer, *batch(n))
+    with pytest.raises(IsolationError, match="The buffer '(centre|later|first|seen|unseen)' takes up statistics"):
+        train(model, optimizer, *batch(n, place))
+
+
+@pytest.mark.parametrize("way", ["average", "in its place", "none before", "new"])
+def test_it_is_refused_in_the_first_batch_too(way: str) -> None:
+    """Of which four examples are tried, and this is none of them."""
+    model = Keeps(way).train()
+    optimizer = make_private(model, batch_size=8)
+    with pytest.raises(IsolationError, match="takes up statistics"):
+        train(model, optimizer, *batch(12, 7))
+
+
+@pytest.mark.parametrize("way", ["counts", "by width"])
+def test_what_is_the_same_whatever_the_examples_is_taken(way: str) -> None:
+    model = Keeps(way).train()
+    optimizer = make_private(model, batch_size=8)
+    for n in (12, 5, 2, 1):
+        train(model, optimizer, *batch(n, 0))
+    assert int(model.passes) == (4 if way == "counts" else 0)
+    assert (model.later is None) is (way == "counts")
+
+
+def test_a_trial_leaves_the_buffers_as_the_forward_left_them() -> None:
+    model = Keeps("counts")
+    model.register_buffer("steps", torch.tensor(0.0))
+    optimizer = make_private(model.train(), batch_size=8)
+    held = model.passes
+    train(model, optimizer, *batch(4))
+    assert model.passes is held and int(held) == 1
+
+
+def test_a_whole_client_may_keep_what_it_likes() -> None:
+    model = Keeps("average").train()
+    optimizer = make_private(model, batch_size=8)
+    optimizer.recorder.per_example = False
+    train(model, optimizer, *batch(12, 7))
+    assert model.centre.any()
+
+
+def test_only_what_none_wrote_before_is_unknown() -> None:
+    model = Keeps("counts")
+    kept = KeptBuffers(model)
+
+    def forward(change: Any) -> bool:
+        kept.begin()
+        change()
+        return kept.unknown()
+
+    assert not forward(lambda: None)
+    # At all, to change it, to leave it as it is.
+    for number, new in ((1, True), (1, True), (1, False), (0, True), (0, False), (1, False)):
+        assert forward(lambda number=number: model.passes.add_(number)) is new
+    for _ in range(2):
+        assert forward(lambda: model.centre.fill_(torch.nan))
+    assert not forward(lambda: model.centre.fill_(torch.nan))
