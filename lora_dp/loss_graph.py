@@ -322,7 +322,8 @@ class Followed(NamedTuple):
         leaves: by their ids, the tensors to which ways lead beside the outputs.
         reached: which of the model's outputs they lead to.
         opaque: names of functions written in Python, or compiled, whose inside no graph shows.
-        grown: shapes before and after an operation that repeats numbers of one example along another dimension.
+        grown: shapes before and after an operation that repeats numbers of one example along another dimension, or lets
+            them meet another tensor's.
     """
 
     linear: tuple[float, ...]
@@ -367,10 +368,16 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
         frozenset(grown for node in order if (grown := _grown(node, outputs, products)) is not None))
 
 
+# Operations in which a row of one tensor meets several rows, or places, of another.
+_MEETING = frozenset({
+    "Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Cdist", "EuclideanDist", "Index", "IndexSelect", "Gather", "Take"})
+
+
 def _grown(
     node: Node, outputs: Outputs, products: Mapping[Node, frozenset[float]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shapes of the one operand that comes from the outputs, and of the result, where it was broadcast."""
+    """Shapes of the one operand that comes from the outputs, and of the result, where it was broadcast, or where each
+    of its rows met several of another tensor's, as in a product with the keys of all examples."""
     operands = [(c, k) for c, k in node.next_functions
                 if c is not None and ((c, k) in outputs.places or products.get(c))]
     if len(operands) != 1 or not node._input_metadata:
@@ -379,7 +386,7 @@ def _grown(
     given, made = (tuple(found._input_metadata[place].shape) for found, place in ((child, number), (node, 0)))
     aligned = (1,) * (len(made) - len(given)) + given
     repeated = math.prod(made) > math.prod(given) and all(a in (1, b) for a, b in zip(aligned, made, strict=True))
-    return (given, made) if repeated else None
+    return (given, made) if repeated or _kind(node).removesuffix("Backward") in _MEETING else None
 
 
 def leaves_under(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -308,16 +308,18 @@ class LossWatch:
                     f"{self._n}: it may hold a statistic of the batch. Return rows of one example each, batch first.")
 
     def _check_paired(self, inside: Followed, before: _Seen | None) -> None:
-        """Predictions (N, 1) and targets (N,) are broadcast to (N, N): each prediction meets all examples' targets."""
+        """Predictions (N, 1) and targets (N,) are broadcast to (N, N): each prediction meets all examples' targets. So
+        it does in a product with the keys of all examples, or where all examples' labels are looked up in it."""
         n = self._n
-        if n == 1 or (before is not None and before.n not in (1, n)):
+        if n == 1 or inside.shape in self.vouched or (before is not None and before.n not in (1, n)):
             return  # of other batches the graph is the same, so that a dimension of N here is another's by chance
         for given, made in inside.grown:
-            if given[:1] == made[:1] == (n,) and made.count(n) > given.count(n):
+            if made.count(n) > given.count(n):
                 raise IsolationError(
                     f"The losses pair each example with all others: {given} became {made} in a batch of {n}, as where "
-                    "predictions (N, 1) meet targets (N,). Bring both to one shape, by squeeze(1) or "
-                    "lora_dp.losses.regression_loss.")
+                    "predictions (N, 1) meet targets (N,), or the keys of all examples. Bring both to one shape, by "
+                    "squeeze(1) or lora_dp.losses.regression_loss. Where there are as many classes by chance, let "
+                    "engine.check_isolation(model, batch, criterion) test it first.")
 
     def _compare(
         self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]

@@ -45,7 +45,7 @@ class Parts:
         self._attributes: list[Mapping[str, Any]] = []
         configurations: dict[int, Mapping[str, Any]] = {}
         for path, module in [] if model is None else model.named_modules():
-            self._attributes.append(vars(module))
+            self._attributes += [vars(module), module._parameters]
             prefix = f"{path}." if path else ""
             self._children += [(prefix + name, module._modules, name) for name in module._modules]
             for name, value in vars(module).items():

@@ -58,7 +58,7 @@ class Passes:
             return
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
-        begin_pass(recorder.owner)
+        begin_pass(recorder.owner, capturing=recorder.capturing)
         check_frozen_norms(recorder)
         check_frozen(recorder)
         n = batch_size(args, kwargs)

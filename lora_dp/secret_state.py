@@ -12,6 +12,9 @@ So :func:`renew` sets whole states, drawn from the operating system:
 - Python's ``random`` and NumPy's, by which some models mask spans of their input, and data sets change examples: from
   512 bits each, anew before every batch is fetched and in every pass. So it does not matter who seeds them in between.
 
+From a generator's state the last draws can be told, and by Philox's all of them; and checkpoints hold it, such as those
+of Transformers and Accelerate. So all but other devices' get a new state as a pass begins, and another once it is over.
+
 A generator's seed is part of its state and says whether the state is still ours: it is 64 random bits that stand in
 a set. Whoever seeds a generator again, or restores a state from elsewhere, replaces them; one who restores a state of
 ours, as checkpoints and ``torch.random.fork_rng`` do, puts them back.
@@ -27,6 +30,7 @@ import random
 import secrets
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +60,8 @@ _STATE_SIZE = 5056
 
 # The seeds that stand in states of ours.
 _seeds: set[int] = set()
+# Those that were last given to CUDA, where they are keys: a state of any of them may be restored.
+_cuda_seeds: deque[int] = deque(maxlen=4096)
 # Whether those of CUDA were set, which waits until CUDA is in use.
 _cuda_renewed = False
 
@@ -95,21 +101,22 @@ def renew() -> None:
     _renew_pythons_and_numpys()
 
 
-def begin_pass(optimizer: object) -> None:
-    """Refuse a training pass whose masks could be guessed, and give it a state of its own on the CPU, in Python's
-    ``random`` and in NumPy.
+def begin_pass(optimizer: object, *, capturing: bool = False) -> None:
+    """Refuse a training pass whose masks could be guessed, and give it a state of its own on the CPU, on CUDA, in
+    Python's ``random`` and in NumPy.
 
     The new state keeps passes apart that begin in one state, as inside ``torch.random.fork_rng``.
 
     Args:
         optimizer: the private one that takes the pass; nothing happens where its source of randomness is seeded.
+        capturing: inside the capture of a CUDA graph, which takes no new state on CUDA.
 
     Raises:
         RuntimeError: a generator was seeded since :func:`renew`.
     """
     forward_ends(optimizer)  # one that was interrupted
     if _is_secret(optimizer):
-        _begin_anew()
+        _begin_anew(capturing)
 
 
 def begin_fetch(source: object) -> None:
@@ -125,9 +132,11 @@ def begin_fetch(source: object) -> None:
         _begin_anew()
 
 
-def _begin_anew() -> None:
+def _begin_anew(capturing: bool = False) -> None:
     _check(_RESEEDED)
     _renew_cpu(torch.default_generator.initial_seed())
+    if torch.cuda.is_initialized() and not capturing:
+        _renew_cuda()
     _renew_pythons_and_numpys()
 
 
@@ -156,13 +165,14 @@ def _check_draw(generator: torch.Generator | None) -> None:
 
 
 def end_pass(optimizer: object) -> None:
-    """Refuse a pass during which a generator was seeded, by a module of the model say.
+    """Refuse a pass during which a generator was seeded, by a module of the model say; what the generators hold from
+    here on tells nothing of it.
 
     Raises:
         RuntimeError: as for :func:`begin_pass`.
     """
     if _is_secret(optimizer):
-        _check(_RESEEDED)
+        _begin_anew()
 
 
 def _is_secret(optimizer: object) -> bool:
@@ -282,7 +292,10 @@ def _renew_cuda() -> None:
     _cuda_renewed = True
     for generator in torch.cuda.default_generators:
         # Philox counts in fours, and 2^62 are left to count on.
-        state = np.array([_new_seed(), 4 * secrets.randbits(60)], np.uint64)
+        if len(_cuda_seeds) == _cuda_seeds.maxlen:
+            _seeds.discard(_cuda_seeds[0])
+        _cuda_seeds.append(_new_seed())
+        state = np.array([_cuda_seeds[-1], 4 * secrets.randbits(60)], np.uint64)
         generator.set_state(torch.from_numpy(state.view(np.uint8)))
 
 

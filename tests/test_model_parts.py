@@ -94,3 +94,11 @@ def test_a_number_that_becomes_a_tensor_is_another_setting() -> None:
     assert standing(parts) != before
     model.alpha = 0.5
     assert standing(parts) == before
+
+
+def test_a_parameter_that_comes_in_later_is_seen() -> None:
+    model = Switched()
+    parts = Parts(model)
+    before = standing(parts)
+    model.head.scale = nn.Parameter(torch.ones(3))
+    assert standing(parts) != before

@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -367,6 +368,86 @@ def test_cuda_that_starts_after_make_private_is_set_before_its_first_pass(monkey
     device.state[0] = 42
     with pytest.raises(RuntimeError, match=SEEDED):
         step(model, optimizer)
+
+
+def test_cuda_has_another_key_in_every_pass_and_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Philox's state, in a checkpoint, tells all that is drawn under it."""
+    model, device, states = Net(), _Philox(), []
+    optimizer = private(model)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+    inside: list[Any] = []
+    model.register_forward_hook(lambda *_: inside.append(device.state.tolist()))
+    for _ in range(5):
+        step(model, optimizer)
+        states += [inside[-1], device.state.tolist()]  # trials, before it, have their own
+    keys, counters = zip(*states, strict=True)
+    assert len(set(keys)) == len(set(counters)) == 10
+    device.state[0] = keys[1]  # that of a checkpoint
+    step(model, optimizer)
+
+
+def test_a_capture_takes_no_new_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would refuse; a replay takes what the generator holds by then."""
+    optimizer, device = private(Net()), _Philox()
+    monkeypatch.setattr(secret_state, "_cuda_renewed", False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+    secret_state.begin_pass(optimizer)
+    before = device.state.tolist()
+    secret_state.begin_pass(optimizer, capturing=True)
+    assert device.state.tolist() == before
+    secret_state.end_pass(optimizer)
+    assert device.state[0] != before[0] and device.state[1] != before[1]
+
+
+def test_the_keys_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secret_state, "_seeds", set())
+    monkeypatch.setattr(secret_state, "_cuda_seeds", deque(maxlen=3))
+    device = _Philox()
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+    keys = []
+    for _ in range(7):
+        secret_state._renew_cuda()
+        keys.append(int(device.state[0]))
+    assert secret_state._seeds == set(keys[-3:])
+
+
+class Noisy(nn.Module):
+    """Noise of a normal distribution and choices by NumPy and Python, as some models draw them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drawn = DPLinear(4, 3), [torch.zeros(())]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.drawn = drawn(x.shape)
+            x = x + self.drawn[0]
+        return self.inner(x)
+
+
+def drawn(shape: Any) -> list[Tensor]:
+    return [torch.randn(shape), torch.from_numpy(np.random.normal(size=4)), torch.tensor(random.random())]
+
+
+def test_a_state_that_is_saved_after_a_step_tells_nothing_of_it() -> None:
+    """As rng_state.pth of Transformers: from the words of MT19937, the draws that they gave can be had again."""
+    model = Noisy().train()
+    optimizer = private(model)
+    with torch.random.fork_rng(devices=[]):
+        step(model, optimizer)
+        saved = torch.get_rng_state()
+        header = saved[:24].view(torch.int32)
+        header[2], header[4] = 624, 0  # all words are to come
+        by_numpy = np.random.get_state(legacy=True)
+        np.random.set_state((by_numpy[0], by_numpy[1], 0, 0, 0.0))
+        version, words, rest = random.getstate()
+        random.setstate((version, (*words[:-1], 0), rest))
+        torch.set_rng_state(saved)
+        again = drawn((4, 4))
+    for told, true in zip(again, model.drawn, strict=True):
+        assert not torch.equal(told, true)
 
 
 def test_a_process_that_has_just_begun_has_set_no_cuda_generator(monkeypatch: pytest.MonkeyPatch) -> None:
