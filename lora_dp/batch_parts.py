@@ -235,8 +235,15 @@ def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
                 yield _Room(name, place, leaf.shape[place], found)
 
 
+def without_nan(values: Tensor) -> Tensor:
+    """The same values, NaN as a number that equals itself: padding may be NaN, as any other value."""
+    return values.nan_to_num(torch.finfo(values.dtype).max / 3, torch.inf, -torch.inf) \
+        if values.is_floating_point() else values
+
+
 def _without_runs(leaf: Tensor, place: int) -> Tensor | None:
     """(N, size) False in each example's last run of slices that hold one value, or its first if no last ones differ."""
+    leaf = without_nan(leaf)
     slices = leaf.transpose(1, place).flatten(2) if leaf.dim() > 2 else leaf.unsqueeze(2)
     size = slices.shape[1]
     columns = torch.arange(size, device=leaf.device)
@@ -333,6 +340,8 @@ def changed(tree: Any, n: int) -> Any:
     def other(leaf: Any) -> Any:
         if is_by_example(leaf, n) and leaf.is_floating_point():
             return leaf * 1.5 + 0.25
+        if is_by_example(leaf, n) and leaf.dim() == 1 and leaf.dtype != torch.bool:
+            return torch.where(leaf > 0, leaf - 1, torch.where(leaf == 0, 1, leaf))  # an id or a label beside it
         return leaf[..., :1].expand_as(leaf) if is_by_example(leaf, n) and leaf.dim() > 1 else leaf
     return pytree.tree_map(other, tree)
 
@@ -383,7 +392,7 @@ def _kept(leaf: Tensor, dimensions: Sequence[int], kept: slice) -> Tensor:
 def _ends_alike(leaf: Tensor, dimension: int, kept: slice) -> bool:
     """Whether what would be cut off is one value."""
     size = leaf.shape[dimension]
-    rest = leaf.narrow(dimension, *((0, kept.start) if kept.start else (kept.stop, size - kept.stop)))
+    rest = without_nan(leaf).narrow(dimension, *((0, kept.start) if kept.start else (kept.stop, size - kept.stop)))
     return bool((rest == rest.flatten()[:1]).all())
 
 

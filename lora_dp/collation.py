@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_dp.batch_parts import without_nan
 from lora_dp.loss_graph import IsolationError
 from lora_dp.own_generators import own_generators, states
 from lora_dp.seeded import other_states, seeded, torch_states
@@ -291,5 +292,5 @@ def _padded_alike(left: Tensor, right: Tensor) -> bool:
 def _is_padding(tensor: Tensor, cut: tuple[slice, ...]) -> bool:
     rest = torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
     rest[cut] = False
-    values = tensor[rest]
+    values = without_nan(tensor[rest])
     return not values.numel() or bool((values == values[0]).all())

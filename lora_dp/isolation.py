@@ -42,7 +42,7 @@ from lora_dp.company import (
 )
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
-from lora_dp.number_lists import as_tensors
+from lora_dp.number_lists import as_tensors, other_lists
 from lora_dp.sizes import Seen, Sizes
 from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
@@ -120,7 +120,15 @@ def _check(
     if apart and n > FEW:
         call, n = batch_parts.take(call, batch_parts.chosen(call, n, FEW), n), FEW
     with _in_full_precision(call), Trials(model, criterion, positional) as trials:
-        base = trials.run(call)
+        try:
+            base = trials.run(call)
+        except Exception as error:
+            if n < examples and (lists := other_lists(call, examples)):
+                raise IsolationError(
+                    f"The model was given a list with an entry for each example ({lists[0]}), which cannot be tried on "
+                    f"some of them ({type(error).__name__}): give it tensors whose first dimension is the example, or "
+                    "lists of numbers.") from error
+            raise
         for name, output in base.private():
             if output.dim() < 2 or output.shape[0] % n:
                 raise IsolationError(

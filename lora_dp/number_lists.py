@@ -1,4 +1,4 @@
-"""Lists of numbers among a model's arguments, one for each example, such as the lengths of texts."""
+"""Lists among a model's arguments with an entry for each example: of numbers, such as lengths of texts, or others."""
 
 from typing import Any
 
@@ -24,6 +24,14 @@ def as_tensors(tree: Any, n: int) -> Any:
         return torch.tensor(node, dtype=torch.int64 if whole else torch.float64).as_subclass(NumberList)
 
     return pytree.tree_map(one, tree, is_leaf=is_list)
+
+
+def other_lists(tree: Any, n: int, name: str = "") -> list[str]:
+    """Names of the lists of ``n`` entries that are no numbers, such as the boxes of each image."""
+    if isinstance(tree, list) and len(tree) == n:
+        return [name]
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    return [found for key, part in inner for found in other_lists(part, n, f"{name}[{key!r}]")]
 
 
 def as_lists(tree: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from lora_dp.arguments import Fixed, check_count, check_kind
 from lora_dp.collation import check_collation, drawn_for_test
+from lora_dp.repeats import first_repeated
 from lora_dp.secret_state import begin_fetch, collation, worker_init
 
 _NO_MORE = object()
@@ -123,7 +124,7 @@ class PrivateDataLoader:
         on_varying_width: called when the padding of an example turned out to depend on the others in its batch.
 
     Raises:
-        ValueError: no examples, no batch size, a batch size above the number of examples, or an own sampler.
+        ValueError: no examples, one twice, no batch size, a batch size above the number of examples, or an own sampler.
         TypeError: an iterable data set, which cannot be Poisson sampled.
     """
 
@@ -144,6 +145,10 @@ class PrivateDataLoader:
         size = len(dataset)
         if size == 0:
             raise ValueError("The data set is empty: a private step needs at least one example to sample from.")
+        if (repeated := first_repeated(dataset)) is not None:
+            raise ValueError(
+                f"The data set holds an example twice (index {repeated} has come before), which would move the model "
+                "twice as far as ε admits: give each once, and weigh it in the loss instead.")
         if loader.batch_size is None or not _draws_from_all(loader):
             raise ValueError(
                 "Give a loader with a batch_size and no sampler of its own: its batches are redrawn by Poisson "

@@ -352,7 +352,20 @@ def test_other_examples_are_as_a_model_would_take_them():
     found = changed(tree, 2)
     assert found["x"].tolist() == [[1.75, 3.25], [4.75, -5.75]] and found["weights"].tolist() == [3.25, 6.25]
     assert found["ids"].tolist() == [[5, 5], [7, 7]]
-    assert all(found[name] is tree[name] for name in ("labels", "table", "scale"))
+    assert all(found[name] is tree[name] for name in ("table", "scale"))
+
+
+def test_ids_of_other_examples_are_others_that_a_model_knows():
+    found = changed({"ids": torch.tensor([3, 0, 1, -100]), "used": torch.tensor([True, False, True, True])}, 4)
+    assert found["ids"].tolist() == [2, 1, 0, -100] and found["used"].tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
+def test_padding_is_any_one_value(value):
+    x = torch.randn(3, 6, 4)
+    for row, length in enumerate((6, 3, 2)):
+        x[row, length:] = value
+    assert first_cuts({"x": x}, 3)[0] == (1, [1, 2], 6, slice(0, 3))
 
 
 # Numbers

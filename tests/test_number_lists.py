@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
-from lora_dp.number_lists import as_lists, as_tensors
+from lora_dp.number_lists import as_lists, as_tensors, other_lists
 from tests.support import make_private
 
 WIDTH = 6
@@ -79,3 +79,31 @@ def test_only_numbers_of_the_examples_are_taken_up() -> None:
     assert rest == [224, 224]
     assert as_tensors([0.1, 2], 2).dtype == torch.float64
     assert as_tensors([], 0) == []
+
+
+class Boxed(nn.Module):
+    """Targets of each image in a list of dicts, as detectors take them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = DPLinear(6, 3)
+
+    def forward(self, x: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
+        out = self.head(x)
+        return torch.stack([out[i] - label["boxes"].sum() for i, label in enumerate(labels)])
+
+
+def test_a_list_of_other_things_is_named() -> None:
+    model = Boxed().train()
+    make_private(model, batch_size=8)
+    labels = [{"boxes": torch.rand(1, 4)} for _ in range(8)]
+    with pytest.raises(IsolationError, match=r"an entry for each example \(\[1\]\['labels'\]\), .*IndexError"):
+        model(torch.randn(8, 6), labels=labels)
+    assert other_lists({"x": [1, 2, 3], "y": ([{}, {}],), "z": [[1, 2], 3]}, 2) == ["['y'][0]", "['z']"]
+
+
+def test_another_error_of_the_model_is_its_own() -> None:
+    model = Boxed().train()
+    make_private(model, batch_size=8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(8, 5), labels=[])

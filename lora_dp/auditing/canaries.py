@@ -112,6 +112,10 @@ class GradientCanaries:
             raise RuntimeError(
                 "No canary was planted: call plant(optimizer, loader) in the training function, with what make_private "
                 "returned.")
+        if planted.steps != (taken := planted.steps_taken()):
+            raise RuntimeError(
+                f"The canaries took part in {planted.steps} of {taken} steps, and the audit would be of these alone: "
+                "call plant(optimizer, loader) right after every make_private, before the first step.")
         return Played(planted.scores.numpy(), planted.ledger)
 
 
@@ -131,6 +135,7 @@ class PlantedCanaries:
         self.scores = torch.zeros(canaries.count, dtype=torch.float64)
         self.ledger: Ledger | None = None
         self.steps = 0
+        self._ledgers: list[Ledger] = []
         self._directions: dict[tuple[str, ...], _Directions] = {}
 
     def plant(self, optimizer: PrivateOptimizer, loader: PrivateDataLoader) -> None:
@@ -144,6 +149,8 @@ class PlantedCanaries:
         if self.ledger is not None and self.ledger is not optimizer.ledger:
             raise ValueError("Canaries were planted under another ledger: audit one engine at a time.")
         self.ledger = optimizer.ledger
+        if not any(known is self.ledger for known in self._ledgers):
+            self._ledgers.append(self.ledger)
         background: dict[int, Tensor] = {}
         take, release, empty = optimizer.take, optimizer.release, optimizer.step_on_empty_batch
 
@@ -180,6 +187,10 @@ class PlantedCanaries:
         optimizer.take = take_and_note  # type: ignore[method-assign]
         optimizer.release = with_canaries(release)  # type: ignore[method-assign]
         optimizer.step_on_empty_batch = with_canaries(empty)  # type: ignore[method-assign]
+
+    def steps_taken(self) -> int:
+        """All that the ledgers hold under which canaries were planted."""
+        return sum(ledger.steps for ledger in self._ledgers)
 
     def _observe(self, projections: Tensor, optimizer: PrivateOptimizer) -> None:
         x = projections / optimizer.mechanism.rule.sensitivity

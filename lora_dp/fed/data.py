@@ -9,6 +9,7 @@ Two steps, because the model needs the number of classes and the data need the m
 The names and number of classes are taken to be public.
 """
 
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lora_dp.fed.examples import Examples, ImageExamples, TextExamples, multiple_of_8
+from lora_dp.fed.split_files import check_apart, split_files
 
 Kind = Literal["image", "text"]
 
@@ -258,9 +260,17 @@ def _open_digits(config: DataConfig) -> RawData:
 
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
-    place = local_or_hub(config.dataset)
+    place, files = local_or_hub(config.dataset), own_files(config.dataset)
     with failures_to_open(config.dataset):
-        return datasets.load_dataset(place, config.subset)
+        builder = datasets.load_dataset_builder(place, config.subset, data_files=files)
+        check_apart(builder.config.data_files or {})
+        return datasets.load_dataset(place, config.subset, data_files=files)
+
+
+def own_files(name: str) -> dict[str, list[str]] | None:
+    """The files of each split of a local folder; None for a name on the hub, or where the folder lists them itself."""
+    place = local_or_hub(name)
+    return split_files(place) if Path(place).is_dir() else None
 
 
 def local_or_hub(name: str) -> str:
@@ -278,7 +288,7 @@ def failures_to_open(name: str) -> Iterator[None]:
     """What a library raises over a data set, in one sentence."""
     try:
         yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = "on the hub" if local_or_hub(name) == name and not Path(name).exists() else "in the folder"
         remedy = "check its name, and that every split has rows"

@@ -225,7 +225,8 @@ class Federation:
             if plan.server_adds_noise else None
         plain: Aggregation | None = None if noisy else self.method.aggregation()
         failed: list[dict[str, Any]] = []
-        recorder, noise_norm = UpdateRecorder(), functools.cache(functools.partial(self._noise_norm, index, turn))
+        recorder = UpdateRecorder(drawn)
+        noise_norm = functools.cache(functools.partial(self._noise_norm, index, turn))
         reasons: list[str] = []
         details: list[str] = []
         waiting = set(drawn)
@@ -275,7 +276,8 @@ class Federation:
             mean = plain.result()
             self.recorded.append({"round": index + 1, "turn": turn, **recorder.summary()})
         server.apply(self.method.combine(mean, server.state, server.layers, index, turn))
-        return down, up, failed
+        # Not as they came, which tells how long they took.
+        return down, up, sorted(failed, key=lambda entry: entry["client"])
 
     def _replies(self, drawn: Sequence[int], tasks: dict[int, Task], on_step: Callable[[], None]) -> Iterator[Reply]:
         """The engine's replies, and one for each client from which there was none."""

@@ -160,7 +160,9 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
             )
             if getattr(model.config, "attention_type", None) == "block_sparse":
                 # BigBird does so by itself at the first batch of short texts, and keeps it for all that come later.
-                model.base_model.set_attention_type("original_full")
+                for module in model.modules():  # of BigBird-Pegasus, the encoder
+                    if hasattr(module, "set_attention_type"):
+                        module.set_attention_type("original_full")
             spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
     except (OSError, ValueError) as error:
         raise ValueError(

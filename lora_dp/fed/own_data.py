@@ -23,9 +23,11 @@ from lora_dp.fed.data import (
     find_input_column,
     find_label_column,
     local_or_hub,
+    own_files,
     train_name,
 )
 from lora_dp.fed.own_rows import Row, csv_rows, json_rows
+from lora_dp.fed.split_files import check_apart
 
 UNKNOWN = -1
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
@@ -70,8 +72,10 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
 
 
 def _read(config: DataConfig) -> _Table:
-    builder = datasets.load_dataset_builder(local_or_hub(config.dataset), config.subset)
+    builder = datasets.load_dataset_builder(
+        local_or_hub(config.dataset), config.subset, data_files=own_files(config.dataset))
     by_split = builder.config.data_files
+    check_apart(by_split)
     files = [str(file) for file in by_split[train_name([str(name) for name in by_split], config)]]
     plain = not any(file.endswith(".zip") for file in files)  # of an archive, datasets knows what is inside
     if builder.name == "csv" and plain:

@@ -83,16 +83,17 @@ def json_rows(data: bytes) -> list[Row]:
     Raises:
         ValueError: an array that cannot be parsed, or most lines cannot.
     """
-    if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        try:
-            values = json.loads(data)
-        except RecursionError as error:
-            raise ValueError("a value of the JSON array is nested too deeply: write JSON lines") from error
-        return [value if isinstance(value, dict) else {} for value in values]
+    # By lines first: one that begins with a bracket makes no array of those behind it.
     found = [_parsed(line) for line in data.split(b"\n") if line.strip()]
-    if 2 * sum(row is not None for row in found) <= len(found):
+    if 2 * sum(row is not None for row in found) > len(found):
+        return [row or {} for row in found]
+    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise ValueError("most lines are no JSON objects: write one on each line, or an array of them")
-    return [row or {} for row in found]
+    try:
+        values = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("a value of the JSON array is nested too deeply: write JSON lines") from error
+    return [value if isinstance(value, dict) else {} for value in values]
 
 
 def _parsed(line: bytes) -> Row | None:

@@ -1,13 +1,15 @@
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lora_dp import GaussianFilter, PrivateOptimizer
-from lora_dp.auditing import GradientCanaries, PlantedCanaries
+from lora_dp import GaussianFilter, PrivacyEngine, PrivateOptimizer
+from lora_dp.auditing import GradientCanaries, PlantedCanaries, audit
 from tests.auditing.tiny import EXAMPLES, private_model, train
 
 MARGIN = 1e-5
@@ -179,3 +181,33 @@ def test_what_cannot_be_planted_is_refused() -> None:
         model, optimizer, loader = private_model(noise_multiplier=0.0)
         plant([True] * 200_000, optimizer, loader, direction="random")
         train(model, optimizer, loader, 1)
+
+
+@pytest.mark.parametrize("late", [1, 3])
+def test_canaries_that_miss_steps_are_no_audit(late: int) -> None:
+    """Where plant is called below the loop, or after its first steps, a mechanism without noise would pass."""
+    def trained(plant: Any) -> None:
+        model, optimizer, loader = private_model(noise_multiplier=1.0)
+        train(model, optimizer, loader, late)
+        plant(optimizer, loader)
+        train(model, optimizer, loader, 3 - late)
+
+    with pytest.raises(RuntimeError, match=f"took part in {3 - late} of 3 steps, .* before the first step"):
+        audit(trained, GradientCanaries(20), delta=1e-5)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_second_optimizer_of_the_engine_has_its_canaries_planted_too(again: bool) -> None:
+    def trained(plant: Any) -> None:
+        model, optimizer, loader = private_model(noise_multiplier=1.0)
+        engine = PrivacyEngine("pld", reproducible_seed=1)
+        for number in range(2):
+            _, optimizer, loader = engine.make_private(
+                model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+                data_loader=DataLoader(loader.dataset, batch_size=8), noise_multiplier=1.0, max_grad_norm=1.0)
+            if again or number == 0:
+                plant(optimizer, loader)
+            train(model, optimizer, loader, 2 - number)
+
+    with nullcontext() if again else pytest.raises(RuntimeError, match="took part in 2 of 3 steps"):
+        audit(trained, GradientCanaries(20), delta=1e-5)

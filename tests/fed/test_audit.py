@@ -123,6 +123,24 @@ def test_mislabelled_examples_that_are_not_protected_are_found(configuration, mo
     assert cli.main(["audit", configuration(options), "--canaries", "examples", *SURE]) == 1
 
 
+def test_losses_of_private_examples_stay_out_of_the_folder_of_a_run(configuration, tmp_path, capsys, monkeypatch):
+    """All that lies there is covered by the run's ε; a planted canary's results come out of noised releases."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(MislabelledExamples, "train", lambda self, included: {
+        int(index): float(index % 3) for index in self.indices})
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "rounds": 1, "local_steps": 1}))
+    (folder / "ledger.jsonl").touch()
+    command_line = ["audit", str(folder), "--canaries", "examples", *SURE]
+    assert cli.main(command_line) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "ledger.jsonl"]
+    assert (tmp_path / "run-audit" / "audit.json").exists()
+    assert cli.main([*command_line, "--output", str(folder)]) == 2
+    assert "is a run's folder, whose files its ε covers" in capsys.readouterr().err
+    assert cli.main([*command_line, "--output", str(tmp_path / "mine")]) == 0
+    assert (tmp_path / "mine" / "audit.json").exists()
+
+
 def test_the_coin_decides_which_mislabelled_examples_train(monkeypatch):
     game = opened({**SMALL, "rounds": 1, "local_steps": 1})
     seen = []

@@ -203,6 +203,18 @@ def test_a_short_text_does_not_change_how_later_ones_are_attended_to(tmp_path):
     assert seen == 3 * ["original_full"]
 
 
+def test_so_it_does_where_the_encoder_alone_decides(tmp_path):
+    small_tokenizer(tmp_path)
+    transformers.BigBirdPegasusForSequenceClassification(transformers.BigBirdPegasusConfig(
+        vocab_size=4, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, block_size=4, num_random_blocks=1,
+        max_position_embeddings=128, num_labels=2, eos_token_id=2, pad_token_id=0, bos_token_id=1,
+        attention_type="block_sparse")).save_pretrained(tmp_path)
+    model = load_model(ModelConfig(name=str(tmp_path)), 2, "text").model
+    kinds = {module.attention_type for module in model.modules() if hasattr(module, "attention_type")}
+    assert kinds == {"original_full"}
+
+
 def test_image_model_from_a_local_folder(tmp_path):
     config = transformers.ViTConfig(
         image_size=12, patch_size=6, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,

@@ -500,3 +500,10 @@ def test_json_lines_are_those_of_which_more_than_half_are_objects():
     for data in (b"", line + odd, 2 * line + 3 * odd):
         with pytest.raises(ValueError, match="write one on each line"):
             json_rows(data)
+
+
+@pytest.mark.parametrize("odd", [b"[[[[[[[[[[", b"[1]", b"[", b"[{"])
+def test_a_first_line_with_a_bracket_is_an_odd_one_as_any_other(odd):
+    lines = [b'{"a": 1}', b'{"a": 2}', b'{"a": 3}']
+    assert json_rows(b"\n".join([odd, *lines])) == [{}, {"a": 1}, {"a": 2}, {"a": 3}]
+    assert json_rows(b"[\n" + b",\n".join(lines) + b"\n]") == [{"a": 1}, {"a": 2}, {"a": 3}]

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_dp.auditing import AuditResult, GradientCanaries, audit, plot_audits
+from lora_dp.fed.account import LOG
 from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
 from lora_dp.fed.auditing.examples import MislabelledExamples
 from lora_dp.fed.auditing.game import Game, most_exposed
@@ -53,7 +54,8 @@ class AuditConfig:
     seed: int | None = None
     """Of which canaries take part and where gradients are planted; batches and noise are secret all the same."""
     output: Path | None = None
-    """Folder for audit.json and audit.png; by default that of the configuration."""
+    """Folder for audit.json and audit.png; by default that of the configuration. With examples as canaries they are
+    private, and go beside a run's folder."""
 
     def __post_init__(self) -> None:
         self.target = Path(self.target)
@@ -76,7 +78,7 @@ def audit_config(options: AuditConfig, console: Console) -> AuditResult:
     """
     config = read_options(options.target)
     check(config, options)
-    folder = options.output or options.target.parent
+    folder = _folder(options)
     with console.status("opening data and model"):
         job = open_job(config)
         match_threads(job.trainer.workspace.model)
@@ -107,6 +109,22 @@ def audit_config(options: AuditConfig, console: Console) -> AuditResult:
     console.print(str(result), style="bold red" if result.violated else "bold", highlight=False, soft_wrap=True)
     console.print(f"{escape(str(folder / 'audit.png'))}, audit.json", highlight=False, soft_wrap=True)
     return result
+
+
+def _folder(options: AuditConfig) -> Path:
+    """Where the results go. Losses of private examples are no releases of a run, so they do not go into its folder.
+
+    Raises:
+        ValueError: they are to.
+    """
+    folder = options.output or options.target.parent
+    if options.canaries == "planted" or not (folder / LOG).exists():
+        return folder
+    if options.output is not None:
+        raise ValueError(
+            f"{folder} is a run's folder, whose files its ε covers; with examples as canaries the results are of "
+            "private losses, without noise: choose another --output, and keep it to yourself.")
+    return folder.with_name(f"{folder.name}-audit")
 
 
 def read_options(path: Path) -> RunConfig:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,21 @@ class UpdateRecorder:
     It is to see released values only: updates that clients have noised, or that no privacy is claimed for. Where the
     server adds the noise, single updates are not released, and must not be given to it.
 
-    At most 32 updates and 256 MiB are kept, each as one float32 vector; those beyond are counted.
+    At most 32 updates and 256 MiB are kept, each as one float32 vector, those of the lowest numbers; those beyond are
+    counted. In which order they came is not kept: it would tell how long clients took, and so of their batches.
+
+    Args:
+        asked: the numbers of the clients that were asked for one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Sequence[int]) -> None:
+        self._places = {client: place for place, client in enumerate(sorted(asked))}
         self._clients: list[int] = []
         self._shapes: list[list[tuple[str, torch.Size]]] = []
         self._changes: list[Tensor] = []
         self._norms: list[float] = []
         self._noise: list[float | None] = []
         self._cosines: list[list[float | None]] = []
-        self._bytes = 0
         self._left_out = 0
 
     def add(
@@ -59,7 +63,7 @@ class UpdateRecorder:
         if not names or any(name not in start or start[name].shape != update[name].shape for name in names):
             raise ValueError(f"The update of client {client} does not fit the state that it started from.")
         size = 4 * sum(update[name].numel() for name in names)
-        if len(self._changes) == MOST_UPDATES or self._bytes + size > MOST_BYTES:
+        if self._places[client] >= min(MOST_UPDATES, MOST_BYTES // size):
             self._left_out += 1
             return
         change = torch.cat([
@@ -78,7 +82,6 @@ class UpdateRecorder:
         self._changes.append(change.float())
         self._norms.append(norm)
         self._noise.append(noise_norm)
-        self._bytes += size
 
     def _cosine(self, change: Tensor, norm: float, other: int) -> float | None:
         scale = norm * self._norms[other]
@@ -90,7 +93,7 @@ class UpdateRecorder:
         """What was taken in, ready for JSON.
 
         Returns:
-            clients: their numbers, in the order in which they came.
+            clients: their numbers, in ascending order.
             norms: ‖Δ‖ of each, Δ = update − start, all tensors together.
             cosine: ⟨Δᵢ, Δⱼ⟩ / ‖Δᵢ‖‖Δⱼ‖ by pair; null where an update is zero, or their shapes differ (other ranks).
             noise_share: noise_norm² / ‖Δ‖² of each; null without a noise_norm. Above 1 by chance, or where training
@@ -101,11 +104,12 @@ class UpdateRecorder:
             None if noise is None or not norm > 0 else finite(noise**2 / norm**2)
             for noise, norm in zip(self._noise, self._norms, strict=True)
         ]
+        order = sorted(range(len(self._clients)), key=self._clients.__getitem__)
         return {
-            "clients": list(self._clients),
-            "norms": [finite(norm) for norm in self._norms],
-            "cosine": [list(row) for row in self._cosines],
-            "noise_share": shares,
+            "clients": [self._clients[i] for i in order],
+            "norms": [finite(self._norms[i]) for i in order],
+            "cosine": [[self._cosines[i][j] for j in order] for i in order],
+            "noise_share": [shares[i] for i in order],
             "left_out": self._left_out,
         }
 

@@ -40,7 +40,7 @@ def finished(folder, **options):
 def write_updates(folder, noise: float | None = 1.0) -> list[dict]:
     lines = []
     for number in (1, 2):
-        recorder = UpdateRecorder()
+        recorder = UpdateRecorder(range(3))
         for client in range(3):
             drawn = torch.randn(50, generator=torch.Generator().manual_seed(10 * number + client)) + 0.5
             recorder.add(client, {"x": drawn}, {"x": torch.zeros(50)}, noise)

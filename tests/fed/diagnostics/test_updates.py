@@ -26,7 +26,7 @@ def update(*change: float) -> dict[str, torch.Tensor]:
 
 
 def test_norms_cosines_and_shares():
-    recorder = UpdateRecorder()
+    recorder = UpdateRecorder(range(5, 9))
     changes = np.array([[3.0, 0.0, 4.0], [-6.0, 0.0, -8.0], [0.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
     for client, (change, noise) in enumerate(zip(changes, (4.0, None, 2.0, 1.0), strict=True)):
         recorder.add(client + 5, update(*change), START, noise)
@@ -40,7 +40,7 @@ def test_norms_cosines_and_shares():
 
 
 def test_what_cannot_be_compared_is_null():
-    recorder = UpdateRecorder()
+    recorder = UpdateRecorder(range(4))
     recorder.add(0, update(1, 0, 0), START, 1.0)
     recorder.add(1, update(0, 0, 0), START, 1.0)
     other = {"a": torch.ones(3, 2), "b": START["b"]}
@@ -57,14 +57,14 @@ def test_what_cannot_be_compared_is_null():
 def test_differences_are_taken_in_float64():
     # 1e-3 beside 1e4 is lost in float32.
     start = {"a": torch.full((2,), 1e4, dtype=torch.float64)}
-    recorder = UpdateRecorder()
+    recorder = UpdateRecorder([0])
     recorder.add(0, {"a": start["a"] + 1e-5}, start, None)
     assert recorder.summary()["norms"] == pytest.approx([1e-5 * math.sqrt(2)], rel=1e-6)
 
 
 def test_no_more_updates_than_32_are_kept():
-    recorder = UpdateRecorder()
-    for client in range(40):
+    recorder = UpdateRecorder(range(40))
+    for client in reversed(range(40)):
         recorder.add(client, update(client, 1, 1), START, None)
     summary = recorder.summary()
     assert summary["clients"] == list(range(32)) and summary["left_out"] == 8
@@ -73,22 +73,22 @@ def test_no_more_updates_than_32_are_kept():
 
 def test_no_more_bytes_than_the_limit_are_kept(monkeypatch):
     monkeypatch.setattr(updates, "MOST_BYTES", 2 * 12)
-    recorder = UpdateRecorder()
-    for client in range(4):
+    recorder = UpdateRecorder(range(4))
+    for client in (3, 1, 2, 0):
         recorder.add(client, update(1, 2, 3), START, None)
     assert recorder.summary()["clients"] == [0, 1] and recorder.summary()["left_out"] == 2
     assert sum(tensor.nbytes for tensor in recorder._changes) == 24
 
 
 def test_nothing_was_added():
-    assert UpdateRecorder().summary() == {
+    assert UpdateRecorder([3]).summary() == {
         "clients": [], "norms": [], "cosine": [], "noise_share": [], "left_out": 0}
 
 
 @pytest.mark.parametrize("wrong", [{}, {"c": torch.ones(1)}, {"a": torch.ones(2, 2)}])
 def test_an_update_that_does_not_fit_is_refused(wrong):
     with pytest.raises(ValueError, match="client 7 does not fit"):
-        UpdateRecorder().add(7, wrong, START, None)
+        UpdateRecorder([7]).add(7, wrong, START, None)
 
 
 @pytest.mark.parametrize("low_pass", [
@@ -192,3 +192,17 @@ def test_adamw_matters_not_to_noise_on_whole_updates():
         norms.append(expected_noise_norm(job.trainer, task, 719, 2.0))
     numbers = sum(tensor.numel() for tensor in task.state.values())
     assert norms == pytest.approx([2.0 * 0.5 * math.sqrt(numbers)] * 2)
+
+
+def test_nothing_tells_in_which_order_they_came():
+    """It is that of how long they took, and so of how large their batches were."""
+    changes = {7: (3.0, 0.0, 4.0), 2: (-6.0, 0.0, -8.0), 5: (0.0, 2.0, 0.0), 9: (1.0, 1.0, 0.0)}
+    found = []
+    for order in ((7, 2, 5, 9), (2, 9, 5, 7), (9, 7, 5, 2)):
+        recorder = UpdateRecorder(sorted(changes))
+        for client in order:
+            recorder.add(client, update(*changes[client]), START, float(client))
+        found.append(recorder.summary())
+    assert found[0]["clients"] == [2, 5, 7, 9] and found[0]["norms"] == pytest.approx([10, 2, 5, math.sqrt(2)])
+    assert found[0]["cosine"][0] == pytest.approx([1, 0, -1, -6 / 10 / math.sqrt(2)])
+    assert found[0] == found[1] == found[2]

@@ -1,0 +1,33 @@
+"""Data sets that hold one example twice."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
+
+from lora_dp import PrivacyEngine
+from lora_dp.repeats import first_repeated
+from tests.models import assert_refuses, mlp
+
+A, B = TensorDataset(torch.zeros(5)), TensorDataset(torch.zeros(3))
+
+
+@pytest.mark.parametrize(("dataset", "first"), [
+    (A, None), (Subset(A, [0, 4, 2]), None), (Subset(A, range(5)), None), (ConcatDataset([A, B]), None),
+    (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 3])]), None), (random_split(A, [2, 3])[0], None),
+    (Subset(A, torch.tensor([3, 1])), None), (Subset(A, []), None),
+    (Subset(A, [0, 4, 0]), 2), (Subset(A, [4, -1]), 1), (ConcatDataset([A, B, A]), 8), (ConcatDataset([A, B, B]), 8),
+    (Subset(Subset(A, [1, 1, 2]), [0, 2]), None), (Subset(Subset(A, [1, 1, 2]), [0, 2, 1]), 2),
+    (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 1])]), 3), (Subset(ConcatDataset([A, B, A]), [0, 5, 8]), 2)])
+def test_the_first_that_has_come_before_is_found(dataset: Dataset[Any], first: int | None) -> None:
+    assert first_repeated(dataset) == first
+
+
+@pytest.mark.parametrize("dataset", [Subset(A, [0, 1, 1]), ConcatDataset([A, A])])
+def test_an_example_that_would_count_twice_is_refused(dataset: Dataset[Any]) -> None:
+    model = mlp()
+    assert_refuses(
+        ValueError, "holds an example twice (index ", lambda: PrivacyEngine("rdp").make_private(
+            model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+            data_loader=DataLoader(dataset, batch_size=2), noise_multiplier=1.0, max_grad_norm=1.0))
