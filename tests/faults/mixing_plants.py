@@ -11,14 +11,19 @@ from torch import Tensor
 import lora_dp.chain
 import lora_dp.engine
 import lora_dp.fed.client
+import lora_dp.fed.data
 import lora_dp.isolation
 import lora_dp.loss_watch
 import lora_dp.mechanism
+import lora_dp.model_parts
+import lora_dp.optimizer
 import lora_dp.passes
 import lora_dp.secret_state
 import lora_dp.unwritten
+from lora_dp.auditing import PlantedCanaries
 from lora_dp.fed.engines.flower_policy import Policy
 from lora_dp.fed.one_shape import Ops
+from lora_dp.kept_buffers import KeptBuffers
 from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.optimizer import Clipped, PrivateOptimizer
@@ -212,3 +217,32 @@ def servers_obeyed(planting: Planting) -> None:
 
 def damaged_lines_read(planting: Planting) -> None:
     planting.replace(lora_dp.chain, "link", lambda _: lambda before, entry: "0" * 64)
+
+
+def refusals_forgotten(planting: Planting) -> None:
+    planting.replace(PrivateOptimizer, "_check_lost", _nothing)
+
+
+def buffers_of_rare_batches_taken(planting: Planting) -> None:
+    planting.replace(KeptBuffers, "unknown", lambda _: lambda self: False)
+
+
+def pairs_with_all_others_taken(planting: Planting) -> None:
+    planting.replace(LossWatch, "_check_paired", _nothing)
+
+
+def settings_not_looked_at(planting: Planting) -> None:
+    planting.replace(lora_dp.model_parts, "_state", _nothing)
+
+
+def generators_left_as_a_pass_left_them(planting: Planting) -> None:
+    planting.replace(lora_dp.optimizer, "end_pass", _nothing)
+
+
+def splits_told_by_any_word(planting: Planting) -> None:
+    planting.replace(lora_dp.fed.data, "split_files", _nothing)
+    planting.replace(lora_dp.fed.data, "check_apart", _nothing)
+
+
+def canaries_may_miss_steps(planting: Planting) -> None:
+    planting.replace(PlantedCanaries, "steps_taken", lambda _: lambda self: self.steps)
