@@ -214,7 +214,7 @@ class _Room(NamedTuple):
     used: Tensor
 
 
-def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
+def _rooms(tree: Any, n: int, by_runs: bool | Literal["whole numbers"]) -> Iterator[_Room]:
     """By masks, by labels that are ignored, and by runs of one value at the start or end of any dimension.
 
     Each by itself: a mask of ones says nothing against the zeros that end the rows beside it.
@@ -230,7 +230,8 @@ def _rooms(tree: Any, n: int, by_runs: bool) -> Iterator[_Room]:
             continue
         if leaf.dim() == 2 and "label" in name and not leaf.is_floating_point():
             yield _Room(name, 1, leaf.shape[1], leaf != IGNORED)
-        for place in range(1, leaf.dim()) if by_runs and ("mask" in name or not told) else ():
+        runs = by_runs is True or (by_runs and not leaf.is_floating_point())
+        for place in range(1, leaf.dim()) if runs and ("mask" in name or not told) else ():
             if (found := _without_runs(leaf, place)) is not None:
                 yield _Room(name, place, leaf.shape[place], found)
 
@@ -301,14 +302,16 @@ class Narrowed(NamedTuple):
 _BLOCKS = (1, 2, 8, 16, 64)
 
 
-def narrowed(tree: Any, n: int, *, by_runs: bool = True, least: bool = False) -> Iterator[list[Narrowed]]:
+def narrowed(
+    tree: Any, n: int, *, by_runs: bool | Literal["whole numbers"] = True, least: bool = False
+) -> Iterator[list[Narrowed]]:
     """For each piece of evidence and each end: the call for some examples with less padding, in lengths to try in turn
     until the model takes one; what else has that width is cut in one way after the other.
 
     Args:
         tree, n: the batch, of at least two examples.
         by_runs: whether a run of one value is evidence, too: only where batches are known to differ in size, since
-            images have borders.
+            images have borders; in tensors of whole numbers, or in any.
         least: whether to end with one token less, which models take that need some.
     """
     for name, place, size, used in _rooms(tree, n, by_runs):

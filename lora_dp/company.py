@@ -3,6 +3,7 @@ other numbers among the arguments; part of :mod:`lora_dp.isolation`, where they 
 """
 
 import random
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (
 _OWN_TABLES = "have its forward make what has to fit the batch (a causal mask, positions) rather than be given it"
 _UNTRIED_PADDING = (
     "Batches are padded to different widths, but the model takes none of the same examples with less padding, so that "
-    "it cannot be tried whether the longest example changes the others: pad every batch to one fixed size, or "
+    "it cannot be tried whether the longest example changes the others: pad every batch to one public width, or "
     f"{_OWN_TABLES}.")
 UNTRIED_NUMBER = (
     "Batches hold different numbers of examples, but the model does not take every example of this one twice: it "
@@ -139,8 +140,12 @@ def check_buffers(base: Trace, other: Trace) -> None:
                 "off (track_running_stats=False, say) or keep that module in eval().")
 
 
-def check_written(trials: Trials, call: Any, n: int) -> None:
+def check_written(trials: Trials, call: Any, n: int, *, ragged: bool) -> None:
     """Refuse where buffers change with the examples of this batch: each half of them is put in the other's place.
+
+    Args:
+        trials, call, n: as above.
+        ragged: whether the model need not take what its buffers hold now, which is no value of its own.
 
     Raises:
         IsolationError: naming the buffer.
@@ -149,9 +154,11 @@ def check_written(trials: Trials, call: Any, n: int) -> None:
     others = [batch_parts.changed(call, n)] if n == 1 else [
         batch_parts.take(call, [*(half + row % (n - half) for row in range(half)), *range(half, n)], n),
         batch_parts.take(call, [*range(half), *(row % half for row in range(n - half))], n)]
-    base = trials.run(call)
+    if (base := attempt(trials, call, ragged=ragged)) is None:
+        return
+    ragged |= bool(batch_parts.of_whole_batch(call, n))
     for other in others:
-        if (found := attempt(trials, other, ragged=bool(batch_parts.of_whole_batch(call, n)))) is not None:
+        if (found := attempt(trials, other, ragged=ragged)) is not None:
             check_buffers(base, found)
 
 
@@ -180,6 +187,23 @@ def check_padding(
     if untried - tried:
         raise IsolationError(_UNTRIED_PADDING)
     return bool(tried)
+
+
+def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int) -> None:
+    """Warn where all batches have one width so far, and the model looks at padding: nobody can tell whether that width
+    is a public number or the longest example of the data, which would then move all others."""
+    for lengths in batch_parts.narrowed(call, n, by_runs="whole numbers", least=True):
+        for narrow in lengths:
+            if (other := attempt(trials, narrow.call, ragged=True, still=steady.still)) is not None:
+                try:
+                    _compare_narrowed(steady, other, narrow, n, "sum", frozenset())
+                except IsolationError:
+                    warnings.warn(
+                        f"The model looks at padding, and all batches are {narrow.tokens} wide: let that be a public "
+                        "number, as by padding='max_length', and never the longest of your data, by which one example "
+                        "would move all others.", stacklevel=2)
+                    return
+                break
 
 
 def _compare_narrowed(
@@ -229,8 +253,8 @@ def _compare_padded(
         if differ(left[row][own[row]], right[row][own[row]], masked=masked):
             raise IsolationError(
                 f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
-                f"example ({tokens} or {columns} long): pad every batch to one fixed size, or use a model that passes "
-                "over padding (by its attention mask, in pooling too).")
+                f"example ({tokens} or {columns} long): pad every batch to one public width, or use a model that "
+                "passes over padding (by its attention mask, in pooling too).")
 
 
 def check_numbers(

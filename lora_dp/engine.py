@@ -25,7 +25,7 @@ from lora_dp.isolation import check_isolation
 from lora_dp.layers import DPLoRALinear
 from lora_dp.loss_graph import LossReduction
 from lora_dp.mechanism import Mechanism
-from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.optimizer import PrivateOptimizer, keep_out_of_graphs
 from lora_dp.phases import PhasesName
 from lora_dp.randomness import SecureSource, SeededSource
 from lora_dp.recording import NormMethod, Recorder
@@ -201,6 +201,7 @@ class PrivacyEngine:
         # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
         from lora_dp.passes import is_watched, watch
 
+        keep_out_of_graphs()
         present = recorder_of(model)
         if present is not None and not is_watched(model):
             raise ValueError(

@@ -39,6 +39,7 @@ from lora_dp.company import (
     check_numbers,
     check_padding,
     check_whole,
+    warn_of_width,
 )
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
@@ -67,7 +68,7 @@ def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
     padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, draws: int = 1,
-    number_varies: bool = True, copies: bool = False, seen: Seen | None = None,
+    number_varies: bool = True, copies: bool = False, seen: Seen | None = None, one_width: bool = False,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -89,6 +90,7 @@ def check_isolation(
         copies: whether all are copies of the only example of a batch, which meets nobody: what buffers take up of it
             is tried, padding and numbers.
         seen: what the sizes of earlier batches tell of the arguments.
+        one_width: whether to warn of a model that looks at padding, where all batches have one width so far.
 
     Raises:
         IsolationError: naming the module, the loss or the argument by which examples meet.
@@ -99,7 +101,7 @@ def check_isolation(
     call: Any = as_tensors((*batch_parts.named(positional, (args, kwargs)), targets), n)
     seen = seen or Sizes().look(call, n)
     options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,
-               seen)
+               seen, one_width)
     if seen.tables:
         try:
             return _check(model, set_apart(call, seen.tables), *options)
@@ -113,7 +115,7 @@ def check_isolation(
 def _check(
     model: nn.Module, call: Any, positional: tuple[str, ...], n: int, criterion: LossFunction | None,
     reduction: LossReduction | None, padding_varies: bool | None, other_numbers: Mapping[str, float], draws: int,
-    number_varies: bool, copies: bool, seen: Seen,
+    number_varies: bool, copies: bool, seen: Seen, one_width: bool,
 ) -> Passed:
     apart = not batch_parts.of_whole_batch(call, n)
     whole, examples = call, n
@@ -158,6 +160,8 @@ def _check(
                     check_whole(trials, whole, examples)
                 padding = padding_varies is not False and check_padding(
                     trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied)
+                if one_width:
+                    warn_of_width(trials, steady, call, n)
             if other_numbers:
                 check_numbers(trials, steady, call, n, other_numbers)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)

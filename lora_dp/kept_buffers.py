@@ -20,7 +20,10 @@ class _Mark(NamedTuple):
 
 
 def _mark(buffer: Tensor | None) -> _Mark:
-    return _Mark(None) if buffer is None else _Mark(buffer, (buffer._version, buffer.data_ptr()))
+    if buffer is None:
+        return _Mark(None)
+    # Nothing that trains can write to one that was made in torch.inference_mode.
+    return _Mark(buffer, (0 if buffer.is_inference() else buffer._version, buffer.data_ptr()))
 
 
 class KeptBuffers:
@@ -59,15 +62,15 @@ class KeptBuffers:
         return bool(new)
 
     @contextmanager
-    def put_back(self, fill: float) -> Iterator[None]:
-        """Inside, the model holds the buffers that it held as the forward began, not those put in their place; and
-        ``fill`` in those that it wrote to, whose values nobody has kept."""
+    def put_back(self, fill: float | None) -> Iterator[None]:
+        """Inside, the model holds the buffers that it held as the forward began, not those put in their place. Those
+        that it wrote to, whose values nobody has kept, hold ``fill``, or what they hold by now."""
         after = [dict(held) for _, held in self._held]
         try:
             for (_, held), before in zip(self._held, self._before, strict=False):
                 held.clear()
                 held.update({
-                    name: mark.buffer if mark.buffer is None or mark.writes == _mark(mark.buffer).writes
+                    name: mark.buffer if fill is None or mark.buffer is None or mark.writes == _mark(mark.buffer).writes
                     else torch.full_like(mark.buffer, fill) for name, mark in before.items()})
             yield
         finally:

@@ -1,5 +1,6 @@
 """The private optimizer: per-example gradients in, one noised step of any ``torch.optim`` optimizer out."""
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -255,13 +256,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         check_flag("do_skip", do_skip)
         self._skip_next = do_skip
 
-    @torch.compiler.disable(reason=_EAGER)
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
         self._recorder.forget_gradients()
         self.original_optimizer.zero_grad(set_to_none)
 
-    @torch.compiler.disable(reason=_EAGER)
     def backward(self, losses: Tensor, *, weight: float = 1.0, retain_graph: bool = False) -> None:
         """Differentiate the losses of single examples: the way that no reduction can spoil.
 
@@ -295,7 +294,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
         self._recorder.losses.after_backward()
 
-    @torch.compiler.disable(reason=_EAGER)
     def step(
         self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
     ) -> Any:
@@ -488,6 +486,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
                     gradient = self._low_pass(gradient)
                 p.parameter.grad = gradient.to(p.parameter)
         self.original_optimizer.step()
+
+
+@functools.cache
+def keep_out_of_graphs() -> None:
+    """Let no compiled function contain what an optimizer does. Importing the compiler takes a second, so that this is
+    for when it is imported anyway."""
+    for name in ("backward", "step", "zero_grad"):
+        eager = torch.compiler.disable(getattr(PrivateOptimizer, name), reason=_EAGER)
+        setattr(PrivateOptimizer, name, eager)
 
 
 def _zeros_like(parameter: nn.Parameter) -> Tensor:

@@ -101,7 +101,7 @@ class Passes:
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
             number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
-            seen=seen)
+            seen=seen, one_width=not (recorder.padding_varies or recorder.sizes_fixed or recorder.tested))
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         recorder.padding_tried |= passed.padding
         return True
@@ -168,9 +168,9 @@ class Passes:
         if found is not None and found.n:
             call: Any = (*self._named(module, args, kwargs, found.n), None)
             positional = self._names[len(args)] if len(self._names[len(args)]) == len(args) else ()
-            for fill in (0, 1):  # what is set for good shows beside one of them
+            for fill in (None, 0, 1):  # what is set for good shows beside one of the numbers
                 with recorder.buffers.put_back(fill), Trials(module, None, positional) as trials:
-                    check_written(trials, call, found.n)
+                    check_written(trials, call, found.n, ragged=fill is not None)
 
 
 def _standing(model: nn.Module) -> Hashable:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -460,3 +461,48 @@ def test_noise_whose_size_follows_the_width_of_a_batch_is_refused(follows, draw)
         model(ids, mask)
     else:
         assert_refuses(IsolationError, "changes with the padding", lambda: model(ids, mask))
+
+
+class Pools(nn.Module):
+    """A mean over tokens, or over padding too; of ids or of images."""
+
+    def __init__(self, masked: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.masked, self.words, self.head = masked, nn.Embedding(20, 8), DPLinear(8, 3)
+        self.words.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.words(ids) if ids.dtype == torch.int64 else ids
+        if self.masked:
+            used = (ids != 0).unsqueeze(2)
+            return self.head((hidden * used).sum(1) / used.sum(1))
+        return self.head(hidden.mean(1))
+
+
+def padded(width: int) -> Tensor:
+    ids = torch.randint(1, 20, (6, width))
+    for row, length in enumerate((2, 5, 3, width, 4, 2)):
+        ids[row, length:] = 0
+    return ids
+
+
+def test_a_model_that_looks_at_padding_warns_of_a_width_that_is_no_public_number():
+    """Texts that were padded once, to the longest of the data: no two batches differ in width."""
+    model = Pools(masked=False).train()
+    optimizer = make_private(model, batch_size=6)
+    with pytest.warns(UserWarning, match="looks at padding, and all batches are 9 wide: let that be a public number"):
+        model(padded(9))
+    optimizer.recorder.discard()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(padded(9))
+
+
+@pytest.mark.parametrize("batch", [padded(9), torch.randn(6, 9, 8) * (torch.arange(9) < 5).view(1, 9, 1)])
+def test_no_width_is_warned_of_where_padding_is_passed_over_or_may_be_a_border(batch):
+    model = Pools(masked=batch.dtype == torch.int64).train()
+    make_private(model, batch_size=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(batch)

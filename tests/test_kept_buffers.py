@@ -96,6 +96,41 @@ def test_what_is_the_same_whatever_the_examples_is_taken(way: str) -> None:
     assert (model.later is None) is (way == "counts")
 
 
+class Sizes(nn.Module):
+    """A buffer that it computes with, and that another value than its own would break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sizes", torch.tensor([2, 3]))
+        self.head = DPLinear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.copy_(torch.tensor([2, 3]))
+        return self.head(x.view(-1, *self.sizes.tolist()).flatten(1))
+
+
+def test_a_buffer_that_takes_no_other_value_is_tried_with_its_own() -> None:
+    model = Sizes().train()
+    optimizer = make_private(model, batch_size=8)
+    for _ in range(3):
+        model(torch.randn(8, 6))
+        optimizer.zero_grad()
+        optimizer.recorder.discard()
+    assert model.sizes.tolist() == [2, 3]
+
+
+def test_a_buffer_that_was_made_in_an_evaluation_is_taken() -> None:
+    """Under torch.inference_mode, whose tensors count no versions."""
+    model = Keeps("by width").train()
+    optimizer = make_private(model, batch_size=8)
+    with torch.inference_mode():
+        model.eval()(*batch(8))
+    assert model.train().later.is_inference()
+    model.way = "none"
+    for _ in range(2):
+        train(model, optimizer, *batch(8))
+
+
 def test_a_trial_leaves_the_buffers_as_the_forward_left_them() -> None:
     model = Keeps("counts")
     model.register_buffer("steps", torch.tensor(0.0))

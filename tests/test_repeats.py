@@ -31,3 +31,22 @@ def test_an_example_that_would_count_twice_is_refused(dataset: Dataset[Any]) -> 
         ValueError, "holds an example twice (index ", lambda: PrivacyEngine("rdp").make_private(
             model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
             data_loader=DataLoader(dataset, batch_size=2), noise_multiplier=1.0, max_grad_norm=1.0))
+
+
+ROWS = [(torch.zeros(2), row % 2) for row in range(5)]
+
+
+@pytest.mark.parametrize(("dataset", "first"), [
+    (ROWS, None), (tuple(ROWS), None), (ROWS + ROWS[1:2], 5), ([*ROWS, *ROWS], 5), ([3, 3, 4], None),
+    (ConcatDataset([ROWS, ROWS]), 5), (Subset(ROWS + ROWS[:1], [5, 1]), None), (Subset(ROWS + ROWS[:1], [5, 0]), 1)])
+def test_a_list_that_holds_an_object_twice(dataset: Any, first: int | None) -> None:
+    assert first_repeated(dataset) == first
+
+
+def test_rows_that_are_selected_twice() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"x": list(range(6))})
+    few = rows.select([4, 5])
+    assert first_repeated(rows) is None and first_repeated(rows.shuffle(seed=0)) is None and first_repeated(few) is None
+    assert first_repeated(rows.select([0, 3, 1, 3])) == 3
+    assert first_repeated(datasets.interleave_datasets([rows, few], stopping_strategy="all_exhausted")) is not None

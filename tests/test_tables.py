@@ -271,7 +271,7 @@ def test_padding_that_varies_and_cannot_be_tried_is_refused():
         ids = texts(*lengths, width=width)["input_ids"]
         return {"input_ids": ids, "places": ["a place"] * ids.shape[1]}
 
-    with pytest.raises(IsolationError, match="takes none of the same examples with less padding.*to one fixed size"):
+    with pytest.raises(IsolationError, match="takes none of the same examples with less padding.*to one public width"):
         run(Exact(), exact(9, 4, 3, 6), exact(8, 4, 3, 6))
     run(Exact(), exact(9, 4, 3, 6), exact(8, 4, 3, 6, width=9), exact(4, 4, 3, 2, width=9))
 

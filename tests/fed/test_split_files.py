@@ -1,6 +1,7 @@
 """Which files of a folder belong to which split, whatever words are in their names."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,17 @@ def test_an_image_deeper_than_the_others_is_an_odd_one(tmp_path: Path, name: str
     (["test.csv", "dev.csv"], {"validation": ["dev.csv"], "test": ["test.csv"]}),
     (["__MACOSX/train/a.csv", ".cache/train.csv", "a.csv"], {"train": ["**"]}),
     (["README.md"], {"train": ["**"]}),
+    (["a.csv", "a.csv~"], {"train": ["a.csv"]}),
+    (["train.csv", "train.csv.bak", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
+    (["train/a.csv", "train/a.csv.orig", "train/.git/b.csv", "val/a.csv"],
+     {"train": ["train/a.csv"], "validation": ["val/**"]}),
+    (["a/[1].png", "a/[1].png.bak", "b/2.png"], {"train": ["a/[[]1].png", "b/2.png"]}),
+    (["a/1.png", "b/2.png", "Thumbs.db", "LICENSE"], {"train": ["**"]}),
 ])
 def test_splits_are_told_at_the_top(tmp_path: Path, files: list[str], expected: dict[str, list[str]]) -> None:
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("text,label\na,b\n")
+        (tmp_path / file).write_text(f"text,label\na,{file}\n")
     assert split_files(str(tmp_path)) == expected
 
 
@@ -153,6 +160,48 @@ def test_a_file_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
     for read in (open_data, open_own):
         with pytest.raises(ValueError, match=r"the file a.jsonl is in train and in test: list the files of each split"):
             read(DataConfig(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize("copy", ["data.jsonl~", "data.jsonl.bak", "data.jsonl.orig", "#data.jsonl#"])
+@pytest.mark.parametrize("within", ["", "train"])
+def test_an_editors_copy_is_no_data(tmp_path: Path, copy: str, within: str) -> None:
+    write_rows(tmp_path / within / "data.jsonl")
+    write_rows(tmp_path / within / copy)
+    config = DataConfig(dataset=str(tmp_path))
+    raw = open_data(config)
+    assert len(raw.train_labels) + len(raw.validation_labels) == len(open_own(config).train_labels) == len(ROWS)
+
+
+def test_a_copy_of_an_image_is_no_data(tmp_path: Path) -> None:
+    write_images(tmp_path, "cats", "dogs")
+    shutil.copy(tmp_path / "cats" / "img000.png", tmp_path / "cats" / "img000.png.bak")
+    config = DataConfig(dataset=str(tmp_path))
+    raw = open_data(config)
+    assert len(raw.train_labels) + len(raw.validation_labels) == len(open_own(config).train_labels) == 20
+
+
+@pytest.mark.parametrize(("first", "copy"), [
+    ("data.jsonl", "data - Copy.jsonl"), ("data.jsonl", "backup/data.jsonl"), ("train/data.jsonl", "train/old.jsonl")])
+def test_two_files_of_the_same_bytes_are_refused(tmp_path: Path, first: str, copy: str) -> None:
+    write_rows(tmp_path / first)
+    write_rows(tmp_path / copy)
+    for read in (open_data, open_own):
+        with pytest.raises(ValueError, match="holds the same as .*, so that every example would come twice: keep one"):
+            read(DataConfig(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize("packed", ["data.jsonl.gz", "data.zip", "data.csv.xz"])
+def test_a_file_beside_what_it_was_unpacked_from_is_refused(tmp_path: Path, packed: str) -> None:
+    write_rows(tmp_path / "data.jsonl")
+    (tmp_path / packed).write_bytes(b"packed")
+    with pytest.raises(ValueError, match="holds the same as"):
+        open_data(DataConfig(dataset=str(tmp_path)))
+
+
+def test_files_that_differ_are_all_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", ROWS[:10])
+    write_rows(tmp_path / "b.jsonl", ROWS[10:])
+    assert len(open_own(DataConfig(dataset=str(tmp_path))).train_labels) == 20
 
 
 def test_a_file_is_named_that_is_twice_in_one_split() -> None:
