@@ -363,7 +363,7 @@ class LossWatch:
         if self.used is not None and reaches_padding(joined, self.used, outputs):
             raise IsolationError(
                 "The losses depend on the model's outputs at padding, so on the longest example of the batch: leave "
-                "padded tokens out by the attention mask (lora_dp.losses does), or pad all batches to one public width.")
+                "padded tokens out by the attention mask (lora_dp.losses does), or pad all to one public width.")
 
 
 def _equal(now: Sequence[float], then: Sequence[float]) -> bool:
