@@ -176,6 +176,10 @@ def test_a_tensor_is_a_table_if_it_follows_a_width_or_stays():
     # What has always had an entry for each example, whatever else is as long.
     assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 4)) == set()
     assert tables((0, {"ids": (0, 9), "it": (9,)})) == set()
+    assert tables(ids(4, 9, 2), ids(5, 9, 2)) == {"it"}
+    assert tables(ids(4, 9, 1), ids(5, 9, 1)) == set()  # one row for all examples
+    # As long as a width of what is not by example, as another table is.
+    assert tables((4, {"ids": (4, 9), "it": (7, 3), "other": (8, 7)})) == set()
 
 
 def test_what_of_a_table_follows_no_width_is_remembered():
