@@ -175,6 +175,10 @@ def test_a_tensor_is_a_table_if_it_follows_a_width_or_stays():
         assert tables(ids(4, 9, 7), ids(5, 9, 6), last) == set()
     # What has always had an entry for each example, whatever else is as long.
     assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 4)) == set()
+    # Known to have no entry for each example, from the first time on.
+    assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 9), ids(4, 4, 4)) == {"it"}
+    assert tables(ids(4, 9, 7), ids(5, 9, 7), ids(4, 9, 7)) == {"it"}
+    assert tables(ids(7, 9, 7), ids(5, 9, 7), ids(8, 9, 7), ids(6, 9, 6), ids(5, 9, 7)) == set()
     assert tables((0, {"ids": (0, 9), "it": (9,)})) == set()
     assert tables(ids(4, 9, 2), ids(5, 9, 2)) == {"it"}
     assert tables(ids(4, 9, 1), ids(5, 9, 1)) == set()  # one row for all examples
