@@ -311,6 +311,27 @@ def test_one_token_less_is_tried_where_a_model_needs_some():
         run(Short(), *[{"input_ids": texts(*lengths)["input_ids"]} for lengths in ((7, 3, 2, 7), (6, 3, 2, 3))])
 
 
+class Blocks(Exact):
+    """Takes texts in blocks of four words."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor,  # type: ignore[override]
+                labels: Tensor) -> Tensor:
+        if input_ids.shape[1] % 4:
+            raise ValueError("no whole block")
+        used = attention_mask.unsqueeze(2)
+        return self.head((self.inner(self.words(input_ids)).tanh() * used).sum(1) / used.sum(1))
+
+
+def test_padding_that_one_tensor_shows_need_not_be_tried_by_another():
+    """By the mask a block can be left out, by labels of all but two words none."""
+    def blocks(width: int) -> dict[str, Tensor]:
+        labels = torch.zeros(4, width, dtype=torch.long)
+        labels[:, width - 2:] = -100
+        return {**texts(width, 3, 2, width), "labels": labels}
+
+    run(Blocks(), blocks(16), blocks(12))
+
+
 class Counted(nn.Module):
     """Rows of all examples and how many each has, in an object that nothing takes apart."""
 
