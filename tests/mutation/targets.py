@@ -80,6 +80,12 @@ TARGETS: dict[str, Target] = {
     "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", "tests/test_tables.py", *_TRIALS)),
     "lora_dp/sizes.py": Target(("tests/test_tables.py", "tests/test_batch_trials.py")),
     "lora_dp/tables.py": Target(("tests/test_tables.py", "tests/test_batch_parts.py")),
+    "lora_dp/still.py": Target(("tests/test_drawing_ops.py", "tests/test_batch_trials.py")),
+    "lora_dp/bypassed.py": Target(("tests/test_bypassed.py",)),
+    "lora_dp/coverage.py": Target((
+        "tests/test_coverage.py", "tests/test_frozen_later.py", "tests/test_stray_values.py",
+        "tests/test_setup_refusals.py", "tests/test_beside.py", "tests/test_unwritten.py",
+        "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py")),
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
