@@ -203,9 +203,11 @@ def test_a_table_is_left_as_it_is_where_examples_are_taken():
     tree = {"x": torch.rand(4, 3), "table": torch.rand(4, 3)}
     apart = set_apart(tree, {"['table']": frozenset()})
     assert isinstance(apart["table"], Table) and set_apart(tree, {}) is tree
-    for changed in (take(apart, [0], 4), doubled(apart)):
+    for changed in (take(apart, [0], 4), doubled(apart, 4)):
         assert put_back(changed)["table"] is tree["table"] and len(changed["x"]) != 4
     assert structure(apart, 4) != structure(tree, 4)
+    for other in (torch.rand(4, 3).double(), torch.rand(9, 3)):
+        assert structure(apart, 4) != structure(set_apart({**tree, "table": other}, {"['table']": frozenset()}), 4)
     longer = {"x": torch.rand(9, 3), "table": torch.rand(5, 3)}
     assert structure(apart, 4) == structure(set_apart(longer, {"['table']": frozenset()}), 9)
 
@@ -234,11 +236,12 @@ def test_tables_are_cut_with_the_examples():
 
 def test_groups_of_rows_go_on_where_they_ended():
     tree = {"rows": torch.rand(7, 2), "ends": torch.tensor([0, 3, 3, 7]), "of": torch.tensor([0, 0, 0, -1, 2, 2, 2]),
-            "x": torch.arange(3), "other": torch.tensor([0, 3, 3, 6])}
+            "x": torch.arange(3), "other": torch.tensor([0, 3, 3, 6]), "labels": torch.tensor([-2, 0, 1, 2, 2])}
     found = doubled(tree, 3)
     assert found["ends"].tolist() == [0, 3, 3, 7, 10, 10, 14] and found["x"].tolist() == [0, 1, 2, 0, 1, 2]
     assert found["of"].tolist() == [0, 0, 0, -1, 2, 2, 2, 3, 3, 3, -1, 5, 5, 5]
     assert found["other"].tolist() == [0, 3, 3, 6] * 2 and found["rows"].shape == (14, 2)
+    assert found["labels"].tolist() == [-2, 0, 1, 2, 2] * 2
 
 
 # Rows that look like a table
