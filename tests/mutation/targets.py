@@ -89,7 +89,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
-        "tests/test_beside.py", *_LOSSES, "tests/test_reentrant.py", "tests/test_compile.py")),
+        "tests/test_beside.py", "tests/test_loss_watch.py", "tests/test_unwritten.py", *_LOSSES[1:],
+        "tests/test_reentrant.py", "tests/test_compile.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
         "tests/test_passes.py", "tests/test_beside.py", "tests/test_company.py", "tests/test_unwritten.py",
