@@ -184,4 +184,5 @@ SETTLED = (
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
     "lora_dp/loss_graph.py", "lora_dp/sampling.py", "lora_dp/sizes.py", "lora_dp/tables.py", "lora_dp/batch_parts.py",
     "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py",
-    "lora_dp/trials.py", "lora_dp/isolation.py", "lora_dp/collation.py")
+    "lora_dp/trials.py", "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py",
+    "lora_dp/bypassed.py")
