@@ -85,7 +85,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/coverage.py": Target((
         "tests/test_coverage.py", "tests/test_frozen_later.py", "tests/test_stray_values.py",
         "tests/test_setup_refusals.py", "tests/test_beside.py", "tests/test_unwritten.py",
-        "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py")),
+        "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
+        "tests/test_arguments.py")),
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
