@@ -155,7 +155,7 @@ def extremes(tree: Any, n: int) -> set[int]:
     return found
 
 
-def doubled(tree: Any, n: int = 0) -> Any:
+def doubled(tree: Any, n: int) -> Any:
     """Every example twice: what can be done to a batch that cannot be taken apart. Of ``n`` examples, the offsets of
     groups of rows, and the groups to which rows belong, go on where they ended."""
     rows = {len(leaf) for leaf in of_whole_batch(tree, n)}
@@ -163,7 +163,7 @@ def doubled(tree: Any, n: int = 0) -> Any:
     def twice(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == 1:
             return leaf
-        if n and not is_by_example(leaf, n) and _is_index(leaf):
+        if not is_by_example(leaf, n) and _is_index(leaf):
             if len(leaf) == n + 1 and leaf[0] == 0 and bool((leaf.diff() >= 0).all()) and int(leaf[-1]) in rows:
                 return torch.cat([leaf, leaf[1:] + leaf[-1]])
             if int(leaf.min()) >= -1 and int(leaf.max()) == n - 1:

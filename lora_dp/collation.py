@@ -90,7 +90,7 @@ def _check_shared(dataset: Any, collate: Callable[[Any], Any], indices: Sequence
     """What belongs to no example is compared where one of few examples is another and all shapes stay: what follows
     from the number of examples or from widths is then the same."""
     n, seed = len(indices), secrets.randbits(31)
-    m = min(_MOST, max(n - 1, 2))
+    m = min(_MOST, n)
     unusual = _unusual(batch, n)
     places = sorted(random.SystemRandom().sample(range(n), n), key=lambda place: place in unusual)
     some, others = [indices[place] for place in places[:m]], [indices[place] for place in places[m:][::-1]]

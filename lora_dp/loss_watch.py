@@ -100,7 +100,7 @@ class LossWatch:
         self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
 
     def begin(
-        self, n: int, tested: bool, leaves: Callable[[], set[int]] = set, *, looks: bool, per_example: bool = True,
+        self, n: int, tested: bool, leaves: Callable[[], set[int]], *, looks: bool, per_example: bool
     ) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
         whether gradients may be read (not while a graph is captured), ``per_example`` whether examples must be kept

@@ -34,7 +34,9 @@ class Sizes:
 
     def __init__(self) -> None:
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._firsts: dict[str, set[tuple[int, int]]] = {}
+        self._firsts: dict[str, set[int]] = {}
+        self._beside: dict[str, set[int]] = {}
+        self._apart: set[str] = set()
         self._free: dict[str, set[int]] = {}
         self._rows: set[str] = set()
         self._varied: set[tuple[str, int]] = set()
@@ -61,14 +63,15 @@ class Sizes:
         first = shape[0]
         if first == 1:  # for all examples, or of the only one
             return False
-        seen = self._firsts.setdefault(name, set())
-        firsts, apart = {size for size, _ in seen}, any(size != number for size, number in seen)
-        stays = firsts == {first} and any(number != n for _, number in seen)
+        firsts, numbers = self._firsts.setdefault(name, set()), self._beside.setdefault(name, set())
+        if first != n:
+            self._apart.add(name)
+        stays = firsts == {first} and bool(numbers - {n})
         if first not in {n} | widths and firsts - {first}:
             self._rows.add(name)
-        if len(seen) < 3 or first not in firsts:  # a few tell it, however many batches there are
-            seen.add((first, n))
-        return name not in self._rows and (apart or first != n) and (stays or first in widths)
+        firsts.add(first)
+        numbers.add(n)
+        return name not in self._rows and name in self._apart and (stays or first in widths)
 
     def _compare(self, name: str, shape: tuple[int, ...]) -> None:
         before = self._shapes.setdefault(name, shape)

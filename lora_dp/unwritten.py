@@ -64,7 +64,7 @@ class Versions:
         self._buffers = [] if model is None else [
             (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
         self._before: tuple[list[Any], list[int], list[int]] = [], [], []
-        self._written: list[int] | None = None
+        self._written: list[int] = []
 
     def _now(self) -> tuple[list[Any], list[int], list[int]]:
         found = [held.get(name) for _, held, name in self._parameters]
@@ -73,7 +73,7 @@ class Versions:
 
     def begin(self) -> None:
         """A forward begins."""
-        self._before, self._written = self._now(), None
+        self._before = self._now()
 
     def check(self) -> None:
         """It has ended.
@@ -93,13 +93,11 @@ class Versions:
         self._written = [buffer._version for _, buffer in self._buffers]
 
     def check_backward(self) -> None:
-        """A backward has ended.
+        """A backward through that forward has ended.
 
         Raises:
             IsolationError: it has written to a parameter or a buffer, by a hook.
         """
-        if self._written is None:
-            return  # of no forward that was looked at
         names = [name for (name, buffer), mark in zip(self._buffers, self._written, strict=True)
                  if buffer._version != mark]
         if names:

@@ -162,7 +162,7 @@ def test_some_examples_of_a_call():
 def test_every_example_twice():
     tree = {"x": torch.arange(N), "flat": torch.arange(6).view(3, 2), "row": torch.ones(1, 3), "number": torch.ones(()),
             "pair": torch.arange(2), "flag": True}
-    found = doubled(tree)
+    found = doubled(tree, N)
     assert found["x"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and found["flat"].shape == (6, 2)
     assert found["pair"].tolist() == [0, 1, 0, 1]
     assert all(found[name] is tree[name] for name in ("row", "number", "flag"))

@@ -122,6 +122,31 @@ def test_what_runs_on_a_table_of_positions_is_left_out_and_the_rest_trains(build
     optimizer.step()
 
 
+def module_of(origin: str, kind: str, child: str, **attributes: Any) -> nn.Module:
+    """A class of that name, from that package, with a child of that name beside another."""
+    made: nn.Module = type(kind, (nn.Module,), {"__module__": origin})()
+    for name in (child, "beside"):
+        setattr(made, name, nn.Linear(4, 4))
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(("origin", "kind", "child", "attributes", "left_alone"), [
+    ("timm.models.old", "Attention", "qkv", {"q_bias": 1.0}, True),
+    ("timm.models.old", "Attention", "qkv", {"q_bias": 1.0, "qkv_bias_separate": True}, False),
+    ("own.models", "Attention", "qkv", {"q_bias": 1.0}, False),
+    ("transformers.models", "WavLMAttention", "q_proj", {}, True),
+    ("own.models", "WavLMAttention", "q_proj", {}, False),
+    ("transformers.models", "Attention", "key_proj", {"share_att_key": True, "relative_attention": True}, True),
+    ("own.models", "Attention", "key_proj", {"share_att_key": True, "relative_attention": True}, False),
+    ("transformers.models", "Attention", "key_proj", {"share_att_key": True}, False),
+    ("transformers.models", "Attention", "key_proj", {"relative_attention": True}, False)])
+def test_what_is_known_of_a_packages_modules_is_not_said_of_others(origin, kind, child, attributes, left_alone):
+    model = nn.ModuleList([module_of(origin, kind, child, **attributes)])
+    assert adapted(inject_lora(model, LoRAConfig(r=2))) == {"beside"} | (set() if left_alone else {child})
+
+
 def test_one_that_some_kernels_bypass_may_be_named():
     assert adapted(inject_lora(mamba(), LoRAConfig(r=2, target_modules=["out_proj", "x_proj"]))) == {
         "out_proj", "x_proj"}

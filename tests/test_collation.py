@@ -1,7 +1,7 @@
 """Collate functions: what joins the examples of a batch is refused, what stacks and pads them is taken."""
 
+import itertools
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -144,6 +144,9 @@ def labelled(n: int = 24, rare: int = 17) -> list[tuple[Tensor, int]]:
     return [(x, int(i == rare)) for i, x in enumerate(examples(n)[0])]
 
 
+CLOCK = itertools.count()
+
+
 SHARED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "the mean": lambda x, y: x.mean(0), "the mean of halves": lambda x, y: x.half().mean(0),
     "as a row": lambda x, y: x.var(0, correction=0, keepdim=True), "one number": lambda x, y: x.abs().mean(),
@@ -152,7 +155,8 @@ SHARED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "a kernel": lambda x, y: x.t() @ x, "as many as a trial has": lambda x, y: x.mean(0)[:4],
     "of each class": lambda x, y: 1 / torch.bincount(y, minlength=3).clamp(min=1).float(),
     "missing at times": lambda x, y: torch.where(x.mean(0) > 0, x.mean(0), torch.nan),
-    "with a number that changes": lambda x, y: [x.mean(0), time.perf_counter()]}
+    "beyond float32": lambda x, y: 1e100 * float(x.abs().mean()),
+    "with a number that changes": lambda x, y: [x.mean(0), float(next(CLOCK))]}
 
 
 def beside(statistic: Callable[[Tensor, Tensor], Any]) -> Collate:
@@ -171,7 +175,7 @@ def test_a_statistic_beside_the_rows_is_refused(name, n):
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("of", [
-    lambda x, y: torch.rand(6), lambda x, y: float(np.random.rand()), lambda x, y: time.perf_counter(),
+    lambda x, y: torch.rand(6), lambda x, y: float(np.random.rand()), lambda x, y: float(next(CLOCK)),
     lambda x, y: torch.linspace(0, 1, x.shape[1]), lambda x, y: torch.ones(6, 6).triu() * -1e4, lambda x, y: 1 / len(x),
     lambda x, y: x.reshape(-1), lambda x, y: x.reshape(-1, 3), lambda x, y: x.t(), lambda x, y: len(x) / 4])
 def test_what_does_not_follow_the_others_may_come_beside_the_rows(of, n):
@@ -220,10 +224,26 @@ def test_lists_with_an_entry_for_each_example_may_come_beside_the_rows(collate, 
 
 
 def test_one_of_a_rare_class_is_among_those_that_are_tried():
-    """Weights of classes change with hardly any other example."""
-    for rare in (0, 11, 39):
+    """Weights of classes change with hardly any other example; others are unusual otherwise."""
+    def weighed(items: list[Any]) -> Any:
+        found = beside(SHARED["of each class"])(items)
+        return {**found, "first": found["x"][:, 0], "second": found["x"][:, 1]}
+
+    for rare in range(0, 40, 3):
         with pytest.raises(IsolationError, match="which has no entry for each example"):
-            check(labelled(40, rare), beside(SHARED["of each class"]), 40)  # type: ignore[arg-type]
+            check(labelled(40, rare), weighed, 40)  # type: ignore[arg-type]
+
+
+def test_one_longer_text_is_among_those_that_are_tried():
+    """A sum in the mask's own type would be rounded to 256 tokens."""
+    def counted(items: list[Tensor]) -> dict[str, Any]:
+        mask = torch.stack(items)
+        return {"mask": mask, "it": 1 / (1 + int((mask[:, 256] > 0).sum()))}
+
+    for rare in range(1, 40, 4):
+        masks = [(torch.arange(260) < (257 if i == rare else 256)).bfloat16() for i in range(40)]
+        with pytest.raises(IsolationError, match="which has no entry for each example"):
+            check(masks, counted, 40)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("share", "refused"), [(1e-4, True), (1e-7, False)])

@@ -101,6 +101,13 @@ def test_gradients_behind_a_frozen_batch_norm_are_those_of_each_example_alone():
             torch.testing.assert_close(released[name], parameter.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_that_is_evaluated_is_made_private_as_one_that_trains():
+    """What else is frozen and in evaluation is no BatchNorm."""
+    model = nn.Sequential(nn.Linear(6, 6).requires_grad_(False), nn.Dropout(), FrozenBody()).eval()
+    recorder = make_private(model, batch_size=5).recorder
+    assert [name for name, _ in recorder.frozen_norms] == ["2.norm"]
+
+
 @pytest.mark.parametrize("thaw", [
     lambda model: model.train(), lambda model: model.norm.requires_grad_(True),
     lambda model: setattr(model.norm, "running_mean", None)])
@@ -137,7 +144,7 @@ def test_optimizer_may_hold_frozen_but_no_uncovered_parameters():
 
 
 @pytest.mark.parametrize(("args", "kwargs", "n"), [
-    ((torch.zeros(5, 2),), {}, 5),
+    ((torch.zeros(5, 2),), {}, 5), ((torch.zeros(5),), {}, 5),
     (({"x": torch.zeros(4, 2)}, torch.zeros(7)), {}, 4),
     ((), {"x": torch.zeros(3, 2)}, 3),
     ((), {"labels": torch.zeros(9), "input_ids": torch.zeros(2, 4)}, 2),

@@ -324,6 +324,12 @@ def test_real_models_pass_with_dropout_and_stay_undisturbed(build):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_no_hooks_are_left_where_all_examples_of_a_larger_batch_were_tried():
+    model = mlp().train()
+    passes(model, examples(8)[0])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_hides_nothing(reentrant):
     torch.manual_seed(0)

@@ -763,3 +763,21 @@ def test_a_dimension_that_is_as_large_as_one_batch_by_chance_is_taken():
         optimizer.backward((model(torch.randn(n, 6)) - torch.linspace(0, 1, N)).square().sum(1))
         optimizer.step()
     assert optimizer.ledger.steps == 3
+
+
+@pytest.mark.parametrize("by_example", [False, True])
+def test_where_a_whole_client_is_protected_losses_may_join_its_examples(by_example):
+    """Its change is clipped as one: the step is that of the mean, whatever the examples do to each other."""
+    def centred(model: nn.Module) -> Tensor:
+        out = model(x)
+        return F.cross_entropy(out - out.mean(0), y, reduction="none" if by_example else "mean")
+
+    model, plain, (x, y) = mlp(), mlp(), examples(N)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=100.0)
+    optimizer.recorder.per_example = False
+    optimizer.expect_batch(N)
+    loss = centred(model)
+    optimizer.backward(loss) if by_example else loss.backward()
+    optimizer.step()
+    centred(plain).mean().backward()
+    assert_close(flat(private_gradients(model)), flat(private_gradients(plain)))

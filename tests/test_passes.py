@@ -56,6 +56,14 @@ def test_several_examples_can_meet_and_one_cannot(trials, several):
     assert trials == [2, several]
 
 
+def test_the_next_engine_tries_anew(trials):
+    """In between the model may have become another, in what nothing tells."""
+    model = Centred(mixes=False).train()
+    for _ in range(2):
+        forward(model, make_private(model, batch_size=4), 4)
+    assert trials == [4, 4]
+
+
 def test_from_four_examples_on_a_batch_is_of_another_kind(trials):
     """It is tried in halves too."""
     model = Centred(mixes=False).train()

@@ -493,3 +493,29 @@ def test_what_earlier_losses_were_like_is_forgotten_with_their_batches():
     recorder.discard()
     recorder.forget_batches()
     backward(0.5)
+
+
+class Packed(nn.Module):
+    """Gives its layer rows that are not as many of each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = DPLinear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.cat([x, x[:3]])).tanh().mean()
+
+
+def test_where_a_whole_client_is_protected_a_batch_is_one_gradient():
+    model, plain, x = Packed().train(), Packed(), torch.randn(4, 3)
+    recorder = make_private(model, batch_size=4).recorder
+    recorder.per_example = False
+    model(x).backward()
+    plain(x).backward()
+    slots = {slot.name: slot for slot in recorder.take().slots.values()}
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None and slots[name].norms().shape == (1,)
+        assert_close(slots[name].norms()[0], parameter.grad.norm())
+    recorder.per_example = True
+    assert_refuses(IsolationError, "works on (7, 2) in a batch of 4 examples", lambda: model(x))

@@ -175,7 +175,15 @@ def test_a_tensor_is_a_table_if_it_follows_a_width_or_stays():
         assert tables(ids(4, 9, 7), ids(5, 9, 6), last) == set()
     # What has always had an entry for each example, whatever else is as long.
     assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 4)) == set()
+    # Known to have no entry for each example, from the first time on.
+    assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 9), ids(4, 4, 4)) == {"it"}
+    assert tables(ids(4, 9, 7), ids(5, 9, 7), ids(4, 9, 7)) == {"it"}
+    assert tables(ids(7, 9, 7), ids(5, 9, 7), ids(8, 9, 7), ids(6, 9, 6), ids(5, 9, 7)) == set()
     assert tables((0, {"ids": (0, 9), "it": (9,)})) == set()
+    assert tables(ids(4, 9, 2), ids(5, 9, 2)) == {"it"}
+    assert tables(ids(4, 9, 1), ids(5, 9, 1)) == set()  # one row for all examples
+    # As long as a width of what is not by example, as another table is.
+    assert tables((4, {"ids": (4, 9), "it": (7, 3), "other": (8, 7)})) == set()
 
 
 def test_what_of_a_table_follows_no_width_is_remembered():
@@ -195,9 +203,11 @@ def test_a_table_is_left_as_it_is_where_examples_are_taken():
     tree = {"x": torch.rand(4, 3), "table": torch.rand(4, 3)}
     apart = set_apart(tree, {"['table']": frozenset()})
     assert isinstance(apart["table"], Table) and set_apart(tree, {}) is tree
-    for changed in (take(apart, [0], 4), doubled(apart)):
+    for changed in (take(apart, [0], 4), doubled(apart, 4)):
         assert put_back(changed)["table"] is tree["table"] and len(changed["x"]) != 4
     assert structure(apart, 4) != structure(tree, 4)
+    for other in (torch.rand(4, 3).double(), torch.rand(9, 3)):
+        assert structure(apart, 4) != structure(set_apart({**tree, "table": other}, {"['table']": frozenset()}), 4)
     longer = {"x": torch.rand(9, 3), "table": torch.rand(5, 3)}
     assert structure(apart, 4) == structure(set_apart(longer, {"['table']": frozenset()}), 9)
 
@@ -226,11 +236,12 @@ def test_tables_are_cut_with_the_examples():
 
 def test_groups_of_rows_go_on_where_they_ended():
     tree = {"rows": torch.rand(7, 2), "ends": torch.tensor([0, 3, 3, 7]), "of": torch.tensor([0, 0, 0, -1, 2, 2, 2]),
-            "x": torch.arange(3), "other": torch.tensor([0, 3, 3, 6])}
+            "x": torch.arange(3), "other": torch.tensor([0, 3, 3, 6]), "labels": torch.tensor([-2, 0, 1, 2, 2])}
     found = doubled(tree, 3)
     assert found["ends"].tolist() == [0, 3, 3, 7, 10, 10, 14] and found["x"].tolist() == [0, 1, 2, 0, 1, 2]
     assert found["of"].tolist() == [0, 0, 0, -1, 2, 2, 2, 3, 3, 3, -1, 5, 5, 5]
     assert found["other"].tolist() == [0, 3, 3, 6] * 2 and found["rows"].shape == (14, 2)
+    assert found["labels"].tolist() == [-2, 0, 1, 2, 2] * 2
 
 
 # Rows that look like a table
@@ -301,6 +312,27 @@ class Short(Exact):
 def test_one_token_less_is_tried_where_a_model_needs_some():
     with pytest.raises(IsolationError, match="changes with the padding of the batch"):
         run(Short(), *[{"input_ids": texts(*lengths)["input_ids"]} for lengths in ((7, 3, 2, 7), (6, 3, 2, 3))])
+
+
+class Blocks(Exact):
+    """Takes texts in blocks of four words."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor,  # type: ignore[override]
+                labels: Tensor) -> Tensor:
+        if input_ids.shape[1] % 4:
+            raise ValueError("no whole block")
+        used = attention_mask.unsqueeze(2)
+        return self.head((self.inner(self.words(input_ids)).tanh() * used).sum(1) / used.sum(1))
+
+
+def test_padding_that_one_tensor_shows_need_not_be_tried_by_another():
+    """By the mask a block can be left out, by labels of all but two words none."""
+    def blocks(width: int) -> dict[str, Tensor]:
+        labels = torch.zeros(4, width, dtype=torch.long)
+        labels[:, width - 2:] = -100
+        return {**texts(width, 3, 2, width), "labels": labels}
+
+    run(Blocks(), blocks(16), blocks(12))
 
 
 class Counted(nn.Module):

@@ -49,8 +49,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_clipping.py", "tests/test_setup_refusals.py", "tests/test_pitfalls_clipping.py")),
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
-        "tests/test_sampling.py", "tests/test_collation.py", "tests/test_batches.py", "tests/test_pitfalls_batches.py",
-        "tests/test_secret_fetch.py", "tests/test_setup_refusals.py")),
+        "tests/test_sampling.py", "tests/test_unfetched.py", "tests/test_setup_refusals.py", "tests/test_collation.py",
+        "tests/test_batches.py", "tests/test_pitfalls_batches.py", "tests/test_secret_fetch.py")),
     "lora_dp/collation.py": Target((
         "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_batches.py",
         "tests/test_pitfalls_batches.py")),
@@ -64,9 +64,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
-        "tests/test_company.py", "tests/test_batch_trials.py", "tests/test_coverage.py",
+        "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py", "tests/test_coverage.py",
         "tests/test_pitfalls_coverage.py")),
-    "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_isolation_trials.py",
+    "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
                                   "tests/test_isolation_edges.py", "tests/test_batch_trials.py")),
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
@@ -77,11 +77,21 @@ TARGETS: dict[str, Target] = {
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py")),
-    "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", *_TRIALS)),
+    "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", "tests/test_tables.py", *_TRIALS)),
+    "lora_dp/sizes.py": Target(("tests/test_tables.py", "tests/test_batch_trials.py")),
+    "lora_dp/tables.py": Target(("tests/test_tables.py", "tests/test_batch_parts.py")),
+    "lora_dp/still.py": Target(("tests/test_drawing_ops.py", "tests/test_batch_trials.py")),
+    "lora_dp/bypassed.py": Target(("tests/test_bypassed.py",)),
+    "lora_dp/coverage.py": Target((
+        "tests/test_coverage.py", "tests/test_frozen_later.py", "tests/test_stray_values.py",
+        "tests/test_setup_refusals.py", "tests/test_beside.py", "tests/test_unwritten.py",
+        "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
+        "tests/test_arguments.py")),
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
-        "tests/test_beside.py", *_LOSSES, "tests/test_reentrant.py", "tests/test_compile.py")),
+        "tests/test_beside.py", "tests/test_loss_watch.py", "tests/test_unwritten.py", *_LOSSES[1:],
+        "tests/test_reentrant.py", "tests/test_compile.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
         "tests/test_passes.py", "tests/test_beside.py", "tests/test_company.py", "tests/test_unwritten.py",
@@ -173,4 +183,7 @@ SETTLED = (
     "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/fed/origin.py", "lora_dp/fed/own_rows.py",
     "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/fed/one_shape.py", "lora_dp/secret_state.py",
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
-    "lora_dp/loss_graph.py")
+    "lora_dp/loss_graph.py", "lora_dp/sampling.py", "lora_dp/sizes.py", "lora_dp/tables.py", "lora_dp/batch_parts.py",
+    "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py",
+    "lora_dp/trials.py", "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py",
+    "lora_dp/bypassed.py")
