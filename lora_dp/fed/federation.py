@@ -278,12 +278,9 @@ class Federation:
         return down, up, failed
 
     def _replies(self, drawn: Sequence[int], tasks: dict[int, Task], on_step: Callable[[], None]) -> Iterator[Reply]:
-        """The engine's replies, and one for each client from which there was none."""
-        silent = dict.fromkeys(drawn)
-        for reply in self.engine.train(((client, tasks[self.ranks[client]]) for client in drawn), on_step):
-            silent.pop(reply.client, None)
-            yield reply
-        for client in silent:
+        """The engine's replies, then an empty one of each client: it counts where there was no other before."""
+        yield from self.engine.train(((client, tasks[self.ranks[client]]) for client in drawn), on_step)
+        for client in drawn:
             yield Reply(client, None)
 
     def _noise_norm(self, index: int, turn: int, rank: int, examples: int) -> float | None:

@@ -145,7 +145,9 @@ TARGETS: dict[str, Target] = {
         "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/test_contained.py")),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_privacy.py", "tests/fed/test_account.py", *_UNITS)),
-    "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
+    "lora_dp/fed/federation.py": Target((
+        "tests/fed/test_federation.py", "tests/fed/test_client.py", "tests/fed/test_contained.py", *_UNITS,
+        "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
     "lora_dp/fed/engines/flower_policy.py": Target((
