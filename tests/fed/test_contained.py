@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora_dp.fed.client
 from lora_dp.fed.client import Trainer
+from lora_dp.fed.contained import GivenUp
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.federation import Federation
 from lora_dp.isolation import IsolationError
@@ -398,6 +399,12 @@ def test_no_turn_leaves_its_way_of_trying_to_whoever_trains_the_model_next(priva
         assert recorder.per_example and not recorder.sizes_fixed
         assert not recorder.tested and recorder.widths is None and not recorder.padding_varies
     assert len(found) == 2
+
+
+def test_that_a_turn_is_given_up_says_nothing_of_the_data():
+    error = OSError("cannot read the photograph of Jane")
+    given_up = GivenUp(error)
+    assert given_up.error is error and "Jane" not in f"{given_up} {given_up!r}"
 
 
 def test_without_privacy_a_failure_is_one(monkeypatch):

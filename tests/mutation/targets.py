@@ -137,13 +137,14 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_secrets.py")),
     "lora_dp/fed/one_shape.py": Target(("tests/fed/test_one_shape.py",)),
     "lora_dp/fed/unreadable.py": Target((
+        "tests/fed/test_unreadable.py",
         "tests/fed/test_contained.py", "tests/fed/test_examples.py", "tests/fed/test_secrets.py",
         "tests/fed/test_data.py", "tests/fed/test_own_data.py")),
     "lora_dp/fed/own_data.py": Target(("tests/fed/test_own_data.py", "tests/fed/engines/test_own_examples.py")),
     "lora_dp/fed/own_rows.py": Target(("tests/fed/test_own_data.py",)),
     "lora_dp/fed/harmless.py": Target((
-        "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
-        "tests/fed/test_contained.py")),
+        "tests/fed/test_harmless.py", "tests/fed/engines/test_hostile_client.py",
+        "tests/fed/engines/test_hostile_server.py", "tests/fed/test_contained.py")),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_privacy.py", "tests/fed/test_account.py", *_UNITS)),
     "lora_dp/fed/federation.py": Target((
         "tests/fed/test_federation.py", "tests/fed/test_client.py", "tests/fed/test_contained.py", *_UNITS,
@@ -175,4 +176,4 @@ SETTLED = (
     "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/fed/origin.py", "lora_dp/fed/own_rows.py",
     "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/fed/one_shape.py", "lora_dp/secret_state.py",
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
-    "lora_dp/loss_graph.py")
+    "lora_dp/loss_graph.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py")
