@@ -102,7 +102,7 @@ class Federation:
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
-        self._weights = self.account.sizes if weights is None else np.asarray(weights, dtype=np.float64)
+        self._weights = self.account.sizes if weights is None else np.asarray(weights)
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self.recorded: list[dict[str, Any]] = []
@@ -381,5 +381,5 @@ def restore(federation: Federation, tensors: dict[str, torch.Tensor], numbers: d
         ValueError: it belongs to another model.
     """
     federation.server.restore(tensors, numbers["server"])
-    federation.rounds_done = int(numbers["round"])
+    federation.rounds_done = numbers["round"]
     federation.seen = np.asarray(numbers["seen"], dtype=np.int64)

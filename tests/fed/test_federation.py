@@ -18,7 +18,7 @@ from lora_dp.fed.client import Trainer
 from lora_dp.fed.exchange import Reply, Update, Workspace
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation, checkpoint, restore
-from lora_dp.fed.methods import get_method
+from lora_dp.fed.methods import WeightedAverage, get_method
 from lora_dp.fed.origin import Origin
 from lora_dp.isolation import IsolationError
 from tests.fed.small import TRAINING, Adapted, federation_generators, make_examples, plan_for
@@ -272,6 +272,21 @@ def test_the_mean_is_weighted_by_examples_or_by_what_is_given_or_not_at_all():
         assert moved(federation, start) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("settings, expected", [({}, [10.0, 30.0]), ({"weighting": "equal"}, [1.0, 1.0])])
+def test_an_aggregation_of_one_s_own_is_given_plain_numbers_as_weights(settings, expected, monkeypatch):
+    weights = []
+
+    class Noting(WeightedAverage):
+        def add(self, contribution, weight):
+            weights.append(weight)
+            super().add(contribution, weight)
+
+    federation = begun(**settings)
+    monkeypatch.setattr(type(federation.method), "aggregation", lambda self: Noting())
+    federation.run_round()
+    assert weights == expected and {type(weight) for weight in weights} == {float}
+
+
 def test_the_server_sums_the_changes_of_all_that_answered(monkeypatch):
     """Without its noise: over the expected number of clients."""
     monkeypatch.setattr(noisy_sum, "client_mechanism", lambda *_: SimpleNamespace(release=lambda sums: sums))
@@ -461,3 +476,4 @@ def test_a_checkpoint_through_json_is_where_a_fresh_federation_goes_on():
     assert all(tensor.equal(whole.server.state[name]) for name, tensor in resumed.server.state.items())
     first, second = whole.run_round(), resumed.run_round()
     assert (first.round, first.bytes_down, first.loss) == (second.round, second.bytes_down, second.loss)
+    assert first.loss is not None

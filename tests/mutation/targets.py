@@ -129,7 +129,7 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_resume.py", "tests/fed/test_units.py")),
     "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/engines/test_flower_ledger.py")),
     "lora_dp/fed/client.py": Target((
-        "tests/fed/test_client.py", "tests/fed/test_secrets.py", "tests/fed/test_contained.py",
+        "tests/fed/test_client.py", "tests/fed/test_contained.py", "tests/fed/test_secrets.py",
         "tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/contained.py": Target((
@@ -177,4 +177,4 @@ SETTLED = (
     "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/fed/one_shape.py", "lora_dp/secret_state.py",
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
     "lora_dp/loss_graph.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py",
-    "lora_dp/fed/contained.py")
+    "lora_dp/fed/contained.py", "lora_dp/fed/federation.py")
