@@ -97,11 +97,12 @@ TARGETS: dict[str, Target] = {
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
     "lora_dp/optimizer.py": Target((
-        "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
-        "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
+        "tests/test_optimizer.py", "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py",
+        "tests/test_ownership.py", "tests/test_unwritten.py", "tests/test_secret_state.py", "tests/test_resume.py",
+        "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
         "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
         "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
-        *_PITFALLS)),
+        "tests/test_loss_watch.py", *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
@@ -150,7 +151,8 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_federation.py", "tests/fed/test_client.py", "tests/fed/test_contained.py", *_UNITS,
         "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
-        "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
+        "tests/fed/engines/test_own_paths.py", "tests/fed/engines/test_flower_ledger.py",
+        "tests/fed/engines/test_chained_ledgers.py")),
     "lora_dp/fed/engines/flower_policy.py": Target((
         "tests/fed/engines/test_policy.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
