@@ -96,6 +96,17 @@ def test_a_batch_of_several_parts_is_not_taken_for_a_whole_one():
     optimizer.check_whole_batch()
 
 
+def test_what_was_no_drawn_batch_is_in_no_later_step():
+    model, other = mlp(), mlp()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(3)
+    cross_entropy(model, examples(5, seed=7)).backward()
+    assert_refuses(RuntimeError, "This step saw 5 examples", optimizer.step)
+    released = take_step(model, optimizer, examples(4))
+    assert flat(released).equal(flat(take_step(other, make_private(other, batch_size=4), examples(4))))
+    assert optimizer.ledger.steps == 1
+
+
 def test_a_step_that_was_refused_for_another_reason_loses_none_of_its_examples(monkeypatch):
     """They go with the next one, summed as if they had come together."""
     x, y = examples(8)
