@@ -245,7 +245,7 @@ class Trainer:
         }
         bounded = clipped(change, self.plan.max_update_norm)
         if bounded is None:
-            bounded = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in change.items()}
+            bounded = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
         mechanism = client_mechanism(self.plan, event.noise_multiplier, self.source(NOISE, *place))
         released = dict(zip(bounded, mechanism.release(list(bounded.values())), strict=True))
         return {name: _moved(start[name], released[name], rules.get(name)) for name in released}

@@ -102,7 +102,7 @@ class Federation:
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
-        self._weights = self.account.sizes if weights is None else np.asarray(weights, dtype=np.float64)
+        self._weights = self.account.sizes if weights is None else np.asarray(weights)
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self.recorded: list[dict[str, Any]] = []
@@ -280,12 +280,9 @@ class Federation:
         return down, up, sorted(failed, key=lambda entry: entry["client"])
 
     def _replies(self, drawn: Sequence[int], tasks: dict[int, Task], on_step: Callable[[], None]) -> Iterator[Reply]:
-        """The engine's replies, and one for each client from which there was none."""
-        silent = dict.fromkeys(drawn)
-        for reply in self.engine.train(((client, tasks[self.ranks[client]]) for client in drawn), on_step):
-            silent.pop(reply.client, None)
-            yield reply
-        for client in silent:
+        """The engine's replies, then an empty one of each client: it counts where there was no other before."""
+        yield from self.engine.train(((client, tasks[self.ranks[client]]) for client in drawn), on_step)
+        for client in drawn:
             yield Reply(client, None)
 
     def _noise_norm(self, index: int, turn: int, rank: int, examples: int) -> float | None:
@@ -386,5 +383,5 @@ def restore(federation: Federation, tensors: dict[str, torch.Tensor], numbers: d
         ValueError: it belongs to another model.
     """
     federation.server.restore(tensors, numbers["server"])
-    federation.rounds_done = int(numbers["round"])
+    federation.rounds_done = numbers["round"]
     federation.seen = np.asarray(numbers["seen"], dtype=np.int64)

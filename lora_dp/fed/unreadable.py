@@ -31,7 +31,7 @@ class PartlyReadable(Examples):
     def __init__(self, readable: Examples | None, rows: Sequence[int], labels: Tensor) -> None:
         super().__init__(labels)
         self._readable = readable
-        self._places = torch.full((len(labels),), -1, dtype=torch.long)
+        self._places = torch.full((len(labels),), -1)
         self._places[torch.tensor(rows, dtype=torch.long)] = torch.arange(len(rows))
 
     @property
@@ -43,7 +43,7 @@ class PartlyReadable(Examples):
         if self._readable is None:
             return super().shapes(indices)
         places = self._places[self._rows[torch.as_tensor(indices, dtype=torch.long)]]
-        return self._readable.shapes(places.clamp(min=0))
+        return self._readable.shapes(places)  # −1 is the last
 
     def _inputs(self, rows: Tensor) -> Batch:
         places = self._places[rows]

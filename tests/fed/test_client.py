@@ -107,6 +107,14 @@ def test_what_torch_draws_in_a_reproducible_run_follows_its_seed_and_its_place(m
 # The mechanism
 
 
+def test_every_factor_b_has_its_own_learning_rate():
+    model = Adapted()
+    rates = {id(p): group["lr"] for group in replace(ONE_STEP, lr_ratio=4.0).make_optimizer(model).param_groups
+             for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert found == {name: 1.2 if name.endswith("lora_B") else 0.3 for name in found} and len(found) == len(rates) == 6
+
+
 @pytest.mark.parametrize("clipping, rule", [
     ("flat", FlatClipping), ("per_layer", PerLayerClipping), ("automatic", AutomaticClipping)])
 @pytest.mark.parametrize("privacy", [{}, WHOLE, {"epsilon": None}])

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lora_dp.fed.client
+from lora_dp.engine import PrivacyEngine
 from lora_dp.fed.client import Trainer
+from lora_dp.fed.contained import GivenUp
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.federation import Federation
 from lora_dp.isolation import IsolationError
@@ -398,6 +401,28 @@ def test_no_turn_leaves_its_way_of_trying_to_whoever_trains_the_model_next(priva
         assert recorder.per_example and not recorder.sizes_fixed
         assert not recorder.tested and recorder.widths is None and not recorder.padding_varies
     assert len(found) == 2
+
+
+def test_what_a_model_was_trained_on_before_a_turn_is_not_remembered_in_it():
+    federation, found = make_federation("dp-lora", ONE_STEP), []
+    model, examples = federation.model, make_examples(COUNT, 1)
+    _, optimizer, _ = PrivacyEngine("rdp", reproducible_seed=0).make_private(
+        model=model, optimizer=ONE_STEP.make_optimizer(model), noise_multiplier=1.0, max_grad_norm=1.0,
+        data_loader=DataLoader(examples, batch_size=4, collate_fn=examples.collate))
+    batch = examples.batch(range(5))
+    optimizer.backward(nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"], reduction="none"))
+    optimizer.zero_grad()
+    assert optimizer.recorder.tested and optimizer.recorder.widths is not None
+    trainer = replace(federation.trainer, on_turn=lambda client, own, batches: found.append(
+        (own.recorder, dict(own.recorder.tested), own.recorder.widths)))
+    trainer.train(1, examples, Task(0, 0, 2, federation.server.state))
+    assert found == [(optimizer.recorder, {}, None)]
+
+
+def test_that_a_turn_is_given_up_says_nothing_of_the_data():
+    error = OSError("cannot read the photograph of Jane")
+    given_up = GivenUp(error)
+    assert given_up.error is error and "Jane" not in f"{given_up} {given_up!r}"
 
 
 def test_without_privacy_a_failure_is_one(monkeypatch):

@@ -18,7 +18,7 @@ _TRIALS = (
     "tests/test_isolation.py",
     "tests/test_pitfalls_coverage.py", "tests/test_carried_embeddings.py")
 _LOSSES = (
-    "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
+    "tests/test_paired_losses.py", "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
     "tests/test_batch_trials.py")
 _SECRET_DRAWS = (
     "tests/test_secret_state.py", "tests/test_secret_fetch.py", "tests/test_cpu_draws.py", "tests/test_draws.py",
@@ -73,6 +73,11 @@ TARGETS: dict[str, Target] = {
     "lora_dp/seeded.py": Target((
         "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py",
         "tests/test_isolation_trials.py")),
+    "lora_dp/kept_buffers.py": Target(("tests/test_kept_buffers.py",)),
+    "lora_dp/model_parts.py": Target(("tests/test_model_parts.py", "tests/test_unwritten.py", "tests/test_beside.py")),
+    "lora_dp/number_lists.py": Target(("tests/test_number_lists.py",)),
+    "lora_dp/repeats.py": Target(("tests/test_repeats.py",)),
+    "lora_dp/fed/split_files.py": Target(("tests/fed/test_split_files.py", "tests/fed/test_data.py")),
     "lora_dp/unwritten.py": Target(("tests/test_unwritten.py", "tests/test_beside.py")),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
@@ -88,7 +93,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
         "tests/test_arguments.py")),
     "lora_dp/loss_graph.py": Target((
-        "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
+        "tests/test_loss_graph.py", "tests/test_paired_losses.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
         "tests/test_beside.py", "tests/test_loss_watch.py", "tests/test_unwritten.py", *_LOSSES[1:],
         "tests/test_reentrant.py", "tests/test_compile.py")),
@@ -107,11 +112,12 @@ TARGETS: dict[str, Target] = {
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
     "lora_dp/optimizer.py": Target((
-        "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py", "tests/test_ownership.py",
-        "tests/test_resume.py", "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
+        "tests/test_optimizer.py", "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py",
+        "tests/test_ownership.py", "tests/test_unwritten.py", "tests/test_secret_state.py", "tests/test_resume.py",
+        "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
         "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
         "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
-        *_PITFALLS)),
+        "tests/test_loss_watch.py", *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
@@ -135,11 +141,11 @@ TARGETS: dict[str, Target] = {
     "kernels/clip_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
     "kernels/noise_update.py": Target((), ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py")),
     "lora_dp/fed/account.py": Target((
-        "tests/fed/test_account.py", "tests/fed/test_origin.py", "tests/fed/test_runner.py",
-        "tests/fed/test_resume.py", "tests/fed/test_units.py")),
+        "tests/fed/test_ahead_log.py", "tests/fed/test_account.py", "tests/fed/test_origin.py",
+        "tests/fed/test_runner.py", "tests/fed/test_resume.py", "tests/fed/test_units.py")),
     "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/engines/test_flower_ledger.py")),
     "lora_dp/fed/client.py": Target((
-        "tests/fed/test_client.py", "tests/fed/test_secrets.py", "tests/fed/test_contained.py",
+        "tests/fed/test_client.py", "tests/fed/test_contained.py", "tests/fed/test_secrets.py",
         "tests/fed/test_units.py", "tests/fed/test_centralised.py")),
     "lora_dp/fed/noisy_sum.py": Target(("tests/fed/test_noisy_sum.py", "tests/fed/test_units.py")),
     "lora_dp/fed/contained.py": Target((
@@ -147,17 +153,21 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_secrets.py")),
     "lora_dp/fed/one_shape.py": Target(("tests/fed/test_one_shape.py",)),
     "lora_dp/fed/unreadable.py": Target((
+        "tests/fed/test_unreadable.py",
         "tests/fed/test_contained.py", "tests/fed/test_examples.py", "tests/fed/test_secrets.py",
         "tests/fed/test_data.py", "tests/fed/test_own_data.py")),
     "lora_dp/fed/own_data.py": Target(("tests/fed/test_own_data.py", "tests/fed/engines/test_own_examples.py")),
     "lora_dp/fed/own_rows.py": Target(("tests/fed/test_own_data.py",)),
     "lora_dp/fed/harmless.py": Target((
-        "tests/fed/engines/test_hostile_client.py", "tests/fed/engines/test_hostile_server.py",
-        "tests/fed/test_contained.py")),
+        "tests/fed/test_harmless.py", "tests/fed/engines/test_hostile_client.py",
+        "tests/fed/engines/test_hostile_server.py", "tests/fed/test_contained.py")),
     "lora_dp/fed/privacy.py": Target(("tests/fed/test_privacy.py", "tests/fed/test_account.py", *_UNITS)),
-    "lora_dp/fed/federation.py": Target((*_UNITS, "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
+    "lora_dp/fed/federation.py": Target((
+        "tests/fed/test_federation.py", "tests/fed/test_client.py", "tests/fed/test_contained.py", *_UNITS,
+        "tests/fed/test_account.py", "tests/fed/test_checkpoint.py")),
     "lora_dp/fed/engines/flower_ledger.py": Target((
-        "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_chained_ledgers.py")),
+        "tests/fed/engines/test_own_paths.py", "tests/fed/engines/test_flower_ledger.py",
+        "tests/fed/engines/test_chained_ledgers.py")),
     "lora_dp/fed/engines/flower_policy.py": Target((
         "tests/fed/engines/test_policy.py", "tests/fed/engines/test_hostile_server.py",
         "tests/fed/engines/test_flower_ledger.py", "tests/fed/engines/test_flower.py")),
@@ -184,6 +194,7 @@ SETTLED = (
     "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/fed/one_shape.py", "lora_dp/secret_state.py",
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
     "lora_dp/loss_graph.py", "lora_dp/sampling.py", "lora_dp/sizes.py", "lora_dp/tables.py", "lora_dp/batch_parts.py",
-    "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py",
-    "lora_dp/trials.py", "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py",
-    "lora_dp/bypassed.py")
+    "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py", "lora_dp/trials.py",
+    "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py", "lora_dp/bypassed.py",
+    "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py", "lora_dp/fed/contained.py", "lora_dp/fed/federation.py",
+    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/client.py")
