@@ -18,7 +18,8 @@ _TRIALS = (
     "tests/test_isolation.py",
     "tests/test_pitfalls_coverage.py", "tests/test_carried_embeddings.py")
 _LOSSES = (
-    "tests/test_paired_losses.py", "tests/test_loss_watch.py", "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
+    "tests/test_paired_losses.py", "tests/test_loss_watch.py",
+    "tests/test_loss_vectors.py", "tests/test_kept_graph.py", "tests/test_isolation.py",
     "tests/test_batch_trials.py")
 _SECRET_DRAWS = (
     "tests/test_secret_state.py", "tests/test_secret_fetch.py", "tests/test_cpu_draws.py", "tests/test_draws.py",
@@ -93,7 +94,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
         "tests/test_arguments.py")),
     "lora_dp/loss_graph.py": Target((
-        "tests/test_loss_graph.py", "tests/test_paired_losses.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
+        "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
         "tests/test_beside.py", "tests/test_loss_watch.py", "tests/test_unwritten.py", *_LOSSES[1:],
         "tests/test_reentrant.py", "tests/test_compile.py")),
