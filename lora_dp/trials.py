@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lora_dp.still import Still
 from lora_dp.tables import put_back
 from lora_dp.unwritten import Unwritten
 
+_SETTING = (str, bool, int, float, NoneType)
 LossFunction = Callable[[Any, Any], Tensor]
 
 
@@ -234,9 +236,12 @@ def _suspended(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers follow the seed, and they and buffers are afterwards as they were before."""
+    """Random numbers follow the seed, and they, buffers and settings are afterwards as they were before."""
     # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
     owned = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    # Which table is in a buffer, say, as rotary embeddings of texts that are longer than ever.
+    settings = [(vars(module), {name: value for name, value in vars(module).items() if isinstance(value, _SETTING)})
+                for module in model.modules()]
     copies: dict[int, Tensor] = {}
     for held, buffers in owned:
         held.update({name: copies.setdefault(id(buffer), buffer.clone())
@@ -249,3 +254,5 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         for held, buffers in owned:
             held.clear()
             held.update(buffers)
+        for attributes, before in settings:
+            attributes.update(before)

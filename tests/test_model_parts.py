@@ -102,3 +102,37 @@ def test_a_parameter_that_comes_in_later_is_seen() -> None:
     before = standing(parts)
     model.head.scale = nn.Parameter(torch.ones(3))
     assert standing(parts) != before
+
+
+class Grows(nn.Module):
+    """A table of positions in a buffer, made anew where a text is longer than ever, with its length beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest, self.head = 4, DPLinear(1, 3)
+        self.table = nn.Buffer(torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        if width > self.longest:
+            self.longest, self.table = width, torch.arange(float(width)) / 2
+        elif width <= 4 < self.longest:
+            self.longest, self.table = 4, torch.arange(4.0)
+        return self.head((x * self.table[:width]).sum(1, keepdim=True))
+
+
+def test_trials_leave_settings_as_they_were() -> None:
+    """Else the length says one thing in the next forward, and the table another."""
+    model = Grows().train()
+    optimizer = make_private(model, batch_size=4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        optimizer.recorder.discard()
+        model(torch.randn(4, 3))
+
+    step()
+    model.eval()(torch.randn(4, 40))
+    model.train()
+    step()
+    assert model.longest == 4 and torch.equal(model.table, torch.arange(4.0))

@@ -74,16 +74,20 @@ def test_what_meets_a_table_of_classes_is_taken(name: str) -> None:
         backward(model, optimizer, APART[name], n, table)
 
 
-def test_as_many_classes_as_examples_are_tested_once() -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_as_many_classes_as_examples_are_tested_once(mean: bool) -> None:
     model, table = net(), torch.randn(N, CLASSES)
     engine = PrivacyEngine("rdp", reproducible_seed=0)
     optimizer = make_private(model, batch_size=N, engine=engine)
 
     def loss(o: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(o @ table.T, y, reduction="none")
+        losses = F.cross_entropy(o @ table.T, y, reduction="none")
+        return losses.mean() if mean else losses
 
     def step() -> None:
-        backward(model, optimizer, lambda o, y, _: loss(o, y), N, table)
+        found = loss(model(torch.randn(N, 6)), torch.arange(N) % CLASSES)
+        found.backward() if mean else optimizer.backward(found)
+        optimizer.zero_grad()
 
     assert_refuses(IsolationError, "Where there are as many classes by chance, let engine.check_isolation", step)
     optimizer.recorder.discard()

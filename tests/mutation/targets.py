@@ -157,7 +157,8 @@ TARGETS: dict[str, Target] = {
         "tests/fed/test_unreadable.py",
         "tests/fed/test_contained.py", "tests/fed/test_examples.py", "tests/fed/test_secrets.py",
         "tests/fed/test_data.py", "tests/fed/test_own_data.py")),
-    "lora_dp/fed/own_data.py": Target(("tests/fed/test_own_data.py", "tests/fed/engines/test_own_examples.py")),
+    "lora_dp/fed/own_data.py": Target((
+        "tests/fed/test_own_data.py", "tests/fed/test_split_files.py", "tests/fed/engines/test_own_examples.py")),
     "lora_dp/fed/own_rows.py": Target(("tests/fed/test_own_data.py",)),
     "lora_dp/fed/harmless.py": Target((
         "tests/fed/test_harmless.py", "tests/fed/engines/test_hostile_client.py",
