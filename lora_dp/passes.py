@@ -158,7 +158,6 @@ class Passes:
                                 number_varies=not self.recorder.sizes_fixed, seen=seen)
             self.recorder.tested[kind] = frozenset()
 
-
     def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Try again where a forward has written to a buffer as none did before: its batch may hold something rare."""
         recorder = self.recorder
