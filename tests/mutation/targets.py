@@ -86,7 +86,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_coverage.py", "tests/test_frozen_later.py", "tests/test_stray_values.py",
         "tests/test_setup_refusals.py", "tests/test_beside.py", "tests/test_unwritten.py",
         "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
-        "tests/test_arguments.py")),
+        "tests/test_arguments.py", "tests/test_compile.py")),
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
@@ -186,4 +186,4 @@ SETTLED = (
     "lora_dp/loss_graph.py", "lora_dp/sampling.py", "lora_dp/sizes.py", "lora_dp/tables.py", "lora_dp/batch_parts.py",
     "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py",
     "lora_dp/trials.py", "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py",
-    "lora_dp/bypassed.py")
+    "lora_dp/bypassed.py", "lora_dp/coverage.py")
