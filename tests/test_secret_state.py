@@ -394,7 +394,10 @@ def test_a_capture_takes_no_new_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "default_generators", (device,))
     secret_state.begin_pass(optimizer)
+    first = device.state.tolist()
+    secret_state.begin_pass(optimizer)
     before = device.state.tolist()
+    assert before[0] != first[0] and before[1] != first[1]
     secret_state.begin_pass(optimizer, capturing=True)
     assert device.state.tolist() == before
     secret_state.end_pass(optimizer)

@@ -70,7 +70,8 @@ def backwards_not_tried(planting: Planting) -> None:
 
 
 def parameters_written_to(planting: Planting) -> None:
-    planting.replace(lora_dp.unwritten.Versions, "check", _nothing)
+    for look in ("check", "check_backward"):
+        planting.replace(lora_dp.unwritten.Versions, look, _nothing)
     planting.replace(lora_dp.unwritten, "_storage", lambda _: lambda tensor: 0)
 
 

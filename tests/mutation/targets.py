@@ -51,7 +51,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/noise.py": Target(("tests/test_noise.py", "tests/test_fused_step.py", "tests/test_pitfalls_noise.py")),
     "lora_dp/sampling.py": Target((
         "tests/test_sampling.py", "tests/test_unfetched.py", "tests/test_setup_refusals.py", "tests/test_collation.py",
-        "tests/test_batches.py", "tests/test_pitfalls_batches.py", "tests/test_secret_fetch.py")),
+        "tests/test_batches.py", "tests/test_pitfalls_batches.py", "tests/test_secret_fetch.py",
+        "tests/test_repeats.py")),
     "lora_dp/collation.py": Target((
         "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_batches.py",
         "tests/test_pitfalls_batches.py")),
@@ -92,7 +93,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_coverage.py", "tests/test_frozen_later.py", "tests/test_stray_values.py",
         "tests/test_setup_refusals.py", "tests/test_beside.py", "tests/test_unwritten.py",
         "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
-        "tests/test_arguments.py")),
+        "tests/test_arguments.py", "tests/test_compile.py")),
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
@@ -199,4 +200,4 @@ SETTLED = (
     "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py", "lora_dp/trials.py",
     "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py", "lora_dp/bypassed.py",
     "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py", "lora_dp/fed/contained.py", "lora_dp/fed/federation.py",
-    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/client.py")
+    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/client.py", "lora_dp/coverage.py")
