@@ -29,6 +29,7 @@ from lora_dp.wrappers import check_one_process
 
 _LEAVE_OUT = (
     "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
+_LEDGER_STEPS = "ledger_steps"
 _EAGER = "what was drawn at random while it was compiled would come back in every step"
 
 
@@ -64,7 +65,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.mechanism, self.event, self.ledger = mechanism, event, ledger
         self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.rule.max_grad_norm
         self.sample_rate, self.expected_batch_size = event.sample_rate, expected_batch_size
-        self.steps_taken = self._restored = 0
+        self.steps_taken = 0
+        # Of a state of an earlier PrivateOptimizer that was loaded into this one of torch's.
+        self._restored: int = max([0, *(group.get(_LEDGER_STEPS, 0) for group in optimizer.param_groups)])
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
@@ -121,8 +124,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.original_optimizer.state_dict(), "steps_taken": self.steps_taken,
-                "ledger_steps": self.ledger.steps}
+        state = self.original_optimizer.state_dict()
+        # In the groups, too: torch's optimizers keep it there, where one of them is given this state.
+        groups = [{**group, _LEDGER_STEPS: self.ledger.steps} for group in state["param_groups"]]
+        return {**state, "param_groups": groups, "steps_taken": self.steps_taken, _LEDGER_STEPS: self.ledger.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, or the state of a plain optimizer over the same parameters.
@@ -137,9 +142,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "optimizer.state_dict() returned.")
         steps_taken = state_dict.get("steps_taken", self.steps_taken)
         # The ledger may have steps of earlier optimizers, too.
-        ledger_steps = state_dict.get("ledger_steps", steps_taken)
+        ledger_steps = state_dict.get(_LEDGER_STEPS, steps_taken)
         check_count("steps_taken", steps_taken, least=0)
-        check_count("ledger_steps", ledger_steps, least=0)
+        check_count(_LEDGER_STEPS, ledger_steps, least=0)
         self.original_optimizer.load_state_dict(state_dict)
         self.steps_taken, self._restored = steps_taken, max(steps_taken, ledger_steps)
         if self._recorder.owner is self:

@@ -131,3 +131,23 @@ def test_a_count_of_steps_that_is_none_is_refused():
     for name in ("steps_taken", "ledger_steps"):
         assert_refuses(TypeError, name, lambda name=name: optimizer.load_state_dict(
             {**optimizer.state_dict(), name: "3"}))
+
+
+def test_states_that_are_loaded_before_make_private_are_seen_too():
+    """The order of torch's tutorials: model and optimizer first."""
+    model, engine = mlp(), PrivacyEngine(accountant="rdp", reproducible_seed=0)
+    optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0)
+    for _ in range(3):
+        optimizer.step_on_empty_batch()
+    saved, ledger = optimizer.state_dict(), engine.state_dict()
+    model, again = mlp(), PrivacyEngine(accountant="rdp", reproducible_seed=0)
+    plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    plain.load_state_dict(saved)
+    _, optimizer, _ = again.make_private(
+        model=model, optimizer=plain, data_loader=DataLoader(TensorDataset(torch.zeros(4)), batch_size=4),
+        noise_multiplier=1.0, max_grad_norm=1.0)
+    assert_refuses(RuntimeError, "gone on from 3 private steps and the engine's ledger has 0",
+                   optimizer.step_on_empty_batch)
+    again.load_state_dict(ledger)
+    optimizer.step_on_empty_batch()
+    assert again.ledger.steps == 4

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -19,11 +19,12 @@ from datasets.packaged_modules import _EXTENSION_TO_MODULE
 _SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
-_IMAGES = frozenset(extension for extension, (module, _) in _EXTENSION_TO_MODULE.items() if module == "imagefolder")
-_DATA = frozenset(_EXTENSION_TO_MODULE) - {".md"} | {".zip"}
 _PACKED = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"))
-_TWICE = "{} holds the same as {}, so that every example would come twice: keep one of them"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# What datasets writes beside its own files, and what explains data.
+_NO_DATA = {*datasets.data_files.FILES_TO_IGNORE, "state.json", *_METADATA}
+_ARCHIVE = "archive"
+_TWICE = "{} holds the same as {}, so that every example would come twice: keep one of them"
 
 
 def split_files(folder: str) -> dict[str, list[str]] | None:
@@ -32,62 +33,15 @@ def split_files(folder: str) -> dict[str, list[str]] | None:
     The top level is the first at which there is more than one folder with data, or a file with data. There, folders
     named train, validation or test (or training, valid, val, dev, testing, eval) are splits with all that is in them,
     if one of them is for training; so are train_images beside test_images. So are tables whose names have one of these
-    words, such as ``train-00000.parquet``. In any other folder all files are for training. An editor's copies, such as
-    ``data.csv~`` and ``data.csv.bak``, are not read.
+    words, such as ``train-00000.parquet``. In any other folder all files are for training. Data are the files of the
+    kind that there are most of: texts beside images are none, nor are an editor's copies, such as ``data.csv~``.
 
     Raises:
         ValueError: a folder with data beside those of the splits belongs to none; or two files hold the same, so that
             every example would come twice.
     """
     root = Path(folder)
-    if _lists_its_files(root):
-        return None
-    splits = _splits(root)
-    for places in splits.values():
-        check_distinct([file for place in places for file in _all_files(place)])
-    return {split: [pattern for place in places for pattern in _patterns(root, place)]
-            for split, places in splits.items()}
-
-
-def _splits(root: Path) -> dict[str, list[Path]]:
-    """The files and folders of each split."""
-    everything, top = {"train": [root]}, root
-    while not any(_has_data(file) for file in _files(top)) and len(inner := list(_folders(top))) == 1:
-        top, = inner
-        if top.name.lower() in _SPLITS:
-            return everything
-    folders = {inner.name: _word(inner.name) for inner in _folders(top)}
-    exact = {name for name in folders if name.lower() in _SPLITS}
-    if any(_SPLITS[name.lower()] == "train" for name in exact):
-        if others := sorted(folders.keys() - exact):
-            raise ValueError(
-                f"the folder {others[0]} stands beside {sorted(exact)[0]}, which is named as a split: put all that is "
-                "for training into one folder train")
-        return _by_split(top, folders)
-    if len(exact) > 1 and exact == folders.keys():
-        return _by_split(top, folders)  # none of them for training
-    if "train" in folders.values() and None not in folders.values() and not _are_classes(top, folders):
-        return _by_split(top, folders)
-    tables = {file.name: _word(file.name) for file in _files(top) if _has_data(file) and not _is_image(file)}
-    if len(set(tables.values()) - {None}) > 1 or "train" in tables.values():
-        return _by_split(top, tables)
-    return everything
-
-
-def _by_split(top: Path, entries: Mapping[str, str | None]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for name, split in entries.items():
-        if split is not None:
-            found.setdefault(split, []).append(top / name)
-    return found
-
-
-def _patterns(root: Path, place: Path) -> list[str]:
-    if place.is_file():
-        return [glob.escape(place.relative_to(root).as_posix())]
-    if not any(_is_copy(file) for file in place.rglob("*")):
-        return [f"{glob.escape(place.relative_to(root).as_posix())}/**".removeprefix("./")]
-    return [glob.escape(file.relative_to(root).as_posix()) for file in _all_files(place)]
+    return None if _lists_its_files(root) else _Folder(root).split()
 
 
 def check_distinct(files: Sequence[Path]) -> None:
@@ -96,12 +50,10 @@ def check_distinct(files: Sequence[Path]) -> None:
     Raises:
         ValueError: naming both.
     """
-    # Equal images are equal examples, not a copy of all of them.
-    tables = [file for file in files if not _is_image(file) and file.name not in _METADATA]
-    sizes = Counter(file.stat().st_size for file in tables)
+    sizes = Counter(file.stat().st_size for file in files)
     by_stem: dict[Path, list[Path]] = {}
     by_bytes: dict[str, Path] = {}
-    for file in tables:
+    for file in files:
         unpacked = file.with_suffix("") if _is_packed(file) else file
         others = by_stem.setdefault(unpacked.with_suffix(""), [])
         for other in others:
@@ -135,6 +87,82 @@ def check_apart(files: Mapping[str, Sequence[str]]) -> None:
             seen[name] = str(split)
 
 
+class _Folder:
+    """The data in a folder: its files of the kind that there are most of."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        kinds = Counter(kind for file in _visible(root) if (kind := _kind(file)) is not None)
+        if len(kinds) > 1:
+            del kinds["text"]  # a licence, a list of the classes
+        self.kind = max(kinds, key=lambda kind: (kinds[kind], kind), default=None)
+        self.data = [file for file in _visible(root) if _kind(file) in {self.kind, _ARCHIVE} - {None}]
+        self.images = self.kind == "imagefolder"
+
+    def split(self) -> dict[str, list[str]]:
+        found = {}
+        for split, places in self._splits().items():
+            files = [file for file in self.data if any(file == place or place in file.parents for place in places)]
+            if not self.images:  # equal images are equal examples, not a copy of all of them
+                check_distinct(files)
+            found[split] = self._patterns(files, places)
+        return found
+
+    def _splits(self) -> dict[str, list[Path]]:
+        """The files and folders of each split."""
+        everything, top = {"train": [self.root]}, self.root
+        while not self._files(top) and len(inner := self._folders(top)) == 1:
+            top = top / inner[0]
+            if top.name.lower() in _SPLITS:
+                return everything
+        words = {name: _word(name) for name in self._folders(top)}
+        exact = {name: _SPLITS[name.lower()] for name in words if name.lower() in _SPLITS}
+        if "train" in exact.values():
+            if others := sorted(words.keys() - exact.keys()):
+                train = next(name for name, split in exact.items() if split == "train")
+                raise ValueError(
+                    f"the folder {others[0]} stands beside {train}, which is named as a split: put all that is for "
+                    f"training into {train}, and what is not elsewhere")
+            return _by_split({top / name: split for name, split in exact.items()})
+        if len(exact) > 1 and exact.keys() == words.keys():
+            return _by_split({top / name: split for name, split in exact.items()})  # none of them for training
+        if "train" in words.values() and None not in words.values() and not self._are_classes(top, words):
+            return _by_split({top / name: split for name, split in words.items()})
+        tables = {} if self.images else {file: _word(file.name) for file in self.data}
+        if len(set(tables.values()) - {None}) > 1 or "train" in tables.values():
+            return _by_split(tables)
+        return everything
+
+    def _files(self, folder: Path) -> list[Path]:
+        return [file for file in self.data if file.parent == folder]
+
+    def _folders(self, folder: Path) -> list[str]:
+        """Names of those that hold data, at any depth."""
+        below = [file.relative_to(folder).parts for file in self.data if folder in file.parents]
+        return sorted({parts[0] for parts in below if len(parts) > 1})
+
+    def _are_classes(self, top: Path, folders: Iterable[str]) -> bool:
+        """Whether images lie in these folders themselves, with nothing else that tells their classes."""
+        return self.images and any(self._files(top / name) for name in folders) and not any(
+            (top / name / metadata).exists() for name in folders for metadata in _METADATA)
+
+    def _patterns(self, files: list[Path], places: list[Path]) -> list[str]:
+        """All files one by one; folders of images, which may be many, whole where nothing in them could be taken for
+        an image."""
+        if not self.images or any(_is_copy(file) for place in places for file in place.rglob("*")):
+            listed = files + [file for file in _visible(self.root) if self.images and file.name in _METADATA]
+            return [glob.escape(file.relative_to(self.root).as_posix()) for file in sorted(listed)] or ["**"]
+        return [f"{glob.escape(place.relative_to(self.root).as_posix())}/**".removeprefix("./") for place in places]
+
+
+def _by_split(places: Mapping[Path, str | None]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for split in ("train", "validation", "test"):
+        if named := [place for place, other in places.items() if other == split]:
+            found[split] = named
+    return found
+
+
 def _lists_its_files(root: Path) -> bool:
     readme = root / "README.md"
     if (root / ".huggingface.yaml").exists():
@@ -149,53 +177,35 @@ def _lists_its_files(root: Path) -> bool:
     return isinstance(head, dict) and bool(head.get("configs"))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith((".", "__")))
+def _visible(folder: Path) -> list[Path]:
+    """All files, at any depth, but for hidden ones."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not any(
+        part.startswith((".", "__")) for part in file.relative_to(folder).parts)]
 
 
-def _all_files(place: Path) -> list[Path]:
-    """Those with data, at any depth, but for hidden ones."""
-    if place.is_file():
-        return [place]
-    return [file for file in sorted(place.rglob("*")) if file.is_file() and _has_data(file) and not any(
-        part.startswith((".", "__")) for part in file.relative_to(place).parts)]
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """Those that hold data, at any depth."""
-    return (inner for inner in sorted(folder.iterdir())
-            if inner.is_dir() and not inner.name.startswith((".", "__")) and any(map(_has_data, inner.rglob("*"))))
-
-
-def _has_data(file: Path) -> bool:
-    """By the end of its name: also of train.csv.gz, not of train.csv.bak."""
+def _kind(file: Path) -> str | None:
+    """Which of datasets' modules reads it, by the end of its name: also of train.csv.gz, not of train.csv.bak."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in _PACKED - {".zip"}:
+    if suffixes and suffixes[-1] == ".zip":
+        return _ARCHIVE
+    if suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in _DATA and file.name not in datasets.data_files.FILES_TO_IGNORE
+    if not suffixes or suffixes[-1] == ".md" or file.name in _NO_DATA:
+        return None
+    return _EXTENSION_TO_MODULE.get(suffixes[-1], (None,))[0]
 
 
 def _is_copy(file: Path) -> bool:
     """Whether ``datasets`` may take it for data, which it is not."""
-    return not _has_data(file) and any(
-        f".{part.rstrip('~#').lower()}" in _DATA for part in file.name.split(".")[1:])
+    return _kind(file) is None and file.name not in _NO_DATA and any(
+        f".{part.rstrip('~#').lower()}" in _EXTENSION_TO_MODULE for part in file.name.split(".")[1:])
 
 
 def _is_packed(file: Path) -> bool:
     return file.suffix.lower() in _PACKED
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _IMAGES
-
-
 def _word(name: str) -> str | None:
     """The split that is named by one word of a name; None of several, or none."""
     found = {_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS}
     return found.pop() if len(found) == 1 else None
-
-
-def _are_classes(top: Path, folders: Mapping[str, str | None]) -> bool:
-    """Whether images lie in these folders themselves, with nothing else that tells their classes."""
-    return any(_is_image(file) for name in folders for file in _files(top / name)) and not any(
-        (top / name / metadata).exists() for name in folders for metadata in _METADATA)

@@ -82,7 +82,7 @@ def test_below_a_folder_train_any_name_is_a_class(tmp_path: Path, classes: tuple
 def test_a_class_named_as_a_split_says_what_to_do(tmp_path: Path) -> None:
     write_images(tmp_path, "bus", "train")
     for read in (open_data, open_own):
-        with pytest.raises(ValueError, match="folder bus stands beside train, which is named as a split: put all"):
+        with pytest.raises(ValueError, match="folder bus stands beside train, which is named as a split: put all that"):
             read(DataConfig(dataset=str(tmp_path)))
 
 
@@ -114,26 +114,38 @@ def test_an_image_deeper_than_the_others_is_an_odd_one(tmp_path: Path, name: str
     (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
      {"train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
       "test": ["data/test-00000-of-00001.parquet"]}),
-    (["train/a.csv", "val/a.csv", "README.md"], {"train": ["train/**"], "validation": ["val/**"]}),
-    (["Training/x.csv", "Testing/x.csv"], {"train": ["Training/**"], "test": ["Testing/**"]}),
+    (["train/a.csv", "val/a.csv", "README.md"], {"train": ["train/a.csv"], "validation": ["val/a.csv"]}),
+    (["Training/x.csv", "Testing/x.csv"], {"train": ["Training/x.csv"], "test": ["Testing/x.csv"]}),
     (["train_images/a/1.png", "test_images/a/2.png"], {"train": ["train_images/**"], "test": ["test_images/**"]}),
     (["train2017/1.png", "train2017/metadata.csv", "val2017/2.png"],
      {"train": ["train2017/**"], "validation": ["val2017/**"]}),
-    (["train/x/1.png", "labels.csv"], {"train": ["train/**"]}),
+    (["train/x/1.png", "labels.csv"], {"train": ["**"]}),
+    (["train/x/1.png", "test/x/1.png", "labels.csv"], {"train": ["train/**"], "test": ["test/**"]}),
     (["train-[1].csv", "test.csv"], {"train": ["train-[[]1].csv"], "test": ["test.csv"]}),
-    (["one.csv", "two.csv"], {"train": ["**"]}),
-    (["train-test.csv", "other.csv"], {"train": ["**"]}),
+    (["one.csv", "two.csv"], {"train": ["one.csv", "two.csv"]}),
+    (["train-test.csv", "other.csv"], {"train": ["other.csv", "train-test.csv"]}),
     (["a/1.png", "b/2.png"], {"train": ["**"]}),
-    (["test/1.csv", "dev/1.csv"], {"validation": ["dev/**"], "test": ["test/**"]}),
+    (["test/1.csv", "dev/1.csv"], {"validation": ["dev/1.csv"], "test": ["test/1.csv"]}),
     (["test.csv", "dev.csv"], {"validation": ["dev.csv"], "test": ["test.csv"]}),
-    (["__MACOSX/train/a.csv", ".cache/train.csv", "a.csv"], {"train": ["**"]}),
-    (["README.md"], {"train": ["**"]}),
+    (["__MACOSX/train/a.csv", ".cache/train.csv", "a.csv"], {"train": ["a.csv"]}),
+    (["README.md"], {"train": ["**"]}), (["LICENSE.txt"], {"train": ["LICENSE.txt"]}),
     (["a.csv", "a.csv~"], {"train": ["a.csv"]}),
     (["train.csv", "train.csv.bak", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
     (["train/a.csv", "train/a.csv.orig", "train/.git/b.csv", "val/a.csv"],
-     {"train": ["train/a.csv"], "validation": ["val/**"]}),
-    (["a/[1].png", "a/[1].png.bak", "b/2.png"], {"train": ["a/[[]1].png", "b/2.png"]}),
+     {"train": ["train/a.csv"], "validation": ["val/a.csv"]}),
+    (["a/[1].png", "a/[1].png.bak", "b/2.png", "metadata.csv"], {"train": ["a/[[]1].png", "b/2.png", "metadata.csv"]}),
     (["a/1.png", "b/2.png", "Thumbs.db", "LICENSE"], {"train": ["**"]}),
+    (["images/train/a/1.png", "images/val/a/1.png", "classes.txt"],
+     {"train": ["images/train/**"], "validation": ["images/val/**"]}),
+    (["data/train.csv", "data/test.csv", "LICENSE.txt"], {"train": ["data/train.csv"], "test": ["data/test.csv"]}),
+    (["train/1.jpg", "train/2.jpg", "test/3.jpg", "annotations/x.json"], {"train": ["train/**"], "test": ["test/**"]}),
+    (["train/a.csv", "train/b.csv", "test/c.csv", "figures/plot.png"],
+     {"train": ["train/a.csv", "train/b.csv"], "test": ["test/c.csv"]}),
+    (["train/data-00000.arrow", "train/state.json", "train/dataset_info.json", "test/data-00000.arrow",
+      "test/state.json", "dataset_dict.json"],
+     {"train": ["train/data-00000.arrow"], "test": ["test/data-00000.arrow"]}),
+    (["2023/train.csv", "2024/train.csv", "2024/test.csv"],
+     {"train": ["2023/train.csv", "2024/train.csv"], "test": ["2024/test.csv"]}),
 ])
 def test_splits_are_told_at_the_top(tmp_path: Path, files: list[str], expected: dict[str, list[str]]) -> None:
     for file in files:
@@ -190,7 +202,7 @@ def test_two_files_of_the_same_bytes_are_refused(tmp_path: Path, first: str, cop
             read(DataConfig(dataset=str(tmp_path)))
 
 
-@pytest.mark.parametrize("packed", ["data.jsonl.gz", "data.zip", "data.csv.xz"])
+@pytest.mark.parametrize("packed", ["data.jsonl.gz", "data.zip", "data.jsonl.xz"])
 def test_a_file_beside_what_it_was_unpacked_from_is_refused(tmp_path: Path, packed: str) -> None:
     write_rows(tmp_path / "data.jsonl")
     (tmp_path / packed).write_bytes(b"packed")
