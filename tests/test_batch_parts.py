@@ -360,6 +360,12 @@ def test_ids_of_other_examples_are_others_that_a_model_knows():
     assert found["ids"].tolist() == [2, 1, 0, -100] and found["used"].tolist() == [True, False, True, True]
 
 
+def test_runs_of_whole_numbers_alone_may_be_asked_for():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0]])
+    found = list(narrowed({"ids": ids, "x": ids.float()}, 3, by_runs="whole numbers"))
+    assert [lengths[0].name for lengths in found] == ["['ids']"]
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
 def test_padding_is_any_one_value(value):
     x = torch.randn(3, 6, 4)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lora_dp import PrivacyEngine
 from tests.models import OPTIMIZERS, assert_refuses, mlp, private_run, seeded, snapshot, train
