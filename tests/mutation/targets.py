@@ -102,7 +102,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
         "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
         "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
-        "tests/test_loss_watch.py", *_PITFALLS)),
+        "tests/test_fused_step.py", "tests/test_loss_watch.py", *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
@@ -180,4 +180,4 @@ SETTLED = (
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
     "lora_dp/loss_graph.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py",
     "lora_dp/fed/contained.py", "lora_dp/fed/federation.py", "lora_dp/fed/engines/flower_policy.py",
-    "lora_dp/fed/client.py")
+    "lora_dp/fed/client.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/optimizer.py")
