@@ -126,7 +126,7 @@ TARGETS: dict[str, Target] = {
     "kernels/clip_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
     "kernels/noise_update.py": Target((), ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py")),
     "lora_dp/fed/account.py": Target((
-        "tests/fed/test_ahead_log.py", "tests/fed/test_account.py", "tests/fed/test_origin.py",
+        "tests/fed/test_ahead_log.py", "tests/fed/test_origin.py", "tests/fed/test_account.py",
         "tests/fed/test_runner.py", "tests/fed/test_resume.py", "tests/fed/test_units.py")),
     "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/engines/test_flower_ledger.py")),
     "lora_dp/fed/client.py": Target((
