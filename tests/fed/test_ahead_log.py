@@ -153,3 +153,10 @@ def test_what_a_run_has_released_when_it_goes_on_from_a_checkpoint(tmp_path, rep
     assert replayed(found, done, reproducible=reproducible) == expected
     with pytest.raises(LogError, match="ends before round 5"):
         replayed(found, 5, reproducible=reproducible)
+
+
+def test_a_log_of_no_round_is_not_that_of_a_run_that_has_done_one(tmp_path):
+    found = log(tmp_path)
+    assert replayed(found) == [0, 0, 0]
+    with pytest.raises(LogError, match="ends before round 1"):
+        replayed(found, 1)

@@ -180,4 +180,5 @@ SETTLED = (
     "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py",
     "lora_dp/loss_graph.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py",
     "lora_dp/fed/contained.py", "lora_dp/fed/federation.py", "lora_dp/fed/engines/flower_policy.py",
-    "lora_dp/fed/client.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/optimizer.py")
+    "lora_dp/fed/client.py", "lora_dp/fed/engines/flower_ledger.py", "lora_dp/optimizer.py",
+    "lora_dp/fed/account.py")
