@@ -43,7 +43,7 @@ from lora_dp.company import (
 )
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
-from lora_dp.number_lists import as_tensors, other_lists
+from lora_dp.number_lists import as_tensors, has_lists, other_lists
 from lora_dp.sizes import Seen, Sizes
 from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
@@ -98,18 +98,20 @@ def check_isolation(
     if n < 2:
         return Passed()
     positional = batch_parts.argument_names(model.forward, len(args))
-    call: Any = as_tensors((*batch_parts.named(positional, (args, kwargs)), targets), n)
+    plain: Any = (*batch_parts.named(positional, (args, kwargs)), targets)
+    call = as_tensors(plain, n)
     seen = seen or Sizes().look(call, n)
     options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,
                seen, one_width)
-    if seen.tables:
+    # What the model says if tables hold rows of the examples after all, or a list is of N numbers by chance.
+    for assumed in ([set_apart(call, seen.tables)] if seen.tables else []) + ([call] if has_lists(call) else []):
         try:
-            return _check(model, set_apart(call, seen.tables), *options)
+            return _check(model, assumed, *options)
         except IsolationError:
             raise
-        except Exception:  # what the model says if they hold rows of the examples after all
+        except Exception:
             pass
-    return _check(model, call, *options)
+    return _check(model, plain, *options)
 
 
 def _check(

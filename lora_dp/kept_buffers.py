@@ -30,6 +30,9 @@ class KeptBuffers:
     """Which buffers of a model its forwards have written to, and whether that changed them.
 
     A write to the ``.data`` of a buffer is not seen.
+
+    Attributes:
+        refused: why no forward may come any more: what was written stays in the buffer.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -38,6 +41,7 @@ class KeptBuffers:
         self._before: list[dict[str, _Mark]] = []
         self._values: dict[str, Tensor] = {}
         self._known: set[tuple[str, bool | None]] = set()
+        self.refused: str | None = None
 
     def begin(self) -> None:
         """A forward begins."""
@@ -47,9 +51,9 @@ class KeptBuffers:
             prefix + name: buffer.detach().clone() for prefix, held in self._held for name, buffer in held.items()
             if buffer is not None and prefix + name in written}
 
-    def unknown(self) -> bool:
-        """Whether the forward that has ended wrote to a buffer as none did before: at all, to change it, or to leave
-        it as it is. Known from now on."""
+    def unknown(self) -> set[tuple[str, bool | None]]:
+        """The buffers to which the forward that has ended wrote as none did before: at all (None), to change it, or to
+        leave it as it is."""
         found: set[tuple[str, bool | None]] = set()
         for (prefix, held), before in zip(self._held, self._before, strict=False):
             for name, buffer in held.items():
@@ -57,9 +61,11 @@ class KeptBuffers:
                 if buffer is not None and (buffer is not mark.buffer or mark.writes != now.writes):
                     value = self._values.get(prefix + name)
                     found.add((prefix + name, None if value is None else not same(value, buffer)))
-        new = found - self._known
+        return found - self._known
+
+    def know(self, found: set[tuple[str, bool | None]]) -> None:
+        """These have been tried."""
         self._known |= found
-        return bool(new)
 
     @contextmanager
     def put_back(self, fill: float | None) -> Iterator[None]:

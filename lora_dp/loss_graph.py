@@ -312,6 +312,14 @@ class _Everything(Outputs):
         return node is not None
 
 
+class Grown(NamedTuple):
+    """Shapes before and after an operation; whether it was one in which rows ``met`` those of another tensor."""
+
+    given: tuple[int, ...]
+    made: tuple[int, ...]
+    met: bool
+
+
 class Followed(NamedTuple):
     """What lies between numbers and the model's outputs.
 
@@ -322,8 +330,7 @@ class Followed(NamedTuple):
         leaves: by their ids, the tensors to which ways lead beside the outputs.
         reached: which of the model's outputs they lead to.
         opaque: names of functions written in Python, or compiled, whose inside no graph shows.
-        grown: shapes before and after an operation that repeats numbers of one example along another dimension, or lets
-            them meet another tensor's.
+        grown: operations that repeat numbers of one example along another dimension, or let them meet another tensor's.
     """
 
     linear: tuple[float, ...]
@@ -333,7 +340,7 @@ class Followed(NamedTuple):
     leaves: dict[int, Tensor]
     reached: frozenset[int]
     opaque: tuple[str, ...]
-    grown: frozenset[tuple[tuple[int, ...], tuple[int, ...]]]
+    grown: frozenset[Grown]
 
 
 def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
@@ -375,9 +382,9 @@ _MEETING = frozenset({
 
 def _grown(
     node: Node, outputs: Outputs, products: Mapping[Node, frozenset[float]]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Shapes of the one operand that comes from the outputs, and of the result, where it was broadcast, or where each
-    of its rows met several of another tensor's, as in a product with the keys of all examples."""
+) -> Grown | None:
+    """Of the one operand that comes from the outputs, where it was broadcast, or where each of its rows met several of
+    another tensor's, as in a product with the keys of all examples."""
     operands = [(c, k) for c, k in node.next_functions
                 if c is not None and ((c, k) in outputs.places or products.get(c))]
     if len(operands) != 1 or not node._input_metadata:
@@ -386,7 +393,8 @@ def _grown(
     given, made = (tuple(found._input_metadata[place].shape) for found, place in ((child, number), (node, 0)))
     aligned = (1,) * (len(made) - len(given)) + given
     repeated = math.prod(made) > math.prod(given) and all(a in (1, b) for a, b in zip(aligned, made, strict=True))
-    return (given, made) if repeated or _kind(node).removesuffix("Backward") in _MEETING else None
+    met = _kind(node).removesuffix("Backward") in _MEETING
+    return Grown(given, made, met) if repeated or met else None
 
 
 def leaves_under(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -168,8 +168,7 @@ class LossWatch:
         self._compare(before, followed, weights, inside.factors)
         for edge in joined:
             self._check_apart(edge, outputs, before)
-        if followed.shape not in self.vouched:
-            self._check_paired(inside, before)
+        self._check_paired(inside, before, vouched=followed.shape in self.vouched)
         self._remember(followed, weights, inside.factors)
 
     def vector(self, losses: Tensor, n: int) -> None:
@@ -203,7 +202,7 @@ class LossWatch:
                     "constant as optimizer.backward(losses, weight=…).")
             self._check_linear(weights)
         self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs, before)
-        self._check_paired(followed, before)
+        self._check_paired(followed, before, vouched=followed.shape in self.vouched)
         self._remember(followed, weights, followed.factors)
 
     def shape_of(self, loss: Tensor, output: Any) -> int:
@@ -308,14 +307,14 @@ class LossWatch:
                     f"The losses depend on an output of the model that is not by example, {shape} in a batch of "
                     f"{self._n}: it may hold a statistic of the batch. Return rows of one example each, batch first.")
 
-    def _check_paired(self, inside: Followed, before: _Seen | None) -> None:
+    def _check_paired(self, inside: Followed, before: _Seen | None, *, vouched: bool) -> None:
         """Predictions (N, 1) and targets (N,) are broadcast to (N, N): each prediction meets all examples' targets. So
         it does in a product with the keys of all examples, or where all examples' labels are looked up in it."""
         n = self._n
-        if n == 1 or inside.shape in self.vouched or (before is not None and before.n not in (1, n)):
+        if n == 1 or (before is not None and before.n not in (1, n)):
             return  # of other batches the graph is the same, so that a dimension of N here is another's by chance
-        for given, made in inside.grown:
-            if made.count(n) > given.count(n):
+        for given, made, met in inside.grown:
+            if made.count(n) > given.count(n) and not (met and vouched):
                 raise IsolationError(
                     f"The losses pair each example with all others: {given} became {made} in a batch of {n}, as where "
                     "predictions (N, 1) meet targets (N,), or the keys of all examples. Bring both to one shape, by "

@@ -17,13 +17,13 @@ _MOST_OPTIONS = 256
 
 
 def _state(value: Any) -> Hashable:
-    """What of a setting decides which code runs: of a number whether it is 0 and its sign, of a whole one also its size
+    """What of a setting decides which code runs: of a number whether it is 0, of a whole one also its sign and its size
     up to a factor of two."""
     if isinstance(value, str | bool | None):
         return value
     if isinstance(value, int):
         return (value > 0) - (value < 0), value.bit_length()
-    return float((value > 0) - (value < 0)) if isinstance(value, float) else None
+    return float(value != 0) if isinstance(value, float) else None
 
 
 def _options(value: Any) -> Mapping[str, Any] | None:
@@ -56,7 +56,6 @@ class Parts:
                     self._settings.append((vars(module), name))
                 elif not name.startswith("_") and (options := _options(value)) is not None:
                     configurations[id(options)] = options
-        self._attributes += configurations.values()
         self._settings += [(options, name) for options in configurations.values() for name, value in options.items()
                            if isinstance(value, str | bool | int | float | None)]
         self._before: tuple[list[Any], list[Any]] = [], []

@@ -26,6 +26,11 @@ def as_tensors(tree: Any, n: int) -> Any:
     return pytree.tree_map(one, tree, is_leaf=is_list)
 
 
+def has_lists(tree: Any) -> bool:
+    """Whether a call has lists of numbers that were made tensors."""
+    return any(isinstance(leaf, NumberList) for leaf in pytree.tree_leaves(tree))
+
+
 def other_lists(tree: Any, n: int, name: str = "") -> list[str]:
     """Names of the lists of ``n`` entries that are no numbers, such as the boxes of each image."""
     if isinstance(tree, list) and len(tree) == n:

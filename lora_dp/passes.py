@@ -58,6 +58,8 @@ class Passes:
             return
         if recorder.owner is None:
             raise RuntimeError("This is a copy of a private model: call make_private for it before training it.")
+        if recorder.buffers.refused is not None:
+            raise IsolationError(recorder.buffers.refused)
         begin_pass(recorder.owner, capturing=recorder.capturing)
         check_frozen_norms(recorder)
         check_frozen(recorder)
@@ -161,15 +163,20 @@ class Passes:
     def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Try again where a forward has written to a buffer as none did before: its batch may hold something rare."""
         recorder = self.recorder
-        if recorder.capturing or not recorder.per_example or not recorder.buffers.unknown():
+        if recorder.capturing or not recorder.per_example or not (written := recorder.buffers.unknown()):
             return
         found = recorder.current
         if found is not None and found.n:
             call: Any = (*self._named(module, args, kwargs, found.n), None)
             positional = self._names[len(args)] if len(self._names[len(args)]) == len(args) else ()
-            for fill in (None, 0, 1):  # what is set for good shows beside one of the numbers
-                with recorder.buffers.put_back(fill), Trials(module, None, positional) as trials:
-                    check_written(trials, call, found.n, ragged=fill is not None)
+            try:
+                for fill in (None, 0, 1):  # what is set for good shows beside one of the numbers
+                    with recorder.buffers.put_back(fill), Trials(module, None, positional) as trials:
+                        check_written(trials, call, found.n, ragged=fill is not None)
+            except IsolationError as error:
+                recorder.buffers.refused = str(error)
+                raise
+        recorder.buffers.know(written)
 
 
 def _standing(model: nn.Module) -> Hashable:

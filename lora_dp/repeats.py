@@ -1,4 +1,4 @@
-"""Data sets that hold one example twice, as far as torch's own wrappers tell."""
+"""Data sets that hold one example twice, as far as wrappers and lists tell."""
 
 from typing import Any
 
@@ -19,24 +19,38 @@ def first_repeated(dataset: Any) -> int | None:
     """
     if not isinstance(dataset, Subset | ConcatDataset | list | tuple) and _selected(dataset) is None:
         return None
-    _, first = np.unique(items := _items(dataset, {}), return_index=True)
+    try:
+        items = _items(dataset, None, {})
+    except (TypeError, ValueError, IndexError):  # keys that are no numbers, or no length
+        return None
+    _, first = np.unique(items, return_index=True)
     repeated = np.setdiff1d(np.arange(len(items)), first)
     return int(repeated[0]) if len(repeated) else None
 
 
-def _items(dataset: Any, known: dict[int, int]) -> np.ndarray:
-    """What each index of a data set stands for: the data set that has it, by number, and its index there."""
+def _items(dataset: Any, chosen: np.ndarray | None, known: dict[int, int]) -> np.ndarray:
+    """What ``chosen`` indices of a data set, or all, stand for: the data set that has it, by number, and its index
+    there."""
     if isinstance(dataset, Subset):
-        inner = _items(dataset.dataset, known)
-        return inner[np.asarray(dataset.indices, np.int64)]
+        indices = np.asarray(dataset.indices, np.int64)
+        return _items(dataset.dataset, indices if chosen is None else indices[chosen], known)
+    if chosen is None:
+        chosen = np.arange(len(dataset), dtype=np.int64)
+    if (chosen < 0).any():
+        chosen = chosen % len(dataset)
     if isinstance(dataset, ConcatDataset):
-        return np.concatenate([_items(part, known) for part in dataset.datasets])
+        found, ends = np.empty_like(chosen), np.asarray(dataset.cumulative_sizes)
+        places = np.searchsorted(ends, chosen, side="right")
+        for place, part in enumerate(dataset.datasets):
+            here = places == place
+            found[here] = _items(part, chosen[here] - (ends[place - 1] if place else 0), known)
+        return found
     own = known.setdefault(id(dataset), len(known)) * _MOST
     if isinstance(dataset, list | tuple) and not any(isinstance(item, _EQUAL) for item in dataset):
-        places = {id(item): place for place, item in reversed(list(enumerate(dataset)))}
-        return own + np.array([places[id(item)] for item in dataset], np.int64)
+        first = {id(item): place for place, item in reversed(list(enumerate(dataset)))}
+        return own + np.array([first[id(dataset[place])] for place in chosen], np.int64)
     selected = _selected(dataset)
-    return own + (np.arange(len(dataset), dtype=np.int64) if selected is None else selected)
+    return own + (chosen if selected is None else selected[chosen])
 
 
 def _selected(dataset: Any) -> np.ndarray | None:

@@ -189,14 +189,17 @@ class PlainPrompt(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.prompt = torch.randn(8, WIDTH).requires_grad_()
-        self.head = DPLinear(WIDTH, 3)
+        self.head, self.prompted = DPLinear(WIDTH, 3), True
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.prompted:
+            return self.head(x.tanh())
         return self.head(torch.cat([self.prompt.expand(len(x), -1, -1), x.unsqueeze(1)], 1).tanh().mean(1))
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_a_plain_tensor_is_found_where_it_comes_again_after_a_step(size):
+def test_a_plain_tensor_is_found_where_it_comes_again_after_a_step(size, later):
     """In micro-batches of a size that divides it, nothing but that tells it from values of examples."""
     model = PlainPrompt().train()
     optimizer = make_private(model, batch_size=8)
@@ -209,5 +212,9 @@ def test_a_plain_tensor_is_found_where_it_comes_again_after_a_step(size):
             optimizer.step()
             optimizer.zero_grad()
 
+    if later:
+        model.prompted = False
+        step()
+        model.prompted = True
     step()
     assert_refuses(RuntimeError, "A tensor (8, ", step)

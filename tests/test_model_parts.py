@@ -67,7 +67,7 @@ def test_a_number_that_moves_makes_no_new_kind_each_time() -> None:
         model.alpha, model.epoch = 0.1 + step / 100, 5 + step
         kinds.add(standing(parts))
     assert len(kinds) == 5  # up to 7, 15, 31, 63 and 104
-    model.alpha = -model.alpha
+    model.alpha = 0.0
     assert standing(parts) not in kinds
 
 
@@ -81,7 +81,10 @@ def test_settings_of_one_configuration_count_once_and_tables_not_at_all() -> Non
     assert standing(parts) == before
     model.table["new"] = True
     assert standing(parts) == before
-    model.cfg.more = True
+    for number in range(20):  # a log of what was seen, say
+        model.opts[f"step {number}"] = number
+    assert standing(parts) == before
+    model.cfg.mix = True
     assert standing(parts) != before
 
 

@@ -107,3 +107,24 @@ def test_another_error_of_the_model_is_its_own() -> None:
     make_private(model, batch_size=8)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.randn(8, 5), labels=[])
+
+
+class Sized(nn.Module):
+    """A size of images that comes as a list, of as many numbers as the batch may have examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = DPLinear(6, 3)
+
+    def forward(self, x: Tensor, size: list[int]) -> Tensor:
+        assert type(size) is list and len(size) == 2
+        return self.head(x.view(-1, *size).flatten(1))
+
+
+def test_a_list_that_is_as_long_as_the_batch_by_chance() -> None:
+    model = Sized().train()
+    optimizer = make_private(model, batch_size=8)
+    for n in (2, 5, 2):
+        optimizer.backward(model(torch.randn(n, 6), [2, 3]).square().sum(1))
+        optimizer.zero_grad()
+        optimizer.recorder.discard()

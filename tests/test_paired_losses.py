@@ -93,3 +93,17 @@ def test_as_many_classes_as_examples_are_tested_once(mean: bool) -> None:
     optimizer.recorder.discard()
     engine.check_isolation(model, (torch.randn(N, 6), torch.arange(N) % CLASSES), loss)
     step()
+
+
+def test_a_criterion_that_was_tested_on_targets_of_another_shape_is_refused_all_the_same() -> None:
+    """Its graph has the same operations, whatever is broadcast in them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8).requires_grad_(False), nn.Tanh(), DPLinear(8, 1)).train()
+    engine = PrivacyEngine("rdp", reproducible_seed=0)
+    optimizer = make_private(model, batch_size=N, engine=engine)
+
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        return (o - y).square().mean(1)
+
+    engine.check_isolation(model, (torch.randn(N, 6), torch.randn(N, 1)), loss)
+    assert_refuses(IsolationError, PAIRED, lambda: optimizer.backward(loss(model(torch.randn(N, 6)), torch.randn(N))))

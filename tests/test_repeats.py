@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from lora_dp import PrivacyEngine
@@ -50,3 +51,24 @@ def test_rows_that_are_selected_twice() -> None:
     assert first_repeated(rows) is None and first_repeated(rows.shuffle(seed=0)) is None and first_repeated(few) is None
     assert first_repeated(rows.select([0, 3, 1, 3])) == 3
     assert first_repeated(datasets.interleave_datasets([rows, few], stopping_strategy="all_exhausted")) is not None
+
+
+class Keyed(Dataset[Any]):
+    """Of no length, by names."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.zeros(2)
+
+
+class Vast(Dataset[Any]):
+    def __len__(self) -> int:
+        return 2**50
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.zeros(2)
+
+
+def test_a_subset_by_names_or_of_a_vast_data_set_is_looked_at_without_it() -> None:
+    assert first_repeated(Subset(Keyed(), ["a", "b"])) is None  # type: ignore[arg-type]
+    assert first_repeated(Subset(Keyed(), [3, 4, 3])) == 2
+    assert first_repeated(Subset(Vast(), [3, 4, 5])) is None and first_repeated(Subset(Vast(), [3, 4, -1, 4])) == 3

@@ -135,7 +135,7 @@ class PlantedCanaries:
         self.scores = torch.zeros(canaries.count, dtype=torch.float64)
         self.ledger: Ledger | None = None
         self.steps = 0
-        self._ledgers: list[Ledger] = []
+        self._ledgers: list[tuple[Ledger, int]] = []
         self._directions: dict[tuple[str, ...], _Directions] = {}
 
     def plant(self, optimizer: PrivateOptimizer, loader: PrivateDataLoader) -> None:
@@ -149,8 +149,9 @@ class PlantedCanaries:
         if self.ledger is not None and self.ledger is not optimizer.ledger:
             raise ValueError("Canaries were planted under another ledger: audit one engine at a time.")
         self.ledger = optimizer.ledger
-        if not any(known is self.ledger for known in self._ledgers):
-            self._ledgers.append(self.ledger)
+        if not any(known is self.ledger for known, _ in self._ledgers):
+            # Steps of another time, before these optimizers, are none of the audit's.
+            self._ledgers.append((self.ledger, self.ledger.steps - optimizer.steps_taken))
         background: dict[int, Tensor] = {}
         take, release, empty = optimizer.take, optimizer.release, optimizer.step_on_empty_batch
 
@@ -189,8 +190,8 @@ class PlantedCanaries:
         optimizer.step_on_empty_batch = with_canaries(empty)  # type: ignore[method-assign]
 
     def steps_taken(self) -> int:
-        """All that the ledgers hold under which canaries were planted."""
-        return sum(ledger.steps for ledger in self._ledgers)
+        """All that the optimizers took under whose ledgers canaries were planted."""
+        return sum(ledger.steps - before for ledger, before in self._ledgers)
 
     def _observe(self, projections: Tensor, optimizer: PrivateOptimizer) -> None:
         x = projections / optimizer.mechanism.rule.sensitivity

@@ -142,3 +142,21 @@ def test_what_is_no_round_is_refused(tmp_path, entry):
     for read in (lambda: replayed(found), lambda: found.counted(plan())):
         with pytest.raises(LogError, match="line 2 is damaged"):
             read()
+
+
+@pytest.mark.parametrize("reproducible, done, expected", [
+    (False, 0, [9, 3, 9]), (False, 4, [9, 3, 9]), (True, 0, [0, 0, 0]), (True, 1, [3, 3, 0]), (True, 2, [6, 3, 3]),
+    (True, 4, [6, 3, 6])])
+def test_what_a_run_has_released_when_it_goes_on_from_a_checkpoint(tmp_path, reproducible, done, expected):
+    """All that was begun; of a reproducible run, what it will not release again."""
+    found = log(tmp_path, *ROUNDS, reproducible=reproducible)
+    assert replayed(found, done, reproducible=reproducible) == expected
+    with pytest.raises(LogError, match="ends before round 5"):
+        replayed(found, 5, reproducible=reproducible)
+
+
+def test_a_log_of_no_round_is_not_that_of_a_run_that_has_done_one(tmp_path):
+    found = log(tmp_path)
+    assert replayed(found) == [0, 0, 0]
+    with pytest.raises(LogError, match="ends before round 1"):
+        replayed(found, 1)

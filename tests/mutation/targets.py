@@ -119,7 +119,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
         "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
         "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
-        "tests/test_loss_watch.py", *_PITFALLS)),
+        "tests/test_fused_step.py", "tests/test_loss_watch.py", *_PITFALLS)),
     "lora_dp/randomness.py": Target((
         "tests/test_randomness.py", "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_noise.py",
         "tests/test_resume.py")),
@@ -143,7 +143,7 @@ TARGETS: dict[str, Target] = {
     "kernels/clip_sum.py": Target((), ("tests/kernels/test_clip_sum.py", "tests/kernels/test_private_step.py")),
     "kernels/noise_update.py": Target((), ("tests/kernels/test_noise_update.py", "tests/kernels/test_private_step.py")),
     "lora_dp/fed/account.py": Target((
-        "tests/fed/test_ahead_log.py", "tests/fed/test_account.py", "tests/fed/test_origin.py",
+        "tests/fed/test_ahead_log.py", "tests/fed/test_origin.py", "tests/fed/test_account.py",
         "tests/fed/test_runner.py", "tests/fed/test_resume.py", "tests/fed/test_units.py")),
     "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/engines/test_flower_ledger.py")),
     "lora_dp/fed/client.py": Target((

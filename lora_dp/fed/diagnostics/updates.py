@@ -27,8 +27,9 @@ class UpdateRecorder:
     It is to see released values only: updates that clients have noised, or that no privacy is claimed for. Where the
     server adds the noise, single updates are not released, and must not be given to it.
 
-    At most 32 updates and 256 MiB are kept, each as one float32 vector, those of the lowest numbers; those beyond are
-    counted. In which order they came is not kept: it would tell how long clients took, and so of their batches.
+    At most 32 updates are kept, each as one float32 vector, and no more than 256 MiB would hold if all were as large:
+    those of the lowest numbers. Those beyond are counted. In which order they came is not kept: it would tell how long
+    clients took, and so of their batches.
 
     Args:
         asked: the numbers of the clients that were asked for one.
@@ -63,7 +64,7 @@ class UpdateRecorder:
         if not names or any(name not in start or start[name].shape != update[name].shape for name in names):
             raise ValueError(f"The update of client {client} does not fit the state that it started from.")
         size = 4 * sum(update[name].numel() for name in names)
-        if self._places[client] >= min(MOST_UPDATES, MOST_BYTES // size):
+        if self._places[client] >= min(MOST_UPDATES, MOST_BYTES // max(size, 1)):
             self._left_out += 1
             return
         change = torch.cat([
