@@ -102,6 +102,8 @@ def test_what_was_no_drawn_batch_is_in_no_later_step():
     optimizer.expect_batch(3)
     cross_entropy(model, examples(5, seed=7)).backward()
     assert_refuses(RuntimeError, "This step saw 5 examples", optimizer.step)
+    assert_refuses(RuntimeError, "This step saw 5 examples", lambda: take_step(model, optimizer, examples(4)))
+    optimizer = make_private(model, batch_size=4)
     released = take_step(model, optimizer, examples(4))
     assert flat(released).equal(flat(take_step(other, make_private(other, batch_size=4), examples(4))))
     assert optimizer.ledger.steps == 1
