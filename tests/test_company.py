@@ -506,3 +506,20 @@ def test_no_width_is_warned_of_where_padding_is_passed_over_or_may_be_a_border(b
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(batch)
+
+
+def test_a_width_is_warned_of_once_and_not_where_it_is_fixed():
+    """Nor where widths vary, and the model is refused."""
+    model = Pools(masked=False).train()
+    optimizer = make_private(model, batch_size=6)
+    with pytest.warns(UserWarning, match="looks at padding"):
+        model(padded(9))
+    optimizer.recorder.discard()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(padded(9)[:3])  # of another kind
+        make_private(model, batch_size=6).recorder.sizes_fixed = True
+        model(padded(9))
+        optimizer = make_private(model, batch_size=6)
+        optimizer.recorder.padding_varies = True
+        assert_refuses(IsolationError, "changes with the padding", lambda: model(padded(9)))
