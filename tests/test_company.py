@@ -518,8 +518,9 @@ def test_a_width_is_warned_of_once_and_not_where_it_is_fixed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(padded(9)[:3])  # of another kind
-        make_private(model, batch_size=6).recorder.sizes_fixed = True
+        recorder = make_private(model, batch_size=6).recorder
+        recorder.sizes_fixed = True
         model(padded(9))
-        optimizer = make_private(model, batch_size=6)
-        optimizer.recorder.padding_varies = True
+        recorder = make_private(model, batch_size=6).recorder
+        recorder.sizes_fixed, recorder.padding_varies = False, True
         assert_refuses(IsolationError, "changes with the padding", lambda: model(padded(9)))
