@@ -151,7 +151,7 @@ class PlantedCanaries:
         self.ledger = optimizer.ledger
         if not any(known is self.ledger for known, _ in self._ledgers):
             # Steps of another time, before these optimizers, are none of the audit's.
-            self._ledgers.append((self.ledger, self.ledger.steps - optimizer.steps_taken))
+            self._ledgers.append((self.ledger, max(0, self.ledger.steps - optimizer.steps_taken)))
         background: dict[int, Tensor] = {}
         take, release, empty = optimizer.take, optimizer.release, optimizer.step_on_empty_batch
 

@@ -211,3 +211,14 @@ def test_a_second_optimizer_of_the_engine_has_its_canaries_planted_too(again: bo
 
     with nullcontext() if again else pytest.raises(RuntimeError, match="took part in 2 of 3 steps"):
         audit(trained, GradientCanaries(20), delta=1e-5)
+
+
+def test_steps_of_another_time_are_none_of_the_audits() -> None:
+    """Of a ledger that was restored, and of a count that goes on from turn to turn under a ledger of each."""
+    for taken, held in ((0, 5), (5, 0)):
+        model, optimizer, loader = private_model(noise_multiplier=1.0)
+        optimizer.ledger.append(optimizer.event, held) if held else None
+        optimizer.steps_taken = taken
+        planted = plant([True] * 4, optimizer, loader)
+        train(model, optimizer, loader, 2)
+        assert planted.steps == planted.steps_taken() == 2
