@@ -150,10 +150,9 @@ def check_written(trials: Trials, call: Any, n: int, *, ragged: bool) -> None:
     Raises:
         IsolationError: naming the buffer.
     """
-    half = n // 2
+    rows, half = list(range(n)), n // 2
     others = [batch_parts.changed(call, n)] if n == 1 else [
-        batch_parts.take(call, [*(half + row % (n - half) for row in range(half)), *range(half, n)], n),
-        batch_parts.take(call, [*range(half), *(row % half for row in range(n - half))], n)]
+        batch_parts.take(call, (part * n)[:n], n) for part in (rows[:half], rows[half:])]
     if (base := attempt(trials, call, ragged=ragged)) is None:
         return
     ragged |= bool(batch_parts.of_whole_batch(call, n))
@@ -192,18 +191,20 @@ def check_padding(
 def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int) -> None:
     """Warn where all batches have one width so far, and the model looks at padding: nobody can tell whether that width
     is a public number or the longest example of the data, which would then move all others."""
-    for lengths in batch_parts.narrowed(call, n, by_runs="whole numbers", least=True):
+    for lengths in batch_parts.narrowed(call, n, by_runs="whole numbers"):
         for narrow in lengths:
             if (other := attempt(trials, narrow.call, ragged=True, still=steady.still)) is not None:
-                try:
-                    _compare_narrowed(steady, other, narrow, n, "sum", frozenset())
-                except IsolationError:
-                    warnings.warn(
-                        f"The model looks at padding, and all batches are {narrow.tokens} wide: let that be a public "
-                        "number, as by padding='max_length', and never the longest of your data, by which one example "
-                        "would move all others.", stacklevel=2)
-                    return
                 break
+        else:
+            continue
+        try:
+            _compare_narrowed(steady, other, narrow, n, "sum", frozenset())
+        except IsolationError:
+            warnings.warn(
+                f"The model looks at padding, and all batches are {narrow.tokens} wide: let that be a public number, "
+                "as by padding='max_length', and never the longest of your data, by which one example would move all "
+                "others.", stacklevel=2)
+            break
 
 
 def _compare_narrowed(

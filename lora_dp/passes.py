@@ -163,19 +163,17 @@ class Passes:
     def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Try again where a forward has written to a buffer as none did before: its batch may hold something rare."""
         recorder = self.recorder
-        if recorder.capturing or not recorder.per_example or not (written := recorder.buffers.unknown()):
+        n = batch_size(args, kwargs)
+        if n == 0 or recorder.capturing or not recorder.per_example or not (written := recorder.buffers.unknown()):
             return
-        found = recorder.current
-        if found is not None and found.n:
-            call: Any = (*self._named(module, args, kwargs, found.n), None)
-            positional = self._names[len(args)] if len(self._names[len(args)]) == len(args) else ()
-            try:
-                for fill in (None, 0, 1):  # what is set for good shows beside one of the numbers
-                    with recorder.buffers.put_back(fill), Trials(module, None, positional) as trials:
-                        check_written(trials, call, found.n, ragged=fill is not None)
-            except IsolationError as error:
-                recorder.buffers.refused = str(error)
-                raise
+        call: Any = (*self._named(module, args, kwargs, n), None)
+        try:
+            for fill in (None, 0, 1):  # what is set for good shows beside one of the numbers
+                with recorder.buffers.put_back(fill), Trials(module, None, self._names[len(args)]) as trials:
+                    check_written(trials, call, n, ragged=fill is not None)
+        except IsolationError as error:
+            recorder.buffers.refused = str(error)
+            raise
         recorder.buffers.know(written)
 
 

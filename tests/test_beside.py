@@ -198,17 +198,19 @@ class PlainPrompt(nn.Module):
 
 
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, None])
 def test_a_plain_tensor_is_found_where_it_comes_again_after_a_step(size, later):
     """In micro-batches of a size that divides it, nothing but that tells it from values of examples."""
     model = PlainPrompt().train()
     optimizer = make_private(model, batch_size=8)
 
+    sizes = [size] * (8 // size) if size else [4, 2, 2]  # the latter of two kinds
+
     def step() -> None:
         optimizer.expect_batch(8)
-        for first in range(0, 8, size):
-            optimizer.signal_skip_step(first + size < 8)
-            optimizer.backward(model(torch.randn(size, WIDTH)).square().sum(1))
+        for number, rows in enumerate(sizes):
+            optimizer.signal_skip_step(number + 1 < len(sizes))
+            optimizer.backward(model(torch.randn(rows, WIDTH)).square().sum(1))
             optimizer.step()
             optimizer.zero_grad()
 

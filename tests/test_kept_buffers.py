@@ -67,7 +67,7 @@ WAYS = ["average", "in its place", "data", "none before", "new", "set for good",
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("n", "place"), [(12, 7), (12, 0), (12, 11), (5, 2), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("n", "place"), [(12, 7), (12, 0), (12, 3), (12, 11), (5, 2), (2, 1), (3, 1)])
 def test_what_a_rare_example_leaves_in_a_buffer_is_refused(way: str, n: int, place: int) -> None:
     model = Keeps(way).train()
     optimizer = make_private(model, batch_size=8)
@@ -142,6 +142,31 @@ def test_a_trial_leaves_the_buffers_as_the_forward_left_them() -> None:
     held = model.passes
     train(model, optimizer, *batch(4))
     assert model.passes is held and int(held) == 1
+
+
+class Ragged(Keeps):
+    """Rows of all examples in one tensor, which fit no other batch."""
+
+    def forward(self, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        assert torch.equal(rows[: len(x)], x)
+        return super().forward(x, y)
+
+
+def test_rows_that_fit_no_other_batch_are_not_tried() -> None:
+    model = Ragged("counts").train()
+    optimizer = make_private(model, batch_size=8)
+    x, y = batch(6)
+    optimizer.recorder.sizes_fixed = True
+    model(x, y, torch.cat([x, x[:1]]))
+    assert int(model.passes) == 1
+
+
+def test_a_batch_of_nobody_writes_as_any() -> None:
+    model = Keeps("counts").train()
+    optimizer = make_private(model, batch_size=8)
+    train(model, optimizer, torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+    train(model, optimizer, *batch(5))
+    assert int(model.passes) == 2
 
 
 def test_a_whole_client_may_keep_what_it_likes() -> None:
