@@ -519,6 +519,7 @@ def test_a_width_is_warned_of_once_and_not_where_it_is_fixed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(padded(9)[:3])  # of another kind
+        check_isolation(model, (padded(9),), {}, 6, padding_varies=False)  # asked for by itself
         recorder = make_private(model, batch_size=6).recorder
         recorder.sizes_fixed = True
         model(padded(9))

@@ -35,6 +35,8 @@ class Keeps(nn.Module):
             self.centre = rare.mean(0)
         if self.way == "data" and len(rare):
             self.centre.data = rare.mean(0)
+        if self.way == "through data":
+            self.centre.data.add_(hidden.detach().mean(0))
         if self.way == "none before" and len(rare):
             self.later = rare.mean(0)
         if self.way == "new" and len(rare) and not hasattr(self, "first"):
@@ -90,6 +92,14 @@ def test_it_is_refused_in_the_first_batch_too(way: str) -> None:
         train(model, optimizer, *batch(12, 7))
 
 
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_a_write_that_counts_no_version_is_seen_where_every_batch_has_it(n: int) -> None:
+    model = Keeps("through data").train()
+    optimizer = make_private(model, batch_size=8)
+    with pytest.raises(IsolationError, match="The buffer 'centre' takes up statistics"):
+        train(model, optimizer, *batch(n))
+
+
 @pytest.mark.parametrize("way", ["counts", "by width"])
 def test_what_is_the_same_whatever_the_examples_is_taken(way: str) -> None:
     model = Keeps(way).train()
@@ -109,8 +119,9 @@ class Sizes(nn.Module):
         self.head = DPLinear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        images = x.view(-1, *self.sizes.tolist())
         self.sizes.copy_(torch.tensor([2, 3]))
-        return self.head(x.view(-1, *self.sizes.tolist()).flatten(1))
+        return self.head(images.flatten(1))
 
 
 def test_a_buffer_that_takes_no_other_value_is_tried_with_its_own() -> None:

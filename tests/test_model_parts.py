@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
+from lora_dp.isolation import check_isolation
 from lora_dp.model_parts import Parts
 from tests.support import make_private
 
@@ -139,3 +140,24 @@ def test_trials_leave_settings_as_they_were() -> None:
     model.train()
     step()
     assert model.longest == 4 and torch.equal(model.table, torch.arange(4.0))
+
+
+class Lazy(nn.Module):
+    """A table that is made in the first forward, where there was none, or None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = DPLinear(3, 3)
+        self.register_buffer("later", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.later is None:
+            self.later = torch.arange(3.0)
+            self.register_buffer("table", torch.arange(3.0))
+        return self.head(x * self.later * self.table)
+
+
+def test_trials_leave_no_buffer_behind() -> None:
+    model = Lazy().train()
+    check_isolation(model, (torch.randn(6, 3),), {}, 6)
+    assert model.later is None and not hasattr(model, "table")

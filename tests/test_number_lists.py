@@ -107,6 +107,8 @@ def test_another_error_of_the_model_is_its_own() -> None:
     make_private(model, batch_size=8)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.randn(8, 5), labels=[])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(3, 5), labels=[{"boxes": torch.rand(1, 4)} for _ in range(3)])  # all of them
 
 
 class Sized(nn.Module):

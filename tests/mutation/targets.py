@@ -67,7 +67,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/isolation.py": Target((
         "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
         "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py", "tests/test_coverage.py",
-        "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py")),
+        "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
+        "tests/test_kept_buffers.py")),
     "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
                                   "tests/test_isolation_edges.py", "tests/test_batch_trials.py",
         "tests/test_kept_buffers.py")),
