@@ -48,7 +48,7 @@ class KeptBuffers:
         written = {name for name, _ in self._known}
         self._before = [{name: _mark(buffer) for name, buffer in held.items()} for _, held in self._held]
         self._values = {} if not written else {
-            prefix + name: buffer.detach().clone() for prefix, held in self._held for name, buffer in held.items()
+            prefix + name: buffer.clone() for prefix, held in self._held for name, buffer in held.items()
             if buffer is not None and prefix + name in written}
 
     def unknown(self) -> set[tuple[str, bool | None]]:
@@ -86,5 +86,5 @@ class KeptBuffers:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """To the bit, NaN as any other value."""
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    """To the bit; NaN is the same as NaN alone."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

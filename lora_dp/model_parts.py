@@ -22,8 +22,8 @@ def _state(value: Any) -> Hashable:
     if isinstance(value, str | bool | None):
         return value
     if isinstance(value, int):
-        return (value > 0) - (value < 0), value.bit_length()
-    return float(value != 0) if isinstance(value, float) else None
+        return value < 0, value.bit_length()
+    return value != 0 if isinstance(value, float) else None
 
 
 def _options(value: Any) -> Mapping[str, Any] | None:

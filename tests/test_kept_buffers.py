@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
-from lora_dp.kept_buffers import KeptBuffers
+from lora_dp.kept_buffers import KeptBuffers, same
 from tests.support import make_private
 
 RARE = 2
@@ -203,6 +203,34 @@ def test_only_what_none_wrote_before_is_unknown() -> None:
     # At all, to change it, to leave it as it is.
     for number, new in ((1, True), (1, True), (1, False), (0, True), (0, False), (1, False)):
         assert forward(lambda number=number: model.passes.add_(number)) is new
-    for _ in range(2):
-        assert forward(lambda: model.centre.fill_(torch.nan))
-    assert not forward(lambda: model.centre.fill_(torch.nan))
+    for value, new in ((torch.nan, True), (torch.nan, True), (torch.nan, False), (0.0, True), (torch.nan, False)):
+        assert forward(lambda value=value: model.centre.fill_(value)) is new
+
+
+def test_buffers_of_one_name_are_those_of_their_modules() -> None:
+    model = nn.Sequential(Keeps("none"), Keeps("none"))
+    kept = KeptBuffers(model)
+    for module in model:
+        kept.begin()
+        module.passes.add_(1)
+        assert kept.unknown()
+        kept.know(kept.unknown())
+
+
+def test_what_a_forward_wrote_is_filled_and_what_it_took_away_put_back() -> None:
+    model = Keeps("none")
+    kept = KeptBuffers(model)
+    kept.begin()
+    model.passes.add_(3)
+    centre = model.centre
+    del model.centre
+    with kept.put_back(1):
+        assert int(model.passes) == 1 and model.centre is centre and not centre.any() and model.later is None
+    assert int(model.passes) == 3 and not hasattr(model, "centre")
+
+
+@pytest.mark.parametrize(("one", "other", "alike"), [
+    ([0.0, 1.0], [0.0, 1.0], True), ([torch.nan, 1.0], [torch.nan, 1.0], True), ([torch.nan], [0.0], False),
+    ([0.0], [torch.nan], False), ([1.0], [1.0, 1.0], False), ([torch.inf], [3e38], False), ([], [], True)])
+def test_nan_is_the_same_as_nan_alone(one: list[float], other: list[float], alike: bool) -> None:
+    assert same(torch.tensor(one), torch.tensor(other)) is alike

@@ -68,6 +68,9 @@ def test_a_number_that_moves_makes_no_new_kind_each_time() -> None:
         model.alpha, model.epoch = 0.1 + step / 100, 5 + step
         kinds.add(standing(parts))
     assert len(kinds) == 5  # up to 7, 15, 31, 63 and 104
+    model.epoch = -5
+    assert standing(parts) not in kinds
+    model.epoch = 5
     model.alpha = 0.0
     assert standing(parts) not in kinds
 

@@ -326,6 +326,14 @@ def test_a_change_above_the_bound_is_left_out_unless_noise_explains_it():
     assert [entry["client"] for entry in noisy.run_round().failed] == [1]
 
 
+def test_failures_are_told_by_number_and_not_as_they_came():
+    """Which would tell how long clients took."""
+    federation = begun(sizes=[10] * 3, answers={0: failing(0), 2: failing(2)})
+    plain = federation.engine.train
+    federation.engine.train = lambda tasks, on_step: reversed(list(plain(tasks, on_step)))
+    assert [entry["client"] for entry in federation.run_round().failed] == [0, 2]
+
+
 def test_who_failed_in_a_turn_is_asked_no_more_in_the_round_and_all_failures_are_told():
     federation = begun("deer", [10] * 3, {0: failing(0, "raised \x1b[2J"), 2: lambda task: 1.0 if task.turn == 0 else
                                           failing(2)})
