@@ -69,7 +69,8 @@ def test_what_lengths_in_a_list_mix_is_refused(kind: str, lengths: tuple[int, ..
 
 def test_lists_come_back_as_they_were() -> None:
     call = ([3, 4, 5], {"scales": [0.1, 2, 3.5], "names": ["a", "b", "c"], "flags": [True, False, True],
-                        "size": [224, 224], "large": [2**70, 1, 2]})
+                        "size": [224, 224], "large": [2**70, 1, 2],
+                        "edge": [2**63, 1, 2], "least": [-(2**63), 1, 2], "fits": [2**63 - 1, 1 - 2**63, 0]})
     assert as_lists(as_tensors(call, 3)) == call
 
 
