@@ -395,7 +395,7 @@ def _kept(leaf: Tensor, dimensions: Sequence[int], kept: slice) -> Tensor:
 def _ends_alike(leaf: Tensor, dimension: int, kept: slice) -> bool:
     """Whether what would be cut off is one value."""
     size = leaf.shape[dimension]
-    rest = without_nan(leaf).narrow(dimension, *((0, kept.start) if kept.start else (kept.stop, size - kept.stop)))
+    rest = without_nan(leaf.narrow(dimension, *((0, kept.start) if kept.start else (kept.stop, size - kept.stop))))
     return bool((rest == rest.flatten()[:1]).all())
 
 

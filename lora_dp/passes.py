@@ -163,8 +163,9 @@ class Passes:
     def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Try again where a forward has written to a buffer as none did before: its batch may hold something rare."""
         recorder = self.recorder
-        n = batch_size(args, kwargs)
-        if n == 0 or recorder.capturing or not recorder.per_example or not (written := recorder.buffers.unknown()):
+        if recorder.capturing or not recorder.per_example or not (written := recorder.buffers.unknown()):
+            return
+        if (n := batch_size(args, kwargs)) == 0:
             return
         call: Any = (*self._named(module, args, kwargs, n), None)
         try:

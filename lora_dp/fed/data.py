@@ -264,7 +264,8 @@ def _load(config: DataConfig) -> datasets.DatasetDict:
     with failures_to_open(config.dataset):
         builder = datasets.load_dataset_builder(place, config.subset, data_files=files)
         check_apart(builder.config.data_files or {})
-        return datasets.load_dataset(place, config.subset, data_files=files)
+        builder.download_and_prepare()
+        return builder.as_dataset()
 
 
 def own_files(name: str) -> dict[str, list[str]] | None:

@@ -91,12 +91,12 @@ class _Folder:
     """The data in a folder: its files of the kind that there are most of."""
 
     def __init__(self, root: Path):
-        self.root = root
-        kinds = Counter(kind for file in _visible(root) if (kind := _kind(file)) is not None)
+        self.root, self.visible = root, _visible(root)
+        kinds = Counter(kind for file in self.visible if (kind := _kind(file)) is not None)
         if len(kinds) > 1:
             del kinds["text"]  # a licence, a list of the classes
         self.kind = max(kinds, key=lambda kind: (kinds[kind], kind), default=None)
-        self.data = [file for file in _visible(root) if _kind(file) in {self.kind, _ARCHIVE} - {None}]
+        self.data = [file for file in self.visible if _kind(file) in {self.kind, _ARCHIVE} - {None}]
         self.images = self.kind == "imagefolder"
 
     def split(self) -> dict[str, list[str]]:
@@ -150,7 +150,7 @@ class _Folder:
         """All files one by one; folders of images, which may be many, whole where nothing in them could be taken for
         an image."""
         if not self.images or any(_is_copy(file) for place in places for file in place.rglob("*")):
-            listed = files + [file for file in _visible(self.root) if self.images and file.name in _METADATA]
+            listed = files + [file for file in self.visible if self.images and file.name in _METADATA]
             return [glob.escape(file.relative_to(self.root).as_posix()) for file in sorted(listed)] or ["**"]
         return [f"{glob.escape(place.relative_to(self.root).as_posix())}/**".removeprefix("./") for place in places]
 
