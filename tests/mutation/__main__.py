@@ -118,7 +118,7 @@ def tests_of(mutant: Mutant, interpreted: bool) -> list[str]:
 
 def table(mutants: Iterable[Mutant], record: Record, written_down: dict[str, str]) -> str:
     """Counts by file, as Markdown."""
-    kinds = ("killed", "timeout", "survived", "equivalent", "not compiled", "not run")
+    kinds = ("killed", "timeout", "survived", "equivalent", "same code", "not compiled", "not run")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for mutant in mutants:
         found = record.found.get(mutant.id, {"status": "not run"})["status"]

@@ -37,6 +37,7 @@ class Workbench:
         self._interpreted = interpreted
         self._server: subprocess.Popen[str] | None = None
         self._sound: dict[str, bool] = {}
+        self._sound_library: bytes | None = None
 
     def __enter__(self) -> "Workbench":
         shutil.rmtree(self.tree, ignore_errors=True)
@@ -103,7 +104,8 @@ class Workbench:
             likely: tests to run before all others.
 
         Returns:
-            ``status`` ("killed", "survived", "timeout", "not compiled"), the ``test`` that failed, ``seconds``.
+            ``status`` ("killed", "survived", "timeout", "not compiled", "same code" where the compiler makes the same
+            library of it), the ``test`` that failed, ``seconds``.
 
         Raises:
             RuntimeError: a test fails without the mistake too.
@@ -112,10 +114,15 @@ class Workbench:
         source = (ROOT / mutant.path).read_text(encoding="utf-8")
         compiled = mutant.path.startswith("csrc/")
         mutated = mutant.applied(source)
+        if compiled and self._sound_library is None:
+            self._sound_library = self._compile()
         path.write_text(mutated, encoding="utf-8")
         try:
-            if not (self._compile() if compiled else _parses(mutated)):
+            library = self._compile() if compiled else None
+            if not (library if compiled else _parses(mutated)):
                 return {"status": "not compiled", "test": None, "seconds": 0.0}
+            if compiled and library == self._sound_library:
+                return {"status": "same code", "test": None, "seconds": 0.0}
             found = self.ask(likely, []) if likely else {"status": "passed", "seconds": 0.0}
             if found["status"] in ("passed", "nothing"):
                 found = self.ask(tests, likely)
@@ -130,8 +137,8 @@ class Workbench:
             raise RuntimeError(f"{found['test']} fails without a mutant too: mend that first.")
         return {**found, "status": "survived" if found["status"] == "passed" else found["status"]}
 
-    def _compile(self) -> bool:
-        """The copy's C++ becomes the copy's library; False where it is no C++."""
+    def _compile(self) -> bytes:
+        """The copy's C++ becomes the copy's library; the library's bytes, none where it is no C++."""
         nanobind = self._build.parent / "nanobind"
         if not nanobind.exists():
             subprocess.run([
@@ -146,11 +153,11 @@ class Workbench:
                 f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}"], check=True, stdout=subprocess.DEVNULL)
         built = subprocess.run(["ninja", "-C", str(self._build)], capture_output=True, text=True)
         if built.returncode:
-            return False
+            return b""
         library = next(self._build.glob("_native*.so"))
         shutil.copy(library, self._library.with_suffix(".new"))
         os.replace(self._library.with_suffix(".new"), self._library)
-        return True
+        return library.read_bytes()
 
 
 def _parses(source: str) -> bool:
