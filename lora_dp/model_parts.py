@@ -28,10 +28,10 @@ def _state(value: Any) -> Hashable:
 
 def _options(value: Any) -> Mapping[str, Any] | None:
     """The settings of a configuration that a module holds: of a dict, or of an object by its attributes."""
-    if isinstance(value, nn.Module | type) or callable(value):
+    if callable(value):  # modules and classes too
         return None
     found = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-    return found if isinstance(found, dict) and 0 < len(found) <= _MOST_OPTIONS else None
+    return found if isinstance(found, dict) and len(found) <= _MOST_OPTIONS else None
 
 
 class Parts:

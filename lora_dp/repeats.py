@@ -47,8 +47,8 @@ def _items(dataset: Any, chosen: np.ndarray | None, known: dict[int, int]) -> np
         return found
     own = known.setdefault(id(dataset), len(known)) * _MOST
     if isinstance(dataset, list | tuple) and not any(isinstance(item, _EQUAL) for item in dataset):
-        first = {id(item): place for place, item in reversed(list(enumerate(dataset)))}
-        return own + np.array([first[id(dataset[place])] for place in chosen], np.int64)
+        place_of = {id(item): place for place, item in enumerate(dataset)}
+        return own + np.array([place_of[id(dataset[place])] for place in chosen], np.int64)
     selected = _selected(dataset)
     return own + (chosen if selected is None else selected[chosen])
 

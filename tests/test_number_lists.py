@@ -70,13 +70,14 @@ def test_what_lengths_in_a_list_mix_is_refused(kind: str, lengths: tuple[int, ..
 def test_lists_come_back_as_they_were() -> None:
     call = ([3, 4, 5], {"scales": [0.1, 2, 3.5], "names": ["a", "b", "c"], "flags": [True, False, True],
                         "size": [224, 224], "large": [2**70, 1, 2],
-                        "edge": [2**63, 1, 2], "least": [-(2**63), 1, 2], "fits": [2**63 - 1, 1 - 2**63, 0]})
+                        "edge": [2**63, 1, 2], "least": [-(2**63), 1, 2], "low": [-(2**70), 1, 2],
+                        "fits": [2**63 - 1, 1 - 2**63, 0]})
     assert as_lists(as_tensors(call, 3)) == call
 
 
 def test_only_numbers_of_the_examples_are_taken_up() -> None:
-    lengths, rest = as_tensors(([3, 4, 5], [224, 224]), 3)
-    assert lengths.dtype == torch.int64 and torch.equal(lengths.as_subclass(Tensor), torch.tensor([3, 4, 5]))
+    lengths, rest = as_tensors(([3, 4000, 5], [224, 224]), 3)
+    assert lengths.dtype == torch.int64 and torch.equal(lengths.as_subclass(Tensor), torch.tensor([3, 4000, 5]))
     assert rest == [224, 224]
     assert as_tensors([0.1, 2], 2).dtype == torch.float64
     assert as_tensors([], 0) == []

@@ -12,10 +12,12 @@ from lora_dp.repeats import first_repeated
 from tests.models import assert_refuses, mlp
 
 A, B = TensorDataset(torch.zeros(5)), TensorDataset(torch.zeros(3))
+LONG, SHORT = TensorDataset(torch.zeros(300)), TensorDataset(torch.zeros(100))
 
 
 @pytest.mark.parametrize(("dataset", "first"), [
     (A, None), (Subset(A, [0, 4, 2]), None), (Subset(A, range(5)), None), (ConcatDataset([A, B]), None),
+    (ConcatDataset([LONG, SHORT]), None),
     (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 3])]), None), (random_split(A, [2, 3])[0], None),
     (Subset(A, torch.tensor([3, 1])), None), (Subset(A, []), None),
     (Subset(A, [0, 4, 0]), 2), (Subset(A, [4, -1]), 1), (ConcatDataset([A, B, A]), 8), (ConcatDataset([A, B, B]), 8),

@@ -203,4 +203,5 @@ SETTLED = (
     "lora_dp/loss_watch.py", "lora_dp/company.py", "lora_dp/recording.py", "lora_dp/passes.py", "lora_dp/trials.py",
     "lora_dp/isolation.py", "lora_dp/collation.py", "lora_dp/chain.py", "lora_dp/bypassed.py",
     "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py", "lora_dp/fed/contained.py", "lora_dp/fed/federation.py",
-    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/client.py", "lora_dp/coverage.py")
+    "lora_dp/fed/engines/flower_policy.py", "lora_dp/fed/client.py", "lora_dp/coverage.py",
+    "lora_dp/kept_buffers.py", "lora_dp/model_parts.py", "lora_dp/number_lists.py", "lora_dp/repeats.py")
