@@ -34,8 +34,8 @@ inline std::uint64_t little_endian(std::uint64_t word) { return word; }
 template <int lanes>
 inline void write_blocks(const std::uint32_t state[16], std::uint8_t *out) {
     using Vector = typename VectorOf<lanes>::type;
-    std::uint32_t lane_index[lanes];
-    for (int l = 0; l < lanes; ++l) lane_index[l] = static_cast<std::uint32_t>(l);
+    std::uint32_t lane_index[lanes] = {};
+    for (int l = 1; l < lanes; ++l) lane_index[l] = static_cast<std::uint32_t>(l);
     Vector offset;
     std::memcpy(&offset, lane_index, sizeof offset);
 

@@ -12,7 +12,7 @@ _NATIVE = (
     "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py",
     "tests/ops/test_gaussian_pairs.py", "tests/ops/test_hostile_inputs.py", "tests/test_noise.py",
     "tests/test_draws.py", "tests/test_secret_keys.py", "tests/test_randomness.py",
-    "tests/ops/test_noise_statistics.py", "tests/ops/test_emulated_cuda.py")
+    "tests/ops/test_noise_statistics.py", "tests/ops/test_emulated_cuda.py", "tests/ops/test_compiler_warnings.py")
 _TRIALS = (
     "tests/test_batch_trials.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
     "tests/test_isolation.py",
@@ -180,7 +180,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/fed/engines/flower_tensors.py": Target((
         "tests/fed/engines/test_tensor_bytes.py", "tests/fed/engines/test_hostile_client.py",
         "tests/fed/engines/test_message_bytes.py")),
-    "csrc/chacha20.h": Target(("tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py")),
+    "csrc/chacha20.h": Target((
+        "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_compiler_warnings.py")),
     "csrc/cpu_kernels.h": Target(_NATIVE),
     "csrc/gaussian_blocks.h": Target(("tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py")),
     "csrc/kernels.cpp": Target((
@@ -192,6 +193,7 @@ TARGETS: dict[str, Target] = {
 }
 
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
+SETTLED_NATIVE = ("csrc/chacha20.h", "csrc/gaussian_blocks.h", "csrc/secret_key.cpp")
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py",
     "lora_dp/losses.py", "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",

@@ -1,6 +1,8 @@
 """Mutants are what they say, keep their names, and a drawn sample of them is noticed by the tests."""
 
 import secrets
+import shutil
+import subprocess
 
 import pytest
 
@@ -8,8 +10,8 @@ from tests.mutation.__main__ import equivalents, main, mutants_of
 from tests.mutation.cpp_mistakes import cpp_mutants
 from tests.mutation.mutant import Mutant
 from tests.mutation.python_mistakes import python_mutants
-from tests.mutation.targets import SETTLED, TARGETS
-from tests.mutation.workbench import ROOT
+from tests.mutation.targets import SETTLED, SETTLED_NATIVE, TARGETS
+from tests.mutation.workbench import ROOT, Workbench
 
 SOURCE = '''
 """Not mutated: 1 + 1."""
@@ -134,18 +136,35 @@ def test_a_survivor_fails_and_what_was_noticed_is_not_run_again(tmp_path, monkey
     assert " s  lora_dp" not in capsys.readouterr().out
 
 
-def sample(number: int, minutes: float, work: str) -> None:
+def sample(files: tuple[str, ...], number: int, minutes: float, work: str) -> None:
     """No mutant of a new draw survives; what the draw was is said where one does."""
     seed = secrets.randbelow(10**6)
-    files = [word for path in SETTLED for word in ("--only", path)]
-    words = ["--sample", str(number), "--seed", str(seed), "--minutes", str(minutes), "--work", work]
-    assert main([*files, *words]) == 0, f"python -m tests.mutation --sample {number} --seed {seed}"
+    words = [word for path in files for word in ("--only", path)]
+    words += ["--sample", str(number), "--seed", str(seed), "--minutes", str(minutes), "--work", work]
+    assert main(words) == 0, f"python -m tests.mutation {' '.join(words[:-2])}"
 
 
 def test_a_few_mutants_are_noticed(tmp_path):
-    sample(4, 2, str(tmp_path))
+    sample(SETTLED, 4, 2, str(tmp_path))
 
 
 @pytest.mark.long
 def test_a_sample_of_mutants_is_noticed(tmp_path):
-    sample(25, 6, str(tmp_path))
+    sample(SETTLED, 25, 6, str(tmp_path))
+
+
+def test_mistakes_in_native_code(tmp_path):
+    """What the compiler makes the same library of is told apart; a few mutants are noticed."""
+    missing = [name for name in ("cmake", "ninja", "g++") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    source = (ROOT / "csrc/stream.h").read_bytes()
+    end = source.index(b"\n")
+    first = source[:end].decode()
+    with Workbench(tmp_path / "plain-0") as bench:
+        try:
+            found = bench.try_out(Mutant("csrc/stream.h", "", "text", 0, end, first, "// Anything.", first), [], [])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"nanobind could not be fetched: {error}")
+        assert found["status"] == "same code"
+    sample(SETTLED_NATIVE, 3, 2, str(tmp_path))

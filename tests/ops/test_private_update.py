@@ -228,6 +228,16 @@ def test_every_half_precision_number_is_read_and_written_back(dtype):
     finite = every.isfinite()
     assert torch.equal(theta[finite], every[finite])
     assert theta[~finite].isnan().all()  # 0 · infinity
+    # Without a decay that is added infinity stays what it is, and NaN becomes torch's.
+    theta, zeros = every.clone(), torch.zeros(2**16, dtype=dtype)
+    private_update_(
+        [theta], [torch.zeros(2**16)], [zeros.clone()], [zeros.clone()], [], [adam_row(
+            0.1, step=1, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)], optimizer="adamw", scale=0.0, step=STEP,
+        expected_batch_size=1.0, key=KEY, draw=0, filtered=[False], filter_strength=0.0)
+    number = ~every.isnan()
+    assert torch.equal(theta[number], every[number])
+    assert torch.equal(theta[~number].abs().view(torch.int16), torch.full_like(
+        every[~number], math.nan).abs().view(torch.int16))
 
 
 def test_sums_that_are_not_finite_are_refused_and_change_nothing():
