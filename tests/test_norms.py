@@ -143,6 +143,11 @@ def test_norms_at_any_size(size, shape):
     assert found.tolist() == pytest.approx([exact] * shape[0], rel=1e-12, abs=0)
 
 
+def test_other_devices_have_a_norm_for_each_example_too():
+    found = example_norms(torch.empty(3, 4, 5, dtype=torch.bfloat16, device="meta"))
+    assert (found.shape, found.dtype) == ((3,), torch.float64)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("size", [3, 600_000])
 def test_a_value_that_is_not_finite_shows_in_its_own_norm(bad, size):

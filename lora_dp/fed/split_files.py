@@ -151,7 +151,7 @@ class _Folder:
         an image."""
         if not self.images or any(_is_copy(file) for place in places for file in place.rglob("*")):
             listed = files + [file for file in self.visible if self.images and file.name in _METADATA]
-            return [glob.escape(file.relative_to(self.root).as_posix()) for file in sorted(listed)] or ["**"]
+            return [glob.escape(file.relative_to(self.root).as_posix()) for file in listed] or ["**"]
         return [f"{glob.escape(place.relative_to(self.root).as_posix())}/**".removeprefix("./") for place in places]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lora_dp.fed.data import DataConfig, open_data
 from lora_dp.fed.own_data import open_own
-from lora_dp.fed.split_files import check_apart, split_files
+from lora_dp.fed.split_files import check_apart, check_distinct, split_files
 
 ROWS = [{"text": f"word {row} and more", "label": ("ham", "spam")[row % 2]} for row in range(20)]
 
@@ -146,6 +146,10 @@ def test_an_image_deeper_than_the_others_is_an_odd_one(tmp_path: Path, name: str
      {"train": ["train/data-00000.arrow"], "test": ["test/data-00000.arrow"]}),
     (["2023/train.csv", "2024/train.csv", "2024/test.csv"],
      {"train": ["2023/train.csv", "2024/train.csv"], "test": ["2024/test.csv"]}),
+    (["a.csv", "1.txt", "2.txt", "3.txt"], {"train": ["a.csv"]}),
+    (["a.csv", "test/b.csv"], {"train": ["a.csv", "test/b.csv"]}),
+    (["a.csv", "validation.csv"], {"train": ["a.csv", "validation.csv"]}),
+    (["train/a.csv", "test/b.csv", "classes.csv"], {"train": ["train/a.csv"], "test": ["test/b.csv"]}),
 ])
 def test_splits_are_told_at_the_top(tmp_path: Path, files: list[str], expected: dict[str, list[str]]) -> None:
     for file in files:
@@ -208,6 +212,24 @@ def test_a_file_beside_what_it_was_unpacked_from_is_refused(tmp_path: Path, pack
     (tmp_path / packed).write_bytes(b"packed")
     with pytest.raises(ValueError, match="holds the same as"):
         open_data(DataConfig(dataset=str(tmp_path)))
+
+
+def test_the_order_of_a_folder_is_that_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order in which the file system has them: rows are drawn by number."""
+    names = [f"{letter}.jsonl" for letter in "cabd"]
+    for number, name in enumerate(names):
+        write_rows(tmp_path / name, ROWS[number:])
+    found = []
+    for order in (sorted, lambda paths: sorted(paths, reverse=True)):
+        monkeypatch.setattr(Path, "rglob", lambda self, pattern, order=order: iter(order(self.glob(f"**/{pattern}"))))
+        found.append(split_files(str(tmp_path)))
+    assert found[0] == found[1] == {"train": sorted(names)}
+
+
+def test_empty_files_are_no_copies_of_one_another(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.csv").touch()
+    check_distinct([tmp_path / "a.csv", tmp_path / "b.csv"])
 
 
 def test_files_that_differ_are_all_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The private update: native against plain torch in float64, against torch's own optimizers, and what it promises."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -397,6 +398,34 @@ def test_many_large_examples_do_not_leave_the_integers():
         part = ExampleSum(torch.full((n, 1), 1e30), torch.ones(n, dtype=torch.float64))
         plain_sgd(theta, part, scale=1.0)
         assert float(-theta[0] / STEP) == pytest.approx(min(n * 2.0**51, 2.0**62), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 2.0**31, 3e9, -1.7e9, 2.0**30 + 256, 2.0**25 + 3.0, 1.0, 2.0**-30])
+def test_an_accumulated_sum_is_taken_up_to_the_grids_end(value):
+    """2^62 steps of 2^-31; up to there what the float64 reference has, to the bit."""
+    found = []
+    for way in (contextlib.nullcontext, reference_only):
+        theta = torch.zeros(1, dtype=torch.float64)
+        with way():
+            plain_sgd(theta, torch.tensor([value], dtype=torch.float64), scale=1.0)
+        found.append(theta)
+    assert torch.equal(*found)
+    assert -float(theta) == pytest.approx(max(min(value, 2.0**31), -(2.0**31)), abs=20 * STEP, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_example_that_is_not_finite_and_not_excluded_adds_a_bounded_number(value):
+    """NaN adds 0, infinity what one of so many examples may: no sum and no noise is lost with it."""
+    found = []
+    for way in (contextlib.nullcontext, reference_only):
+        theta = torch.zeros(1, dtype=torch.float64)
+        part = ExampleSum(torch.tensor([[value], [1.0]]), torch.ones(2, dtype=torch.float64))
+        with way():
+            plain_sgd(theta, part, scale=1.0)
+        found.append(theta)
+    assert torch.equal(*found)
+    bounded = 0.0 if math.isnan(value) else math.copysign(2.0**51 * STEP, value)
+    assert -float(theta) == pytest.approx(bounded + 1.0, abs=20 * STEP)
 
 
 def test_accumulated_sums_may_be_large():
