@@ -62,7 +62,8 @@ class Versions:
     def __init__(self, model: nn.Module | None = None):
         self._parameters = [] if model is None else list(held_parameters(model))
         self._buffers = [] if model is None else [
-            (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+            (name, buffer) for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() and not buffer.is_inference()]  # none can write to those
         self._before: tuple[list[Any], list[int], list[int]] = [], [], []
         self._written: list[int] = []
 

@@ -146,6 +146,15 @@ def test_a_buffer_that_was_made_in_an_evaluation_is_taken() -> None:
         train(model, optimizer, *batch(8))
 
 
+def test_a_buffer_may_have_been_made_in_an_evaluation_before() -> None:
+    model = Keeps("none").train()
+    with torch.inference_mode():
+        model.centre = torch.zeros(8)
+    optimizer = make_private(model, batch_size=8)
+    for _ in range(2):
+        train(model, optimizer, *batch(8))
+
+
 def test_a_trial_leaves_the_buffers_as_the_forward_left_them() -> None:
     model = Keeps("counts")
     model.register_buffer("steps", torch.tensor(0.0))

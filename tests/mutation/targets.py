@@ -82,7 +82,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/number_lists.py": Target(("tests/test_number_lists.py",)),
     "lora_dp/repeats.py": Target(("tests/test_repeats.py",)),
     "lora_dp/fed/split_files.py": Target(("tests/fed/test_split_files.py", "tests/fed/test_data.py")),
-    "lora_dp/unwritten.py": Target(("tests/test_unwritten.py", "tests/test_beside.py")),
+    "lora_dp/unwritten.py": Target((
+        "tests/test_unwritten.py", "tests/test_beside.py", "tests/test_kept_buffers.py")),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py", "tests/test_model_parts.py")),
