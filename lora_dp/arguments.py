@@ -80,6 +80,11 @@ def _shown(value: object) -> str:
 class Fixed(Generic[T]):
     """An attribute that can be set once: what noise, clipping and accounting were matched to must not change alone."""
 
+    def __init__(self, refusal: str = (
+        "'{name}' is fixed, for noise, clipping and accounting are matched to it: call make_private again for another.")
+    ):
+        self.refusal = refusal
+
     def __set_name__(self, owner: type, name: str) -> None:
         self.name, self.key = name, f"_{name}"
 
@@ -97,7 +102,5 @@ class Fixed(Generic[T]):
 
     def __set__(self, holder: object, value: T) -> None:
         if self.key in vars(holder):
-            raise AttributeError(
-                f"'{self.name}' is fixed, for noise, clipping and accounting are matched to it: call make_private "
-                "again for another.")
+            raise AttributeError(self.refusal.format(name=self.name))
         vars(holder)[self.key] = value

@@ -17,7 +17,9 @@ from lora_dp.accounting import (
     check_epsilon,
     max_steps,
 )
-from lora_dp.arguments import check_count, check_flag, check_kind, check_number
+from lora_dp.accounting.history import History, read_runs
+from lora_dp.accounting.ledger import begins
+from lora_dp.arguments import Fixed, check_count, check_flag, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
 from lora_dp.filtering import Filter, check_filter
@@ -72,7 +74,12 @@ class PrivacyEngine:
 
     Attributes:
         ledger: every step taken so far.
+        history: whose steps these are, which a state that is loaded must know of.
     """
+
+    ledger = Fixed[Ledger](
+        "'ledger' is fixed, for the optimizers of this engine write to it: a saved one is taken up by "
+        "engine.load_state_dict, or engine.ledger.load_state_dict.")
 
     def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
         if accountant not in ("pld", "rdp"):
@@ -83,6 +90,7 @@ class PrivacyEngine:
                 raise ValueError(f"reproducible_seed must be below 2**64, got {reproducible_seed}.")
         self.accountant: Accountant = accountant
         self.ledger = Ledger()
+        self.history = History(self.ledger)
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
 
     def make_private(
@@ -209,7 +217,7 @@ class PrivacyEngine:
                 "the same module, the whole of what you train, and begin with a new model.")
         recorder = present or Recorder()
         private = PrivateOptimizer(
-            optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, ledger=self.ledger,
+            optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, history=self.history,
             expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
             low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None,
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
@@ -244,7 +252,8 @@ class PrivacyEngine:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored)."""
         source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
-        return {"accountant": self.accountant, "ledger": self.ledger.state_dict(), "source": source}
+        return {"accountant": self.accountant, "ledger": self.ledger.state_dict(),
+                "runs": [list(run) for run in self.history.runs], "source": source}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`. A secure source goes on with a new key.
@@ -265,14 +274,18 @@ class PrivacyEngine:
                 "this one as the saved one was.")
         loaded = Ledger()
         loaded.load_state_dict(state["ledger"])
-        if not loaded.continues(self.ledger):
+        runs = read_runs(state.get("runs"), loaded.steps)
+        if not (loaded.continues(self.ledger) and begins(runs, self.history.runs)):
+            remedy = "load the model and the optimizer alone, and keep the engine" if self.history.holds(runs) else (
+                "load it into a new engine before the first step, and sum ε over both")
             raise ValueError(
-                "The saved ledger lacks steps that this engine has taken, which cannot be taken back: load the model "
-                "and the optimizer alone, and keep the engine.")
+                f"The saved ledger lacks steps that this engine has taken, {self.ledger.steps} in all, which cannot be "
+                f"taken back: {remedy}.")
         if (state["source"] is None) == isinstance(self.source, SeededSource):
             raise ValueError(
                 "The saved engine and this one differ in reproducible_seed: make this one as the saved one was.")
         self.ledger.load_state_dict(state["ledger"])
+        self.history.go_on_from(runs)
         if isinstance(self.source, SeededSource):
             self.source.load_state_dict(state["source"])
 

@@ -3,13 +3,14 @@
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lora_dp.accounting import Ledger, PoissonGaussian
+from lora_dp.accounting import PoissonGaussian
+from lora_dp.accounting.history import History, Run, read_runs
 from lora_dp.arguments import Fixed, check_count, check_flag, check_number
 from lora_dp.coverage import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.filtering import Filter
@@ -29,8 +30,16 @@ from lora_dp.wrappers import check_one_process
 
 _LEAVE_OUT = (
     "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
-_LEDGER_STEPS = "ledger_steps"
+_LEDGER_STEPS, _LEDGER_RUNS = "ledger_steps", "ledger_runs"
 _EAGER = "what was drawn at random while it was compiled would come back in every step"
+
+
+def _spent(state: Mapping[str, Any], steps: int) -> tuple[int, list[Run]]:
+    """How many private steps a saved state, or group, goes on from (``steps`` if it does not say), and of which runs."""
+    steps = state.get(_LEDGER_STEPS, steps)
+    check_count(_LEDGER_STEPS, steps, least=0)
+    saved = state.get(_LEDGER_RUNS)
+    return steps, [] if saved is None else read_runs(saved, steps)
 
 
 class Clipped(NamedTuple):
@@ -57,17 +66,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
-        mechanism: Mechanism, event: PoissonGaussian, ledger: Ledger, expected_batch_size: int, phases: PhasesName,
+        mechanism: Mechanism, event: PoissonGaussian, history: History, expected_batch_size: int, phases: PhasesName,
         loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
         before_release: Callable[[], None], adapters: Sequence[DPLoRALinear], regulate_noise: bool,
     ):
         self.original_optimizer = optimizer
-        self.mechanism, self.event, self.ledger = mechanism, event, ledger
+        self.mechanism, self.event, self.history, self.ledger = mechanism, event, history, history.ledger
         self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.rule.max_grad_norm
         self.sample_rate, self.expected_batch_size = event.sample_rate, expected_batch_size
         self.steps_taken = 0
         # Of a state of an earlier PrivateOptimizer that was loaded into this one of torch's.
-        self._restored: int = max([0, *(group.get(_LEDGER_STEPS, 0) for group in optimizer.param_groups)])
+        self._restored, self._restored_runs = max(_spent(group, 0) for group in optimizer.param_groups)
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
@@ -126,14 +135,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         state = self.original_optimizer.state_dict()
         # In the groups, too: torch's optimizers keep it there, where one of them is given this state.
-        groups = [{**group, _LEDGER_STEPS: self.ledger.steps} for group in state["param_groups"]]
-        return {**state, "param_groups": groups, "steps_taken": self.steps_taken, _LEDGER_STEPS: self.ledger.steps}
+        spent = {_LEDGER_STEPS: self.ledger.steps, _LEDGER_RUNS: [list(run) for run in self.history.runs]}
+        groups = [{**group, **spent} for group in state["param_groups"]]
+        return {**state, "param_groups": groups, "steps_taken": self.steps_taken, **spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, or the state of a plain optimizer over the same parameters.
 
         Raises:
-            ValueError: no state of an optimizer, or of one over other parameters.
+            ValueError: no state of an optimizer, or of one over other parameters, or its runs cannot be read.
             TypeError: ``steps_taken`` or ``ledger_steps`` is no whole number.
         """
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
@@ -142,11 +152,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "optimizer.state_dict() returned.")
         steps_taken = state_dict.get("steps_taken", self.steps_taken)
         # The ledger may have steps of earlier optimizers, too.
-        ledger_steps = state_dict.get(_LEDGER_STEPS, steps_taken)
         check_count("steps_taken", steps_taken, least=0)
-        check_count(_LEDGER_STEPS, ledger_steps, least=0)
+        ledger_steps, runs = _spent(state_dict, steps_taken)
         self.original_optimizer.load_state_dict(state_dict)
-        self.steps_taken, self._restored = steps_taken, max(steps_taken, ledger_steps)
+        self.steps_taken, self._restored, self._restored_runs = steps_taken, max(steps_taken, ledger_steps), runs
         if self._recorder.owner is self:
             self.activate()
 
@@ -459,10 +468,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         collected = self._collect()
         trained = self._trained()
         check_optimizer(self.original_optimizer, self._covered)
-        if self.ledger.steps < self._restored:
+        if self.ledger.steps < self._restored or not self.history.holds(self._restored_runs):
             raise RuntimeError(
                 f"The optimizer has gone on from {self._restored} private steps and the engine's ledger has "
-                f"{self.ledger.steps}, so that ε would leave out the others: restore it by "
+                f"{self.ledger.steps}, perhaps of another run, so that ε would leave out the others: restore it by "
                 "engine.load_state_dict(...) with what engine.state_dict() returned.")
         self._before_release()
         self.ledger.append(self.event)

@@ -212,9 +212,13 @@ def test_a_ledger_continues_what_it_begins_with():
 def test_round_trip_through_state_and_file(tmp_path):
     ledger = ledger_of((1 / 3, 0.1 + 0.2, 7), (1.0, 1e-3, 1), (0.25, 5.0, 10**9))
     restored = Ledger()
-    restored.append(PoissonGaussian(9.0, 0.9))
     restored.load_state_dict(ledger.state_dict())
     assert restored.entries == ledger.entries
+    other = Ledger()
+    other.append(PoissonGaussian(9.0, 0.9))
+    with pytest.raises(ValueError, match="lacks steps that this one has, which cannot be taken back"):
+        other.load_state_dict(ledger.state_dict())
+    assert other.entries == ((PoissonGaussian(9.0, 0.9), 1),)
     path = tmp_path / "ledger.json"
     ledger.save(path)
     ledger.append(PoissonGaussian(1.0, 0.5))

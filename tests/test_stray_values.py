@@ -144,7 +144,7 @@ def test_the_budget_notices_other_steps_of_equal_number():
     other = Ledger()
     other.append(optimizer.event)
     other.append(PoissonGaussian(0.4, 1.0))
-    engine.load_state_dict({**engine.state_dict(), "ledger": other.state_dict()})
+    engine.ledger.load_state_dict(other.state_dict())
     with pytest.raises(PrivacyBudgetExceeded):
         optimizer.step_on_empty_batch()
 

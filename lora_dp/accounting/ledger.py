@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_dp.accounting.epsilon import Accountant, check_accountant, composed_epsilon
 from lora_dp.accounting.steps import Entry, PoissonGaussian, check_delta, gathered, whole
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 
 _FORMAT, _VERSION = "lora-dp ledger", 2
 _WITHOUT_DIGESTS = 1  # the version before, which is read as it is and saved as this one
+
+
+T = TypeVar("T")
+
+
+def begins(counted: Sequence[tuple[T, int]], earlier: Sequence[tuple[T, int]]) -> bool:
+    """Whether what was counted, neighbours together, begins with all that was counted ``earlier``."""
+    if not earlier:
+        return True
+    *before, (what, count) = earlier
+    place = len(before)
+    return (list(counted[:place]) == before and len(counted) > place and counted[place][0] == what
+            and counted[place][1] >= count)
 
 
 class PrivacyBudgetExceeded(RuntimeError):
@@ -62,14 +76,7 @@ class Ledger:
 
     def continues(self, earlier: Ledger) -> bool:
         """Whether this ledger begins with all that ``earlier`` holds."""
-        if not earlier._entries:
-            return True
-        *whole, (event, count) = earlier._entries
-        position = len(whole)
-        return (
-            self._entries[:position] == whole and len(self._entries) > position
-            and self._entries[position][0] == event and self._entries[position][1] >= count
-        )
+        return begins(self._entries, earlier._entries)
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """An upper bound on epsilon at ``delta``: 0 when nothing was released, inf after a step without noise.
@@ -105,9 +112,10 @@ class Ledger:
         return {"format": _FORMAT, "version": _VERSION, "entries": entries, "digest": whole_digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the entries by those of ``state``; version 1, which had no digests, is read too.
+        """Go on from the entries of ``state``; version 1, which had no digests, is read too.
 
-        Raises ValueError, and changes nothing, when it is no ledger, or not the one that was saved.
+        Raises ValueError, and changes nothing, when it is no ledger, or not the one that was saved, or lacks steps that
+        this one has: a ledger only grows.
         """
         try:
             if state["format"] != _FORMAT or state["version"] not in (_WITHOUT_DIGESTS, _VERSION):
@@ -126,6 +134,10 @@ class Ledger:
                 f"Not a whole ledger of version {_VERSION} ({type(error).__name__}: {error}): "
                 "restore it from a backup, or read it with the lora-dp that wrote it."
             ) from error
+        if not loaded.continues(self):
+            raise ValueError(
+                "The saved ledger lacks steps that this one has, which cannot be taken back: load it into a new one, "
+                "or keep this one.")
         self._entries = loaded._entries
 
     def save(self, path: str | os.PathLike[str]) -> None:
