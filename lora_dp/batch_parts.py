@@ -349,6 +349,23 @@ def changed(tree: Any, n: int) -> Any:
     return pytree.tree_map(other, tree)
 
 
+def beside_noise(tree: Any, n: int, seed: int) -> Any:
+    """The first example beside noise ten times as large as any of them; None where no numbers but masks are given."""
+    generator, found = torch.Generator().manual_seed(seed), False
+
+    def other(leaf: Any) -> Any:
+        nonlocal found
+        if not is_by_example(leaf, n) or leaf.dim() < 2 or not leaf.is_floating_point() or bool(
+                ((leaf == 0) | (leaf == 1)).all()):
+            return leaf
+        found = True
+        noise = torch.randn(leaf[1:].shape, generator=generator).to(leaf)
+        return torch.cat([leaf[:1], noise * (10 * leaf.detach()[leaf.isfinite()].abs().max())])
+
+    changed_tree = pytree.tree_map(other, tree)
+    return changed_tree if found else None
+
+
 Way = Literal["plain", "padded", "all"]
 
 

@@ -1,5 +1,5 @@
 """Does an example keep to itself in other company? Trials among another number of examples, with less padding, and with
-other numbers among the arguments; part of :mod:`lora_dp.isolation`, where they are numbered 4 to 7.
+other numbers among the arguments; part of :mod:`lora_dp.isolation`, where they are numbered 4 to 8.
 """
 
 import random
@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_dp import batch_parts
 from lora_dp.kept_buffers import same
 from lora_dp.loss_graph import IsolationError, LossReduction
-from lora_dp.trial_values import Gradients, differ, least_of, pairs_of, rows_of, sum_of
+from lora_dp.trial_values import Gradients, calls_in_both, differ, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
@@ -57,7 +57,7 @@ def check_company(
     m = len(rows) if halved else 2 * n
     pairs = [("The output for", left, right, True) for left, right in steady.beside(other, n, m)]
     pairs += [(f"What '{name}' is given of", left, right, False)
-              for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False)]
+              for name, left, right in calls_in_both(steady.inputs, other.inputs)]
     for what, left, right, scores in pairs:
         if left.shape[0] * m != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
             continue
@@ -112,7 +112,7 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
     """
     some = sorted(random.SystemRandom().sample(range(n), max(n // 4, FEW)))
     (whole, rows), (part, part_rows) = trials.outputs(call), trials.outputs(batch_parts.take(call, some, n))
-    for (name, first), (_, other) in zip(rows, part_rows, strict=False):
+    for name, first, other in calls_in_both(rows, part_rows):
         if first * len(some) != other * n:
             raise IsolationError(
                 f"'{name}' works on {first} rows in a batch of {n} examples and on {other} in one of {len(some)}: not "
@@ -124,6 +124,27 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
         for place, i in enumerate(some):
             if differ(rows_of(left, n)[i], rows_of(right, len(some))[place], masked=True):
                 raise IsolationError(_counted("The output for", i))
+
+
+def check_choices(trials: Trials, steady: Trace, call: Any, n: int) -> None:
+    """The first example beside noise: what all of a batch choose together, such as the frequencies that are kept, is
+    the same for any examples that are alike, and another for these.
+
+    Raises:
+        IsolationError: an output changes, or what a layer is given.
+    """
+    if (noisy := batch_parts.beside_noise(call, n, trials.seed)) is None:
+        return
+    if (other := attempt(trials, noisy, ragged=True, still=steady.still)) is None:
+        return
+    pairs = [("output", left, right) for left, right in steady.beside(other, n, n)]
+    pairs += [(f"input of '{name}'", left, right) for name, left, right in calls_in_both(steady.inputs, other.inputs)]
+    for what, left, right in pairs:
+        if left.shape == right.shape and left.shape[0] % n == 0 and differ(
+                rows_of(left, n)[0], rows_of(right, n)[0], masked=what == "output"):
+            raise IsolationError(
+                f"The {what} of an example changes where the others are noise: find what is chosen for all examples of "
+                "a batch together, and choose it for each, or once for all data by public numbers.")
 
 
 def check_buffers(base: Trace, other: Trace) -> None:
@@ -214,7 +235,7 @@ def _compare_narrowed(
     m = len(narrow.rows)
     for left, right in steady.beside(other, n, m):
         _compare_padded(left, right, narrow, n, "output", masked=True)
-    for (name, left), (_, right) in zip(steady.inputs, other.inputs, strict=False):
+    for name, left, right in calls_in_both(steady.inputs, other.inputs):
         _compare_padded(left, right, narrow, n, f"input of '{name}'")
     for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
         if (reduction is None and not loss.dim()) or (place and place not in passed):

@@ -126,6 +126,24 @@ def check_frozen_norms(recorder: Recorder) -> None:
                 "model.train(), or replace them by torchvision.ops.FrozenBatchNorm2d.")
 
 
+def check_statistics(recorder: Recorder, model: nn.Module) -> None:
+    """Refuse a pass without gradients, as of ``torch.optim.swa_utils.update_bn``, in which a BatchNorm of a private
+    model, or of a copy of one, would take up the statistics of the examples.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    check_frozen_norms(recorder)
+    if recorder.owner is not None:
+        return
+    for name, norm in model.named_modules():
+        if _is_batch_norm(norm) and not _stands_still(norm):
+            raise RuntimeError(
+                f"'{name}' of this copy of a private model is a {type(norm).__name__} in train mode: it would take up "
+                "the statistics of its examples, which nothing clips or noises. Call .eval() on every BatchNorm "
+                "(instead of update_bn).")
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, covered: Mapping[int, PrivateParameter]) -> None:
     """Refuse an optimizer that would move a parameter that the private step does not cover.
 

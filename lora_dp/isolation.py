@@ -11,7 +11,8 @@ them, i:
    declared reduction makes of them: the same for a sum, and N times them for a mean;
 5. in the whole batch, outputs must be those in a part of it, and each layer have as many rows of each example;
 6. with less padding the same as in 4, where padding varies from batch to batch;
-7. a number among the model's arguments that differs from batch to batch must change nothing.
+7. a number among the model's arguments that differs from batch to batch must change nothing;
+8. beside noise that is larger than any of them, an example's outputs must stay.
 
 Tables among the arguments (positions, a causal mask) belong to no example: they stay in 1 to 5 and are cut in 6. Where
 the model does not take another number or less padding, although batches differ in it, that is no pass.
@@ -35,6 +36,7 @@ from lora_dp.company import (
     UNTRIED_NUMBER,
     attempt,
     check_buffers,
+    check_choices,
     check_company,
     check_numbers,
     check_padding,
@@ -46,7 +48,7 @@ from lora_dp.loss_watch import LossWatch
 from lora_dp.number_lists import as_tensors, has_lists, other_lists
 from lora_dp.sizes import Seen, Sizes
 from lora_dp.tables import set_apart
-from lora_dp.trial_values import Gradients, differ, largest, least_of, pairs_of, rows_of, sum_of
+from lora_dp.trial_values import Gradients, calls_in_both, differ, largest, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials, modes_kept
 
 
@@ -160,6 +162,8 @@ def _check(
                         raise IsolationError(UNTRIED_NUMBER)
                 if number_varies and examples > n:
                     check_whole(trials, whole, examples)
+                if not copies:
+                    check_choices(trials, steady, call, n)
                 padding = padding_varies is not False and check_padding(
                     trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied)
                 if one_width:
@@ -188,6 +192,7 @@ def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> lis
         replaced = attempt(trials, _only(call, i, n), ragged=not apart)
         if replaced is not None:
             _check_replaced(base, replaced, i, n)
+            _check_called(alone[i], replaced, i, n)
             runs.append((i, replaced))
     _check_backward(base, alone, n)
     return runs
@@ -230,16 +235,17 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> dict[str, list[Tensor]]
 
 def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
     def first() -> str:
-        return next((name for (name, _, left), (_, _, right) in zip(base.outputs, replaced.outputs, strict=False)
-                     if _row_changed(left, right, i, n)), "the model itself")
+        found = [[(name, output) for name, _, output in trace.outputs] for trace in (base, replaced)]
+        return next((name for name, left, right in calls_in_both(*found) if _row_changed(left, right, i, n)),
+                    "the model itself")
 
-    for (name, left), (_, right) in zip(base.private(), replaced.private(), strict=False):
+    for name, left, right in calls_in_both(base.private(), replaced.private()):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"Rows of '{name}' attributed to example {i} change with the other examples of the batch; the first "
                 f"module where this is seen is '{first()}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
                 "or order rows by example.")
-    for (name, left), (_, right) in zip(base.inputs, replaced.inputs, strict=False):
+    for name, left, right in calls_in_both(base.inputs, replaced.inputs):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"What '{name}' is given of example {i} changes with the other examples of the batch; the first module "
@@ -261,6 +267,20 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
                 f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a loss "
                 "that is a mean or sum of terms of one example each (for token losses: average over each example's "
                 f"tokens first, then over examples): {REMEDY}.")
+
+
+def _check_called(own: Gradients, replaced: Trace, i: int, n: int) -> None:
+    """Of a layer that only one of both passes called, the example has no gradient: ``own``, in the one, is of its
+    outputs."""
+    if own.keys() == {name for name, _ in replaced.inputs} or (outputs := _weighted(replaced, n, i)) is None:
+        return
+    other = replaced.backward(outputs)
+    for one, without in ((own, other), (other, own)):
+        for name in one.keys() - without.keys():
+            if any(largest(rows_of(gradient, n)[i]) > 0 for gradient in one[name]):
+                raise IsolationError(
+                    f"'{name}' is called for example {i} in some company and not in other: let each example decide for "
+                    "itself which layers it passes (torch.where).")
 
 
 def _check_backward(base: Trace, alone: Mapping[int, Gradients], n: int) -> None:

@@ -6,6 +6,7 @@ reaches a private layer by another way is refused by the step.
 
 import itertools
 import math
+import threading
 import weakref
 from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
@@ -395,6 +396,7 @@ _watches: "weakref.WeakSet[LossWatch]" = weakref.WeakSet()
 
 
 _plain_backward = torch.autograd.backward
+_running = threading.local()
 
 
 def _show_backward_to(watch: LossWatch) -> None:
@@ -406,11 +408,23 @@ def _show_backward_to(watch: LossWatch) -> None:
 
 def backward_unseen(loss: Tensor, *, retain_graph: bool) -> None:
     """A backward from a loss that was examined already."""
-    _plain_backward(loss, retain_graph=retain_graph)
+    _run_backward(loss, retain_graph=retain_graph)
+
+
+def _run_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+    # Under torch.set_default_device torch's own comes back to torch.autograd.backward.
+    before, _running.inside = getattr(_running, "inside", False), True
+    try:
+        _plain_backward(tensors, *args, **kwargs)
+    finally:
+        _running.inside = before
 
 
 def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     """As torch's; losses of private models are examined first."""
+    if getattr(_running, "inside", False):
+        _plain_backward(tensors, *args, **kwargs)
+        return
     watches = [watch for watch in list(_watches) if watch._outputs is not None]
     met = []
     # Inside a backward, a reentrant checkpoint goes on with what it has run again.
@@ -423,6 +437,6 @@ def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             for root, gradient in zip(roots, gradients, strict=False):
                 watch.scalar(root, gradient)
             met += [watch] * watch.followed
-    _plain_backward(tensors, *args, **kwargs)
+    _run_backward(tensors, *args, **kwargs)
     for watch in met:
         watch.after_backward()

@@ -35,7 +35,7 @@ _EAGER = "what was drawn at random while it was compiled would come back in ever
 
 
 def _spent(state: Mapping[str, Any], steps: int) -> tuple[int, list[Run]]:
-    """How many private steps a saved state, or group, goes on from (``steps`` if it does not say), and of which runs."""
+    """How many private steps a saved state, or group, goes on from (``steps`` if it does not say); of which runs."""
     steps = state.get(_LEDGER_STEPS, steps)
     check_count(_LEDGER_STEPS, steps, least=0)
     saved = state.get(_LEDGER_RUNS)

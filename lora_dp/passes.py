@@ -23,7 +23,7 @@ from lora_dp.batch_parts import (
 )
 from lora_dp.collation import drawn_for_test
 from lora_dp.company import FEW, check_written
-from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check_strangers
+from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check_statistics, check_strangers
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import PrivateModule
 from lora_dp.loss_graph import IsolationError
@@ -54,6 +54,8 @@ class Passes:
         if recorder.tried:
             return
         if not (module.training and torch.is_grad_enabled()):
+            if module.training:
+                check_statistics(recorder, module)
             recorder.suspended = True
             return
         if recorder.owner is None:
@@ -147,18 +149,22 @@ class Passes:
 
     def _test_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Where layers are given flattened rows, try again whenever an example has another number of them: examples of
-        different length whose padding was taken out are told apart by nothing else."""
+        different length whose padding was taken out are told apart by nothing else. Try again, too, where a layer is
+        the first time called, or left out: one example may have decided that for all."""
         found = self.recorder.current
         if found is None or found.n < 2 or self.recorder.capturing or not self.recorder.per_example:
             return
         rows = tuple((slot.name, slot.rows // found.n) for slot in found.slots.values() if slot.rows > found.n)
-        kind = (rows, widths((args, kwargs), found.n))
-        if rows and kind not in self.recorder.tested:
+        # By layer: the next phase trains another factor of the same.
+        kinds: set[Hashable] = {(slot.name.rpartition(".")[0], slot.rows > 0) for slot in found.slots.values()}
+        if rows:
+            kinds.add((rows, widths((args, kwargs), found.n)))
+        if unknown := kinds - self.recorder.tested.keys():
             if not self.recorder.losses.tested:
                 seen = self.recorder.sizes.look(self._named(module, args, kwargs, found.n), found.n)
                 check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
                                 number_varies=not self.recorder.sizes_fixed, seen=seen)
-            self.recorder.tested[kind] = frozenset()
+            self.recorder.tested.update(dict.fromkeys(unknown, frozenset()))
 
     def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Try again where a forward has written to a buffer as none did before: its batch may hold something rare."""

@@ -1,6 +1,8 @@
 """What two trial passes gave one example: whether it is the same, but for rounding."""
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from lora_dp.loss_graph import tolerance
 
 Gradients = Mapping[str, list[Tensor]]
+T = TypeVar("T")
 
 # What a layer whose gradient vanishes has left of it, relative to the largest gradient of all layers.
 _ROUNDING = 1e-3
@@ -66,6 +69,16 @@ def pairs_of(left: Gradients, right: Gradients) -> Iterator[tuple[str, Tensor, T
     """The gradients of two passes at the same layers, in order, with the layer's name."""
     return ((name, one, other) for name, found in left.items()
             for one, other in zip(found, right.get(name, []), strict=False))
+
+
+def calls_in_both(left: Sequence[tuple[str, T]], right: Sequence[tuple[str, T]]) -> Iterator[tuple[str, T, T]]:
+    """What two passes have of the same call of the same layer, with its name: one may have left some out."""
+    others: dict[str, deque[T]] = {}
+    for name, value in right:
+        others.setdefault(name, deque()).append(value)
+    for name, value in left:
+        if others.get(name):
+            yield name, value, others[name].popleft()
 
 
 def sum_of(loss: Tensor) -> Tensor:

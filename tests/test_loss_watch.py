@@ -1,5 +1,6 @@
 """Losses that a backward comes from: what keeps the examples apart is taken, what joins them is refused."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
+from lora_dp.losses import classification_loss
 from tests.models import assert_refuses, examples, flat, mlp, take_step
 from tests.support import assert_close, brute_force, clip_and_sum, make_private, private_gradients
 
@@ -686,6 +688,45 @@ def test_an_unknown_graph_is_taken_once_the_criterion_was_tested():
     take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]) * 0.5, b[1]))
     with pytest.raises(IsolationError, match="weighs an example by 0.4, that of an earlier one by 0.5"):
         take_step(model, optimizer, batch, lambda m, b: criterion(m(b[0]) * 0.4, b[1]))
+
+
+@pytest.mark.parametrize("way", ["set_default_device", "device"])
+def test_losses_are_followed_under_a_default_device_too(way):
+    """torch's backward comes back to itself there."""
+    model = mlp().train()
+    optimizer = make_private(model, batch_size=4)
+    x, y = examples(4)
+    torch.set_default_device("cpu" if way == "set_default_device" else None)
+    try:
+        with torch.device("cpu") if way == "device" else contextlib.nullcontext():
+            for _ in range(2):
+                optimizer.zero_grad()
+                optimizer.expect_batch(4)
+                optimizer.backward(classification_loss(model(x), y))
+                optimizer.step()
+            optimizer.zero_grad()
+            with pytest.raises(IsolationError):
+                (F.cross_entropy(model(x), y) + model(x).var(0).mean()).backward()
+    finally:
+        torch.set_default_device(None)
+
+
+def test_after_a_backward_that_failed_losses_are_followed_still():
+    model = mlp().train()
+    optimizer = make_private(model, batch_size=4)
+    x, y = examples(4)
+
+    def fails(gradient):
+        raise ZeroDivisionError
+
+    outputs = model(x)
+    outputs.register_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        F.cross_entropy(outputs, y).backward()
+    optimizer.zero_grad()
+    with pytest.raises(IsolationError):
+        outputs = model(x)
+        (F.cross_entropy(outputs, y) + outputs.var(0).mean()).backward()
 
 
 def test_a_graph_is_not_kept_after_the_step():

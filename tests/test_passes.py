@@ -1,5 +1,6 @@
 """When a pass begins, which batches are tried before it, and what it leaves alone."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import FEW
+from lora_dp.still import Still
 from tests.models import Drawing, examples, mlp, take_step, texts
 from tests.support import assert_close, make_private, private_gradients
 
@@ -166,7 +168,9 @@ def test_of_a_model_that_draws_the_first_batch_is_tried_with_four_random_states_
         seen.clear()
     forward(model, optimizer, FEW)
     # A state is that of three passes: of the batch as it is, and with others replaced, for two examples.
-    assert sum(seen.count(value) == 3 for value in set(seen)) == (1 if later else 4)
+    with Still():
+        still = float(torch.rand(()))
+    assert sum(seen.count(value) == 3 for value in set(seen) - {still}) == (1 if later else 4)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -216,6 +220,25 @@ def test_a_batch_norm_that_is_thawed_later_is_refused():
     model.train()
     with pytest.raises(RuntimeError, match="BatchNorm1d that was frozen"):
         model(examples(4)[0])
+
+
+def test_nor_does_it_take_up_statistics_without_gradients():
+    """As by torch.optim.swa_utils.update_bn, of the model or of a copy."""
+    model = nn.Sequential(nn.BatchNorm1d(6), mlp()).train()
+    model[0].eval().requires_grad_(False)
+    make_private(model, batch_size=4)
+    copied = copy.deepcopy(model)
+    for each, words in ((model, "was frozen and in eval mode"), (copied, "copy of a private model is a BatchNorm1d in")):
+        before = each[0].running_mean.clone()
+        for no_gradients in (torch.no_grad, torch.inference_mode):
+            with no_gradients():
+                each(examples(4)[0])  # frozen
+                each[0].train()
+                with pytest.raises(RuntimeError, match=words):
+                    each(examples(4)[0])
+                each.eval()(examples(4)[0])
+                each.train()[0].eval()
+        assert torch.equal(each[0].running_mean, before)
 
 
 def test_a_loss_that_joins_examples_is_refused_in_the_first_pass():

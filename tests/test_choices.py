@@ -1,0 +1,169 @@
+"""What is decided for all examples of a batch together: by one of them, or by what most have in common."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_dp.passes
+from lora_dp import DPLinear, IsolationError
+from lora_dp.batch_parts import beside_noise
+from lora_dp.isolation import check_isolation
+from lora_dp.losses import classification_loss
+from tests.models import assert_refuses, mlp
+from tests.support import make_private
+
+N, T = 12, 24
+
+
+class Missing(nn.Module):
+    """Has a layer for examples with missing values, for all of the batch or for these alone."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.inner, self.extra, self.head = way, DPLinear(6, 8), DPLinear(8, 8), DPLinear(8, 3)
+        if "zero" in way:
+            nn.init.zeros_(self.extra.weight)
+            nn.init.zeros_(self.extra.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = x.isnan()
+        hidden = self.inner(x.nan_to_num()).tanh()
+        if bool(missing.any()) == ("without" not in self.way):
+            extra = hidden + self.extra(hidden)
+            hidden = torch.where(missing.any(1, keepdim=True), extra, hidden) if "own" in self.way else extra
+        return self.head(hidden)
+
+
+def values(n: int, missing: bool = False) -> Tensor:
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
+    if missing:
+        x[1, 2] = torch.nan
+    return x
+
+
+def train(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    optimizer.zero_grad()
+    optimizer.expect_batch(len(x))
+    optimizer.backward(classification_loss(model(x), torch.arange(len(x)) % 3))
+    optimizer.step()
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later batch is drawn in secret."""
+    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
+
+
+@pytest.mark.parametrize(("way", "n"), [
+    ("all", 3), ("all", 12), ("all, without", 3), ("all, without", 12), ("all, zero", 3), ("all, zero, without", 3)])
+def test_a_layer_that_one_example_calls_or_leaves_out_for_all_is_refused(way: str, n: int, untold: None) -> None:
+    model = Missing(way).train()
+    optimizer = make_private(model, batch_size=n)
+    for size in (n, n, n + 1):
+        train(model, optimizer, values(size))
+    with pytest.raises(IsolationError):
+        train(model, optimizer, values(n, missing=True))
+
+
+@pytest.mark.parametrize("n", [3, 12])
+@pytest.mark.parametrize("way", ["own", "own, zero"])
+def test_a_layer_that_is_called_for_its_own_examples_is_taken(way: str, n: int, untold: None) -> None:
+    model = Missing(way).train()
+    optimizer = make_private(model, batch_size=n)
+    for missing in (False, True, False, True):
+        train(model, optimizer, values(n, missing))
+
+
+def test_which_layers_are_called_is_tried_once(monkeypatch: pytest.MonkeyPatch, untold: None) -> None:
+    tried: list[int] = []
+    check = lora_dp.passes.check_isolation
+
+    def counted(*args: Any, **options: Any) -> Any:
+        tried.append(args[3])
+        return check(*args, **options)
+
+    monkeypatch.setattr(lora_dp.passes, "check_isolation", counted)
+    model = Missing("own").train()
+    optimizer = make_private(model, batch_size=N)
+    for missing in (False, False, True, True, False, True):
+        train(model, optimizer, values(N, missing))
+    assert tried == [N, N]
+
+
+class Frequencies(nn.Module):
+    """Keeps the frequencies of series that are strongest in the mean over the batch, as TimesNet does, or in each."""
+
+    def __init__(self, together: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.together, self.head = together, DPLinear(T, 3)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        spectrum = torch.fft.rfft(x, dim=1)
+        strength = spectrum.abs()
+        if self.together:
+            strength = strength.mean(0, keepdim=True).expand_as(strength)
+        kept = torch.zeros_like(strength).scatter(1, strength.topk(1, dim=1).indices, 1.0)
+        return self.head(torch.fft.irfft(spectrum * kept, n=T, dim=1))
+
+
+def alike(n: int) -> Tensor:
+    """Series of one period."""
+    return torch.sin(torch.arange(T) * torch.pi / 6 + torch.linspace(0, 1, n).unsqueeze(1))
+
+
+def test_a_choice_that_all_make_together_is_refused_though_all_are_alike() -> None:
+    for _ in range(5):  # the noise may choose the same: 1 in 13
+        try:
+            check_isolation(Frequencies().train(), (alike(N),), {}, N)
+        except IsolationError as error:
+            assert "changes where the others are noise" in str(error)
+            break
+    else:
+        pytest.fail("the choice was not seen")
+    check_isolation(Frequencies(together=False).train(), (alike(N),), {}, N)
+
+
+class Scored(Frequencies):
+    """Its output is masked by the sign of a mean."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        scores = self.head(x)
+        return scores.masked_fill(torch.tensor([False, False, bool(x.square().mean() > 3)]), -1e9)
+
+
+def test_so_is_one_that_shows_in_the_outputs_alone() -> None:
+    assert_refuses(IsolationError, "The output of an example changes where the others are noise",
+                   lambda: check_isolation(Scored().train(), (alike(N),), {}, N))
+
+
+def test_noise_stands_beside_the_first_example() -> None:
+    x, mask, labels = alike(4).to(torch.bfloat16), torch.ones(4, T), torch.arange(4)
+    x[1, 0] = torch.inf
+    found = beside_noise(({"x": x, "mask": mask, "labels": labels, "table": torch.randn(7, 3), "ages": torch.rand(4)},), 4, 1)
+    noise = found[0].pop("x")
+    assert torch.equal(noise[0], x[0]) and noise.dtype == x.dtype and noise.shape == x.shape
+    spread = float(noise[1:].double().std())
+    assert 8 < spread < 12 and bool(noise[1:].isfinite().all())
+    again, other = (beside_noise(({"x": x},), 4, seed)[0]["x"] for seed in (1, 2))
+    assert torch.equal(again, noise) and not torch.equal(other, noise)
+    assert all(torch.equal(found[0][name], value) for name, value in (("mask", mask), ("labels", labels)))
+    assert beside_noise(({"mask": mask, "labels": labels, "ages": torch.rand(4)},), 4, 1) is None
+    assert beside_noise((torch.arange(8).view(4, 2), torch.rand(3, 2)), 4, 1) is None
+
+
+def test_a_model_that_takes_no_noise_passes() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if float(x.abs().max()) > 5:
+                raise ValueError("no such numbers")
+            return self.inner(x)
+
+    check_isolation(Picky().train(), (values(N) / 2,), {}, N)
