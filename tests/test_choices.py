@@ -143,16 +143,16 @@ def test_so_is_one_that_shows_in_the_outputs_alone() -> None:
 def test_noise_stands_beside_the_first_example() -> None:
     x, mask, labels = alike(4).to(torch.bfloat16), torch.ones(4, T), torch.arange(4)
     x[1, 0] = torch.inf
-    found = beside_noise(({"x": x, "mask": mask, "labels": labels, "table": torch.randn(7, 3), "ages": torch.rand(4)},), 4, 1)
-    noise = found[0].pop("x")
+    rest = {"mask": mask, "labels": labels, "table": torch.randn(7, 3), "ages": torch.rand(4)}
+    found = beside_noise({"x": x, **rest}, 4, 1)
+    noise = found.pop("x")
     assert torch.equal(noise[0], x[0]) and noise.dtype == x.dtype and noise.shape == x.shape
     spread = float(noise[1:].double().std())
     assert 8 < spread < 12 and bool(noise[1:].isfinite().all())
-    again, other = (beside_noise(({"x": x},), 4, seed)[0]["x"] for seed in (1, 2))
+    again, other = (beside_noise(x, 4, seed) for seed in (1, 2))
     assert torch.equal(again, noise) and not torch.equal(other, noise)
-    assert all(torch.equal(found[0][name], value) for name, value in (("mask", mask), ("labels", labels)))
-    assert beside_noise(({"mask": mask, "labels": labels, "ages": torch.rand(4)},), 4, 1) is None
-    assert beside_noise((torch.arange(8).view(4, 2), torch.rand(3, 2)), 4, 1) is None
+    assert all(torch.equal(found[name], value) for name, value in rest.items())
+    assert beside_noise(rest, 4, 1) is None and beside_noise(torch.arange(8).view(4, 2), 4, 1) is None
 
 
 def test_a_model_that_takes_no_noise_passes() -> None:

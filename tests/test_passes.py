@@ -228,7 +228,7 @@ def test_nor_does_it_take_up_statistics_without_gradients():
     model[0].eval().requires_grad_(False)
     make_private(model, batch_size=4)
     copied = copy.deepcopy(model)
-    for each, words in ((model, "was frozen and in eval mode"), (copied, "copy of a private model is a BatchNorm1d in")):
+    for each, words in ((model, "was frozen and in eval mode"), (copied, "copy of a private model is a BatchNorm1d")):
         before = each[0].running_mean.clone()
         for no_gradients in (torch.no_grad, torch.inference_mode):
             with no_gradients():

@@ -138,7 +138,9 @@ def test_rows_that_are_joined_twice(column: str) -> None:
     assert first_repeated(joined([rows, odd]).shuffle(seed=0)) is not None
     assert first_repeated(joined([rows.select(range(4)), rows.select(range(4, 10))])) is None
     assert first_repeated(joined([rows.select(range(4)), rows.select(range(3, 10))])) == 4
-    assert first_repeated(joined([rows, datasets.Dataset.from_dict({"x": values, "y": [0] * 10})])) is None
+    more = datasets.Dataset.from_dict({"x": values, "y": [0] * 10})
+    assert first_repeated(joined([rows, more])) is first_repeated(ConcatDataset([rows, more])) is None
+    assert first_repeated(ConcatDataset([A, B, rows, more, LONG])) is None
     assert first_repeated(ConcatDataset([rows.select(range(4)), rows.select([4, 5])])) is None
 
 

@@ -59,21 +59,24 @@ TARGETS: dict[str, Target] = {
     "lora_dp/own_generators.py": Target(("tests/test_own_generators.py",)),
     "lora_dp/accounting/epsilon.py": Target((
         "tests/test_loss_grid.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
-    "lora_dp/accounting/ledger.py": Target(("tests/test_accounting.py", "tests/test_resume.py")),
+    "lora_dp/accounting/ledger.py": Target((
+        "tests/test_accounting.py", "tests/test_resume.py", "tests/test_history.py")),
+    "lora_dp/accounting/history.py": Target(("tests/test_history.py", "tests/test_resume.py")),
     "lora_dp/accounting/planning.py": Target((
         "tests/test_planning.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
     "lora_dp/accounting/steps.py": Target(("tests/test_accounting.py",)),
     "lora_dp/chain.py": Target(_CHAINED),
     "lora_dp/isolation.py": Target((
-        "tests/test_isolation_trials.py", "tests/test_isolation_edges.py", "tests/test_isolation.py",
-        "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py", "tests/test_coverage.py",
-        "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
+        "tests/test_choices.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
+        "tests/test_isolation.py", "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py",
+        "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
         "tests/test_kept_buffers.py")),
-    "lora_dp/company.py": Target(("tests/test_company.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
-                                  "tests/test_isolation_edges.py", "tests/test_batch_trials.py",
-        "tests/test_kept_buffers.py")),
+    "lora_dp/company.py": Target((
+        "tests/test_company.py", "tests/test_choices.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
+        "tests/test_isolation_edges.py", "tests/test_batch_trials.py", "tests/test_kept_buffers.py")),
     "lora_dp/trial_values.py": Target((
-        "tests/test_trial_values.py", "tests/test_company.py", "tests/test_isolation_trials.py")),
+        "tests/test_trial_values.py", "tests/test_choices.py", "tests/test_company.py",
+        "tests/test_isolation_trials.py")),
     "lora_dp/seeded.py": Target((
         "tests/test_seeded.py", "tests/test_collation.py", "tests/test_own_generators.py",
         "tests/test_isolation_trials.py")),
@@ -87,7 +90,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
     "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py", "tests/test_model_parts.py")),
-    "lora_dp/batch_parts.py": Target(("tests/test_batch_parts.py", "tests/test_tables.py", *_TRIALS)),
+    "lora_dp/batch_parts.py": Target((
+        "tests/test_batch_parts.py", "tests/test_choices.py", "tests/test_tables.py", *_TRIALS)),
     "lora_dp/sizes.py": Target(("tests/test_tables.py", "tests/test_batch_trials.py")),
     "lora_dp/tables.py": Target(("tests/test_tables.py", "tests/test_batch_parts.py")),
     "lora_dp/still.py": Target(("tests/test_drawing_ops.py", "tests/test_batch_trials.py")),
@@ -104,7 +108,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_reentrant.py", "tests/test_compile.py", "tests/test_paired_losses.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_passes.py", "tests/test_kept_buffers.py", "tests/test_number_lists.py",
+        "tests/test_passes.py", "tests/test_choices.py", "tests/test_kept_buffers.py", "tests/test_number_lists.py",
         "tests/test_model_parts.py", "tests/test_beside.py", "tests/test_company.py", "tests/test_unwritten.py",
         "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
         "tests/test_ownership.py",
