@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_dp import batch_parts
 from lora_dp.kept_buffers import same
 from lora_dp.loss_graph import IsolationError, LossReduction
-from lora_dp.trial_values import Gradients, calls_in_both, differ, least_of, pairs_of, rows_of, sum_of
+from lora_dp.trial_values import Gradients, calls_in_both, differ, largest, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
@@ -140,8 +140,11 @@ def check_choices(trials: Trials, steady: Trace, call: Any, n: int) -> None:
     pairs = [("output", left, right) for left, right in steady.beside(other, n, n)]
     pairs += [(f"input of '{name}'", left, right) for name, left, right in calls_in_both(steady.inputs, other.inputs)]
     for what, left, right in pairs:
-        if left.shape == right.shape and left.shape[0] % n == 0 and differ(
-                rows_of(left, n)[0], rows_of(right, n)[0], masked=what == "output"):
+        if left.shape != right.shape or left.shape[0] % n:
+            continue
+        own = rows_of(left, n)[0]
+        # A choice is no small matter, and the others are large.
+        if differ(own, rows_of(right, n)[0], least=100 * largest(own), masked=what == "output"):
             raise IsolationError(
                 f"The {what} of an example changes where the others are noise: find what is chosen for all examples of "
                 "a batch together, and choose it for each, or once for all data by public numbers.")

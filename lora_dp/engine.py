@@ -50,6 +50,7 @@ class _Budget:
     def check(self) -> None:
         if self.ledger.entries != self._known.entries or self._room < 1:
             self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
+            self._known = Ledger()  # which may be ahead by a step that failed
             self._known.load_state_dict(self.ledger.state_dict())
         if self._room < 1:
             raise PrivacyBudgetExceeded(

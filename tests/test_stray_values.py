@@ -149,6 +149,32 @@ def test_the_budget_notices_other_steps_of_equal_number():
         optimizer.step_on_empty_batch()
 
 
+def test_a_step_that_fails_after_the_budgets_check_costs_nothing(monkeypatch):
+    model = inject_lora(plain(), CONFIG)
+    engine = PrivacyEngine("rdp")
+    _, optimizer, _ = engine.make_private_with_epsilon(
+        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(TensorDataset(X), batch_size=2), target_epsilon=3, target_delta=1e-5, steps=3,
+        max_grad_norm=1.0)
+    optimizer.step_on_empty_batch()
+    append = Ledger.append
+
+    def fails(ledger, *step):
+        if ledger is engine.ledger:
+            raise KeyboardInterrupt
+        append(ledger, *step)
+
+    monkeypatch.setattr(Ledger, "append", fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step_on_empty_batch()
+    monkeypatch.undo()
+    optimizer.step_on_empty_batch()
+    optimizer.step_on_empty_batch()
+    assert engine.ledger.steps == 3
+    with pytest.raises(PrivacyBudgetExceeded):
+        optimizer.step_on_empty_batch()
+
+
 def test_a_ledger_continues_another():
     event, other = PoissonGaussian(1.0, 0.5), PoissonGaussian(2.0, 0.5)
     short, long, different = Ledger(), Ledger(), Ledger()
