@@ -13,11 +13,13 @@ from torch import Tensor
 from lora_dp import batch_parts
 from lora_dp.kept_buffers import same
 from lora_dp.loss_graph import IsolationError, LossReduction
-from lora_dp.trial_values import Gradients, calls_in_both, differ, largest, least_of, pairs_of, rows_of, sum_of
+from lora_dp.trial_values import Gradients, calls_in_both, differ, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
 FEW = 4
+# A choice moves what it decides by more than so many times what is seen of other influences.
+_SMALL = 100
 REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
           "labels out of the model's call)")
 
@@ -133,18 +135,19 @@ def check_choices(trials: Trials, steady: Trace, call: Any, n: int) -> None:
     Raises:
         IsolationError: an output changes, or what a layer is given.
     """
-    if (noisy := batch_parts.beside_noise(call, n, trials.seed)) is None:
-        return
-    if (other := attempt(trials, noisy, ragged=True, still=steady.still)) is None:
+    noisy = batch_parts.beside_noise(call, n, trials.seed)
+    other = None if noisy is None else attempt(trials, noisy, ragged=True, still=steady.still)
+    if other is None:
         return
     pairs = [("output", left, right) for left, right in steady.beside(other, n, n)]
     pairs += [(f"input of '{name}'", left, right) for name, left, right in calls_in_both(steady.inputs, other.inputs)]
     for what, left, right in pairs:
         if left.shape != right.shape or left.shape[0] % n:
             continue
-        own = rows_of(left, n)[0]
-        # A choice is no small matter, and the others are large.
-        if differ(own, rows_of(right, n)[0], least=100 * largest(own), masked=what == "output"):
+        own, found = rows_of(left, n)[0], rows_of(right, n)[0]
+        if own.is_floating_point():  # a choice is no small matter, and the others are large
+            found = own + (found - own) / _SMALL
+        if differ(own, found, masked=what == "output"):
             raise IsolationError(
                 f"The {what} of an example changes where the others are noise: find what is chosen for all examples of "
                 "a batch together, and choose it for each, or once for all data by public numbers.")

@@ -128,16 +128,30 @@ def test_a_choice_that_all_make_together_is_refused_though_all_are_alike() -> No
 
 
 class Scored(Frequencies):
-    """Its output is masked by the sign of a mean."""
+    """One of its scores, beside one that stands for nothing, is left out where the batch is loud."""
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        scores = self.head(x)
-        return scores.masked_fill(torch.tensor([False, False, bool(x.square().mean() > 3)]), -1e9)
+        scores = self.head(x).masked_fill(torch.tensor([False, False, True]), -1e9)
+        return scores.masked_fill(torch.tensor([False, bool(x.square().mean() > 3), False]), 0.0)
 
 
 def test_so_is_one_that_shows_in_the_outputs_alone() -> None:
     assert_refuses(IsolationError, "The output of an example changes where the others are noise",
                    lambda: check_isolation(Scored().train(), (alike(N),), {}, N))
+
+
+class Loud(Frequencies):
+    """A layer whose weights are 0 is given something else where the batch is loud."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.head(-x if bool(x.square().mean() > 3) else x)
+
+
+def test_so_is_one_that_shows_in_what_a_layer_is_given_alone() -> None:
+    model = Loud().train()
+    nn.init.zeros_(model.head.weight)
+    assert_refuses(IsolationError, "The input of 'head' of an example changes where the others are noise",
+                   lambda: check_isolation(model, (alike(N),), {}, N))
 
 
 def test_noise_stands_beside_the_first_example() -> None:
