@@ -76,11 +76,10 @@ LORA_DP_BOTH std::uint64_t quadword(const std::uint32_t block[16], int q) {
     return block[2 * q] | (static_cast<std::uint64_t>(block[2 * q + 1]) << 32);
 }
 
-// The stream of one parameter in one draw.
+// The stream of one parameter in one draw; its word 12, the counter, is set where a block is made.
 LORA_DP_BOTH lora_dp::Stream stream_of(const lora_dp::Stream &key, std::uint32_t purpose, std::uint32_t parameter,
                                        std::uint64_t draw) {
     lora_dp::Stream stream = key;
-    stream.words[12] = 0;
     stream.words[13] = purpose << 24 | parameter;
     stream.words[14] = static_cast<std::uint32_t>(draw);
     stream.words[15] = static_cast<std::uint32_t>(draw >> 32);

@@ -396,7 +396,13 @@ _watches: "weakref.WeakSet[LossWatch]" = weakref.WeakSet()
 
 
 _plain_backward = torch.autograd.backward
-_running = threading.local()
+
+
+class _Running(threading.local):
+    inside = False
+
+
+_running = _Running()
 
 
 def _show_backward_to(watch: LossWatch) -> None:
@@ -413,7 +419,7 @@ def backward_unseen(loss: Tensor, *, retain_graph: bool) -> None:
 
 def _run_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     # Under torch.set_default_device torch's own comes back to torch.autograd.backward.
-    before, _running.inside = getattr(_running, "inside", False), True
+    before, _running.inside = _running.inside, True
     try:
         _plain_backward(tensors, *args, **kwargs)
     finally:
@@ -422,7 +428,7 @@ def _run_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
 
 def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
     """As torch's; losses of private models are examined first."""
-    if getattr(_running, "inside", False):
+    if _running.inside:
         _plain_backward(tensors, *args, **kwargs)
         return
     watches = [watch for watch in list(_watches) if watch._outputs is not None]

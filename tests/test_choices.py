@@ -156,7 +156,7 @@ def test_so_is_one_that_shows_in_what_a_layer_is_given_alone() -> None:
 
 def test_noise_stands_beside_the_first_example() -> None:
     x, mask, labels = alike(4).to(torch.bfloat16), torch.ones(4, T), torch.arange(4)
-    x[1, 0] = torch.inf
+    x[1, 0], mask[2] = torch.inf, 0
     rest = {"mask": mask, "labels": labels, "table": torch.randn(7, 3), "ages": torch.rand(4)}
     found = beside_noise({"x": x, **rest}, 4, 1)
     noise = found.pop("x")
@@ -166,6 +166,8 @@ def test_noise_stands_beside_the_first_example() -> None:
     again, other = (beside_noise(x, 4, seed) for seed in (1, 2))
     assert torch.equal(again, noise) and not torch.equal(other, noise)
     assert all(torch.equal(found[name], value) for name, value in rest.items())
+    for values, size in ((x * 8, 80), (-torch.rand(4, 500) - 1, 20), (torch.rand(4, 500) + 0.5, 15)):
+        assert 0.8 * size < float(beside_noise(values, 4, 1)[1:].double().std()) < 1.2 * size
     assert beside_noise(rest, 4, 1) is None and beside_noise(torch.arange(8).view(4, 2), 4, 1) is None
 
 

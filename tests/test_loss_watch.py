@@ -1,5 +1,6 @@
 """Losses that a backward comes from: what keeps the examples apart is taken, what joins them is refused."""
 
+import concurrent.futures
 import contextlib
 import math
 from collections.abc import Callable
@@ -709,6 +710,17 @@ def test_losses_are_followed_under_a_default_device_too(way):
                 (F.cross_entropy(model(x), y) + model(x).var(0).mean()).backward()
     finally:
         torch.set_default_device(None)
+
+
+def test_losses_are_followed_in_a_thread_too():
+    def run():
+        model = mlp().train()
+        make_private(model, batch_size=4)
+        outputs = model(examples(4)[0])
+        (F.cross_entropy(outputs, examples(4)[1]) + outputs.var(0).mean()).backward()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(IsolationError):
+        pool.submit(run).result()
 
 
 def test_after_a_backward_that_failed_losses_are_followed_still():

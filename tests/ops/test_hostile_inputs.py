@@ -308,6 +308,109 @@ def test_private_update(name: str, data: st.DataObject) -> None:
         assert all(is_lawful(row, chosen["optimizer"], chosen["weights"], chosen["n_weights"]) for row in taken)
 
 
+# Rows without an element, for which nothing is read or written: (column, value, others, whether it is taken).
+EDGES: list[tuple[str, int, dict[str, int], bool]] = [
+    ("size", -1, {}, False), ("size", 2**35 + 1, {}, False), ("examples", -1, {}, False),
+    ("examples", 2**35, {}, True), ("examples", 2**35 + 1, {}, False), ("theta_dtype", -1, {}, False),
+    ("theta_dtype", 0, {}, True), ("theta_dtype", 3, {}, True), ("theta_dtype", 4, {}, False),
+    ("sum_dtype", 0, {}, True), ("sum_dtype", 1, {}, False), ("sum_dtype", 2, {}, False), ("sum_dtype", 3, {}, True),
+    ("stride", 0, {}, False), ("length", 0, {}, False), ("reach", -1, {}, False), ("reach", 0, {}, True),
+    ("stride", 2**35, {}, True), ("stride", 2**35 + 1, {}, False), ("length", 2**35, {}, True),
+    ("length", 2**35 + 1, {}, False), ("reach", 1, {"stride": 2**24}, True),
+    ("reach", 1, {"stride": 2**24 + 1}, False), ("reach", 2, {"stride": 2**23}, True),
+    ("reach", 2, {"stride": 2**23 + 1}, False), ("reach", 2**20, {}, True), ("reach", 2**20 + 1, {}, False)]
+MANY = 2**20 + 2  # weights, of which none is read
+
+
+@pytest.mark.parametrize(("column", "value", "others", "taken"), EDGES)
+def test_the_edges_of_a_row(column: str, value: int, others: dict[str, int], taken: bool) -> None:
+    row = {**dict.fromkeys(COLUMNS, 0), "stride": 1, "length": 1, **others, column: value}
+    table, weights = np.array([row[name] for name in COLUMNS], np.int64), np.ones(1)
+    assert taken is accepts(
+        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, True, 2.0, 0.5, 1.0,
+        weights.ctypes.data, MANY, 1)
+
+
+@pytest.mark.parametrize(("size", "stride", "length", "taken"), [
+    (6, 2, 3, True), (7, 2, 3, False), (8, 2, 3, False), (12, 2, 3, True), (3, 1, 3, True), (4, 4, 1, True),
+    (4, 3, 1, False)])
+@pytest.mark.parametrize("reach", [0, 1])
+def test_a_filtered_dimension_divides_the_parameter(
+    size: int, stride: int, length: int, taken: bool, reach: int
+) -> None:
+    theta, sums = np.ones(12, np.float32), np.ones(12, np.float32)
+    row = {**dict.fromkeys(COLUMNS, 0), "size": size, "stride": stride, "length": length, "reach": reach,
+           "theta": theta.ctypes.data, "sum": sums.ctypes.data}
+    table = np.array([row[name] for name in COLUMNS], np.int64)
+    assert (taken or not reach) is accepts(
+        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, False, 2.0, 0.5, 1.0,
+        np.ones(2).ctypes.data, 2, 1)
+
+
+@pytest.mark.parametrize("optimizer", [0, 1, 2, 3])
+@pytest.mark.parametrize("missing", ["theta", "sum", "first", "second", "coefficients", "gradient", "weights", "hyper"])
+def test_what_an_optimizer_needs_is_no_null(optimizer: int, missing: str) -> None:
+    arrays = {name: np.ones(8) for name in (*CHANGED, "sum", "coefficients", "weights", "hyper")}
+    before = {name: array.copy() for name, array in arrays.items()}
+    given = {name: 0 if name == missing else array.ctypes.data for name, array in arrays.items()}
+    row = {**dict.fromkeys(COLUMNS, 0), **{name: given[name] for name in (*CHANGED, "sum", "coefficients")},
+           "size": 4, "examples": 2, "theta_dtype": 3, "sum_dtype": 3, "stride": 1, "length": 4, "reach": 1}
+    table = np.array([row[name] for name in COLUMNS], np.int64)
+    taken = accepts(native.private_update, KEY, 0, table.ctypes.data, given["hyper"], 1, optimizer, False, 2.0, 0.5,
+                    1.0, given["weights"], 2, 1)
+    needed = {"theta", "sum", "weights", "hyper", *["first"] * (optimizer > 0), *["second"] * (optimizer > 1)}
+    assert taken is (missing not in needed)
+    assert taken or all(np.array_equal(arrays[name], value) for name, value in before.items())
+
+
+# (argument, value, whether it is taken) of an update of nothing.
+UPDATES: list[tuple[str, Any, bool]] = [
+    ("count", -1, False), ("count", 2**24, False), ("optimizer", -1, False), ("optimizer", 3, True),
+    ("optimizer", 4, False), ("draw", -1, False), ("draw", 2**63 - 1, True), ("scale", 1.0, True),
+    ("scale", math.nextafter(1, 0), False), ("scale", math.nextafter(2.0**33, 0), True), ("scale", 2.0**33, False),
+    ("scale", math.nan, False), ("step", 2.0**-1022, True), ("step", 2.0**-1023, False), ("step", 2.0**1023, True),
+    ("step", 0.0, False), ("step", -0.5, False), ("step", 0.75, False), ("step", math.inf, False),
+    ("step", math.nan, False), ("expected_batch_size", 5e-324, True), ("expected_batch_size", 0.0, False),
+    ("expected_batch_size", -1.0, False), ("expected_batch_size", math.inf, False),
+    ("expected_batch_size", math.nan, False), ("threads", 0, False), ("threads", 1, True), ("threads", 1024, True),
+    ("threads", 1025, False)]
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+@pytest.mark.parametrize(("name", "value", "taken"), UPDATES)
+def test_the_edges_of_an_update(name: str, value: Any, taken: bool, noisy: bool) -> None:
+    chosen = {"key": KEY, "draw": 0, "rows": 0, "hyper": 0, "count": 0, "optimizer": 0, "noisy": noisy, "scale": 2.0,
+              "step": 0.5, "expected_batch_size": 1.0, "weights": 0, "n_weights": 0, "threads": 1, name: value}
+    unused = not noisy and name in ("scale", "step")
+    assert (taken or unused) is accepts(native.private_update, **chosen)
+
+
+@pytest.mark.parametrize(("function", "named", "taken"), [
+    ("keystream", {"counter": 2**32 - 1, "n_bytes": 64}, True),
+    ("keystream", {"counter": 2**32 - 1, "n_bytes": 65}, False),
+    ("keystream", {"counter": 2**32, "n_bytes": 0}, False), ("keystream", {"counter": -1, "n_bytes": 0}, False),
+    ("keystream", {"counter": 2**32 - 2, "n_bytes": 128}, True), ("keystream", {"counter": 0, "n_bytes": -1}, False),
+    ("keystream", {"counter": 0, "n_bytes": 2**38 + 1}, False), ("sampling_bits", {"n_bytes": 2**38 + 1}, False),
+    ("sampling_bits", {"n_bytes": 1}, True), ("mask_bits", {"parameter": 2**24 - 1, "n_bytes": 1}, True),
+    ("mask_bits", {"parameter": 2**24, "n_bytes": 0}, False), ("mask_bits", {"parameter": -1, "n_bytes": 0}, False),
+    ("mask_bits", {"parameter": 0, "n_bytes": 2**38 + 1}, False),
+    ("rounded_gaussians", {"n": 2**35 + 1}, False), ("rounded_gaussians", {"n": -1}, False),
+    ("rounded_gaussians", {"n": 1, "scale": 1.0}, True), ("rounded_gaussians", {"n": 0, "scale": 2.0**33}, False),
+    ("rounded_gaussians", {"n": 0, "scale": math.nextafter(2.0**33, 0)}, True),
+    ("rounded_gaussians", {"n": 0, "scale": math.nextafter(1, 0)}, False)])
+@pytest.mark.parametrize("null", [False, True])
+def test_the_edges_of_what_fills_a_buffer(function: str, named: dict[str, Any], taken: bool, null: bool) -> None:
+    buffer = Buffer(bytes(1024))
+    chosen = {
+        "keystream": {"key": bytes(32), "nonce": bytes(12)}, "sampling_bits": {"key": KEY, "draw": 0},
+        "mask_bits": {"key": KEY, "draw": 0},
+        "rounded_gaussians": {"key": KEY, "parameter": 0, "draw": 0, "scale": 1.0}}[function]
+    written = named.get("n_bytes", 8 * named.get("n", 0))
+    accepted = accepts(getattr(native, function), **{**chosen, **named, "out": 0 if null else buffer.address})
+    assert accepted is (taken and not (null and written))
+    assert buffer.changed_within(written if accepted else 0)
+
+
 # The ops.
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
