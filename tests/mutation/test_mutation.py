@@ -167,4 +167,8 @@ def test_mistakes_in_native_code(tmp_path):
         except subprocess.CalledProcessError as error:
             pytest.skip(f"nanobind could not be fetched: {error}")
         assert found["status"] == "same code"
+        # What leaves an array ends the process, whatever it reads there.
+        (beyond,) = (mutant for mutant in mutants_of("csrc/chacha20.h")
+                     if mutant.operator == "compare" and "block[w] = little_endian" in mutant.line)
+        assert bench.try_out(beyond, ["tests/ops/test_chacha20.py"], [])["status"] == "killed"
     sample(SETTLED_NATIVE, 3, 2, str(tmp_path))

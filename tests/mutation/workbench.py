@@ -14,8 +14,11 @@ from tests.mutation.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 _COPIED = ("lora_dp", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
-# What is beyond the end of an array stops the process: without it, such a mistake often changes nothing.
+# What leaves an array, or the memory of another, stops the process: without it, such a mistake often changes nothing.
 _STOPPED = "-fsanitize=bounds-strict -fsanitize-undefined-trap-on-error -D_GLIBCXX_ASSERTIONS"
+_SANITIZED = "-fsanitize=address -fno-omit-frame-pointer"
+# AddressSanitizer turns mlock into nothing, which these tests look for.
+_LOCKED = "csrc/secret_key.cpp"
 # An editable install puts its own finder ahead of every path.
 _SITE = """import sys
 
@@ -33,11 +36,12 @@ class Workbench:
 
     def __init__(self, folder: Path, *, interpreted: bool = False) -> None:
         self.tree = folder / "tree"
-        self._build = folder / "build"
+        self._folder = folder
         self._interpreted = interpreted
-        self._server: subprocess.Popen[str] | None = None
-        self._sound: dict[str, bool] = {}
-        self._sound_library: bytes | None = None
+        # By whether AddressSanitizer watches.
+        self._servers: dict[bool, subprocess.Popen[str]] = {}
+        self._sound: dict[tuple[str, bool], bool] = {}
+        self._sound_libraries: dict[bool, bytes] = {}
 
     def __enter__(self) -> "Workbench":
         shutil.rmtree(self.tree, ignore_errors=True)
@@ -61,39 +65,39 @@ class Workbench:
         self._stop()
 
     def _stop(self) -> None:
-        if self._server is not None:
-            assert self._server.stdin is not None
-            self._server.stdin.close()
-            self._server.wait()
-            self._server = None
+        for server in self._servers.values():
+            assert server.stdin is not None
+            server.stdin.close()
+            server.wait()
+        self._servers = {}
 
-    def ask(self, tests: list[str], first: list[str]) -> dict[str, Any]:
-        """What the server answers (:mod:`tests.mutation.server`)."""
-        if self._server is None:
+    def ask(self, tests: list[str], first: list[str], sanitized: bool = False) -> dict[str, Any]:
+        """What the server answers (:mod:`tests.mutation.server`); ``sanitized`` for one under AddressSanitizer."""
+        if sanitized not in self._servers:
             environment = {
                 **os.environ, "PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
                 "HF_HUB_OFFLINE": "1"}
             environment.pop("PYTEST_ADDOPTS", None)
             environment["TRITON_INTERPRET"] = "1" if self._interpreted else "0"
-            self._server = subprocess.Popen(
+            if sanitized:  # the interpreter is not, so that the runtimes must be loaded ahead of it
+                environment["LD_PRELOAD"] = " ".join(map(_runtime, ("libasan.so", "libstdc++.so")))
+                environment["ASAN_OPTIONS"] = "detect_leaks=0"
+            server = self._servers[sanitized] = subprocess.Popen(
                 [sys.executable, "-m", "tests.mutation.server"], cwd=self.tree, env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            if self._line() != "ready":
+            if _line(server) != "ready":
                 raise RuntimeError("The process that runs tests did not start: see its error above.")
-        assert self._server.stdin is not None
-        print(json.dumps({"tests": tests, "first": first}), file=self._server.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._line())
+        server = self._servers[sanitized]
+        assert server.stdin is not None
+        print(json.dumps({"tests": tests, "first": first}), file=server.stdin, flush=True)
+        answer: dict[str, Any] = json.loads(_line(server))
         return answer
 
-    def _line(self) -> str:
-        assert self._server is not None and self._server.stdout is not None
-        return self._server.stdout.readline().strip()
-
-    def sound(self, test: str) -> bool:
+    def sound(self, test: str, sanitized: bool) -> bool:
         """Whether this test passes where there is no mistake; asked once."""
-        if test not in self._sound:
-            self._sound[test] = self.ask([test], [])["status"] == "passed"
-        return self._sound[test]
+        if (test, sanitized) not in self._sound:
+            self._sound[test, sanitized] = self.ask([test], [], sanitized)["status"] == "passed"
+        return self._sound[test, sanitized]
 
     def try_out(self, mutant: Mutant, tests: list[str], likely: list[str]) -> dict[str, Any]:
         """Puts the mistake in, runs tests until one fails, and takes it out.
@@ -113,19 +117,20 @@ class Workbench:
         path = self.tree / mutant.path
         source = (ROOT / mutant.path).read_text(encoding="utf-8")
         compiled = mutant.path.startswith("csrc/")
+        sanitized = compiled and mutant.path != _LOCKED
         mutated = mutant.applied(source)
-        if compiled and self._sound_library is None:
-            self._sound_library = self._compile()
+        if compiled and sanitized not in self._sound_libraries:
+            self._sound_libraries[sanitized] = self._compile(sanitized)
         path.write_text(mutated, encoding="utf-8")
         try:
-            library = self._compile() if compiled else None
+            library = self._compile(sanitized) if compiled else None
             if not (library if compiled else _parses(mutated)):
                 return {"status": "not compiled", "test": None, "seconds": 0.0}
-            if compiled and library == self._sound_library:
+            if compiled and library == self._sound_libraries[sanitized]:
                 return {"status": "same code", "test": None, "seconds": 0.0}
-            found = self.ask(likely, []) if likely else {"status": "passed", "seconds": 0.0}
+            found = self.ask(likely, [], sanitized) if likely else {"status": "passed", "seconds": 0.0}
             if found["status"] in ("passed", "nothing"):
-                found = self.ask(tests, likely)
+                found = self.ask(tests, likely, sanitized)
         finally:
             path.write_text(source, encoding="utf-8")
             if compiled:
@@ -133,31 +138,43 @@ class Workbench:
                 os.replace(self._library.with_suffix(".new"), self._library)
         if found["status"] == "nothing":
             raise RuntimeError(f"No test ran for {mutant.path}: {tests}.")
-        if found["test"] is not None and not self.sound(found["test"]):
+        if found["test"] is not None and not self.sound(found["test"], sanitized):
             raise RuntimeError(f"{found['test']} fails without a mutant too: mend that first.")
         return {**found, "status": "survived" if found["status"] == "passed" else found["status"]}
 
-    def _compile(self) -> bytes:
+    def _compile(self, sanitized: bool) -> bytes:
         """The copy's C++ becomes the copy's library; the library's bytes, none where it is no C++."""
-        nanobind = self._build.parent / "nanobind"
+        nanobind, build = self._folder / "nanobind", self._folder / ("sanitized" if sanitized else "build")
         if not nanobind.exists():
             subprocess.run([
                 sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"],
                 check=True)
-        if not (self._build / "build.ninja").exists():
+        if not (build / "build.ninja").exists():
             # Quick to compile rather than quick: the portable kernels alone, which every machine has.
             subprocess.run([
-                "cmake", "-S", str(self.tree), "-B", str(self._build), "-G", "Ninja", "-DLORA_DP_CUDA=OFF",
+                "cmake", "-S", str(self.tree), "-B", str(build), "-G", "Ninja", "-DLORA_DP_CUDA=OFF",
                 "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=generic",
-                f"-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG {_STOPPED}", f"-DPython_EXECUTABLE={sys.executable}",
+                "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS=-O1 -DNDEBUG {_STOPPED}{f' {_SANITIZED}' * sanitized}",
+                f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}"], check=True, stdout=subprocess.DEVNULL)
-        built = subprocess.run(["ninja", "-C", str(self._build)], capture_output=True, text=True)
+        built = subprocess.run(["ninja", "-C", str(build)], capture_output=True, text=True)
         if built.returncode:
             return b""
-        library = next(self._build.glob("_native*.so"))
+        library = next(build.glob("_native*.so"))
         shutil.copy(library, self._library.with_suffix(".new"))
         os.replace(self._library.with_suffix(".new"), self._library)
         return library.read_bytes()
+
+
+def _line(server: "subprocess.Popen[str]") -> str:
+    assert server.stdout is not None
+    return server.stdout.readline().strip()
+
+
+def _runtime(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.run(
+        [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _parses(source: str) -> bool:

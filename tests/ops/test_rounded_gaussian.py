@@ -45,7 +45,7 @@ def assembled(parameter: int, draw: int, scale: float, n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 255, 256, 257, 1000])
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 255, 256, 257, 300, 511, 1000])
 def test_values_are_those_of_their_bits(n, scale, key, instructions):
     for parameter, draw in ((0, 0), (1, 0), (2**24 - 1, 0x0123456789ABCDEF)):
         expected = assembled(parameter, draw, scale, n)
@@ -72,6 +72,17 @@ def test_how_many_are_asked_for_does_not_matter(key, instructions):
         whole = native_values(key, 0, 1, scale, 1000, instructions)
         for n in (*range(20), *range(250, 262), 511, 512, 513, 767, 768, 769, 999):
             assert native_values(key, 0, 1, scale, n, instructions) == whole[:n]
+
+
+# Draws in whose first pair a value is so near to a half that double precision rounds it otherwise, one in 2e5.
+HALVES = [593902, 656353, 720651, 1067342, 1374136, 1555526, 1599889, 1636995, 1721933, 1767195, 1787884, 2352844]
+
+
+@pytest.mark.parametrize("n", [1, 2, 300])
+def test_the_first_pair_is_resolved_too(n, key, instructions):
+    for draw in HALVES:
+        assert pair_of(*bits_of(0, draw, 1)[0], BELOW_MOST)[0] is None, "double precision decides this pair"
+        assert native_values(key, 0, draw, BELOW_MOST, n, instructions) == assembled(0, draw, BELOW_MOST, n)
 
 
 # Parameter, first draw and scale of a search for pairs (draw, element) that the leading 64 bits leave open, one in
