@@ -64,6 +64,11 @@ class Augmented(Dataset[Any]):
         return torch.zeros(2)
 
 
+class Unequal:
+    def __eq__(self, other: object) -> bool:
+        raise LookupError
+
+
 class Slotted(Dataset[Any]):
     """Has no attributes to compare."""
 
@@ -91,7 +96,8 @@ def frame(*values: int) -> Any:
     ((torch.ones(3), torch.zeros(3)), (torch.ones(3), torch.ones(3)), False),
     ([torch.ones(3)] * 2, [torch.ones(3)] * 3, False),
     ({"x": torch.ones(3)}, {"x": torch.ones(3)}, True), ({"x": torch.ones(3)}, {"x": torch.zeros(3)}, False),
-    ({"x": torch.ones(3)}, {"y": torch.ones(3)}, False), (math.sin, math.cos, False), (math.sin, math.sin, True),
+    ({"x": torch.ones(3)}, {"y": torch.ones(3)}, False), (Unequal(), Unequal(), False),
+    (math.sin, math.cos, False), (math.sin, math.sin, True),
     (frame(1, 2, 3), frame(1, 2, 3), True), (frame(1, 2, 3), frame(1, 2, 4), False)])
 def test_data_sets_that_differ_in_their_transforms_alone_are_one(one: Any, other: Any, alike: bool) -> None:
     """As a training set is joined with itself, augmented."""
@@ -146,6 +152,9 @@ def test_rows_that_are_joined_twice(column: str) -> None:
 
 def test_rows_of_no_column_or_none_at_all() -> None:
     datasets = pytest.importorskip("datasets")
+    for kind in ("int64", "string"):
+        none = datasets.Dataset.from_dict({"x": []}, features=datasets.Features({"x": datasets.Value(kind)}))
+        assert first_repeated(none) is None and first_repeated(ConcatDataset([A, none, none])) is None
     rows = datasets.Dataset.from_dict({"x": []})
     assert first_repeated(rows) is None and first_repeated(rows.remove_columns("x")) is None
     assert first_repeated(ConcatDataset([rows, rows])) is None
