@@ -54,9 +54,8 @@ class Workbench:
             shutil.copy(path, self.tree)
         (self.tree / "lora_dp" / "kernels").symlink_to("../kernels")
         (self.tree / "sitecustomize.py").write_text(_SITE)
-        library = Path(_installed_library())
-        self._library = self.tree / "lora_dp" / library.name
-        shutil.copy(library, self._library)
+        self._library = self.tree / "lora_dp" / Path(_installed_library()).name
+        self._use(b"")
         return self
 
     def __exit__(
@@ -123,30 +122,35 @@ class Workbench:
             self._sound_libraries[sanitized] = self._compile(sanitized)
         path.write_text(mutated, encoding="utf-8")
         try:
-            library = self._compile(sanitized) if compiled else None
+            library = self._compile(sanitized) if compiled else b""
             if not (library if compiled else _parses(mutated)):
                 return {"status": "not compiled", "test": None, "seconds": 0.0}
             if compiled and library == self._sound_libraries[sanitized]:
                 return {"status": "same code", "test": None, "seconds": 0.0}
+            self._use(library)
             found = self.ask(likely, [], sanitized) if likely else {"status": "passed", "seconds": 0.0}
             if found["status"] in ("passed", "nothing"):
                 found = self.ask(tests, likely, sanitized)
         finally:
             path.write_text(source, encoding="utf-8")
-            if compiled:
-                shutil.copy(_installed_library(), self._library.with_suffix(".new"))
-                os.replace(self._library.with_suffix(".new"), self._library)
         if found["status"] == "nothing":
             raise RuntimeError(f"No test ran for {mutant.path}: {tests}.")
         # Of a process that ended, nobody knows in which test.
         failed = [found["test"]] if found["test"] is not None else tests if found["status"] == "killed" else []
+        self._use(self._sound_libraries[sanitized] if compiled else b"")
         for test in failed:
             if not self.sound(test, sanitized):
                 raise RuntimeError(f"{test} fails without a mutant too: mend that first.")
         return {**found, "status": "survived" if found["status"] == "passed" else found["status"]}
 
+    def _use(self, library: bytes) -> None:
+        """This is the copy's library from now on; empty for the one that is installed."""
+        new = self._library.with_suffix(".new")
+        new.write_bytes(library or Path(_installed_library()).read_bytes())
+        os.replace(new, self._library)
+
     def _compile(self, sanitized: bool) -> bytes:
-        """The copy's C++ becomes the copy's library; the library's bytes, none where it is no C++."""
+        """The library that the copy's C++ makes; empty where it is no C++."""
         nanobind, build = self._folder / "nanobind", self._folder / ("sanitized" if sanitized else "build")
         if not nanobind.exists():
             subprocess.run([
@@ -163,10 +167,7 @@ class Workbench:
         built = subprocess.run(["ninja", "-C", str(build)], capture_output=True, text=True)
         if built.returncode:
             return b""
-        library = next(build.glob("_native*.so"))
-        shutil.copy(library, self._library.with_suffix(".new"))
-        os.replace(self._library.with_suffix(".new"), self._library)
-        return library.read_bytes()
+        return next(build.glob("_native*.so")).read_bytes()
 
 
 def _line(server: "subprocess.Popen[str]") -> str:
