@@ -360,7 +360,9 @@ def beside_noise(tree: Any, n: int, seed: int) -> Any:
             return leaf
         found = True
         noise = torch.randn(leaf[1:].shape, generator=generator).to(leaf)
-        return torch.cat([leaf[:1], noise * (10 * leaf[leaf.isfinite()].abs().max())])
+        noisy = leaf.clone()  # of the same strides, by which kernels are chosen, and so their rounding
+        noisy[1:] = noise * (10 * leaf[leaf.isfinite()].abs().max())
+        return noisy
 
     changed_tree = pytree.tree_map(other, tree)
     return changed_tree if found else None
