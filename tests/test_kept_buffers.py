@@ -13,6 +13,12 @@ from tests.support import make_private
 RARE = 2
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch is drawn in secret, and refused before anything is written."""
+    monkeypatch.setattr("lora_dp.passes.drawn_for_test", lambda: False)
+
+
 class Keeps(nn.Module):
     """A head beside a buffer that is written to by the examples of one label, or by none."""
 
