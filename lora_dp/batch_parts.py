@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.losses import IGNORED
 from lora_dp.tables import Table, put_back
+from lora_dp.trial_values import largest
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Names of integer arguments that say of each token or example what it counts for.
@@ -359,9 +360,8 @@ def beside_noise(tree: Any, n: int, seed: int) -> Any:
                 ((leaf == 0) | (leaf == 1)).all()):
             return leaf
         found = True
-        noise = torch.randn(leaf[1:].shape, generator=generator).to(leaf)
         noisy = leaf.clone()  # of the same strides, by which kernels are chosen, and so their rounding
-        noisy[1:] = noise * (10 * leaf[leaf.isfinite()].abs().max())
+        noisy[1:] = torch.randn(noisy[1:].shape, generator=generator) * (10 * largest(leaf))
         return noisy
 
     changed_tree = pytree.tree_map(other, tree)
