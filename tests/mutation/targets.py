@@ -198,7 +198,7 @@ TARGETS: dict[str, Target] = {
 }
 
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
-SETTLED_NATIVE = ("csrc/chacha20.h", "csrc/gaussian_blocks.h", "csrc/secret_key.cpp")
+SETTLED_NATIVE = ("csrc/chacha20.h", "csrc/gaussian_blocks.h", "csrc/secret_key.cpp", "csrc/stream.h")
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py",
     "lora_dp/losses.py", "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
