@@ -1,5 +1,5 @@
-"""Does an example keep to itself in other company? Trials among another number of examples, with less padding, and with
-other numbers among the arguments; part of :mod:`lora_dp.isolation`, where they are numbered 4 to 8.
+"""Does an example keep to itself in other company? Trials among another number of examples, beside noise, with less
+padding, and with other numbers among the arguments; part of :mod:`lora_dp.isolation`, where they are numbered 4 to 8.
 """
 
 import random

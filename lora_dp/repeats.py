@@ -25,9 +25,13 @@ def first_repeated(dataset: Any) -> int | None:
         items = _items(dataset, None, _Numbers())
     except (TypeError, ValueError, IndexError):  # keys that are no numbers, or no length
         return None
-    _, first = np.unique(items, return_index=True)
-    repeated = np.setdiff1d(np.arange(len(items)), first)
-    return int(repeated[0]) if len(repeated) else None
+    ordered = np.sort(items)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(twice):
+        return None
+    places = np.flatnonzero(np.isin(items, twice))
+    _, first = np.unique(items[places], return_index=True)
+    return int(np.delete(places, first)[0])
 
 
 class _Numbers:

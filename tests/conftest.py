@@ -6,6 +6,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
+def none_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch is tried in secret."""
+    monkeypatch.setattr("lora_dp.passes.drawn_for_test", lambda: False)
+
+
+@pytest.fixture
 def bug(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Plants a bug for one test."""
     return monkeypatch

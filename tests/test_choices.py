@@ -51,15 +51,9 @@ def train(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     optimizer.step()
 
 
-@pytest.fixture
-def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No later batch is drawn in secret."""
-    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
-
-
 @pytest.mark.parametrize(("way", "n"), [
     ("all", 3), ("all", 12), ("all, without", 3), ("all, without", 12), ("all, zero", 3), ("all, zero, without", 3)])
-def test_a_layer_that_one_example_calls_or_leaves_out_for_all_is_refused(way: str, n: int, untold: None) -> None:
+def test_a_layer_that_one_example_calls_or_leaves_out_for_all_is_refused(way: str, n: int, none_drawn: None) -> None:
     model = Missing(way).train()
     optimizer = make_private(model, batch_size=n)
     for size in (n, n, n + 1):
@@ -70,14 +64,14 @@ def test_a_layer_that_one_example_calls_or_leaves_out_for_all_is_refused(way: st
 
 @pytest.mark.parametrize("n", [3, 12])
 @pytest.mark.parametrize("way", ["own", "own, zero"])
-def test_a_layer_that_is_called_for_its_own_examples_is_taken(way: str, n: int, untold: None) -> None:
+def test_a_layer_that_is_called_for_its_own_examples_is_taken(way: str, n: int, none_drawn: None) -> None:
     model = Missing(way).train()
     optimizer = make_private(model, batch_size=n)
     for missing in (False, True, False, True):
         train(model, optimizer, values(n, missing))
 
 
-def test_which_layers_are_called_is_tried_once(monkeypatch: pytest.MonkeyPatch, untold: None) -> None:
+def test_which_layers_are_called_is_tried_once(monkeypatch: pytest.MonkeyPatch, none_drawn: None) -> None:
     tried: list[int] = []
     check = lora_dp.passes.check_isolation
 

@@ -13,10 +13,8 @@ from tests.support import make_private
 RARE = 2
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch is drawn in secret, and refused before anything is written."""
-    monkeypatch.setattr("lora_dp.passes.drawn_for_test", lambda: False)
+# A batch that is drawn is refused before anything is written.
+pytestmark = pytest.mark.usefixtures("none_drawn")
 
 
 class Keeps(nn.Module):

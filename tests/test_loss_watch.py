@@ -22,12 +22,6 @@ OutsideLoss = Callable[[Any, Tensor], Tensor]
 N = 6
 
 
-@pytest.fixture
-def none_drawn(monkeypatch):
-    """No batch is tried in secret."""
-    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
-
-
 def step(loss: OutsideLoss, *, reduction: str = "mean", n: int = N, optimizer=None, model=None):
     """One private step, without noise, with a loss outside the model; the optimizer, to go on with."""
     model = model or mlp()

@@ -22,7 +22,7 @@ from lora_dp.kernels.optimizer_rows import sgd_row
 from lora_dp.ops.native import native
 from lora_dp.ops.private_update import private_update_
 from lora_dp.randomness import Draw, RandomSource, SecureSource, SeededSource
-from tests.sources import WIDE, draw_from, forks, gaussians, gaussians_of, in_child, on_linux
+from tests.sources import WIDE, draw_from, forks, gaussians, gaussians_of, in_child, locks, on_linux
 
 # Forks
 
@@ -222,6 +222,7 @@ def key_pages() -> list[tuple[int, int, str, list[str]]]:
     return [place for place in mappings("dd", "wf") if not place[2]]
 
 
+@locks
 @on_linux
 @forks
 def test_a_key_lies_where_it_should_and_is_wiped() -> None:
@@ -237,6 +238,7 @@ def test_a_key_lies_where_it_should_and_is_wiped() -> None:
     assert count_in_memory(secret, pages) == 0
 
 
+@locks
 @on_linux
 @forks
 def test_a_childs_keys_are_locked_where_it_says_so() -> None:
@@ -301,6 +303,7 @@ def test_keys_that_come_and_go_take_no_more_memory() -> None:
         native.drop_key(key)
 
 
+@locks
 @on_linux
 @forks
 def test_keys_that_cannot_be_locked_are_not_said_to_be() -> None:

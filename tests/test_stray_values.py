@@ -133,14 +133,20 @@ def test_two_forwards_through_reentrant_checkpoints_are_refused():
     optimizer.step()
 
 
-def test_the_budget_notices_other_steps_of_equal_number():
+def begun(steps):
+    """An engine with a budget of so many steps, of which one is taken."""
     model = inject_lora(plain(), CONFIG)
     engine = PrivacyEngine("rdp")
     _, optimizer, _ = engine.make_private_with_epsilon(
         model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(TensorDataset(X), batch_size=2), target_epsilon=3, target_delta=1e-5, steps=4,
+        data_loader=DataLoader(TensorDataset(X), batch_size=2), target_epsilon=3, target_delta=1e-5, steps=steps,
         max_grad_norm=1.0)
     optimizer.step_on_empty_batch()
+    return engine, optimizer
+
+
+def test_the_budget_notices_other_steps_of_equal_number():
+    engine, optimizer = begun(steps=4)
     other = Ledger()
     other.append(optimizer.event)
     other.append(PoissonGaussian(0.4, 1.0))
@@ -150,13 +156,7 @@ def test_the_budget_notices_other_steps_of_equal_number():
 
 
 def test_a_step_that_fails_after_the_budgets_check_costs_nothing(monkeypatch):
-    model = inject_lora(plain(), CONFIG)
-    engine = PrivacyEngine("rdp")
-    _, optimizer, _ = engine.make_private_with_epsilon(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(TensorDataset(X), batch_size=2), target_epsilon=3, target_delta=1e-5, steps=3,
-        max_grad_norm=1.0)
-    optimizer.step_on_empty_batch()
+    engine, optimizer = begun(steps=3)
     append = Ledger.append
 
     def fails(ledger, *step):

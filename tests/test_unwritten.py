@@ -4,17 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_dp.passes
 from lora_dp import DPLinear, IsolationError, LoRAConfig, inject_lora
 from lora_dp.unwritten import Unwritten
 from tests.models import assert_refuses, examples, mlp, set_up
 from tests.support import make_private
-
-
-@pytest.fixture
-def none_drawn(monkeypatch):
-    """No batch is tried in secret."""
-    monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
 
 
 class Centre(nn.Module):

@@ -25,10 +25,6 @@ SLOW = (
     "flwr.serverapp", "yaml", "sklearn.metrics", "pandas", "matplotlib.pyplot", "mpmath", "jsonargparse", "psutil",
     "_hypothesis_pytestplugin", "pdb", "torch.utils._pytree", "torch.func", "torch._dynamo", "tabulate", "rich.console",
     "torch.nn.attention")
-# AddressSanitizer turns mlock into nothing.
-UNSANITIZED = tuple(f"tests/test_secret_keys.py::test_{name}" for name in (
-    "a_key_lies_where_it_should_and_is_wiped", "a_childs_keys_are_locked_where_it_says_so",
-    "keys_that_cannot_be_locked_are_not_said_to_be"))
 # A test that takes longer, in seconds, hangs.
 LIMIT = 100
 _MEMORY = 24 * 2**30
@@ -61,16 +57,14 @@ class First:
 def run(tests: list[str], first: list[str], answer: int) -> None:
     """In a fork: the tests until one fails; writes what failed."""
     signal.alarm(LIMIT)
-    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
-    if not sanitized:  # AddressSanitizer takes terabytes of addresses
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # AddressSanitizer takes terabytes of addresses
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     plugin = First(first)
     # Plugins that collect garbage, measure, start processes, or leave something behind are of no use here.
     without = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception", "benchmark", "xdist")
     # Nor are tests that take minutes: they would pass the limit, and a survivor be taken for an endless loop.
     code = pytest.main(
-        ["-x", "--tb=no", "-m", "not long", "--hypothesis-profile=ci", *(f"-pno:{name}" for name in without),
-         *(f"--deselect={test}" for test in UNSANITIZED if sanitized), *tests],
+        ["-x", "--tb=no", "-m", "not long", "--hypothesis-profile=ci", *(f"-pno:{name}" for name in without), *tests],
         plugins=[plugin])
     # A test of this name may be gone; a file that cannot be imported is a mistake found.
     gone = code == pytest.ExitCode.USAGE_ERROR and any("::" in test for test in tests)

@@ -51,8 +51,5 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH=$PWD OMP_NUM_THREADS=1
 
 "$python" -c 'import os; from lora_dp import _native as n; assert n.__file__.startswith(os.getcwd()), n.__file__'
-# AddressSanitizer turns mlock into nothing, so keys are not where the deselected tests look for them.
 "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys --hypothesis-profile=ci -m "not long" \
-  --deselect tests/test_secret_keys.py::test_a_key_lies_where_it_should_and_is_wiped \
-  --deselect tests/test_secret_keys.py::test_a_childs_keys_are_locked_where_it_says_so \
-  --deselect tests/test_secret_keys.py::test_keys_that_cannot_be_locked_are_not_said_to_be "${tests[@]}"
+  "${tests[@]}"
