@@ -361,7 +361,7 @@ def beside_noise(tree: Any, n: int, seed: int) -> Any:
             return leaf
         found = True
         noisy = leaf.clone()  # of the same strides, by which kernels are chosen, and so their rounding
-        noisy[1:] = torch.randn(noisy[1:].shape, generator=generator) * (10 * largest(leaf))
+        noisy[1:] = torch.randn(noisy[1:].shape, generator=generator) * (10 * largest(leaf.detach()))
         return noisy
 
     changed_tree = pytree.tree_map(other, tree)

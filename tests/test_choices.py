@@ -1,5 +1,6 @@
 """What is decided for all examples of a batch together: by one of them, or by what most have in common."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -162,6 +163,9 @@ def test_noise_stands_beside_the_first_example() -> None:
     assert all(torch.equal(found[name], value) for name, value in rest.items())
     for values, size in ((x * 8, 80), (-torch.rand(4, 500) - 1, 20), (torch.rand(4, 500) + 0.5, 15)):
         assert 0.8 * size < float(beside_noise(values, 4, 1)[1:].double().std()) < 1.2 * size
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of a number that has a gradient
+        assert beside_noise(torch.randn(4, 2, requires_grad=True), 4, 1).requires_grad
     assert beside_noise(torch.full((4, 2), torch.nan), 4, 1)[1:].eq(0).all()
     images = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     before = images.clone()
