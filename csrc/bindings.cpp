@@ -48,14 +48,13 @@ void require_blocks(std::int64_t counter, std::int64_t n_bytes) {
     }
 }
 
-void require_stream(std::int64_t purpose, std::int64_t parameter, std::int64_t draw) {
-    require(purpose >= 0 && purpose < 256, "purpose", "lie in [0, 2**8)", purpose);
+void require_stream(std::int64_t parameter, std::int64_t draw) {
     require(parameter >= 0 && parameter < (1 << 24), "parameter", "lie in [0, 2**24)", parameter);
     require(draw >= 0, "draw", "not be negative", draw);
 }
 
 void require_gaussians(std::int64_t parameter, std::int64_t draw, double scale, std::int64_t n) {
-    require_stream(lora_dp::kForNoise, parameter, draw);
+    require_stream(parameter, draw);
     require(n >= 0 && static_cast<std::uint64_t>(n) <= lora_dp::kValuesPerBlock * lora_dp::kMaxBlocks, "n",
             "lie in [0, 2**35]", n);
     if (!(scale >= 1 && scale < 8589934592.0)) refuse("scale must lie in [1, 2**33), got " + std::to_string(scale));
@@ -74,7 +73,7 @@ void require_rows(const Update &update, const Row *rows) {
                 row.sum_dtype);
         require(row.stride >= 1 && row.length >= 1 && row.reach >= 0, "stride, length and reach",
                 "be at least 1, 1 and 0; the least", std::min({row.stride, row.length, row.reach}));
-        require(row.size <= most && row.stride <= most && row.length <= most && row.reach <= (1 << 20) &&
+        require(row.stride <= most && row.length <= most && row.reach <= (1 << 20) &&
                     (row.reach == 0 || row.size % row.stride == 0) &&
                     (row.reach == 0 || row.size / row.stride % row.length == 0) &&
                     row.reach * row.stride <= lora_dp::kMostHalo,
@@ -176,7 +175,7 @@ void keystream(const nb::bytes &key, const nb::bytes &nonce, std::int64_t counte
 [[gnu::noinline]]
 void sampling_bits(std::int64_t key, std::int64_t draw, std::uintptr_t out, std::int64_t n_bytes) {
     const lora_dp::ChaChaKey held = lora_dp::load_key(key);
-    require_stream(lora_dp::kForSampling, 0, draw);
+    require_stream(0, draw);
     require_blocks(0, n_bytes);
     require_address("out", out, n_bytes);
     if (n_bytes == 0) return;
@@ -188,7 +187,7 @@ void sampling_bits(std::int64_t key, std::int64_t draw, std::uintptr_t out, std:
 [[gnu::noinline]]
 void mask_bits(std::int64_t key, std::int64_t parameter, std::int64_t draw, std::uintptr_t out, std::int64_t n_bytes) {
     const lora_dp::ChaChaKey held = lora_dp::load_key(key);
-    require_stream(lora_dp::kForMasks, parameter, draw);
+    require_stream(parameter, draw);
     require_blocks(0, n_bytes);
     require_address("out", out, n_bytes);
     if (n_bytes == 0) return;
@@ -263,7 +262,7 @@ void keystream_cuda(const nb::bytes &key, const nb::bytes &nonce, std::int64_t c
 void sampling_bits_cuda(std::int64_t key, std::int64_t draw, std::uintptr_t out, std::int64_t n_bytes,
                         std::uintptr_t stream) {
     const lora_dp::ChaChaKey held = lora_dp::load_key(key);
-    require_stream(lora_dp::kForSampling, 0, draw);
+    require_stream(0, draw);
     require_blocks(0, n_bytes);
     require(n_bytes % 4 == 0, "n_bytes", "be a multiple of 4 on a GPU", n_bytes);
     require_address("out", out, n_bytes);

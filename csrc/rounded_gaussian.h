@@ -54,7 +54,7 @@ LORA_DP_BOTH double minus_log(double u) {
     return -(exponent * 0.693147180369123816490 + (log_m + exponent * 1.90821492927058770002e-10));
 }
 
-// sin and cos of an angle in [-pi/4, pi/4] by their Taylor series, remainders below 2^-58.
+// sin and cos of an angle in [-pi/4, pi/4] by their Taylor series, remainders below 2^-58, errors below 2^-52.
 LORA_DP_BOTH double sine(double x) {
     const double s = x * x;
     double p = 1.0 / 355687428096000.0;
@@ -156,7 +156,7 @@ LORA_DP_BOTH Wide square_root(Wide value) {
     return root;
 }
 
-// -ln(u 2^-128), u odd: as in minus_log, with the series to f^49 / 49, remainder below 2^-122.
+// -ln(u 2^-128), u odd, error below 2^-112: as in minus_log, with the series to f^49 / 49, remainder below 2^-122.
 LORA_DP_BOTH Wide exact_minus_log(Wide u) {
     const Wide one = static_cast<Wide>(1) << kFraction, root_two = wide(0x016a09e667f3bcc9u, 0x08b2fb1366ea957du);
     const Wide ln_2 = wide(0x00b17217f7d1cf79u, 0xabc9e3b39803f2f6u);
@@ -181,6 +181,7 @@ LORA_DP_BOTH Wide exact_minus_log(Wide u) {
     return below_one ? exponent * ln_2 + 2 * sum : exponent * ln_2 - 2 * sum;
 }
 
+// sin (from x, with n = 1) or cos (from 1, with n = 0) of x in [0, pi/4], s = x^2, error below 2^-117.
 LORA_DP_BOTH Wide exact_series(Wide first, Wide s, unsigned n) {
     Wide positive = 0, negative = 0, term = first;
     for (int i = 0; i < 8; ++i) {

@@ -191,7 +191,8 @@ TARGETS: dict[str, Target] = {
     "csrc/gaussian_blocks.h": Target(("tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py")),
     "csrc/kernels.cpp": Target((
         "tests/ops/test_chacha20.py", "tests/ops/test_private_update.py", "tests/test_secret_keys.py")),
-    "csrc/rounded_gaussian.h": Target(_NATIVE), "csrc/stream.h": Target(_NATIVE),
+    "csrc/rounded_gaussian.h": Target(("tests/ops/test_gaussian_parts.py", *_NATIVE)),
+    "csrc/stream.h": Target(_NATIVE),
     "csrc/secret_key.cpp": Target(("tests/test_secret_keys.py", "tests/test_randomness.py")),
     "csrc/update_math.h": Target(("tests/ops/test_private_update.py", *_NATIVE)),
     "csrc/bindings.cpp": Target(("tests/ops/test_hostile_inputs.py", *_NATIVE)),

@@ -6,36 +6,22 @@ A block is 128 threads that wait for each other as on a GPU. What nvcc makes of 
 
 import copy
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from lora_dp.ops.native import native
+from tests.compiled import opened
 from tests.ops.test_private_update import DTYPES, KEY, OPTIMIZERS, Problem, same_bits
 
-SOURCE = Path(__file__).parents[1] / "native" / "emulated_cuda.cpp"
 KEY_BYTES = bytes(range(32))
 SHAPES = [(), (7,), (5, 3), (0, 4), (1025,), (3, 700), (300, 8)]
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler is here")
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    # No product and sum fused, as nvcc is told.
-    built = subprocess.run(
-        [compiler, "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", str(SOURCE), "-o",
-         str(library)], capture_output=True, text=True)
-    if "barrier" in built.stderr or "c++20" in built.stderr:
-        pytest.skip("the C++ compiler is older than C++20")
-    assert built.returncode == 0, built.stderr
-    return ctypes.CDLL(str(library))
+    return opened("emulated_cuda", tmp_path_factory.mktemp("emulated"), "-std=c++20", "-pthread")
 
 
 def address(value: int) -> ctypes.c_void_p:

@@ -691,3 +691,27 @@ def test_rounded_gaussian_refuses_other_tensors(damage: str) -> None:
     with pytest.raises((*REFUSALS, RuntimeError)):
         rounded_gaussian_(DAMAGES[damage](out), KEY, 0, 0, 1.0)
     assert (storage_of(out) == before).all()
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: native.rounded_gaussians(KEY, 0, 0, 1.0, 0, 2**35), "out is null: pass the address of its data"),
+    (lambda: native.keystream(bytes(32), bytes(12), 0, 0, 2**38), "out is null: pass the address of its data"),
+    (lambda: update_of_one_row(size=2**35), "theta is null: pass the address of its data"),
+    (lambda: update_of_one_row(stride=-5, length=4, reach=7),
+     "stride, length and reach must be at least 1, 1 and 0; the least, got -5"),
+    (lambda: update_of_one_row(stride=9, length=-4, reach=7),
+     "stride, length and reach must be at least 1, 1 and 0; the least, got -4"),
+    (lambda: update_of_one_row(stride=9, length=4, reach=-7),
+     "stride, length and reach must be at least 1, 1 and 0; the least, got -7")])
+def test_the_largest_sizes_are_taken_and_the_least_number_is_named(call: Callable[[], None], message: str) -> None:
+    """What is as large as may be meets the next check only."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def update_of_one_row(**columns: int) -> None:
+    row = {**dict.fromkeys(COLUMNS, 0), "stride": 1, "length": 1, **columns}
+    table = np.array([row[name] for name in COLUMNS], np.int64)
+    native.private_update(
+        KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, True, 2.0, 0.5, 1.0, np.ones(1).ctypes.data, 1, 1)
