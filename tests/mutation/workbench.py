@@ -14,8 +14,8 @@ from tests.mutation.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 _COPIED = ("lora_dp", "kernels", "csrc", "tests", "benchmarks", "docs", "examples")
-# What leaves an array, or the memory of another, stops the process: without it, such a mistake often changes nothing.
-_STOPPED = "-fsanitize=bounds -fsanitize-undefined-trap-on-error -D_GLIBCXX_ASSERTIONS"
+# What leaves an array or a word's width stops the process: without it, such a mistake often changes nothing.
+_STOPPED = "-fsanitize=bounds,shift -fsanitize-undefined-trap-on-error -D_GLIBCXX_ASSERTIONS"
 _SANITIZED = "-fsanitize=address -fno-omit-frame-pointer"
 # AddressSanitizer turns mlock into nothing, which these tests look for.
 _LOCKED = "csrc/secret_key.cpp"
