@@ -108,6 +108,15 @@ def test_leading_bits_decide_nearly_always(scale):
     assert n * 1e-4 < undecided < n * 2e-3
 
 
+def test_beyond_their_range_leading_bits_decide_nothing():
+    """Errors are derived for u of 2⁻¹⁴ and more, and −ln u of 2⁻¹² and more."""
+    for v in random_words(np.random.default_rng(7), 20):
+        assert _native.gaussian_pair(2**50, 0, v, 0, 1.5)[0] is not None
+        assert _native.gaussian_pair(2**50 - 1, ONES, v, 0, 1.5)[0] is None
+        for loss, within in ((2.0**-12 * (1 + 1e-9), True), (2.0**-12 * (1 - 1e-9), False)):
+            assert (_native.gaussian_pair(int(u_words(np.array([loss]))[0]), 0, v, 0, 1.0)[0] is not None) is within
+
+
 # The margin of csrc/rounded_gaussian.h: what is undecided, and what its errors may add up to.
 
 
