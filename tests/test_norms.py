@@ -224,10 +224,11 @@ def test_the_paths_are_those_that_a_gradient_can_take():
 
 
 def test_a_case_has_every_magnitude():
-    """The draws reach both ends of float32, and bounds at both ends."""
+    """The strategy reaches both ends of float32, and bounds at both ends; a fortieth of its draws reach the least."""
     seen: list[Drawn] = []
 
-    @deterministic
+    # What is drawn depends on the modules that are imported: so many that none of them can miss an end.
+    @settings(deterministic, max_examples=1000)
     @given(case=drawn())
     def draw(case: Drawn) -> None:
         seen.append(case)
