@@ -333,7 +333,7 @@ def test_the_edges_of_a_row(column: str, value: int, others: dict[str, int], tak
 
 @pytest.mark.parametrize(("size", "stride", "length", "taken"), [
     (6, 2, 3, True), (7, 2, 3, False), (8, 2, 3, False), (12, 2, 3, True), (3, 1, 3, True), (4, 4, 1, True),
-    (4, 3, 1, False)])
+    (4, 3, 1, False), (8, 2, 8, False)])
 @pytest.mark.parametrize("reach", [0, 1])
 def test_a_filtered_dimension_divides_the_parameter(
     size: int, stride: int, length: int, taken: bool, reach: int
@@ -361,6 +361,17 @@ def test_what_an_optimizer_needs_is_no_null(optimizer: int, missing: str) -> Non
     needed = {"theta", "sum", "weights", "hyper", *["first"] * (optimizer > 0), *["second"] * (optimizer > 1)}
     assert taken is (missing not in needed)
     assert taken or all(np.array_equal(arrays[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("coefficients", "examples", "taken"), [
+    (False, 0, False), (False, 2, False), (True, 0, True), (True, 1, False), (True, 2, False)])
+def test_of_no_example_no_sum_is_read(coefficients: bool, examples: int, taken: bool) -> None:
+    theta, weights = np.ones(4), np.ones(2)
+    row = {**dict.fromkeys(COLUMNS, 0), "theta": theta.ctypes.data, "size": 4, "examples": examples, "theta_dtype": 3,
+           "sum_dtype": 3, "stride": 1, "length": 4, "coefficients": weights.ctypes.data if coefficients else 0}
+    table = np.array([row[name] for name in COLUMNS], np.int64)
+    assert taken is accepts(
+        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, False, 2.0, 0.5, 1.0, 0, 0, 1)
 
 
 # (argument, value, whether it is taken) of an update of nothing.
