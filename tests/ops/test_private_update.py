@@ -413,13 +413,16 @@ def test_an_accumulated_sum_is_taken_up_to_the_grids_end(value):
     assert -float(theta) == pytest.approx(max(min(value, 2.0**31), -(2.0**31)), abs=20 * STEP, rel=1e-12)
 
 
+@pytest.mark.parametrize("examples", [2, 2010, 2048])  # of 2048, one may reach 2⁵¹ steps
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_an_example_that_is_not_finite_and_not_excluded_adds_a_bounded_number(value):
+def test_an_example_that_is_not_finite_and_not_excluded_adds_a_bounded_number(value, examples):
     """NaN adds 0, infinity what one of so many examples may: no sum and no noise is lost with it."""
     found = []
     for way in (contextlib.nullcontext, reference_only):
         theta = torch.zeros(1, dtype=torch.float64)
-        part = ExampleSum(torch.tensor([[value], [1.0]]), torch.ones(2, dtype=torch.float64))
+        values = torch.zeros(examples, 1)
+        values[0], values[1] = value, 1.0
+        part = ExampleSum(values, torch.ones(examples, dtype=torch.float64))
         with way():
             plain_sgd(theta, part, scale=1.0)
         found.append(theta)
