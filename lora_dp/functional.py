@@ -189,7 +189,7 @@ def _differentiable(
 
     op = define(schema, unviewed, fake, setup_context=setup, backward=full_backward)
 
-    class Eager(torch.autograd.Function):
+    class PrivateLayer(torch.autograd.Function):  # messages look for this name in graphs
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = unviewed(*inputs)
@@ -202,7 +202,7 @@ def _differentiable(
             return full_backward(ctx, *gradients)
 
     def run(*inputs: Any) -> Any:
-        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        return op(*inputs) if torch.compiler.is_compiling() else PrivateLayer.apply(*inputs)
 
     return run
 

@@ -297,6 +297,10 @@ class LossWatch:
     def _check_inside(self, inside: Followed, outputs: Outputs) -> None:
         """What lies between the examples' losses and the outputs: all of it must be known to keep to one example."""
         if inside.opaque and inside.shape not in self.vouched:
+            if "PrivateLayer" in inside.opaque:
+                raise IsolationError(
+                    "The losses depend on another forward pass of the model, or on values within it that it does not "
+                    "return: join several views of an example into one forward pass, and return what the losses need.")
             raise IsolationError(
                 "It cannot be told that the losses keep examples apart: no graph shows what "
                 f"{inside.opaque[0]!r} does, a compiled function or one of Python's. Let "

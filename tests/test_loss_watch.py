@@ -604,6 +604,17 @@ def test_a_loss_that_passes_by_the_outputs_is_refused():
         optimizer.backward(F.cross_entropy(out, y, reduction="none") + kept[-1].mean(0).square().sum())
 
 
+def test_losses_of_two_forward_passes_are_told_from_unknown_functions():
+    model = mlp()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.expect_batch(4)
+    x, y = examples(4)
+    first, second = model(x), model(x + 0.1)
+    losses = F.cross_entropy(second, y, reduction="none") + (first - second).square().sum(1)
+    words = "another forward pass of the model, or on values within it that it does not return: join several views"
+    assert_refuses(IsolationError, words, lambda: optimizer.backward(losses))
+
+
 def test_a_gradient_by_another_way_than_backward_is_refused():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
