@@ -25,7 +25,7 @@ from tests.models import assert_refuses
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPTIMIZERS = ["sgd", "momentum", "nesterov", "adam", "adamw"]
 # Tiles have 4096 elements on a CPU and 1024 on a GPU.
-SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (1, 4), (0, 4), (4097,), (16, 700), (1100, 8), (4096,), (1500, 3)]
+SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (1, 4), (0, 4), (4097,), (16, 700), (1100, 8), (4096,), (1500, 3), (900, 5)]
 KEY = native.key_from(bytes(range(32)))
 STEP = 2.0**-31
 INSTRUCTIONS = ["portable", "avx2", "avx512"]
