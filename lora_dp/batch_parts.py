@@ -304,7 +304,7 @@ _BLOCKS = (1, 2, 8, 16, 64)
 
 
 def narrowed(
-    tree: Any, n: int, *, by_runs: bool | Literal["whole numbers"] = True, least: bool = False
+    tree: Any, n: int, *, by_runs: bool | Literal["whole numbers"] = True, least: bool = False, each: bool = False
 ) -> Iterator[list[Narrowed]]:
     """For each piece of evidence and each end: the call for some examples with less padding, in lengths to try in turn
     until the model takes one; what else has that width is cut in one way after the other.
@@ -314,6 +314,8 @@ def narrowed(
         by_runs: whether a run of one value is evidence, too: only where batches are known to differ in size, since
             images have borders; in tensors of whole numbers, or in any.
         least: whether to end with one token less, which models take that need some.
+        each: whether every padded example comes without any padding, too, beside itself: a model that takes a maximum
+            looks at the padding of some of them only.
     """
     for name, place, size, used in _rooms(tree, n, by_runs):
         columns = torch.arange(size, device=used.device)
@@ -323,20 +325,23 @@ def narrowed(
             room = torch.where(anything, room, torch.zeros_like(room))
             ranked = torch.argsort(room, descending=True, stable=True)
             # Two with the most room, so that they have company; one if nobody else is padded.
-            rows = sorted(ranked[:2].tolist()) if int(room[ranked[1]]) > 0 else ranked[:1].tolist()
-            needed = size - int(room[torch.tensor(rows, device=room.device)].min())
-            lengths = {-(-needed // block) * block for block in _BLOCKS} | ({size - 1} if least else set())
-            part, found, shapes = take(tree, rows, n), [], set()
-            for way in ("padded", "all", "plain"):
-                for length in (length for length in sorted(lengths) if needed <= length < size):
-                    kept = slice(size - length, size) if left else slice(0, length)
-                    call = cut(part, name, place, size, kept, way)
-                    made = tuple(tensor.shape for tensor in tensors_in(put_back(call)))
-                    if made not in shapes:
-                        shapes.add(made)
-                        found.append(Narrowed(name, rows, place, size, kept, used[rows][:, kept], call))
-            if found:
-                yield found
+            padded = [i for i in ranked.tolist() if int(room[i]) > 0]
+            together = sorted(padded[:2]) or ranked[:1].tolist()
+            alone = [[i, i] for i in padded if i not in together or room[i] > room[together].min()]
+            for rows in (together, *(alone if each else ())):
+                needed = size - int(room[rows].min())
+                lengths = {-(-needed // block) * block for block in _BLOCKS} | ({size - 1} if least else set())
+                part, found, shapes = take(tree, rows, n), [], set()
+                for way in ("padded", "all", "plain"):
+                    for length in (length for length in sorted(lengths) if needed <= length < size):
+                        kept = slice(size - length, size) if left else slice(0, length)
+                        call = cut(part, name, place, size, kept, way)
+                        made = tuple(tensor.shape for tensor in tensors_in(put_back(call)))
+                        if made not in shapes:
+                            shapes.add(made)
+                            found.append(Narrowed(name, rows, place, size, kept, used[rows][:, kept], call))
+                if found:
+                    yield found
 
 
 def changed(tree: Any, n: int) -> Any:

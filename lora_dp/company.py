@@ -48,29 +48,32 @@ def check_company(
     trials: Trials, steady: Trace, call: Any, n: int, apart: bool, criterion: LossFunction | None,
     reduction: LossReduction | None,
 ) -> frozenset[int] | None:
-    """Among another number of examples; None if the model takes no other."""
+    """Among another number of examples, each in another place if they can be taken apart; None if the model takes no
+    other."""
     # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
     halved = apart and n >= FEW
-    rows = range(n // 2) if halved else range(n)
-    company = batch_parts.take(call, list(rows), n) if halved else batch_parts.doubled(call, n)
+    turned = list(reversed(range(n)))
+    turned = turned[: n // 2] if halved else turned * 2
+    company = batch_parts.take(call, turned, n) if apart else batch_parts.doubled(call, n)
     other = attempt(trials, company, ragged=not apart, still=steady.still)
     if other is None:
         return None
-    m = len(rows) if halved else 2 * n
+    m = len(turned)
+    places = {i: place for place, i in enumerate(turned)} if apart else {i: i for i in range(n)}
     pairs = [("The output for", left, right, True) for left, right in steady.beside(other, n, m)]
     pairs += [(f"What '{name}' is given of", left, right, False)
               for name, left, right in calls_in_both(steady.inputs, other.inputs)]
     for what, left, right, scores in pairs:
         if left.shape[0] * m != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
             continue
-        for i in rows:
-            if differ(rows_of(left, n)[i], rows_of(right, m)[i], masked=scores):
+        for i, place in places.items():
+            if differ(rows_of(left, n)[i], rows_of(right, m)[place], masked=scores):
                 raise IsolationError(_counted(what, i))
     passed = set()
     for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
         whole = steady.backward(sum_of(loss))
         part = other.backward(sum_of(other_loss))
-        fits = {kind for kind in ("mean", "sum") if _scales_as(kind, whole, part, rows, n, m)}
+        fits = {kind for kind in ("mean", "sum") if _scales_as(kind, whole, part, places, n, m)}
         claimed = "sum" if loss.dim() else reduction
         if fits & ({claimed} if claimed else {"mean", "sum"}):
             # Of two or three, all doubled, a statistic of the batch scales as a mean does.
@@ -82,12 +85,12 @@ def check_company(
 
 
 def _scales_as(
-    kind: LossReduction, whole: Gradients, part: Gradients, rows: range, n: int, m: int
+    kind: LossReduction, whole: Gradients, part: Gradients, places: Mapping[int, int], n: int, m: int
 ) -> bool:
     scales = (n, m) if kind == "mean" else (1, 1)
     return all(
-        not differ(rows_of(left, n)[i] * scales[0], rows_of(right, m)[i] * scales[1], scales[0] * least)
-        for i in rows for least in [least_of(whole, i, n)] for _, left, right in pairs_of(whole, part))
+        not differ(rows_of(left, n)[i] * scales[0], rows_of(right, m)[place] * scales[1], scales[0] * least)
+        for i, place in places.items() for least in [least_of(whole, i, n)] for _, left, right in pairs_of(whole, part))
 
 
 def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
@@ -101,8 +104,8 @@ def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> st
 
 
 def _counted(what: str, i: int) -> str:
-    return (f"{what} example {i} changes with the number of examples in the batch: find what counts or normalises over "
-            "them.")
+    return (f"{what} example {i} changes with the number of examples in the batch, or with its place among them: find "
+            "what counts them, normalises over them or goes by their order (positions belong to the second dimension).")
 
 
 def check_whole(trials: Trials, call: Any, n: int) -> None:
@@ -113,18 +116,20 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
         IsolationError: an output changes, or a layer has not as many rows of every example.
     """
     some = sorted(random.SystemRandom().sample(range(n), max(n // 4, FEW)))
-    (whole, rows), (part, part_rows) = trials.outputs(call), trials.outputs(batch_parts.take(call, some, n))
-    for name, first, other in calls_in_both(rows, part_rows):
-        if first * len(some) != other * n:
+    m = len(some)
+    whole, part = trials.outputs(call, n, some), trials.outputs(batch_parts.take(call, some, n), m, list(range(m)))
+    for name, first, other in calls_in_both(whole.layers, part.layers):
+        if first.rows * m != other.rows * n:
             raise IsolationError(
-                f"'{name}' works on {first} rows in a batch of {n} examples and on {other} in one of {len(some)}: not "
-                "on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
+                f"'{name}' works on {first.rows} rows in a batch of {n} examples and on {other.rows} in one of {m}: "
+                "not on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
                 "attention does), or leave the module out of the private layers.")
-    for left, right in zip(whole, part, strict=False):
-        if left.shape[0] * len(some) != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
-            continue
-        for place, i in enumerate(some):
-            if differ(rows_of(left, n)[i], rows_of(right, len(some))[place], masked=True):
+        for i, left, right in zip(some, first.given, other.given, strict=False):
+            if differ(left, right):
+                raise IsolationError(_counted(f"What '{name}' is given of", i))
+    for lefts, rights in zip(whole.outputs, part.outputs, strict=False):
+        for i, left, right in zip(some, lefts, rights, strict=False):
+            if left.shape == right.shape and differ(left, right, masked=True):
                 raise IsolationError(_counted("The output for", i))
 
 
@@ -199,7 +204,7 @@ def check_padding(
             has been of several sizes.
     """
     tried, untried = set(), set()
-    for lengths in batch_parts.narrowed(call, n, by_runs=known, least=True):
+    for lengths in batch_parts.narrowed(call, n, by_runs=known, least=True, each=True):
         for narrow in lengths:
             # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
             other = attempt(trials, narrow.call, ragged=True, still=steady.still)

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lora_dp.layers import PrivateModule
 from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
 from lora_dp.tables import put_back
+from lora_dp.trial_values import rows_of
 from lora_dp.unwritten import Unwritten
 
 _SETTING = (str, bool, int, float, NoneType)
@@ -122,6 +123,25 @@ def scalars(result: Any) -> list[Tensor]:
     return [leaf for leaf in tensors_in(result) if leaf.dim() == 0 and leaf.requires_grad]
 
 
+class Rows(NamedTuple):
+    """What a trained layer did in a pass: how many ``rows`` it gave, and what it was ``given`` of each example kept."""
+
+    rows: int
+    given: list[Tensor]
+
+
+class Quiet(NamedTuple):
+    """A pass in which nothing was drawn.
+
+    Attributes:
+        outputs: what the model returned that may hold values of examples, of each example kept.
+        layers: the name of each trained layer that was called, and what it did, in order.
+    """
+
+    outputs: list[list[Tensor]]
+    layers: list[tuple[str, Rows]]
+
+
 class Trials:
     """Runs a model on one batch after another; within its context the model records nothing.
 
@@ -166,18 +186,22 @@ class Trials:
             trace.buffers = dict(self._model.named_buffers())
         return trace
 
-    def outputs(self, call: tuple[Any, dict[str, Any], Any]) -> tuple[list[Tensor], list[tuple[str, int]]]:
-        """Of a pass in which nothing is drawn at random: what may hold values of examples, and the name of each trained
-        layer and how many rows it gave, in order."""
+    def outputs(self, call: tuple[Any, dict[str, Any], Any], n: int, kept: list[int]) -> "Quiet":
+        """A pass over ``n`` examples without anything drawn at random: what some of them were given and got."""
         args, kwargs, _ = _copied(call)
-        rows: list[tuple[str, int]] = []
+        layers: list[tuple[str, Rows]] = []
 
-        def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def counts(module: nn.Module, given: Any, output: Any) -> None:
-                rows.append((name, output.shape[0] if isinstance(output, Tensor) and output.dim() else 0))
-            return counts
+        def by_example(tensor: Any) -> list[Tensor]:
+            whole = not isinstance(tensor, Tensor) or tensor.dim() == 0 or not of_examples(tensor, n)
+            return [] if whole else list(rows_of(tensor.detach(), n)[kept])
 
-        handles = [module.register_forward_hook(count(name)) for name, module in self._model.named_modules()
+        def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def looks(module: nn.Module, given: Any, output: Any) -> None:
+                rows = output.shape[0] if isinstance(output, Tensor) and output.dim() else 0
+                layers.append((name, Rows(rows, by_example(given[0]) if given else [])))
+            return looks
+
+        handles = [module.register_forward_hook(look(name)) for name, module in self._model.named_modules()
                    if is_trained(module)]
         try:
             with undisturbed(self._model, self.seed), Unwritten(self._model), Still():
@@ -185,7 +209,7 @@ class Trials:
         finally:
             for handle in handles:
                 handle.remove()
-        return [tensor.detach() for tensor in values_in(result)], rows
+        return Quiet([by_example(tensor) for tensor in values_in(result)], layers)
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As by the user, hooks on the whole model too, but never compiled."""

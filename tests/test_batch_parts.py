@@ -242,6 +242,17 @@ def test_padding_is_found_by_masks_labels_and_runs():
     assert first_cuts({"ids": padded(9, 7, 7, 9)}, N) == [(1, [1, 2], 9, slice(0, 7))]
 
 
+def test_every_padded_example_comes_without_any_padding():
+    """Beside itself, but for those that have none in the company of another."""
+    def rows(*lengths: int) -> list[tuple[list[int], slice]]:
+        mask = (padded(*lengths) != 0).long()
+        return [(parts[0].rows, parts[0].kept) for parts in narrowed({"attention_mask": mask}, len(mask), each=True)]
+
+    assert rows(9, 4, 3, 6) == [([1, 2], slice(0, 4)), ([2, 2], slice(0, 3)), ([3, 3], slice(0, 6))]
+    assert rows(9, 4, 4, 6) == [([1, 2], slice(0, 4)), ([3, 3], slice(0, 6))]
+    assert rows(9, 4, 9, 9) == [([1], slice(0, 4))] and rows(9, 9, 9, 9) == []
+
+
 def test_what_is_no_padding():
     """A word that one text ends in twice, borders that all have, rows without any token, tables, numbers."""
     one = padded(9, 9, 9, 9)

@@ -42,6 +42,56 @@ def test_a_capacity_that_many_fill_together_is_refused():
     check_isolation(Capacity(None).train(), (examples(N)[0],), {}, N)
 
 
+class Placed(nn.Module):
+    """Adds to each row what stands at its place: positions of sequence-first inputs, used with the batch first."""
+
+    def __init__(self, by_place: bool):
+        super().__init__()
+        self.inner, self.by_place = mlp(), by_place
+        self.register_buffer("positions", torch.randn(64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + self.positions[: len(x)]) if self.by_place else self.inner(x)
+
+
+@pytest.mark.parametrize("zero_head", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, N])
+def test_a_place_that_decides_is_refused_in_batches_of_any_size(n, zero_head):
+    for by_place in (True, False):
+        model = Placed(by_place).train()
+        if zero_head:
+            for parameter in model.inner[-1].parameters():
+                nn.init.zeros_(parameter)
+
+        def check(model: nn.Module = model) -> None:
+            check_isolation(model, (examples(n)[0],), {}, n)
+
+        if by_place:
+            assert_refuses(IsolationError, "or with its place among them", check)
+        else:
+            check()
+
+
+class Filled(nn.Module):
+    """The first ten of a batch pass an expert, before a head that begins at zero: outputs tell nothing of it."""
+
+    def __init__(self, most: int | None):
+        super().__init__()
+        self.most, self.head = most, DPLinear(6, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed = (torch.ones(len(x), 1).cumsum(0) <= (self.most or len(x))).to(x)
+        return self.head(x + passed)
+
+
+def test_what_a_layer_is_given_of_many_is_compared_where_its_weights_are_zero():
+    assert_refuses(IsolationError, "What 'head' is given of example", lambda: check_isolation(
+        Filled(10).train(), (examples(N)[0],), {}, N))
+    check_isolation(Filled(None).train(), (examples(N)[0],), {}, N)
+
+
 class Limited(nn.Module):
     """A layer beside what it returns looks at the first ten examples alone."""
 
@@ -98,6 +148,29 @@ def test_a_masked_score_hides_no_padding():
     assert_refuses(IsolationError, "The output of example", lambda: check_isolation(
         Widened(1.0).train(), (x, mask), {}, 4, padding_varies=True))
     check_isolation(Widened(0.0).train(), (x, mask), {}, 4, padding_varies=True)
+
+
+class Largest(nn.Module):
+    """The maximum over all positions, padding too, where values are 0: it counts where all of a text's are less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DPLinear(4, 4, bias=False)
+        nn.init.eye_(self.inner.weight)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.inner(x).amax(1)
+
+
+@pytest.mark.parametrize("below", range(3))
+def test_a_maximum_that_padding_decides_for_one_example_alone_is_refused(below):
+    """Of lengths 8, 3, 4 and 6, whichever of the last three it is."""
+    x, mask = texts(8, 3, 4, 6)
+    x = x.abs()
+    check_isolation(Largest().train(), (x, mask), {}, 4, padding_varies=True)
+    x[below + 1] *= -1
+    assert_refuses(IsolationError, f"The output of example {below + 1} changes with the padding", lambda: (
+        check_isolation(Largest().train(), (x, mask), {}, 4, padding_varies=True)))
 
 
 def test_without_padding_none_is_said_to_be_tried():
