@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -196,6 +197,17 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
 def _widen(parameter: nn.Parameter) -> None:
     """Keep a parameter of half precision in float32 from now on; it stays the same object."""
     parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Warn where what is trained was made half precision after :func:`inject_lora`, which keeps it in float32."""
+    half = [name for name, parameter in exchanged_parameters(model).items()
+            if parameter.requires_grad and parameter.dtype != wide_dtype(parameter.dtype)]
+    if half and adapters_of(model):
+        warnings.warn(
+            f"{len(half)} trained parameters are in half precision, '{half[0]}' the first: most of their values never "
+            "change at small learning rates. Convert the model before inject_lora, which keeps what is trained in "
+            "float32.", stacklevel=4)
 
 
 def exchanged_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,6 +19,7 @@ from lora_dp.accounting import (
 )
 from lora_dp.accounting.history import History, read_runs
 from lora_dp.accounting.ledger import begins
+from lora_dp.adapters import warn_of_half_precision
 from lora_dp.arguments import Fixed, check_count, check_flag, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
@@ -199,6 +200,7 @@ class PrivacyEngine:
         if hasattr(model, "_orig_mod"):
             raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
         check_plain(model)
+        warn_of_half_precision(model)
         parameters = cover(model)
         mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
         loader = PrivateDataLoader(

@@ -1,6 +1,7 @@
 """Models in half precision: what is trained is float32, in training, evaluation, on disk and in an exchange."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def inputs(kind: str, n: int, dtype: torch.dtype) -> Tensor:
 def scores(model: nn.Module, x: Tensor) -> Tensor:
     out = model(x)
     return out if isinstance(out, Tensor) else out.logits
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_model_that_was_converted_after_its_adapters_is_warned_of(dtype):
+    def made(model: nn.Module) -> None:
+        PrivacyEngine("rdp").make_private(
+            model=model, optimizer=torch.optim.SGD(trained(model).values(), lr=0.1), data_loader=loader_of(8, 4),
+            noise_multiplier=1.0, max_grad_norm=1.0)
+
+    with pytest.warns(UserWarning, match=r"trained parameters are in half precision, '.*lora_A' the first") as caught:
+        made(half("roberta").to(dtype=torch.float32).to(dtype))
+    assert [warning.filename for warning in caught if "half precision" in str(warning.message)] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(half("roberta", dtype))
 
 
 @pytest.mark.parametrize("dtype", HALF)
