@@ -6,7 +6,10 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
+from types import FrameType
+from typing import Any
 
 import dp_accounting
 import numpy as np
@@ -420,3 +423,30 @@ def test_numpy_numbers_are_numbers():
     planning._calibrate.cache_clear()
     composed_epsilon.cache_clear()
     assert of_a_byte == calibrate_noise_multiplier(*[float(value) for value in narrow], 120)
+
+
+def test_an_interrupt_forgets_no_earlier_step():
+    """At any line of what appends, as Ctrl-C may come."""
+    def interrupt(frame: FrameType, kind: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code is not Ledger.append.__code__:
+            return None
+        left -= kind == "line"
+        if left < 0:
+            raise KeyboardInterrupt
+        return interrupt
+
+    before, interrupted = sys.gettrace(), 0
+    for event in (PoissonGaussian(1.0, 0.01), PoissonGaussian(2.0, 0.01)):
+        for line in range(30):
+            ledger, left = Ledger(), line
+            ledger.append(PoissonGaussian(1.0, 0.01), 1000)
+            sys.settrace(interrupt)
+            try:
+                ledger.append(event, 5)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                sys.settrace(before)
+            assert ledger.steps in (1000, 1005) and ledger.entries[0][1] >= 1000
+    assert interrupted > 10

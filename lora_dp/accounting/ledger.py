@@ -69,9 +69,10 @@ class Ledger:
         count = whole("count", count, "it is a number of steps.")
         if count < 0:
             raise ValueError(f"A ledger only grows: count must be 0 or more, not {count}.")
+        # Either way one store: an interrupt finds the step counted or not begun, and no earlier one gone.
         if self._entries and self._entries[-1][0] == event:
-            count += self._entries.pop()[1]
-        if count:
+            self._entries[-1] = (event, self._entries[-1][1] + count)
+        elif count:
             self._entries.append((event, count))
 
     def continues(self, earlier: Ledger) -> bool:
