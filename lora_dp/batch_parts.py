@@ -20,6 +20,8 @@ from lora_dp.trial_values import largest
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Names of integer arguments that say of each token or example what it counts for.
 _LABELS = ("label", "position", "target")
+# Numbers in the name of a group of examples, at most.
+_NAME = 8
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -72,7 +74,7 @@ def structure(tree: Any, n: int) -> Hashable:
     """What of a batch decides which code runs on it: equal for two batches in which the same could mix.
 
     Names, dtypes and dimensions (each size up to a factor of two), whether labels are ignored or masked and evenly so,
-    whether whole numbers of examples are equal, and, where tensors hold rows of all examples together, whether those
+    whether numbers of examples are all equal, or some of them, and, where tensors hold rows of all examples together, whether those
     that may describe the grouping are even.
     """
     described: list[Hashable] = []
@@ -97,12 +99,38 @@ def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, 
     if leaf.dim() == 2 and _marks(name, leaf):
         used = leaf.reshape(n, -1).double().sum(1)
         return bool((leaf == 1).all()), _even(used)
+    shared = _shared(name, leaf, n)
+    return (shared is not None and shared.pair is not None, *_whole_numbers(name, leaf, n, ragged))
+
+
+def _whole_numbers(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
     if leaf.is_floating_point() or leaf.dtype == torch.bool or leaf.dim() > 2:
         return ()
     # Labels that are ignored; and lengths, by which a model trims or packs.
     counted = leaf >= 0
     ignored = bool(counted.all()), _even(counted.reshape(n, -1).sum(1))
     return (*ignored, _reach(name, leaf), _even(leaf) if ragged or leaf.dim() == 1 else None)
+
+
+class _Shared(NamedTuple):
+    """What examples may be grouped by: how many different entries they have, and the places of two that have the same,
+    or None."""
+
+    entries: int
+    pair: list[int] | None
+
+
+def _shared(name: str, leaf: Tensor, n: int) -> _Shared | None:
+    """None where entries by example are no name of a session, a patient or a query: labels, masks, more numbers."""
+    if leaf.dim() > 2 or leaf.numel() > n * _NAME or any(word in name for word in _LABELS) or (
+            leaf.dim() == 2 and _marks(name, leaf)):
+        return None
+    rows = leaf.reshape(n, -1)
+    _, group, counts = (rows.double() if rows.is_floating_point() else rows).unique(
+        dim=0, return_inverse=True, return_counts=True)
+    if len(counts) == n:
+        return _Shared(n, None)
+    return _Shared(len(counts), (group == counts.argmax()).nonzero()[:2, 0].tolist())
 
 
 def _marks(name: str, leaf: Tensor) -> bool:
@@ -174,10 +202,13 @@ def doubled(tree: Any, n: int) -> Any:
 
 
 def chosen(tree: Any, n: int, most: int) -> list[int]:
-    """Examples for a trial, at most ``most``: where labels or positions are unusual, the shortest, the longest, and
-    the first and last."""
+    """Examples for a trial, at most ``most``: two that may be of one group, where labels or positions are unusual, the
+    shortest, the longest, and the first and last."""
     unusual, usual = [], []
+    groups: list[_Shared] = []
     for name, leaf in _leaves(tree):
+        if is_by_example(leaf, n) and (shared := _shared(name, leaf, n)) is not None and shared.pair is not None:
+            groups.append(shared)
         if is_by_example(leaf, n) and not leaf.is_floating_point() and any(word in name for word in _LABELS):
             entries = leaf.reshape(n, -1)
             counts = (entries >= 0).sum(1)
@@ -189,8 +220,9 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
     if lengths is not None:
         unusual.append(int(lengths.argmin()))
         usual.append(int(lengths.argmax()))
-    # Where there are more than fit, those first that a loss may pass over.
-    return sorted(list(dict.fromkeys([*unusual, *usual, 0, n - 1, *range(n)]))[:most])
+    # Two of the smallest groups first; and where there are more than fit, those first that a loss may pass over.
+    together = max(groups, key=lambda shared: shared.entries).pair or [] if groups else []
+    return sorted(list(dict.fromkeys([*together, *unusual, *usual, 0, n - 1, *range(n)]))[:most])
 
 
 def _lengths(tree: Any, n: int) -> Tensor | None:

@@ -144,6 +144,21 @@ def test_what_code_may_tell_apart_is_another_structure(name):
     assert structure(one, N) != structure(other, N)
 
 
+@pytest.mark.parametrize("ids", [
+    lambda x: x, lambda x: x.int(), lambda x: x.double(), lambda x: x.unsqueeze(1), lambda x: torch.stack([x * 0, x], 1)])
+def test_names_that_some_examples_share_are_another_structure_and_two_of_them_are_tried(ids):
+    alone, shared = torch.arange(40) + 100, torch.arange(40) + 100
+    shared[[5, 8, 31]] = 7
+    assert structure({"x": ids(alone)}, 40) == structure({"x": ids(alone + 1)}, 40)
+    assert structure({"x": ids(alone)}, 40) != structure({"x": ids(shared)}, 40)
+    assert {5, 8} < set(chosen({"x": ids(shared), "sex": alone % 2}, 40, 4))
+    assert chosen({"x": ids(alone)}, 40, 4) == [0, 1, 2, 39]
+    for name in ("labels", "mask"):  # equal ones are nothing unusual
+        tree = {name: torch.stack([shared, shared], 1)}
+        assert structure(tree, 40) == structure({name: torch.stack([shared, shared], 1) + 1}, 40)
+        assert not {5, 8} < set(chosen(tree, 40, 4))
+
+
 def test_large_numbers_are_no_groups():
     """Counting by them would need as much memory."""
     structure({**RAGGED, "times": torch.tensor([2**37, 0, 2**37, 1, 5])}, N)
