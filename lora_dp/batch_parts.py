@@ -74,8 +74,8 @@ def structure(tree: Any, n: int) -> Hashable:
     """What of a batch decides which code runs on it: equal for two batches in which the same could mix.
 
     Names, dtypes and dimensions (each size up to a factor of two), whether labels are ignored or masked and evenly so,
-    whether numbers of examples are all equal, or some of them, and, where tensors hold rows of all examples together, whether those
-    that may describe the grouping are even.
+    whether numbers of examples are all equal, or some of them, what is switched, and, where tensors hold rows of all
+    examples together, whether those that may describe the grouping are even.
     """
     described: list[Hashable] = []
     ragged = bool(of_whole_batch(tree, n))
@@ -84,11 +84,11 @@ def structure(tree: Any, n: int) -> Hashable:
             described.append((name, "table", leaf.tensor.dtype, *(size.bit_length() for size in leaf.tensor.shape)))
             continue
         if not isinstance(leaf, Tensor):
-            described.append((name, type(leaf).__name__, leaf if isinstance(leaf, bool | str) else None))
+            described.append((name, type(leaf).__name__))
             continue
         sizes = ["n" if size == n and place == 0 else size.bit_length() for place, size in enumerate(leaf.shape)]
         described.append((name, leaf.dtype, tuple(sizes), *_evenness(name, leaf, n, ragged)))
-    return tuple(described)
+    return *described, *settings_in(tree).values()
 
 
 def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
@@ -465,8 +465,19 @@ def numbers_in(tree: Any) -> dict[str, float]:
     return found
 
 
-def with_numbers(tree: Any, values: dict[str, float]) -> Any:
-    """The same call with these numbers in place of its own."""
+def settings_in(tree: Any) -> dict[str, bool | str]:
+    """What is switched among the arguments, by name: such as whether the batch holds anything long."""
+    found: dict[str, bool | str] = {}
+    for name, leaf in _leaves(tree):
+        if isinstance(leaf, bool | str):
+            found[name] = leaf
+        elif isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.dtype == torch.bool:
+            found[name] = bool(leaf)
+    return found
+
+
+def with_numbers(tree: Any, values: dict[str, Any]) -> Any:
+    """The same call with these numbers and settings in place of its own."""
     flat, form = pytree.tree_flatten_with_path(tree)
     replaced = []
     for path, leaf in flat:

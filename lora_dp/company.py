@@ -291,9 +291,9 @@ def _compare_padded(
 
 
 def check_numbers(
-    trials: Trials, steady: Trace, call: Any, n: int, other_numbers: Mapping[str, float]
+    trials: Trials, steady: Trace, call: Any, n: int, other_numbers: Mapping[str, Any]
 ) -> None:
-    """A number that differs from batch to batch."""
+    """A number, or a setting, that differs from batch to batch."""
     for name, value in other_numbers.items():
         changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.still)
         pairs = steady.beside(changed, n, n)

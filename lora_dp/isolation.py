@@ -69,7 +69,7 @@ class Passed(NamedTuple):
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
-    padding_varies: bool | None = None, other_numbers: Mapping[str, float] | None = None, draws: int = 1,
+    padding_varies: bool | None = None, other_numbers: Mapping[str, Any] | None = None, draws: int = 1,
     number_varies: bool = True, copies: bool = False, seen: Seen | None = None, one_width: bool = False,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
@@ -86,7 +86,7 @@ def check_isolation(
         reduction: how a scalar loss is declared to join the examples; None accepts a mean and a sum.
         padding_varies: whether other batches are padded to another width; None if that is not known, and then the
             padding that masks and labels show is tried.
-        other_numbers: numbers among the arguments, by name, as they were in an earlier batch.
+        other_numbers: numbers and settings among the arguments, by name, as they were in an earlier batch.
         draws: with how many random states a model that draws is tried.
         number_varies: whether other batches hold another number of examples.
         copies: whether all are copies of the only example of a batch, which meets nobody: what buffers take up of it
@@ -118,7 +118,7 @@ def check_isolation(
 
 def _check(
     model: nn.Module, call: Any, positional: tuple[str, ...], n: int, criterion: LossFunction | None,
-    reduction: LossReduction | None, padding_varies: bool | None, other_numbers: Mapping[str, float], draws: int,
+    reduction: LossReduction | None, padding_varies: bool | None, other_numbers: Mapping[str, Any], draws: int,
     number_varies: bool, copies: bool, seen: Seen, one_width: bool,
 ) -> Passed:
     apart = not batch_parts.of_whole_batch(call, n)

@@ -15,6 +15,7 @@ from lora_dp.batch_parts import (
     named,
     numbers_in,
     of_whole_batch,
+    settings_in,
     structure,
     take,
     tensors_in,
@@ -90,7 +91,7 @@ class Passes:
         # What the model takes in no other number, may pass as long as there is no other.
         number = seen.number and bool(of_whole_batch(call, n))
         call = set_apart(call, seen.tables)
-        kind, others = self._kind(module, call, n, number)
+        kind, others, switched = self._kind(module, call, n, number)
         wanted = kind not in recorder.tested
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
@@ -103,7 +104,7 @@ class Passes:
             (args, kwargs), n = take(as_tensors((args, kwargs), 1), [0, 0], 1), 2
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
-            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers=others,
+            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers={**others, **switched},
             number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
             seen=seen, one_width=not (recorder.padding_varies or recorder.sizes_fixed or recorder.tested))
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
@@ -116,18 +117,21 @@ class Passes:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))
 
-    def _kind(self, model: nn.Module, call: Call, n: int, number: bool) -> tuple[Hashable, dict[str, float]]:
+    def _kind(
+        self, model: nn.Module, call: Call, n: int, number: bool
+    ) -> tuple[Hashable, dict[str, float], dict[str, bool | str]]:
         """The structure of the batch and of the model, whether another ``number`` of examples must be taken, and
-        numbers among the arguments that differ from an earlier batch's, as they were there."""
+        numbers and settings among the arguments that differ from an earlier batch's, as they were there."""
         recorder = self.recorder
         seen = widths(call, n)
         recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
         recorder.widths = seen
-        numbers = numbers_in(call)
-        others = {name: recorder.numbers[name] for name, value in numbers.items()
+        others = {name: recorder.numbers[name] for name, value in numbers_in(call).items()
                   if recorder.numbers.setdefault(name, value) != value}
+        switched = {name: recorder.settings[name] for name, value in settings_in(call).items()
+                    if recorder.settings.setdefault(name, value) != value}
         return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
-                recorder.parts.standing()), others
+                recorder.parts.standing()), others, switched
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

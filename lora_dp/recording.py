@@ -343,7 +343,7 @@ class Recorder:
             neither is tried.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
             a batch came in which that could be tried.
-        widths, numbers: of the sequences of the last batch; among the arguments of the first.
+        widths, numbers, settings: of the sequences of the last batch; among the arguments of the first.
         sizes: of the arguments of all batches.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
         uses_checked: whether a first pass was looked through for parameters that get no gradient.
@@ -452,6 +452,7 @@ class Recorder:
         self.widths: Hashable = None
         self.sizes = Sizes()
         self.numbers: dict[str, float] = {}
+        self.settings: dict[str, bool | str] = {}
         self.losses.forget_batches()
 
     def leaves(self) -> set[int]:

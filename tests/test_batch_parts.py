@@ -18,6 +18,7 @@ from lora_dp.batch_parts import (
     narrowed,
     numbers_in,
     of_whole_batch,
+    settings_in,
     structure,
     take,
     tensors_in,
@@ -145,7 +146,8 @@ def test_what_code_may_tell_apart_is_another_structure(name):
 
 
 @pytest.mark.parametrize("ids", [
-    lambda x: x, lambda x: x.int(), lambda x: x.double(), lambda x: x.unsqueeze(1), lambda x: torch.stack([x * 0, x], 1)])
+    lambda x: x, lambda x: x.int(), lambda x: x.double(), lambda x: x.unsqueeze(1),
+    lambda x: torch.stack([x * 0, x], 1)])
 def test_names_that_some_examples_share_are_another_structure_and_two_of_them_are_tried(ids):
     alone, shared = torch.arange(40) + 100, torch.arange(40) + 100
     shared[[5, 8, 31]] = 7
@@ -409,6 +411,11 @@ def test_numbers_among_the_arguments():
     found = numbers_in(tree)
     assert found == {"['count']": 3.0, "['scale']": 0.5, "['number']": 7.0}
     assert all(type(value) is float for value in found.values())
+    assert settings_in(tree) == {"['flag']": True, "['switch']": True, "['text']": "12"}
+    assert structure(tree, N) != structure({**tree, "switch": torch.tensor(False)}, N)
+    switched = with_numbers(tree, {"['flag']": False, "['switch']": False, "['text']": "3"})
+    assert switched["flag"] is False and switched["text"] == "3"
+    assert torch.equal(switched["switch"], torch.tensor(False))
     other = with_numbers(tree, {"['count']": 5.0, "['number']": 8.0})
     assert type(other["count"]) is int and other["count"] == 5
     assert torch.equal(other["number"], torch.tensor(8))

@@ -219,6 +219,30 @@ def test_a_count_among_the_arguments_is_refused(tensor):
         model(**scaled(4, count(5.0)))
 
 
+class Switched(nn.Module):
+    """Looks at the first columns alone, unless it is told that the batch holds something long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DPLinear(6, 3)
+
+    def forward(self, x: Tensor, long: Any, harmless: Any = None) -> Tensor:
+        return self.inner(x if long == "yes" or long is True or (isinstance(long, Tensor) and bool(long)) else x * (
+            torch.arange(6) < 3))
+
+
+@pytest.mark.parametrize(("short", "long"), [
+    (False, True), ("no", "yes"), (torch.tensor(False), torch.tensor(True))], ids=["bool", "str", "tensor"])
+def test_what_is_switched_from_batch_to_batch_must_change_nothing(short, long):
+    model = Switched().train()
+    optimizer = make_private(model, batch_size=4)
+    for harmless in (short, long, short):
+        model(examples(4)[0], short, harmless)
+        optimizer.recorder.discard()
+    with pytest.raises(IsolationError, match=r"The argument \S*\['long'\] of the model differs from batch to batch"):
+        model(examples(4)[0], long)
+
+
 def test_a_loss_that_is_no_mean_although_it_looks_at_no_other_example_is_refused():
     class Rooted(nn.Module):
         def __init__(self) -> None:
