@@ -102,6 +102,18 @@ def test_native_update_gives_the_bits_of_the_float64_reference(optimizer, dtype,
         torch.testing.assert_close(left, right, rtol=torch.finfo(dtype).eps, atol=1e-13, equal_nan=True)
 
 
+@pytest.mark.parametrize("noisy", [True, False])
+def test_the_shortest_filter_looks_at_one_neighbour_on_each_side(noisy):
+    strength = 0.2
+    assert private_update.filter_reach(strength) == 1
+    problem = Problem("sgd", torch.float32, strength=strength, noisy=noisy)
+    expected, unfiltered = copy.deepcopy(problem), Problem("sgd", torch.float32, noisy=noisy)
+    with reference_only():
+        wanted = expected.take()
+    found = problem.take()
+    assert same_bits(found, wanted) and not same_bits(found, unfiltered.take())
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_instruction_set_gives_the_same_bits(optimizer, instructions, monkeypatch):
