@@ -707,6 +707,8 @@ def test_rounded_gaussian_refuses_other_tensors(damage: str) -> None:
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: native.rounded_gaussians(KEY, 0, 0, 1.0, 0, 2**35), "out is null: pass the address of its data"),
     (lambda: native.keystream(bytes(32), bytes(12), 0, 0, 2**38), "out is null: pass the address of its data"),
+    (lambda: native.sampling_bits(KEY, 0, 0, 2**38), "out is null: pass the address of its data"),
+    (lambda: native.mask_bits(KEY, 0, 0, 0, 2**38), "out is null: pass the address of its data"),
     (lambda: update_of_one_row(size=2**35), "theta is null: pass the address of its data"),
     (lambda: update_of_one_row(stride=-5, length=4, reach=7),
      "stride, length and reach must be at least 1, 1 and 0; the least, got -5"),
@@ -726,3 +728,16 @@ def update_of_one_row(**columns: int) -> None:
     table = np.array([row[name] for name in COLUMNS], np.int64)
     native.private_update(
         KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, True, 2.0, 0.5, 1.0, np.ones(1).ctypes.data, 1, 1)
+
+
+@pytest.mark.parametrize("draw", [lambda *out: native.sampling_bits(KEY, 3, *out),
+                                  lambda *out: native.mask_bits(KEY, 2, 3, *out),
+                                  lambda *out: native.keystream(bytes(32), bytes(12), 0, *out)])
+def test_few_bytes_are_the_first_of_many(draw: Callable[[int, int], None]) -> None:
+    whole = np.zeros(128, np.uint8)
+    draw(whole.ctypes.data, 128)
+    assert whole.any()
+    for n in (1, 2, 3, 63, 64, 65):
+        part = np.zeros(128, np.uint8)
+        draw(part.ctypes.data, n)
+        assert np.array_equal(part[:n], whole[:n]) and not part[n:].any()
