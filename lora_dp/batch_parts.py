@@ -122,8 +122,7 @@ class _Shared(NamedTuple):
 
 def _shared(name: str, leaf: Tensor, n: int) -> _Shared | None:
     """None where entries by example are no name of a session, a patient or a query: labels, masks, more numbers."""
-    if leaf.dim() > 2 or leaf.numel() > n * _NAME or any(word in name for word in _LABELS) or (
-            leaf.dim() == 2 and _marks(name, leaf)):
+    if leaf.numel() > n * _NAME or any(word in name for word in _LABELS) or (leaf.dim() == 2 and _marks(name, leaf)):
         return None
     rows = leaf.reshape(n, -1)
     _, group, counts = (rows.double() if rows.is_floating_point() else rows).unique(

@@ -191,9 +191,8 @@ class Trials:
         args, kwargs, _ = _copied(call)
         layers: list[tuple[str, Rows]] = []
 
-        def by_example(tensor: Any) -> list[Tensor]:
-            whole = not isinstance(tensor, Tensor) or tensor.dim() == 0 or not of_examples(tensor, n)
-            return [] if whole else list(rows_of(tensor.detach(), n)[kept])
+        def by_example(tensor: Tensor) -> list[Tensor]:
+            return list(rows_of(tensor.detach(), n)[kept]) if of_examples(tensor, n) else []
 
         def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def looks(module: nn.Module, given: Any, output: Any) -> None:

@@ -155,6 +155,10 @@ def test_names_that_some_examples_share_are_another_structure_and_two_of_them_ar
     assert structure({"x": ids(alone)}, 40) != structure({"x": ids(shared)}, 40)
     assert {5, 8} < set(chosen({"x": ids(shared), "sex": alone % 2}, 40, 4))
     assert chosen({"x": ids(alone)}, 40, 4) == [0, 1, 2, 39]
+    for columns, is_a_name in ((8, True), (9, False)):
+        one, other = ({"x": values.repeat(columns, 1).T + 0.5} for values in (alone, shared))
+        assert (structure(one, 40) != structure(other, 40)) is is_a_name
+        assert ({5, 8} < set(chosen(other, 40, 4))) is is_a_name
     for name in ("labels", "mask"):  # equal ones are nothing unusual
         tree = {name: torch.stack([shared, shared], 1)}
         assert structure(tree, 40) == structure({name: torch.stack([shared, shared], 1) + 1}, 40)
