@@ -187,11 +187,13 @@ TARGETS: dict[str, Target] = {
         "tests/fed/engines/test_message_bytes.py")),
     "csrc/chacha20.h": Target((
         "tests/ops/test_chacha20.py", "tests/ops/test_rounded_gaussian.py", "tests/ops/test_compiler_warnings.py")),
-    "csrc/cpu_kernels.h": Target(_NATIVE),
+    "csrc/cpu_kernels.h": Target(("tests/ops/test_private_update.py", "tests/ops/test_rounded_gaussian.py", *_NATIVE)),
     "csrc/gaussian_blocks.h": Target(("tests/ops/test_rounded_gaussian.py", "tests/ops/test_private_update.py")),
     "csrc/kernels.cpp": Target((
         "tests/ops/test_chacha20.py", "tests/ops/test_private_update.py", "tests/test_secret_keys.py")),
-    "csrc/rounded_gaussian.h": Target(("tests/ops/test_gaussian_parts.py", *_NATIVE)),
+    "csrc/rounded_gaussian.h": Target((
+        "tests/ops/test_gaussian_parts.py", "tests/ops/test_gaussian_pairs.py", "tests/ops/test_rounded_gaussian.py",
+        "tests/ops/test_private_update.py", *_NATIVE)),
     "csrc/stream.h": Target(_NATIVE),
     "csrc/secret_key.cpp": Target(("tests/test_secret_keys.py", "tests/test_randomness.py")),
     "csrc/update_math.h": Target(("tests/ops/test_private_update.py", *_NATIVE)),
@@ -199,7 +201,9 @@ TARGETS: dict[str, Target] = {
 }
 
 # Files in which every mutant is noticed or written down: the tests draw their samples from these.
-SETTLED_NATIVE = ("csrc/chacha20.h", "csrc/gaussian_blocks.h", "csrc/secret_key.cpp", "csrc/stream.h")
+SETTLED_NATIVE = (
+    "csrc/chacha20.h", "csrc/gaussian_blocks.h", "csrc/secret_key.cpp", "csrc/stream.h", "csrc/rounded_gaussian.h",
+    "csrc/update_math.h", "csrc/cpu_kernels.h", "csrc/kernels.cpp", "csrc/bindings.cpp")
 SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py",
     "lora_dp/losses.py", "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
@@ -213,4 +217,5 @@ SETTLED = (
     "lora_dp/chain.py", "lora_dp/bypassed.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py",
     "lora_dp/fed/contained.py", "lora_dp/fed/federation.py", "lora_dp/fed/engines/flower_policy.py",
     "lora_dp/fed/client.py", "lora_dp/coverage.py", "lora_dp/kept_buffers.py", "lora_dp/model_parts.py",
-    "lora_dp/number_lists.py", "lora_dp/repeats.py")
+    "lora_dp/number_lists.py", "lora_dp/repeats.py", "lora_dp/fed/account.py",
+    "lora_dp/fed/engines/flower_ledger.py")
