@@ -69,17 +69,21 @@ def _apart(tree: Any, around: tuple[int, ...]) -> Any:
         if isinstance(leaf, torch.Size):
             return tuple(leaf)
         if isinstance(leaf, np.ndarray):
-            return _tensor(leaf) if leaf.dtype.kind in "biufc" else leaf
+            values = tensor_of(leaf)
+            return leaf if values is None else values.as_subclass(NumberArray)
         entries = None if id(leaf) in around or len(around) >= _DEPTH else _entries(leaf)
         return leaf if entries is None else _opened(leaf, _apart(entries, (*around, id(leaf))))
     return pytree.tree_map(one, tree)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def tensor_of(array: np.ndarray) -> Tensor | None:
+    """A copy of its numbers, as in :class:`NumberArray`; None of other things."""
+    if array.dtype.kind not in "biufc":
+        return None
     wide = array.dtype.kind == "u" and array.dtype.itemsize > 1
     dtype = np.dtype(np.int64) if wide else np.dtype(np.float64) if array.dtype == np.longdouble else (
         array.dtype.newbyteorder("="))
-    return torch.from_numpy(array.astype(dtype, order="C")).as_subclass(NumberArray)
+    return torch.from_numpy(array.astype(dtype, order="C"))
 
 
 def _entries(leaf: Any) -> dict[str, Any] | None:
