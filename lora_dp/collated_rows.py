@@ -61,7 +61,7 @@ def _inner(leaf: Any) -> Any:
         return list(leaf.unbind()) if leaf.is_nested else None
     if isinstance(leaf, np.ndarray):
         return leaf.tolist() if leaf.dtype == object and leaf.ndim else None
-    return vars(leaf) if hasattr(leaf, "__dict__") else None
+    return vars(leaf) if hasattr(leaf, "__dict__") and not hasattr(leaf, "__array__") else None
 
 
 def _are_numbers(node: Any) -> bool:
@@ -74,7 +74,7 @@ def values(batch: Any) -> dict[str, Tensor]:
     for name, leaf in leaves(batch, lists=False):
         if isinstance(leaf, Tensor):
             found[name] = leaf
-        elif isinstance(leaf, np.ndarray | np.generic | int | float) or _are_numbers(leaf):
+        elif isinstance(leaf, int | float) or hasattr(leaf, "__array__") or _are_numbers(leaf):
             tensor = tensor_of(np.asarray(leaf))
             if tensor is not None:
                 found[name] = tensor
