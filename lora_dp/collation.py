@@ -45,6 +45,9 @@ _CHANGES = (
     "The same examples are others in {} when they are fetched again under one seed, so the data set or collate "
     f"function draws from a generator of its own or remembers other examples: {_REMEDY}, and return nothing that "
     "changes by itself, such as the time.")
+_INSTEAD = (
+    "(mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave the collate "
+    "function to stack and pad.")
 
 
 def drawn_for_test() -> bool:
@@ -80,6 +83,7 @@ def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequen
     few = _few(dataset, collate, indices, batch)
     found = [_compare_part(dataset, collate, indices, batch, part, few.layout) for part in parts]
     _check_shared(few)
+    _check_flattened(few)
     return any(found)
 
 
@@ -88,14 +92,14 @@ class _Few(NamedTuple):
 
     Attributes:
         some, others: their indices, and those of all others.
-        collated: makes a batch of indices, under one seed.
+        collated: makes a batch of indices, under one seed or another.
         base, twice: the batch of them, and that of each of them twice.
         layout: of both.
     """
 
     some: list[int]
     others: list[int]
-    collated: Callable[[list[int]], Any]
+    collated: Callable[..., Any]
     base: Any
     twice: Any
     layout: Layout
@@ -108,7 +112,7 @@ def _few(dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int], ba
     places = sorted(random.SystemRandom().sample(range(n), n), key=lambda place: place in unusual)
     some, others = [indices[place] for place in places[:m]], [indices[place] for place in places[m:][::-1]]
 
-    def collated(chosen: list[int]) -> Any:
+    def collated(chosen: list[int], seed: int = seed) -> Any:
         with seeded(seed):
             items = _fetched(dataset, chosen)
         with seeded(seed):  # however much was drawn for the examples
@@ -143,6 +147,40 @@ def _check_shared(few: _Few) -> None:
                 f"The collate function joins examples: {moved[0] or 'the batch'}, which has no entry for each example, "
                 "changes with those in the batch (a mean, or weights of its classes). Take it from public data, or "
                 "leave the collate function to stack and pad.")
+
+
+def _check_flattened(few: _Few) -> None:
+    """Where the rows of all examples lie in one dimension, nobody knows whose is which; but where shapes stay, no value
+    may change with one example and with another, too."""
+    m, longer, known = len(few.some), _numbers(few.twice), by_example(few.base, len(few.some), few.layout)
+    values = {name: leaf for name, leaf in _numbers(few.base).items()
+              if name in longer and leaf.shape != longer[name].shape and name not in known}
+    if not values:
+        return
+    # What is drawn may be drawn for another example; and what is sorted stands in another's place.
+    drawn, turned = few.collated(few.some, secrets.randbits(31)), few.collated(few.some[1:] + few.some[:1])
+    values = {name: leaf for name, leaf in values.items()
+              if _stands(name, leaf, drawn) and not _stands(name, leaf, turned)}
+    touched = {name: torch.zeros(leaf.shape, dtype=torch.bool) for name, leaf in values.items()}
+    for place in range(m):
+        other = few.others[place % len(few.others)] if few.others else few.some[place - 1]
+        changed = few.collated([*few.some[:place], other, *few.some[place + 1:]])
+        if _shapes(changed) != _shapes(few.base):
+            continue
+        found = _numbers(changed)
+        for name, leaf in values.items():
+            moved = ~_close(leaf, found[name]).cpu()
+            if bool((moved & touched[name]).any()):
+                raise IsolationError(
+                    f"The collate function joins examples: values in {name or 'the batch'} change with several of "
+                    f"those in the batch {_INSTEAD}")
+            touched[name] |= moved
+
+
+def _stands(name: str, leaf: Tensor, batch: Any) -> bool:
+    """Whether a batch has the same of this name."""
+    other = _numbers(batch).get(name)
+    return other is not None and _alike(leaf, other)
 
 
 def _unusual(batch: Any, n: int) -> set[int]:
@@ -244,7 +282,11 @@ def _equal(left: Tensor, right: Tensor) -> bool:
     right = right.to(left.device)
     if not left.is_floating_point():
         return torch.equal(left, right)
-    return torch.allclose(left, right.to(left.dtype), rtol=_RELATIVE, atol=0, equal_nan=True)
+    return bool(_close(left, right).all())
+
+
+def _close(left: Tensor, right: Tensor) -> Tensor:
+    return torch.isclose(left, right.to(left), rtol=_RELATIVE, atol=0, equal_nan=True)
 
 
 def _sorts(batch: Any, rotated: Any, n: int, layout: Layout) -> bool:
@@ -281,8 +323,7 @@ def _compare(
         if found is None:
             raise IsolationError(
                 f"The collate function joins examples: an example's rows in {where} change with the others in its "
-                "batch (mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave "
-                "the collate function to stack and pad.")
+                f"batch {_INSTEAD}")
         free.remove(found)
     return varies
 

@@ -99,6 +99,33 @@ def test_what_stacks_is_taken_in_each(dress, n):
         assert check(data(n), lambda items, own=own: DRESSES[dress](own(torch.stack(items)))) is False
 
 
+# How the rows of all are returned in one dimension.
+FLATTENED: dict[str, Callable[[Tensor], Any]] = {
+    "of tokens": lambda x: x.flatten(0, 1), "of numbers": lambda x: x.flatten().numpy(), "in a dict": lambda x: {
+        "x": x.flatten(0, 1), "y": torch.zeros(len(x))}, "and last": lambda x: x.flatten(0, 1).t()}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dress", FLATTENED)
+def test_rows_of_all_in_one_dimension_are_told_by_what_changes(dress, n):
+    for join in (lambda x: 0.7 * x + 0.3 * x.roll(1, 0), normalised):
+        with pytest.raises(IsolationError, match="joins examples: values in .* change with several of those in the"):
+            check(data(n), lambda items, join=join: FLATTENED[dress](join(torch.stack(items))))
+    for own in (lambda x: x, lambda x: x + torch.rand(x.shape), lambda x: x * torch.rand(len(x), 1, 1), lambda x: x[
+            x[:, 0, 0].argsort()], lambda x: x / len(x), lambda x: torch.where(x > 1, x, torch.nan)):
+        assert check(data(n), lambda items, own=own: FLATTENED[dress](own(torch.stack(items)))) is False
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 14])
+def test_texts_of_several_lengths_in_one_dimension_are_taken(n):
+    def chained(items: list[Tensor]) -> dict[str, Tensor]:
+        ends = torch.tensor([0, *map(len, items)]).cumsum(0)
+        return {"x": torch.cat(items).double().sqrt(), "ends": ends, "at": ends.double(), "first": torch.stack(
+            [item[0] for item in items])}
+
+    assert check(texts(n), chained) is False
+
+
 def texts(n: int) -> list[Tensor]:
     """The longest come last."""
     return sorted([torch.arange(1, 4 + place * 5 % 7) + place for place in range(n)], key=len)
