@@ -115,6 +115,6 @@ def by_example(batch: Any, n: int, layout: Layout) -> dict[str, Rows]:
         if entry is not None:
             entries.setdefault(f"{name[: entry.start()]}…{name[entry.end():]}", {})[int(entry.group())] = tensor
         elif tensor.dim() > axis and tensor.shape[axis] == n:
-            found[name] = tensor.movedim(axis, 0)
+            found[name] = tensor.movedim(axis, 0) if axis else tensor  # of sparse ones the first alone
     found.update({name: [of.get(place) for place in range(n)] for name, of in entries.items() if max(of) < n})
     return found

@@ -186,8 +186,9 @@ def _stands(name: str, leaf: Tensor, batch: Any) -> bool:
 def _unusual(batch: Any, n: int) -> set[int]:
     """Examples with the least and the most of anything: one of a rare class, say."""
     layout = Layout(lists=frozenset(name for name, length in lengths(batch).items() if length == n))
-    sums = [[0.0 if row is None else float(row.double().sum()) for row in rows]
-            for rows in by_example(batch, n, layout).values()]
+    sums = [rows.double().reshape(n, -1).sum(1).tolist() if isinstance(rows, Tensor) else [
+                0.0 if row is None else float(row.double().sum()) for row in rows]
+            for rows in by_example(batch, n, layout).values() if not isinstance(rows, Tensor) or rows.numel()]
     return {place for each in sums for place in (each.index(min(each)), each.index(max(each)))}
 
 

@@ -88,14 +88,22 @@ def tensor_of(array: np.ndarray) -> Tensor | None:
 
 def _entries(leaf: Any) -> dict[str, Any] | None:
     """What it holds by name; None where that cannot be told, or cannot be put back."""
+    attributes = dict(vars(leaf)) if hasattr(leaf, "__dict__") else None
     if isinstance(leaf, Mapping):
-        return dict(leaf) if isinstance(leaf, MutableMapping) else None
+        entries = dict(leaf)
+        return entries if isinstance(leaf, MutableMapping) and _numbers_of(attributes) <= _numbers_of(entries) else None
     try:
         _empty(leaf)
     except TypeError:
         return None
     slots = any(set(_names(base)) - {"__dict__", "__weakref__"} for base in type(leaf).__mro__)
-    return dict(vars(leaf)) if hasattr(leaf, "__dict__") and not slots else None
+    # A second one like it would close what both hold.
+    return None if slots or hasattr(leaf, "__del__") else attributes
+
+
+def _numbers_of(entries: Any) -> set[int]:
+    """Which tensors and arrays there are."""
+    return {id(value) for value in pytree.tree_leaves(entries) if isinstance(value, Tensor | np.ndarray)}
 
 
 def _empty(like: Any) -> Any:

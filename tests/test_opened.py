@@ -45,6 +45,22 @@ class Slotted:
         self.each = each
 
 
+class Handle:
+    """Closes what it holds."""
+
+    def __init__(self, each: Any):
+        self.each = each
+
+    def __del__(self) -> None:
+        getattr(self, "each", []).clear()
+
+
+def with_an_attribute() -> Texts:
+    texts = Texts(ids=torch.ones(2, 3))
+    texts.lengths = torch.ones(2)  # type: ignore[attr-defined]
+    return texts
+
+
 class Several(Enum):
     ONE = 1
 
@@ -194,7 +210,8 @@ def test_a_number_in_them_that_differs_from_batch_to_batch_is_tried(whole: Calla
 @pytest.mark.parametrize(("given", "kind"), [
     (range(3), "builtins.range"), (iter([1, 2]), "builtins.list_iterator"), (Slotted(torch.ones(2)), r"\S*Slotted"),
     (MappingProxyType({"each": torch.ones(2)}), "builtins.mappingproxy"), (np.array([None, 1]), "numpy.ndarray"),
-    ({torch.ones(2)}, "builtins.set"), (memoryview(b"12"), "builtins.memoryview")])
+    ({torch.ones(2)}, "builtins.set"), (memoryview(b"12"), "builtins.memoryview"),
+    (Handle([1]), r"\S*Handle"), (with_an_attribute(), r"\S*Texts")])
 def test_what_cannot_be_taken_apart_is_refused(given: Any, kind: str) -> None:
     class Ignoring(nn.Module):
         def __init__(self) -> None:
@@ -232,7 +249,8 @@ def test_a_call_comes_back_as_it_was() -> None:
     texts.source = "of its own"  # type: ignore[attr-defined]
     call = ([texts, Lengths(SimpleNamespace(list=[3, 4], array=np.array([1, 2], ">i4")))], {
         "wide": np.array([1, 2**40], np.uint64), "number": np.array(2.5), "long": np.array([0.5], np.longdouble),
-        "shape": torch.Size([2, 3]), "flags": np.array([True, False]), "queue": deque([np.ones(2)])})
+        "shape": torch.Size([2, 3]), "flags": np.array([True, False]), "queue": deque([np.ones(2)]),
+        "bytes": np.array([1, 2], np.uint8)})
     given = as_tensors(call, 2)
     leaves = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(given)[0]}
     assert leaves["[0][0]['more']['row']"].dtype == torch.float16 and leaves["[0][1]['each']['list']"].shape == (2,)
@@ -244,7 +262,7 @@ def test_a_call_comes_back_as_it_was() -> None:
     assert type(inner) is Lengths and inner.unit == "tokens" and inner.each.list == [3, 4]
     assert inner.each.array.tolist() == [1, 2] and inner.each.array.dtype == np.int32
     assert rest["wide"].tolist() == [1, 2**40] and rest["flags"].dtype == bool and rest["number"].shape == ()
-    assert rest["long"].dtype == np.float64 and rest["shape"] == (2, 3) and type(rest["queue"]) is deque
+    assert rest["bytes"].dtype == np.uint8 and rest["long"].dtype == np.float64 and rest["shape"] == (2, 3) and type(rest["queue"]) is deque
     assert type(as_lists(as_tensors(BertConfig(), 2))) is BertConfig
 
 
