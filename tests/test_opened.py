@@ -262,7 +262,8 @@ def test_a_call_comes_back_as_it_was() -> None:
     assert type(inner) is Lengths and inner.unit == "tokens" and inner.each.list == [3, 4]
     assert inner.each.array.tolist() == [1, 2] and inner.each.array.dtype == np.int32
     assert rest["wide"].tolist() == [1, 2**40] and rest["flags"].dtype == bool and rest["number"].shape == ()
-    assert rest["bytes"].dtype == np.uint8 and rest["long"].dtype == np.float64 and rest["shape"] == (2, 3) and type(rest["queue"]) is deque
+    assert rest["bytes"].dtype == np.uint8 and rest["long"].dtype == np.float64
+    assert rest["shape"] == (2, 3) and type(rest["queue"]) is deque
     assert type(as_lists(as_tensors(BertConfig(), 2))) is BertConfig
 
 
