@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.losses import IGNORED
-from lora_dp.tables import Table, put_back
+from lora_dp.tables import Table
 from lora_dp.trial_values import largest
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -300,7 +300,7 @@ def _without_runs(leaf: Tensor, place: int) -> Tensor | None:
 
 def used_tokens(tree: Any, n: int) -> Tensor | None:
     """(N, T) bool, False where a mask or ignored labels show padding; None where nothing shows it."""
-    return next((room.used for room in _rooms(tree, n, by_runs=False)), None)
+    return next((room.used.as_subclass(Tensor) for room in _rooms(tree, n, by_runs=False)), None)
 
 
 def widths(tree: Any, n: int) -> Hashable:
@@ -367,7 +367,7 @@ def narrowed(
                     for length in (length for length in sorted(lengths) if needed <= length < size):
                         kept = slice(size - length, size) if left else slice(0, length)
                         call = cut(part, name, place, size, kept, way)
-                        made = tuple(tensor.shape for tensor in tensors_in(put_back(call)))
+                        made = tuple(tensor.shape for tensor in tensors_in(call))
                         if made not in shapes:
                             shapes.add(made)
                             found.append(Narrowed(name, rows, place, size, kept, used[rows][:, kept], call))

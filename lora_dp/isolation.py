@@ -46,6 +46,7 @@ from lora_dp.company import (
 from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
 from lora_dp.number_lists import as_tensors, has_lists, other_lists
+from lora_dp.opened import check_opened, take_apart
 from lora_dp.sizes import Seen, Sizes
 from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, calls_in_both, differ, largest, least_of, pairs_of, rows_of, sum_of
@@ -100,7 +101,8 @@ def check_isolation(
     if n < 2:
         return Passed()
     positional = batch_parts.argument_names(model.forward, len(args))
-    plain: Any = (*batch_parts.named(positional, (args, kwargs)), targets)
+    plain: Any = take_apart((*batch_parts.named(positional, (args, kwargs)), targets))
+    check_opened(plain)
     call = as_tensors(plain, n)
     seen = seen or Sizes().look(call, n)
     options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_dp.opened import put_together, take_apart
+
 
 class NumberList(Tensor):
     """A list (N,) of a model's arguments, as a tensor int64, or float64 if it holds a float."""
 
 
 def as_tensors(tree: Any, n: int) -> Any:
-    """The same call with its lists of ``n`` numbers as :class:`NumberList`, so that they are taken apart by example."""
+    """The same call, taken apart, with its lists of ``n`` numbers as :class:`NumberList`, which follow the examples."""
     def is_list(node: Any) -> bool:
         return isinstance(node, list) and len(node) == n > 0 and all(
             type(entry) is float or (type(entry) is int and abs(entry) < 2**63) for entry in node)
@@ -23,7 +25,7 @@ def as_tensors(tree: Any, n: int) -> Any:
         whole = all(type(entry) is int for entry in node)
         return torch.tensor(node, dtype=torch.int64 if whole else torch.float64).as_subclass(NumberList)
 
-    return pytree.tree_map(one, tree, is_leaf=is_list)
+    return pytree.tree_map(one, take_apart(tree), is_leaf=is_list)
 
 
 def has_lists(tree: Any) -> bool:
@@ -41,4 +43,4 @@ def other_lists(tree: Any, n: int, name: str = "") -> list[str]:
 
 def as_lists(tree: Any) -> Any:
     """The call as a model takes it."""
-    return pytree.tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, NumberList) else leaf, tree)
+    return put_together(pytree.tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, NumberList) else leaf, tree))

@@ -15,7 +15,7 @@ from lora_dp.coverage import recorder_of
 from lora_dp.layers import PrivateModule
 from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
-from lora_dp.tables import put_back
+from lora_dp.tables import Table, put_back
 from lora_dp.trial_values import rows_of
 from lora_dp.unwritten import Unwritten
 
@@ -222,11 +222,13 @@ def _copied(call: Any) -> Any:
     copies: dict[int, Tensor] = {}
 
     def own(leaf: Any) -> Any:
+        if isinstance(leaf, Table):
+            return Table(own(leaf.tensor), leaf.free)
         if not isinstance(leaf, Tensor):
             return leaf
         return copies.setdefault(id(leaf), leaf.detach().clone().requires_grad_(leaf.requires_grad))
 
-    return pytree.tree_map(own, put_back(call))
+    return put_back(pytree.tree_map(own, call))
 
 
 def _chance(still: bool) -> AbstractContextManager[Any]:

@@ -1,6 +1,5 @@
 """Tables among a model's arguments, which belong to no example, and trials that the model does not take."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,19 +335,19 @@ def test_padding_that_one_tensor_shows_need_not_be_tried_by_another():
 
 
 class Counted(nn.Module):
-    """Rows of all examples and how many each has, in an object that nothing takes apart."""
+    """Rows of all examples and how many each has, in a tuple, whose numbers belong to no example."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = DPLinear(6, 3)
 
-    def forward(self, labels: Tensor, rows: Tensor, counts: SimpleNamespace) -> Tensor:
-        return torch.stack([part.mean(0) for part in self.inner(rows).split(counts.each)]) + 0 * labels.unsqueeze(1)
+    def forward(self, labels: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+        return torch.stack([part.mean(0) for part in self.inner(rows).split(list(counts))]) + 0 * labels.unsqueeze(1)
 
 
 def test_a_number_of_examples_that_varies_and_cannot_be_tried_is_refused():
     def counted(n: int) -> dict[str, Any]:
-        return {"labels": torch.arange(n), "rows": torch.randn(2 * n, 6), "counts": SimpleNamespace(each=[2] * n)}
+        return {"labels": torch.arange(n), "rows": torch.randn(2 * n, 6), "counts": (2,) * n}
 
     run(Counted(), counted(4), counted(4))  # one structure, in which it is wanted from the second number on
     with pytest.raises(IsolationError, match="does not take every example of this one twice.*whose first dimension is"):

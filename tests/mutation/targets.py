@@ -54,8 +54,9 @@ TARGETS: dict[str, Target] = {
         "tests/test_batches.py", "tests/test_pitfalls_batches.py", "tests/test_secret_fetch.py",
         "tests/test_repeats.py")),
     "lora_dp/collation.py": Target((
-        "tests/test_collation.py", "tests/test_own_generators.py", "tests/test_batches.py",
-        "tests/test_pitfalls_batches.py")),
+        "tests/test_collation.py", "tests/test_collated_rows.py", "tests/test_own_generators.py",
+        "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
+    "lora_dp/collated_rows.py": Target(("tests/test_collated_rows.py", "tests/test_collation.py")),
     "lora_dp/own_generators.py": Target(("tests/test_own_generators.py",)),
     "lora_dp/accounting/epsilon.py": Target((
         "tests/test_loss_grid.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
@@ -82,7 +83,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_isolation_trials.py")),
     "lora_dp/kept_buffers.py": Target(("tests/test_kept_buffers.py",)),
     "lora_dp/model_parts.py": Target(("tests/test_model_parts.py", "tests/test_unwritten.py", "tests/test_beside.py")),
-    "lora_dp/number_lists.py": Target(("tests/test_number_lists.py",)),
+    "lora_dp/number_lists.py": Target(("tests/test_number_lists.py", "tests/test_opened.py")),
+    "lora_dp/opened.py": Target(("tests/test_opened.py", "tests/test_collated_rows.py")),
     "lora_dp/repeats.py": Target(("tests/test_repeats.py",)),
     "lora_dp/fed/split_files.py": Target(("tests/fed/test_split_files.py", "tests/fed/test_data.py")),
     "lora_dp/unwritten.py": Target((

@@ -1,0 +1,309 @@
+"""What a model is given in NumPy arrays, mappings and objects is taken apart by example, as tensors are."""
+
+import functools
+import logging
+import re
+from collections import UserDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import BatchEncoding, BertConfig, DynamicCache
+
+from lora_dp import DPLinear, IsolationError, PrivacyEngine
+from lora_dp.number_lists import as_lists, as_tensors
+from lora_dp.opened import Opened, check_opened, put_together, take_apart
+from tests.support import make_private
+
+
+class Texts(UserDict[str, Any]):
+    """A mapping of a library's own."""
+
+
+class Named(dict[str, Any]):
+    """A dict of a library's own."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    each: Any
+    unit: str = "tokens"
+
+
+class Slotted:
+    __slots__ = ("each",)
+
+    def __init__(self, each: Any):
+        self.each = each
+
+
+class Handle:
+    """Closes what it holds."""
+
+    def __init__(self, each: Any):
+        self.each = each
+
+    def __del__(self) -> None:
+        getattr(self, "each", []).clear()
+
+
+def with_an_attribute() -> Texts:
+    texts = Texts(ids=torch.ones(2, 3))
+    texts.lengths = torch.ones(2)  # type: ignore[attr-defined]
+    return texts
+
+
+class Several(Enum):
+    ONE = 1
+
+
+# What holds the lengths of N texts, and how a model gets at them.
+DRESSES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
+    "an array": (lambda t: t.numpy(), lambda given: given),
+    "an array of small numbers": (lambda t: t.numpy().astype(np.uint16), lambda given: given),
+    "an array in a dict": (lambda t: {"each": t.numpy()}, lambda given: given["each"]),
+    "a namespace": (lambda t: SimpleNamespace(each=t), lambda given: given.each),
+    "a namespace with a list": (lambda t: SimpleNamespace(each=t.tolist()), lambda given: torch.tensor(given.each)),
+    "a frozen dataclass": (Lengths, lambda given: given.each),
+    "a tokenizer's output": (lambda t: BatchEncoding({"each": t}), lambda given: given.each),
+    "a mapping": (lambda t: Texts(each=t), lambda given: given["each"]),
+    "a dict of its own": (lambda t: Named(each=t), lambda given: given["each"]),
+    "an object in an object": (lambda t: Lengths(SimpleNamespace(each=t.numpy())), lambda given: given.each.each)}
+
+
+class Pooled(nn.Module):
+    """The mean of a text's tokens: of its own, or of as many as the longest of the batch has."""
+
+    def __init__(self, dress: str, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dress, self.kind, self.given = dress, kind, []
+        self.inner, self.head = DPLinear(6, 8), DPLinear(8, 3)
+
+    def forward(self, x: Tensor, lengths: Any) -> Tensor:
+        self.given.append(lengths)
+        each = torch.as_tensor(DRESSES[self.dress][1](lengths)).long()
+        if self.kind == "by the longest":
+            return self.head(self.inner(x[:, : int(each.max())]).tanh().mean(1))
+        used = (torch.arange(x.shape[1]) < each.unsqueeze(1)).unsqueeze(2)
+        return self.head((self.inner(x).tanh() * used).sum(1) / each.unsqueeze(1))
+
+
+def train(model: nn.Module, optimizer: Any, *given: Any) -> None:
+    optimizer.backward(model(*given).square().sum(1))
+    optimizer.zero_grad()
+    optimizer.recorder.discard()
+
+
+def lengths_of(n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, 7, 6, generator=generator), torch.arange(n) % 5 + 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 9])
+@pytest.mark.parametrize("dress", DRESSES)
+def test_what_varies_by_example_in_them_is_seen(dress: str, n: int) -> None:
+    model = Pooled(dress, "by the longest")
+    optimizer = make_private(model, batch_size=4)
+    x, lengths = lengths_of(n)
+    with pytest.raises(IsolationError, match="example"):
+        train(model, optimizer, x, DRESSES[dress][0](lengths))
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_a_model_that_keeps_examples_apart_gets_them_as_they_were(dress: str) -> None:
+    model = Pooled(dress, "apart")
+    optimizer = make_private(model, batch_size=4)
+    for n in (9, 2, 1, 5):
+        x, lengths = lengths_of(n)
+        train(model, optimizer, x, DRESSES[dress][0](lengths))
+    assert len({type(given) for given in model.given}) == 1
+    assert {len(DRESSES[dress][1](given)) for given in model.given} >= {1, 2, 4, 5, 9}
+
+
+def test_the_check_by_hand_takes_them_apart_too() -> None:
+    x, lengths = lengths_of(5)
+    engine = PrivacyEngine("rdp")
+    engine.check_isolation(Pooled("an array", "apart"), {"x": x, "lengths": lengths.numpy()})
+    with pytest.raises(IsolationError, match="example"):
+        engine.check_isolation(Pooled("an array", "by the longest"), {"x": x, "lengths": lengths.numpy()})
+
+
+class Masked(nn.Module):
+    """Pools by a mask (N, T) that is an array; or takes the padding for text."""
+
+    def __init__(self, looks: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.looks, self.inner = looks, DPLinear(6, 3)
+
+    def forward(self, x: Tensor, mask: np.ndarray) -> Tensor:
+        used = torch.from_numpy(mask).unsqueeze(2)
+        if self.looks:
+            used = torch.ones_like(used)
+        return (self.inner(x).tanh() * used).sum(1) / used.sum(1)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_mask_in_an_array_shows_the_padding(looks: bool) -> None:
+    model = Masked(looks)
+    optimizer = make_private(model, batch_size=4)
+
+    def run() -> None:
+        for width in (7, 5):
+            mask = torch.arange(width) < torch.tensor([width, 3, 2, 3]).unsqueeze(1)
+            train(model, optimizer, torch.randn(4, width, 6) * mask.unsqueeze(2), mask.numpy())
+
+    if looks:
+        with pytest.raises(IsolationError, match="changes with the padding of the batch"):
+            run()
+    else:
+        run()
+
+
+class Scaled(nn.Module):
+    """Multiplies by an array that belongs to no example, and spoils what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = DPLinear(6, 3)
+
+    def forward(self, x: Tensor, scale: np.ndarray) -> Tensor:
+        out = self.head(x * torch.from_numpy(scale).float())
+        scale *= 2
+        return out
+
+
+def test_trials_leave_an_array_as_it_was() -> None:
+    model, scale = Scaled(), np.linspace(1, 2, 6)
+    optimizer = make_private(model, batch_size=4)
+    for number in (1, 2):
+        train(model, optimizer, torch.randn(4, 6), scale)
+        np.testing.assert_array_equal(scale, np.linspace(1, 2, 6) * 2**number)
+
+
+@pytest.mark.parametrize("whole", [lambda number: np.array(number), lambda number: SimpleNamespace(number=number)])
+def test_a_number_in_them_that_differs_from_batch_to_batch_is_tried(whole: Callable[[float], Any]) -> None:
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = DPLinear(6, 3)
+
+        def forward(self, x: Tensor, by: Any) -> Tensor:
+            return self.head(x) / float(getattr(by, "number", by))
+
+    model = Divided()
+    optimizer = make_private(model, batch_size=4)
+    train(model, optimizer, torch.randn(4, 6), whole(3.0))
+    with pytest.raises(IsolationError, match="differs from batch to batch"):
+        train(model, optimizer, torch.randn(4, 6), whole(4.0))
+
+
+@pytest.mark.parametrize(("given", "kind"), [
+    (range(3), "builtins.range"), (iter([1, 2]), "builtins.list_iterator"), (Slotted(torch.ones(2)), r"\S*Slotted"),
+    (MappingProxyType({"each": torch.ones(2)}), "builtins.mappingproxy"), (np.array([None, 1]), "numpy.ndarray"),
+    ({torch.ones(2)}, "builtins.set"), (memoryview(b"12"), "builtins.memoryview"),
+    (Handle([1]), r"\S*Handle"), (with_an_attribute(), r"\S*Texts")])
+def test_what_cannot_be_taken_apart_is_refused(given: Any, kind: str) -> None:
+    class Ignoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = DPLinear(6, 3)
+
+        def forward(self, x: Tensor, other: Any) -> Tensor:
+            return self.head(x)
+
+    for n in (1, 2, 5):
+        model = Ignoring()
+        make_private(model, batch_size=4)
+        with pytest.raises(IsolationError, match=rf"given a {kind} \(\[1\]\['other'\].*: pass tensors, or lists or"):
+            model(torch.randn(n, 6), other=given)
+
+
+HARMLESS: list[Any] = [
+    None, True, 3, 0.5, 1j, "text", b"bytes", np.float32(2), Several.ONE, Path("a"), re.compile("a"),
+    logging.getLogger("a"), torch.float16, torch.device("cpu"), torch.strided, torch.contiguous_format,
+    torch.Generator(), nn.Linear(2, 2), int, len, lengths_of, [].append, np, functools.partial(len), {"a", "b"},
+    frozenset({"a"}), np.array(["a", "b"]), [], {}]
+
+
+@pytest.mark.parametrize("value", HARMLESS, ids=lambda value: type(value).__name__)
+def test_settings_and_code_are_left_as_they_are(value: Any) -> None:
+    given = take_apart({"it": value, "in": Lengths(value)})
+    check_opened(given)
+    back = put_together(given)
+    assert back["it"] is value or back["it"] == value
+    assert back["in"].each is value or back["in"].each == value
+
+
+def test_a_call_comes_back_as_it_was() -> None:
+    texts = Texts(ids=torch.ones(2, 3), more={"row": np.ones((2, 3), np.float16)[:, ::-1]})
+    texts.source = "of its own"  # type: ignore[attr-defined]
+    call = ([texts, Lengths(SimpleNamespace(list=[3, 4], array=np.array([1, 2], ">i4")))], {
+        "wide": np.array([1, 2**40], np.uint64), "number": np.array(2.5), "long": np.array([0.5], np.longdouble),
+        "shape": torch.Size([2, 3]), "flags": np.array([True, False]), "queue": deque([np.ones(2)]),
+        "bytes": np.array([1, 2], np.uint8)})
+    given = as_tensors(call, 2)
+    leaves = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(given)[0]}
+    assert leaves["[0][0]['more']['row']"].dtype == torch.float16 and leaves["[0][1]['each']['list']"].shape == (2,)
+    assert leaves["[1]['shape'][1]"] == 3 and isinstance(given[0][0], Opened)
+    (back, inner), rest = as_lists(given)
+    assert type(back) is Texts and back is not texts and back.source == "of its own"
+    assert back["ids"] is texts["ids"]
+    np.testing.assert_array_equal(back["more"]["row"], texts["more"]["row"], strict=True)
+    assert type(inner) is Lengths and inner.unit == "tokens" and inner.each.list == [3, 4]
+    assert inner.each.array.tolist() == [1, 2] and inner.each.array.dtype == np.int32
+    assert rest["wide"].tolist() == [1, 2**40] and rest["flags"].dtype == bool and rest["number"].shape == ()
+    assert rest["bytes"].dtype == np.uint8 and rest["long"].dtype == np.float64
+    assert rest["shape"] == (2, 3) and type(rest["queue"]) is deque
+    assert type(as_lists(as_tensors(BertConfig(), 2))) is BertConfig
+
+
+@pytest.mark.parametrize(("depth", "seen"), [(8, True), (9, False)])
+def test_objects_in_objects_are_taken_apart_eight_deep(depth: int, seen: bool) -> None:
+    tree: Any = torch.ones(2)
+    for _ in range(depth):
+        tree = SimpleNamespace(x=tree)
+    if seen:
+        check_opened(take_apart(tree))
+    else:
+        with pytest.raises(IsolationError, match="cannot be taken apart by example"):
+            check_opened(take_apart(tree))
+
+
+def test_an_object_in_itself_is_refused() -> None:
+    ring = SimpleNamespace(x=torch.zeros(3))
+    ring.next = ring
+    with pytest.raises(IsolationError, match=r"a types.SimpleNamespace \(\['next'\]\), which cannot be taken apart"):
+        check_opened(take_apart(ring))
+
+
+class Reading(nn.Module):
+    """Takes what a transformer is given beside its texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = DPLinear(6, 3)
+
+    def forward(self, x: Tensor, *, cache: Any, config: Any) -> Tensor:
+        assert type(cache) is DynamicCache and type(config) is BertConfig and cache.get_seq_length() == 0
+        cache.update(x[:, None, None], x[:, None, None], 0)
+        return self.head(x)
+
+
+def test_an_empty_cache_and_a_config_are_taken() -> None:
+    model = Reading()
+    optimizer = make_private(model, batch_size=4)
+    for n in (2, 5, 1):
+        cache, config = DynamicCache(), BertConfig()
+        optimizer.backward(model(torch.randn(n, 6), cache=cache, config=config).square().sum(1))
+        optimizer.zero_grad()
+        optimizer.recorder.discard()
