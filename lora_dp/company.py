@@ -13,8 +13,8 @@ from torch import Tensor
 from lora_dp import batch_parts
 from lora_dp.kept_buffers import same
 from lora_dp.loss_graph import IsolationError, LossReduction
-from lora_dp.trial_values import Gradients, calls_in_both, differ, least_of, pairs_of, rows_of, sum_of
-from lora_dp.trials import LossFunction, Trace, Trials
+from lora_dp.trial_values import Gradients, calls_in_both, differ, is_another, least_of, pairs_of, rows_of, sum_of
+from lora_dp.trials import LossFunction, Quiet, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
 FEW = 4
@@ -108,16 +108,28 @@ def _counted(what: str, i: int) -> str:
             "what counts them, normalises over them or goes by their order (positions belong to the second dimension).")
 
 
-def check_whole(trials: Trials, call: Any, n: int) -> None:
+def check_whole(
+    trials: Trials, call: Any, n: int, reduction: LossReduction | None = None, passed: frozenset[int] = frozenset()
+) -> frozenset[int]:
     """All examples beside some of them, drawn in secret: what only many do to each other, such as a capacity that they
-    fill together. Nothing is drawn, no gradient is taken.
+    fill together, or being the hardest of all. Nothing is drawn at random in the model.
+
+    Args:
+        reduction: as declared; None for either.
+        passed: which losses, the criterion's or the model's own, are compared by their gradients; without any, no
+            gradient is taken, and one part of the batch is looked at instead of all.
+
+    Returns:
+        Those that passed here too.
 
     Raises:
-        IsolationError: an output changes, or a layer has not as many rows of every example.
+        IsolationError: an output changes, a layer has not as many rows of every example, or the first loss does not
+            weigh an example in the whole batch as in a part of it.
     """
     some = sorted(random.SystemRandom().sample(range(n), max(n // 4, FEW)))
     m = len(some)
-    whole, part = trials.outputs(call, n, some), trials.outputs(batch_parts.take(call, some, n), m, list(range(m)))
+    whole = trials.outputs(call, n, some, passed)
+    part = trials.outputs(batch_parts.take(call, some, n), m, list(range(m)), passed)
     for name, first, other in calls_in_both(whole.layers, part.layers):
         if first.rows * m != other.rows * n:
             raise IsolationError(
@@ -131,6 +143,44 @@ def check_whole(trials: Trials, call: Any, n: int) -> None:
         for i, left, right in zip(some, lefts, rights, strict=False):
             if left.shape == right.shape and differ(left, right, masked=True):
                 raise IsolationError(_counted("The output for", i))
+    for number, rows in enumerate([some, *(_others(some, n) if passed else [])]):
+        if number:
+            part = trials.outputs(batch_parts.take(call, rows, n), len(rows), [], passed)
+        for place in sorted(passed):
+            if (found := _chosen_for(whole, part, place, rows, n, reduction)) is None:
+                continue
+            if place == 0:
+                raise IsolationError(
+                    f"The loss mixes examples: what example {found} has of it is another in a batch of {n} than in one "
+                    f"of {len(rows)}, as where the hardest of all are chosen. Use a loss that is a mean or sum of "
+                    f"terms of one example each: {REMEDY}.")
+            passed -= {place}
+    return passed
+
+
+def _others(some: list[int], n: int) -> list[list[int]]:
+    """The examples that are not among these, in parts of about as many; of two at least."""
+    rest = sorted(set(range(n)) - set(some))
+    random.SystemRandom().shuffle(rest)
+    if len(rest) == 1:
+        rest.append(some[0])
+    count = max(len(rest) // len(some), 1)
+    return [sorted(rest[start::count]) for start in range(count)]
+
+
+def _chosen_for(
+    whole: Quiet, part: Quiet, place: int, rows: list[int], n: int, reduction: LossReduction | None
+) -> int | None:
+    """An example for which the loss at this place is another in the whole batch than in the part with these rows."""
+    vector = place in whole.values
+    if vector:
+        changed = is_another({"": [whole.values[place]]}, {"": [part.values[place]]}, rows, n)
+        if changed is not None:
+            return changed
+    kinds = ("sum",) if vector else (reduction,) if reduction else ("mean", "sum")
+    found = [is_another(whole.gradients.get(place, {}), part.gradients.get(place, {}), rows, n,
+                        (n, len(rows)) if kind == "mean" else (1, 1)) for kind in kinds]
+    return None if None in found else found[0]
 
 
 def check_choices(trials: Trials, steady: Trace, call: Any, n: int) -> None:

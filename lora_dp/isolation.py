@@ -163,7 +163,7 @@ def _check(
                     if passed is None and seen.number:
                         raise IsolationError(UNTRIED_NUMBER)
                 if number_varies and examples > n:
-                    check_whole(trials, whole, examples)
+                    passed = check_whole(trials, whole, examples, reduction, passed or frozenset())
                 if not copies:
                     check_choices(trials, steady, call, n)
                 padding = padding_varies is not False and check_padding(

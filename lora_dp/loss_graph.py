@@ -303,6 +303,46 @@ def own_factors(losses: Tensor) -> tuple[float, ...]:
     return () if losses.grad_fn is None else tuple(_linear((losses.grad_fn, losses.output_nr), _Everything((), {})))
 
 
+def own_scales(loss: Tensor, n: int) -> tuple[float, ...]:
+    """By which single numbers losses of ``n`` examples that the model computed itself are multiplied on their way from
+    its last matrix product or private layer to ``loss``, a scalar or (N,), in ascending order.
+
+    The numbers above a scalar's join are :func:`own_weights`. Not followed is what carries one number alone: of one
+    example, as in a loop, it may be multiplied by what is that example's own.
+
+    Raises:
+        UnknownLoss: a scalar that is no sum of constants times means and sums over numbers.
+    """
+    everything = _Everything((), {})
+    if loss.grad_fn is None:
+        return ()
+    pending = [(loss.grad_fn, loss.output_nr)] if loss.dim() else [
+        (term.joined.node, term.joined.output_nr)
+        for term in _terms(loss.grad_fn, loss.output_nr, 1.0, n, everything, {}) if term.joined is not None]
+    seen: set[Node] = set()
+    found: set[float] = set()
+    while pending:
+        node, number = pending.pop()
+        if node in seen or math.prod(node._input_metadata[number].shape) == 1 or _is_layer(node):
+            continue
+        seen.add(node)
+        children = [(c, k) for c, k in node.next_functions if c is not None]
+        pending += children
+        if len(children) == 1 and _kind(node) in ("MulBackward", "DivBackward"):
+            with contextlib.suppress(UnknownLoss):  # by a vector
+                found.add(float(f"{_shares(node, children)[0]:.6g}"))
+    return tuple(sorted(found))
+
+
+# Where the numbers of the losses begin: deeper, a model may have gone on from what a checkpoint computes again.
+_LAYERS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "NativeLayerNorm")
+
+
+def _is_layer(node: Node) -> bool:
+    kind = _kind(node).removesuffix("Backward")
+    return isinstance(node, BackwardCFunction) or kind in _LAYERS or kind.startswith("ScaledDotProduct")
+
+
 class _Everything(Outputs):
     """Of a graph that is looked at down to its leaves, the labels that it counts included."""
 

@@ -31,6 +31,7 @@ from lora_dp.loss_graph import (
     is_plain,
     leaves_under,
     own_factors,
+    own_scales,
     own_weights,
     terms,
     weight,
@@ -94,7 +95,9 @@ class LossWatch:
         """Forget the losses of earlier batches."""
         self.proven: frozenset[int] = frozenset()
         self._seen: dict[int, _Seen] = {}
+        # By the place among the outputs: what a loss of the model's own was divided by, above what joins it and below.
         self._counts: dict[int, tuple[float, ...]] = {}
+        self._scales: dict[int, tuple[float, ...]] = {}
         # By kinds of operations, what weighed an example first; and, by their number too, the products along the ways
         # to the outputs.
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
@@ -196,6 +199,12 @@ class LossWatch:
                   if outputs.tensors[place].dim() == 1]
         weights = tuple(sorted((*followed.linear, *itertools.chain(*inside))))
         self._compare(before, followed, weights, followed.factors)
+        try:
+            for place in followed.reached:
+                if outputs.tensors[place].dim() == 1:
+                    self._check_scales(place, outputs.tensors[place])
+        except MixingLoss as error:
+            raise IsolationError(f"Losses that do not keep examples apart: {error}.") from error
         if before is None:
             if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in weights):
                 raise IsolationError(
@@ -226,7 +235,9 @@ class LossWatch:
             if place not in self.proven:
                 raise MixingLoss(
                     "a number that the model returned, which was not found to be a mean or sum over examples")
-            self._check_own(place, self._outputs.tensors[term.own])  # type: ignore[union-attr]
+            loss = self._outputs.tensors[term.own]  # type: ignore[union-attr]
+            self._check_own(place, loss)
+            self._check_scales(term.own, loss)
         value = weight(term, n, self.reduction)
         if before is None and not is_plain(term, value, n, self.reduction):
             raise MixingLoss(
@@ -242,6 +253,18 @@ class LossWatch:
             raise MixingLoss(
                 f"the model weighs each number of its own loss by {_listed(now)} in this batch, by {_listed(then)} in "
                 "an earlier one: some labels are ignored or weighted, and all share the divisor")
+
+    def _check_scales(self, place: int, losses: Tensor) -> None:
+        """Losses that the model computed itself, before anything joins them. One example has nobody to meet."""
+        if self._n < 2:
+            return
+        now = own_scales(losses, self._n)
+        then = self._scales.setdefault(place, now)
+        if not _equal(now, then):
+            raise MixingLoss(
+                f"the model multiplies the losses that it computes itself by {_listed(now)} in this batch, by "
+                f"{_listed(then)} in an earlier one: a number that follows what the batch holds ties each example to "
+                "the others")
 
     def _check_way(self, followed: Followed) -> None:
         if not self._leaves().isdisjoint(followed.leaves):

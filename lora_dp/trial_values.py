@@ -19,6 +19,10 @@ _LARGE = 1e3
 # Unless it is above 0, in a model whose weights have grown: this part of it may have been rounded off any other.
 _GROWN = 1 / 64
 
+# By more than this share of its length an example's gradient is another one; in half precision, whose rounding
+# switches many units of a ReLU, by more than that.
+_CHOSEN, _CHOSEN_HALF = 1 / 16, 1 / 4
+
 
 def rows_of(tensor: Tensor, n: int) -> Tensor:
     """Example-major grouping, as the layers do it: (N, everything else)."""
@@ -57,6 +61,42 @@ def least_of(gradients: Gradients, i: int, n: int) -> float:
     """A layer whose gradient for example i is smaller than this beside those of other layers has rounding alone."""
     return _ROUNDING * max(
         (largest(rows_of(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0)
+
+
+def is_another(
+    left: Gradients, right: Gradients, some: Sequence[int], n: int, scales: tuple[float, float] = (1, 1)
+) -> int | None:
+    """An example whose gradient at a layer is another among ``n`` than among ``some`` of them; None if there is none.
+
+    By the length of the difference: among very many numbers some unit of a ReLU is near enough to zero to be switched
+    by rounding, while an example that others displace loses all of its gradient, or much of it.
+
+    Args:
+        left: of all examples.
+        right: of ``some`` of them, in their order.
+        n: number of all.
+        scales: what the first and the second are multiplied by, to be alike.
+    """
+    pairs = [(rows_of(one, n)[some].double() * scales[0], rows_of(other, len(some)).double() * scales[1], one.dtype)
+             for _, one, other in pairs_of(left, right)]
+    least = _ROUNDING * max((float(_lengths(one).max()) for one, _, _ in pairs), default=0.0)
+    for one, other, dtype in pairs:
+        if one.shape != other.shape:
+            return some[0]
+        off, size = _lengths(other - one), _lengths(one).clamp(min=least)
+        changed = (off > _share(dtype) * size) | (one.isfinite() != other.isfinite()).any(1)
+        if bool(changed.any()):
+            return some[int(changed.nonzero()[0])]
+    return None
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Of each row, by its finite numbers."""
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).norm(dim=1)
+
+
+def _share(dtype: torch.dtype) -> float:
+    return _CHOSEN if tolerance(dtype) < _ROUNDING else _CHOSEN_HALF
 
 
 def largest(values: Tensor) -> float:

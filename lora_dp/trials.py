@@ -1,7 +1,7 @@
 """Trial passes of a model, watched: what its layers and its loss do, with everything left as it was."""
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import NoneType
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from lora_dp.layers import PrivateModule
 from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
 from lora_dp.tables import Table, put_back
-from lora_dp.trial_values import rows_of
+from lora_dp.trial_values import Gradients, rows_of, sum_of
 from lora_dp.unwritten import Unwritten
 
 _SETTING = (str, bool, int, float, NoneType)
@@ -136,10 +136,14 @@ class Quiet(NamedTuple):
     Attributes:
         outputs: what the model returned that may hold values of examples, of each example kept.
         layers: the name of each trained layer that was called, and what it did, in order.
+        gradients: by the place of the loss, its gradients at the outputs of the trained layers, of all examples.
+        values: by the place of the loss, those of all examples, where it is one for each.
     """
 
     outputs: list[list[Tensor]]
     layers: list[tuple[str, Rows]]
+    gradients: Mapping[int, Gradients]
+    values: Mapping[int, Tensor]
 
 
 class Trials:
@@ -178,17 +182,18 @@ class Trials:
             before, others = torch_states(), other_states()
             with Unwritten(self._model):
                 trace.result = self._called(args, kwargs)
-            if self._criterion is None:
-                trace.losses = scalars(trace.result)
-            else:
-                trace.losses = [self._criterion(trace.result, targets)]
+            trace.losses = self._losses(trace.result, targets)
             trace.random, trace.elsewhere = before != torch_states(), others != other_states()
             trace.buffers = dict(self._model.named_buffers())
         return trace
 
-    def outputs(self, call: tuple[Any, dict[str, Any], Any], n: int, kept: list[int]) -> "Quiet":
-        """A pass over ``n`` examples without anything drawn at random: what some of them were given and got."""
-        args, kwargs, _ = _copied(call)
+    def outputs(
+        self, call: tuple[Any, dict[str, Any], Any], n: int, kept: list[int], losses: Iterable[int] = ()
+    ) -> "Quiet":
+        """A pass over ``n`` examples without anything drawn at random: what some of them were given and got, and the
+        gradients of the ``losses`` at these places, of all."""
+        args, kwargs, targets = _copied(call)
+        trace = Trace(self._model, True, self.seed)
         layers: list[tuple[str, Rows]] = []
 
         def by_example(tensor: Tensor) -> list[Tensor]:
@@ -203,12 +208,21 @@ class Trials:
         handles = [module.register_forward_hook(look(name)) for name, module in self._model.named_modules()
                    if is_trained(module)]
         try:
-            with undisturbed(self._model, self.seed), Unwritten(self._model), Still():
-                result = self._called(args, kwargs)
+            with undisturbed(self._model, self.seed), Still():
+                with trace.hooks(keep_outputs=False) if losses else nullcontext(), Unwritten(self._model):
+                    result = self._called(args, kwargs)
+                found = self._losses(result, targets) if losses else []
         finally:
             for handle in handles:
                 handle.remove()
-        return Quiet([by_example(tensor) for tensor in values_in(result)], layers)
+        made = {place: found[place] for place in losses if place < len(found)}
+        gradients = {place: trace.backward(sum_of(loss)) for place, loss in made.items() if loss.requires_grad}
+        trace.close()
+        values = {place: loss.detach() for place, loss in made.items() if loss.dim() and of_examples(loss, n)}
+        return Quiet([by_example(tensor) for tensor in values_in(result)], layers, gradients, values)
+
+    def _losses(self, result: Any, targets: Any) -> list[Tensor]:
+        return scalars(result) if self._criterion is None else [self._criterion(result, targets)]
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As by the user, hooks on the whole model too, but never compiled."""
