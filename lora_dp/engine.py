@@ -20,7 +20,7 @@ from lora_dp.accounting import (
 from lora_dp.accounting.history import History, read_runs
 from lora_dp.accounting.ledger import begins
 from lora_dp.adapters import warn_of_half_precision
-from lora_dp.arguments import Fixed, check_count, check_flag, check_kind, check_number
+from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
 from lora_dp.filtering import Filter, check_filter
@@ -36,6 +36,9 @@ from lora_dp.sampling import PrivateDataLoader
 from lora_dp.secret_state import renew
 from lora_dp.trials import LossFunction, modes_kept
 from lora_dp.wrappers import check_one_process, check_plain
+
+_OPTION = "call make_private again with another, for the optimizer that it returns"
+_LOADER = "call make_private again with a DataLoader of another batch size"
 
 
 class _Budget:
@@ -82,6 +85,13 @@ class PrivacyEngine:
     ledger = Fixed[Ledger](
         "'ledger' is fixed, for the optimizers of this engine write to it: a saved one is taken up by "
         "engine.load_state_dict, or engine.ledger.load_state_dict.")
+    history = Fixed[History](
+        "'history' is fixed, for it says whose steps there are: a saved one is taken up by engine.load_state_dict.")
+    source = Fixed[SecureSource | SeededSource](
+        "'source' is fixed, for loaders and optimizers of this engine draw from it: make another PrivacyEngine.")
+    reproducible_seed = Elsewhere("make another PrivacyEngine")
+    noise_multiplier, max_grad_norm, clipping = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
+    sample_rate, expected_batch_size = Elsewhere(_LOADER), Elsewhere(_LOADER)
 
     def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
         if accountant not in ("pld", "rdp"):

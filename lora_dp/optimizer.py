@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lora_dp.accounting import PoissonGaussian
+from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.accounting.history import History, Run, read_runs
-from lora_dp.arguments import Fixed, check_count, check_flag, check_number
+from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_number
 from lora_dp.coverage import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
@@ -31,6 +31,10 @@ from lora_dp.wrappers import check_one_process
 _LEAVE_OUT = (
     "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
 _LEDGER_STEPS, _LEDGER_RUNS = "ledger_steps", "ledger_runs"
+_ACCOUNT = (
+    "'{name}' is fixed, for the engine computes ε from what this optimizer writes to it: a saved account is taken up "
+    "by engine.load_state_dict.")
+_OPTION = "call make_private again with another"
 _EAGER = "what was drawn at random while it was compiled would come back in every step"
 
 
@@ -63,6 +67,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
     sample_rate = Fixed[float]()
     expected_batch_size = Fixed[int]()
     loss_reduction = Fixed[LossReduction]()
+    mechanism = Fixed[Mechanism]()
+    ledger = Fixed[Ledger](_ACCOUNT)
+    history = Fixed[History](_ACCOUNT)
+    clipping, low_pass = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    norm_method, regulate_noise = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    phases = Elsewhere("call optimizer.set_phases")
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
