@@ -226,7 +226,7 @@ def test_a_grad_scaler_is_refused_before_anything_is_released(unscaled: bool) ->
         scaler.step(private)
     assert engine.ledger.steps == 0
     private.zero_grad()
-    train(model, private, loader.take(1))
+    train(model, private, [(x, y)])
     off = torch.amp.GradScaler("cpu", enabled=False)  # as scripts leave it where autocast is in bfloat16
     x, y = next(loader.take(1))
     off.scale(nn.functional.cross_entropy(model(x), y)).backward()
