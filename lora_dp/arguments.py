@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from torch import Tensor
 
@@ -104,3 +104,23 @@ class Fixed(Generic[T]):
         if self.key in vars(holder):
             raise AttributeError(self.refusal.format(name=self.name))
         vars(holder)[self.key] = value
+
+
+class Elsewhere:
+    """An attribute that there is not, under a name by which settings are looked for: assigning it would change nothing.
+
+    Args:
+        refusal: where it is set instead.
+    """
+
+    def __init__(self, refusal: str):
+        self.refusal = refusal
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, holder: object | None, owner: type) -> NoReturn:
+        raise AttributeError(f"'{owner.__name__}' has no '{self.name}'.")
+
+    def __set__(self, holder: object, value: object) -> NoReturn:
+        raise AttributeError(f"'{self.name}' would be without effect here: {self.refusal}.")

@@ -1,6 +1,7 @@
 """PrivacyEngine: the only place where the privacy ideas meet."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from lora_dp.accounting import (
 from lora_dp.accounting.history import History, read_runs
 from lora_dp.accounting.ledger import begins
 from lora_dp.adapters import warn_of_half_precision
-from lora_dp.arguments import Fixed, check_count, check_flag, check_kind, check_number
+from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
+from lora_dp.drawn import LEAVE_OUT, Drawn
 from lora_dp.filtering import Filter, check_filter
 from lora_dp.isolation import check_isolation
 from lora_dp.layers import DPLoRALinear
@@ -36,6 +38,9 @@ from lora_dp.sampling import PrivateDataLoader
 from lora_dp.secret_state import renew
 from lora_dp.trials import LossFunction, modes_kept
 from lora_dp.wrappers import check_one_process, check_plain
+
+_OPTION = "call make_private again with another, for the optimizer that it returns"
+_LOADER = "call make_private again with a DataLoader of another batch size"
 
 
 class _Budget:
@@ -82,6 +87,13 @@ class PrivacyEngine:
     ledger = Fixed[Ledger](
         "'ledger' is fixed, for the optimizers of this engine write to it: a saved one is taken up by "
         "engine.load_state_dict, or engine.ledger.load_state_dict.")
+    history = Fixed[History](
+        "'history' is fixed, for it says whose steps there are: a saved one is taken up by engine.load_state_dict.")
+    source = Fixed[SecureSource | SeededSource](
+        "'source' is fixed, for loaders and optimizers of this engine draw from it: make another PrivacyEngine.")
+    reproducible_seed = Elsewhere("make another PrivacyEngine")
+    noise_multiplier, max_grad_norm, clipping = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
+    sample_rate, expected_batch_size = Elsewhere(_LOADER), Elsewhere(_LOADER)
 
     def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
         if accountant not in ("pld", "rdp"):
@@ -93,6 +105,7 @@ class PrivacyEngine:
         self.accountant: Accountant = accountant
         self.ledger = Ledger()
         self.history = History(self.ledger)
+        self._drawn: list[Drawn] = []
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
 
     def make_private(
@@ -218,18 +231,19 @@ class PrivacyEngine:
             raise ValueError(
                 "A part of this model, or a module around it, was made private before: call make_private for one and "
                 "the same module, the whole of what you train, and begin with a new model.")
-        recorder = present or Recorder()
+        recorder, drawn = present or Recorder(), Drawn()
         private = PrivateOptimizer(
             optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, history=self.history,
             expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
             low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None,
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
-            regulate_noise=regulate_noise)
+            regulate_noise=regulate_noise, drawn=drawn)
         # Last: a refusal above leaves the model as it was.
         self.renew_randomness()
         if present is None:
             watch(model, recorder)
         attach(model, recorder)
+        self._drawn.append(drawn)
         return model, private, loader
 
     def renew_randomness(self) -> None:
@@ -245,15 +259,28 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """ε spent so far at ``delta``; inf once a step without noise was taken.
 
+        Warns where a drawn batch went through the model and waits for its step: left out, it tells what no ε counts.
+
         Raises:
             ValueError: δ outside (0, 1).
             TypeError: δ is no number.
         """
         check_number("delta", delta)
+        self._warn_of_waiting()
         return self.ledger.epsilon(delta, self.accountant)
 
+    def _warn_of_waiting(self) -> None:
+        if any(drawn and drawn.given for drawn in self._drawn):
+            warnings.warn(
+                "A drawn batch went through the model and waits for its step; left out, it would tell of its examples "
+                f"what no ε counts: step every batch once, and {LEAVE_OUT}.", stacklevel=3)
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored)."""
+        """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored).
+
+        Warns as :meth:`get_epsilon`.
+        """
+        self._warn_of_waiting()
         source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
         return {"accountant": self.accountant, "ledger": self.ledger.state_dict(),
                 "runs": [list(run) for run in self.history.runs], "source": source}

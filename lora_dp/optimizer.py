@@ -2,17 +2,17 @@
 
 import functools
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lora_dp.accounting import PoissonGaussian
+from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.accounting.history import History, Run, read_runs
-from lora_dp.arguments import Fixed, check_count, check_flag, check_number
+from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_number
 from lora_dp.coverage import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
+from lora_dp.drawn import LEAVE_OUT, Drawn
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
 from lora_dp.layers import DPLoRALinear
@@ -28,9 +28,11 @@ from lora_dp.regulator import Regulator
 from lora_dp.secret_state import end_pass
 from lora_dp.wrappers import check_one_process
 
-_LEAVE_OUT = (
-    "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
 _LEDGER_STEPS, _LEDGER_RUNS = "ledger_steps", "ledger_runs"
+_ACCOUNT = (
+    "'{name}' is fixed, for the engine computes ε from what this optimizer writes to it: a saved account is taken up "
+    "by engine.load_state_dict.")
+_OPTION = "call make_private again with another"
 _EAGER = "what was drawn at random while it was compiled would come back in every step"
 
 
@@ -63,12 +65,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
     sample_rate = Fixed[float]()
     expected_batch_size = Fixed[int]()
     loss_reduction = Fixed[LossReduction]()
+    mechanism = Fixed[Mechanism]()
+    ledger = Fixed[Ledger](_ACCOUNT)
+    history = Fixed[History](_ACCOUNT)
+    clipping, low_pass = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    norm_method, regulate_noise = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    phases = Elsewhere("call optimizer.set_phases")
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
         mechanism: Mechanism, event: PoissonGaussian, history: History, expected_batch_size: int, phases: PhasesName,
         loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
         before_release: Callable[[], None], adapters: Sequence[DPLoRALinear], regulate_noise: bool,
+        drawn: Drawn,
     ):
         self.original_optimizer = optimizer
         self.mechanism, self.event, self.history, self.ledger = mechanism, event, history, history.ledger
@@ -89,7 +98,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._sums: dict[int, Tensor | ExampleSum] = {}
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
-        self._drawn: deque[int] = deque()
+        self._drawn = drawn
         self._lost: str | None = None
         self._stepped = self._looked = False
         self._skip_next = False
@@ -191,7 +200,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
         self._recorder.method = self._norm_method
         self._recorder.losses.reduction = self.loss_reduction
-        self._recorder.owner = self
+        self._recorder.owner, self._recorder.on_pass = self, self._drawn.give
         self._set_regulators()
 
     def _check_one_factor(self, phases: PhasesName) -> None:
@@ -227,15 +236,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def expect_batch(self, size: int) -> None:
         """Told by the private loader: a batch of ``size`` examples was drawn."""
-        self._drawn.append(size)
+        self._drawn.draw(size)
 
     def begin_batches(self) -> None:
-        """Told by the private loader: it begins to draw. One batch may have been looked at before any step.
+        """Told by the private loader: it begins to draw. One batch may have been looked at before any step,
+        unless it went through the model in training.
 
         Raises:
             RuntimeError: a batch that was drawn before has not been stepped.
         """
-        if self._stepped or self._looked:
+        if self._stepped or self._looked or self._drawn.given:
             self.check_stepped()
         self._check_lost()
         self._looked = bool(self._drawn)
@@ -252,7 +262,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
             self._lose(
                 f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
-                f"and {_LEAVE_OUT}")
+                f"and {LEAVE_OUT}")
         self._check_lost()
 
     def _lose(self, why: str) -> None:
@@ -356,7 +366,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if any(self._drawn):
             raise RuntimeError(
                 f"A batch that the private loader drew ({max(self._drawn)} examples) cannot be left out, since one "
-                f"example would take away what all others add: step it, and {_LEAVE_OUT}.")
+                f"example would take away what all others add: step it, and {LEAVE_OUT}.")
         self._drawn.clear()
         self.activate()
         self._release()

@@ -66,6 +66,7 @@ class Passes:
         begin_pass(recorder.owner, capturing=recorder.capturing)
         check_frozen_norms(recorder)
         check_frozen(recorder)
+        recorder.on_pass()  # before whatever may refuse this batch for what it holds
         n = batch_size(args, kwargs)
         call = self._named(module, args, kwargs, n)
         if any(recorder.losses.trained_before(leaf, n) for leaf in tensors_in(call)):

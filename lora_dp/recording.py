@@ -10,7 +10,7 @@ formed.
 import functools
 import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -332,7 +332,7 @@ class Recorder:
         frozen_norms: name and module of each BatchNorm of the model, all of them frozen.
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
-        owner: the private optimizer for which the model records.
+        owner: the private optimizer for which the model records; ``on_pass``, called as a training forward begins.
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
             to; ``parts``, which modules it is made of; ``buffers``, to which buffers forwards wrote.
@@ -359,6 +359,7 @@ class Recorder:
         self.superseded: list[Pass] = []
         self.suspended = self.tried = False
         self.owner: object | None = None
+        self.on_pass: Callable[[], None] = lambda: None
         self.losses = LossWatch()
         self.losses.after_backward = lambda: self.versions.check_backward()
         self.versions, self.parts, self.buffers = Versions(), Parts(), KeptBuffers()

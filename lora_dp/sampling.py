@@ -20,12 +20,14 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lora_dp.arguments import Fixed, check_count, check_kind
+from lora_dp.arguments import Elsewhere, Fixed, check_count, check_kind
 from lora_dp.collation import check_collation, drawn_for_test
 from lora_dp.repeats import first_repeated
 from lora_dp.secret_state import begin_fetch, collation, worker_init
 
 _NO_MORE = object()
+_LOADER = "call make_private again with a DataLoader that has it"
+_ORDER = "batches are drawn by Poisson sampling, so give make_private a Subset to train on some of the examples"
 _UNFETCHED = (
     "A batch that the private loader drew ({} examples) could not be fetched ({}) and was never stepped: who goes on "
     "without it tells of one example by what is missing. Have the data set and the collate function return something "
@@ -132,6 +134,8 @@ class PrivateDataLoader:
     expected_batch_size = Fixed[int]()
     sample_rate = Fixed[float]()
     source = Fixed[UniformSource]()
+    batch_size, collate_fn, num_workers = Elsewhere(_LOADER), Elsewhere(_LOADER), Elsewhere(_LOADER)
+    sampler, batch_sampler, drop_last = Elsewhere(_ORDER), Elsewhere(_ORDER), Elsewhere(_ORDER)
 
     def __init__(
         self, loader: DataLoader[Any], source: UniformSource, on_batch: Callable[[int], None],

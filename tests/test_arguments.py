@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
-from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp import Ledger, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.accounting import PoissonGaussian
+from lora_dp.accounting.history import History
 from lora_dp.arguments import check_count, check_number
+from lora_dp.clipping import FlatClipping
 from lora_dp.fed.config import RunConfig
 from lora_dp.filtering import GaussianFilter, LaplacianFilter
 from lora_dp.graphs import GraphedStep
@@ -23,6 +26,8 @@ from lora_dp.losses import (
     question_answering_loss,
     regression_loss,
 )
+from lora_dp.mechanism import Mechanism
+from lora_dp.randomness import SeededSource
 from tests.models import examples, loader_of, mlp, private_run, seeded, take_step, train
 from tests.support import make_private
 
@@ -146,6 +151,68 @@ def test_nor_what_it_and_the_loader_hold() -> None:
         private.event.noise_multiplier = 5.0
 
 
+ACCOUNT = r"is fixed, for the engine computes ε .*: a saved account is taken up by engine\.load_state_dict\.$"
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("ledger", Ledger(), ACCOUNT), ("history", None, ACCOUNT), ("history", History(Ledger()), ACCOUNT),
+    ("mechanism", Mechanism(FlatClipping(1.0), 0.01, SeededSource(1)), r"is fixed, .*: call make_private again for")])
+def test_nor_what_writes_its_account_and_makes_its_noise(name: str, value: Any, words: str) -> None:
+    """Steps that go to another ledger are missing in the printed ε."""
+    engine = seeded()
+    model, private, loader = private_run(engine, noise_multiplier=1.5, max_grad_norm=0.5)
+    before = getattr(private, name)
+    with pytest.raises(AttributeError, match=f"^'{name}' {words}"):
+        setattr(private, name, value)
+    assert getattr(private, name) is before
+    train(model, private, loader.take(4))
+    spent = Ledger()
+    spent.append(PoissonGaussian(1.5, 0.2), 4)
+    assert engine.ledger is private.ledger and engine.ledger.entries == spent.entries
+    assert engine.get_epsilon(1e-3) == spent.epsilon(1e-3, "rdp") > 0
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("source", SeededSource(1), "'source' is fixed, .*: make another PrivacyEngine"),
+    ("history", History(Ledger()), "'history' is fixed, .* taken up by engine.load_state_dict")])
+def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> None:
+    engine = seeded()
+    private_run(engine)
+    before = getattr(engine, name)
+    with pytest.raises(AttributeError, match=words):
+        setattr(engine, name, value)
+    assert getattr(engine, name) is before
+
+
+@pytest.mark.parametrize(("of", "name", "value", "remedy"), [
+    ("engine", "noise_multiplier", 5.0, "call make_private again with another, for the optimizer"),
+    ("engine", "max_grad_norm", 5.0, "call make_private again with another, for the optimizer"),
+    ("engine", "clipping", "flat", "call make_private again with another, for the optimizer"),
+    ("engine", "sample_rate", 0.5, "call make_private again with a DataLoader of another batch size"),
+    ("engine", "expected_batch_size", 4, "call make_private again with a DataLoader of another batch size"),
+    ("engine", "reproducible_seed", 4, "make another PrivacyEngine"),
+    ("optimizer", "clipping", "automatic", "call make_private again with another"),
+    ("optimizer", "low_pass", None, "call make_private again with another"),
+    ("optimizer", "norm_method", "ghost", "call make_private again with another"),
+    ("optimizer", "regulate_noise", True, "call make_private again with another"),
+    ("optimizer", "phases", "B", "call optimizer.set_phases"),
+    ("loader", "batch_size", 5, "call make_private again with a DataLoader that has it"),
+    ("loader", "collate_fn", list, "call make_private again with a DataLoader that has it"),
+    ("loader", "num_workers", 2, "call make_private again with a DataLoader that has it"),
+    ("loader", "sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
+    ("loader", "batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
+    ("loader", "drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset")])
+def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: Any, remedy: str) -> None:
+    engine = seeded()
+    _, optimizer, loader = private_run(engine)
+    holder = {"engine": engine, "optimizer": optimizer, "loader": loader}[of]
+    with pytest.raises(AttributeError, match=rf"^'{name}' would be without effect here: {remedy}[^.]*\.$"):
+        setattr(holder, name, value)
+    assert not hasattr(holder, name)
+    with pytest.raises(AttributeError, match=rf"^'{type(holder).__name__}' has no '{name}'\.$"):
+        getattr(holder, name)
+
+
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_a_grad_scaler_is_refused_before_anything_is_released(unscaled: bool) -> None:
     engine = seeded()
@@ -159,7 +226,7 @@ def test_a_grad_scaler_is_refused_before_anything_is_released(unscaled: bool) ->
         scaler.step(private)
     assert engine.ledger.steps == 0
     private.zero_grad()
-    train(model, private, loader.take(1))
+    train(model, private, [(x, y)])
     off = torch.amp.GradScaler("cpu", enabled=False)  # as scripts leave it where autocast is in bfloat16
     x, y = next(loader.take(1))
     off.scale(nn.functional.cross_entropy(model(x), y)).backward()

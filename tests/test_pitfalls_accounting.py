@@ -44,11 +44,11 @@ def test_entering_a_step_after_its_release_is_caught(bug):
     release = PrivateOptimizer._release
 
     def planted(self: PrivateOptimizer) -> None:
-        real, self.ledger = self.ledger, Ledger()
+        real, vars(self)["_ledger"] = self.ledger, Ledger()
         try:
             release(self)
         finally:
-            self.ledger = real
+            vars(self)["_ledger"] = real
         self.ledger.append(self.event)
 
     bug.setattr(PrivateOptimizer, "_release", planted)

@@ -341,8 +341,11 @@ def ledger_behind(planting: Planting) -> None:
                     ledger.append(before)
                 waiting[id(self)] = event
 
-            with mock.patch.object(self, "ledger", SimpleNamespace(append=append, steps=ledger.steps)):
+            vars(self)["_ledger"] = SimpleNamespace(append=append, steps=ledger.steps)
+            try:
                 release(self)
+            finally:
+                vars(self)["_ledger"] = ledger
         return late
 
     planting.replace(PrivateOptimizer, "_release", planted)
