@@ -15,6 +15,7 @@ from lora_dp.adapters import (
     exchanged_parameters,
     inject_into,
 )
+from lora_dp.arguments import check_kind, check_path
 from lora_dp.layers import DPLoRALinear, linear_features
 from lora_dp.merging import adapters_of, check_unmerged
 from lora_dp.placement import Modules, is_linear, outermost
@@ -62,7 +63,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
+        TypeError: no model, or no path.
     """
+    check_kind("model", model, nn.Module, "give the one that inject_lora returned")
+    check_path("folder", folder)
     config, roots = _injected_with(model)
     adapters = adapters_of(model)
     names = [name for name, _ in model.named_modules() if name]
@@ -106,7 +110,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: a file is missing.
         ValueError: not a LoRA adapter, an unsupported option, an adapter for another model, other adapters than the
             model has, or tensors that are not floating-point or not finite. The model is then unchanged.
+        TypeError: no model, or no path.
     """
+    check_kind("model", model, nn.Module, "give the plain model, or the one that inject_lora returned")
+    check_path("folder", folder)
     stored = peft_format.read(folder)
     modules = Modules.of(model)
     adapters = adapters_of(model)

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -80,7 +81,7 @@ class LoRAConfig:
             check_number("alpha", self.alpha)
         check_number("dropout", self.dropout)
         check_flag("rslora", self.rslora)
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if not isinstance(self.r, Integral) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}: leave it out for alpha = r.")
@@ -88,6 +89,7 @@ class LoRAConfig:
             raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}: 0 switches it off.")
+        self.r, self.dropout = int(self.r), float(self.dropout)  # JSON has no NumPy numbers
         if self.bias not in get_args(Bias):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
         if isinstance(self.trainable_modules, str):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 from typing import Any, Generic, NoReturn, TypeVar, overload
 
 from torch import Tensor
@@ -57,6 +58,26 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {_shown(value)}.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuse what names no file or folder.
+
+    Raises:
+        TypeError: None, a number, bytes.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {_shown(value)}: a string or a pathlib.Path.")
+
+
+def check_callable(name: str, value: object, arguments: str) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: a string, a number, a tensor.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function of {arguments}, got {_shown(value)}.")
 
 
 def check_tensors(function: str, **given: object) -> None:

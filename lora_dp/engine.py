@@ -21,7 +21,15 @@ from lora_dp.accounting import (
 from lora_dp.accounting.history import History, read_runs
 from lora_dp.accounting.ledger import begins
 from lora_dp.adapters import warn_of_half_precision
-from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
+from lora_dp.arguments import (
+    Elsewhere,
+    Fixed,
+    check_callable,
+    check_count,
+    check_flag,
+    check_kind,
+    check_number,
+)
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
 from lora_dp.drawn import LEAVE_OUT, Drawn
@@ -333,7 +341,11 @@ class PrivacyEngine:
         Raises:
             IsolationError: naming the module, or the loss, in which examples meet.
             ValueError: fewer than two examples, or targets without a criterion.
+            TypeError: a model, batch or criterion that is none.
         """
+        check_kind("model", model, nn.Module, "give the one that is trained")
+        if criterion is not None:
+            check_callable("criterion", criterion, "output and targets")
         args, kwargs, targets = _call(batch, criterion)
         n = batch_size(args, kwargs)
         if n < 2:
@@ -358,6 +370,10 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
         return (), dict(batch), None
     if isinstance(batch, Tensor):
         return (batch,), {}, None
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise TypeError(
+            f"batch must be a dict, a tensor or a pair (inputs, targets), got a {type(batch).__name__}"
+            f"{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}.")
     inputs, targets = batch
     if criterion is None:
         raise ValueError("A batch of inputs and targets needs the criterion that joins them.")

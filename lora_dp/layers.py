@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import functional, merged_state
+from lora_dp.arguments import check_count, check_flag, check_number
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.recording import Recorder, Slot
 from lora_dp.regulator import Regulator
@@ -99,6 +100,7 @@ class DPLoRALinear(PrivateModule):
 
     Raises:
         ValueError: rank, alpha or dropout out of range.
+        TypeError: one of another type.
     """
 
     weight: nn.Parameter
@@ -124,6 +126,11 @@ class DPLoRALinear(PrivateModule):
         self, weight: nn.Parameter, bias: nn.Parameter | None, r: int, alpha: float | None, dropout: float,
         rslora: bool, fan_in_fan_out: bool,
     ) -> None:
+        check_count("r", r, least=None)
+        if alpha is not None:
+            check_number("alpha", alpha)
+        check_number("dropout", dropout)
+        check_flag("rslora", rslora)
         self.in_features, self.out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
         smaller = min(self.in_features, self.out_features)
         if not 0 < r <= smaller:
@@ -132,9 +139,12 @@ class DPLoRALinear(PrivateModule):
             )
         if alpha is not None and not alpha > 0:
             raise ValueError(f"alpha must be above 0, got {alpha}: leave it out for alpha = r.")
+        if alpha == math.inf:
+            raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-        self.r, self.alpha, self.dropout, self.rslora = r, float(r if alpha is None else alpha), dropout, rslora
+        r = int(r)
+        self.r, self.alpha, self.dropout, self.rslora = r, float(r if alpha is None else alpha), float(dropout), rslora
         self.scaling = self.alpha / (math.sqrt(r) if rslora else r)
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
@@ -154,7 +164,7 @@ class DPLoRALinear(PrivateModule):
         """Adapt an ``nn.Linear`` or ``Conv1D``: takes over, and freezes, its very weight and bias parameters.
 
         Raises:
-            TypeError: not a linear layer.
+            TypeError: not a linear layer, or as for the class.
             ValueError: as for the class.
         """
         linear_features(linear)
@@ -178,7 +188,10 @@ class DPLoRALinear(PrivateModule):
 
         Raises:
             ValueError: a rank that does not fit the layer, or the adapter is merged.
+            TypeError: no rank, or alpha that is no number.
         """
+        check_count("r", r, least=None)
+        check_number("alpha", alpha)
         if not 0 < r <= min(self.in_features, self.out_features):
             raise ValueError(f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer.")
         if self.merged:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_dp import peft_format
+from lora_dp.arguments import check_kind
 from lora_dp.layers import DPLoRALinear
 
 
@@ -26,7 +27,9 @@ def merge_adapters(model: nn.Module) -> None:
 
     Raises:
         ValueError: an adapted weight is tied to another module, which merging would change too.
+        TypeError: no model.
     """
+    check_kind("model", model, nn.Module, "give the one with adapters")
     adapters = adapters_of(model)
     weights = {id(layer.weight): name for name, layer in adapters.items()}
     for name, module in model.named_modules():
@@ -41,7 +44,12 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Take every adapter out of its layer's weight again, up to the rounding of its dtype."""
+    """Take every adapter out of its layer's weight again, up to the rounding of its dtype.
+
+    Raises:
+        TypeError: no model.
+    """
+    check_kind("model", model, nn.Module, "give the one with adapters")
     for layer in adapters_of(model).values():
         layer.unmerge()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_dp.accounting.epsilon import Accountant, check_accountant, composed_epsilon
 from lora_dp.accounting.steps import Entry, PoissonGaussian, check_delta, gathered, whole
+from lora_dp.arguments import check_path
 from lora_dp.chain import START, link
 from lora_dp.files import write_atomically
 
@@ -130,7 +131,7 @@ class Ledger:
                     raise ValueError("digests in a version that had none")
             elif any(state[name] != value for name, value in saved.items()):
                 raise ValueError("an entry does not match its digest")
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Not a whole ledger of version {_VERSION} ({type(error).__name__}: {error}): "
                 "restore it from a backup, or read it with the lora-dp that wrote it."
@@ -142,12 +143,19 @@ class Ledger:
         self._entries = loaded._entries
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ledger as JSON, atomically: after a crash the file holds either the old ledger or the new one."""
+        """Write the ledger as JSON, atomically: after a crash the file holds either the old ledger or the new one.
+
+        Raises TypeError when ``path`` is none.
+        """
+        check_path("path", path)
         write_atomically(Path(path), json.dumps(self.state_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
-        """Read a saved ledger. Raises FileNotFoundError, or ValueError for a damaged file or another version."""
+        """Read a saved ledger. Raises FileNotFoundError, ValueError for a damaged file or another version, TypeError
+        when ``path`` is none.
+        """
+        check_path("path", path)
         ledger = cls()
         try:
             ledger.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))

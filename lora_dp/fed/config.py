@@ -4,9 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -16,6 +15,7 @@ from lora_dp.fed import as_released
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models import ModelConfig
+from lora_dp.fed.option_types import check_types
 
 # A common starting point, not tuned.
 ADAMW_LEARNING_RATE = 1e-3
@@ -24,18 +24,6 @@ ADAMW_LEARNING_RATE = 1e-3
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _check_type(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
-    """Raise ValueError for no number, whole number or truth value where the field's annotation asks for that alone."""
-    if value is None and type(None) in kinds:
-        return
-    for kind, right, what in (
-        (bool, bool, "true or false"), (int, Integral, "a whole number"), (float, Real, "a number"),
-    ):
-        if set(kinds) - {type(None)} == {kind}:
-            fits = isinstance(value, right) and isinstance(value, bool) == (kind is bool)
-            _require(fits, f"{name} must be {what}, not {value!r}.")
 
 
 @dataclass
@@ -78,6 +66,7 @@ class FederationConfig:
     """Where clients work: in this process, or in Flower's simulation; deployed is what flwr run makes of it."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         get_method(self.method, self.method_options)
         for name in ("clients", "rounds", "local_steps", "batch_size", "min_clients"):
             value = getattr(self, name)
@@ -108,7 +97,7 @@ class FederationConfig:
         if isinstance(self.ranks, dict):
             _require(
                 bool(self.ranks) and all(str(r).isdigit() and int(r) >= 1 for r in self.ranks)
-                and all(share > 0 for share in self.ranks.values()),
+                and all(0 < share < math.inf for share in self.ranks.values()),
                 f"ranks must give each rank (at least 1) a positive share, not {self.ranks}.",
             )
         else:
@@ -170,6 +159,7 @@ class PrivacyConfig:
     """as-released does what the authors' code of la-lora or deer does, which guarantees nothing (ε = ∞)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.epsilon in ("none", "inf", math.inf):
             self.epsilon = None
         if self.epsilon is not None:
@@ -226,9 +216,12 @@ class OptimizationConfig:
     """Strength of that filter; 0 is no filter."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("lr", "lr_ratio"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, not {value}.")
+        for name in ("lr", "lr_ratio", "low_pass_strength"):
+            _require(getattr(self, name) != math.inf, f"{name} must be finite, not inf.")
         strength = self.low_pass_strength
         _require(strength is None or strength >= 0, f"low_pass_strength must not be negative, not {strength}.")
         _require(
@@ -255,6 +248,9 @@ class RunOptions:
     """auto (a GPU where there is one), cpu, cuda, …"""
 
     def __post_init__(self) -> None:
+        check_types(self)
+        if self.output is not None:
+            self.output = Path(self.output)
         _require(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}.")
         for name in ("evaluate_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -277,6 +273,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Fills what the method decides, so that the written configuration is complete."""
+        for group in dataclasses.fields(self):
+            kind: Any = group.default_factory
+            given = getattr(self, group.name)
+            _require(
+                isinstance(given, kind),
+                f"{group.name} must be a {kind.__name__}, not a {type(given).__name__}: RunConfig.from_flat takes "
+                "options by their names.")
         method, chosen, federation = self.method, self.optimization, self.federation
         whole_clients = self.privacy.unit == "client" and self.privacy.target is not None
         if federation.weighting is None:
@@ -342,9 +345,6 @@ class RunConfig:
         for group in dataclasses.fields(cls):
             kind: Any = group.default_factory
             names = [f.name for f in dataclasses.fields(kind)]
-            for name, hint in get_type_hints(kind).items():
-                if name in given:
-                    _check_type(name, given[name], get_args(hint) or (hint,))
             groups[group.name] = kind(**{name: given.pop(name) for name in names if name in given})
         _require(not given, f"Unknown options: {', '.join(sorted(given))}.")
         return cls(**groups)

@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lora_dp.fed.examples import Examples, ImageExamples, TextExamples, multiple_of_8
+from lora_dp.fed.option_types import check_types
 from lora_dp.fed.split_files import check_apart, split_files
 
 Kind = Literal["image", "text"]
@@ -57,6 +58,7 @@ class DataConfig:
     """Longest text in tokens; the rest is cut off."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}: it must lie between 0 and 1"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_dp.adapters import LoRAConfig, inject_lora
 from lora_dp.fed.data import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.examples import Batch
+from lora_dp.fed.option_types import check_types
 
 Precision = Literal["float32", "bf16"]
 
@@ -43,6 +44,10 @@ class ModelConfig:
     """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
     pretrained: bool = True
     """Load a timm model's published weights (a download); false starts it at random."""
+
+    def __post_init__(self) -> None:
+        check_types(self, {"name": "model"})
+        LoRAConfig(r=self.r, alpha=self.alpha, dropout=self.dropout)  # refuses what is out of range
 
 
 @dataclass(frozen=True)

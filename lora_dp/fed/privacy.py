@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_dp.accounting import Accountant, PoissonGaussian, calibrate_noise_multiplier
 from lora_dp.clipping import ClippingName, make_clip_rule
 from lora_dp.fed.methods import State
+from lora_dp.fed.option_types import check_types
 from lora_dp.mechanism import Mechanism
 from lora_dp.randomness import RandomSource
 
@@ -52,6 +53,9 @@ class PrivacyPlan:
         clients: number of clients.
         mechanism: "as-released" for what authors' code does, which guarantees nothing.
         examples: of all clients together; used for the noise of DEeR's released code alone.
+
+    Raises:
+        ValueError: a value of another type or none of the choices, or a private run in which not one party adds noise.
     """
 
     epsilon: float | None
@@ -71,6 +75,14 @@ class PrivacyPlan:
     clients: int
     mechanism: MechanismName = "sound"
     examples: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        adding = self.examples_are_protected + self.client_adds_noise + self.server_adds_noise
+        if adding != self.private:  # what claims an ε is noised, once
+            raise ValueError(
+                f"unit {self.unit} with noise_by {self.noise_by} has {adding} parties that add noise, but a run "
+                f"{'with' if self.private else 'without'} privacy has {self.private:d}: correct unit and noise_by.")
 
     def check(self, largest: int) -> None:
         """Raises ValueError where δ promises next to nothing.

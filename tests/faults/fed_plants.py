@@ -11,7 +11,11 @@ import lora_dp.fed.client
 import lora_dp.fed.job
 import lora_dp.fed.noisy_sum
 import lora_dp.fed.partition
+from lora_dp.accounting import Ledger
+from lora_dp.chain import START
 from lora_dp.fed.account import AheadLog
+from lora_dp.fed.engines.flower_ledger import ClientLedger
+from lora_dp.fed.engines.flower_policy import Policy
 from lora_dp.fed.noisy_sum import NoisySum
 from tests.faults.planting import Planting
 
@@ -108,3 +112,27 @@ def rounds_logged_late(planting: Planting) -> None:
         return late
 
     planting.replace(AheadLog, "append", planted)
+
+
+def nodes_without_a_ledger_obey(planting: Planting) -> None:
+    """As if their owners had declared that they need no privacy of their own."""
+    def planted(of_node: Any) -> Any:
+        def open_without(node_config: Any, *, budget: bool) -> Policy:
+            declared = {} if "ledger" in node_config else {"private": False}
+            return of_node({**node_config, **declared}, budget=budget)
+        return open_without
+
+    planting.replace(Policy, "of_node", planted)
+
+
+def damaged_ledgers_begun_anew(planting: Planting) -> None:
+    """A node's own."""
+    def planted(read: Any) -> Any:
+        def anew(self: ClientLedger) -> Any:
+            try:
+                return read(self)
+            except ValueError:
+                return Ledger(), 0, START, {}
+        return anew
+
+    planting.replace(ClientLedger, "_read", planted)

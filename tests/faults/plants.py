@@ -20,9 +20,12 @@ import lora_dp.clipping
 import lora_dp.coverage
 import lora_dp.engine
 import lora_dp.fused_step
+import lora_dp.ops.per_example_grad
 import lora_dp.optimizer
 import lora_dp.passes
 import lora_dp.randomness
+import lora_dp.recording
+import lora_dp.sampling
 from lora_dp import DPLoRALinear, GaussianFilter, LoRAConfig, inject_lora
 from lora_dp.accounting import PoissonGaussian
 from lora_dp.clipping import FlatClipping, PerLayerClipping
@@ -75,6 +78,13 @@ def norms_in_float16(planting: Planting) -> None:
         return lambda self: norms(self).half().square().nan_to_num(posinf=65504.0).sqrt().float()
 
     planting.replace(Slot, "norms", planted)
+
+
+def squares_in_float32(planting: Planting) -> None:
+    """Of each number that is summed: below 1e-23 they are 0."""
+    for place in (lora_dp.recording, lora_dp.ops.per_example_grad):
+        planting.replace(place, "example_norms", lambda _: lambda values: (
+            values.flatten(1).float().square().sum(1).double().sqrt()))
 
 
 # Noise
@@ -246,6 +256,10 @@ def twice_in_a_batch(planting: Planting) -> None:
     planting.replace(PoissonSampler, "draw", lambda draw: lambda self: (batch := draw(self)) + batch[:1])
 
 
+def samplers_passed_over(planting: Planting) -> None:
+    planting.replace(lora_dp.sampling, "_draws_from_all", lambda _: lambda loader: True)
+
+
 class Windowed(nn.Module):
     """(N, 4, 6) in windows of two tokens through an adapter, (2N, 2, 6): all rows of an example together."""
 
@@ -304,6 +318,10 @@ def step_of_swin() -> None:
 def uncovered_parameter(planting: Planting) -> None:
     planting.replace(lora_dp.engine, "cover", lambda cover: lambda model: cover(model[0]))
     planting.replace(lora_dp.optimizer, "check_optimizer", lambda _: lambda optimizer, covered: None)
+
+
+def frozen_parameters_stepped(planting: Planting) -> None:
+    planting.replace(lora_dp.optimizer, "unfrozen", lambda _: list)
 
 
 def plain_head_left_trainable(planting: Planting) -> None:

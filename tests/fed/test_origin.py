@@ -93,7 +93,8 @@ def test_no_option_changes_but_the_servers_own(tmp_path, name):
 def test_the_same_options_in_other_words_are_the_same(tmp_path):
     begun(tmp_path, epsilon="none", lr=1, clients=5, method_options={})
     AheadLog(tmp_path / LOG).begin(account(epsilon=float("inf"), lr=1.0), reproducible=False)
-    assert canonical(plain_options(RunConfig.from_flat({"lr": float("inf")}))["lr"]) == '"inf"'
+    even = plain_options(RunConfig.from_flat({"dirichlet_alpha": float("inf")}))
+    assert canonical(even["dirichlet_alpha"]) == '"inf"'
     assert len({canonical(plain_options(RunConfig.from_flat({"lr": rate}))) for rate in (1, 1.0)}) == 1
     written = RunConfig.from_flat({"lr": 0.1 + 0.2, "method": "flora", "ranks": {4: 0.75, 8: 0.25}})
     again = RunConfig.from_flat(yaml.safe_load(written.to_yaml()))

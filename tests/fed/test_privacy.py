@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,32 @@ def test_exactly_one_adds_noise_in_a_private_run_and_nobody_else(changes, by):
               "server": found.server_adds_noise}
     assert [name for name, adds in adding.items() if adds] == [by] * (by != "nobody")
     assert found.private is (by != "nobody")
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"unit": "client", "noise_by": "Server"}, "noise_by must be client or server, not 'Server'"),
+    ({"unit": "client", "noise_by": ""}, "noise_by must be client or server, not ''"),
+    ({"unit": "client", "noise_by": None}, "noise_by must be client or server, not None"),
+    ({"noise_by": "nobody"}, "noise_by must be"), ({"unit": "Client"}, "unit must be example or client, not 'Client'"),
+    ({"unit": None}, "unit must be"), ({"mechanism": "Sound"}, "mechanism must be sound or as-released, not 'Sound'"),
+    ({"mechanism": "as_released"}, "mechanism must be"), ({"clipping": "Flat"}, "clipping must be"),
+    ({"accountant": "PLD"}, "accountant must be"), ({"epsilon": True}, "epsilon must be a number, not True"),
+    ({"epsilon": "8"}, "epsilon must be a number"), ({"steps": 2.5}, "steps must be a whole number")])
+def test_a_plan_that_says_something_else_is_refused(changes, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        plan(**changes)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        replace(plan(unit="client"), **changes)
+
+
+@pytest.mark.parametrize(("who", "adds", "unit", "epsilon"), [
+    ("client_adds_noise", True, "example", 8.0), ("server_adds_noise", False, "client", 8.0),
+    ("server_adds_noise", True, "client", None)])
+def test_a_private_plan_is_noised_once_and_another_never(who, adds, unit, epsilon):
+    """Whoever's rules of who adds noise leave nobody, or two: no ε stands on such a plan."""
+    wrong = type("Wrong", (PrivacyPlan,), {who: property(lambda self: adds)})
+    with pytest.raises(ValueError, match=r"has [012] parties that add noise, but a run with(out)? privacy has [01]: "):
+        wrong(**asdict(plan(unit=unit, epsilon=epsilon)))
 
 
 @pytest.mark.parametrize(("method", "changes", "turn", "round_", "planned"), [
