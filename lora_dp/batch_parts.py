@@ -124,9 +124,7 @@ def _shared(name: str, leaf: Tensor, n: int) -> _Shared | None:
     """None where entries by example are no name of a session, a patient or a query: labels, masks, more numbers."""
     if leaf.numel() > n * _NAME or any(word in name for word in _LABELS) or (leaf.dim() == 2 and _marks(name, leaf)):
         return None
-    rows = leaf.reshape(n, -1)
-    _, group, counts = (rows.double() if rows.is_floating_point() else rows).unique(
-        dim=0, return_inverse=True, return_counts=True)
+    _, group, counts = leaf.reshape(n, -1).unique(dim=0, return_inverse=True, return_counts=True)
     if len(counts) == n:
         return _Shared(n, None)
     return _Shared(len(counts), (group == counts.argmax()).nonzero()[:2, 0].tolist())

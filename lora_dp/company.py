@@ -53,7 +53,7 @@ def check_company(
     # Half of them; two or three are doubled instead, for a batch of one is a case of its own in many models.
     halved = apart and n >= FEW
     turned = list(reversed(range(n)))
-    turned = turned[: n // 2] if halved else turned * 2
+    turned = turned[: n // 2] if halved else [*turned, *turned]
     company = batch_parts.take(call, turned, n) if apart else batch_parts.doubled(call, n)
     other = attempt(trials, company, ragged=not apart, still=steady.still)
     if other is None:

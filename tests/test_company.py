@@ -92,6 +92,30 @@ def test_what_a_layer_is_given_of_many_is_compared_where_its_weights_are_zero():
     check_isolation(Filled(None).train(), (examples(N)[0],), {}, N)
 
 
+class Grouped(nn.Module):
+    """Sums of groups of rows, which lie in one tensor, over the number of groups."""
+
+    def __init__(self, counts: bool):
+        super().__init__()
+        self.inner, self.counts = mlp(), counts
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        groups = len(offsets) - 1
+        place = torch.bucketize(torch.arange(len(rows)), offsets[1:], right=True)
+        sums = torch.zeros(groups, rows.shape[1]).index_add(0, place, rows)
+        return self.inner(sums / groups if self.counts else sums)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+def test_groups_of_rows_that_are_counted_are_refused(n):
+    """They cannot be taken apart: each comes twice."""
+    offsets = torch.arange(n + 1) * 2
+    rows = torch.randn(2 * n, 6, generator=torch.Generator().manual_seed(1))
+    assert_refuses(IsolationError, "changes with the number of examples in the batch", lambda: check_isolation(
+        Grouped(True).train(), (rows, offsets), {}, n))
+    check_isolation(Grouped(False).train(), (rows, offsets), {}, n)
+
+
 class Limited(nn.Module):
     """A layer beside what it returns looks at the first ten examples alone."""
 
