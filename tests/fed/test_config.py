@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from lora_dp.fed.auditing import AuditConfig
 from lora_dp.fed.config import FederationConfig, PrivacyConfig, RunConfig
 from lora_dp.fed.engines.flower import options_of
 from lora_dp.fed.engines.flower_ledger import Refused
@@ -143,3 +144,15 @@ def test_groups_are_of_their_classes(group, value):
         RunConfig(**{group: value})
     given = RunConfig(FederationConfig(rounds=3), PrivacyConfig(epsilon=2.0), model=ModelConfig(r=2))
     assert (given.federation.rounds, given.privacy.target, given.model.r) == (3, 2.0, 2)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"canaries": "Examples"}, "canaries must be planted or examples, not 'Examples'"),
+    ({"test": "two-World"}, "test must be one-run or two-world, not 'two-World'"),
+    ({"assume": "Nothing"}, "assume must be nothing, gaussian, independent or independent gaussian, not 'Nothing'"),
+    ({"confidence": True}, "confidence must be a number, not True"), ({"runs": 8.0}, "runs must be a whole number"),
+    ({"target": None}, "target must be a path, not None")])
+def test_options_of_an_audit_too(options, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        AuditConfig(**{"target": "config.yaml", **options})
+    assert AuditConfig("config.yaml", confidence=np.float64(0.9)).target == Path("config.yaml")

@@ -19,6 +19,7 @@ from lora_dp.fed.auditing.game import Game, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.job import match_threads, open_job
+from lora_dp.fed.option_types import check_types
 from lora_dp.fed.privacy import UNITS
 from lora_dp.files import write_atomically
 
@@ -58,6 +59,7 @@ class AuditConfig:
     private, and go beside a run's folder."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.target = Path(self.target)
         if self.target.is_dir():
             self.target /= "config.yaml"
