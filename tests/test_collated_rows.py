@@ -118,10 +118,10 @@ def test_rows_of_all_in_one_dimension_are_told_by_what_changes(dress, n):
 
 @pytest.mark.parametrize("n", [2, 3, 8, 14])
 def test_texts_of_several_lengths_in_one_dimension_are_taken(n):
-    def chained(items: list[Tensor]) -> dict[str, Tensor]:
+    def chained(items: list[Tensor]) -> dict[str, Tensor]:  # one part is named by the number of examples
         ends = torch.tensor([0, *map(len, items)]).cumsum(0)
         return {"x": torch.cat(items).double().sqrt(), "ends": ends, "at": ends.double(), "first": torch.stack(
-            [item[0] for item in items])}
+            [item[0] for item in items]), f"of {len(items)}": torch.ones(3 * len(items))}
 
     assert check(texts(n), chained) is False
 
