@@ -13,9 +13,7 @@ class Drawn(deque[int]):
         given: whether a training forward of the model began since the last of them was drawn.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.given = False
+    given = False
 
     def draw(self, size: int) -> None:
         """A batch of ``size`` examples was drawn."""

@@ -114,6 +114,16 @@ def test_what_was_given_before_a_batch_was_drawn_is_not_that_batch() -> None:
     assert_refuses(RuntimeError, NEVER, lambda: next(iter(loader)))
 
 
+def test_who_was_refused_before_any_forward_may_not_begin_anew() -> None:
+    _, optimizer, loader = private_run(seeded())
+    batches = iter(loader)
+    next(batches)
+    assert_refuses(RuntimeError, NEVER, lambda: next(batches))
+    for _ in range(2):
+        assert_refuses(RuntimeError, NEVER, lambda: next(iter(loader)))
+    assert optimizer.ledger.steps == 0
+
+
 def waits(read: Callable[[], Any]) -> bool:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -115,17 +115,19 @@ TARGETS: dict[str, Target] = {
         "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
         "tests/test_ownership.py",
         "tests/test_kept_graph.py", "tests/test_reentrant.py", "tests/test_batch_trials.py",
-        "tests/test_frozen_later.py", "tests/test_secret_state.py", "tests/test_compile.py")),
+        "tests/test_frozen_later.py", "tests/test_drawn.py", "tests/test_secret_state.py", "tests/test_compile.py")),
     "lora_dp/recording.py": Target((
         "tests/test_recording.py", "tests/test_phases.py", "tests/test_kept_graph.py", "tests/test_reentrant.py",
         "tests/test_ownership.py", "tests/test_training_loops.py", "tests/test_gradients.py",
-        "tests/test_bypassed.py", "tests/test_unwritten.py")),
+        "tests/test_bypassed.py", "tests/test_unwritten.py", "tests/test_drawn.py")),
+    "lora_dp/drawn.py": Target(("tests/test_drawn.py", "tests/test_batches.py", "tests/test_collation.py")),
     "lora_dp/fused_step.py": Target((
         "tests/test_fused_step.py", "tests/test_noise.py", "tests/test_resume.py", "tests/test_phases.py",
         "tests/test_pitfalls_noise.py"), ("tests/kernels/test_private_step.py",)),
     "lora_dp/optimizer.py": Target((
-        "tests/test_optimizer.py", "tests/test_engine.py", "tests/test_batches.py", "tests/test_training_loops.py",
-        "tests/test_ownership.py", "tests/test_unwritten.py", "tests/test_secret_state.py", "tests/test_resume.py",
+        "tests/test_optimizer.py", "tests/test_engine.py", "tests/test_batches.py", "tests/test_drawn.py",
+        "tests/test_training_loops.py", "tests/test_ownership.py", "tests/test_unwritten.py",
+        "tests/test_secret_state.py", "tests/test_resume.py",
         "tests/test_phases.py", "tests/test_filtering.py", "tests/test_regulator.py",
         "tests/test_stray_values.py", "tests/test_setup_refusals.py", "tests/test_arguments.py",
         "tests/test_loss_vectors.py", "tests/test_gradients.py", "tests/test_collation.py", "tests/test_recording.py",
