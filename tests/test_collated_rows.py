@@ -103,7 +103,7 @@ def test_what_stacks_is_taken_in_each(dress, n):
 @pytest.mark.parametrize("n", [2, 8])
 def test_entries_that_change_by_themselves_are_refused(n):
     clock = itertools.count()
-    with pytest.raises(IsolationError, match=r"The same examples are others in \[…\]\['at'\] when they are fetched again"):
+    with pytest.raises(IsolationError, match=r"The same examples are others in \[…\]\['at'\] when they"):
         check(data(n), lambda items: [{"x": x, "at": next(clock)} for x in items])
 
 
