@@ -1,5 +1,6 @@
 """Rows of a collated batch in other things than tensors with the examples first: arrays, lists, other dimensions."""
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,13 @@ def test_what_stacks_is_taken_in_each(dress, n):
 
     for own in (lambda x: x, noisy):
         assert check(data(n), lambda items, own=own: DRESSES[dress](own(torch.stack(items)))) is False
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_entries_that_change_by_themselves_are_refused(n):
+    clock = itertools.count()
+    with pytest.raises(IsolationError, match=r"The same examples are others in \[…\]\['at'\] when they"):
+        check(data(n), lambda items: [{"x": x, "at": next(clock)} for x in items])
 
 
 # How the rows of all are returned in one dimension.
