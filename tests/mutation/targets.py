@@ -61,7 +61,8 @@ TARGETS: dict[str, Target] = {
     "lora_dp/accounting/epsilon.py": Target((
         "tests/test_loss_grid.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
     "lora_dp/accounting/ledger.py": Target((
-        "tests/test_accounting.py", "tests/test_resume.py", "tests/test_history.py")),
+        "tests/test_accounting.py", "tests/test_resume.py", "tests/test_history.py",
+        "tests/test_argument_types.py")),
     "lora_dp/accounting/history.py": Target(("tests/test_history.py", "tests/test_resume.py")),
     "lora_dp/accounting/planning.py": Target((
         "tests/test_planning.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
