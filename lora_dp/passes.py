@@ -126,7 +126,9 @@ class Passes:
         numbers = numbers_in(call)
         others = {name: recorder.numbers[name] for name, value in numbers.items()
                   if recorder.numbers.setdefault(name, value) != value}
-        return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
+        # A loss of the model's own may choose among more examples than there were; others are followed in every batch.
+        many = n.bit_length() if recorder.losses.proven else 1
+        return (structure(call, n), number, recorder.padding_varies, n == 1, (n >= FEW) * many, _standing(model),
                 recorder.parts.standing()), others
 
     @torch.compiler.disable(reason=_REASON)

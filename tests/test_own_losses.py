@@ -248,3 +248,16 @@ def test_the_gradients_of_many_leave_no_trace():
     check_isolation(model.train(), (x, y), {}, MANY, reduction="mean")
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_chooses_among_more_than_the_first_batches_held_is_refused():
+    model = Own(hardest)
+    optimizer = make_private(model, batch_size=10)
+    for n in (10, 9, 11):
+        x, y = examples(n)
+        model(x, y)["loss"].backward()
+        optimizer.expect_batch(n)
+        optimizer.step()
+        optimizer.zero_grad()
+    x, y = examples(MANY)
+    assert_refuses(IsolationError, "is another in a batch of 30", lambda: model(x, y))
