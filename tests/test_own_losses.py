@@ -86,6 +86,13 @@ def test_by_what_losses_of_the_models_own_are_multiplied_before_they_are_joined(
     assert own_scales(loss(rows()), N) == pytest.approx(scales, rel=1e-5)
 
 
+def test_a_graph_whose_ways_double_at_each_step_is_gone_through_once():
+    out = rows() * 2
+    for _ in range(60):
+        out = out + out
+    assert own_scales(out.sum(), N) == (2.0,)
+
+
 # What only many do to each other
 
 MANY = 30
