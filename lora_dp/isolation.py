@@ -9,7 +9,8 @@ them, i:
    another value, for that would be a statistic of the batch, kept without noise; and no parameter may be written to;
 4. with fewer examples (or twice as many), i's outputs must stay, and its rows of the loss's gradient be what the
    declared reduction makes of them: the same for a sum, and N times them for a mean;
-5. in the whole batch, outputs must be those in a part of it, and each layer have as many rows of each example;
+5. in the whole batch, outputs must be those in a part of it, and each layer have as many rows of each example; the
+   gradients of the criterion, or of the model's own losses, be what the declared reduction makes of those in parts;
 6. with less padding the same as in 4, where padding varies from batch to batch;
 7. a number among the model's arguments that differs from batch to batch must change nothing;
 8. beside noise that is larger than any of them, an example's outputs must stay.

@@ -131,7 +131,9 @@ class Passes:
                   if recorder.numbers.setdefault(name, value) != value}
         switched = {name: recorder.settings[name] for name, value in settings_in(call).items()
                     if recorder.settings.setdefault(name, value) != value}
-        return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
+        # A loss of the model's own may choose among more examples than there were; others are followed in every batch.
+        many = n.bit_length() if recorder.losses.proven else 1
+        return (structure(call, n), number, recorder.padding_varies, n == 1, (n >= FEW) * many, _standing(model),
                 recorder.parts.standing()), others, switched
 
     @torch.compiler.disable(reason=_REASON)

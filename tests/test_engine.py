@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from torch import Tensor, nn
 
-from lora_dp import DPLinear, GaussianFilter, LaplacianFilter, PrivacyBudgetExceeded, PrivacyEngine
+from lora_dp import DPLinear, GaussianFilter, IsolationError, LaplacianFilter, PrivacyBudgetExceeded, PrivacyEngine
 from tests.models import (
     assert_refuses,
     cross_entropy,
@@ -180,3 +181,20 @@ def test_a_layer_that_the_batch_does_not_use_keeps_its_share_of_the_bound():
     released = take_step(model, optimizer, examples(1))
     assert float(flat(released).norm()) == pytest.approx(0.1 / math.sqrt(2), rel=1e-5)
     assert not released["unused.weight"].any()
+
+
+@pytest.mark.parametrize("declared", ["mean", "sum"])
+@pytest.mark.parametrize("joined", ["mean", "sum"])
+def test_check_isolation_compares_a_criterion_with_what_was_declared(declared, joined):
+    model, (x, y) = mlp(), examples(6)
+    engine = PrivacyEngine("rdp", reproducible_seed=0)
+    make_private(model, batch_size=6, engine=engine, loss_reduction=declared)
+
+    def check() -> None:
+        engine.check_isolation(model, (x, y), lambda out, y: F.cross_entropy(out, y, reduction=joined))
+
+    if joined == declared:
+        check()
+    else:
+        assert_refuses(
+            IsolationError, f"is a {joined} over the examples, but was declared a {declared}", check)

@@ -86,6 +86,13 @@ def test_by_what_losses_of_the_models_own_are_multiplied_before_they_are_joined(
     assert own_scales(loss(rows()), N) == pytest.approx(scales, rel=1e-5)
 
 
+def test_a_graph_whose_ways_double_at_each_step_is_gone_through_once():
+    out = rows() * 2
+    for _ in range(60):
+        out = out + out
+    assert own_scales(out.sum(), N) == (2.0,)
+
+
 # What only many do to each other
 
 MANY = 30
@@ -248,3 +255,16 @@ def test_the_gradients_of_many_leave_no_trace():
     check_isolation(model.train(), (x, y), {}, MANY, reduction="mean")
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_chooses_among_more_than_the_first_batches_held_is_refused():
+    model = Own(hardest)
+    optimizer = make_private(model, batch_size=10)
+    for n in (10, 9, 11):
+        x, y = examples(n)
+        model(x, y)["loss"].backward()
+        optimizer.expect_batch(n)
+        optimizer.step()
+        optimizer.zero_grad()
+    x, y = examples(MANY)
+    assert_refuses(IsolationError, "is another in a batch of 30", lambda: model(x, y))

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from lora_dp.trial_values import differ
+from lora_dp.trial_values import differ, is_another
 
 
 @pytest.mark.parametrize(("left", "right", "expected"), [
@@ -33,3 +34,49 @@ def test_gradients_are_compared_with_the_largest_of_them(share, expected):
 def test_another_shape_or_another_infinity_is_a_difference():
     assert differ(torch.zeros(2), torch.zeros(3)) and differ(torch.zeros(2), torch.zeros(2, 1))
     assert differ(torch.tensor([math.inf, 1.0]), torch.tensor([1.0, 1.0]))
+
+
+def rows(*changes: tuple[int, float], n: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
+    """Gradients of n examples, each of length 10 in a hundred numbers; with numbers added to one of an example's."""
+    made = torch.ones(n, 100)
+    for i, value in changes:
+        made[i, 0] += value
+    return {"layer": [made.to(dtype)]}
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.625), (torch.float64, 0.625), (torch.bfloat16, 2.5)])
+def test_a_gradient_is_another_by_the_length_of_the_difference(dtype, least):
+    plain = rows(dtype=dtype)
+    for added, found in ((least * 0.98, None), (least * 1.02, 2), (math.nan, 2), (math.inf, 2)):
+        assert is_another(plain, rows((2, added), dtype=dtype), [0, 1, 2, 3], 4) == found
+        assert is_another(rows((2, -added), dtype=dtype), plain, [0, 1, 2, 3], 4) == found
+
+
+def test_what_is_not_finite_in_both_hides_nothing_beside_it():
+    broken = rows((1, math.nan), (2, math.inf))
+    assert is_another(broken, broken, [0, 1, 2, 3], 4) is None
+    assert is_another(broken, rows((1, math.nan), (2, math.inf), (3, 5.0)), [0, 1, 2, 3], 4) == 3
+
+
+def test_gradients_of_some_are_compared_with_their_own_among_all():
+    whole = {"layer": [torch.arange(1.0, 7).unsqueeze(1).expand(6, 5)]}
+    part = {"layer": [torch.tensor([2.0, 5.0]).unsqueeze(1).expand(2, 5)]}
+    assert is_another(whole, part, [1, 4], 6) is None
+    assert is_another(whole, part, [1, 3], 6) == 3
+    assert is_another(whole, {"layer": [part["layer"][0] * 3]}, [1, 4], 6, (6, 2)) is None
+    assert is_another(whole, {"layer": [part["layer"][0] * 3]}, [1, 4], 6) == 1
+
+
+def test_rounding_is_no_change_where_an_example_has_next_to_no_gradient():
+    one, other = rows(), rows()
+    for found, size in ((one, 1e-5), (other, 2e-5)):
+        found["layer"][0][1] *= size
+    assert is_another(one, other, [0, 1, 2, 3], 4) is None
+    for found, size in ((one, 100.0), (other, 100.0)):
+        found["layer"][0][1] *= size
+    assert is_another(one, other, [0, 1, 2, 3], 4) == 1
+
+
+def test_gradients_of_other_shapes_are_another():
+    assert is_another({"layer": [torch.ones(4, 3)]}, {"layer": [torch.ones(2, 4)]}, [1, 3], 4) == 1
+    assert is_another({}, {}, [1, 3], 4) is None

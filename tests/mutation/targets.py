@@ -72,10 +72,11 @@ TARGETS: dict[str, Target] = {
         "tests/test_choices.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
         "tests/test_isolation.py", "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py",
         "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
-        "tests/test_kept_buffers.py")),
+        "tests/test_kept_buffers.py", "tests/test_own_losses.py")),
     "lora_dp/company.py": Target((
         "tests/test_company.py", "tests/test_choices.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
-        "tests/test_isolation_edges.py", "tests/test_batch_trials.py", "tests/test_kept_buffers.py")),
+        "tests/test_isolation_edges.py", "tests/test_batch_trials.py", "tests/test_kept_buffers.py",
+        "tests/test_own_losses.py")),
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_choices.py", "tests/test_company.py",
         "tests/test_isolation_trials.py")),
@@ -92,7 +93,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_unwritten.py", "tests/test_beside.py", "tests/test_kept_buffers.py")),
     "lora_dp/loss_rows.py": Target((
         "tests/test_loss_rows.py", "tests/test_loss_vectors.py", "tests/test_loss_watch.py")),
-    "lora_dp/trials.py": Target((*_TRIALS, "tests/test_company.py", "tests/test_model_parts.py")),
+    "lora_dp/trials.py": Target((
+        *_TRIALS, "tests/test_company.py", "tests/test_model_parts.py", "tests/test_own_losses.py")),
     "lora_dp/batch_parts.py": Target((
         "tests/test_batch_parts.py", "tests/test_choices.py", "tests/test_tables.py", *_TRIALS)),
     "lora_dp/sizes.py": Target(("tests/test_tables.py", "tests/test_batch_trials.py")),
@@ -105,10 +107,12 @@ TARGETS: dict[str, Target] = {
         "tests/test_pitfalls_coverage.py", "tests/test_ownership.py", "tests/test_passes.py",
         "tests/test_arguments.py", "tests/test_compile.py")),
     "lora_dp/loss_graph.py": Target((
-        "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", *_LOSSES)),
+        "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", "tests/test_own_losses.py",
+        *_LOSSES)),
     "lora_dp/loss_watch.py": Target((
         "tests/test_beside.py", "tests/test_loss_watch.py", "tests/test_unwritten.py", *_LOSSES[1:],
-        "tests/test_reentrant.py", "tests/test_compile.py", "tests/test_paired_losses.py")),
+        "tests/test_reentrant.py", "tests/test_compile.py", "tests/test_paired_losses.py",
+        "tests/test_own_losses.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
         "tests/test_passes.py", "tests/test_choices.py", "tests/test_kept_buffers.py", "tests/test_number_lists.py",
