@@ -72,7 +72,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_choices.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
         "tests/test_isolation.py", "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py",
         "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
-        "tests/test_kept_buffers.py", "tests/test_own_losses.py")),
+        "tests/test_kept_buffers.py", "tests/test_own_losses.py", "tests/test_opened.py")),
     "lora_dp/company.py": Target((
         "tests/test_company.py", "tests/test_choices.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
         "tests/test_isolation_edges.py", "tests/test_batch_trials.py", "tests/test_kept_buffers.py",
@@ -217,14 +217,11 @@ SETTLED = (
     "lora_dp/mechanism.py", "lora_dp/clipping.py", "lora_dp/fed/noisy_sum.py", "lora_dp/fused_step.py",
     "lora_dp/losses.py", "lora_dp/randomness.py", "lora_dp/accounting/steps.py", "lora_dp/accounting/ledger.py",
     "lora_dp/accounting/history.py", "lora_dp/accounting/epsilon.py", "lora_dp/accounting/planning.py",
-    "lora_dp/seeded.py", "lora_dp/trial_values.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py",
-    "lora_dp/fed/origin.py", "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py",
-    "lora_dp/fed/one_shape.py", "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py",
-    "lora_dp/cpu_draws.py", "lora_dp/unwritten.py", "lora_dp/noise.py", "lora_dp/loss_graph.py", "lora_dp/sampling.py",
-    "lora_dp/sizes.py", "lora_dp/tables.py", "lora_dp/batch_parts.py", "lora_dp/loss_watch.py", "lora_dp/company.py",
-    "lora_dp/recording.py", "lora_dp/passes.py", "lora_dp/trials.py", "lora_dp/isolation.py", "lora_dp/collation.py",
+    "lora_dp/seeded.py", "lora_dp/own_generators.py", "lora_dp/loss_rows.py", "lora_dp/fed/origin.py",
+    "lora_dp/fed/own_rows.py", "lora_dp/fed/own_data.py", "lora_dp/fed/privacy.py", "lora_dp/fed/one_shape.py",
+    "lora_dp/secret_state.py", "lora_dp/fed/engines/flower_tensors.py", "lora_dp/cpu_draws.py", "lora_dp/unwritten.py",
+    "lora_dp/noise.py", "lora_dp/sampling.py", "lora_dp/sizes.py", "lora_dp/tables.py", "lora_dp/recording.py",
     "lora_dp/chain.py", "lora_dp/bypassed.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py",
     "lora_dp/fed/contained.py", "lora_dp/fed/federation.py", "lora_dp/fed/engines/flower_policy.py",
     "lora_dp/fed/client.py", "lora_dp/coverage.py", "lora_dp/kept_buffers.py", "lora_dp/model_parts.py",
-    "lora_dp/number_lists.py", "lora_dp/repeats.py", "lora_dp/fed/account.py",
-    "lora_dp/fed/engines/flower_ledger.py")
+    "lora_dp/number_lists.py", "lora_dp/repeats.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_ledger.py")
