@@ -161,11 +161,10 @@ def check_whole(
 def _others(some: list[int], n: int) -> list[list[int]]:
     """The examples that are not among these, in parts of about as many; of two at least."""
     rest = sorted(set(range(n)) - set(some))
-    random.SystemRandom().shuffle(rest)
     if len(rest) == 1:
         rest.append(some[0])
     count = max(len(rest) // len(some), 1)
-    return [sorted(rest[start::count]) for start in range(count)]
+    return [rest[start::count] for start in range(count)]
 
 
 def _chosen_for(

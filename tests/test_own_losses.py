@@ -268,3 +268,19 @@ def test_a_loss_that_chooses_among_more_than_the_first_batches_held_is_refused()
         optimizer.zero_grad()
     x, y = examples(MANY)
     assert_refuses(IsolationError, "is another in a batch of 30", lambda: model(x, y))
+
+
+def test_parts_of_a_batch_hold_two_examples_at_least():
+    """One alone is a case of its own in many losses."""
+    sizes: list[int] = []
+
+    def noted(out: Tensor, y: Tensor) -> Tensor:
+        sizes.append(len(y))
+        return each(out, y)
+
+    for n, parts in ((5, [5, 4, 2]), (6, [6, 4, 2])):
+        sizes.clear()
+        x, y = examples(n)
+        check_isolation(mlp(), (x,), {}, n, targets=y, criterion=noted)
+        found = [sizes[place:] for place in range(len(sizes)) if sizes[place] == n]
+        assert found[0][:3] == parts

@@ -80,3 +80,21 @@ def test_rounding_is_no_change_where_an_example_has_next_to_no_gradient():
 def test_gradients_of_other_shapes_are_another():
     assert is_another({"layer": [torch.ones(4, 3)]}, {"layer": [torch.ones(2, 4)]}, [1, 3], 4) == 1
     assert is_another({}, {}, [1, 3], 4) is None
+
+
+def test_a_layer_with_next_to_no_gradient_beside_another_has_rounding_alone():
+    small, other = ({"layer": [torch.ones(4, 3)], "last": [torch.full((4, 3), size)]} for size in (1e-5, 2e-5))
+    assert is_another(small, other, [0, 1, 2, 3], 4) is None
+
+
+def test_no_gradient_at_all_is_the_same():
+    assert is_another({"layer": [torch.zeros(4, 3)]}, {"layer": [torch.zeros(4, 3)]}, [0, 1, 2, 3], 4) is None
+
+
+def test_lengths_beyond_half_precision_are_compared():
+    """Lengths of 300,000, where float16 ends at 65,504."""
+    whole = torch.full((4, 100), 3e4, dtype=torch.float16)
+    part = whole.clone()
+    assert is_another({"layer": [whole]}, {"layer": [part]}, [0, 1, 2, 3], 4, (4, 4)) is None
+    part[2] = 0
+    assert is_another({"layer": [whole]}, {"layer": [part]}, [0, 1, 2, 3], 4, (4, 4)) == 2
