@@ -93,7 +93,9 @@ class Passes:
         number = seen.number and bool(of_whole_batch(call, n))
         call = set_apart(call, seen.tables)
         kind, others, switched = self._kind(module, call, n, number)
-        wanted = kind not in recorder.tested
+        # A loss of the model's own may choose among more examples than there were; others are followed in every batch.
+        sizes, size = recorder.tested_sizes.setdefault(kind, set()), n.bit_length()
+        wanted = kind not in recorder.tested or (bool(recorder.tested[kind]) and size not in sizes)
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
         if n == 0 or not (wanted or others or drawn_for_test()):
@@ -109,6 +111,7 @@ class Passes:
             number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
             seen=seen, one_width=not (recorder.padding_varies or recorder.sizes_fixed or recorder.tested))
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
+        sizes.add(size)
         recorder.padding_tried |= passed.padding
         return True
 
@@ -131,9 +134,7 @@ class Passes:
                   if recorder.numbers.setdefault(name, value) != value}
         switched = {name: recorder.settings[name] for name, value in settings_in(call).items()
                     if recorder.settings.setdefault(name, value) != value}
-        # A loss of the model's own may choose among more examples than there were; others are followed in every batch.
-        many = n.bit_length() if recorder.losses.proven else 1
-        return (structure(call, n), number, recorder.padding_varies, n == 1, (n >= FEW) * many, _standing(model),
+        return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
                 recorder.parts.standing()), others, switched
 
     @torch.compiler.disable(reason=_REASON)

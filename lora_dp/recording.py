@@ -337,6 +337,7 @@ class Recorder:
         losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
             to; ``parts``, which modules it is made of; ``buffers``, to which buffers forwards wrote.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
+        tested_sizes: lengths in bits of the numbers of examples that these batches had.
         per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
             one, examples may meet: batches are not tried, losses not followed, and a batch's gradient is one.
         sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
@@ -449,6 +450,7 @@ class Recorder:
     def forget_batches(self) -> None:
         """Forget what is remembered of earlier batches and of their losses."""
         self.tested: dict[Hashable, frozenset[int]] = {}
+        self.tested_sizes: dict[Hashable, set[int]] = {}
         self.padding_varies = self.padding_tried = False
         self.widths: Hashable = None
         self.sizes = Sizes()

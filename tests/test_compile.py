@@ -1,5 +1,6 @@
 """torch.compile(fullgraph=True) of private models: the same norms and the same step as without."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -196,14 +197,14 @@ def test_a_compiled_loss_is_tried_and_taken(vector):
     model, optimizer, loader = engine.make_private(
         model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
         data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
-    x, y = examples(8)
+    first = x, y = examples(8)
     optimizer.expect_batch(8)
     with pytest.raises(IsolationError, match="no graph shows|cannot be told"):
         loss = criterion(model(x), y)
         optimizer.backward(loss) if vector else loss.backward()
-    engine.check_isolation(model, (x, y), criterion)
+    engine.check_isolation(model, first, criterion)
     optimizer.zero_grad()
-    for x, y in loader:
+    for x, y in itertools.chain([first], loader):
         loss = criterion(model(x), y)
         optimizer.backward(loss) if vector else loss.backward()
         optimizer.step()

@@ -139,7 +139,7 @@ def padding_never_tried(planting: Planting) -> None:
 
 
 def first_batch_alone_tried(planting: Planting) -> None:
-    planting.replace(Passes, "_kind", lambda _: lambda *arguments: ("a batch", {}))
+    planting.replace(Passes, "_kind", lambda _: lambda *arguments: ("a batch", {}, {}))
     planting.replace(lora_dp.passes, "drawn_for_test", lambda _: lambda: False)
 
 

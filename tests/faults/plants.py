@@ -5,11 +5,11 @@ On a CPU most steps are taken by the native update (:mod:`lora_dp.fused_step`), 
 runs, not in the Triton kernels.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from timm.models import swin_transformer
@@ -109,6 +109,17 @@ def noise_before_the_sum(planting: Planting) -> None:
     planting.replace(Mechanism, "noise_std", lambda _: lambda self, size: 0.0)
 
 
+@contextlib.contextmanager
+def _given(optimizer: PrivateOptimizer, mechanism: Any) -> Iterator[None]:
+    """Another mechanism, which users cannot set."""
+    before = optimizer.mechanism
+    vars(optimizer)["_mechanism"] = mechanism
+    try:
+        yield
+    finally:
+        vars(optimizer)["_mechanism"] = before
+
+
 def _silent(mechanism: Mechanism) -> Mechanism:
     return Mechanism(mechanism.rule, 0.0, mechanism.source)
 
@@ -132,7 +143,7 @@ def noise_only_on(
                 return [new if noisy(p, trained) else old
                         for p, new, old in zip(trained, released, values, strict=True)]
 
-            with mock.patch.object(self, "mechanism", SimpleNamespace(release=release)):
+            with _given(self, SimpleNamespace(release=release)):
                 step(self, trained, sums)
         return planted
 
@@ -145,7 +156,7 @@ def silent_release(planting: Planting, when: Callable[[PrivateOptimizer], bool])
     def planted(release: Any) -> Any:
         def silent(self: PrivateOptimizer) -> None:
             mechanism = _silent(self.mechanism) if when(self) else self.mechanism
-            with mock.patch.object(self, "mechanism", mechanism):
+            with _given(self, mechanism):
                 release(self)
         return silent
 
