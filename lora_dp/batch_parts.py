@@ -84,11 +84,11 @@ def structure(tree: Any, n: int) -> Hashable:
             described.append((name, "table", leaf.tensor.dtype, *(size.bit_length() for size in leaf.tensor.shape)))
             continue
         if not isinstance(leaf, Tensor):
-            described.append((name, type(leaf).__name__))
+            described.append((name, type(leaf).__name__, _setting(leaf)))
             continue
         sizes = ["n" if size == n and place == 0 else size.bit_length() for place, size in enumerate(leaf.shape)]
-        described.append((name, leaf.dtype, tuple(sizes), *_evenness(name, leaf, n, ragged)))
-    return *described, *settings_in(tree).values()
+        described.append((name, leaf.dtype, tuple(sizes), _setting(leaf), *_evenness(name, leaf, n, ragged)))
+    return tuple(described)
 
 
 def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
@@ -99,8 +99,8 @@ def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, 
     if leaf.dim() == 2 and _marks(name, leaf):
         used = leaf.reshape(n, -1).double().sum(1)
         return bool((leaf == 1).all()), _even(used)
-    shared = _shared(name, leaf, n)
-    return (shared is not None and shared.pair is not None, *_whole_numbers(name, leaf, n, ragged))
+    shares = _shares(name, leaf, n)
+    return (shares is not None and len(shares[1]) < n, *_whole_numbers(name, leaf, n, ragged))
 
 
 def _whole_numbers(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
@@ -112,22 +112,14 @@ def _whole_numbers(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hasha
     return (*ignored, _reach(name, leaf), _even(leaf) if ragged or leaf.dim() == 1 else None)
 
 
-class _Shared(NamedTuple):
-    """What examples may be grouped by: how many different entries they have, and the places of two that have the same,
-    or None."""
-
-    entries: int
-    pair: list[int] | None
-
-
-def _shared(name: str, leaf: Tensor, n: int) -> _Shared | None:
-    """None where entries by example are no name of a session, a patient or a query: labels, masks, more numbers."""
-    if leaf.numel() > n * _NAME or any(word in name for word in _LABELS) or (leaf.dim() == 2 and _marks(name, leaf)):
+def _shares(name: str, leaf: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
+    """Where examples have a session, a patient or a query by name: which of the names each has, and how many have it.
+    None where entries by example are no names: labels, masks, more numbers than a name has."""
+    if not 0 < leaf.numel() <= n * _NAME or any(word in name for word in _LABELS) or (
+            leaf.dim() == 2 and _marks(name, leaf)):
         return None
-    _, group, counts = leaf.reshape(n, -1).unique(dim=0, return_inverse=True, return_counts=True)
-    if len(counts) == n:
-        return _Shared(n, None)
-    return _Shared(len(counts), (group == counts.argmax()).nonzero()[:2, 0].tolist())
+    _, own, counts = leaf.reshape(n, -1).unique(dim=0, return_inverse=True, return_counts=True)
+    return own, counts
 
 
 def _marks(name: str, leaf: Tensor) -> bool:
@@ -202,10 +194,10 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
     """Examples for a trial, at most ``most``: two that may be of one group, where labels or positions are unusual, the
     shortest, the longest, and the first and last."""
     unusual, usual = [], []
-    groups: list[_Shared] = []
+    groups = []
     for name, leaf in _leaves(tree):
-        if is_by_example(leaf, n) and (shared := _shared(name, leaf, n)) is not None and shared.pair is not None:
-            groups.append(shared)
+        if is_by_example(leaf, n) and (shares := _shares(name, leaf, n)) is not None and len(shares[1]) < n:
+            groups.append(shares)
         if is_by_example(leaf, n) and not leaf.is_floating_point() and any(word in name for word in _LABELS):
             entries = leaf.reshape(n, -1)
             counts = (entries >= 0).sum(1)
@@ -218,7 +210,10 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
         unusual.append(int(lengths.argmin()))
         usual.append(int(lengths.argmax()))
     # Two of the smallest groups first; and where there are more than fit, those first that a loss may pass over.
-    together = max(groups, key=lambda shared: shared.entries).pair or [] if groups else []
+    together = []
+    if groups:
+        own, counts = max(groups, key=lambda shares: len(shares[1]))
+        together = (own == counts.argmax()).nonzero()[:2, 0].tolist()
     return sorted(list(dict.fromkeys([*together, *unusual, *usual, 0, n - 1, *range(n)]))[:most])
 
 
@@ -346,7 +341,8 @@ def narrowed(
         each: whether every padded example comes without any padding, too, beside itself: a model that takes a maximum
             looks at the padding of some of them only.
     """
-    for name, place, size, used in _rooms(tree, n, by_runs):
+    for evidence in _rooms(tree, n, by_runs):
+        _, _, size, used = evidence
         columns = torch.arange(size, device=used.device)
         anything = used.any(1)
         first, last = torch.where(used, columns, size).amin(1), torch.where(used, columns, -1).amax(1)
@@ -358,19 +354,26 @@ def narrowed(
             together = sorted(padded[:2]) or ranked[:1].tolist()
             alone = [[i, i] for i in padded if i not in together or room[i] > room[together].min()]
             for rows in (together, *(alone if each else ())):
-                needed = size - int(room[rows].min())
-                lengths = {-(-needed // block) * block for block in _BLOCKS} | ({size - 1} if least else set())
-                part, found, shapes = take(tree, rows, n), [], set()
-                for way in ("padded", "all", "plain"):
-                    for length in (length for length in sorted(lengths) if needed <= length < size):
-                        kept = slice(size - length, size) if left else slice(0, length)
-                        call = cut(part, name, place, size, kept, way)
-                        made = tuple(tensor.shape for tensor in tensors_in(call))
-                        if made not in shapes:
-                            shapes.add(made)
-                            found.append(Narrowed(name, rows, place, size, kept, used[rows][:, kept], call))
-                if found:
+                if found := _without_padding(tree, n, evidence, rows, size - int(room[rows].min()), left, least):
                     yield found
+
+
+def _without_padding(
+    tree: Any, n: int, evidence: _Room, rows: list[int], needed: int, left: bool, least: bool
+) -> list[Narrowed]:
+    """The call for these examples in lengths of ``needed`` and more, cut at the ``left`` or the right."""
+    name, place, size, used = evidence
+    lengths = {-(-needed // block) * block for block in _BLOCKS} | ({size - 1} if least else set())
+    part, found, shapes = take(tree, rows, n), [], set()
+    for way in ("padded", "all", "plain"):
+        for length in (length for length in sorted(lengths) if needed <= length < size):
+            kept = slice(size - length, size) if left else slice(0, length)
+            call = cut(part, name, place, size, kept, way)
+            made = tuple(tensor.shape for tensor in tensors_in(call))
+            if made not in shapes:
+                shapes.add(made)
+                found.append(Narrowed(name, rows, place, size, kept, used[rows][:, kept], call))
+    return found
 
 
 def changed(tree: Any, n: int) -> Any:
@@ -464,13 +467,13 @@ def numbers_in(tree: Any) -> dict[str, float]:
 
 def settings_in(tree: Any) -> dict[str, bool | str]:
     """What is switched among the arguments, by name: such as whether the batch holds anything long."""
-    found: dict[str, bool | str] = {}
-    for name, leaf in _leaves(tree):
-        if isinstance(leaf, bool | str):
-            found[name] = leaf
-        elif isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.dtype == torch.bool:
-            found[name] = bool(leaf)
-    return found
+    return {name: setting for name, leaf in _leaves(tree) if (setting := _setting(leaf)) is not None}
+
+
+def _setting(leaf: Any) -> bool | str | None:
+    if isinstance(leaf, bool | str):
+        return leaf
+    return bool(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.dtype == torch.bool else None
 
 
 def with_numbers(tree: Any, values: dict[str, Any]) -> Any:
