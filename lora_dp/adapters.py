@@ -1,6 +1,5 @@
 """LoRA adapters in a model: put them in, and exchange their tensors."""
 
-import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.arguments import check_flag, check_kind, check_number
-from lora_dp.layers import DPLoRALinear, PrivateModule
+from lora_dp.layers import DPLoRALinear, PrivateModule, check_alpha
 from lora_dp.merging import (
     adapters_of,
     check_unmerged,
@@ -77,16 +76,11 @@ class LoRAConfig:
     bias: Bias = "none"
 
     def __post_init__(self) -> None:
-        if self.alpha is not None:
-            check_number("alpha", self.alpha)
+        check_alpha(self.alpha)
         check_number("dropout", self.dropout)
         check_flag("rslora", self.rslora)
         if not isinstance(self.r, Integral) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r must be a whole number of at least 1, got {self.r!r}: 4 to 16 is usual.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}: leave it out for alpha = r.")
-        if self.alpha == math.inf:
-            raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}: 0 switches it off.")
         self.r, self.dropout = int(self.r), float(self.dropout)  # JSON has no NumPy numbers

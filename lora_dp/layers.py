@@ -79,6 +79,22 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
     return (out_features, in_features) if _is_transposed(linear) else (in_features, out_features)
 
 
+def check_alpha(alpha: float | None) -> None:
+    """Refuse an alpha that scales nothing; None, which stands for the rank, is taken.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not above 0, or infinite.
+    """
+    if alpha is None:
+        return
+    check_number("alpha", alpha)
+    if not alpha > 0:
+        raise ValueError(f"alpha must be above 0, got {alpha}: leave it out for alpha = r.")
+    if alpha == math.inf:
+        raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
+
+
 class DPLoRALinear(PrivateModule):
     """Frozen linear layer with a trainable low-rank update: y = x W0ᵀ + b + s · dropout(x) Aᵀ Bᵀ.
 
@@ -127,8 +143,7 @@ class DPLoRALinear(PrivateModule):
         rslora: bool, fan_in_fan_out: bool,
     ) -> None:
         check_count("r", r, least=None)
-        if alpha is not None:
-            check_number("alpha", alpha)
+        check_alpha(alpha)
         check_number("dropout", dropout)
         check_flag("rslora", rslora)
         self.in_features, self.out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
@@ -137,10 +152,6 @@ class DPLoRALinear(PrivateModule):
             raise ValueError(
                 f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer: choose r from 1 to {smaller}."
             )
-        if alpha is not None and not alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {alpha}: leave it out for alpha = r.")
-        if alpha == math.inf:
-            raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
         r = int(r)
