@@ -123,7 +123,7 @@ def scalars(result: Any) -> list[Tensor]:
     return [leaf for leaf in tensors_in(result) if leaf.dim() == 0 and leaf.requires_grad]
 
 
-class Rows(NamedTuple):
+class LayerRows(NamedTuple):
     """What a trained layer did in a pass: how many ``rows`` it gave, and what it was ``given`` of each example kept."""
 
     rows: int
@@ -141,7 +141,7 @@ class Quiet(NamedTuple):
     """
 
     outputs: list[list[Tensor]]
-    layers: list[tuple[str, Rows]]
+    layers: list[tuple[str, LayerRows]]
     gradients: Mapping[int, Gradients]
     values: Mapping[int, Tensor]
 
@@ -194,7 +194,7 @@ class Trials:
         gradients of the ``losses`` at these places, of all."""
         args, kwargs, targets = _copied(call)
         trace = Trace(self._model, True, self.seed)
-        layers: list[tuple[str, Rows]] = []
+        layers: list[tuple[str, LayerRows]] = []
 
         def by_example(tensor: Tensor) -> list[Tensor]:
             return list(rows_of(tensor.detach(), n)[kept]) if of_examples(tensor, n) else []
@@ -202,7 +202,7 @@ class Trials:
         def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def looks(module: nn.Module, given: Any, output: Any) -> None:
                 rows = output.shape[0] if isinstance(output, Tensor) and output.dim() else 0
-                layers.append((name, Rows(rows, by_example(given[0]) if given else [])))
+                layers.append((name, LayerRows(rows, by_example(given[0]) if given else [])))
             return looks
 
         handles = [module.register_forward_hook(look(name)) for name, module in self._model.named_modules()
