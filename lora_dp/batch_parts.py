@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.losses import IGNORED
+from lora_dp.number_lists import EntrySizes
 from lora_dp.tables import Table
 from lora_dp.trial_values import largest
 
@@ -218,9 +219,10 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
 
 
 def _lengths(tree: Any, n: int) -> Tensor | None:
-    mask = next((leaf for name, leaf in _leaves(tree) if "mask" in name and is_by_example(leaf, n) and leaf.dim() == 2),
-                None)
-    return None if mask is None else (mask != 0).sum(1)
+    for name, leaf in _leaves(tree):
+        if is_by_example(leaf, n) and ("mask" in name and leaf.dim() == 2 or isinstance(leaf, EntrySizes)):
+            return leaf.as_subclass(Tensor) if leaf.dim() == 1 else (leaf != 0).sum(1)
+    return None
 
 
 class _Room(NamedTuple):

@@ -146,7 +146,7 @@ def check_whole(
     for number, rows in enumerate([some, *(_others(some, n) if passed else [])]):
         if number:
             part = trials.outputs(batch_parts.take(call, rows, n), len(rows), [], passed)
-        for place in sorted(passed):
+        for place in passed:
             if (found := _chosen_for(whole, part, place, rows, n, reduction)) is None:
                 continue
             if place == 0:

@@ -102,9 +102,10 @@ def check_isolation(
     if n < 2:
         return Passed()
     positional = batch_parts.argument_names(model.forward, len(args))
-    plain: Any = take_apart((*batch_parts.named(positional, (args, kwargs)), targets))
-    check_opened(plain)
-    call = as_tensors(plain, n)
+    by_place: Any = take_apart((args, kwargs, targets))
+    plain, call = ((*batch_parts.named(positional, tree[:2]), tree[2]) for tree in (
+        by_place, as_tensors(by_place, n, seen.lists if seen else None)))
+    check_opened(call)
     seen = seen or Sizes().look(call, n)
     options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,
                seen, one_width)
@@ -116,6 +117,7 @@ def check_isolation(
             raise
         except Exception:
             pass
+    check_opened(plain)
     return _check(model, plain, *options)
 
 

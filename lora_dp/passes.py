@@ -104,7 +104,7 @@ class Passes:
         single = n == 1
         if single:
             # Micro-batches of one meet nobody, but are padded to the whole batch's width and may leave traces.
-            (args, kwargs), n = take(as_tensors((args, kwargs), 1), [0, 0], 1), 2
+            (args, kwargs), n = take(as_tensors((args, kwargs), 1, seen.lists), [0, 0], 1), 2
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
             padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers={**others, **switched},
@@ -116,7 +116,7 @@ class Passes:
         return True
 
     def _named(self, module: nn.Module, args: Any, kwargs: Any, n: int) -> Call:
-        args, kwargs = as_tensors((args, kwargs), n)
+        args, kwargs = as_tensors((args, kwargs), n, self.recorder.sizes.lists)
         if len(args) not in self._names:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))

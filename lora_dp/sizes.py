@@ -16,11 +16,13 @@ class Seen(NamedTuple):
         tables: name of each argument that is a table, and which of its dimensions follow no width of the examples.
         varied: name and dimension of what examples hold, where it has been of several sizes.
         number: whether there have been several numbers of examples.
+        lists: names of the lists that were of another length than the batch, and hold no entry for each example.
     """
 
     tables: Mapping[str, frozenset[int]]
     varied: frozenset[tuple[str, int]]
     number: bool
+    lists: set[str]
 
 
 class Sizes:
@@ -30,9 +32,13 @@ class Sizes:
     *table* if that dimension stays while the number changes, or follows a width of the examples: positions (T,), a
     causal mask (T, T), embeddings of the classes (K, d). All else that has no entry for each example may hold rows of
     all examples, such as the patches of their images.
+
+    Attributes:
+        lists: names of the lists that were once of another length than the batch.
     """
 
     def __init__(self) -> None:
+        self.lists: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._firsts: dict[str, set[int]] = {}
         self._beside: dict[str, set[int]] = {}
@@ -57,7 +63,7 @@ class Sizes:
                     tables[name] = frozenset(free)
                 elif shape[0] == n:
                     self._compare(name, shape)
-        return Seen(tables, frozenset(self._varied), len(self._numbers) > 1)
+        return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists)
 
     def _is_table(self, name: str, shape: tuple[int, ...], n: int, widths: set[int]) -> bool:
         first = shape[0]

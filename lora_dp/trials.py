@@ -1,7 +1,7 @@
 """Trial passes of a model, watched: what its layers and its loss do, with everything left as it was."""
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import NoneType
 from typing import Any, NamedTuple
@@ -188,7 +188,7 @@ class Trials:
         return trace
 
     def outputs(
-        self, call: tuple[Any, dict[str, Any], Any], n: int, kept: list[int], losses: Iterable[int] = ()
+        self, call: tuple[Any, dict[str, Any], Any], n: int, kept: list[int], losses: Collection[int] = ()
     ) -> "Quiet":
         """A pass over ``n`` examples without anything drawn at random: what some of them were given and got, and the
         gradients of the ``losses`` at these places, of all."""
@@ -215,7 +215,7 @@ class Trials:
         finally:
             for handle in handles:
                 handle.remove()
-        made = {place: found[place] for place in losses if place < len(found)}
+        made = {place: loss for place, loss in enumerate(found) if place in losses}
         gradients = {place: trace.backward(sum_of(loss)) for place, loss in made.items() if loss.requires_grad}
         trace.close()
         values = {place: loss.detach() for place, loss in made.items() if loss.dim() and of_examples(loss, n)}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,24 +85,152 @@ def test_only_numbers_of_the_examples_are_taken_up() -> None:
 
 
 class Boxed(nn.Module):
-    """Targets of each image in a list of dicts, as detectors take them."""
+    """Targets of each image in a list of dicts, as detectors take them; or one in which their numbers of boxes meet."""
+
+    def __init__(self, kind: str = "apart") -> None:
+        super().__init__()
+        self.kind, self.head = kind, DPLinear(6, 3)
+
+    def forward(self, x: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
+        out = self.head(x)
+        most = max(len(label["boxes"]) for label in labels) if self.kind == "by the most" else 1
+        for label in labels:
+            label["boxes"] *= 1 / 640  # in place, as some do
+        return torch.stack([out[i] - label["boxes"].sum() / most for i, label in enumerate(labels)])
+
+
+def test_tensors_in_a_list_that_have_rows_of_all_are_named() -> None:
+    model = Boxed().train()
+    make_private(model, batch_size=8)
+    labels = [{"boxes": torch.rand(8, 4)} for _ in range(8)]
+    with pytest.raises(IsolationError, match=r"an entry for each example \(\[1\]\['labels'\]\), .*IndexError"):
+        model(torch.randn(8, 6), labels=labels)
+    assert other_lists({"x": [1, 2, 3], "y": ([{}, {}],), "z": [[1, 2], 3]}, 2) == ["['y'][0]", "['z']"]
+
+
+@pytest.mark.parametrize("boxes", [(1, 3, 0, 2, 2, 9), (2, 3)])
+def test_boxes_of_each_image(boxes: tuple[int, ...]) -> None:
+    labels = [{"boxes": torch.full((count, 4), 640.0)} for count in boxes]
+    model = Boxed()
+    optimizer = make_private(model, batch_size=4)
+    optimizer.backward(model(torch.randn(len(boxes), 6), labels).square().sum(1))
+    assert all(bool((label["boxes"] == 1).all()) for label in labels)  # trials scaled boxes of their own
+    model = Boxed("by the most")
+    make_private(model, batch_size=4)
+    with pytest.raises(IsolationError, match="example"):
+        model(torch.randn(len(boxes), 6), labels)
+
+
+class Reader(nn.Module):
+    """Takes texts, or lists of words, beside numbers, and pads them to the longest; it looks at padding or does not."""
+
+    def __init__(self, looks: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.looks, self.given = looks, []
+        self.words = nn.Embedding(130, 8).requires_grad_(False)
+        self.head = DPLinear(9, 3)
+
+    def forward(self, x: Tensor, texts: Any) -> Tensor:
+        self.given.append(texts)
+        words = [list(map(ord, text)) if isinstance(text, str) else [] if text is None else list(text)
+                 for text in texts]
+        length = max(map(len, words))
+        rows = self.words(torch.tensor([word + [0] * (length - len(word)) for word in words]))
+        if not self.looks:
+            rows = rows * torch.tensor([[[float(k < len(word))] for k in range(length)] for word in words])
+        return self.head(torch.cat([x, rows.sum(1)], 1))
+
+
+TEXTS = ("a long text about nothing", "short", "", "of some length", "another", "one", "short")
+# How N texts may be given beside a tensor.
+LISTS: dict[str, Any] = {
+    "texts": list, "a tuple of texts": tuple, "an array of texts": np.array, "an array of objects": lambda texts: (
+        np.array(texts, dtype=object)),
+    "lists of words": lambda texts: [list(map(ord, text)) for text in texts],
+    "tuples of words": lambda texts: [tuple(map(ord, text)) for text in texts],
+    "words or nothing": lambda texts: [list(map(ord, text)) or None for text in texts],
+    "tensors": lambda texts: [torch.tensor(list(map(ord, text)) + [0, 0], dtype=torch.int64) for text in texts],
+    "arrays": lambda texts: [np.array(list(map(ord, text)) + [0, 0], np.int64) for text in texts]}
+
+
+def read(model: nn.Module, optimizer: Any, texts: Any) -> None:
+    optimizer.backward(model(torch.randn(len(texts), 1), texts).square().sum(1))
+    optimizer.zero_grad()
+    optimizer.recorder.discard()
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_texts_in_a_list_are_those_of_the_examples(kind: str) -> None:
+    model = Reader(looks=False)
+    optimizer = make_private(model, batch_size=4)
+    for n in (7, 2, 1, 5):
+        read(model, optimizer, LISTS[kind](TEXTS[:n]))
+    assert len({type(given) for given in model.given}) == 1
+    assert {len(given) for given in model.given} >= {1, 2, 4, 5, 7}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("n", [7, 2])
+def test_texts_that_a_model_pads_to_the_longest_are_refused_if_it_looks_at_padding(kind: str, n: int) -> None:
+    model = Reader(looks=True)
+    optimizer = make_private(model, batch_size=4)
+    with pytest.raises(IsolationError, match="example"):
+        read(model, optimizer, LISTS[kind](TEXTS[:n]))
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_texts_that_are_first_of_one_length_are_tried_again(kind: str) -> None:
+    model = Reader(looks=True)
+    optimizer = make_private(model, batch_size=4)
+    for _ in range(2):
+        read(model, optimizer, LISTS[kind](["abc", "xyz", "two", "one", "six", "ten"]))
+    with pytest.raises(IsolationError, match="example"):
+        read(model, optimizer, LISTS[kind](["abc", "xyz", "two", "one", "seven", "ten"]))
+
+
+class Classes(nn.Module):
+    """Names of classes, which belong to no example."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = DPLinear(6, 3)
 
-    def forward(self, x: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
-        out = self.head(x)
-        return torch.stack([out[i] - label["boxes"].sum() for i, label in enumerate(labels)])
+    def forward(self, x: Tensor, names: Any) -> Tensor:
+        assert len(names) == 3
+        return self.head(x) * sum(map(len, names))
 
 
-def test_a_list_of_other_things_is_named() -> None:
-    model = Boxed().train()
-    make_private(model, batch_size=8)
-    labels = [{"boxes": torch.rand(1, 4)} for _ in range(8)]
-    with pytest.raises(IsolationError, match=r"an entry for each example \(\[1\]\['labels'\]\), .*IndexError"):
-        model(torch.randn(8, 6), labels=labels)
-    assert other_lists({"x": [1, 2, 3], "y": ([{}, {}],), "z": [[1, 2], 3]}, 2) == ["['y'][0]", "['z']"]
+@pytest.mark.parametrize("names", [["cat", "dog", "mouse"], ("cat", "dog", "mouse"), [["a"], ["b", "c"], []]], ids=str)
+def test_names_of_classes_may_be_as_many_as_a_later_batch_has_examples(names: Any) -> None:
+    model = Classes().train()
+    optimizer = make_private(model, batch_size=8)
+    for n in (4, 3, 5, 3):
+        optimizer.backward(model(torch.randn(n, 6), names).square().sum(1))
+        optimizer.zero_grad()
+        optimizer.recorder.discard()
+
+
+def test_equal_entries_share_a_place() -> None:
+    texts, rest = as_tensors((["a", "b", "a", 1], [True, 1, [], None]), 4)
+    assert texts.places.tolist() == [0, 1, 0, 3] and texts.sizes.tolist() == [1, 1, 1, 1]
+    assert rest.places.tolist() == [0, 1, 2, 3] and rest.sizes.tolist() == [1, 1, -1, -1]
+    sizes = as_tensors([["ab", b"cde"], {"x": torch.ones(2, 3), "y": [1, (2, 3)]}, ""], 3).sizes
+    assert sizes.dtype == torch.int64 and sizes.tolist() == [5, 9, -1]
+
+
+def test_lists_of_other_lengths_are_remembered_by_name() -> None:
+    others: set[str] = set()
+    as_tensors(({"x": [1, 2], "y": ["a"], "in": [["a", "b", "c"], 5]}, torch.ones(3)), 3, others)
+    assert others == {"[0]['x']", "[0]['y']", "[0]['in']"}
+    as_tensors(["a"], 0, others)
+    assert len(others) == 3
+    call = as_tensors(({"x": [1, 2], "y": ["a", "b"], "in": [["a", "b"], ["c", "d"]], "z": ["a", "b"]},), 2, others)
+    assert call[0]["x"] == [1, 2] and call[0]["y"] == ["a", "b"]
+    assert [type(part).__name__ for part in (*call[0]["in"], call[0]["z"])] == ["EntryList"] * 3
+    others.add("[0]['in'][1]")
+    assert [type(part).__name__ for part in as_tensors(({"in": [["a", "b"], ["c", "d"]]},), 2, others)[0]["in"]] == [
+        "EntryList", "list"]
 
 
 def test_another_error_of_the_model_is_its_own() -> None:

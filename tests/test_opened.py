@@ -213,7 +213,7 @@ def test_a_number_in_them_that_differs_from_batch_to_batch_is_tried(whole: Calla
 
 @pytest.mark.parametrize(("given", "kind"), [
     (range(3), "builtins.range"), (iter([1, 2]), "builtins.list_iterator"), (Slotted(torch.ones(2)), r"\S*Slotted"),
-    (MappingProxyType({"each": torch.ones(2)}), "builtins.mappingproxy"), (np.array([None, 1]), "numpy.ndarray"),
+    (MappingProxyType({"each": torch.ones(2)}), "builtins.mappingproxy"), (np.array([None, 1, 2]), "numpy.ndarray"),
     ({torch.ones(2)}, "builtins.set"), (memoryview(b"12"), "builtins.memoryview"),
     (Handle([1]), r"\S*Handle"), (Rows([torch.ones(2)]), r"\S*Rows"), (with_an_attribute(), r"\S*Texts")])
 def test_what_cannot_be_taken_apart_is_refused(given: Any, kind: str) -> None:
