@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_dp import IsolationError, PrivacyEngine
-from lora_dp.collation import check_collation
+from lora_dp.collation import _padded_alike, _unusual, check_collation
 from lora_dp.randomness import SeededSource
 from tests.models import assert_refuses, examples, mlp, private_run
 from tests.support import make_private
@@ -234,6 +234,18 @@ def test_one_of_a_rare_class_is_among_those_that_are_tried():
             check(labelled(40, rare), weighed, 40)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("batch", "unusual"), [
+    (torch.tensor([1, 1, 0, 1, 2]), {2, 4}),
+    (torch.tensor([[1, 5], [2, 2], [0, 9], [3, 3], [4, 4]]), {1, 2}),  # of their sums
+    ([torch.tensor(row) for row in ([1, 5], [2, 2], [0, 9], [3, 3], [4, 4])], {1, 2}),
+    ([{} if x is None else {"x": torch.tensor(x)} for x in (0.5, 0.7, None, 0.6, 0.6)], {1, 2}),
+    ([torch.tensor([2048, x], dtype=torch.float16) for x in (1, 0, 1, 1, 0.5)], {0, 1}),
+    ({"x": [torch.zeros(2), torch.ones(2), torch.zeros(2)], "y": torch.zeros(5, 0)}, set())], ids=[
+        "labels", "rows", "a list", "missing", "halves", "nothing by example"])
+def test_examples_with_the_least_or_the_most_of_something_are_unusual(batch, unusual):
+    assert _unusual(batch, 5) == unusual
+
+
 def test_one_longer_text_is_among_those_that_are_tried():
     """A sum in the mask's own type would be rounded to 256 tokens."""
     def counted(items: list[Tensor]) -> dict[str, Any]:
@@ -308,6 +320,12 @@ def test_what_joins_examples_of_several_lengths_is_refused(collate):
     for n in (3, 8):
         with pytest.raises(IsolationError, match="collate function joins examples"):
             check(Texts(), collate, n)
+
+
+def test_what_an_example_has_in_one_batch_alone_is_no_padding():
+    row = torch.ones(2)
+    assert [_padded_alike(*pair) for pair in ((row, None), (None, row), (None, None), (row, row))] == [
+        False, False, True, True]
 
 
 @pytest.mark.parametrize("collate", [padded, padded_left])

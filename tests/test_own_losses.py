@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import check_isolation
@@ -76,7 +77,9 @@ def rows(n: int = N) -> Tensor:
 
 @pytest.mark.parametrize(("loss", "scales"), [
     (lambda out: (out.square() / 8).sum(1).mean(), [1 / 8]), (lambda out: out.square().sum(1).mean() / 8, []),
-    (lambda out: (3 * (out.square() / 8)).sum(), [1 / 8, 3]), (lambda out: (out / 8).exp().sum(1), [1 / 8]),
+    (lambda out: (3 * (out.square() / 8)).sum(), [1 / 8, 3]),
+    (lambda out: (3 * (out / 5) ** 2 / 3 / 7 * 9).sum(), [1 / 7, 1 / 5, 1 / 3, 3, 9]),
+    (lambda out: (out / 8).exp().sum(1), [1 / 8]),
     (lambda out: (out * 2).sum(1) / torch.arange(1.0, N + 1), [2]),
     (lambda out: F.linear(out / 8, torch.ones(2, 3)).square().mean(), []),  # the network's own
     (lambda out: torch.stack([row.sum() / (i + 2) for i, row in enumerate(out)]), []),  # each example's own
@@ -284,3 +287,21 @@ def test_parts_of_a_batch_hold_two_examples_at_least():
         check_isolation(mlp(), (x,), {}, n, targets=y, criterion=noted)
         found = [sizes[place:] for place in range(len(sizes)) if sizes[place] == n]
         assert found[0][:3] == parts
+
+
+class Checkpointed(nn.Module):
+    """Drops in what backward computes again, and has a loss of its own."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.inner, self.reentrant = mlp(), reentrant
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out = checkpoint(lambda x: F.dropout(self.inner(x), 0.5), x.requires_grad_(), use_reentrant=self.reentrant)
+        return each(out, y).mean()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_nothing_is_drawn_where_many_are_computed_again(reentrant):
+    x, y = examples(MANY)
+    assert check_isolation(Checkpointed(reentrant).train(), (x, y), {}, MANY, reduction="mean").losses == {0}

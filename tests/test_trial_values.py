@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_dp.trial_values import differ, is_another
+from lora_dp.trial_values import _lengths, differ, is_another
 
 
 @pytest.mark.parametrize(("left", "right", "expected"), [
@@ -42,6 +42,11 @@ def rows(*changes: tuple[int, float], n: int = 4, dtype: torch.dtype = torch.flo
     for i, value in changes:
         made[i, 0] += value
     return {"layer": [made.to(dtype)]}
+
+
+def test_numbers_that_are_not_finite_add_nothing_to_a_length():
+    rows = torch.tensor([[3.0, math.inf, 4.0], [3.0, -math.inf, 4.0], [3.0, math.nan, 4.0]])
+    assert _lengths(rows).tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.625), (torch.float64, 0.625), (torch.bfloat16, 2.5)])

@@ -85,7 +85,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_isolation_trials.py")),
     "lora_dp/kept_buffers.py": Target(("tests/test_kept_buffers.py",)),
     "lora_dp/model_parts.py": Target(("tests/test_model_parts.py", "tests/test_unwritten.py", "tests/test_beside.py")),
-    "lora_dp/number_lists.py": Target(("tests/test_number_lists.py", "tests/test_opened.py")),
+    "lora_dp/number_lists.py": Target(("tests/test_number_lists.py", "tests/test_opened.py", "tests/test_tables.py")),
     "lora_dp/opened.py": Target(("tests/test_opened.py", "tests/test_collated_rows.py")),
     "lora_dp/repeats.py": Target(("tests/test_repeats.py",)),
     "lora_dp/fed/split_files.py": Target(("tests/fed/test_split_files.py", "tests/fed/test_data.py")),
