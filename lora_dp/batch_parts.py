@@ -353,7 +353,9 @@ def narrowed(
             ranked = torch.argsort(room, descending=True, stable=True)
             # Two with the most room, so that they have company; one if nobody else is padded.
             padded = [i for i in ranked.tolist() if int(room[i]) > 0]
-            together = sorted(padded[:2]) or ranked[:1].tolist()
+            if not padded:
+                continue
+            together = sorted(padded[:2])
             alone = [[i, i] for i in padded if i not in together or room[i] > room[together].min()]
             for rows in (together, *(alone if each else ())):
                 if found := _without_padding(tree, n, evidence, rows, size - int(room[rows].min()), left, least):

@@ -24,7 +24,7 @@ class EntryList:
     """A list of a model's arguments with one entry for each example, of which some examples can be taken.
 
     Attributes:
-        entries: the list, a tuple of texts or an array of texts or objects, as it came.
+        entries: the list, a tuple of texts or an array of what is no number, as it came.
         places: (M,) int64, for each of M examples the place of its entry; that of the first where several are equal.
         sizes: (M,), theirs.
     """
@@ -83,8 +83,8 @@ def _lists_as_tensors(tree: Any, n: int, others: Set[str], above: str) -> Any:
 
 def _is_list(node: Any) -> bool:
     """Whether it may have an entry for each example: texts come as a tuple, too, from torch's collate function."""
-    if isinstance(node, np.ndarray):
-        return node.ndim > 0 and node.dtype.kind in "SUO"
+    if isinstance(node, np.ndarray):  # of numbers they are tensors by now
+        return node.ndim > 0
     return type(node) is list or (type(node) is tuple and bool(node) and all(isinstance(part, str) for part in node))
 
 

@@ -159,7 +159,8 @@ def test_names_that_some_examples_share_are_another_structure_and_two_of_them_ar
         one, other = ({"x": values.repeat(columns, 1).T + 0.5} for values in (alone, shared))
         assert (structure(one, 40) != structure(other, 40)) is is_a_name
         assert ({5, 8} < set(chosen(other, 40, 4))) is is_a_name
-    assert chosen({"x": torch.zeros(40, 0), "y": alone.float()}, 40, 4) == [0, 1, 2, 39]  # nothing names nobody
+    for dtype in (torch.float32, torch.int64):  # nothing names nobody
+        assert chosen({"x": torch.zeros(40, 0, dtype=dtype), "y": alone.float()}, 40, 4) == [0, 1, 2, 39]
     for name in ("labels", "mask"):  # equal ones are nothing unusual
         tree = {name: torch.stack([shared, shared], 1)}
         assert structure(tree, 40) == structure({name: torch.stack([shared, shared], 1) + 1}, 40)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
-from lora_dp.number_lists import as_lists, as_tensors, other_lists
+from lora_dp.number_lists import EntryList, as_lists, as_tensors, other_lists
 from tests.support import make_private
 
 WIDTH = 6
@@ -217,6 +217,19 @@ def test_equal_entries_share_a_place() -> None:
     assert rest.places.tolist() == [0, 1, 2, 3] and rest.sizes.tolist() == [1, 1, -1, -1]
     sizes = as_tensors([["ab", b"cde"], {"x": torch.ones(2, 3), "y": [1, (2, 3)]}, ""], 3).sizes
     assert sizes.dtype == torch.int64 and sizes.tolist() == [5, 9, -1]
+
+
+def test_what_is_taken_of_a_list_has_tensors_of_its_own() -> None:
+    boxes = torch.ones(3, 4, requires_grad=True)
+    (taken,) = EntryList([boxes], torch.tensor([0]), torch.tensor([12])).chosen()
+    assert taken is not boxes and taken.is_leaf and taken.requires_grad and torch.equal(taken, boxes)
+    first, second = EntryList([boxes], torch.tensor([0, 0]), torch.tensor([12, 12])).chosen()
+    assert first is not second
+
+
+def test_one_text_for_all_is_no_list() -> None:
+    whole, dates = as_tensors((np.array("a text"), np.array(["2026-01-01", "2026-01-02"], "datetime64[D]")), 2)
+    assert whole == np.array("a text") and dates.places.tolist() == [0, 1]
 
 
 def test_lists_of_other_lengths_are_remembered_by_name() -> None:

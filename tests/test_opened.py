@@ -1,6 +1,7 @@
 """What a model is given in NumPy arrays, mappings and objects is taken apart by example, as tensors are."""
 
 import functools
+import itertools
 import logging
 import re
 from collections import UserDict, deque
@@ -222,14 +223,14 @@ def test_what_cannot_be_taken_apart_is_refused(given: Any, kind: str) -> None:
             super().__init__()
             self.head = DPLinear(6, 3)
 
-        def forward(self, x: Tensor, other: Any) -> Tensor:
+        def forward(self, x: Tensor, other: Any, texts: list[str] | None) -> Tensor:
             return self.head(x)
 
-    for n in (1, 2, 5):
+    for n, texts in itertools.product((1, 2, 5), (None, ["a", "b", "c", "d", "e"])):
         model = Ignoring()
         make_private(model, batch_size=4)
         with pytest.raises(IsolationError, match=rf"given a {kind} \(\[1\]\['other'\].*: pass tensors, or lists or"):
-            model(torch.randn(n, 6), other=given)
+            model(torch.randn(n, 6), other=given, texts=texts and texts[:n])
 
 
 HARMLESS: list[Any] = [
