@@ -23,6 +23,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 _LABELS = ("label", "position", "target")
 # Numbers in the name of a group of examples, at most.
 _NAME = 8
+# And in a row of which one number by itself may be the name.
+_NAMES = 4
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -80,6 +82,8 @@ def structure(tree: Any, n: int) -> Hashable:
     """
     described: list[Hashable] = []
     ragged = bool(of_whole_batch(tree, n))
+    # A mask tells of padding by itself.
+    runs = not any("mask" in name and is_by_example(leaf, n) and leaf.dim() == 2 for name, leaf in _leaves(tree))
     for name, leaf in _leaves(tree):
         if isinstance(leaf, Table):
             described.append((name, "table", leaf.tensor.dtype, *(size.bit_length() for size in leaf.tensor.shape)))
@@ -88,20 +92,24 @@ def structure(tree: Any, n: int) -> Hashable:
             described.append((name, type(leaf).__name__, _setting(leaf)))
             continue
         sizes = ["n" if size == n and place == 0 else size.bit_length() for place, size in enumerate(leaf.shape)]
-        described.append((name, leaf.dtype, tuple(sizes), _setting(leaf), *_evenness(name, leaf, n, ragged)))
+        described.append((name, leaf.dtype, tuple(sizes), _setting(leaf), *_evenness(name, leaf, n, ragged, runs)))
     return tuple(described)
 
 
-def _evenness(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
+def _evenness(name: str, leaf: Tensor, n: int, ragged: bool, runs: bool) -> tuple[Hashable, ...]:
     if ragged and not is_by_example(leaf, n) and _is_index(leaf):
-        return tuple(_even(sizes) for sizes in _groups(leaf))
+        # Whose rows are in another order is another case, though all have as many.
+        return *map(_even, _groups(leaf)), bool((leaf.diff() >= 0).all())
     if not is_by_example(leaf, n) or not leaf.numel():
         return ()
     if leaf.dim() == 2 and _marks(name, leaf):
         used = leaf.reshape(n, -1).double().sum(1)
         return bool((leaf == 1).all()), _even(used)
-    shares = _shares(name, leaf, n)
-    return (shares is not None and len(shares[1]) < n, *_whole_numbers(name, leaf, n, ragged))
+    if leaf.dim() > 2 and "mask" in name:
+        return (_even((leaf == leaf.max()).reshape(n, -1).sum(1)),)
+    ends = [(int(run.max()).bit_length(), _even(run)) for run in _runs(leaf)] if runs else []
+    return (bool(_shares(name, leaf, n)), *ends,
+            *_whole_numbers(name, leaf, n, ragged))
 
 
 def _whole_numbers(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:
@@ -113,14 +121,34 @@ def _whole_numbers(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hasha
     return (*ignored, _reach(name, leaf), _even(leaf) if ragged or leaf.dim() == 1 else None)
 
 
-def _shares(name: str, leaf: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
-    """Where examples have a session, a patient or a query by name: which of the names each has, and how many have it.
-    None where entries by example are no names: labels, masks, more numbers than a name has."""
-    if not 0 < leaf.numel() <= n * _NAME or any(word in name for word in _LABELS) or (
-            leaf.dim() == 2 and _marks(name, leaf)):
-        return None
-    _, own, counts = leaf.reshape(n, -1).unique(dim=0, return_inverse=True, return_counts=True)
-    return own, counts
+def _shares(name: str, leaf: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
+    """Where several examples have the same session, patient or query by name, in all numbers or in one of a few: which
+    of the names each has, and how many have it. Nothing where entries by example are no names: masks, places in a text,
+    labels of tokens, more numbers than a name has."""
+    labels = any(word in name for word in _LABELS) and (leaf.dim() > 1 or "position" in name)
+    if not 0 < leaf.numel() <= n * _NAME or labels or (leaf.dim() == 2 and _marks(name, leaf)):
+        return []
+    rows = leaf.reshape(n, -1)
+    columns = rows.split(1, dim=1) if 1 < rows.shape[1] <= _NAMES and not rows.is_floating_point() else ()
+    found = [part.unique(dim=0, return_inverse=True, return_counts=True)[1:] for part in (rows, *columns)]
+    # A number that all have in common names nobody, unless it is the only one.
+    return [(own, counts) for place, (own, counts) in enumerate(found) if (place and 1) < len(counts) < n]
+
+
+def _runs(leaf: Tensor) -> list[Tensor]:
+    """In how many equal numbers, or slices of one number, each example ends and begins: padding of texts and series
+    that no mask shows. Of images that is not asked."""
+    if leaf.dim() not in (2, 3) or (leaf.dim() == 3 and not leaf.is_floating_point()):
+        return []
+    slices = without_nan(leaf.detach()).flatten(2) if leaf.dim() > 2 else without_nan(leaf.detach()).unsqueeze(2)
+    return [_run(slices, at_end=at_end)[1] for at_end in (True, False)]
+
+
+def _run(slices: Tensor, *, at_end: bool) -> tuple[Tensor, Tensor]:
+    """Of (N, T, …), each example's number at an end, and how many slices there hold nothing else."""
+    corner = slices[:, -1 if at_end else 0, 0]
+    same = (slices == corner.view(-1, 1, 1)).all(2)
+    return corner, (same.flip(1) if at_end else same).long().cumprod(1).sum(1)
 
 
 def _marks(name: str, leaf: Tensor) -> bool:
@@ -192,18 +220,20 @@ def doubled(tree: Any, n: int) -> Any:
 
 
 def chosen(tree: Any, n: int, most: int) -> list[int]:
-    """Examples for a trial, at most ``most``: two that may be of one group, where labels or positions are unusual, the
-    shortest, the longest, and the first and last."""
+    """Examples for a trial, at most ``most``: two that may be of one group, where labels or positions are unusual, two
+    of one class, the shortest, the longest, and the first and last; and two more that may be of one group otherwise."""
     unusual, usual = [], []
-    groups = []
+    groups: list[tuple[Tensor, Tensor]] = []
+    classes: list[tuple[Tensor, Tensor]] = []
     for name, leaf in _leaves(tree):
-        if is_by_example(leaf, n) and (shares := _shares(name, leaf, n)) is not None and len(shares[1]) < n:
-            groups.append(shares)
+        if is_by_example(leaf, n):
+            (classes if any(word in name for word in _LABELS) else groups).extend(_shares(name, leaf, n))
         if is_by_example(leaf, n) and not leaf.is_floating_point() and any(word in name for word in _LABELS):
             entries = leaf.reshape(n, -1)
             counts = (entries >= 0).sum(1)
-            unusual.append(int(counts.argmin()))
-            usual.append(int(counts.argmax()))
+            if not _even(counts):
+                unusual.append(int(counts.argmin()))
+                usual.append(int(counts.argmax()))
             if _has_reach(name, leaf):
                 unusual.append(int(leaf.argmax()))
     lengths = _lengths(tree, n)
@@ -211,17 +241,32 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
         unusual.append(int(lengths.argmin()))
         usual.append(int(lengths.argmax()))
     # Two of the smallest groups first; and where there are more than fit, those first that a loss may pass over.
-    together = []
-    if groups:
-        own, counts = max(groups, key=lambda shares: len(shares[1]))
-        together = (own == counts.argmax()).nonzero()[:2, 0].tolist()
-    return sorted(list(dict.fromkeys([*together, *unusual, *usual, 0, n - 1, *range(n)]))[:most])
+    groups.sort(key=lambda group: -len(group[1]))
+    together = [place for group in groups[:1] for place in _two_of(group)]
+    of_a_class = [place for group in classes[:1] for place in _two_of(group)]
+    found = list(dict.fromkeys([*together, *unusual, *of_a_class, *usual, 0, n - 1, *range(n)]))[:most]
+    for group in groups[1:2]:
+        if len(group[0][found].unique()) == len(found):  # no two of one group yet
+            found += _two_of(group)
+    return sorted(set(found))
+
+
+def _two_of(group: tuple[Tensor, Tensor]) -> list[int]:
+    """Two examples of the largest of some groups."""
+    own, counts = group
+    return (own == counts.argmax()).nonzero()[:2, 0].tolist()
 
 
 def _lengths(tree: Any, n: int) -> Tensor | None:
     for name, leaf in _leaves(tree):
         if is_by_example(leaf, n) and ("mask" in name and leaf.dim() == 2 or isinstance(leaf, EntrySizes)):
             return leaf.as_subclass(Tensor) if leaf.dim() == 1 else (leaf != 0).sum(1)
+    # Padding that no mask shows.
+    for _, leaf in _leaves(tree):
+        if is_by_example(leaf, n) and leaf.numel() and (runs := _runs(leaf)):
+            longest = torch.stack(runs).amax(0)
+            if not _even(longest):
+                return leaf.shape[1] - longest
     return None
 
 
@@ -276,9 +321,7 @@ def _without_runs(leaf: Tensor, place: int) -> Tensor | None:
     size = slices.shape[1]
     columns = torch.arange(size, device=leaf.device)
     for at_end in (True, False):
-        corner = slices[:, -1 if at_end else 0, 0]
-        same = (slices == corner.view(-1, 1, 1)).all(2)
-        length = (same.flip(1) if at_end else same).long().cumprod(1).sum(1)
+        corner, length = _run(slices, at_end=at_end)
         # Padding is what most rows end in; of single values, in a run of more than one.
         if int(length.max()) < 2:
             continue
@@ -469,25 +512,7 @@ def numbers_in(tree: Any) -> dict[str, float]:
     return found
 
 
-def settings_in(tree: Any) -> dict[str, bool | str]:
-    """What is switched among the arguments, by name: such as whether the batch holds anything long."""
-    return {name: setting for name, leaf in _leaves(tree) if (setting := _setting(leaf)) is not None}
-
-
 def _setting(leaf: Any) -> bool | str | None:
     if isinstance(leaf, bool | str):
         return leaf
     return bool(leaf) if isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.dtype == torch.bool else None
-
-
-def with_numbers(tree: Any, values: dict[str, Any]) -> Any:
-    """The same call with these numbers and settings in place of its own."""
-    flat, form = pytree.tree_flatten_with_path(tree)
-    replaced = []
-    for path, leaf in flat:
-        value = values.get(pytree.keystr(path))
-        if value is None:
-            replaced.append(leaf)
-        else:
-            replaced.append(torch.full_like(leaf, value) if isinstance(leaf, Tensor) else type(leaf)(value))
-    return pytree.tree_unflatten(replaced, form)

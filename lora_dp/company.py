@@ -13,11 +13,14 @@ from torch import Tensor
 from lora_dp import batch_parts
 from lora_dp.kept_buffers import same
 from lora_dp.loss_graph import IsolationError, LossReduction
+from lora_dp.shared_arguments import with_shared
 from lora_dp.trial_values import Gradients, calls_in_both, differ, is_another, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Quiet, Trace, Trials
 
 # Examples in a trial: enough to drop some and keep company, few enough to cost little.
 FEW = 4
+# Arguments that are put back in one pass rather than one by one.
+_MUCH = 8
 # A choice moves what it decides by more than so many times what is seen of other influences.
 _SMALL = 100
 REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
@@ -109,15 +112,17 @@ def _counted(what: str, i: int) -> str:
 
 
 def check_whole(
-    trials: Trials, call: Any, n: int, reduction: LossReduction | None = None, passed: frozenset[int] = frozenset()
+    trials: Trials, call: Any, n: int, reduction: LossReduction | None = None, passed: frozenset[int] = frozenset(),
+    *, everybody: bool = False,
 ) -> frozenset[int]:
-    """All examples beside some of them, drawn in secret: what only many do to each other, such as a capacity that they
-    fill together, or being the hardest of all. Nothing is drawn at random in the model.
+    """All examples beside some of them, most drawn in secret: what only many do to each other, such as a capacity that
+    they fill together, or being the hardest of all. Nothing is drawn at random in the model.
 
     Args:
         reduction: as declared; None for either.
         passed: which losses, the criterion's or the model's own, are compared by their gradients; without any, no
-            gradient is taken, and one part of the batch is looked at instead of all.
+            gradient is taken.
+        everybody: whether all examples are compared where there is no such loss, and not a quarter of them.
 
     Returns:
         Those that passed here too.
@@ -126,26 +131,14 @@ def check_whole(
         IsolationError: an output changes, a layer has not as many rows of every example, or the first loss does not
             weigh an example in the whole batch as in a part of it.
     """
-    some = sorted(random.SystemRandom().sample(range(n), max(n // 4, FEW)))
-    m = len(some)
-    whole = trials.outputs(call, n, some, passed)
-    part = trials.outputs(batch_parts.take(call, some, n), m, list(range(m)), passed)
-    for name, first, other in calls_in_both(whole.layers, part.layers):
-        if first.rows * m != other.rows * n:
-            raise IsolationError(
-                f"'{name}' works on {first.rows} rows in a batch of {n} examples and on {other.rows} in one of {m}: "
-                "not on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
-                "attention does), or leave the module out of the private layers.")
-        for i, left, right in zip(some, first.given, other.given, strict=False):
-            if differ(left, right):
-                raise IsolationError(_counted(f"What '{name}' is given of", i))
-    for lefts, rights in zip(whole.outputs, part.outputs, strict=False):
-        for i, left, right in zip(some, lefts, rights, strict=False):
-            if left.shape == right.shape and differ(left, right, masked=True):
-                raise IsolationError(_counted("The output for", i))
-    for number, rows in enumerate([some, *(_others(some, n) if passed else [])]):
-        if number:
-            part = trials.outputs(batch_parts.take(call, rows, n), len(rows), [], passed)
+    # The first and the last among them: what has room for so many drops those that come last.
+    some = [0, *sorted(random.SystemRandom().sample(range(1, n - 1), max(n // 4, FEW) - 2)), n - 1]
+    parts = [some, *(_others(some, n) if passed or everybody else [])]
+    kept = sorted({i for rows in parts for i in rows})
+    whole = trials.outputs(call, n, kept, passed)
+    for rows in parts:
+        part = trials.outputs(batch_parts.take(call, rows, n), len(rows), list(range(len(rows))), passed)
+        _compare_part(whole, part, kept, rows, n)
         for place in passed:
             if (found := _chosen_for(whole, part, place, rows, n, reduction)) is None:
                 continue
@@ -156,6 +149,27 @@ def check_whole(
                     f"terms of one example each: {REMEDY}.")
             passed -= {place}
     return passed
+
+
+def _compare_part(whole: Quiet, part: Quiet, kept: list[int], rows: list[int], n: int) -> None:
+    """What layers and outputs have of the examples ``rows``, which are ``part`` of a batch."""
+    m, places = len(rows), [kept.index(i) for i in rows]
+
+    def changed(lefts: list[Tensor], rights: list[Tensor], *, scores: bool) -> int | None:
+        return next((i for i, place, right in zip(rows, places, rights, strict=False) if place < len(lefts) and (
+            not scores or lefts[place].shape == right.shape) and differ(lefts[place], right, masked=scores)), None)
+
+    for name, first, other in calls_in_both(whole.layers, part.layers):
+        if first.rows * m != other.rows * n:
+            raise IsolationError(
+                f"'{name}' works on {first.rows} rows in a batch of {n} examples and on {other.rows} in one of {m}: "
+                "not on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
+                "attention does), or leave the module out of the private layers.")
+        if (i := changed(first.given, other.given, scores=False)) is not None:
+            raise IsolationError(_counted(f"What '{name}' is given of", i))
+    for lefts, rights in zip(whole.outputs, part.outputs, strict=False):
+        if (i := changed(lefts, rights, scores=True)) is not None:
+            raise IsolationError(_counted("The output for", i))
 
 
 def _others(some: list[int], n: int) -> list[list[int]]:
@@ -269,7 +283,7 @@ def check_padding(
     return bool(tried)
 
 
-def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int) -> None:
+def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None) -> None:
     """Warn where all batches have one width so far, and the model looks at padding: nobody can tell whether that width
     is a public number or the longest example of the data, which would then move all others."""
     for lengths in batch_parts.narrowed(call, n, by_runs="whole numbers"):
@@ -279,7 +293,7 @@ def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int) -> None:
         else:
             continue
         try:
-            _compare_narrowed(steady, other, narrow, n, "sum", frozenset())
+            _compare_narrowed(steady, other, narrow, n, reduction, frozenset())
         except IsolationError:
             warnings.warn(
                 f"The model looks at padding, and all batches are {narrow.tokens} wide: let that be a public number, "
@@ -339,12 +353,18 @@ def _compare_padded(
                 "passes over padding (by its attention mask, in pooling too).")
 
 
-def check_numbers(
-    trials: Trials, steady: Trace, call: Any, n: int, other_numbers: Mapping[str, Any]
-) -> None:
-    """A number, or a setting, that differs from batch to batch."""
-    for name, value in other_numbers.items():
-        changed = trials.run(batch_parts.with_numbers(call, {name: value}), still=steady.still)
+def check_shared(trials: Trials, steady: Trace, call: Any, n: int, earlier: Mapping[str, Any]) -> None:
+    """What all examples share and differs from batch to batch, put in as it was ``earlier``: one by one, or all at once
+    where it is much."""
+    for values in [{name: value} for name, value in earlier.items()] if len(earlier) <= _MUCH else [earlier]:
+        name = next(iter(values))
+        try:
+            changed = trials.run(with_shared(call, values), still=steady.still)
+        except Exception as error:  # whatever a model says to what does not fit
+            raise IsolationError(
+                f"The argument {name} of the model differs from batch to batch, and the model does not take it as it "
+                f"was in an earlier one ({type(error).__name__}), so that it cannot be tried whether examples meet by "
+                "it: leave it out, or let forward make it from what each example has.") from error
         pairs = steady.beside(changed, n, n)
         for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
             pairs += [(left, right) for _, left, right in pairs_of(

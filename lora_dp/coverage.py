@@ -239,6 +239,7 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
     recorder.tested_sizes.clear()
+    recorder.most_tried = None
     recorder.frozen = [
         (name, held, key) for name, held, key in held_parameters(model)
         if (parameter := held[key]) is not None and not parameter.requires_grad]

@@ -23,8 +23,8 @@ reduced otherwise than declared, models that look at padding, and counts of a ba
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ from lora_dp.company import (
     check_buffers,
     check_choices,
     check_company,
-    check_numbers,
     check_padding,
+    check_shared,
     check_whole,
     warn_of_width,
 )
@@ -53,6 +53,8 @@ from lora_dp.tables import set_apart
 from lora_dp.trial_values import Gradients, calls_in_both, differ, largest, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Trace, Trials, modes_kept
 
+T = TypeVar("T")
+
 
 class Passed(NamedTuple):
     """What a batch has passed.
@@ -61,17 +63,19 @@ class Passed(NamedTuple):
         losses: which of the single numbers that the model returns are losses that keep examples apart.
         padding: whether padding was there to be tried.
         criterion: the shape of the criterion's graph, if one was given.
+        whole: whether the whole batch can be compared with a part of it.
     """
 
     losses: frozenset[int] = frozenset()
     padding: bool = False
     criterion: int | None = None
+    whole: bool = False
 
 
 def check_isolation(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
     targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
-    padding_varies: bool | None = None, other_numbers: Mapping[str, Any] | None = None, draws: int = 1,
+    padding_varies: bool | None = None, earlier: Mapping[str, Any] | None = None, draws: int = 1,
     number_varies: bool = True, copies: bool = False, seen: Seen | None = None, one_width: bool = False,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
@@ -88,7 +92,7 @@ def check_isolation(
         reduction: how a scalar loss is declared to join the examples; None accepts a mean and a sum.
         padding_varies: whether other batches are padded to another width; None if that is not known, and then the
             padding that masks and labels show is tried.
-        other_numbers: numbers and settings among the arguments, by name, as they were in an earlier batch.
+        earlier: what all examples share among the arguments, by name, as it was in an earlier batch, where it differs.
         draws: with how many random states a model that draws is tried.
         number_varies: whether other batches hold another number of examples.
         copies: whether all are copies of the only example of a batch, which meets nobody: what buffers take up of it
@@ -101,35 +105,69 @@ def check_isolation(
     """
     if n < 2:
         return Passed()
+    return _taken_apart(model, args, kwargs, targets, n, seen, lambda call, seen, positional: _check(
+        model, call, positional, n, criterion, reduction, padding_varies, earlier or {}, draws, number_varies, copies,
+        seen, one_width))
+
+
+def check_larger(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *, reduction: LossReduction | None,
+    losses: frozenset[int], seen: Seen,
+) -> frozenset[int]:
+    """Try more examples than any batch had that was tried: what only so many do to each other.
+
+    Args:
+        model, args, kwargs, n, reduction, seen: as for :func:`check_isolation`.
+        losses: those of the model's that keep examples apart in smaller batches.
+
+    Returns:
+        Those that do so here too.
+
+    Raises:
+        IsolationError: naming what changes.
+    """
+    def check(call: Any, _: Seen, positional: tuple[str, ...]) -> frozenset[int]:
+        if batch_parts.of_whole_batch(call, n):
+            return losses
+        with _in_full_precision(call), Trials(model, None, positional) as trials:
+            return check_whole(trials, (*call[:2], None), n, reduction, losses, everybody=True)
+
+    return _taken_apart(model, args, kwargs, None, n, seen, check)
+
+
+def _taken_apart(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, n: int, seen: Seen | None,
+    check: Callable[[Any, Seen, tuple[str, ...]], T],
+) -> T:
+    """What ``check`` says of a call in which entries of the examples are told from what they share."""
     positional = batch_parts.argument_names(model.forward, len(args))
     by_place: Any = take_apart((args, kwargs, targets))
     plain, call = ((*batch_parts.named(positional, tree[:2]), tree[2]) for tree in (
         by_place, as_tensors(by_place, n, seen.lists if seen else None)))
     check_opened(call)
     seen = seen or Sizes().look(call, n)
-    options = (positional, n, criterion, reduction, padding_varies, other_numbers or {}, draws, number_varies, copies,
-               seen, one_width)
     # What the model says if tables hold rows of the examples after all, or a list is of N numbers by chance.
     for assumed in ([set_apart(call, seen.tables)] if seen.tables else []) + ([call] if has_lists(call) else []):
         try:
-            return _check(model, assumed, *options)
+            return check(assumed, seen, positional)
         except IsolationError:
             raise
         except Exception:
             pass
     check_opened(plain)
-    return _check(model, plain, *options)
+    return check(plain, seen, positional)
 
 
 def _check(
     model: nn.Module, call: Any, positional: tuple[str, ...], n: int, criterion: LossFunction | None,
-    reduction: LossReduction | None, padding_varies: bool | None, other_numbers: Mapping[str, Any], draws: int,
+    reduction: LossReduction | None, padding_varies: bool | None, earlier: Mapping[str, Any], draws: int,
     number_varies: bool, copies: bool, seen: Seen, one_width: bool,
 ) -> Passed:
     apart = not batch_parts.of_whole_batch(call, n)
     whole, examples = call, n
     if apart and n > FEW:
-        call, n = batch_parts.take(call, batch_parts.chosen(call, n, FEW), n), FEW
+        rows = batch_parts.chosen(call, n, FEW)
+        call, n = batch_parts.take(call, rows, n), len(rows)
     with _in_full_precision(call), Trials(model, criterion, positional) as trials:
         try:
             base = trials.run(call)
@@ -172,11 +210,11 @@ def _check(
                 padding = padding_varies is not False and check_padding(
                     trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied)
                 if one_width:
-                    warn_of_width(trials, steady, call, n)
-            if other_numbers:
-                check_numbers(trials, steady, call, n, other_numbers)
+                    warn_of_width(trials, steady, call, n, reduction)
+            check_shared(trials, steady, call, n, earlier)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
-        return Passed((passed or frozenset()) & _kept_apart(base, replaced_runs, n), padding, shape)
+        return Passed((passed or frozenset()) & _kept_apart(base, replaced_runs, n), padding, shape,
+                      apart and number_varies and not copies and not steady.elsewhere)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from lora_dp.loss_graph import IsolationError
 
 # Options of a run rather than a table of data.
 _MOST_OPTIONS = 256
+# Of a private layer, by an earlier make_private.
+_RECORDER = "recorder"
 
 
 def _state(value: Any) -> Hashable:
@@ -54,7 +56,7 @@ class Parts:
                 elif isinstance(value, bool) or (
                         isinstance(value, int | float) and not type(module).__module__.startswith("torch.")):
                     self._settings.append((vars(module), name))
-                elif not name.startswith("_") and (options := _options(value)) is not None:
+                elif name != _RECORDER and not name.startswith("_") and (options := _options(value)) is not None:
                     configurations[id(options)] = options
         self._settings += [(options, name) for options in configurations.values() for name, value in options.items()
                            if isinstance(value, str | bool | int | float | None)]

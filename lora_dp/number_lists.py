@@ -1,6 +1,7 @@
 """Lists among a model's arguments with an entry for each example: of numbers, such as lengths of texts, or of anything
 else, such as the texts themselves or the boxes in each image."""
 
+from collections import deque
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -24,7 +25,7 @@ class EntryList:
     """A list of a model's arguments with one entry for each example, of which some examples can be taken.
 
     Attributes:
-        entries: the list, a tuple of texts or an array of what is no number, as it came.
+        entries: the list, tuple or deque, a dict by number, or an array of what is no number, as it came.
         places: (M,) int64, for each of M examples the place of its entry; that of the first where several are equal.
         sizes: (M,), theirs.
     """
@@ -36,7 +37,8 @@ class EntryList:
         """The list of these examples, with tensors of its own."""
         if isinstance(self.entries, np.ndarray):
             return self.entries[self.places.numpy()]
-        return type(self.entries)(pytree.tree_map(_copied, self.entries[place]) for place in self.places.tolist())
+        taken = [pytree.tree_map(_copied, self.entries[place]) for place in self.places.tolist()]
+        return dict(enumerate(taken)) if isinstance(self.entries, dict) else type(self.entries)(taken)
 
 
 pytree.register_pytree_node(
@@ -59,40 +61,51 @@ def as_tensors(tree: Any, n: int, others: set[str] | None = None) -> Any:
         others: names of lists that follow no examples, since they were of another length once; those of this call join.
     """
     tree, others = take_apart(tree), set() if others is None else others
+    # The tuple of positional arguments is no list among them, nor is the call.
+    call = {id(part) for part in (tree, *tree[:1]) if type(part) is tuple} if isinstance(tree, tuple) else set()
     if n:
-        others |= _of_another_length(tree, n)
-    return _lists_as_tensors(tree, n, others, "")
+        others |= _of_another_length(tree, n, call)
+    return _lists_as_tensors(tree, n, others, "", call)
 
 
-def _lists_as_tensors(tree: Any, n: int, others: Set[str], above: str) -> Any:
+def _lists_as_tensors(tree: Any, n: int, others: Set[str], above: str, call: Set[int] = frozenset()) -> Any:
+    def is_entries(node: Any) -> bool:
+        return id(node) not in call and _is_list(node) and len(node) == n > 0
+
     def one(path: Any, node: Any) -> Any:
-        if not (_is_list(node) and len(node) == n > 0):
+        if not is_entries(node):
             return node
         name = above + pytree.keystr(path)
         if name not in others and isinstance(node, list) and all(map(_is_number, node)):
             whole = all(type(entry) is int for entry in node)
             return torch.tensor(node, dtype=torch.int64 if whole else torch.float64).as_subclass(NumberList)
         if name not in others and not _of_whole_batch(node, n):
-            return EntryList(node, torch.tensor(_first_places(node)),
-                             torch.tensor([_size(entry) for entry in node]).as_subclass(EntrySizes))
-        return [_lists_as_tensors(entry, n, others, f"{name}[{place}]") for place, entry in enumerate(node)] \
-            if isinstance(node, list) else node
+            entries = list(node.values()) if isinstance(node, dict) else list(node)
+            return EntryList(node, torch.tensor(_first_places(entries)),
+                             torch.tensor([_size(entry) for entry in entries]).as_subclass(EntrySizes))
+        if isinstance(node, np.ndarray):
+            return node
+        return pytree.tree_map_with_path(
+            lambda path, part: _lists_as_tensors(part, n, others, name + pytree.keystr(path)), node,
+            is_leaf=lambda part: part is not node)
 
-    return pytree.tree_map_with_path(one, tree, is_leaf=lambda node: _is_list(node) and len(node) == n)
+    return pytree.tree_map_with_path(one, tree, is_leaf=is_entries)
 
 
 def _is_list(node: Any) -> bool:
     """Whether it may have an entry for each example: texts come as a tuple, too, from torch's collate function."""
     if isinstance(node, np.ndarray):  # of numbers they are tensors by now
         return node.ndim > 0
-    return type(node) is list or (type(node) is tuple and bool(node) and all(isinstance(part, str) for part in node))
+    if type(node) is tuple and len(node) == 2 and any(isinstance(part, int | float | Tensor) for part in node):
+        return False  # a height and a width, rather, or cosines and sines
+    return type(node) in (list, tuple, deque) or (type(node) is dict and list(node) == list(range(len(node))) != [])
 
 
 def _is_number(entry: Any) -> bool:
     return type(entry) is float or (type(entry) is int and abs(entry) < 2**63)
 
 
-def _first_places(entries: Any) -> list[int]:
+def _first_places(entries: list[Any]) -> list[int]:
     """For each entry the place of the first that equals it, so that examples of one name are known."""
     firsts: dict[Any, int] = {}
     return [firsts.setdefault((type(entry), entry), place) if isinstance(entry, str | bytes | int) else place
@@ -128,10 +141,10 @@ def has_lists(tree: Any) -> bool:
         tree, is_leaf=lambda node: isinstance(node, EntryList)))
 
 
-def _of_another_length(tree: Any, n: int) -> set[str]:
+def _of_another_length(tree: Any, n: int, call: Set[int]) -> set[str]:
     """Names of the lists in a call, taken apart, that have not ``n`` entries."""
     def is_other(node: Any) -> bool:
-        return _is_list(node) and len(node) != n
+        return id(node) not in call and _is_list(node) and len(node) != n
 
     return {pytree.keystr(path) for path, node in pytree.tree_flatten_with_path(tree, is_leaf=is_other)[0]
             if is_other(node)}

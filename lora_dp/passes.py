@@ -13,9 +13,7 @@ from lora_dp.batch_parts import (
     Call,
     argument_names,
     named,
-    numbers_in,
     of_whole_batch,
-    settings_in,
     structure,
     take,
     tensors_in,
@@ -25,7 +23,7 @@ from lora_dp.batch_parts import (
 from lora_dp.collation import drawn_for_test
 from lora_dp.company import FEW, check_written
 from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check_statistics, check_strangers
-from lora_dp.isolation import check_isolation
+from lora_dp.isolation import check_isolation, check_larger
 from lora_dp.layers import PrivateModule
 from lora_dp.loss_graph import IsolationError
 from lora_dp.number_lists import as_tensors
@@ -91,14 +89,23 @@ class Passes:
         recorder, seen = self.recorder, self.recorder.sizes.look(call, n)
         # What the model takes in no other number, may pass as long as there is no other.
         number = seen.number and bool(of_whole_batch(call, n))
+        for name, place in seen.sideways.items():
+            raise IsolationError(
+                f"The argument {name} is as long as the batch in dimension {place}, and examples are expected in the "
+                "first: move them there (transpose).")
         call = set_apart(call, seen.tables)
-        kind, others, switched = self._kind(module, call, n, number)
+        kind, earlier = self._kind(module, call, n, number), recorder.shared.changed(call, n) if n else {}
         # A loss of the model's own may choose among more examples than there were; others are followed in every batch.
         sizes, size = recorder.tested_sizes.setdefault(kind, set()), n.bit_length()
         wanted = kind not in recorder.tested or (bool(recorder.tested[kind]) and size not in sizes)
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
-        if n == 0 or not (wanted or others or drawn_for_test()):
+        if n == 0 or not (wanted or earlier or drawn_for_test()):
+            if recorder.most_tried is not None and n > recorder.most_tried:
+                recorder.tested[kind] = check_larger(
+                    module, args, kwargs, n, reduction=recorder.losses.reduction, losses=recorder.tested[kind],
+                    seen=seen)
+                recorder.most_tried = n
             recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
         single = n == 1
@@ -107,11 +114,12 @@ class Passes:
             (args, kwargs), n = take(as_tensors((args, kwargs), 1, seen.lists), [0, 0], 1), 2
         passed = check_isolation(
             module, args, kwargs, n, reduction=recorder.losses.reduction,
-            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, other_numbers={**others, **switched},
+            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, earlier=earlier,
             number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
             seen=seen, one_width=not (recorder.padding_varies or recorder.sizes_fixed or recorder.tested))
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         sizes.add(size)
+        recorder.most_tried = max(n, FEW, recorder.most_tried or 0) if passed.whole else None
         recorder.padding_tried |= passed.padding
         return True
 
@@ -121,21 +129,14 @@ class Passes:
             self._names[len(args)] = argument_names(module.forward, len(args))
         return named(self._names[len(args)], (args, kwargs))
 
-    def _kind(
-        self, model: nn.Module, call: Call, n: int, number: bool
-    ) -> tuple[Hashable, dict[str, float], dict[str, bool | str]]:
-        """The structure of the batch and of the model, whether another ``number`` of examples must be taken, and
-        numbers and settings among the arguments that differ from an earlier batch's, as they were there."""
+    def _kind(self, model: nn.Module, call: Call, n: int, number: bool) -> Hashable:
+        """The structure of the batch and of the model, and whether another ``number`` of examples must be taken."""
         recorder = self.recorder
         seen = widths(call, n)
         recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
         recorder.widths = seen
-        others = {name: recorder.numbers[name] for name, value in numbers_in(call).items()
-                  if recorder.numbers.setdefault(name, value) != value}
-        switched = {name: recorder.settings[name] for name, value in settings_in(call).items()
-                    if recorder.settings.setdefault(name, value) != value}
         return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
-                recorder.parts.standing()), others, switched
+                recorder.parts.standing())
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

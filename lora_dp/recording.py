@@ -26,6 +26,7 @@ from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
+from lora_dp.shared_arguments import SharedArguments
 from lora_dp.sizes import Sizes
 from lora_dp.unwritten import Held, Versions
 
@@ -338,14 +339,16 @@ class Recorder:
             to; ``parts``, which modules it is made of; ``buffers``, to which buffers forwards wrote.
         tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
         tested_sizes: lengths in bits of the numbers of examples that these batches had.
+        most_tried: the largest number of examples of which the whole batch was compared with a part of it; None where
+            that cannot be.
         per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
             one, examples may meet: batches are not tried, losses not followed, and a batch's gradient is one.
         sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
             neither is tried.
         padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
             a batch came in which that could be tried.
-        widths, numbers, settings: of the sequences of the last batch; among the arguments of the first.
-        sizes: of the arguments of all batches.
+        widths: of the sequences of the last batch.
+        sizes, shared: of the arguments of all batches; what among them all examples share.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
         uses_checked: whether a first pass was looked through for parameters that get no gradient.
     """
@@ -451,11 +454,11 @@ class Recorder:
         """Forget what is remembered of earlier batches and of their losses."""
         self.tested: dict[Hashable, frozenset[int]] = {}
         self.tested_sizes: dict[Hashable, set[int]] = {}
+        self.most_tried: int | None = None
         self.padding_varies = self.padding_tried = False
         self.widths: Hashable = None
         self.sizes = Sizes()
-        self.numbers: dict[str, float] = {}
-        self.settings: dict[str, bool | str] = {}
+        self.shared = SharedArguments()
         self.losses.forget_batches()
 
     def leaves(self) -> set[int]:

@@ -17,12 +17,15 @@ class Seen(NamedTuple):
         varied: name and dimension of what examples hold, where it has been of several sizes.
         number: whether there have been several numbers of examples.
         lists: names of the lists that were of another length than the batch, and hold no entry for each example.
+        sideways: name of each tensor in which another dimension than the first, which comes with it, was as long as
+            every batch so far, of several numbers of examples.
     """
 
     tables: Mapping[str, frozenset[int]]
     varied: frozenset[tuple[str, int]]
     number: bool
     lists: set[str]
+    sideways: Mapping[str, int]
 
 
 class Sizes:
@@ -47,6 +50,8 @@ class Sizes:
         self._rows: set[str] = set()
         self._varied: set[tuple[str, int]] = set()
         self._numbers: set[int] = set()
+        # By the name of a tensor, which of its other dimensions have been as long as each batch, and of which numbers.
+        self._follow: dict[str, tuple[set[int], set[int]]] = {}
 
     def look(self, call: Any, n: int) -> Seen:
         """Take up the sizes of a call with ``n`` examples, which may be none, and say what is known by now."""
@@ -63,7 +68,15 @@ class Sizes:
                     tables[name] = frozenset(free)
                 elif shape[0] == n:
                     self._compare(name, shape)
-        return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists)
+        sideways = {name: place for name, shape in shapes.items() if n > 1 and shape[0] != n
+                    for place in self._following(name, shape, n)}
+        return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists, sideways)
+
+    def _following(self, name: str, shape: tuple[int, ...], n: int) -> set[int]:
+        same = {place for place, size in enumerate(shape) if size == n}
+        places, numbers = self._follow.get(name, (same, set()))
+        self._follow[name] = places & same, numbers | {n}
+        return places & same if len(numbers | {n}) > 1 else set()
 
     def _is_table(self, name: str, shape: tuple[int, ...], n: int, widths: set[int]) -> bool:
         first = shape[0]

@@ -606,6 +606,26 @@ def test_no_width_is_warned_of_where_padding_is_passed_over_or_may_be_a_border(b
         model(batch)
 
 
+class OwnMean(nn.Module):
+    """Passes over padding, and has a mean loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = Pools(masked=True)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.pools(ids)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_no_width_is_warned_of_where_a_model_has_a_mean_loss_of_its_own():
+    model = OwnMean().train()
+    make_private(model, batch_size=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(padded(9), torch.tensor([0, 1, 2, 0, 1, 2]))
+
+
 def test_a_width_is_warned_of_once_and_not_where_it_is_fixed():
     """Nor where widths vary, and the model is refused."""
     model = Pools(masked=False).train()

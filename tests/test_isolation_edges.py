@@ -267,9 +267,9 @@ def test_a_number_that_differs_from_batch_to_batch(where, dropout):
 
     model, batch = Numbered().train(), {"x": examples(4)[0], "count": 3.0}
     name = "[1]['count']"
-    check_isolation(model, (), batch, 4, other_numbers={name: 3.0})
+    check_isolation(model, (), batch, 4, earlier={name: 3.0})
     if where == "nowhere":
-        check_isolation(model, (), batch, 4, other_numbers={name: 2.0})
+        check_isolation(model, (), batch, 4, earlier={name: 2.0})
     else:
         with pytest.raises(IsolationError, match="differs from batch to batch"):
-            check_isolation(model, (), batch, 4, other_numbers={name: 2.0})
+            check_isolation(model, (), batch, 4, earlier={name: 2.0})

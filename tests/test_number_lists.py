@@ -1,5 +1,6 @@
 """Lists of numbers among a model's arguments, one for each example."""
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class Reader(nn.Module):
     def forward(self, x: Tensor, texts: Any) -> Tensor:
         self.given.append(texts)
         words = [list(map(ord, text)) if isinstance(text, str) else [] if text is None else list(text)
-                 for text in texts]
+                 for text in (texts.values() if isinstance(texts, dict) else texts)]
         length = max(map(len, words))
         rows = self.words(torch.tensor([word + [0] * (length - len(word)) for word in words]))
         if not self.looks:
@@ -151,6 +152,8 @@ LISTS: dict[str, Any] = {
     "tuples of words": lambda texts: [tuple(map(ord, text)) for text in texts],
     "words or nothing": lambda texts: [list(map(ord, text)) or None for text in texts],
     "tensors": lambda texts: [torch.tensor(list(map(ord, text)) + [0, 0], dtype=torch.int64) for text in texts],
+    "a deque": deque, "a dict by number": lambda texts: dict(enumerate(texts)), "a tuple of words": lambda texts: tuple(
+        list(map(ord, text)) for text in texts),
     "arrays": lambda texts: [np.array(list(map(ord, text)) + [0, 0], np.int64) for text in texts]}
 
 

@@ -121,7 +121,7 @@ class Classes(nn.Module):
 
 
 def scored(n: int, classes: int = 10) -> dict[str, Tensor]:
-    return {"x": torch.randn(n, 6), "classes": torch.randn(classes, 8)}
+    return {"x": torch.randn(n, 6), "classes": torch.linspace(-1, 1, 8 * classes).view(classes, 8).sin()}
 
 
 def test_a_table_as_long_as_a_later_batch_is_still_one():
@@ -335,13 +335,14 @@ def test_padding_that_one_tensor_shows_need_not_be_tried_by_another():
 
 
 class Counted(nn.Module):
-    """Rows of all examples and how many each has, in a tuple, whose numbers belong to no example."""
+    """Rows of all examples and how many each has, in a tuple; of some numbers of examples alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()
-        self.inner = DPLinear(6, 3)
+        self.inner, self.most = DPLinear(6, 3), most
 
     def forward(self, labels: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+        assert len(counts) == len(labels) < self.most
         return torch.stack([part.mean(0) for part in self.inner(rows).split(list(counts))]) + 0 * labels.unsqueeze(1)
 
 
@@ -349,9 +350,10 @@ def test_a_number_of_examples_that_varies_and_cannot_be_tried_is_refused():
     def counted(n: int) -> dict[str, Any]:
         return {"labels": torch.arange(n), "rows": torch.randn(2 * n, 6), "counts": (2,) * n}
 
-    run(Counted(), counted(4), counted(4))  # one structure, in which it is wanted from the second number on
+    run(Counted(8), counted(4), counted(4))  # one structure, in which it is wanted from the second number on
+    run(Counted(11), counted(4), counted(5))
     with pytest.raises(IsolationError, match="does not take every example of this one twice.*whose first dimension is"):
-        run(Counted(), counted(4), counted(5))
+        run(Counted(8), counted(4), counted(5))
 
 
 def test_the_check_by_hand_knows_tables_by_the_width():
