@@ -178,7 +178,7 @@ class Last:
 
 @pytest.mark.parametrize("collate", [Running, Last])
 def test_what_remembers_earlier_batches_is_refused(collate):
-    with pytest.raises(IsolationError, match="remembers other examples"):
+    with pytest.raises(IsolationError, match="remembers other examples|joins examples"):  # by what is drawn first
         check(Augmented(lambda index: 1.0), collate())
 
 
