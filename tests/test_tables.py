@@ -362,3 +362,36 @@ def test_the_check_by_hand_knows_tables_by_the_width():
     with pytest.raises(IsolationError, match="changes with the padding of the batch"):
         engine.check_isolation(model, with_table("positions", 9, 4, 3, 6))
     engine.check_isolation(Encoder("right"), with_table("causal", 9, 4, 3, 6))
+
+
+class Sideways(nn.Module):
+    """Given something of each example along another dimension than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = DPLinear(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.head(x / (1 + lengths.max())) if lengths.dim() == 2 else self.head(x)
+
+
+@pytest.mark.parametrize(("lengths", "place"), [
+    (lambda n: torch.ones(1, n), 1), (lambda n: torch.ones(2, n), 1), (lambda n: torch.ones(3, 1, n), 2)])
+def test_examples_in_another_dimension_are_refused_once_it_follows_their_number(lengths, place):
+    model = Sideways().train()
+    optimizer = make_private(model, batch_size=8)
+    for n in (8, 8):
+        model(torch.randn(n, 6), lengths(n))
+        optimizer.recorder.discard()
+    with pytest.raises(IsolationError, match=rf"as long as the batch in dimension {place}"):
+        model(torch.randn(9, 6), lengths(9))
+
+
+def test_a_width_that_is_the_number_of_one_batch_alone_follows_nobody():
+    sizes, x = Sizes(), torch.ones(4, 2)
+    for n, width in ((4, 4), (4, 4), (6, 5), (5, 5), (7, 7)):
+        assert not sizes.look({"x": torch.ones(n, 2), "row": torch.ones(1, width)}, n).sideways
+    sizes = Sizes()
+    for n in (1, 0, 4, 4):
+        assert not sizes.look({"x": torch.ones(n, 2), "row": torch.ones(1, n), "square": torch.ones(n, n)}, n).sideways
+    assert sizes.look({"x": x[:3], "row": torch.ones(1, 3), "square": torch.ones(3, 3)}, 3).sideways == {"['row']": 1}
