@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_dp.losses import IGNORED
 from lora_dp.number_lists import EntrySizes
+from lora_dp.opened import WHOLE
 from lora_dp.tables import Table
 from lora_dp.trial_values import largest
 
@@ -32,18 +33,26 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in what a model returned, in order: in containers of any kind, and in objects by their attributes."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        parts: list[Any] = list(tree.values())
-    elif isinstance(tree, list | tuple | set):
-        parts = list(tree)
-    elif hasattr(tree, "__dict__") and not isinstance(tree, type | torch.nn.Module):
-        parts = list(vars(tree).values())
-    else:
-        return []
-    return [tensor for part in parts for tensor in tensors_in(part)]
+    """All tensors in what a model returned, in order: in containers of any kind, and in objects by their attributes.
+
+    What several lists or objects hold counts where it is met first: objects may know each other.
+    """
+    found, known, left = [], set(), [tree]
+    while left:
+        part = left.pop()
+        if isinstance(part, Tensor):
+            found.append(part)
+        if id(part) in known or isinstance(part, (Tensor, WHOLE)):
+            continue
+        if isinstance(part, dict):
+            inner = list(part.values())
+        elif isinstance(part, list | tuple | set):
+            inner = list(part)
+        else:
+            inner = list(vars(part).values()) if hasattr(part, "__dict__") else []
+        known.add(id(part))
+        left += reversed(inner)
+    return found
 
 
 def argument_names(forward: Callable[..., Any], count: int) -> tuple[str, ...]:

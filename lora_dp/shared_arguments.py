@@ -6,6 +6,7 @@ It is the same in every batch, or it may follow what the batch holds, and then e
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -74,7 +75,7 @@ class SharedArguments:
             self._given, self._keywords = given, set(call[1])
         for name in sorted(given.keys() ^ self._given.keys()):
             earlier = self._given.get(name, ABSENT)
-            if _ROWS in (earlier, given.get(name)):
+            if earlier is _ROWS or given.get(name) is _ROWS:
                 raise IsolationError(
                     f"The argument {name} is given in some batches and not in others, so that what one example has "
                     "decides for all how the model computes: give it in every batch, with a value of its own (zeros, "
@@ -94,6 +95,8 @@ def _given(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _kept(value: Any) -> Any:
     """What stays as it is when the user's changes."""
+    if isinstance(value, set | np.ndarray):
+        return value.copy()
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -103,6 +106,8 @@ def _same(before: Any, now: Any) -> bool:
         return before.shape != now.shape or _equal(before.as_subclass(Tensor), now.detach().as_subclass(Tensor))
     if type(before) is not type(now):
         return False
+    if isinstance(before, np.ndarray):
+        return np.array_equal(before, now)
     return before is now or bool(before == now)
 
 

@@ -1,5 +1,6 @@
 """A call's arguments as a batch: what tells two structures apart, which examples a trial takes, what is padding."""
 
+import logging
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,19 @@ def test_tensors_are_found_in_whatever_a_model_returns():
                            model=nn.Linear(2, 2), kind=nn.Linear, slots=1, last=found[4])
     assert [id(tensor) for tensor in tensors_in(tree)] == [id(tensor) for tensor in found]
     assert tensors_in(None) == tensors_in("text") == tensors_in(nn.Linear(1, 1)) == tensors_in(nn.Linear) == []
+
+
+def test_tensors_in_what_knows_itself_are_found_once():
+    one, other = torch.ones(1), torch.ones(2)
+    tree = SimpleNamespace(x=one, log=logging.getLogger(), op=torch.ops.aten.relu, module=torch)
+    tree.whole, tree.parts = tree, [SimpleNamespace(up=tree, x=other), {"all": tree, "x": one}]
+    deep: list[Any] = [other]
+    for _ in range(5000):
+        deep = [deep]
+    for friend in (friends := [SimpleNamespace(x=torch.ones(1)) for _ in range(20)]):
+        friend.all = friends
+    found = [one, other, one, one, one, other, *(friend.x for friend in friends)]
+    assert list(map(id, tensors_in((tree, [one, one], deep, friends)))) == list(map(id, found))
 
 
 def test_what_holds_rows_of_all_examples_together():

@@ -49,6 +49,10 @@ SWITCHES: dict[str, tuple[Any, Any, Callable[[Any], bool]]] = {
     "a table": (torch.zeros(7), torch.ones(7), lambda it: bool(it.any())),
     "in an object": (
         SimpleNamespace(any=np.bool_(False)), SimpleNamespace(any=np.bool_(True)), lambda it: bool(it.any)),
+    "an array of texts": (np.array(["no"] * 3), np.array(["no", "yes", "no"]), lambda it: "yes" in it),
+    "a set": ({"no"}, {"no", "yes"}, lambda it: "yes" in it), "many settings": (
+        dict.fromkeys(map(str, range(70)), 0), {**dict.fromkeys(map(str, range(70)), 0), "5": 1},
+        lambda it: it["5"] == 1),
     "a function": (lambda: False, lambda: True, lambda it: it()), "a height and a width": (
         (4, 8), (4, 16), lambda it: it[1] > 8)}
 
@@ -192,6 +196,11 @@ def test_values_are_compared_with_the_first() -> None:
     one.zero_()  # the user's own
     found = changed(a=1.0, t=torch.tensor([[1.0, 2.0]]))
     assert found.keys() == {"[1]['a']", "[1]['t']"} and found["[1]['a']"] == 1
+    words, names = {"a"}, np.array(["a", "b"])
+    assert changed(words=words, names=names) == {}
+    words.add("b")
+    names[0] = "c"
+    assert changed(words=words, names=names).keys() == {"[1]['words']", "[1]['names']"}
     assert found["[1]['t']"][0, 0] == 1 and found["[1]['t']"][0, 1].isnan()
     assert changed(a=2, t=torch.tensor([[1.0, math.nan]])) == {"[1]['a']": 1}
     assert changed(a=True, t=torch.tensor([[1.0, math.nan]]).double()).keys() == {"[1]['a']", "[1]['t']"}
