@@ -196,15 +196,19 @@ def test_values_are_compared_with_the_first() -> None:
     one.zero_()  # the user's own
     found = changed(a=1.0, t=torch.tensor([[1.0, 2.0]]))
     assert found.keys() == {"[1]['a']", "[1]['t']"} and found["[1]['a']"] == 1
-    words, names = {"a"}, np.array(["a", "b"])
-    assert changed(words=words, names=names) == {}
-    words.add("b")
-    names[0] = "c"
-    assert changed(words=words, names=names).keys() == {"[1]['words']", "[1]['names']"}
     assert found["[1]['t']"][0, 0] == 1 and found["[1]['t']"][0, 1].isnan()
     assert changed(a=2, t=torch.tensor([[1.0, math.nan]])) == {"[1]['a']": 1}
     assert changed(a=True, t=torch.tensor([[1.0, math.nan]]).double()).keys() == {"[1]['a']", "[1]['t']"}
     assert changed(a=torch.tensor(1), t=3).keys() == {"[1]['a']", "[1]['t']"}
+
+
+def test_what_the_user_changes_is_kept_as_it_was() -> None:
+    shared, words, names = SharedArguments(), {"a"}, np.array(["a", "b"])
+    assert shared.changed(((), {"words": words, "names": names}), 3) == {}
+    words.add("b")
+    names[0] = "c"
+    found = shared.changed(((), {"words": words, "names": names}), 3)
+    assert found["[1]['words']"] == {"a"} and found["[1]['names']"].tolist() == ["a", "b"]
 
 
 def test_what_comes_and_goes_is_put_back_as_it_was() -> None:

@@ -72,11 +72,11 @@ TARGETS: dict[str, Target] = {
         "tests/test_choices.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
         "tests/test_isolation.py", "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py",
         "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
-        "tests/test_kept_buffers.py", "tests/test_own_losses.py", "tests/test_opened.py")),
+        "tests/test_kept_buffers.py", "tests/test_own_losses.py", "tests/test_opened.py", "tests/test_larger_batches.py")),
     "lora_dp/company.py": Target((
         "tests/test_company.py", "tests/test_choices.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
         "tests/test_isolation_edges.py", "tests/test_batch_trials.py", "tests/test_kept_buffers.py",
-        "tests/test_own_losses.py")),
+        "tests/test_own_losses.py", "tests/test_larger_batches.py", "tests/test_shared_arguments.py")),
     "lora_dp/trial_values.py": Target((
         "tests/test_trial_values.py", "tests/test_choices.py", "tests/test_company.py",
         "tests/test_isolation_trials.py")),
@@ -86,7 +86,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/kept_buffers.py": Target(("tests/test_kept_buffers.py",)),
     "lora_dp/model_parts.py": Target(("tests/test_model_parts.py", "tests/test_unwritten.py", "tests/test_beside.py")),
     "lora_dp/number_lists.py": Target(("tests/test_number_lists.py", "tests/test_opened.py", "tests/test_tables.py")),
-    "lora_dp/opened.py": Target(("tests/test_opened.py", "tests/test_collated_rows.py")),
+    "lora_dp/opened.py": Target((
+        "tests/test_opened.py", "tests/test_opened_objects.py", "tests/test_opened_settings.py",
+        "tests/test_collated_rows.py")),
     "lora_dp/repeats.py": Target(("tests/test_repeats.py",)),
     "lora_dp/fed/split_files.py": Target(("tests/fed/test_split_files.py", "tests/fed/test_data.py")),
     "lora_dp/unwritten.py": Target((
@@ -96,8 +98,9 @@ TARGETS: dict[str, Target] = {
     "lora_dp/trials.py": Target((
         *_TRIALS, "tests/test_company.py", "tests/test_model_parts.py", "tests/test_own_losses.py")),
     "lora_dp/batch_parts.py": Target((
-        "tests/test_batch_parts.py", "tests/test_choices.py", "tests/test_tables.py", *_TRIALS)),
+        "tests/test_batch_parts.py", "tests/test_order.py", "tests/test_choices.py", "tests/test_tables.py", *_TRIALS)),
     "lora_dp/sizes.py": Target(("tests/test_tables.py", "tests/test_batch_trials.py")),
+    "lora_dp/shared_arguments.py": Target(("tests/test_shared_arguments.py", "tests/test_batch_trials.py")),
     "lora_dp/tables.py": Target(("tests/test_tables.py", "tests/test_batch_parts.py")),
     "lora_dp/still.py": Target(("tests/test_drawing_ops.py", "tests/test_batch_trials.py")),
     "lora_dp/bypassed.py": Target(("tests/test_bypassed.py",)),
@@ -115,7 +118,7 @@ TARGETS: dict[str, Target] = {
         "tests/test_own_losses.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_passes.py", "tests/test_choices.py", "tests/test_kept_buffers.py", "tests/test_number_lists.py",
+        "tests/test_passes.py", "tests/test_larger_batches.py", "tests/test_tables.py", "tests/test_choices.py", "tests/test_kept_buffers.py", "tests/test_number_lists.py",
         "tests/test_model_parts.py", "tests/test_beside.py", "tests/test_company.py", "tests/test_unwritten.py",
         "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
         "tests/test_ownership.py",
