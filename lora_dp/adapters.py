@@ -104,7 +104,8 @@ class LoRAConfig:
 
 
 def _names(setting: str, given: object, remedy: str) -> list[str]:
-    if isinstance(given, Collection) and all(isinstance(name, str) for name in given):
+    if isinstance(given, Collection) and not isinstance(given, torch.Tensor) and all(
+            isinstance(name, str) for name in given):
         return list(given)
     raise TypeError(f"{setting} must be a list of names, got {given!r}: {remedy}.")
 

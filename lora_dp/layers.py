@@ -79,6 +79,11 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
     return (out_features, in_features) if _is_transposed(linear) else (in_features, out_features)
 
 
+def _check_sizes(**sizes: object) -> None:
+    for name, size in sizes.items():
+        check_count(name, size, least=0)
+
+
 def check_alpha(alpha: float | None) -> None:
     """Refuse an alpha that scales nothing; None, which stands for the rank, is taken.
 
@@ -128,6 +133,7 @@ class DPLoRALinear(PrivateModule):
         device: Any = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        _check_sizes(in_features=in_features, out_features=out_features)
         shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
         weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
         bound = 1 / math.sqrt(in_features) if in_features else 0.0
@@ -305,6 +311,7 @@ class DPLinear(PrivateModule):
         device: Any = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        _check_sizes(in_features=in_features, out_features=out_features)
         plain = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         stored = plain.weight.detach().t().contiguous() if fan_in_fan_out else plain.weight.detach()
         self._build(nn.Parameter(stored), plain.bias, fan_in_fan_out)
@@ -410,6 +417,7 @@ class DPEmbedding(PrivateModule):
         device: Any = None, dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        _check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         self._build(nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype))
 
     def _build(self, table: nn.Embedding) -> None:

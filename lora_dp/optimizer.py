@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_dp.accounting import Ledger, PoissonGaussian
 from lora_dp.accounting.history import History, Run, read_runs
-from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_number
+from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
 from lora_dp.coverage import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.drawn import LEAVE_OUT, Drawn
 from lora_dp.filtering import Filter
@@ -172,8 +172,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """As torch's; the parameters must be covered.
 
         Raises:
+            TypeError: no dict.
             ValueError: at the next step, if one is not.
         """
+        check_kind("param_group", param_group, dict, "with its parameters under 'params'")
         self.original_optimizer.add_param_group(param_group)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:

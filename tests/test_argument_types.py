@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lora_dp import (
+    DPEmbedding,
+    DPLinear,
     DPLoRALinear,
     Ledger,
     LoRAConfig,
@@ -20,6 +22,7 @@ from lora_dp import (
     unmerge_adapters,
 )
 from tests.models import examples, mlp, seeded
+from tests.support import make_private
 
 
 def test_numpys_numbers_in_a_lora_config_are_taken_and_saved(tmp_path: Path) -> None:
@@ -53,6 +56,30 @@ def test_an_adapted_layer(options: dict[str, Any], error: type[Exception], words
     if options.keys() <= {"r", "alpha"} and error is TypeError:
         with pytest.raises(TypeError, match=rf"^{words}"):
             DPLoRALinear(6, 4, r=2).set_rank(**{"r": 1, "alpha": 1.0, **options})
+
+
+@pytest.mark.parametrize("value", [None, "8", 10.0, math.nan, [1, 1], True, torch.tensor(1.0), -1])
+def test_sizes_of_a_layer(value: Any) -> None:
+    error = ValueError if value == -1 else TypeError
+    for make in (lambda one, other: DPLoRALinear(one, other, r=1), DPLinear, DPEmbedding):
+        for name, sizes in zip(("num_embeddings", "embedding_dim") if make is DPEmbedding else (
+                "in_features", "out_features"), ((value, 4), (4, value)), strict=True):
+            with pytest.raises(error, match=rf"^{name} must be .*, got .*\.$"):
+                make(*sizes)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(2), 3, [1]])
+def test_names_of_modules(value: Any) -> None:
+    for name in ("target_modules", "trainable_modules"):
+        with pytest.raises(TypeError, match=rf"^{name} must be a list of names, got .*\.$"):
+            LoRAConfig(r=2, **{name: value})
+
+
+@pytest.mark.parametrize("value", [None, [], "lr", 3])
+def test_a_group_of_parameters(value: Any) -> None:
+    optimizer = make_private(mlp(), batch_size=4)
+    with pytest.raises(TypeError, match=r"^param_group must be a dict, got .*params.*\.$"):
+        optimizer.add_param_group(value)
 
 
 @pytest.mark.parametrize("value", [None, "gpt2", {}, nn.Linear])

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 # One of a kind, and several.
 _NAMES: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "truth values"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"),
@@ -18,7 +20,7 @@ _NAMES: dict[Any, tuple[str, str]] = {
 def check_types(options: Any, names: dict[str, str] | None = None) -> None:
     """Refuse the first option of a dataclass whose value is not of its annotation's kind, or none of its choices.
 
-    A whole number is a number, a truth value is neither, and NumPy's numbers are taken as Python's.
+    A whole number is a number, a truth value is neither, and NumPy's numbers become Python's.
 
     Args:
         options: an instance of a dataclass.
@@ -34,6 +36,8 @@ def check_types(options: Any, names: dict[str, str] | None = None) -> None:
             name, kinds = (names or {}).get(field.name, field.name), _kinds(hint)
             listed = f"{', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
             raise ValueError(f"{name} must be {listed}, not {reprlib.repr(value)}.")
+        if isinstance(value, np.generic):  # which no file of a run's options takes; the dataclass may be frozen
+            object.__setattr__(options, field.name, value.item())
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -117,6 +117,8 @@ def test_what_is_right_is_taken():
         "method": "flora", "ranks": {4: 0.75, "8": 1}, "target_modules": ["qkv"], "unit": "client",
         "noise_by": "client"})
     assert (config.privacy.target, config.federation.rounds, config.federation.weighting) == (3, 3, "equal")
+    assert RunConfig.from_flat({"rounds": np.int64(3), "epsilon": np.float32(2)}).to_yaml() == RunConfig.from_flat(
+        {"rounds": 3, "epsilon": 2.0}).to_yaml()
     for name in CHOSEN:
         for word in choices(HINTS[name][1]):
             check_types(HINTS[name][0](**{

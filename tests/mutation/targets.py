@@ -72,7 +72,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_choices.py", "tests/test_isolation_trials.py", "tests/test_isolation_edges.py",
         "tests/test_isolation.py", "tests/test_company.py", "tests/test_tables.py", "tests/test_batch_trials.py",
         "tests/test_coverage.py", "tests/test_pitfalls_coverage.py", "tests/test_number_lists.py",
-        "tests/test_kept_buffers.py", "tests/test_own_losses.py", "tests/test_opened.py", "tests/test_larger_batches.py")),
+        "tests/test_kept_buffers.py", "tests/test_own_losses.py", "tests/test_opened.py",
+        "tests/test_larger_batches.py")),
     "lora_dp/company.py": Target((
         "tests/test_company.py", "tests/test_choices.py", "tests/test_tables.py", "tests/test_isolation_trials.py",
         "tests/test_isolation_edges.py", "tests/test_batch_trials.py", "tests/test_kept_buffers.py",
@@ -118,7 +119,8 @@ TARGETS: dict[str, Target] = {
         "tests/test_own_losses.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
-        "tests/test_passes.py", "tests/test_larger_batches.py", "tests/test_tables.py", "tests/test_choices.py", "tests/test_kept_buffers.py", "tests/test_number_lists.py",
+        "tests/test_passes.py", "tests/test_larger_batches.py", "tests/test_tables.py", "tests/test_choices.py",
+        "tests/test_kept_buffers.py", "tests/test_number_lists.py",
         "tests/test_model_parts.py", "tests/test_beside.py", "tests/test_company.py", "tests/test_unwritten.py",
         "tests/test_recording.py", "tests/test_loss_vectors.py", "tests/test_training_loops.py",
         "tests/test_ownership.py",
