@@ -12,7 +12,7 @@ them, i:
 5. in the whole batch, outputs must be those in a part of it, and each layer have as many rows of each example; the
    gradients of the criterion, or of the model's own losses, be what the declared reduction makes of those in parts;
 6. with less padding the same as in 4, where padding varies from batch to batch;
-7. a number among the model's arguments that differs from batch to batch must change nothing;
+7. what all examples share among the model's arguments must change nothing where it differs from batch to batch;
 8. beside noise that is larger than any of them, an example's outputs must stay.
 
 Tables among the arguments (positions, a causal mask) belong to no example: they stay in 1 to 5 and are cut in 6. Where
