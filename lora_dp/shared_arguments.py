@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_dp.loss_graph import IsolationError
-from lora_dp.opened import Opened
 from lora_dp.tables import Table
 
 # In the place of a keyword argument that a call is not given.
@@ -85,8 +84,8 @@ class SharedArguments:
 
 
 def _given(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """What a call has in dicts, at any depth, that is not None, by name."""
-    if isinstance(tree, dict) and not (isinstance(tree, Opened) and not isinstance(tree.like, Mapping)):
+    """What a call has in dicts and objects, at any depth, that is not None, by name."""
+    if isinstance(tree, dict):
         for key, value in tree.items():
             if value is not None:
                 yield f"{name}[{key!r}]", value
@@ -103,7 +102,7 @@ def _kept(value: Any) -> Any:
 def _same(before: Any, now: Any) -> bool:
     if isinstance(before, Tensor) and isinstance(now, Tensor):
         # Of another shape nothing can be put in its place.
-        return before.shape != now.shape or _equal(before.as_subclass(Tensor), now.detach().as_subclass(Tensor))
+        return before.shape != now.shape or _equal(before.as_subclass(Tensor), now.as_subclass(Tensor))
     if type(before) is not type(now):
         return False
     if isinstance(before, np.ndarray):

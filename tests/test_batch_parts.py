@@ -219,6 +219,9 @@ def test_padding_that_no_mask_shows_is_another_structure_and_the_shortest_is_tri
     one, all_alike, ragged = ({"x": dress(x)} for x in (full, shorter, short))
     assert len({structure(tree, 40) for tree in (one, all_alike, ragged)}) == 3
     assert 23 in chosen(ragged, 40, 4) and 23 not in chosen(one, 40, 4) and 23 not in chosen(all_alike, 40, 4)
+    chance = full.clone()  # two equal numbers are no padding yet
+    chance[5, 14:], chance[5, :2] = 11, 11
+    assert structure({"x": dress(chance)}, 40) != structure(ragged, 40)
     mask = torch.ones(40, 16).long()  # it tells, and numbers end alike by chance
     if pad >= 0:
         assert structure({**one, "mask": mask}, 40) == structure({**ragged, "mask": mask}, 40)
@@ -238,6 +241,10 @@ def test_of_images_and_whole_numbers_in_rows_no_padding_is_asked():
 def test_masks_of_attention_tell_of_padding(place, mask):
     lengths = torch.full((40, 1), 6)
     full = place(mask(torch.arange(6) < lengths))
+    assert structure({"mask": full}, 40) == structure({"mask": place(mask(torch.eye(40, 6).bool() | True))}, 40)
+    rolled = torch.stack([(torch.arange(6) < 4).roll(row) for row in range(40)])
+    one = rolled[:1].expand(40, 6)
+    assert structure({"mask": place(mask(rolled))}, 40) == structure({"mask": place(mask(one))}, 40)
     lengths[7] = 3
     assert structure({"mask": full}, 40) != structure({"mask": place(mask(torch.arange(6) < lengths))}, 40)
 

@@ -1,7 +1,9 @@
 """What all examples of a batch share among a model's arguments must change nothing where it differs."""
 
 import enum
+import functools
 import math
+from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +87,14 @@ def test_a_setting_that_is_given_in_some_batches_must_change_nothing(first: Any,
     assert_refuses(IsolationError, "of the model differs from batch to batch", lambda: call(5, **later))
 
 
+class Holder:
+    def __init__(self, **held: Any):
+        vars(self).update(held)
+
+    def get(self, name: str) -> Any:
+        return getattr(self, name, None)
+
+
 class Illustrated(nn.Module):
     """Texts with images, without which the model computes otherwise."""
 
@@ -99,7 +109,10 @@ class Illustrated(nn.Module):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("without", [{}, {"image": None}])
-@pytest.mark.parametrize("dress", [lambda it: it, lambda it: {"more": it}, list], ids=["tensor", "in a dict", "list"])
+@pytest.mark.parametrize("dress", [
+    lambda it: it, lambda it: {"more": it}, lambda it: {"more": UserDict(it)},
+    lambda it: {"more": Holder(**it)}, list],
+    ids=["tensor", "in a dict", "in a mapping", "in an object", "list"])
 def test_rows_that_are_given_in_some_batches_alone_are_refused(dress: Any, without: Any, first: bool) -> None:
     _, call = private(Illustrated().train())
 
@@ -111,8 +124,9 @@ def test_rows_that_are_given_in_some_batches_alone_are_refused(dress: Any, witho
     call(4, **batch(4, first))
     call(3, **batch(3, first))
     call(1, **batch(1, not first))  # nobody is beside it
-    assert_refuses(IsolationError, "['image'] is given in some batches and not in others, so that what one",
-                   lambda: call(5, **batch(5, not first)))
+    for n in (5, 2):
+        assert_refuses(IsolationError, "['image'] is given in some batches and not in others, so that what one",
+                       functools.partial(call, n, **batch(n, not first)))
 
 
 def test_what_does_not_fit_as_it_was_is_refused() -> None:
@@ -207,6 +221,11 @@ def test_what_the_user_changes_is_kept_as_it_was() -> None:
     assert shared.changed(((), {"words": words, "names": names}), 3) == {}
     words.add("b")
     names[0] = "c"
+    weights = torch.ones(1, 2, requires_grad=True)
+    assert shared.changed(((), {"words": {"a"}, "names": names.copy(), "weights": weights}), 3).keys() == {
+        "[1]['names']", "weights"}
+    again = shared.changed(((), {"words": {"a"}, "names": names, "weights": torch.zeros(1, 2)}), 3)["[1]['weights']"]
+    assert not again.requires_grad and again.tolist() == [[1, 1]]
     found = shared.changed(((), {"words": words, "names": names}), 3)
     assert found["[1]['words']"] == {"a"} and found["[1]['names']"].tolist() == ["a", "b"]
 
