@@ -33,7 +33,15 @@ from lora_dp.loss_graph import (
     weight,
 )
 from lora_dp.loss_rows import meeting, meets, reaches_padding
-from lora_dp.own_scales import OwnLosses, equal, listed, own_factors, summed_up
+from lora_dp.own_scales import (
+    OwnLosses,
+    check_outside,
+    equal,
+    listed,
+    numbers_outside,
+    own_factors,
+    summed_up,
+)
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5
@@ -49,6 +57,7 @@ class _Seen(NamedTuple):
     n: int
     weights: tuple[float, ...]
     factors: tuple[float, ...]
+    numbers: tuple[tuple[str, float], ...]
 
 
 class LossWatch:
@@ -142,7 +151,7 @@ class LossWatch:
                 raise IsolationError(
                     "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a "
                     "public schedule is optimizer.backward(losses, weight=…).")
-        before = self._seen.get(followed.shape)
+        before, numbers = self._seen.get(followed.shape), numbers_outside(loss, outputs)
         try:
             found = terms(loss, n, outputs)
             values = [self._weight(term, before) for term in found]
@@ -150,8 +159,8 @@ class LossWatch:
             # One example has nobody to meet.
             if not isinstance(error, MixingLoss) and (n == 1 or followed.shape in self.vouched):
                 self._check_own(followed, outputs, summed_up(loss, outputs))
-                self._compare(before, followed, (), followed.factors)
-                self._remember(followed, (), followed.factors)
+                self._compare(before, followed, (), followed.factors, numbers)
+                self._remember(followed, (), followed.factors, numbers)
                 return
             raise IsolationError(
                 f"It cannot be told that the loss keeps examples apart: {error}. Instead, {_REMEDY}; or let "
@@ -168,11 +177,11 @@ class LossWatch:
             self._check_linear(inside.linear)
             self._check_counts(_products(inside, outputs, own) if n > 1 else [])
         weights = tuple(sorted(values))
-        self._compare(before, followed, weights, inside.factors)
+        self._compare(before, followed, weights, inside.factors, numbers)
         for edge in joined:
             self._check_apart(edge, outputs, before)
         self._check_paired(inside, before, vouched=followed.shape in self.vouched)
-        self._remember(followed, weights, inside.factors)
+        self._remember(followed, weights, inside.factors, numbers)
 
     def vector(self, losses: Tensor, n: int) -> None:
         """Before the backward of per-example losses: refuse what does not keep the examples apart.
@@ -192,17 +201,17 @@ class LossWatch:
         self._take("sum")
         self._check_way(followed)
         self._check_inside(followed, outputs)
-        before = self._seen.get(followed.shape)
+        before, numbers = self._seen.get(followed.shape), numbers_outside(losses, outputs)
         # Those that the model computed itself are followed into it.
         own = summed_up(losses, outputs) | {place for place, t in enumerate(outputs.tensors) if t.dim() == 1}
         weights = tuple(sorted((*followed.linear, *_products(followed, outputs, own))))
-        self._compare(before, followed, weights, followed.factors)
+        self._compare(before, followed, weights, followed.factors, numbers)
         self._check_own(followed, outputs, own)
         if before is None:
             self._check_counts(weights)
         self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs, before)
         self._check_paired(followed, before, vouched=followed.shape in self.vouched)
-        self._remember(followed, weights, followed.factors)
+        self._remember(followed, weights, followed.factors, numbers)
 
     def shape_of(self, loss: Tensor, output: Any) -> int:
         """What names the graph of a loss that was computed from a model's output."""
@@ -337,13 +346,16 @@ class LossWatch:
                     "engine.check_isolation(model, batch, criterion) test it first.")
 
     def _compare(
-        self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]
+        self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...],
+        numbers: tuple[tuple[str, float], ...]
     ) -> None:
         """With earlier batches: no number may have followed what the batch holds."""
         if before is not None:
             for now, then in ((weights, before.weights), (factors, before.factors)):
                 if not equal(now, then):
                     raise IsolationError(_differs(now, then))
+            if self._n > 1 and before.n > 1:  # else an example's own
+                check_outside(numbers, before.numbers)
         if self._n < 2 or not weights:
             return
         # A loop over the examples has another graph for every batch.
@@ -354,10 +366,13 @@ class LossWatch:
         if others is not None and not equal(factors, others) and _in_one_ratio(factors, others):
             raise IsolationError(_differs(factors, others))
 
-    def _remember(self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
+    def _remember(
+        self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...],
+        numbers: tuple[tuple[str, float], ...]
+    ) -> None:
         """A loss that passed. The first one stays what others are compared with; of one example it proves least."""
         if followed.shape not in self._seen or self._seen[followed.shape].n == 1:
-            self._seen[followed.shape] = _Seen(self._n, weights, factors)
+            self._seen[followed.shape] = _Seen(self._n, weights, factors, numbers)
         if self._n > 1 and weights:
             self._weights.setdefault(followed.kinds, _distinct(weights))
             self._products.setdefault((followed.kinds, len(factors)), factors)

@@ -1,4 +1,5 @@
-"""Losses that a model computes itself: by which numbers it multiplies, divides and bounds them, read off their graph.
+"""Losses that a model computes itself: by which numbers it multiplies, divides and bounds them, read off their graph;
+and by which others are bounded outside of it.
 
 A number that follows what the batch holds ties each example to the others, and no trial of the model need show it: a
 loop may set it on the model. What is the same in every batch is taken for a constant.
@@ -6,7 +7,7 @@ loop may set it on the model. What is the same in every batch is taken for a con
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from lora_dp.loss_graph import (
+    IsolationError,
     LossReduction,
     MixingLoss,
     Outputs,
@@ -35,8 +37,9 @@ _NAMES = ("alpha", "beta", "delta", "eps", "exponent", "input_scale", "lambd", "
 _UNPACKED = {("ClampBackward", "min"), ("ClampBackward", "max"), ("ClampMinBackward", "min"),
              ("ClampMaxBackward", "max"), ("PowBackward", "exponent"), ("LerpBackward", "weight")}
 _MULTIPLIED = ("MulBackward", "DivBackward")
-_MULTIPLIERS = {("AddBackward", "alpha"), ("SubBackward", "alpha"), ("RsubBackward", "alpha"),
-                ("AddcmulBackward", "value"), ("AddcdivBackward", "value"), ("LerpBackward", "weight")}
+_PLAIN_MULTIPLIERS = {"Mul's other", "Div's other"}
+_MULTIPLIERS = {"Add's alpha", "Sub's alpha", "Rsub's alpha", "Addcmul's value", "Addcdiv's value", "Lerp's weight",
+                *_PLAIN_MULTIPLIERS}
 # Beyond these a place is told by nothing in the graph.
 _MOVED = ("FlipBackward", "RollBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward")
 _UNKNOWN_PLACE = -1
@@ -165,7 +168,7 @@ def own_numbers(loss: Tensor, n: int) -> OwnNumbers:
     joins = [] if loss.dim() else terms(loss, n, _EVERYTHING)
     edges = [(loss.grad_fn, loss.output_nr)] if loss.dim() else [
         (term.joined.node, term.joined.output_nr) for term in joins if term.joined is not None]
-    order = _down_to_layers(edges)
+    order = _ordered(edges, _carries_on)
     levels: dict[Node, int] = {}  # how many scales follow one another below a node
     scales: list[dict[float, None]] = []
     bounds: dict[str, set[float]] = {}
@@ -176,7 +179,7 @@ def own_numbers(loss: Tensor, n: int) -> OwnNumbers:
         places[node] = _places(node, places)
         for name, value in _numbers(node):
             value = float(f"{value:.6g}")
-            if name:
+            if name not in _MULTIPLIERS:
                 bounds.setdefault(name, set()).add(value)
                 continue
             levels[node] = level + 1
@@ -199,6 +202,34 @@ def _places(node: Node, below: Mapping[Node, frozenset[int]]) -> frozenset[int]:
     return found | {number for child, number in node.next_functions if child and kind_of(child) == "UnbindBackward"}
 
 
+def numbers_outside(root: Tensor, outputs: Outputs) -> tuple[tuple[str, float], ...]:
+    """The single numbers of the operations between the model's outputs and a loss, but for plain factors and divisors:
+    these are followed through sums and means."""
+    assert root.grad_fn is not None
+    known: dict[Node, bool] = {}
+
+    def leads_on(node: Node, number: int) -> bool:
+        return (node, number) not in outputs.places and outputs.below(node, number, known)
+
+    order = _ordered([(root.grad_fn, root.output_nr)], leads_on)
+    return tuple(found for node in order for found in _numbers(node) if found[0] not in _PLAIN_MULTIPLIERS)
+
+
+def check_outside(now: Sequence[tuple[str, float]], then: Sequence[tuple[str, float]]) -> None:
+    """What :func:`numbers_outside` found for the same operations in two batches.
+
+    Raises:
+        IsolationError: they are not the same.
+    """
+    if [name for name, _ in now] == [name for name, _ in then] and equal(
+            [value for _, value in now], [value for _, value in then]):
+        return
+    told, before = (" and ".join(f"{value:.6g} ({name})" for name, value in found if (name, value) not in other)
+                    or "nothing" for found, other in ((now, then), (then, now)))
+    raise IsolationError(f"The loss of this batch is bounded or bent by {told}, that of an earlier one by {before}: "
+                         f"{_TIED}.")
+
+
 def summed_up(root: Tensor, outputs: Outputs) -> frozenset[int]:
     """Which of the model's outputs are losses by what is done to them: on some way to ``root`` they are only chosen,
     weighed and added up. What a criterion takes, logits say, is none."""
@@ -216,16 +247,16 @@ def summed_up(root: Tensor, outputs: Outputs) -> frozenset[int]:
     return frozenset(found)
 
 
-def _down_to_layers(edges: Sequence[tuple[Node, int]]) -> list[Node]:
-    """The nodes from these edges down to the layers, children first and the first of them foremost."""
+def _ordered(edges: Sequence[tuple[Node, int]], goes_on: Callable[[Node, int], bool]) -> list[Node]:
+    """The nodes from these edges down as far as it goes on, children first and the first of them foremost."""
     order: list[Node] = []
     seen: set[Node] = set()
-    stack = [node for node, number in reversed(edges) if _carries_on(node, number)]
+    stack = [node for node, number in reversed(edges) if goes_on(node, number)]
     while stack:
         node = stack[-1]
         open_ = [] if node in seen else [
             child for child, number in node.next_functions
-            if child is not None and child not in seen and _carries_on(child, number)]
+            if child is not None and child not in seen and goes_on(child, number)]
         if open_:
             stack += reversed(open_)
             continue
@@ -243,25 +274,20 @@ def _carries_on(node: Node, number: int) -> bool:
 
 
 def _numbers(node: Node) -> Iterator[tuple[str, float]]:
-    """The single numbers of an operation, each under its name; without one those by which it multiplies."""
+    """The single numbers of an operation, each under its name."""
     kind = kind_of(node)
     children = [(child, number) for child, number in node.next_functions if child is not None]
     multiplied = kind in _MULTIPLIED and len(children) == 1
     if multiplied:
         with contextlib.suppress(UnknownLoss):  # by a vector
-            yield "", shares(node, children)[0]
+            yield f"{kind.removesuffix('Backward')}'s other", shares(node, children)[0]
         if kind == "MulBackward":
             return
     for name in _kept_by(type(node)):
-        if multiplied and name == "other":
-            continue
-        value = _number(node, name, children)
-        if value is None:
-            continue
-        if (kind, name) not in _MULTIPLIERS:
-            yield f"{kind.removesuffix('Backward')}'s {name}", value
-        elif value != 1:
-            yield "", value
+        value = None if multiplied and name == "other" else _number(node, name, children)
+        named = f"{kind.removesuffix('Backward')}'s {name}"
+        if value is not None and (value != 1 or named not in _MULTIPLIERS):
+            yield named, value
 
 
 _kept: dict[type, tuple[str, ...]] = {}
