@@ -7,6 +7,7 @@ loop may set it on the model. What is the same in every batch is taken for a con
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,13 +38,10 @@ _NAMES = ("alpha", "beta", "delta", "eps", "exponent", "input_scale", "lambd", "
 _UNPACKED = {("ClampBackward", "min"), ("ClampBackward", "max"), ("ClampMinBackward", "min"),
              ("ClampMaxBackward", "max"), ("PowBackward", "exponent"), ("LerpBackward", "weight")}
 _MULTIPLIED = ("MulBackward", "DivBackward")
-_PLAIN_MULTIPLIERS = {"Mul's other", "Div's other"}
 _MULTIPLIERS = {"Add's alpha", "Sub's alpha", "Rsub's alpha", "Addcmul's value", "Addcdiv's value", "Lerp's weight",
-                *_PLAIN_MULTIPLIERS}
+                "Mul's other", "Div's other"}
 # Beyond these a place is told by nothing in the graph.
 _MOVED = ("FlipBackward", "RollBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward")
-_UNKNOWN_PLACE = -1
-_FROM_THE_END = 2**62  # torch keeps a negative index as an unsigned number
 # What numbers go through that are summed up in the end, each by itself.
 _SUMMED = frozenset({
     "Add", "Addcmul", "Alias", "Bmm", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "Dot", "Expand", "Gather",
@@ -71,12 +69,13 @@ class OwnNumbers(NamedTuple):
         scales: by which the losses are multiplied, in the order in which they are added up: first those that have no
             other below them, then those that have one, and so on.
         bounds: by the names of operations, their other numbers: bounds, exponents, widths; in ascending order.
-        steps: for each scale, the places along a dimension from which come the numbers that it multiplies.
+        steps: for each scale, the places along a dimension from which come the numbers that it multiplies, None where
+            that is not known.
     """
 
     scales: tuple[tuple[float, ...], ...]
     bounds: Mapping[str, tuple[float, ...]]
-    steps: Mapping[float, frozenset[int]]
+    steps: Mapping[float, frozenset[int | None]]
 
     @property
     def all_scales(self) -> tuple[float, ...]:
@@ -115,18 +114,15 @@ class OwnLosses:
             return
         now = own_numbers(losses, n)
         then = self._numbers.setdefault(place, now)
-        if not equal(now.all_scales, then.all_scales):
-            if not _goes_on(now, then) and not _goes_on(then, now):
+        if not equal(now.all_scales, then.all_scales) and not _goes_on(now, then) and not _goes_on(then, now):
+            raise MixingLoss(
+                f"the model multiplies the losses that it computes itself by {listed(now.all_scales)} in this batch, "
+                f"by {listed(then.all_scales)} in an earlier one: {_TIED}")
+        for name, values in now.bounds.items():
+            if not equal(values, earlier := then.bounds.get(name, values)):
                 raise MixingLoss(
-                    f"the model multiplies the losses that it computes itself by {listed(now.all_scales)} in this "
-                    f"batch, by {listed(then.all_scales)} in an earlier one: {_TIED}")
-            longer = max(now, then, key=lambda found: len(found.all_scales))
-            then = longer._replace(bounds=then.bounds)
-        for name in sorted(now.bounds.keys() & then.bounds.keys()):
-            if not equal(now.bounds[name], then.bounds[name]):
-                raise MixingLoss(
-                    f"the model bounds or bends the losses that it computes itself by {listed(now.bounds[name])} in "
-                    f"this batch ({name}), by {listed(then.bounds[name])} in an earlier one: {_TIED}")
+                    f"the model bounds or bends the losses that it computes itself by {listed(values)} in this batch "
+                    f"({name}), by {listed(earlier)} in an earlier one: {_TIED}")
         self._numbers[place] = then._replace(bounds={**now.bounds, **then.bounds})
 
 
@@ -172,8 +168,8 @@ def own_numbers(loss: Tensor, n: int) -> OwnNumbers:
     levels: dict[Node, int] = {}  # how many scales follow one another below a node
     scales: list[dict[float, None]] = []
     bounds: dict[str, set[float]] = {}
-    places: dict[Node, frozenset[int]] = {}
-    steps: dict[float, frozenset[int]] = {}
+    places: dict[Node, frozenset[int | None]] = {}
+    steps: dict[float, frozenset[int | None]] = {}
     for node in [*order, *(term.at for term in joins if term.at is not None)]:
         level = levels[node] = max((levels.get(child, 0) for child, _ in node.next_functions if child), default=0)
         places[node] = _places(node, places)
@@ -190,15 +186,16 @@ def own_numbers(loss: Tensor, n: int) -> OwnNumbers:
         tuple(map(tuple, scales)), {name: tuple(sorted(found)) for name, found in bounds.items()}, steps)
 
 
-def _places(node: Node, below: Mapping[Node, frozenset[int]]) -> frozenset[int]:
-    """Which places along a dimension the numbers of this node come from."""
-    found = frozenset().union(*(below.get(child, frozenset()) for child, _ in node.next_functions if child))
+def _places(node: Node, below: Mapping[Node, frozenset[int | None]]) -> frozenset[int | None]:
+    """Which places along a dimension the numbers of this node come from, None for one that is not known."""
+    found: frozenset[int | None] = frozenset().union(
+        *(below.get(child, frozenset()) for child, _ in node.next_functions if child))
     kind = kind_of(node)
     if kind in _MOVED:
-        return found | {_UNKNOWN_PLACE}
+        return found | {None}
     if kind == "SelectBackward":
         index = Saved(node).get("index")
-        return found | {index if index < _FROM_THE_END else _UNKNOWN_PLACE}
+        return found | {index if index < sys.maxsize else None}  # one from the end is kept as an unsigned number
     return found | {number for child, number in node.next_functions if child and kind_of(child) == "UnbindBackward"}
 
 
@@ -212,7 +209,7 @@ def numbers_outside(root: Tensor, outputs: Outputs) -> tuple[tuple[str, float], 
         return (node, number) not in outputs.places and outputs.below(node, number, known)
 
     order = _ordered([(root.grad_fn, root.output_nr)], leads_on)
-    return tuple(found for node in order for found in _numbers(node) if found[0] not in _PLAIN_MULTIPLIERS)
+    return tuple(found for node in order for found in _numbers(node, factors=False))
 
 
 def check_outside(now: Sequence[tuple[str, float]], then: Sequence[tuple[str, float]]) -> None:
@@ -273,16 +270,16 @@ def _carries_on(node: Node, number: int) -> bool:
     return not layer and math.prod(node._input_metadata[number].shape) != 1
 
 
-def _numbers(node: Node) -> Iterator[tuple[str, float]]:
-    """The single numbers of an operation, each under its name."""
+def _numbers(node: Node, factors: bool = True) -> Iterator[tuple[str, float]]:
+    """The single numbers of an operation, each under its name; plain ``factors`` and divisors among them or not."""
     kind = kind_of(node)
     children = [(child, number) for child, number in node.next_functions if child is not None]
     multiplied = kind in _MULTIPLIED and len(children) == 1
-    if multiplied:
+    if multiplied and factors:
         with contextlib.suppress(UnknownLoss):  # by a vector
             yield f"{kind.removesuffix('Backward')}'s other", shares(node, children)[0]
-        if kind == "MulBackward":
-            return
+    if multiplied and kind == "MulBackward":
+        return
     for name in _kept_by(type(node)):
         value = None if multiplied and name == "other" else _number(node, name, children)
         named = f"{kind.removesuffix('Backward')}'s {name}"
@@ -323,7 +320,7 @@ def _goes_on(longer: OwnNumbers, shorter: OwnNumbers) -> bool:
     more steps, each of which is added up with the others. A step keeps the discount that it had."""
     def series(more: Sequence[float], fewer: Sequence[float]) -> bool:
         return _is_longer_series(more, fewer) and (len(more) == len(fewer) or all(
-            len(longer.steps[value]) == 1 and _UNKNOWN_PLACE not in longer.steps[value]
+            len(longer.steps[value]) == 1 and None not in longer.steps[value]
             and shorter.steps.get(value) == longer.steps[value] for value in more[: _alike(more, fewer)]))
 
     return len(longer.scales) == len(shorter.scales) and all(map(series, longer.scales, shorter.scales))

@@ -324,6 +324,17 @@ def test_a_longer_series_begins_with_the_shorter_one(then, now, taken, turned):
         assert_refuses(MixingLoss, "multiplies the losses", lambda: known.check_numbers(0, second, N))
 
 
+@pytest.mark.parametrize(("n", "held"), [(1, False), (2, True), (3, True)])
+def test_two_examples_can_meet_and_one_cannot(n, held):
+    known = OwnLosses()
+    known.check_numbers(0, rows(n) * 3, n)
+    if held:
+        assert_refuses(MixingLoss, "by 4 in this batch, by 3 in", lambda: known.check_numbers(0, rows(n) * 4, n))
+    else:
+        known.check_numbers(0, rows(n) * 4, n)
+        assert not known._numbers
+
+
 def test_what_a_batch_is_compared_with_stays_the_first_one():
     out, known = rows(), OwnLosses()
     for share in (1.0, 1 + 8e-6):
