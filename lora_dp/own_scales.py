@@ -248,7 +248,7 @@ def _ordered(edges: Sequence[tuple[Node, int]], goes_on: Callable[[Node, int], b
     """The nodes from these edges down as far as it goes on, children first and the first of them foremost."""
     order: list[Node] = []
     seen: set[Node] = set()
-    stack = [node for node, number in reversed(edges) if goes_on(node, number)]
+    stack = [node for node, number in edges if goes_on(node, number)]
     while stack:
         node = stack[-1]
         open_ = [] if node in seen else [

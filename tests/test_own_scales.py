@@ -50,7 +50,7 @@ def test_by_what_losses_of_the_models_own_are_multiplied_before_they_are_joined(
     (lambda out: out.clamp(max=torch.tensor(7.0)).mean(), {"Clamp's max": (7,)}),
     (lambda out: out.clamp(max=torch.tensor([7.0])).mean(), {"Clamp's max": (7,)}),
     (lambda out: out.clamp(max=torch.tensor([7.0, 8.0, 9.0])).mean(), {}),
-    (lambda out: (out**3 + out**2).mean(), {"Pow's exponent": (2, 3)}),
+    (lambda out: (out**16 + out**3).mean(), {"Pow's exponent": (3, 16)}),
     (lambda out: 3**out, {"Pow's self": (3,)}), (lambda out: torch.tensor(3.0) / out, {"Div's self": (3,)}),
     (lambda out: F.huber_loss(out, torch.zeros(N, 3), delta=0.3), {"HuberLoss's delta": (0.3,)}),
     (lambda out: F.huber_loss(out, torch.zeros(N, 3), delta=0.3, reduction="none"), {"HuberLoss's delta": (0.3,)}),
@@ -74,6 +74,7 @@ def test_a_graph_whose_ways_double_at_each_step_is_gone_through_once():
     for _ in range(60):
         out = out + out
     assert own_numbers(out.sum(), N).all_scales == (2.0,)
+    assert summed_up(out.sum(), Outputs.of([rows()])) == set()
 
 
 def test_what_was_used_up_or_written_to_is_left_to_its_backward():
@@ -91,6 +92,8 @@ def test_scales_are_told_apart_by_how_many_follow_one_another():
     terms = (out[:, 0] * 0.9, out[:, 1] / 2 * 5, out[:, 2] * 0.7)
     for joined in (terms[0] + terms[1] + terms[2], torch.stack(terms), torch.cat(terms)):
         assert own_numbers(joined * 3, N).scales == ((0.9, 0.5, 0.7), (5.0,), (3.0,))
+    after_layers = F.linear(out, torch.ones(3, 3)) * 0.9 + out * 0.7
+    assert own_numbers(after_layers * 3, N).scales == ((0.9, 0.7), (3.0,))
 
 
 # Which outputs are losses
