@@ -63,6 +63,7 @@ class Term(NamedTuple):
         factor: product of the constants by which the term is multiplied.
         joined: where the numbers that are joined come from, to look for examples that meet in them.
         own: which of the model's outputs it is.
+        at: the operation that joins.
     """
 
     kind: Literal["outside", "own"]
@@ -71,6 +72,7 @@ class Term(NamedTuple):
     factor: float
     joined: GradientEdge | None = None
     own: int = -1
+    at: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,17 @@ def _terms(
         if (joined := _joined(node, factor, n, children, outputs.counts)) is not None:
             yield joined
         else:
-            pending += [(c, k, factor * share) for (c, k), share in zip(children, _shares(node, children), strict=True)]
+            pending += [(c, k, factor * share) for (c, k), share in zip(children, shares(node, children), strict=True)]
 
 
-def _kind(node: Node) -> str:
+def kind_of(node: Node) -> str:
     return node.name().rpartition("::")[2].rstrip("0123456789")
 
 
 def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]], counts: bool) -> Term | None:
     """The term of a node that joins numbers, None for a node of another kind. ``counts``: what it divides by is taken
     as it is."""
-    kind, saved = _kind(node), _Saved(node)
+    kind, saved = kind_of(node), Saved(node)
     if kind in ("MeanBackward", "SumBackward"):
         elements = math.prod(saved.get("self_sym_sizes"))
         if (elements == 1 and n > 1) or _stacked(children):
@@ -154,7 +156,7 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]],
         if math.prod(node._input_metadata[0].shape) != 1:
             return _unknown(node)
         how: LossReduction = "mean" if kind == "MeanBackward" else "sum"
-        return Term("outside", elements, how, factor, GradientEdge(*children[0]))
+        return Term("outside", elements, how, factor, GradientEdge(*children[0]), at=node)
     reduction = saved.get("reduction")
     if not isinstance(reduction, int) or reduction not in (_MEAN, _SUM) or len(children) != 1:
         return None
@@ -163,18 +165,18 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]],
         return _unknown(node)
     if reduction == _MEAN and kind.startswith("NllLoss"):
         if counts:
-            return Term("outside", float(saved.get("total_weight")), "mean", factor)
+            return Term("outside", float(saved.get("total_weight")), "mean", factor, at=node)
         if saved.get("weight") is not None:
             raise MixingLoss("a mean weighted by classes, whose divisor is the weight of the batch's labels")
         if float(saved.get("total_weight")) != rows.numel():
             raise MixingLoss("a mean over the labels that are not ignored, whose number is the batch's")
     return Term(
-        "outside", rows.numel(), "mean" if reduction == _MEAN else "sum", factor, GradientEdge(*children[0]))
+        "outside", rows.numel(), "mean" if reduction == _MEAN else "sum", factor, GradientEdge(*children[0]), at=node)
 
 
-def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
+def shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     """By what each child's number is multiplied in this node, which must be linear in them."""
-    kind, saved = _kind(node), _Saved(node)
+    kind, saved = kind_of(node), Saved(node)
     if kind in ("AddBackward", "SubBackward") and _are_numbers(children):
         slots = [place for place, (n, k) in enumerate(node.next_functions) if (n, k) in children]
         sign = -1.0 if kind == "SubBackward" else 1.0
@@ -188,12 +190,12 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
     if kind in ("MulBackward", "DivBackward") and len(children) == 1 and node.next_functions[0] == children[0]:
         other = saved.get("other")
         value = other if isinstance(other, float | int) else (
-            float(other) if _is_number(other, children) else None)
+            float(other) if is_number(other, children) else None)
         if value:
             return [value if kind == "MulBackward" else 1 / value]
     if kind == "MulBackward" and len(children) == 1:  # constant · number
         value = saved.get("self")
-        if _is_number(value, children):
+        if is_number(value, children):
             return [float(value)]
     if kind in _PASSED and len(children) == 1:
         return [1.0]
@@ -202,11 +204,11 @@ def _shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
 
 def _stacked(children: list[tuple[Node, int]]) -> bool:
     """Whether what is joined is single numbers, the losses of several tasks, say."""
-    return len(children) == 1 and _kind(children[0][0]) == "StackBackward" and _are_numbers(
+    return len(children) == 1 and kind_of(children[0][0]) == "StackBackward" and _are_numbers(
         [(child, number) for child, number in children[0][0].next_functions if child is not None])
 
 
-def _is_number(other: Any, children: list[tuple[Node, int]]) -> bool:
+def is_number(other: Any, children: list[tuple[Node, int]]) -> bool:
     """Whether this is one number for all that it meets; in a batch of one, a vector holds that example's own."""
     (node, number), = children
     return isinstance(other, Tensor) and other.numel() == 1 and (
@@ -218,7 +220,7 @@ def _are_numbers(children: list[tuple[Node, int]]) -> bool:
     return all(math.prod(node._input_metadata[number].shape) == 1 for node, number in children)
 
 
-class _Saved:
+class Saved:
     """What a node of the graph has kept."""
 
     def __init__(self, node: Node):
@@ -232,7 +234,7 @@ class _Saved:
 
 
 def _where(node: Node) -> str:
-    return f"the operation {_kind(node).removesuffix('Backward')!r}"
+    return f"the operation {kind_of(node).removesuffix('Backward')!r}"
 
 
 def _unknown(node: Node) -> Any:
@@ -281,77 +283,6 @@ def is_plain(term: Term, value: float, n: int, claimed: LossReduction) -> bool:
     return claimed == "mean" and is_constant(value) and not is_constant(term.factor)
 
 
-def own_weights(loss: Tensor, n: int, claimed: LossReduction) -> tuple[float, ...]:
-    """By what a loss that the model computed itself multiplies its numbers, beyond what is claimed; one for each term.
-
-    A mean over labels that are not ignored, or weighted by classes, divides by what was counted. That is taken as long
-    as it is the same in every batch, for each of its examples.
-
-    Raises:
-        UnknownLoss: it is no sum of constants times means and sums over numbers.
-    """
-    if loss.grad_fn is None:
-        return ()
-    found = _terms(loss.grad_fn, loss.output_nr, 1.0, n, _Everything((), {}), {})
-    scale = n if claimed == "mean" else 1
-    return tuple(sorted(
-        term.factor * scale / (term.elements if term.reduction == "mean" else 1) for term in found))
-
-
-def own_factors(losses: Tensor) -> tuple[float, ...]:
-    """By which single numbers a vector of losses that the model computed itself was multiplied in the end."""
-    return () if losses.grad_fn is None else tuple(_linear((losses.grad_fn, losses.output_nr), _Everything((), {})))
-
-
-def own_scales(loss: Tensor, n: int) -> tuple[float, ...]:
-    """By which single numbers losses of ``n`` examples that the model computed itself are multiplied on their way from
-    its last matrix product or private layer to ``loss``, a scalar or (N,), in ascending order.
-
-    The numbers above a scalar's join are :func:`own_weights`. Not followed is what carries one number alone: of one
-    example, as in a loop, it may be multiplied by what is that example's own.
-
-    Raises:
-        UnknownLoss: a scalar that is no sum of constants times means and sums over numbers.
-    """
-    everything = _Everything((), {})
-    if loss.grad_fn is None:
-        return ()
-    pending = [(loss.grad_fn, loss.output_nr)] if loss.dim() else [
-        (term.joined.node, term.joined.output_nr)
-        for term in _terms(loss.grad_fn, loss.output_nr, 1.0, n, everything, {}) if term.joined is not None]
-    seen: set[Node] = set()
-    found: set[float] = set()
-    while pending:
-        node, number = pending.pop()
-        if node in seen or math.prod(node._input_metadata[number].shape) == 1 or _is_layer(node):
-            continue
-        seen.add(node)
-        children = [(c, k) for c, k in node.next_functions if c is not None]
-        pending += children
-        if len(children) == 1 and _kind(node) in ("MulBackward", "DivBackward"):
-            with contextlib.suppress(UnknownLoss):  # by a vector
-                found.add(float(f"{_shares(node, children)[0]:.6g}"))
-    return tuple(sorted(found))
-
-
-# Where the numbers of the losses begin: deeper, a model may have gone on from what a checkpoint computes again.
-_LAYERS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "NativeLayerNorm")
-
-
-def _is_layer(node: Node) -> bool:
-    kind = _kind(node).removesuffix("Backward")
-    return isinstance(node, BackwardCFunction) or kind in _LAYERS or kind.startswith("ScaledDotProduct")
-
-
-class _Everything(Outputs):
-    """Of a graph that is looked at down to its leaves, the labels that it counts included."""
-
-    counts = True
-
-    def below(self, node: Node | None, number: int, known: dict[Node, bool]) -> bool:
-        return node is not None
-
-
 class Grown(NamedTuple):
     """Shapes before and after an operation; whether it was one in which rows ``met`` those of another tensor."""
 
@@ -390,19 +321,19 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
     leaves: dict[int, Tensor] = {}
     for edge in edges:
         _visit(edge, outputs, order, leaves)
-        linear += _linear(edge, outputs)
+        linear += linear_factors(edge, outputs)
     products: dict[Node, frozenset[float]] = {}
     for node in order:  # children first
         children = [(c, k) for c, k in node.next_functions if c is not None]
         below = [frozenset({1.0}) if (c, k) in outputs.places else products.get(c, frozenset()) for c, k in children]
         found = frozenset().union(*below)
         share = 1.0
-        if len([ways for ways in below if ways]) == 1 and _kind(node) in ("MulBackward", "DivBackward"):
+        if len([ways for ways in below if ways]) == 1 and kind_of(node) in ("MulBackward", "DivBackward"):
             with contextlib.suppress(UnknownLoss):  # by a vector
-                share = _shares(node, [child for child, ways in zip(children, below, strict=True) if ways])[0]
-        if _kind(node) == "MeanBackward" and node._input_metadata[0].shape:
+                share = shares(node, [child for child, ways in zip(children, below, strict=True) if ways])[0]
+        if kind_of(node) == "MeanBackward" and node._input_metadata[0].shape:
             # Over tokens or classes; of one example's own rows, in a loop, the mean is a single number.
-            share = math.prod(node._input_metadata[0].shape) / max(math.prod(_Saved(node).get("self_sym_sizes")), 1)
+            share = math.prod(node._input_metadata[0].shape) / max(math.prod(Saved(node).get("self_sym_sizes")), 1)
         products[node] = frozenset(float(f"{share * way:.6g}") for way in found) if len(found) <= _MOST_WAYS else found
     ways = frozenset().union(*(
         frozenset({1.0}) if edge in outputs.places else products.get(edge[0], frozenset()) for edge in edges))
@@ -411,7 +342,7 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
     return Followed(
         tuple(linear), tuple(sorted(ways)), hash(names), frozenset(names), leaves,
         frozenset(outputs.places[end] for end in ends if end in outputs.places),
-        tuple(_kind(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)),
+        tuple(kind_of(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)),
         frozenset(grown for node in order if (grown := _grown(node, outputs, products)) is not None))
 
 
@@ -433,7 +364,7 @@ def _grown(
     given, made = (tuple(found._input_metadata[place].shape) for found, place in ((child, number), (node, 0)))
     aligned = (1,) * (len(made) - len(given)) + given
     repeated = math.prod(made) > math.prod(given) and all(a in (1, b) for a, b in zip(aligned, made, strict=True))
-    met = _kind(node).removesuffix("Backward") in _MEETING
+    met = kind_of(node).removesuffix("Backward") in _MEETING
     return Grown(given, made, met) if repeated or met else None
 
 
@@ -471,16 +402,16 @@ def _visit(edge: tuple[Node, int], outputs: Outputs, order: list[Node], reached:
         stack.pop()
 
 
-def _linear(edge: tuple[Node, int], outputs: Outputs) -> list[float]:
+def linear_factors(edge: tuple[Node, int], outputs: Outputs) -> list[float]:
     reached: dict[Node, bool] = {}
     pending, factors = [(*edge, 1.0)], []
     while pending:
         node, number, factor = pending.pop()
         children = [] if (node, number) in outputs.places else [
             (c, k) for c, k in node.next_functions if c is not None and outputs.below(c, k, reached)]
-        single = len(children) == 1 and _kind(node) not in ("MeanBackward", "SumBackward", "ExpandBackward")
+        single = len(children) == 1 and kind_of(node) not in ("MeanBackward", "SumBackward", "ExpandBackward")
         try:
-            if not children or not (single or _kind(node) in ("AddBackward", "SubBackward")):
+            if not children or not (single or kind_of(node) in ("AddBackward", "SubBackward")):
                 raise UnknownLoss
             pending += [(c, k, factor * share)
                         for (c, k), share in zip(children, _vector_shares(node, children), strict=True)]
@@ -490,6 +421,6 @@ def _linear(edge: tuple[Node, int], outputs: Outputs) -> list[float]:
 
 
 def _vector_shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
-    if _kind(node) in ("AddBackward", "SubBackward"):
+    if kind_of(node) in ("AddBackward", "SubBackward"):
         return [1.0] * len(children)  # alpha and sign are no counts
-    return _shares(node, children)
+    return shares(node, children)

@@ -4,7 +4,6 @@ Calls of ``backward`` are seen at ``torch.autograd.backward``, through which ``T
 reaches a private layer by another way is refused by the step.
 """
 
-import itertools
 import math
 import threading
 import weakref
@@ -30,13 +29,19 @@ from lora_dp.loss_graph import (
     is_constant,
     is_plain,
     leaves_under,
-    own_factors,
-    own_scales,
-    own_weights,
     terms,
     weight,
 )
 from lora_dp.loss_rows import meeting, meets, reaches_padding
+from lora_dp.own_scales import (
+    OwnLosses,
+    check_outside,
+    equal,
+    listed,
+    numbers_outside,
+    own_factors,
+    summed_up,
+)
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5
@@ -52,6 +57,7 @@ class _Seen(NamedTuple):
     n: int
     weights: tuple[float, ...]
     factors: tuple[float, ...]
+    numbers: tuple[tuple[str, float], ...]
 
 
 class LossWatch:
@@ -95,9 +101,7 @@ class LossWatch:
         """Forget the losses of earlier batches."""
         self.proven: frozenset[int] = frozenset()
         self._seen: dict[int, _Seen] = {}
-        # By the place among the outputs: what a loss of the model's own was divided by, above what joins it and below.
-        self._counts: dict[int, tuple[float, ...]] = {}
-        self._scales: dict[int, tuple[float, ...]] = {}
+        self._own_losses = OwnLosses()
         # By kinds of operations, what weighed an example first; and, by their number too, the products along the ways
         # to the outputs.
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
@@ -147,15 +151,16 @@ class LossWatch:
                 raise IsolationError(
                     "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a "
                     "public schedule is optimizer.backward(losses, weight=…).")
-        before = self._seen.get(followed.shape)
+        before, numbers = self._seen.get(followed.shape), numbers_outside(loss, outputs)
         try:
             found = terms(loss, n, outputs)
             values = [self._weight(term, before) for term in found]
         except UnknownLoss as error:
             # One example has nobody to meet.
             if not isinstance(error, MixingLoss) and (n == 1 or followed.shape in self.vouched):
-                self._compare(before, followed, (), followed.factors)
-                self._remember(followed, (), followed.factors)
+                self._check_own(followed, outputs, summed_up(loss, outputs))
+                self._compare(before, followed, (), followed.factors, numbers)
+                self._remember(followed, (), followed.factors, numbers)
                 return
             raise IsolationError(
                 f"It cannot be told that the loss keeps examples apart: {error}. Instead, {_REMEDY}; or let "
@@ -166,14 +171,17 @@ class LossWatch:
         # Below what joins them: a division by N above it is in the weights.
         inside = follow([(edge.node, edge.output_nr) for edge in joined], outputs)
         self._check_inside(inside, outputs)
+        own = summed_up(loss, outputs)
+        self._check_own(inside, outputs, own)
         if before is None:
             self._check_linear(inside.linear)
+            self._check_counts(_products(inside, outputs, own) if n > 1 else [])
         weights = tuple(sorted(values))
-        self._compare(before, followed, weights, inside.factors)
+        self._compare(before, followed, weights, inside.factors, numbers)
         for edge in joined:
             self._check_apart(edge, outputs, before)
         self._check_paired(inside, before, vouched=followed.shape in self.vouched)
-        self._remember(followed, weights, inside.factors)
+        self._remember(followed, weights, inside.factors, numbers)
 
     def vector(self, losses: Tensor, n: int) -> None:
         """Before the backward of per-example losses: refuse what does not keep the examples apart.
@@ -193,27 +201,17 @@ class LossWatch:
         self._take("sum")
         self._check_way(followed)
         self._check_inside(followed, outputs)
-        before = self._seen.get(followed.shape)
+        before, numbers = self._seen.get(followed.shape), numbers_outside(losses, outputs)
         # Those that the model computed itself are followed into it.
-        inside = [own_factors(outputs.tensors[place]) for place in followed.reached
-                  if outputs.tensors[place].dim() == 1]
-        weights = tuple(sorted((*followed.linear, *itertools.chain(*inside))))
-        self._compare(before, followed, weights, followed.factors)
-        try:
-            for place in followed.reached:
-                if outputs.tensors[place].dim() == 1:
-                    self._check_scales(place, outputs.tensors[place])
-        except MixingLoss as error:
-            raise IsolationError(f"Losses that do not keep examples apart: {error}.") from error
+        own = summed_up(losses, outputs) | {place for place, t in enumerate(outputs.tensors) if t.dim() == 1}
+        weights = tuple(sorted((*followed.linear, *_products(followed, outputs, own))))
+        self._compare(before, followed, weights, followed.factors, numbers)
+        self._check_own(followed, outputs, own)
         if before is None:
-            if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in weights):
-                raise IsolationError(
-                    f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
-                    "constant as optimizer.backward(losses, weight=…).")
-            self._check_linear(weights)
+            self._check_counts(weights)
         self._check_apart(GradientEdge(losses.grad_fn, losses.output_nr), outputs, before)
         self._check_paired(followed, before, vouched=followed.shape in self.vouched)
-        self._remember(followed, weights, followed.factors)
+        self._remember(followed, weights, followed.factors, numbers)
 
     def shape_of(self, loss: Tensor, output: Any) -> int:
         """What names the graph of a loss that was computed from a model's output."""
@@ -236,8 +234,8 @@ class LossWatch:
                 raise MixingLoss(
                     "a number that the model returned, which was not found to be a mean or sum over examples")
             loss = self._outputs.tensors[term.own]  # type: ignore[union-attr]
-            self._check_own(place, loss)
-            self._check_scales(term.own, loss)
+            self._own_losses.check_weights(place, loss, n, self.reduction)
+            self._own_losses.check_numbers(term.own, loss, n)
         value = weight(term, n, self.reduction)
         if before is None and not is_plain(term, value, n, self.reduction):
             raise MixingLoss(
@@ -245,26 +243,16 @@ class LossWatch:
                 f"examples, but was declared a {self.reduction} over the examples (make_private's loss_reduction)")
         return value
 
-    def _check_own(self, place: int, loss: Tensor) -> None:
-        """A loss that the model computed itself: nothing by which it divides may follow what the batch holds."""
-        now = own_weights(loss, self._n, self.reduction)
-        then = self._counts.setdefault(place, now)
-        if not _equal(now, then):
-            raise MixingLoss(
-                f"the model weighs each number of its own loss by {_listed(now)} in this batch, by {_listed(then)} in "
-                "an earlier one: some labels are ignored or weighted, and all share the divisor")
-
-    def _check_scales(self, place: int, losses: Tensor) -> None:
-        """Losses that the model computed itself, before anything joins them. One example has nobody to meet."""
-        if self._n < 2:
-            return
-        now = own_scales(losses, self._n)
-        then = self._scales.setdefault(place, now)
-        if not _equal(now, then):
-            raise MixingLoss(
-                f"the model multiplies the losses that it computes itself by {_listed(now)} in this batch, by "
-                f"{_listed(then)} in an earlier one: a number that follows what the batch holds ties each example to "
-                "the others")
+    def _check_own(self, inside: Followed, outputs: Outputs, own: Container[int]) -> None:
+        """By what the model multiplies and bounds losses that it returns before anything joins them. One number for
+        each example is held to it whatever is done to it."""
+        for place in sorted(inside.reached):
+            returned = outputs.tensors[place]
+            if returned.dim() and (place in own or returned.dim() == 1 or returned.numel() == self._n):
+                try:
+                    self._own_losses.check_numbers(place, returned, self._n)
+                except MixingLoss as error:
+                    raise IsolationError(f"Losses that do not keep examples apart: {error}.") from error
 
     def _check_way(self, followed: Followed) -> None:
         if not self._leaves().isdisjoint(followed.leaves):
@@ -310,6 +298,14 @@ class LossWatch:
             return True
         return bool(self._of_examples.setdefault(leaf, self.steps) != self.steps)
 
+    def _check_counts(self, factors: Sequence[float]) -> None:
+        n = self._n
+        if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in factors):
+            raise IsolationError(
+                f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
+                "constant as optimizer.backward(losses, weight=…).")
+        self._check_linear(factors)
+
     def _check_linear(self, factors: Sequence[float]) -> None:
         for factor in factors:
             if not is_constant(factor):
@@ -350,27 +346,33 @@ class LossWatch:
                     "engine.check_isolation(model, batch, criterion) test it first.")
 
     def _compare(
-        self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]
+        self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...],
+        numbers: tuple[tuple[str, float], ...]
     ) -> None:
         """With earlier batches: no number may have followed what the batch holds."""
         if before is not None:
             for now, then in ((weights, before.weights), (factors, before.factors)):
-                if not _equal(now, then):
+                if not equal(now, then):
                     raise IsolationError(_differs(now, then))
+            if self._n > 1 and before.n > 1:  # else an example's own
+                check_outside(numbers, before.numbers)
         if self._n < 2 or not weights:
             return
         # A loop over the examples has another graph for every batch.
         first = self._weights.get(followed.kinds)
-        if first is not None and not _equal(_distinct(weights), first):
+        if first is not None and not equal(_distinct(weights), first):
             raise IsolationError(_differs(_distinct(weights), first))
         others = self._products.get((followed.kinds, len(factors)))
-        if others is not None and not _equal(factors, others) and _in_one_ratio(factors, others):
+        if others is not None and not equal(factors, others) and _in_one_ratio(factors, others):
             raise IsolationError(_differs(factors, others))
 
-    def _remember(self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...]) -> None:
+    def _remember(
+        self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...],
+        numbers: tuple[tuple[str, float], ...]
+    ) -> None:
         """A loss that passed. The first one stays what others are compared with; of one example it proves least."""
         if followed.shape not in self._seen or self._seen[followed.shape].n == 1:
-            self._seen[followed.shape] = _Seen(self._n, weights, factors)
+            self._seen[followed.shape] = _Seen(self._n, weights, factors, numbers)
         if self._n > 1 and weights:
             self._weights.setdefault(followed.kinds, _distinct(weights))
             self._products.setdefault((followed.kinds, len(factors)), factors)
@@ -394,9 +396,10 @@ class LossWatch:
                 "padded tokens out by the attention mask (lora_dp.losses does), or pad all to one public width.")
 
 
-def _equal(now: Sequence[float], then: Sequence[float]) -> bool:
-    return len(now) == len(then) and all(
-        math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
+def _products(inside: Followed, outputs: Outputs, own: Container[int]) -> list[float]:
+    """By what the model multiplied those of its outputs that are its own losses in the end."""
+    return [factor for place in inside.reached if place in own and outputs.tensors[place].dim()
+            for factor in own_factors(outputs.tensors[place])]
 
 
 def _in_one_ratio(now: Sequence[float], then: Sequence[float]) -> bool:
@@ -410,13 +413,9 @@ def _distinct(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _differs(now: Sequence[float], then: Sequence[float]) -> str:
-    return (f"The loss of this batch weighs an example by {_listed(now)}, that of an earlier one by {_listed(then)}: a "
+    return (f"The loss of this batch weighs an example by {listed(now)}, that of an earlier one by {listed(then)}: a "
             f"divisor that counts what a batch holds ties each example to the others; {_REMEDY}. A public schedule is "
             "optimizer.backward(losses, weight=…).")
-
-
-def _listed(weights: Sequence[float]) -> str:
-    return " and ".join(f"{value:.6g}" for value in weights) or "nothing"
 
 
 _watches: "weakref.WeakSet[LossWatch]" = weakref.WeakSet()

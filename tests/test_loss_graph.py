@@ -16,12 +16,11 @@ from lora_dp.loss_graph import (
     follow,
     is_constant,
     is_plain,
-    own_factors,
-    own_weights,
     terms,
     tolerance,
     weight,
 )
+from lora_dp.own_scales import own_factors, own_weights
 from tests.models import assert_refuses
 
 N = 6

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import check_isolation
-from lora_dp.loss_graph import own_scales
 from tests.models import assert_refuses, examples, mlp
 from tests.support import make_private
 
@@ -69,31 +68,6 @@ def test_a_count_by_which_a_models_own_losses_are_divided_before_they_are_joined
         step(batch, 40.0)
     assert_refuses(IsolationError, "by 0.0416667 in this batch, by 0.025 in an earlier one",
                    lambda: step(second, float((second[1] >= 0).sum())))
-
-
-def rows(n: int = N) -> Tensor:
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(0)).requires_grad_() * torch.ones(n, 3)
-
-
-@pytest.mark.parametrize(("loss", "scales"), [
-    (lambda out: (out.square() / 8).sum(1).mean(), [1 / 8]), (lambda out: out.square().sum(1).mean() / 8, []),
-    (lambda out: (3 * (out.square() / 8)).sum(), [1 / 8, 3]),
-    (lambda out: (3 * (out / 5) ** 2 / 3 / 7 * 9).sum(), [1 / 7, 1 / 5, 1 / 3, 3, 9]),
-    (lambda out: (out / 8).exp().sum(1), [1 / 8]),
-    (lambda out: (out * 2).sum(1) / torch.arange(1.0, N + 1), [2]),
-    (lambda out: F.linear(out / 8, torch.ones(2, 3)).square().mean(), []),  # the network's own
-    (lambda out: torch.stack([row.sum() / (i + 2) for i, row in enumerate(out)]), []),  # each example's own
-    (lambda out: torch.stack([out.sum(1) / 3, out.mean(1) / 5]).mean(), [1 / 5, 1 / 3]),
-    (lambda out: out.detach().sum(), [])])
-def test_by_what_losses_of_the_models_own_are_multiplied_before_they_are_joined(loss, scales):
-    assert own_scales(loss(rows()), N) == pytest.approx(scales, rel=1e-5)
-
-
-def test_a_graph_whose_ways_double_at_each_step_is_gone_through_once():
-    out = rows() * 2
-    for _ in range(60):
-        out = out + out
-    assert own_scales(out.sum(), N) == (2.0,)
 
 
 # What only many do to each other

@@ -113,10 +113,13 @@ TARGETS: dict[str, Target] = {
     "lora_dp/loss_graph.py": Target((
         "tests/test_loss_graph.py", "tests/test_loss_rows.py", "tests/test_beside.py", "tests/test_own_losses.py",
         *_LOSSES)),
+    "lora_dp/own_scales.py": Target((
+        "tests/test_own_scales.py", "tests/test_own_losses.py", "tests/test_loss_graph.py",
+        "tests/test_loss_watch.py")),
     "lora_dp/loss_watch.py": Target((
         "tests/test_beside.py", "tests/test_loss_watch.py", "tests/test_unwritten.py", *_LOSSES[1:],
         "tests/test_reentrant.py", "tests/test_compile.py", "tests/test_paired_losses.py",
-        "tests/test_own_losses.py")),
+        "tests/test_own_losses.py", "tests/test_own_scales.py")),
     "lora_dp/losses.py": Target(("tests/test_losses.py", "tests/test_arguments.py")),
     "lora_dp/passes.py": Target((
         "tests/test_passes.py", "tests/test_larger_batches.py", "tests/test_tables.py", "tests/test_choices.py",
