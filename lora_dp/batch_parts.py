@@ -252,7 +252,7 @@ def chosen(tree: Any, n: int, most: int) -> list[int]:
     # Two of the smallest groups first; and where there are more than fit, those first that a loss may pass over.
     groups.sort(key=lambda group: -len(group[1]))
     together = [place for group in groups[:1] for place in _two_of(group)]
-    of_a_class = [place for group in classes[:1] for place in _two_of(group)]
+    of_a_class = [place for group in classes for place in _two_of(group)]
     found = list(dict.fromkeys([*together, *unusual, *of_a_class, *usual, 0, n - 1, *range(n)]))[:most]
     for group in groups[1:2]:
         if len(group[0][found].unique()) == len(found):  # no two of one group yet

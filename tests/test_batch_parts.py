@@ -188,6 +188,8 @@ def test_a_name_may_be_one_of_a_few_numbers_or_a_label():
                       for values in (alone, shared))
         assert (structure(one, 40) != structure(other, 40)) is is_a_name
         assert ({5, 8} < set(chosen(other, 40, 4))) is is_a_name
+    rest = torch.arange(40) % 2
+    assert structure({"x": torch.stack([alone, rest], 1)}, 40) != structure({"x": torch.stack([alone, alone], 1)}, 40)
     one, other = ({"x": torch.stack([alone, values + 1000, values + 2000], 1).double()} for values in (alone, shared))
     assert structure(one, 40) == structure(other, 40)
     for name in ("labels", "target"):
@@ -204,7 +206,12 @@ def test_two_ways_to_share_a_name_are_tried_both():
     for tree in ({"users": users, "items": items}, {"items": items, "users": users}):
         assert chosen(tree, 40, 4) == [0, 5, 8, 20, 30, 39]
         assert chosen({**tree, "cities": users // 50}, 40, 4) == [0, 5, 8, 20, 30, 39]
-    assert chosen({"items": items, "sex": torch.arange(40) % 2}, 40, 4) == [0, 5, 8, 39]
+        seats = torch.arange(40) + 100
+        seats[[12, 15, 16, 17]] = 7
+        assert chosen({**tree, "seats": seats}, 40, 4) == [0, 5, 8, 20, 30, 39]  # no third way
+    for tree in ({"items": items, "sex": torch.arange(40) % 2}, {"sex": torch.arange(40) % 2, "items": items}):
+        assert chosen(tree, 40, 4) == [0, 5, 8, 39]
+    assert chosen({"labels": items, "target": users}, 40, 4) == [5, 8, 20, 30]
     assert chosen({"items": items, "labels": users}, 40, 4) == [5, 8, 20, 30]
 
 
