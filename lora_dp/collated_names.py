@@ -4,7 +4,7 @@ and entries that are called by their example.
 An argument that a model is given only in some batches switches what becomes of all their examples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,12 @@ from lora_dp.row_equality import alike, padded_alike
 # What is drawn to be there, or not, is so under one of these seeds.
 _SEEDS = 4
 _TRIED = 16
+
+
+def arguments(batch: Any) -> frozenset[Any]:
+    """What a model is given of a batch: the keys of a mapping or the places of a tuple that have something."""
+    entries = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, tuple) else ()
+    return frozenset(name for name, entry in entries if entry is not None)
 
 
 def check_names(few: Few) -> None:
