@@ -84,14 +84,15 @@ def check_flattened(few: Few) -> None:
 def _is_joined(leaf: Tensor, found: Tensor, owners: Tensor, longer: Tensor, place: int) -> bool:
     """Whether another example than this one, which was changed, has what changed; ``owners`` is written to."""
     moved = ~close(leaf, found)
-    both = moved & (owners >= 0)
+    if not leaf.is_floating_point() and leaf.dtype != torch.bool and bool(moved.any()):
+        # Indices go on where the ones before end: those behind move by one number.
+        steps = found.long() - leaf.long()
+        kinds, counts = steps[moved].unique(return_counts=True)
+        step = kinds[counts.argmax()]
+        moved &= (steps != step) | (abs(int(step)) > _INDEX)
+    if bool((moved & (owners >= 0)).any()):
+        return True
     owners[moved] = place
-    if bool(both.any()):
-        if leaf.is_floating_point() or leaf.dtype == torch.bool:
-            return True
-        # An index goes on where the one before it ends.
-        steps = (found.long() - leaf.long())[both].unique()
-        return len(steps) > 1 or abs(int(steps[0])) > _INDEX
     if leaf.dim() != longer.dim() or leaf.shape == longer.shape or not leaf.numel():
         return False
     axis = next(axis for axis, size in enumerate(leaf.shape) if size != longer.shape[axis])

@@ -202,6 +202,7 @@ PIECES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         x[..., :3], x.roll(1, 0)[..., 3:]], 2), x])),
     "two texts each": (lambda x: named(x) + named(-x), lambda x: [
         left + right for left, right in zip(named(x), named(x.roll(1, 0)), strict=True)] + named(-x)),
+    "a text for all": (lambda x: [*named(x), "end"], lambda x: [*named(x), "|".join(named(x))]),
     "chunks": (lambda x: list(x.split(2)), lambda x: [mixup(part) for part in x.split(2)]),
     "halves": (lambda x: list(x.chunk(2)), lambda x: list(mixup(x).chunk(2)))}
 
@@ -246,6 +247,23 @@ def test_graphs_in_one_are_taken(kept, n):
         check([graph(place) for place in range(n)], joined)
 
 
+@pytest.mark.parametrize("n", [3, 4, 8, 14])
+def test_graphs_without_nodes_are_taken(n):
+    """The number of nodes is no shape, and moves all that comes behind on; by one that is itself counted twice."""
+    def graph(place: int) -> tuple[int, Tensor]:
+        return 3 + place, torch.randint(3, (2, 5), generator=torch.Generator().manual_seed(place))
+
+    def joined(items: list[Any], factors: tuple[int, ...]) -> dict[str, Any]:
+        ends = np.cumsum([0, *(size for size, _ in items)])
+        edges = torch.cat([edges + int(at) for (_, edges), at in zip(items, ends[:-1], strict=True)], 1)
+        return {"edges": torch.cat([edges * factor for factor in factors]), **({"nodes": int(ends[-1])} if len(
+            factors) > 1 else {})}
+
+    for factors in ((1,), (1, 2)):  # with their number beside them, edges may be anything
+        for _ in range(3):
+            assert check([graph(place) for place in range(n)], lambda items, by=factors: joined(items, by)) is False
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 def test_what_says_in_which_place_a_row_is_is_taken(n):
     def counted(items: list[Tensor]) -> dict[str, Any]:
@@ -279,6 +297,7 @@ WORDS: dict[str, tuple[Callable[[list[str]], Any], bool]] = {
         True),
     "letters left out": (lambda items: ["".join(c for c in item if random.random() < 0.8) for item in items], False),
     "all names in one": (lambda items: {"x": [float(len(item)) for item in items], "names": ", ".join(items)}, False),
+    "all names once": (lambda items: {"x": [float(len(item)) for item in items], "names": set(items)}, False),
     "notes": (lambda items: [{"path": pathlib.Path("data") / item, "tags": {item, "all"}, "score": decimal.Decimal(2),
                               "kind": Kind.OTHER, "none": None, "at": datetime.timedelta(len(item))} for item in items],
               False)}
