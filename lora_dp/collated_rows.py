@@ -5,18 +5,13 @@ Two batches tell, one with all examples of the other twice: widths stay, and wha
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.utils import _pytree as pytree
 
-from lora_dp.opened import tensor_of
+from lora_dp.batch_leaves import are_texts, as_tensor, leaves, stands_alone
 
-# How deep objects in objects are looked into.
-_DEPTH = 4
 # The number of an entry of a list, in the names of leaves.
 ENTRY = re.compile(r"(?<=\[)\d+(?=\])")
 # What each example has: in the first dimension of a tensor, or one by one, with None where it has nothing of the name.
@@ -29,75 +24,55 @@ class Layout(NamedTuple):
     Attributes:
         axes: by name, along which dimension of a tensor or an array; the first, where nothing is known.
         lists: names of the lists with an entry for each.
+        others: names of what goes by no example.
+        passed: names of rows that are passed over.
     """
 
     axes: Mapping[str, int] = {}
     lists: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+    passed: frozenset[str] = frozenset()
+
+    def is_by_example(self, name: str) -> bool:
+        """Whether a leaf of this name is known to be."""
+        return name in self.axes or any(around in self.lists for around in (name, *lists_around(name)))
 
 
-def leaves(batch: Any, *, lists: bool = True, depth: int = 0) -> list[tuple[str, Any]]:
-    """What a batch is made of, by name; of objects, their attributes.
+def lists_around(name: str) -> Iterator[str]:
+    """The names of the lists in which a leaf is."""
+    return (name[: entry.start() - 1] for entry in ENTRY.finditer(name))
+
+
+def values(batch: Any, *, alone: bool = False) -> dict[str, Tensor]:
+    """What a batch holds, as tensors.
 
     Args:
         batch: whatever a collate function returns.
-        lists: whether the entries of a list of numbers are told apart, or it is one leaf.
-        depth: how many objects are around it.
+        alone: whether texts that are in no list of texts are wanted too.
     """
-    plain = dict(batch) if hasattr(batch, "keys") else batch
-    found = []
-    for path, leaf in pytree.tree_flatten_with_path(plain, is_leaf=lambda node: isinstance(node, PackedSequence) or (
-            not lists and _are_numbers(node)))[0]:
-        name, inner = pytree.keystr(path), _inner(leaf) if depth <= _DEPTH else None
-        found += [(name, leaf)] if inner is None else [
-            (name + part, value) for part, value in leaves(inner, lists=lists, depth=depth + 1)]
-    return found
-
-
-def _inner(leaf: Any) -> Any:
-    """What is within a leaf that holds more; None if it is one by itself."""
-    if isinstance(leaf, PackedSequence):
-        return pad_packed_sequence(leaf, batch_first=True)
-    if isinstance(leaf, Tensor):
-        return list(leaf.unbind()) if leaf.is_nested else None
-    if isinstance(leaf, np.ndarray):
-        return leaf.tolist() if leaf.dtype == object and leaf.ndim else None
-    return vars(leaf) if hasattr(leaf, "__dict__") and not hasattr(leaf, "__array__") else None
-
-
-def _are_numbers(node: Any) -> bool:
-    return type(node) in (list, tuple) and all(isinstance(entry, int | float | np.number | np.bool_) for entry in node)
-
-
-def values(batch: Any) -> dict[str, Tensor]:
-    """The tensors and arrays of a batch, its numbers, and its lists of numbers, as tensors."""
-    found: dict[str, Tensor] = {}
-    for name, leaf in leaves(batch, lists=False):
-        if isinstance(leaf, Tensor):
-            found[name] = leaf
-        elif isinstance(leaf, int | float) or hasattr(leaf, "__array__") or _are_numbers(leaf):
-            tensor = tensor_of(np.asarray(leaf))
-            if tensor is not None:
-                found[name] = tensor
-    return found
+    found = {name: as_tensor(leaf) for name, leaf in leaves(batch) if alone or not stands_alone(leaf)}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def lengths(batch: Any) -> dict[str, int]:
-    """How many entries each list has."""
+    """How many entries each list has, but those of numbers."""
     found: dict[str, int] = {}
-    for name, _ in leaves(batch, lists=False):
+    for name, leaf in leaves(batch):
         for entry in ENTRY.finditer(name):
             around = name[: entry.start() - 1]
             found[around] = max(found.get(around, 0), int(entry.group()) + 1)
+        if are_texts(leaf):
+            found[name] = len(leaf)
     return found
 
 
 def layout_of(base: Any, twice: Any, n: int) -> Layout:
     """The layout of a batch, of which ``base`` holds ``n`` examples and ``twice`` holds them twice."""
-    longer = values(twice)
-    axes = {name: place for name, tensor in values(base).items() if name in longer
-            for place in [_axis(tensor, longer[name], n)] if place is not None}
-    few, many = lengths(base), lengths(twice)
-    return Layout(axes, frozenset(name for name, length in few.items() if (length, many.get(name)) == (n, 2 * n)))
+    longer, few, many = values(twice), lengths(base), lengths(twice)
+    found = {name: _axis(tensor, longer[name], n) for name, tensor in values(base).items() if name in longer}
+    axes = {name: place for name, place in found.items() if place is not None}
+    lists = frozenset(name for name, length in few.items() if (length, many.get(name)) == (n, 2 * n))
+    return Layout(axes, lists, frozenset(found.keys() - axes.keys()))
 
 
 def _axis(tensor: Tensor, longer: Tensor, n: int) -> int | None:
@@ -109,12 +84,30 @@ def by_example(batch: Any, n: int, layout: Layout) -> dict[str, Rows]:
     """What the ``n`` examples of a batch have, by name."""
     found: dict[str, Rows] = {}
     entries: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in values(batch).items():
-        entry = next((entry for entry in ENTRY.finditer(name) if name[: entry.start() - 1] in layout.lists), None)
+    for name, place, leaf in _placed(batch, layout):
         axis = layout.axes.get(name, 0)
-        if entry is not None:
-            entries.setdefault(f"{name[: entry.start()]}…{name[entry.end():]}", {})[int(entry.group())] = tensor
-        elif tensor.dim() > axis and tensor.shape[axis] == n:
-            found[name] = tensor.movedim(axis, 0) if axis else tensor  # of sparse ones the first alone
+        if name in layout.passed or (tensor := as_tensor(leaf)) is None:
+            continue
+        if place is not None:
+            entries.setdefault(name, {})[place] = tensor
+        elif not stands_alone(leaf) and name not in layout.others and tensor.dim() > axis and tensor.shape[axis] == n:
+            found[name] = tensor.movedim(axis, 0)
     found.update({name: [of.get(place) for place in range(n)] for name, of in entries.items() if max(of) < n})
     return found
+
+
+def texts(batch: Any, layout: Layout) -> set[str]:
+    """By which of these names examples have texts."""
+    return {name for name, place, leaf in _placed(batch, layout)
+            if place is not None and (are_texts(leaf) or stands_alone(leaf))}
+
+
+def _placed(batch: Any, layout: Layout) -> Iterator[tuple[str, int | None, Any]]:
+    """Leaves by name, and of which example's entry in a list they are."""
+    for name, leaf in leaves(batch):
+        if name in layout.lists and are_texts(leaf):
+            yield from ((f"{name}[…]", place, text) for place, text in enumerate(leaf))
+            continue
+        entry = next((entry for entry in ENTRY.finditer(name) if name[: entry.start() - 1] in layout.lists), None)
+        yield (name, None, leaf) if entry is None else (
+            f"{name[: entry.start()]}…{name[entry.end():]}", int(entry.group()), leaf)

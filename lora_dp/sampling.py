@@ -21,11 +21,14 @@ from torch.utils.data import (
 )
 
 from lora_dp.arguments import Elsewhere, Fixed, check_count, check_kind
+from lora_dp.collated_names import arguments
 from lora_dp.collation import check_collation, drawn_for_test
 from lora_dp.repeats import first_repeated
 from lora_dp.secret_state import begin_fetch, collation, worker_init
 
 _NO_MORE = object()
+# So many batches of other arguments are each tried: a batch whose entries are called by its examples is always other.
+_KINDS = 8
 _LOADER = "call make_private again with a DataLoader that has it"
 _ORDER = "batches are drawn by Poisson sampling, so give make_private a Subset to train on some of the examples"
 _UNFETCHED = (
@@ -167,7 +170,7 @@ class PrivateDataLoader:
         self.steps_per_epoch = max(1, round(1 / self.sample_rate))
         self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
         self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
-        self._collation_tested = False
+        self._collations_tested: set[frozenset[Any]] = set()
         self._unfetched: str | None = None
         self._collate = loader.collate_fn
         self._options: dict[str, Any] = {
@@ -242,8 +245,9 @@ class PrivateDataLoader:
             self._unfetched = _UNFETCHED.format(size, type(error).__name__)
 
     def _test_collation(self, drawn: list[int], batch: Any) -> None:
-        if len(drawn) < 2 or (self._collation_tested and not drawn_for_test()):
+        kinds, kind = self._collations_tested, arguments(batch)
+        if len(drawn) < 2 or ((kind in kinds or len(kinds) >= _KINDS) and not drawn_for_test()):
             return
         if check_collation(self.dataset, self._collate, drawn, batch):
             self._on_varying_width()
-        self._collation_tested = True
+        kinds.add(kind)

@@ -1,20 +1,31 @@
 """Rows of a collated batch in other things than tensors with the examples first: arrays, lists, other dimensions."""
 
+import datetime
+import decimal
 import itertools
+import pathlib
+import random
 from collections.abc import Callable
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.data import default_collate
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerFast
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+)
 
 from lora_dp import IsolationError
-from lora_dp.collated_rows import Layout, by_example, layout_of, leaves, lengths, values
+from lora_dp.collated_rows import Layout, by_example, layout_of, lengths, values
 from lora_dp.collation import check_collation
 from tests.models import examples
 
@@ -29,6 +40,27 @@ class Array:
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         return self._x
+
+
+class Slots:
+    """Without a ``__dict__``."""
+
+    __slots__ = ("__hidden", "name", "none")
+
+    def __init__(self, x: Any):
+        self.__hidden, self.name = x, "a"
+
+
+class Own(list[Any]):
+    """A list of the user's own."""
+
+
+def structured(x: Tensor) -> np.ndarray:
+    return np.array([(row[0].numpy(), 1) for row in x], dtype=[("x", "f4", (6,)), ("y", "i4")])
+
+
+def framed(x: Tensor) -> pd.DataFrame:
+    return pd.DataFrame({"x": x[:, 0, 0].numpy(), "name": ["a"] * len(x)})
 
 
 def boxed(x: Tensor) -> np.ndarray:
@@ -51,7 +83,26 @@ DRESSES: dict[str, Callable[[Tensor], Any]] = {
     "list of objects": lambda x: [SimpleNamespace(x=row) for row in x],
     "list of dicts of lists": lambda x: [{"x": row.tolist()} for row in x],
     "list beside another": lambda x: (["a"] * len(x), {"x": list(x)}), "nested": lambda x: torch.nested.nested_tensor(
-        list(x)), "packed": lambda x: pack_sequence(list(x))}
+        list(x)), "packed": lambda x: pack_sequence(list(x)),
+    "slots": Slots, "list of slots": lambda x: [Slots(row) for row in x], "structured": structured,
+    "list of structured": lambda x: list(structured(x)), "list of its own": Own,
+    "mask": lambda x: np.ma.MaskedArray(np.zeros(x.shape), mask=((x * 1000).long() % 2 == 0).numpy()),
+    "masked": lambda x: np.ma.MaskedArray(x.numpy(), mask=(x > 1e6).numpy()),
+    "sparse": lambda x: x.to_sparse(), "compressed": lambda x: x.flatten(1).to_sparse_csr(),
+    "complex": lambda x: torch.view_as_complex(x.view(len(x), 2, 3, 2)),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.01, 0, torch.qint32),
+    "eight bits": lambda x: x.to(torch.float8_e5m2), "unsigned": lambda x: (x.abs() * 1000).to(torch.uint16),
+    "frame in a dict": lambda x: {"x": framed(x)}, "series": lambda x: framed(x)["x"],
+    "list of bytes": lambda x: [row.numpy().tobytes() for row in x],
+    "list of buffers": lambda x: [bytearray(row.numpy().tobytes()) for row in x],
+    "list of texts": lambda x: [f"{float(row.sum()):.3f}" for row in x],
+    "list of words": lambda x: [[f"{float(number):.3f}" for number in row[0]] for row in x],
+    "texts in a dict": lambda x: {"name": "all", "x": [f"{float(row.sum()):.3f}" for row in x]},
+    "array of texts": lambda x: np.array([f"{float(row.sum()):.3f}" for row in x]),
+    "list of sets": lambda x: [set(row[0].tolist()) for row in x],
+    "list of tables": lambda x: [{f"w{place}": int(row.sum() * 100) for place in range(101)} for row in x],
+    "list of days": lambda x: [datetime.date.fromordinal(int(row.abs().sum() * 1000) + 1) for row in x],
+    "days": lambda x: (x[:, 0].abs() * 1000).long().numpy().astype("datetime64[D]")}
 
 
 def mixup(x: Tensor) -> Tensor:
@@ -116,7 +167,7 @@ FLATTENED: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("dress", FLATTENED)
 def test_rows_of_all_in_one_dimension_are_told_by_what_changes(dress, n):
-    for join in (lambda x: 0.7 * x + 0.3 * x.roll(1, 0), normalised):
+    for join in (lambda x: 0.7 * x + 0.3 * x.roll(1, 0), normalised, mixup):
         with pytest.raises(IsolationError, match="joins examples: values in .* change with several of those in the"):
             check(data(n), lambda items, join=join: FLATTENED[dress](join(torch.stack(items))))
     for own in (lambda x: x, lambda x: x + torch.rand(x.shape), lambda x: x * torch.rand(len(x), 1, 1), lambda x: x[
@@ -132,6 +183,142 @@ def test_texts_of_several_lengths_in_one_dimension_are_taken(n):
             [item[0] for item in items]), f"of {len(items)}": torch.ones(3 * len(items))}
 
     assert check(texts(n), chained) is False
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.abs() * 1000).long()
+
+
+def named(x: Tensor) -> list[str]:
+    return [f"{float(row.sum()):.3f}" for row in x]
+
+
+# The same of whole numbers and texts, and in chunks.
+PIECES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
+    "whole numbers": (lambda x: whole(x).flatten(), lambda x: (whole(x) + whole(x).roll(1, 0)).flatten()),
+    "bytes": (lambda x: whole(x).byte().flatten(), lambda x: (whole(x) + whole(x).roll(1, 0)).byte().flatten()),
+    "flags": (lambda x: (x > 1).flatten(), lambda x: ((x > 1) ^ (x > 1).roll(1, 0)).flatten()),
+    "two views, cut out": (lambda x: torch.cat([x, x.flip(1)]), lambda x: torch.cat([torch.cat([
+        x[..., :3], x.roll(1, 0)[..., 3:]], 2), x])),
+    "two texts each": (lambda x: named(x) + named(-x), lambda x: [
+        left + right for left, right in zip(named(x), named(x.roll(1, 0)), strict=True)] + named(-x)),
+    "a text for all": (lambda x: [*named(x), "end"], lambda x: [*named(x), "|".join(named(x))]),
+    "chunks": (lambda x: list(x.split(2)), lambda x: [mixup(part) for part in x.split(2)]),
+    "halves": (lambda x: list(x.chunk(2)), lambda x: list(mixup(x).chunk(2)))}
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("name", PIECES)
+def test_whole_numbers_texts_and_chunks_are_told_by_what_changes(name, n):
+    own, joined = PIECES[name]
+    assert check(data(n), lambda items: own(torch.stack(items))) is False
+    with pytest.raises(IsolationError, match="joins examples"):
+        check(data(n), lambda items: joined(torch.stack(items)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 14])
+def test_texts_in_one_dimension_that_is_filled_up_are_taken(n):
+    """What stands behind a text that is longer moves on, though the whole is as long."""
+    def filled(items: list[Tensor]) -> Tensor:
+        return torch.nn.functional.pad(torch.cat(items), (0, -sum(map(len, items)) % 16))
+
+    for _ in range(3):
+        assert check([*texts(n)[1:], texts(n)[0]], filled) is False
+
+
+@pytest.mark.parametrize("kept", [("x", "edges", "of", "ends"), ("edges",), ("edges", "nodes"), ("all", "y")])
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 14])
+def test_graphs_in_one_are_taken(kept, n):
+    """Their nodes are counted on; the number of edges is the same for all."""
+    def graph(place: int) -> tuple[Tensor, Tensor]:
+        draws, size = torch.Generator().manual_seed(place), 3 + place % 3
+        return torch.randn(size, 4, generator=draws), torch.randint(size, (2, 5), generator=draws)
+
+    def joined(items: list[Any]) -> dict[str, Any]:
+        sizes = torch.tensor([len(x) for x, _ in items])
+        ends = torch.cat([torch.tensor([0]), sizes.cumsum(0)])
+        found = {"x": torch.cat([x for x, _ in items]), "ends": ends, "nodes": int(sizes.sum()),
+                 "edges": torch.cat([edges + at for (_, edges), at in zip(items, ends[:-1], strict=True)], 1),
+                 "of": torch.arange(len(items)).repeat_interleave(sizes), "y": sizes,
+                 "all": torch.block_diag(*[x @ x.t() for x, _ in items]).to_sparse()}
+        return {name: found[name] for name in kept}
+
+    for _ in range(3):
+        check([graph(place) for place in range(n)], joined)
+
+
+@pytest.mark.parametrize("n", [3, 4, 8, 14])
+def test_graphs_without_nodes_are_taken(n):
+    """The number of nodes is no shape, and moves all that comes behind on; by one that is itself counted twice."""
+    def graph(place: int) -> tuple[int, Tensor]:
+        return 3 + place, torch.randint(3, (2, 5), generator=torch.Generator().manual_seed(place))
+
+    def joined(items: list[Any], factors: tuple[int, ...]) -> dict[str, Any]:
+        ends = np.cumsum([0, *(size for size, _ in items)])
+        edges = torch.cat([edges + int(at) for (_, edges), at in zip(items, ends[:-1], strict=True)], 1)
+        return {"edges": torch.cat([edges * factor for factor in factors]), **({"nodes": int(ends[-1])} if len(
+            factors) > 1 else {})}
+
+    for factors in ((1,), (1, 2)):  # with their number beside them, edges may be anything
+        for _ in range(3):
+            assert check([graph(place) for place in range(n)], lambda items, by=factors: joined(items, by)) is False
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+def test_what_says_in_which_place_a_row_is_is_taken(n):
+    def counted(items: list[Tensor]) -> dict[str, Any]:
+        size = len(items)
+        return {"x": torch.stack(items), "at": torch.arange(size), "list": list(range(size)),
+                "starts": torch.arange(0, 2 * size, 2), "names": [f"row {place}" for place in range(size)]}
+
+    assert check(data(n), counted) is False
+    check(texts(n)[::-1], lambda items: (pad_sequence(sorted(items, key=len), True), torch.arange(len(items))))
+
+
+@pytest.mark.parametrize("told", [
+    lambda x: torch.arange(len(x)) / len(x), lambda x: torch.arange(len(x)) * float(x.mean()),
+    lambda x: torch.where(torch.arange(len(x)) < 5, torch.arange(len(x)), x.sum()),
+    lambda x: x[:, 0, 0].argsort().argsort(),
+    lambda x: [f"row {place} of {len(x)}" for place in range(len(x))]], ids=[
+        "how many", "how large", "sums", "ranks", "names"])
+def test_what_says_more_than_in_which_place_a_row_is_is_refused(told):
+    with pytest.raises(IsolationError, match="joins examples"):
+        check(data(8), lambda items: {"x": torch.stack(items), "told": told(torch.stack(items))})
+
+
+# How texts are returned, and whether the longest shows in the others.
+WORDS: dict[str, tuple[Callable[[list[str]], Any], bool]] = {
+    "list": (list, False), "cut": (lambda items: [item[:4] for item in items], False), "words": (lambda items: [
+        item.split() for item in items], False), "array": (np.array, False),
+    "padded": (lambda items: [item.ljust(max(map(len, items))) for item in items], True),
+    "padded left": (lambda items: [item.rjust(max(map(len, items)), "_") for item in items], True),
+    "padded words": (lambda items: [
+        item.split() + ["<pad>"] * (max(len(other.split()) for other in items) - len(item.split())) for item in items],
+        True),
+    "letters left out": (lambda items: ["".join(c for c in item if random.random() < 0.8) for item in items], False),
+    "all names in one": (lambda items: {"x": [float(len(item)) for item in items], "names": ", ".join(items)}, False),
+    "all names once": (lambda items: {"x": [float(len(item)) for item in items], "names": set(items)}, False),
+    "notes": (lambda items: [{"path": pathlib.Path("data") / item, "tags": {item, "all"}, "score": decimal.Decimal(2),
+                              "kind": Kind.OTHER, "none": None, "at": datetime.timedelta(len(item))} for item in items],
+              False)}
+
+
+class Kind(Enum):
+    """Of a text."""
+
+    OTHER = 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", WORDS)
+def test_texts_are_taken_in_each(name, n):
+    collate, varies = WORDS[name]
+    sentences = [f"é{place} " + "a b cd efg hij kl mnopq"[: 3 + 5 * place % 17] for place in range(n)]
+    assert check(sentences, collate) is varies
+    check(sentences, lambda items: collate(sorted(items, key=len)))
+    if name != "letters left out":  # texts that are drawn of several lengths are not compared
+        with pytest.raises(IsolationError, match="joins examples"):
+            check(sentences, lambda items: collate([f"{items[place - 1]} {item}" for place, item in enumerate(items)]))
 
 
 def texts(n: int) -> list[Tensor]:
@@ -218,6 +405,9 @@ def test_collators_of_transformers_are_taken(kind, n):
                       DataCollatorForLanguageModeling(words, mlm=False, return_tensors=kind)]
     for collate in collators:
         assert check(items, collate)
+    if kind:
+        pairs = [{**item, "labels": item["input_ids"][1:]} for item in items]
+        assert check(pairs, DataCollatorForSeq2Seq(words, return_tensors=kind))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
@@ -236,7 +426,10 @@ def test_layouts_are_what_is_twice_as_long():
     layout = layout_of(batch(4), batch(8), 4)
     assert layout.axes == {"['first']": 0, "['second']": 1, "['both']": 0, "['pair'][0]": 0}
     assert layout.lists == {"['list']"}
+    assert layout.others == {"['table']", "['none']", "['more']", "['pair'][1]", "['four']", "['list'][0]['x']"} | {
+        f"['list'][{place}]['{part}']" for place in range(4) for part in ("x", "names")}
     found = by_example(batch(6), 6, layout)
+    assert found.pop("['list'][…]['names']")[0].tolist() == [hash("a")]  # type: ignore[union-attr]
     assert {name: [None if row is None else tuple(row.shape) for row in rows][0] for name, rows in found.items()} == {
         "['first']": (4,), "['second']": (4, 2), "['both']": (6,), "['list'][…]['x']": (), "['pair'][0]": ()}
     assert by_example({"second": np.zeros((6, 5, 2)), "list": [{"x": 1.0}] * 7}, 6, layout) == {}
@@ -247,14 +440,15 @@ def test_layouts_are_what_is_twice_as_long():
 def test_values_are_numbers_in_whatever_they_come():
     batch = {"list": [1, 2.5], "mixed": [1, "a"], "flags": (True, False), "large": 2**70,
              "texts": np.array(["a"]), "number": np.float32(2), "boxed": boxed(torch.ones(2, 1)), "none": [],
-             "of": [[]], "packed": pack_sequence([torch.ones(2)])}
+             "text": "a", "of": [[]], "packed": pack_sequence([torch.ones(2)])}
     found = values(batch)
+    assert found.pop("['texts']").tolist() == [hash("a")]
     assert {name: (leaf.dtype, leaf.tolist()) for name, leaf in found.items()} == {
         "['list']": (torch.float64, [1.0, 2.5]), "['mixed'][0]": (torch.int64, 1),
         "['flags']": (torch.bool, [True, False]), "['number']": (torch.float32, 2.0),
         "['boxed'][0]": (torch.float32, [1.0]),
         "['boxed'][1]": (torch.float32, [1.0]), "['none']": (torch.float64, []), "['of'][0]": (torch.float64, []),
         "['packed'][0]": (torch.float32, [[1.0, 1.0]]), "['packed'][1]": (torch.int64, [2])}
-    assert lengths(batch) == {"['boxed']": 2, "['mixed']": 2, "['of']": 1, "['packed']": 2}
-    assert [name for name, _ in leaves({"list": [1, 2]})] == ["['list'][0]", "['list'][1]"]
+    assert lengths(batch) == {"['boxed']": 2, "['mixed']": 2, "['of']": 1, "['packed']": 2, "['texts']": 1}
+    assert values(batch, alone=True)["['text']"].tolist() == [97]
     assert pad_packed_sequence(batch["packed"])[1].tolist() == [2]  # type: ignore[arg-type]

@@ -15,8 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lora_dp import IsolationError, PrivacyEngine
-from lora_dp.collation import _padded_alike, _unusual, check_collation
+from lora_dp.collation import check_collation
+from lora_dp.few_examples import unusual
 from lora_dp.randomness import SeededSource
+from lora_dp.row_equality import padded_alike
 from tests.models import assert_refuses, examples, mlp, private_run
 from tests.support import make_private
 
@@ -156,6 +158,7 @@ SHARED: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "of each class": lambda x, y: 1 / torch.bincount(y, minlength=3).clamp(min=1).float(),
     "missing at times": lambda x, y: torch.where(x.mean(0) > 0, x.mean(0), torch.nan),
     "beyond float32": lambda x, y: 1e100 * float(x.abs().mean()),
+    "in a list with a number that changes": lambda x, y: [float(x.abs().mean()), float(next(CLOCK))],
     "with a number that changes": lambda x, y: [x.mean(0), float(next(CLOCK))]}
 
 
@@ -234,7 +237,7 @@ def test_one_of_a_rare_class_is_among_those_that_are_tried():
             check(labelled(40, rare), weighed, 40)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("batch", "unusual"), [
+@pytest.mark.parametrize(("batch", "found"), [
     (torch.tensor([1, 1, 0, 1, 2]), {2, 4}),
     (torch.tensor([[1, 5], [2, 2], [0, 9], [3, 3], [4, 4]]), {1, 2}),  # of their sums
     ([torch.tensor(row) for row in ([1, 5], [2, 2], [0, 9], [3, 3], [4, 4])], {1, 2}),
@@ -242,8 +245,8 @@ def test_one_of_a_rare_class_is_among_those_that_are_tried():
     ([torch.tensor([2048, x], dtype=torch.float16) for x in (1, 0, 1, 1, 0.5)], {0, 1}),
     ({"x": [torch.zeros(2), torch.ones(2), torch.zeros(2)], "y": torch.zeros(5, 0)}, set())], ids=[
         "labels", "rows", "a list", "missing", "halves", "nothing by example"])
-def test_examples_with_the_least_or_the_most_of_something_are_unusual(batch, unusual):
-    assert _unusual(batch, 5) == unusual
+def test_examples_with_the_least_or_the_most_of_something_are_unusual(batch, found):
+    assert unusual(batch, 5) == found
 
 
 def test_one_longer_text_is_among_those_that_are_tried():
@@ -324,7 +327,7 @@ def test_what_joins_examples_of_several_lengths_is_refused(collate):
 
 def test_what_an_example_has_in_one_batch_alone_is_no_padding():
     row = torch.ones(2)
-    assert [_padded_alike(*pair) for pair in ((row, None), (None, row), (None, None), (row, row))] == [
+    assert [padded_alike(*pair) for pair in ((row, None), (None, row), (None, None), (row, row))] == [
         False, False, True, True]
 
 
@@ -352,8 +355,8 @@ def test_a_batch_that_is_an_object_is_looked_into():
         check(numbers(), lambda items: Joined(SimpleNamespace(x=centred(items))))
 
 
-@pytest.mark.parametrize(("depth", "seen"), [(5, True), (6, False)])
-def test_objects_in_objects_are_looked_into_five_deep(depth, seen):
+@pytest.mark.parametrize(("depth", "seen"), [(9, True), (10, False)])
+def test_objects_in_objects_are_looked_into_nine_deep(depth, seen):
     def nested(items: list[Any]) -> Any:
         batch: Any = centred(items)
         for _ in range(depth):

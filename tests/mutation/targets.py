@@ -57,6 +57,12 @@ TARGETS: dict[str, Target] = {
         "tests/test_collation.py", "tests/test_collated_rows.py", "tests/test_own_generators.py",
         "tests/test_batches.py", "tests/test_pitfalls_batches.py")),
     "lora_dp/collated_rows.py": Target(("tests/test_collated_rows.py", "tests/test_collation.py")),
+    "lora_dp/collated_beside.py": Target(("tests/test_collated_rows.py", "tests/test_collation.py")),
+    "lora_dp/collated_names.py": Target(("tests/test_collated_names.py",)),
+    "lora_dp/batch_leaves.py": Target(("tests/test_batch_leaves.py", "tests/test_collated_rows.py")),
+    "lora_dp/few_examples.py": Target((
+        "tests/test_collation.py", "tests/test_collated_rows.py", "tests/test_collated_names.py")),
+    "lora_dp/row_equality.py": Target(("tests/test_collation.py", "tests/test_collated_rows.py")),
     "lora_dp/own_generators.py": Target(("tests/test_own_generators.py",)),
     "lora_dp/accounting/epsilon.py": Target((
         "tests/test_loss_grid.py", "tests/test_accounting.py", "tests/test_accounting_grid.py")),
