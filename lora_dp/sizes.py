@@ -68,7 +68,7 @@ class Sizes:
                     tables[name] = frozenset(free)
                 elif shape[0] == n:
                     self._compare(name, shape)
-        sideways = {name: place for name, shape in shapes.items() if n > 1 and shape[0] != n
+        sideways = {name: place for name, shape in shapes.items() if n and shape[0] != n
                     for place in self._following(name, shape, n)}
         return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists, sideways)
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
+from lora_dp.company import _compare_part
 from lora_dp.isolation import check_isolation
+from lora_dp.trials import LayerRows, Quiet
 from tests.models import Drawing, assert_refuses, examples, mlp, set_up, texts
 from tests.support import make_private
 
@@ -604,6 +606,32 @@ def test_no_width_is_warned_of_where_padding_is_passed_over_or_may_be_a_border(b
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(batch)
+
+
+def quiet(outputs: list[list[float]], given: list[list[float]], rows: int) -> Quiet:
+    return Quiet([[torch.tensor(row) for row in outputs]], [("inner", LayerRows(
+        rows, [torch.tensor(row) for row in given]))], {}, {})
+
+
+@pytest.mark.parametrize(("outputs", "given", "refused"), [
+    (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[4.0]]), None),
+    (([[1.0], [2.0]], [[1.0]]), ([[3.0], [4.0]], [[4.0]]), "The output for example 7"),
+    (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[3.0]]), "What 'inner' is given of example 7"),
+    (([[1.0], [2.0]], [[2.0, 1.0]]), ([[3.0], [4.0]], [[4.0]]), None),  # cut to the longest, say
+    (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[4.0, 1.0]]), "What 'inner' is given of example 7"),
+    (([], [[2.0]]), ([], [[4.0]]), None),  # not of each as many
+    (([[1.0, -1e9], [2.0, -1e9]], [[2.002, -1e9]]), ([[3.0], [4.0]], [[4.0]]), "The output for example 7"),
+    (([[1.0], [2.0]], [[2.0]]), ([[3.0, -1e9], [4.0, -1e9]], [[4.004, -1e9]]), None)])
+def test_a_part_of_a_batch_is_compared_with_the_whole(outputs, given, refused):
+    whole, part = (quiet(outputs[k], given[k], (10, 5)[k]) for k in (0, 1))
+
+    def compare() -> None:
+        _compare_part(whole, part, [3, 7], [7], 2)
+
+    if refused:
+        assert_refuses(IsolationError, refused, compare)
+    else:
+        compare()
 
 
 class OwnMean(nn.Module):
