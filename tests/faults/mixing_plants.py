@@ -16,7 +16,9 @@ import lora_dp.isolation
 import lora_dp.loss_watch
 import lora_dp.mechanism
 import lora_dp.model_parts
+import lora_dp.number_lists
 import lora_dp.optimizer
+import lora_dp.own_scales
 import lora_dp.passes
 import lora_dp.secret_state
 import lora_dp.unwritten
@@ -29,6 +31,7 @@ from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.optimizer import Clipped, PrivateOptimizer
 from lora_dp.passes import Passes
 from lora_dp.sampling import PrivateDataLoader
+from lora_dp.shared_arguments import SharedArguments
 from tests.faults.planting import Planting
 
 
@@ -62,7 +65,7 @@ def losses_that_no_graph_shows_taken(planting: Planting) -> None:
 
 
 def whole_batches_not_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "check_whole", lambda _: lambda *arguments: arguments[-1])
+    planting.replace(lora_dp.isolation, "check_whole", lambda _: lambda *arguments, **options: arguments[-1])
 
 
 def backwards_not_tried(planting: Planting) -> None:
@@ -114,7 +117,7 @@ def ops_of_parts_not_compared(planting: Planting) -> None:
 
 
 def own_losses_trusted(planting: Planting) -> None:
-    planting.replace(lora_dp.loss_watch, "own_weights", lambda _: lambda *arguments: (1.0,))
+    planting.replace(lora_dp.own_scales, "own_weights", lambda _: lambda *arguments: (1.0,))
 
 
 def hidden_tensors_trained(planting: Planting) -> None:
@@ -139,13 +142,25 @@ def padding_never_tried(planting: Planting) -> None:
 
 
 def first_batch_alone_tried(planting: Planting) -> None:
-    planting.replace(Passes, "_kind", lambda _: lambda *arguments: ("a batch", {}, {}))
+    planting.replace(Passes, "_kind", lambda _: lambda *arguments: "a batch")
     planting.replace(lora_dp.passes, "drawn_for_test", lambda _: lambda: False)
+
+
+def what_all_share_taken(planting: Planting) -> None:
+    planting.replace(SharedArguments, "changed", lambda _: lambda *arguments: {})
+
+
+def larger_batches_taken(planting: Planting) -> None:
+    planting.replace(lora_dp.passes, "check_larger", lambda _: lambda *arguments, **options: options["losses"])
+
+
+def lists_stay_as_they_are(planting: Planting) -> None:
+    planting.replace(lora_dp.number_lists, "_of_whole_batch", lambda _: lambda *arguments: True)
 
 
 def same_number_of_examples_alone_tried(planting: Planting) -> None:
     planting.replace(lora_dp.isolation, "check_company", lambda _: lambda *arguments: frozenset({0}))
-    planting.replace(lora_dp.isolation, "check_whole", lambda _: lambda *arguments: arguments[-1])
+    planting.replace(lora_dp.isolation, "check_whole", lambda _: lambda *arguments, **options: arguments[-1])
 
 
 def collation_never_tried(planting: Planting) -> None:
