@@ -634,6 +634,10 @@ def test_a_part_of_a_batch_is_compared_with_the_whole(outputs, given, refused):
         compare()
 
 
+def test_what_has_no_rows_of_each_example_is_not_compared():
+    _compare_part(quiet([], [], 10), quiet([[2.0]], [[4.0]], 5), [7], [7], 2)
+
+
 class OwnMean(nn.Module):
     """Passes over padding, and has a mean loss of its own."""
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError
+from lora_dp.isolation import check_larger
+from lora_dp.sizes import Sizes
 from tests.models import assert_refuses, examples, mlp
 from tests.support import make_private
 
@@ -121,6 +123,30 @@ def test_nothing_is_compared_where_sizes_are_fixed_or_a_model_draws_elsewhere(la
         model(*examples(n))
         optimizer.recorder.discard()
     assert larger == []
+
+
+def test_the_last_to_come_is_always_compared() -> None:
+    for _ in range(4):
+        assert_refuses(IsolationError, "example 11", functools.partial(private(Model(
+            lambda out, y: out * (torch.arange(len(out)) < 11).unsqueeze(1))), 12))
+
+
+class Parted(nn.Module):
+    """Rows of the examples, one of each or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, y: Tensor, rows: Tensor) -> Tensor:
+        return self.inner(rows).view(len(y), -1, 3).mean(1)
+
+
+def test_rows_of_all_in_one_tensor_are_not_taken_by_example() -> None:
+    x, y = examples(12)
+    call = ((y[:6], x), {}, None)
+    seen = Sizes().look(call, 6)
+    assert check_larger(Parted().train(), *call[:2], 6, reduction=None, losses=frozenset({3}), seen=seen) == {3}
 
 
 def test_batches_are_forgotten_where_a_model_is_made_private_anew(larger: list[int]) -> None:

@@ -383,3 +383,19 @@ def test_a_call_comes_back_as_it_was() -> None:
     assert rest["bytes"].dtype == np.uint8 and rest["long"].dtype == np.float64
     assert rest["shape"] == (2, 3) and type(rest["queue"]) is deque
     assert type(as_lists(as_tensors(BertConfig(), 2))) is BertConfig
+
+
+def test_what_a_list_of_as_many_holds_by_chance_is_refused() -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = DPLinear(6, 3)
+
+        def forward(self, x: Tensor, pair: list[Any]) -> Tensor:
+            assert len(pair) == 2
+            return self.head(x)
+
+    model = Pairs()
+    make_private(model, batch_size=4)
+    with pytest.raises(IsolationError, match=r"given a \S*Slotted \(\[1\]\['pair'\]\[0\]\)"):
+        model(torch.randn(2, 6), pair=[Slotted(torch.ones(2)), Slotted(torch.ones(2))])
