@@ -229,7 +229,9 @@ def test_padding_that_no_mask_shows_is_another_structure_and_the_shortest_is_tri
     assert 23 in chosen(ragged, 40, 4) and 23 not in chosen(one, 40, 4) and 23 not in chosen(all_alike, 40, 4)
     chance = full.clone()  # two equal numbers are no padding yet
     chance[5, 14:] = 11
-    assert structure({"x": dress(chance)}, 40) != structure(ragged, 40)
+    alone = full.clone()
+    alone[23, 6:] = pad
+    assert structure({"x": dress(chance)}, 40) != structure({"x": dress(alone)}, 40)
     mask = torch.ones(40, 16).long()  # it tells, and numbers end alike by chance
     if pad >= 0:
         assert structure({**one, "mask": mask}, 40) == structure({**ragged, "mask": mask}, 40)
