@@ -38,6 +38,8 @@ _REASON = ("a private pass begins outside the compiled graph: to compile a bare 
 # Of a model that draws, the first batch is tried with so many random states: what happens in half of all passes is
 # missed by one batch in 16.
 _FIRST_DRAWS = 4
+# By more than this part of it a batch has to be larger than any that was tried, to be compared with its parts.
+_GROWN = 16
 
 
 class Passes:
@@ -101,7 +103,7 @@ class Passes:
         if not wanted and recorder.padding_varies and not recorder.padding_tried:
             wanted = recorder.padding_untried(*((take(call, [0, 0], 1), 2) if n == 1 else (call, n)))
         if n == 0 or not (wanted or earlier or drawn_for_test()):
-            if recorder.most_tried is not None and n > recorder.most_tried:
+            if recorder.most_tried is not None and n > recorder.most_tried + recorder.most_tried // _GROWN:
                 recorder.tested[kind] = check_larger(
                     module, args, kwargs, n, reduction=recorder.losses.reduction, losses=recorder.tested[kind],
                     seen=seen)

@@ -97,6 +97,13 @@ def test_each_record_is_tried_once(of: Any, larger: list[int]) -> None:
     assert larger == ([12, 13] if of is each_mean else [9, 12, 13])
 
 
+def test_a_batch_has_to_be_larger_by_a_sixteenth(larger: list[int]) -> None:
+    call = private(Model(each))
+    for n in (32, 33, 34, 35, 37, 36, 38, 42):
+        call(n)
+    assert larger == [35, 38, 42]
+
+
 def test_up_to_four_are_tried_as_they_are(larger: list[int]) -> None:
     call = private(Model(each))
     for n in (1, 2, 4, 3, 4):
