@@ -238,4 +238,6 @@ SETTLED = (
     "lora_dp/chain.py", "lora_dp/bypassed.py", "lora_dp/fed/harmless.py", "lora_dp/fed/unreadable.py",
     "lora_dp/fed/contained.py", "lora_dp/fed/federation.py", "lora_dp/fed/engines/flower_policy.py",
     "lora_dp/fed/client.py", "lora_dp/coverage.py", "lora_dp/kept_buffers.py", "lora_dp/model_parts.py",
-    "lora_dp/number_lists.py", "lora_dp/repeats.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_ledger.py")
+    "lora_dp/number_lists.py", "lora_dp/repeats.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_ledger.py",
+    "lora_dp/trials.py", "lora_dp/company.py", "lora_dp/trial_values.py", "lora_dp/batch_parts.py",
+    "lora_dp/isolation.py", "lora_dp/shared_arguments.py", "lora_dp/drawn.py")
