@@ -240,4 +240,4 @@ SETTLED = (
     "lora_dp/fed/client.py", "lora_dp/coverage.py", "lora_dp/kept_buffers.py", "lora_dp/model_parts.py",
     "lora_dp/number_lists.py", "lora_dp/repeats.py", "lora_dp/fed/account.py", "lora_dp/fed/engines/flower_ledger.py",
     "lora_dp/trials.py", "lora_dp/company.py", "lora_dp/trial_values.py", "lora_dp/batch_parts.py",
-    "lora_dp/isolation.py", "lora_dp/shared_arguments.py", "lora_dp/drawn.py")
+    "lora_dp/isolation.py", "lora_dp/shared_arguments.py", "lora_dp/drawn.py", "lora_dp/passes.py")
