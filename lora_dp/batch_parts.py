@@ -90,10 +90,10 @@ def structure(tree: Any, n: int) -> Hashable:
     examples together, whether those that may describe the grouping are even.
     """
     described: list[Hashable] = []
-    ragged = bool(of_whole_batch(tree, n))
+    leaves, ragged = _leaves(tree), bool(of_whole_batch(tree, n))
     # A mask tells of padding by itself.
-    runs = not any("mask" in name and is_by_example(leaf, n) and leaf.dim() == 2 for name, leaf in _leaves(tree))
-    for name, leaf in _leaves(tree):
+    runs = not any("mask" in name and is_by_example(leaf, n) and leaf.dim() == 2 for name, leaf in leaves)
+    for name, leaf in leaves:
         if isinstance(leaf, Table):
             described.append((name, "table", leaf.tensor.dtype, *(size.bit_length() for size in leaf.tensor.shape)))
             continue
@@ -117,8 +117,7 @@ def _evenness(name: str, leaf: Tensor, n: int, ragged: bool, runs: bool) -> tupl
     if leaf.dim() > 2 and "mask" in name:
         return (_even((leaf == leaf.max()).reshape(n, -1).sum(1)),)
     ends = [(int(run.max()).bit_length(), _even(run)) for run in _runs(leaf)] if runs else []
-    return (bool(_shares(name, leaf, n)), *ends,
-            *_whole_numbers(name, leaf, n, ragged))
+    return bool(_shares(name, leaf, n)), *ends, *_whole_numbers(name, leaf, n, ragged)
 
 
 def _whole_numbers(name: str, leaf: Tensor, n: int, ragged: bool) -> tuple[Hashable, ...]:

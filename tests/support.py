@@ -82,6 +82,17 @@ def make_private(
     return optimizer
 
 
+def training_forwards(model: nn.Module, batch_size: int = 8) -> Callable[..., None]:
+    """Makes a model private; calls of what is returned are training forwards, each forgotten afterwards."""
+    optimizer = make_private(model.train(), batch_size=batch_size)
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        model(*args, **kwargs)
+        optimizer.recorder.discard()
+
+    return call
+
+
 def private_gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradients that the last private step gave to the wrapped optimizer."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -15,7 +15,7 @@ from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation import check_larger
 from lora_dp.sizes import Sizes
 from tests.models import assert_refuses, examples, mlp
-from tests.support import make_private
+from tests.support import make_private, training_forwards
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,8 @@ class Model(nn.Module):
 
 
 def private(model: nn.Module) -> Callable[[int], None]:
-    optimizer = make_private(model.train(), batch_size=18)
-
-    def call(n: int) -> None:
-        model(*examples(n, seed=n))
-        optimizer.recorder.discard()
-
-    return call
+    call = training_forwards(model, batch_size=18)
+    return lambda n: call(*examples(n, seed=n))
 
 
 @pytest.mark.parametrize("of", [first_come, by_score, hardest, hardest_mean])

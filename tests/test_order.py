@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError
 from tests.models import assert_refuses
-from tests.support import make_private
+from tests.support import training_forwards
 
 WIDTH, WORDS = 8, 50
 
@@ -43,16 +43,6 @@ def texts(n: int, *short: int) -> Tensor:
     return ids
 
 
-def private(model: nn.Module) -> Any:
-    optimizer = make_private(model.train(), batch_size=8)
-
-    def call(*args: Any) -> None:
-        model(*args)
-        optimizer.recorder.discard()
-
-    return call
-
-
 @pytest.fixture(autouse=True)
 def no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_dp.passes, "drawn_for_test", lambda: False)
@@ -66,7 +56,7 @@ def test_a_layer_between_sorting_and_putting_back_is_refused_once_a_text_is_shor
         mask = torch.where(ids > 0, 0.0, -1e9)
         return {"nowhere": (ids,), "additive": (ids, mask), "of attention": (ids, mask[:, None, None])}[shown]
 
-    call = private(Sorting(inside=True))
+    call = training_forwards(Sorting(inside=True))
     for n in (9, 14, 8):
         call(*batch(texts(n)))
     ids = texts(12, short).flip(0)
@@ -74,7 +64,7 @@ def test_a_layer_between_sorting_and_putting_back_is_refused_once_a_text_is_shor
 
 
 def test_layers_outside_of_the_sorting_are_taken() -> None:
-    call = private(Sorting(inside=False))
+    call = training_forwards(Sorting(inside=False))
     for ids in (texts(9), texts(12, 3).flip(0), texts(10, 3, 5, 1)):
         call(ids)
 
@@ -99,7 +89,7 @@ def recordings(n: int, order: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_rows_that_stand_in_another_order_in_a_later_batch_are_refused() -> None:
     """As many of each example as before; a short clip comes last."""
-    call = private(Clips())
+    call = training_forwards(Clips())
     for n in (6, 9):
         call(*recordings(n, torch.arange(4 * n)))
     order = [*itertools.chain(range(5), range(6, 32)), 5]
@@ -107,6 +97,6 @@ def test_rows_that_stand_in_another_order_in_a_later_batch_are_refused() -> None
 
 
 def test_rows_in_order_are_taken_in_every_batch() -> None:
-    call = private(Clips())
+    call = training_forwards(Clips())
     for n in (6, 9, 8):
         call(*recordings(n, torch.arange(4 * n)))

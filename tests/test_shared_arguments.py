@@ -18,7 +18,7 @@ from lora_dp import DPLinear, IsolationError
 from lora_dp.shared_arguments import ABSENT, Keyword, SharedArguments, shared_in, with_shared
 from lora_dp.tables import Table
 from tests.models import assert_refuses, examples
-from tests.support import make_private
+from tests.support import training_forwards
 
 
 class Length(enum.Enum):
@@ -60,13 +60,8 @@ SWITCHES: dict[str, tuple[Any, Any, Callable[[Any], bool]]] = {
 
 
 def private(model: nn.Module) -> tuple[nn.Module, Callable[..., None]]:
-    optimizer = make_private(model, batch_size=4)
-
-    def call(n: int, **arguments: Any) -> None:
-        model(examples(n)[0], **arguments)
-        optimizer.recorder.discard()
-
-    return model, call
+    call = training_forwards(model)
+    return model, lambda n, **arguments: call(examples(n)[0], **arguments)
 
 
 @pytest.mark.parametrize("kind", SWITCHES)
