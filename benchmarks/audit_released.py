@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lora_dp.auditing import audit
 from lora_dp.auditing.canaries import Coins, Played
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.fed import as_released
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
@@ -34,7 +35,6 @@ from lora_dp.fed.federation import Federation
 from lora_dp.fed.job import open_job
 from lora_dp.fed.methods import State
 from lora_dp.optimizer import PrivateOptimizer
-from lora_dp.sampling import PrivateDataLoader
 
 METHODS = ("la-lora", "deer")
 EPSILONS = (1.0, 3.0, 8.0)

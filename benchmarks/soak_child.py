@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lora_dp.fed import client, federation, noisy_sum, runner
+from lora_dp.fed import client, federation, launch, loop, noisy_sum
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import local
@@ -160,13 +160,13 @@ def work(job: dict[str, Any], errors: int) -> int:
     if job["dies_at"] is not None:
         _plant_death(job["dies_at"])
     if not job["draws"]:  # drawing takes longer than all the rest
-        runner.draw_curves = lambda results, config, path: path.touch()  # type: ignore[assignment]
+        loop.draw_curves = lambda results, config, path: path.touch()  # type: ignore[assignment]
     console = Console(file=io.StringIO())
     try:
         if (folder / "config.yaml").exists():
-            runner.resume(folder, console)
+            launch.resume(folder, console)
         else:
-            runner.run(RunConfig.from_flat({**job["options"], "output": folder}), console)
+            launch.run(RunConfig.from_flat({**job["options"], "output": folder}), console)
     except TooFewClients:
         return TOO_FEW
     except BaseException as error:

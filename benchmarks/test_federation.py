@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import peak_bytes
 from lora_dp.fed.account import LOG, AheadLog
-from lora_dp.fed.client import LocalTraining, Trainer
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import Engine
 from lora_dp.fed.engines.local import LocalEngine
@@ -26,6 +26,7 @@ from lora_dp.fed.examples import ImageExamples
 from lora_dp.fed.exchange import Reply, Task, Update, Workspace
 from lora_dp.fed.federation import Federation
 from lora_dp.fed.job import open_job
+from lora_dp.fed.local_training import LocalTraining
 from lora_dp.fed.methods import factor, get_method
 from lora_dp.fed.privacy import PrivacyPlan
 from lora_dp.layers import DPLinear, DPLoRALinear

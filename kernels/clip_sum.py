@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_dp.clipping import MARGIN
+from lora_dp.kernels.clip_margin import MARGIN
 from lora_dp.kernels.launching import Build, Config, check, multiprocessors, on_device, padded, pick
 from lora_dp.kernels.tile_table import first_tiles, owner_of, send
 

@@ -1,4 +1,4 @@
-"""LoRA adapters in a model: put them in, and exchange their tensors."""
+"""LoRA adapters: their settings, and the tensors that they exchange."""
 
 import re
 import warnings
@@ -10,37 +10,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lora_dp.arguments import check_flag, check_kind, check_number
-from lora_dp.layers import DPLoRALinear, PrivateModule, check_alpha
-from lora_dp.merging import (
-    adapters_of,
-    check_unmerged,
-    keep_adapters_when_saved,
-    merge_adapters,
-    unmerge_adapters,
-)
+from lora_dp.arguments import check_flag, check_number
+from lora_dp.layers import check_alpha
+from lora_dp.merging import adapters_of, check_unmerged
 from lora_dp.ops.registry import wide_dtype
-from lora_dp.placement import (
-    ALL_LINEAR,
-    Modules,
-    check_targets,
-    check_untied,
-    find_roots,
-    find_targets,
-    has_private_bias,
-    private_kin,
-)
-
-__all__ = [
-    "LoRAConfig",
-    "adapter_state",
-    "exchanged_parameters",
-    "inject_lora",
-    "load_adapter_state",
-    "load_parameters",
-    "merge_adapters",
-    "unmerge_adapters",
-]
+from lora_dp.placement import ALL_LINEAR
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -108,92 +82,6 @@ def _names(setting: str, given: object, remedy: str) -> list[str]:
             isinstance(name, str) for name in given):
         return list(given)
     raise TypeError(f"{setting} must be a list of names, got {given!r}: {remedy}.")
-
-
-def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
-    """Put LoRA adapters into ``model``, in place: everything is frozen but them and ``config.trainable_modules``.
-
-    Layers are replaced by private ones that share their parameters and keep their names, device and mode; a layer that
-    stands in several places is replaced by one. All that is trained (factors, biases, modules trained whole) is kept in
-    float32 where the model is in half precision, and computes in the model's dtype. Where a name in a list matches
-    layers of another kind as well (timm's "proj" is also the patch embedding's convolution) these stay as they are.
-    "all-linear" leaves the output head frozen unless it is in ``trainable_modules``: Transformers' output embeddings,
-    timm's classifier, or a child called score, classifier or qa_outputs. It also passes over linear layers whose
-    forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj`` or Mamba's dt_proj; named explicitly
-    they are an error. Those that are bypassed by some kernels only, such as Mamba's out_proj, have to be named.
-    Nor does it adapt what runs on a table of positions once for a whole batch, such as Swin V2's cpb_mlp.
-
-    Returns:
-        The same model, with ``model.lora_config`` set.
-
-    Raises:
-        TypeError: no module, or no LoRAConfig.
-        ValueError: it has adapters already; a name matches nothing (with the nearest ones); the rank is above a
-            layer's size; a layer cannot be adapted or trained in private; tied weights. The model is then unchanged.
-    """
-    check_kind("model", model, nn.Module, "give the plain model")
-    check_kind("config", config, LoRAConfig, "LoRAConfig() adapts all linear layers but the head")
-    check_plain(model)
-    modules = Modules.of(model)
-    roots = find_roots(modules, config.trainable_modules)
-    whole = modules.beneath(modules.names[root] for root in roots)
-    inject_into(model, modules, config, find_targets(model, modules, config.target_modules, whole), roots)
-    return model
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise ValueError for a model with adapters."""
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            raise ValueError(
-                f"The model has adapters already (at '{name}'): start from the plain model (PEFT's merge_and_unload "
-                "gives it).")
-
-
-def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets: list[str], roots: list[str]) -> None:
-    """Replace ``targets`` and what lies beneath ``roots``, once all is known to fit."""
-    check_targets(targets, modules, config.r)
-    replacements: dict[int, PrivateModule] = {}
-    trained: set[int] = set()
-    for key, name in modules.beneath(modules.names[root] for root in roots).items():
-        module = modules.names[name]
-        if any(parameter is not None for parameter in module._parameters.values()):
-            replacements[key] = private_kin(name, module, modules)
-            trained.update(id(parameter) for parameter in module.parameters(recurse=False))
-    adapted = {id(modules.names[name]) for name in targets}
-    for key, name in modules.own.items() if config.bias != "none" else ():
-        module = modules.names[name]
-        bias = module._parameters.get("bias")
-        if bias is None or key in replacements:
-            continue
-        if key in adapted:
-            trained.add(id(bias))
-        elif config.bias == "all" and has_private_bias(module, modules):
-            replacements[key] = private_kin(name, module, modules)
-            trained.add(id(bias))
-    check_untied(model, trained)
-
-    model.requires_grad_(False)
-    for name in targets:
-        module = modules.names[name]
-        replacements[id(module)] = DPLoRALinear.from_linear(
-            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora)
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replacements:
-                setattr(parent, child_name, replacements[id(child)])
-    for parameter in model.parameters():
-        if id(parameter) in trained:
-            parameter.requires_grad_(True)
-            _widen(parameter)
-    model.lora_config = config  # type: ignore[assignment]
-    model.lora_trained_modules = roots  # type: ignore[assignment]
-    keep_adapters_when_saved(model)
-
-
-def _widen(parameter: nn.Parameter) -> None:
-    """Keep a parameter of half precision in float32 from now on; it stays the same object."""
-    parameter.data = parameter.data.to(wide_dtype(parameter.dtype))
 
 
 def warn_of_half_precision(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from lora_dp.loss_graph import IsolationError
+from lora_dp.errors import IsolationError
 from lora_dp.opened import tensor_of
 
 # How deep objects in objects are looked into, and how deep where they lead to each other.

@@ -4,7 +4,7 @@ An adapter on a layer whose weight is read is never called, and has no effect. O
 positions, once for all examples, finds no rows that belong to one of them (:func:`runs_once`).
 
 Found by searching Transformers 5.24, timm 1.0.31, torchvision 0.29 and torch 2.14 for ``self.<linear>.weight``. What is
-not listed here is noticed when the first private step finds no gradient (:meth:`lora_dp.recording.Recorder.take`).
+not listed here is noticed when the first private step finds no gradient (:meth:`lora_dp.recorder.Recorder.take`).
 """
 
 from torch import nn

@@ -36,10 +36,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lora_dp.kernels.clip_margin import MARGIN
+
 ClippingName = Literal["flat", "per_layer", "automatic"]
 
-# All three derived above.
-MARGIN = 1 - 2.0**-19
+# Both derived above.
 LEAST_BOUND, LARGEST_BOUND = 1e-20, 1e20
 BOUNDS = f"{LEAST_BOUND:g} and {LARGEST_BOUND:g}".replace("e+", "e")
 

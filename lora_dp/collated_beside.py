@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_dp.collated_rows import lengths, lists_around, values
+from lora_dp.errors import IsolationError
 from lora_dp.few_examples import INSTEAD, MOST, Few, shapes
-from lora_dp.loss_graph import IsolationError
 from lora_dp.row_equality import alike, close
 
 # Examples among which one of a size is looked for.

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_dp.collated_rows import Layout, layout_of, lengths, lists_around, values
+from lora_dp.errors import IsolationError
 from lora_dp.few_examples import Few
-from lora_dp.loss_graph import IsolationError
 from lora_dp.row_equality import alike, padded_alike
 
 # What is drawn to be there, or not, is so under one of these seeds.

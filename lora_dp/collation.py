@@ -22,8 +22,8 @@ from torch import Tensor
 from lora_dp.collated_beside import check_flattened, check_shared
 from lora_dp.collated_names import check_names
 from lora_dp.collated_rows import Layout, by_example, texts
+from lora_dp.errors import IsolationError
 from lora_dp.few_examples import INSTEAD, MOST, a_few, fetched
-from lora_dp.loss_graph import IsolationError
 from lora_dp.own_generators import own_generators, states
 from lora_dp.row_equality import alike, padded_alike
 from lora_dp.seeded import other_states, seeded, torch_states

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_dp import batch_parts
+from lora_dp import batch_calls, batch_padding
+from lora_dp.errors import IsolationError
 from lora_dp.kept_buffers import same
-from lora_dp.loss_graph import IsolationError, LossReduction
+from lora_dp.loss_graph import LossReduction
 from lora_dp.shared_arguments import with_shared
 from lora_dp.trial_values import Gradients, calls_in_both, differ, is_another, least_of, pairs_of, rows_of, sum_of
 from lora_dp.trials import LossFunction, Quiet, Trace, Trials
@@ -57,7 +58,7 @@ def check_company(
     halved = apart and n >= FEW
     turned = list(reversed(range(n)))
     turned = turned[: n // 2] if halved else [*turned, *turned]
-    company = batch_parts.take(call, turned, n) if apart else batch_parts.doubled(call, n)
+    company = batch_calls.take(call, turned, n) if apart else batch_calls.doubled(call, n)
     other = attempt(trials, company, ragged=not apart, still=steady.still)
     if other is None:
         return None
@@ -97,7 +98,7 @@ def _scales_as(
 
 
 def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
-    numbers = ", ".join(batch_parts.numbers_in(call)) if own else ""
+    numbers = ", ".join(batch_calls.numbers_in(call)) if own else ""
     by = f" (the model was given {numbers}: leave out what counts the batch)" if numbers else ""
     if fits:
         return (f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
@@ -137,7 +138,7 @@ def check_whole(
     kept = sorted({i for rows in parts for i in rows})
     whole = trials.outputs(call, n, kept, passed)
     for rows in parts:
-        part = trials.outputs(batch_parts.take(call, rows, n), len(rows), list(range(len(rows))), passed)
+        part = trials.outputs(batch_calls.take(call, rows, n), len(rows), list(range(len(rows))), passed)
         _compare_part(whole, part, kept, rows, n)
         for place in passed:
             if (found := _chosen_for(whole, part, place, rows, n, reduction)) is None:
@@ -203,7 +204,7 @@ def check_choices(trials: Trials, steady: Trace, call: Any, n: int) -> None:
     Raises:
         IsolationError: an output changes, or what a layer is given.
     """
-    noisy = batch_parts.beside_noise(call, n, trials.seed)
+    noisy = batch_calls.beside_noise(call, n, trials.seed)
     other = None if noisy is None else attempt(trials, noisy, ragged=True, still=steady.still)
     if other is None:
         return
@@ -246,11 +247,11 @@ def check_written(trials: Trials, call: Any, n: int, *, ragged: bool) -> None:
         IsolationError: naming the buffer.
     """
     rows, half = list(range(n)), n // 2
-    others = [batch_parts.changed(call, n)] if n == 1 else [
-        batch_parts.take(call, (part * n)[:n], n) for part in (rows[:half], rows[half:])]
+    others = [batch_calls.changed(call, n)] if n == 1 else [
+        batch_calls.take(call, (part * n)[:n], n) for part in (rows[:half], rows[half:])]
     if (base := attempt(trials, call, ragged=ragged)) is None:
         return
-    ragged |= bool(batch_parts.of_whole_batch(call, n))
+    ragged |= bool(batch_calls.of_whole_batch(call, n))
     for other in others:
         if (found := attempt(trials, other, ragged=ragged)) is not None:
             check_buffers(base, found)
@@ -267,7 +268,7 @@ def check_padding(
             has been of several sizes.
     """
     tried, untried = set(), set()
-    for lengths in batch_parts.narrowed(call, n, by_runs=known, least=True, each=True):
+    for lengths in batch_padding.narrowed(call, n, by_runs=known, least=True, each=True):
         for narrow in lengths:
             # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
             other = attempt(trials, narrow.call, ragged=True, still=steady.still)
@@ -286,7 +287,7 @@ def check_padding(
 def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None) -> None:
     """Warn where all batches have one width so far, and the model looks at padding: nobody can tell whether that width
     is a public number or the longest example of the data, which would then move all others."""
-    for lengths in batch_parts.narrowed(call, n, by_runs="whole numbers"):
+    for lengths in batch_padding.narrowed(call, n, by_runs="whole numbers"):
         for narrow in lengths:
             if (other := attempt(trials, narrow.call, ragged=True, still=steady.still)) is not None:
                 break
@@ -303,7 +304,7 @@ def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int, reduction: L
 
 
 def _compare_narrowed(
-    steady: Trace, other: Trace, narrow: batch_parts.Narrowed, n: int, reduction: LossReduction | None,
+    steady: Trace, other: Trace, narrow: batch_padding.Narrowed, n: int, reduction: LossReduction | None,
     passed: frozenset[int],
 ) -> None:
     m = len(narrow.rows)
@@ -321,7 +322,7 @@ def _compare_narrowed(
 
 
 def _compare_padded(
-    left: Tensor, right: Tensor, narrow: batch_parts.Narrowed, n: int, what: str, *, summed: bool = False,
+    left: Tensor, right: Tensor, narrow: batch_padding.Narrowed, n: int, what: str, *, summed: bool = False,
     masked: bool = False,
 ) -> None:
     """An example's values at its own tokens, or all of them where they do not go by token.

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from lora_dp.kept_buffers import KeptBuffers
 from lora_dp.layers import DPLoRALinear, PrivateModule
 from lora_dp.model_parts import Parts
-from lora_dp.recording import Recorder
+from lora_dp.recorder import Recorder
 from lora_dp.unwritten import Versions, held_parameters
 
 
@@ -247,8 +247,3 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     for module in model.modules():
         if isinstance(module, PrivateModule):
             module.recorder = recorder
-
-
-def recorder_of(model: nn.Module) -> Recorder | None:
-    """The recorder that the private layers of ``model`` have, if any."""
-    return next((module.recorder for module in model.modules() if isinstance(module, PrivateModule)), None)

@@ -31,7 +31,8 @@ from lora_dp.arguments import (
     check_number,
 )
 from lora_dp.clipping import ClippingName, make_clip_rule
-from lora_dp.coverage import attach, batch_size, cover, frozen_norms, recorder_of
+from lora_dp.coverage import attach, batch_size, cover, frozen_norms
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.drawn import LEAVE_OUT, Drawn
 from lora_dp.filtering import Filter, check_filter
 from lora_dp.isolation import check_isolation
@@ -41,8 +42,8 @@ from lora_dp.mechanism import Mechanism
 from lora_dp.optimizer import PrivateOptimizer, keep_out_of_graphs
 from lora_dp.phases import PhasesName
 from lora_dp.randomness import SecureSource, SeededSource
-from lora_dp.recording import NormMethod, Recorder
-from lora_dp.sampling import PrivateDataLoader
+from lora_dp.recorder import Recorder, recorder_of
+from lora_dp.recording import NormMethod
 from lora_dp.secret_state import renew
 from lora_dp.trials import LossFunction, modes_kept
 from lora_dp.wrappers import check_one_process, check_plain

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.arguments import check_count, check_kind
-from lora_dp.batch_parts import structure
+from lora_dp.batch_kinds import structure
 from lora_dp.collation import drawn_for_test
 from lora_dp.layers import DPEmbedding
 from lora_dp.ops.clip_and_sum import captured_tables

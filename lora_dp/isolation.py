@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp import batch_parts
+from lora_dp import batch_calls, batch_kinds
 from lora_dp.company import (
     FEW,
     REMEDY,
@@ -44,7 +44,8 @@ from lora_dp.company import (
     check_whole,
     warn_of_width,
 )
-from lora_dp.loss_graph import IsolationError, LossReduction, tolerance
+from lora_dp.errors import IsolationError
+from lora_dp.loss_graph import LossReduction, tolerance
 from lora_dp.loss_watch import LossWatch
 from lora_dp.number_lists import as_tensors, has_lists, other_lists
 from lora_dp.opened import check_opened, take_apart
@@ -127,7 +128,7 @@ def check_larger(
         IsolationError: naming what changes.
     """
     def check(call: Any, _: Seen, positional: tuple[str, ...]) -> frozenset[int]:
-        if batch_parts.of_whole_batch(call, n):
+        if batch_calls.of_whole_batch(call, n):
             return losses
         with _in_full_precision(call), Trials(model, None, positional) as trials:
             return check_whole(trials, (*call[:2], None), n, reduction, losses, everybody=True)
@@ -140,9 +141,9 @@ def _taken_apart(
     check: Callable[[Any, Seen, tuple[str, ...]], T],
 ) -> T:
     """What ``check`` says of a call in which entries of the examples are told from what they share."""
-    positional = batch_parts.argument_names(model.forward, len(args))
+    positional = batch_calls.argument_names(model.forward, len(args))
     by_place: Any = take_apart((args, kwargs, targets))
-    plain, call = ((*batch_parts.named(positional, tree[:2]), tree[2]) for tree in (
+    plain, call = ((*batch_calls.named(positional, tree[:2]), tree[2]) for tree in (
         by_place, as_tensors(by_place, n, seen.lists if seen else None)))
     check_opened(call)
     seen = seen or Sizes().look(call, n)
@@ -163,11 +164,11 @@ def _check(
     reduction: LossReduction | None, padding_varies: bool | None, earlier: Mapping[str, Any], draws: int,
     number_varies: bool, copies: bool, seen: Seen, one_width: bool,
 ) -> Passed:
-    apart = not batch_parts.of_whole_batch(call, n)
+    apart = not batch_calls.of_whole_batch(call, n)
     whole, examples = call, n
     if apart and n > FEW:
-        rows = batch_parts.chosen(call, n, FEW)
-        call, n = batch_parts.take(call, rows, n), len(rows)
+        rows = batch_kinds.chosen(call, n, FEW)
+        call, n = batch_calls.take(call, rows, n), len(rows)
     with _in_full_precision(call), Trials(model, criterion, positional) as trials:
         try:
             base = trials.run(call)
@@ -184,7 +185,7 @@ def _check(
                     f"'{name}' works on {tuple(output.shape)} in a batch of {n} examples: its rows cannot be told "
                     "apart by example; freeze it or leave it out of the private layers.")
         replaced_runs = [] if copies else _replace(trials, base, call, n, apart)
-        if copies and (changed := attempt(trials, batch_parts.changed(call, n), ragged=True)) is not None:
+        if copies and (changed := attempt(trials, batch_calls.changed(call, n), ragged=True)) is not None:
             check_buffers(base, changed)
         for _ in range(draws - 1 if not copies and (base.random or base.elsewhere) else 0):
             trials.draw_anew()
@@ -221,7 +222,7 @@ def _check(
 def _in_full_precision(call: Any) -> Iterator[None]:
     """Without autocast, where the inputs allow it: its rounding hides what is small, and follows the padding."""
     with contextlib.ExitStack() as stack:
-        if not any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in batch_parts.tensors_in(call)):
+        if not any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in batch_calls.tensors_in(call)):
             for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
@@ -230,7 +231,7 @@ def _in_full_precision(call: Any) -> Iterator[None]:
 def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> list[tuple[int, Trace]]:
     """The first and the last example, each beside copies of itself."""
     runs, alone = [], {}
-    for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_parts.extremes(call, n)}):
+    for i in sorted({0, n - 1} if apart else {0, n - 1, *batch_kinds.extremes(call, n)}):
         alone[i] = _check_gradient_rows(base, i, n)
         replaced = attempt(trials, _only(call, i, n), ragged=not apart)
         if replaced is not None:
@@ -243,7 +244,7 @@ def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> lis
 
 def _only(call: Any, i: int, n: int) -> Any:
     def copies(leaf: Any) -> Any:
-        return leaf[i : i + 1].expand_as(leaf) if batch_parts.is_by_example(leaf, n) else leaf
+        return leaf[i : i + 1].expand_as(leaf) if batch_calls.is_by_example(leaf, n) else leaf
     return pytree.tree_map(copies, call)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_dp import functional, merged_state
 from lora_dp.arguments import check_count, check_flag, check_number
 from lora_dp.ops.registry import wide_dtype
-from lora_dp.recording import Recorder, Slot
+from lora_dp.recording import PassRecorder, Slot
 from lora_dp.regulator import Regulator
 
 
@@ -24,7 +24,7 @@ class PrivateModule(nn.Module):
         recorder: set by the engine; None makes the layer an ordinary one. Not part of the state dict.
     """
 
-    recorder: Recorder | None
+    recorder: PassRecorder | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +53,11 @@ class PrivateModule(nn.Module):
             parameter = self._parameters.get(name)
             slots[name] = None if parameter is None else recorder.slot(parameter)
         return slots
+
+
+def pass_recorder_of(model: nn.Module) -> PassRecorder | None:
+    """The recorder that the private layers of ``model`` have, if any."""
+    return next((module.recorder for module in model.modules() if isinstance(module, PrivateModule)), None)
 
 
 def _adopt(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

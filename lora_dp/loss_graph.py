@@ -31,10 +31,6 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
 
 
-class IsolationError(RuntimeError):
-    """An example's rows, outputs or gradients depend on other examples of its batch."""
-
-
 def tolerance(dtype: torch.dtype) -> float:
     """Up to which share of the largest value two values of this dtype are taken for the same.
 

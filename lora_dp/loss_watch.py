@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora_dp.batch_parts import tensors_in
+from lora_dp.batch_calls import tensors_in
+from lora_dp.errors import IsolationError
 from lora_dp.loss_graph import (
     Followed,
-    IsolationError,
     LossReduction,
     MixingLoss,
     Outputs,

@@ -1,15 +1,24 @@
 """State dicts of merged layers: those of plain ones, and loaded nowhere where the adapter would count twice."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from lora_dp.layers import DPLoRALinear
+from torch import Tensor, nn
 
 _FACTORS = ("lora_A", "lora_B")
+
+
+class MergeableLayer(Protocol):
+    """What a layer with an adapter shows of itself."""
+
+    weight: nn.Parameter
+    lora_B: nn.Parameter
+    merged: bool
+
+    def weight_with(self, sign: int) -> Tensor:
+        """The weight with the adapter added or taken out."""
+        ...
 
 
 def is_factor(key: str) -> bool:
@@ -31,7 +40,7 @@ def leave_plain(destination: Any, prefix: str) -> None:
 
 
 def refusal(
-    layer: "DPLoRALinear", state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
+    layer: MergeableLayer, state_dict: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> str | None:
     """Why a layer must not take a state, in a sentence; None where it may.
 
@@ -56,7 +65,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _counts_in(layer: "DPLoRALinear", weight: Tensor) -> bool:
+def _counts_in(layer: MergeableLayer, weight: Tensor) -> bool:
     """Whether ``weight`` is the layer's own with its adapter added, up to rounding."""
     if weight.shape != layer.weight.shape or weight.is_meta or layer.weight.is_meta or not layer.lora_B.any():
         return False

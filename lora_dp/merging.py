@@ -1,14 +1,7 @@
 """Adapters added into the weights beneath them, for inference and for files that plain models read."""
 
-import importlib.util
-import os
-import warnings
-from pathlib import Path
-from typing import Any
-
 from torch import nn
 
-from lora_dp import peft_format
 from lora_dp.arguments import check_kind
 from lora_dp.layers import DPLoRALinear
 
@@ -59,56 +52,3 @@ def check_unmerged(model: nn.Module) -> None:
     for name, layer in adapters_of(model).items():
         if layer.merged:
             raise ValueError(f"The adapter of '{name}' is merged: call unmerge_adapters before loading another.")
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
-
-
-class SavePretrained:
-    """``save_pretrained`` for a model with adapters: what is opened again computes what was saved.
-
-    Merged, the folder is that of a plain model. Unmerged, PEFT's two files are written beside the weights, where
-    Transformers' ``from_pretrained`` finds and loads them if PEFT is installed.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
-        """As the class's own.
-
-        Raises:
-            ValueError: merged weights beside an older adapter, which would count twice; adapters some of which are
-                merged; or unmerged ones of a larger model, or of a class that is not Transformers'.
-        """
-        merged = {layer.merged for layer in adapters_of(self.model).values()}
-        if len(merged) == 2:
-            raise ValueError("Some adapters of the model are merged: call merge_adapters or unmerge_adapters for all.")
-        if merged == {True}:
-            if (Path(save_directory) / peft_format.CONFIG_NAME).exists():
-                raise ValueError(
-                    f"{save_directory} holds an adapter, which from_pretrained would add to the merged weights once "
-                    "more: give another folder.")
-        elif merged:
-            if not (hasattr(self.model, "lora_config") and _is_transformers(self.model)):
-                raise ValueError(
-                    "What save_pretrained writes here would lose the adapters when opened again: call merge_adapters "
-                    "first, or save_adapter with the whole model.")
-            if options.get("is_main_process", args[0] if args else True):
-                from lora_dp.adapter_files import save_adapter
-
-                if importlib.util.find_spec("peft") is None:
-                    warnings.warn(
-                        "from_pretrained adds this model's adapters only where PEFT is installed: pip install peft "
-                        "there, or call merge_adapters before save_pretrained.", stacklevel=2)
-                save_adapter(self.model, save_directory)
-        return type(self.model).save_pretrained(  # type: ignore[attr-defined]
-            self.model, save_directory, *args, **options)
-
-
-def keep_adapters_when_saved(model: nn.Module) -> None:
-    """Give every module in ``model`` that holds adapters and has a ``save_pretrained`` a :class:`SavePretrained`."""
-    for module in model.modules():
-        if hasattr(type(module), "save_pretrained") and adapters_of(module):
-            module.save_pretrained = SavePretrained(module)  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_dp.loss_graph import IsolationError
+from lora_dp.errors import IsolationError
 
 # Options of a run rather than a table of data.
 _MOST_OPTIONS = 256

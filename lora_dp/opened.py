@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.loss_graph import IsolationError
+from lora_dp.errors import IsolationError
 
 
 class Settings(tuple[Any, ...]):

@@ -13,17 +13,19 @@ from lora_dp.accounting.history import History, Run, read_runs
 from lora_dp.arguments import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
 from lora_dp.coverage import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.drawn import LEAVE_OUT, Drawn
+from lora_dp.errors import IsolationError
 from lora_dp.filtering import Filter
 from lora_dp.fused_step import find_fused_step
 from lora_dp.layers import DPLoRALinear
-from lora_dp.loss_graph import IsolationError, LossReduction
+from lora_dp.loss_graph import LossReduction
 from lora_dp.loss_watch import backward_unseen
 from lora_dp.mechanism import Mechanism, total
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.phases import Phases, PhasesName
-from lora_dp.recording import NormMethod, Pass, Recorder
+from lora_dp.recorder import Recorder
+from lora_dp.recording import NormMethod, Pass
 from lora_dp.regulator import Regulator
 from lora_dp.secret_state import end_pass
 from lora_dp.wrappers import check_one_process

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
+from lora_dp.errors import IsolationError
 from lora_dp.loss_graph import (
-    IsolationError,
     LossReduction,
     MixingLoss,
     Outputs,

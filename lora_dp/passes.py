@@ -9,25 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_dp.batch_parts import (
-    Call,
-    argument_names,
-    named,
-    of_whole_batch,
-    structure,
-    take,
-    tensors_in,
-    used_tokens,
-    widths,
-)
+from lora_dp.batch_calls import Call, argument_names, named, of_whole_batch, take, tensors_in, widths
+from lora_dp.batch_kinds import structure
+from lora_dp.batch_padding import used_tokens
 from lora_dp.collation import drawn_for_test
 from lora_dp.company import FEW, check_written
 from lora_dp.coverage import batch_size, check_frozen, check_frozen_norms, check_statistics, check_strangers
+from lora_dp.errors import IsolationError
 from lora_dp.isolation import check_isolation, check_larger
 from lora_dp.layers import PrivateModule
-from lora_dp.loss_graph import IsolationError
 from lora_dp.number_lists import as_tensors
-from lora_dp.recording import Pass, Recorder
+from lora_dp.recorder import Recorder
+from lora_dp.recording import Pass
 from lora_dp.secret_state import begin_pass, forward_begins, forward_ends
 from lora_dp.tables import set_apart
 from lora_dp.trials import Trials

@@ -10,25 +10,18 @@ formed.
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_dp.batch_parts import narrowed
-from lora_dp.kept_buffers import KeptBuffers
-from lora_dp.loss_watch import LossWatch
-from lora_dp.model_parts import Parts
 from lora_dp.ops.clipped_sum import clipped_sum_pairs
 from lora_dp.ops.example_norms import example_norms
 from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import wide_dtype
-from lora_dp.shared_arguments import SharedArguments
-from lora_dp.sizes import Sizes
-from lora_dp.unwritten import Held, Versions
 
 NormMethod = Literal["auto", "direct", "ghost"]
 
@@ -314,66 +307,28 @@ class Pass:
         return {id(leaf) for slot in self.slots.values() for leaf in slot.leaves}
 
 
-def _warn_of_unused(finished: Pass) -> None:
-    modules = sorted({slot.name.rpartition(".")[0] for slot in finished.slots.values() if not slot.filled})
-    if modules:
-        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
-        warnings.warn(
-            f"No gradient came to {', '.join(repr(name) for name in modules[:3])}{more} in the first private step, so "
-            "that noise alone trains it: the model reads its weight without calling it, or the loss does not depend on "
-            "it. Leave it out of target_modules or freeze it, unless later batches use it.", stacklevel=6)
-
-
-class Recorder:
-    """Connects the private layers of one model with the engine: says what to record, holds what came.
+class PassRecorder:
+    """Says which per-example gradients the private layers of one model record, and holds what came.
 
     Attributes:
         parameters: qualified name of each parameter, and the parameter, by ``id``.
-        frozen: name of each parameter that required no gradient when the model was made private, and what holds it.
-        frozen_norms: name and module of each BatchNorm of the model, all of them frozen.
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
-        owner: the private optimizer for which the model records; ``on_pass``, called as a training forward begins.
+        current: the pass that is recorded; ``superseded``, those before it that no step took.
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
-        losses: what is followed of the losses that are differentiated; ``versions``, how often parameters were written
-            to; ``parts``, which modules it is made of; ``buffers``, to which buffers forwards wrote.
-        tested: structures of batches that have passed the isolation check, with the losses of the model's that did.
-        tested_sizes: lengths in bits of the numbers of examples that these batches had.
-        most_tried: the largest number of examples of which the whole batch was compared with a part of it; None where
-            that cannot be.
         per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
             one, examples may meet: batches are not tried, losses not followed, and a batch's gradient is one.
-        sizes_fixed: whether neither the number of rows of a batch nor the padding of an example hangs on others: then
-            neither is tried.
-        padding_varies: whether batches are padded to different widths, as far as is known; ``padding_tried``, whether
-            a batch came in which that could be tried.
-        widths: of the sequences of the last batch.
-        sizes, shared: of the arguments of all batches; what among them all examples share.
-        capturing: inside the capture of a CUDA graph, in which nothing can be tried.
         uses_checked: whether a first pass was looked through for parameters that get no gradient.
     """
 
     def __init__(self) -> None:
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
-        self.frozen: list[Held] = []
-        self.frozen_norms: list[tuple[str, nn.Module]] = []
         self.trained: frozenset[int] = frozenset()
         self.method: NormMethod = "auto"
         self.current: Pass | None = None
         self.superseded: list[Pass] = []
-        self.suspended = self.tried = False
-        self.owner: object | None = None
-        self.on_pass: Callable[[], None] = lambda: None
-        self.losses = LossWatch()
-        self.losses.after_backward = lambda: self.versions.check_backward()
-        self.versions, self.parts, self.buffers = Versions(), Parts(), KeptBuffers()
+        self.suspended = self.tried = self.uses_checked = False
         self.per_example = True
-        self.sizes_fixed = self.capturing = self.uses_checked = False
-        self.forget_batches()
-
-    def __reduce__(self) -> tuple[type["Recorder"], tuple[()]]:
-        # A copied or unpickled model starts unowned: what is recorded belongs to one optimizer and these very tensors.
-        return Recorder, ()
 
     def open(self, n: int) -> None:
         """Begin a pass over a micro-batch of ``n`` examples.
@@ -403,7 +358,6 @@ class Recorder:
             RuntimeError: nothing was recorded, or one backward ran through two forward passes.
         """
         finished, self.current = self.current, None
-        self.losses.forget()
         superseded, self.superseded = self.superseded, []
         if any(earlier.filled for earlier in superseded):
             raise RuntimeError(
@@ -448,31 +402,10 @@ class Recorder:
     def discard(self) -> None:
         """Forget whatever was recorded."""
         self.current, self.superseded = None, []
-        self.losses.forget()
-
-    def forget_batches(self) -> None:
-        """Forget what is remembered of earlier batches and of their losses."""
-        self.tested: dict[Hashable, frozenset[int]] = {}
-        self.tested_sizes: dict[Hashable, set[int]] = {}
-        self.most_tried: int | None = None
-        self.padding_varies = self.padding_tried = False
-        self.widths: Hashable = None
-        self.sizes = Sizes()
-        self.shared = SharedArguments()
-        self.losses.forget_batches()
 
     def leaves(self) -> set[int]:
         """The ids of the leaves that take the gradients of the current pass."""
         return set() if self.current is None else self.current.leaves()
-
-    def padding_untried(self, call: Any, n: int) -> bool:
-        """Whether this batch is the first in which less padding can be tried."""
-        wanted = self.padding_varies and not (self.padding_tried or self.sizes_fixed)
-        return wanted and n > 1 and next(narrowed(call, n), None) is not None
-
-    def expect_padding(self) -> None:
-        """Told by the loader: its batches are padded to different widths."""
-        self.padding_varies = True
 
     @property
     def recording(self) -> bool:
@@ -481,3 +414,13 @@ class Recorder:
     def slot(self, parameter: nn.Parameter) -> Slot | None:
         """The slot of ``parameter`` in the current pass, or None if this phase does not train it."""
         return None if self.current is None else self.current.slots.get(id(parameter))
+
+
+def _warn_of_unused(finished: Pass) -> None:
+    modules = sorted({slot.name.rpartition(".")[0] for slot in finished.slots.values() if not slot.filled})
+    if modules:
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        warnings.warn(
+            f"No gradient came to {', '.join(repr(name) for name in modules[:3])}{more} in the first private step, so "
+            "that noise alone trains it: the model reads its weight without calling it, or the loss does not depend on "
+            "it. Leave it out of target_modules or freeze it, unless later batches use it.", stacklevel=6)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_dp.batch_parts import without_nan
+from lora_dp.batch_calls import without_nan
 from lora_dp.collated_rows import Rows
 
 _RELATIVE = 1e-5

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_dp.loss_graph import IsolationError
+from lora_dp.errors import IsolationError
 from lora_dp.tables import Table
 
 # In the place of a keyword argument that a call is not given.

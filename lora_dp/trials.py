@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp.batch_parts import tensors_in
-from lora_dp.coverage import recorder_of
-from lora_dp.layers import PrivateModule
+from lora_dp.batch_calls import tensors_in
+from lora_dp.layers import PrivateModule, pass_recorder_of
 from lora_dp.seeded import other_states, seeded, torch_states
 from lora_dp.still import Still
 from lora_dp.tables import Table, put_back
@@ -262,7 +261,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _suspended(model: nn.Module) -> Iterator[None]:
-    recorder = recorder_of(model)
+    recorder = pass_recorder_of(model)
     if recorder is None:
         yield
         return

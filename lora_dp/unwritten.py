@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_dp.loss_graph import IsolationError
+from lora_dp.errors import IsolationError
 
 
 def written(name: str) -> IsolationError:

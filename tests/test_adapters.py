@@ -12,7 +12,8 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear, LoRAConfig, inject_lora
-from lora_dp.adapters import adapter_state, load_adapter_state, merge_adapters, unmerge_adapters
+from lora_dp.adapters import adapter_state, load_adapter_state
+from lora_dp.merging import merge_adapters, unmerge_adapters
 from tests.tiny_models import HEADS, KINDS, TARGETS, TEXT, build, logits, randomise
 
 

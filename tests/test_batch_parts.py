@@ -9,23 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_dp.batch_parts import (
+from lora_dp.batch_calls import (
     argument_names,
     changed,
-    chosen,
-    cut,
     doubled,
-    extremes,
     named,
-    narrowed,
     numbers_in,
     of_whole_batch,
-    structure,
     take,
     tensors_in,
-    used_tokens,
     widths,
 )
+from lora_dp.batch_kinds import chosen, extremes, structure
+from lora_dp.batch_padding import cut, narrowed, used_tokens
 
 N = 4
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError, LoRAConfig, PrivacyEngine, inject_lora
-from lora_dp.batch_parts import chosen, narrowed, structure
+from lora_dp.batch_kinds import chosen, structure
+from lora_dp.batch_padding import narrowed
 from tests.models import assert_refuses, examples, mlp, take_step
 from tests.support import make_private
 

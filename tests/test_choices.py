@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora_dp.passes
 from lora_dp import DPLinear, IsolationError
-from lora_dp.batch_parts import beside_noise
+from lora_dp.batch_calls import beside_noise
 from lora_dp.isolation import check_isolation
 from lora_dp.losses import classification_loss
 from tests.models import assert_refuses, mlp

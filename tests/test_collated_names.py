@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from lora_dp import IsolationError
 from lora_dp.collated_names import arguments
 from lora_dp.collation import check_collation
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.randomness import SeededSource
-from lora_dp.sampling import PrivateDataLoader
 from tests.models import examples
 
 Collate = Callable[[list[Any]], Any]
@@ -120,7 +120,7 @@ def test_entries_that_are_called_by_their_example_may_not_be_joined(own, n):
 @pytest.mark.parametrize("absent", [False, True])
 def test_the_first_batch_with_an_argument_that_others_lack_is_tried(absent, monkeypatch):
     """Of a hundred examples one has an image, which the first batch seldom holds."""
-    import lora_dp.sampling
+    import lora_dp.data_loader
 
     def collate(items: list[Any]) -> dict[str, Any]:
         marked = [y for _, y in items]
@@ -129,20 +129,20 @@ def test_the_first_batch_with_an_argument_that_others_lack_is_tried(absent, monk
         return {name: part for name, part in found.items() if part is not None or not absent}
 
     tried: list[bool] = []
-    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
+    monkeypatch.setattr(lora_dp.data_loader, "drawn_for_test", lambda: False)
     monkeypatch.setattr(
-        lora_dp.sampling, "check_collation", lambda *args: bool(tried.append("image" in arguments(args[3]))))
+        lora_dp.data_loader, "check_collation", lambda *args: bool(tried.append("image" in arguments(args[3]))))
     loader = DataLoader(data(100, 7), batch_size=20, collate_fn=collate)  # type: ignore[arg-type]
     list(PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None).take(60))
     assert sorted(tried) == [False, True]
 
 
 def test_batches_of_other_arguments_each_time_are_not_always_tried(monkeypatch):
-    import lora_dp.sampling
+    import lora_dp.data_loader
 
     tried: list[bool] = []
-    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
-    monkeypatch.setattr(lora_dp.sampling, "check_collation", lambda *args: bool(tried.append(True)))
+    monkeypatch.setattr(lora_dp.data_loader, "drawn_for_test", lambda: False)
+    monkeypatch.setattr(lora_dp.data_loader, "check_collation", lambda *args: bool(tried.append(True)))
     loader: Any = DataLoader(list(range(100)), batch_size=20, collate_fn=lambda items: dict.fromkeys(items, 1))  # type: ignore[arg-type]
     list(PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None).take(20))
     assert len(tried) == 8

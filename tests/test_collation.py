@@ -467,7 +467,7 @@ def test_a_loader_that_mixes_is_refused_before_anything_is_released():
 
 def test_later_batches_are_tried_in_secret(monkeypatch):
     """A collate function that begins to mix after the first batches."""
-    import lora_dp.sampling
+    import lora_dp.data_loader
 
     calls = []
 
@@ -475,7 +475,7 @@ def test_later_batches_are_tried_in_secret(monkeypatch):
         calls.append(len(items))
         return mixup(items) if len(calls) > 12 else stacked(items)
 
-    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: len(calls) > 14)
+    monkeypatch.setattr(lora_dp.data_loader, "drawn_for_test", lambda: len(calls) > 14)
     model = mlp()
     _, optimizer, batches = PrivacyEngine("rdp", reproducible_seed=0).make_private(
         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
@@ -491,24 +491,24 @@ def test_later_batches_are_tried_in_secret(monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_a_loader_is_tried_on_its_first_batch_that_two_examples_share(n, monkeypatch):
-    import lora_dp.sampling
+    import lora_dp.data_loader
 
     tried = []
-    monkeypatch.setattr(lora_dp.sampling, "check_collation", lambda *args: bool(tried.append(len(args[2]))))
-    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
+    monkeypatch.setattr(lora_dp.data_loader, "check_collation", lambda *args: bool(tried.append(len(args[2]))))
+    monkeypatch.setattr(lora_dp.data_loader, "drawn_for_test", lambda: False)
     loader = DataLoader(TensorDataset(examples(n)[0]), batch_size=n)
-    batches = lora_dp.sampling.PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None)
+    batches = lora_dp.data_loader.PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None)
     assert len(list(batches.take(3))) == 3
     assert tried == ([n] if n > 1 else [])
 
 
 @pytest.mark.parametrize("collate", [padded, lambda items: torch.stack([item[:3] for item in items])])
 def test_a_loader_tells_once_that_widths_vary(collate, monkeypatch):
-    import lora_dp.sampling
+    import lora_dp.data_loader
 
     told: list[bool] = []
-    monkeypatch.setattr(lora_dp.sampling, "drawn_for_test", lambda: False)
-    batches = lora_dp.sampling.PrivateDataLoader(
+    monkeypatch.setattr(lora_dp.data_loader, "drawn_for_test", lambda: False)
+    batches = lora_dp.data_loader.PrivateDataLoader(
         DataLoader(Texts(), batch_size=24, collate_fn=collate), SeededSource(0), lambda size: None, lambda: None,
         on_varying_width=lambda: told.append(True))
     assert len(list(batches.take(2))) == 2

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, PrivacyEngine
+from lora_dp.errors import IsolationError
 from lora_dp.graphs import GraphedStep
-from lora_dp.isolation import IsolationError
 from tests.models import assert_refuses, examples, loader_of, mlp, snapshot
 from tests.support import assert_close, make_private
 

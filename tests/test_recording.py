@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lora_dp import DPLinear, IsolationError
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.per_example_grad import per_example_grad
-from lora_dp.recording import Recorder, Slot, prefers_ghost
+from lora_dp.recorder import Recorder
+from lora_dp.recording import Slot, prefers_ghost
 from tests.models import assert_refuses, cross_entropy, examples, mlp, one_by_one
 from tests.support import assert_close, brute_force, make_private, private_gradients
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.randomness import SecureSource, SeededSource
-from lora_dp.sampling import PoissonSampler, PrivateDataLoader
+from lora_dp.sampling import PoissonSampler
 
 
 class Numbers(Dataset):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lora_dp import DPLinear, PrivacyEngine, secret_state
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.randomness import SecureSource, SeededSource
-from lora_dp.sampling import PrivateDataLoader
 from tests.sources import forks
 
 SIZE = 8

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lora_dp.passes
 from lora_dp import DPLinear, PrivacyEngine, secret_state
-from lora_dp.coverage import recorder_of
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.randomness import SecureSource, SeededSource
-from lora_dp.sampling import PrivateDataLoader
+from lora_dp.recorder import recorder_of
 from tests.sources import forks
 from tests.support import make_private
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
-from lora_dp.batch_parts import cut, doubled, structure, take
+from lora_dp.batch_calls import doubled, take
+from lora_dp.batch_kinds import structure
+from lora_dp.batch_padding import cut
 from lora_dp.sizes import Sizes
 from lora_dp.tables import Table, put_back, set_apart
 from tests.support import make_private

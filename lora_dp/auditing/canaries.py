@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from lora_dp.accounting import Ledger
 from lora_dp.auditing.bounds import Floats
 from lora_dp.clipping import PerLayerClipping
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.mechanism import total
 from lora_dp.optimizer import Clipped, PrivateOptimizer
 from lora_dp.recording import Pass, Slot
-from lora_dp.sampling import PoissonSampler, PrivateDataLoader
+from lora_dp.sampling import PoissonSampler
 
 Coins = NDArray[np.bool_]
 # Numbers of canary gradients formed at once.

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from rich.console import Console
 
+from lora_dp.errors import IsolationError
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.grid import CompareConfig, read_failures
+from lora_dp.fed.launch import resume, run
 from lora_dp.fed.models import ModelConfig
 from lora_dp.fed.pretrain import PretrainConfig, pretrain
-from lora_dp.fed.runner import resume, run
-from lora_dp.isolation import IsolationError
 
 PROG = "python -m lora_dp.fed"
 RUN_HELP = """\

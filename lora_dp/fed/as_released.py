@@ -4,39 +4,27 @@ It is here so that papers can be reproduced, and so that anyone can see what hon
 the code of LA-LoRA (github.com/junkangLiu0/LA-LORA) and DEeR (github.com/CUHK-AIM-Group/DEeR); written anew.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_dp.accounting import calibrate_noise_multiplier
 from lora_dp.fed.examples import Examples
-from lora_dp.fed.methods import DEeR, LALoRA, Method, State, factor
+from lora_dp.fed.exchange import Task
+from lora_dp.fed.local_training import LocalTraining
+from lora_dp.fed.methods import LALoRA, Method, State, factor
 from lora_dp.fed.models import logits
 from lora_dp.fed.privacy import PrivacyPlan
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import make_filter
 
-if TYPE_CHECKING:
-    from lora_dp.fed.client import Trainer
-    from lora_dp.fed.exchange import Task
-
 # Above which LA-LoRA's code does not raise its clip bound.
 LARGEST_BOUND = 0.4
 WEIGHT_DECAY = {"sgd": 0.001, "adamw": 0.01}
-
-
-def check(method: Method) -> None:
-    """Raise ValueError for a method whose released mechanism is not here."""
-    if not isinstance(method, LALoRA | DEeR):
-        raise ValueError(
-            f"mechanism as-released is there for la-lora and deer, not for {method.name}: leave it out for the sound "
-            "one.")
 
 
 def replaces_training(method: Method) -> bool:
@@ -59,12 +47,14 @@ def claimed_noise_multiplier(plan: PrivacyPlan, method: Method) -> float:
     return calibrate_noise_multiplier(plan.epsilon, plan.delta, rate, steps, plan.accountant)
 
 
-def train_la_lora(trainer: Trainer, examples: Examples, task: Task, on_step: Callable[[], None]) -> None:
+def train_la_lora(
+    model: nn.Module, training: LocalTraining, plan: PrivacyPlan, method: Method, examples: Examples,
+    on_step: Callable[[], None],
+) -> None:
     """LA-LoRA's local steps, A and B by turns: the *batch* gradient of each tensor is clipped at the median of the
     tensors' norms (at most 0.4) and noised in proportion to that bound; what the filter leaves of it moves the factor
     in a step of its own, before the optimizer's with all of it; weights decay; batches are shuffled."""
-    training, model = trainer.training, trainer.workspace.model
-    noise_multiplier = claimed_noise_multiplier(trainer.plan, trainer.method)
+    noise_multiplier = claimed_noise_multiplier(plan, method)
     device = next(model.parameters()).device
     model.train()
     optimizer, low_pass = training.make_optimizer(model), make_filter(training.low_pass, training.low_pass_strength)

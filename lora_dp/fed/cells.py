@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from lora_dp.fed import runner
+from lora_dp.fed import launch
 from lora_dp.fed.account import LOG, AheadLog, LogError
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.faults import TooFewClients
@@ -72,15 +72,15 @@ def run_one(config: RunConfig) -> Result:
         return path, Why(f"{kind}, in words that the console alone shows, since they may quote the data", in_full)
 
 
-def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
+def _run_or_resume(config: RunConfig, path: Path) -> launch.Outcome:
     quiet = Console(quiet=True)
     if not path.exists():
-        return runner.run(config, quiet)
+        return launch.run(config, quiet)
     # Refused while another process is at work there, whose folder must stay where it is.
     RunFolder(path).close()
     try:
         if read_config(path).to_yaml() == config.to_yaml():
-            return runner.resume(path, quiet)
+            return launch.resume(path, quiet)
     except LogError:
         raise
     except ValueError as error:
@@ -90,7 +90,7 @@ def _run_or_resume(config: RunConfig, path: Path) -> runner.Outcome:
     aside = next(p for i in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{i}")).exists())
     path.rename(aside)
     try:
-        return runner.run(config, quiet)
+        return launch.run(config, quiet)
     except BaseException:
         # What stops a new run as well, a missing data set perhaps, was not the old one's fault.
         if not path.exists():

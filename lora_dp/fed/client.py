@@ -3,68 +3,32 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_dp.accounting import Ledger, PoissonGaussian
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.engine import PrivacyEngine
 from lora_dp.fed import as_released
 from lora_dp.fed.contained import Failures, GivenUp, accumulate
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Task, Update, Workspace
-from lora_dp.fed.methods import Method, State, factor
-from lora_dp.fed.models import Precision, logits
+from lora_dp.fed.local_training import LocalTraining
+from lora_dp.fed.methods import Method, State
+from lora_dp.fed.models import logits
 from lora_dp.fed.one_shape import OneShape
 from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.regulated import regulators
-from lora_dp.filtering import FilterName, make_filter
+from lora_dp.fed.seeds import Stream, derived_seed
+from lora_dp.filtering import make_filter
 from lora_dp.losses import classification_loss
 from lora_dp.optimizer import PrivateOptimizer
 from lora_dp.randomness import RandomSource, SecureSource, SeededSource
-from lora_dp.recording import Recorder
+from lora_dp.recorder import Recorder
 from lora_dp.regulator import Regulator
-from lora_dp.sampling import PrivateDataLoader
 from lora_dp.secret_state import secret_generators
-
-# Streams of the seed that must not coincide.
-TRAINING, NOISE, PERTURBATION = 2, 3, 4
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """How clients train: alike for all of them.
-
-    Attributes:
-        learning_rate: of A and the head; B's is this times `lr_ratio`.
-    """
-
-    optimizer: Literal["sgd", "adamw"]
-    learning_rate: float
-    lr_ratio: float
-    low_pass: FilterName | None
-    low_pass_strength: float
-    batch_size: int
-    local_steps: int
-    precision: Precision = "float32"
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A fresh optimizer over the model's trainable parameters, B's with its own learning rate."""
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for name, p in trainable if factor(name) != "B"], "lr": self.learning_rate},
-            {"params": [p for name, p in trainable if factor(name) == "B"], "lr": self.learning_rate * self.lr_ratio},
-        ]
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(groups, lr=self.learning_rate)
-
-
-def derived_seed(*path: int) -> int:
-    """A seed of its own for each place in a run, 63 bits."""
-    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
@@ -115,9 +79,10 @@ class Trainer:
         """
         self.workspace.load(task.state, task.rank)
         place = (client, task.round, task.turn)
-        with self._generators(derived_seed(self.seed, TRAINING, *place)):
+        with self._generators(derived_seed(self.seed, Stream.TRAINING, *place)):
             if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
-                as_released.train_la_lora(self, examples, task, on_step)
+                as_released.train_la_lora(
+                    self.workspace.model, self.training, self.plan, self.method, examples, on_step)
             else:
                 try:
                     self._train_by_engine(examples, task, place, on_step)
@@ -145,7 +110,7 @@ class Trainer:
         place = (0, task.round, task.turn)
         self.workspace.load(task.state, task.rank)
         try:
-            with self._generators(derived_seed(self.seed, TRAINING, *place)):
+            with self._generators(derived_seed(self.seed, Stream.TRAINING, *place)):
                 replace(self, training=training, on_turn=None)._train_by_engine(examples, task, place, lambda: None)
         except GivenUp as given_up:
             raise given_up.error from None
@@ -175,7 +140,7 @@ class Trainer:
         protected = plan.examples_are_protected
         batch_size = min(training.batch_size, len(examples))
         event = plan.event(len(examples)) if protected else PoissonGaussian(0.0, batch_size / len(examples))
-        seed = derived_seed(self.seed, NOISE, *place) if self.reproducible else None
+        seed = derived_seed(self.seed, Stream.NOISE, *place) if self.reproducible else None
         engine = PrivacyEngine(plan.accountant, reproducible_seed=seed)
         model.train()
         model, optimizer, batches = engine.make_private(
@@ -205,7 +170,8 @@ class Trainer:
                 def backward(rows: Sequence[int], step: int = step, planned: int = planned) -> None:
                     batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
                     # Of the step alone: how many batches before it were empty is secret.
-                    perturbation = torch.Generator().manual_seed(derived_seed(self.seed, PERTURBATION, *place, step))
+                    perturbation = torch.Generator().manual_seed(
+                        derived_seed(self.seed, Stream.PERTURBATION, *place, step))
                     with self.method.local_step(model, step, planned, perturbation):
                         scores = logits(model, batch, training.precision)
                         optimizer.backward(classification_loss(scores, batch["labels"]))
@@ -246,7 +212,7 @@ class Trainer:
         bounded = clipped(change, self.plan.max_update_norm)
         if bounded is None:
             bounded = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
-        mechanism = client_mechanism(self.plan, event.noise_multiplier, self.source(NOISE, *place))
+        mechanism = client_mechanism(self.plan, event.noise_multiplier, self.source(Stream.NOISE, *place))
         released = dict(zip(bounded, mechanism.release(list(bounded.values())), strict=True))
         return {name: _moved(start[name], released[name], rules.get(name)) for name in released}
 

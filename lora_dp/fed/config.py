@@ -11,7 +11,6 @@ import numpy as np
 import yaml
 
 from lora_dp.clipping import BOUNDS, LARGEST_BOUND, LEAST_BOUND
-from lora_dp.fed import as_released
 from lora_dp.fed.data import DataConfig
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models import ModelConfig
@@ -289,7 +288,10 @@ class RunConfig:
             "unit client needs weighting equal: the number of a client's examples is not public there.",
         )
         if self.privacy.mechanism == "as-released":
-            as_released.check(method)
+            _require(
+                method.released_mechanism,
+                f"mechanism as-released is there for la-lora and deer, not for {method.name}: leave it out for the "
+                "sound one.")
         _require(
             not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
             "mechanism as-released runs on engine local only.",

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lora_dp.errors import IsolationError
 from lora_dp.fed.harmless import described
-from lora_dp.isolation import IsolationError
 from lora_dp.mechanism import total
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.optimizer import Clipped, PrivateOptimizer

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.adapters import exchanged_parameters, load_parameters
-from lora_dp.fed.methods import Layers, State
+from lora_dp.fed.methods import MERGED, Layers, State
 from lora_dp.layers import DPLoRALinear
-
-MERGED = ".merged"
 
 
 @dataclass(frozen=True)

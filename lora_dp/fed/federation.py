@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_dp.accounting import PrivacyBudgetExceeded
 from lora_dp.fed.account import Account, AheadLog
-from lora_dp.fed.client import Trainer, derived_seed
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.diagnostics.updates import UpdateRecorder, expected_noise_norm
 from lora_dp.fed.engines import Engine
@@ -27,13 +27,12 @@ from lora_dp.fed.methods import Aggregation
 from lora_dp.fed.models import Precision, logits, model_inputs
 from lora_dp.fed.noisy_sum import NoisySum
 from lora_dp.fed.origin import Origin
+from lora_dp.fed.seeds import Stream, derived_seed
 from lora_dp.fed.server import Server, draw_clients, nbytes, poisson_clients
 from lora_dp.isolation import check_isolation
 
 EVALUATION_BATCH = 256
 _TRIED = 4
-# Streams of the seed that must not coincide with those of clients.
-_DRAWS, _BEGIN, _SERVER_NOISE = 1, 6, 7
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,9 @@ class Federation:
         if not eligible:
             raise PrivacyBudgetExceeded("No client has budget left for a round: the run ends here.")
         if self.plan.server_adds_noise:
-            return poisson_clients(self.clients, self.plan.client_rate, self.trainer.source(_DRAWS, self.rounds_done))
-        rng = np.random.default_rng([self.trainer.seed, _DRAWS, self.rounds_done])
+            source = self.trainer.source(Stream.CLIENT_DRAWS, self.rounds_done)
+            return poisson_clients(self.clients, self.plan.client_rate, source)
+        rng = np.random.default_rng([self.trainer.seed, Stream.CLIENT_DRAWS, self.rounds_done])
         return draw_clients(eligible, self._per_round, rng)
 
     def run_round(
@@ -203,7 +203,7 @@ class Federation:
         self, index: int, drawn: Sequence[int], on_step: Callable[[], None]
     ) -> tuple[int, int, list[int], list[dict[str, Any]]]:
         """Bytes up and down, the clients that took part to the end, and those that were left out."""
-        self.server.begin(index, torch.Generator().manual_seed(derived_seed(self.trainer.seed, _BEGIN, index)))
+        self.server.begin(index, torch.Generator().manual_seed(derived_seed(self.trainer.seed, Stream.BEGIN, index)))
         up = down = 0
         failed: list[dict[str, Any]] = []
         remaining = list(drawn)
@@ -269,7 +269,7 @@ class Federation:
                 f"{self.min_clients} ({'; '.join(words[:3])}). {remedy}." for words in (reasons, details))
             raise TooFewClients(said, in_full)
         if noisy is not None:
-            mean = noisy.result(self.trainer.source(_SERVER_NOISE, index, turn))
+            mean = noisy.result(self.trainer.source(Stream.SERVER_NOISE, index, turn))
             down, up = self._expected_bytes(index, turn, names)
         else:
             assert plain is not None

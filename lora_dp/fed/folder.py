@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 from torch import nn
 
-from lora_dp.adapter_files import save_adapter
 from lora_dp.fed.account import LOG, AheadLog
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import RoundResult
 from lora_dp.fed.privacy import finite
 from lora_dp.files import append_durably, remove_durably, write_atomically
+from lora_dp.saving import save_adapter
 
 METRICS = "metrics.jsonl"
 UPDATES = "updates.jsonl"

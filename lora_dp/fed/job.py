@@ -7,18 +7,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data import InputSpec, RawData, Splits, encode, open_data
+from lora_dp.fed.data import open_data
+from lora_dp.fed.encoding import InputSpec, RawData, Splits, encode
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Workspace
+from lora_dp.fed.local_training import LocalTraining
 from lora_dp.fed.methods import Method, WeightedAverage
 from lora_dp.fed.models import load_model
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.partition import partition
 from lora_dp.fed.privacy import PrivacyPlan
-
-_RANKS = 5
+from lora_dp.fed.seeds import Stream, derived_seed
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def open_job(
     seed, chosen = config.run.seed, config.federation
     torch.manual_seed(seed)
     raw = open_data(config.data) if raw is None else raw
-    ranks = chosen.client_ranks(config.model.r, derived_seed(seed, _RANKS))
+    ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
     splits = encode(raw, loaded.spec)
     parts = partition(

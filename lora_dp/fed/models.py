@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lora_dp.adapters import LoRAConfig, inject_lora
-from lora_dp.fed.data import ImageSpec, InputSpec, Kind, TextSpec
+from lora_dp.adapters import LoRAConfig
+from lora_dp.fed.encoding import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.examples import Batch
 from lora_dp.fed.option_types import check_types
+from lora_dp.injection import inject_lora
 
 Precision = Literal["float32", "bf16"]
 

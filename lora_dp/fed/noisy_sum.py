@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from lora_dp.fed.exchange import MERGED
 from lora_dp.fed.lowrank import dense
-from lora_dp.fed.methods import Contribution, Layers, Method, State
+from lora_dp.fed.methods import MERGED, Contribution, Layers, Method, State
 from lora_dp.fed.privacy import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.regulated import regulators
 from lora_dp.randomness import RandomSource

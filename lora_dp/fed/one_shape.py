@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_dp.batch_parts import tensors_in
+from lora_dp.batch_calls import tensors_in
 from lora_dp.fed.contained import Failures
 from lora_dp.fed.examples import Batch, Examples, Shape
 from lora_dp.fed.exchange import Workspace
@@ -36,7 +36,7 @@ from lora_dp.fed.models import Precision, logits
 from lora_dp.layers import DPLoRALinear
 from lora_dp.losses import classification_loss
 from lora_dp.optimizer import PrivateOptimizer
-from lora_dp.recording import Recorder
+from lora_dp.recorder import Recorder
 from lora_dp.still import Still
 
 _LOG = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ import numpy as np
 
 from lora_dp.fed.data import (
     DataConfig,
-    RawData,
     failures_to_open,
     find_input_column,
     find_label_column,
@@ -26,6 +25,7 @@ from lora_dp.fed.data import (
     own_files,
     train_name,
 )
+from lora_dp.fed.encoding import RawData
 from lora_dp.fed.own_rows import Row, csv_rows, json_rows
 from lora_dp.fed.split_files import check_apart
 

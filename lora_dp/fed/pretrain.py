@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_dp.fed.data import DataConfig, ImageSpec, RawData, encode, open_data
+from lora_dp.fed.data import DataConfig, open_data
+from lora_dp.fed.encoding import ImageSpec, RawData, encode
 from lora_dp.fed.models import DEFAULT_WEIGHTS, build_default, logits
 
 ARCHITECTURE: dict[str, Any] = {

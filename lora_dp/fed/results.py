@@ -6,11 +6,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from lora_dp.adapter_files import load_adapter
-from lora_dp.fed.exchange import MERGED
-from lora_dp.fed.methods import State
+from lora_dp.fed.methods import MERGED, State
 from lora_dp.files import write_bytes_atomically
 from lora_dp.layers import DPLoRALinear
+from lora_dp.loading import load_adapter
 
 MERGED_FILE = "merged.safetensors"
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_dp.fed.exchange import MERGED, Task
+from lora_dp.fed.exchange import Task
 from lora_dp.fed.lowrank import LowRank, dense
-from lora_dp.fed.methods import Contribution, Layers, Method, State
+from lora_dp.fed.methods import MERGED, Contribution, Layers, Method, State
 from lora_dp.randomness import RandomSource
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_dp.fed.data import InputSpec, RawData, Splits, check_kind, encode
+from lora_dp.fed.encoding import InputSpec, RawData, Splits, check_kind, encode
 from lora_dp.fed.examples import Batch, Examples, Indices, Shape
 from lora_dp.fed.harmless import described
 
@@ -61,7 +61,7 @@ class PartlyReadable(Examples):
 
 
 def encode_training(raw: RawData, spec: InputSpec) -> Splits:
-    """As :func:`lora_dp.fed.data.encode`, of the examples to train on alone, and whatever they hold.
+    """As :func:`lora_dp.fed.encoding.encode`, of the examples to train on alone, and whatever they hold.
 
     An example that cannot be encoded, by itself, or that has none of the classes, stays in the number of examples; how
     many, and why, this process's log tells.

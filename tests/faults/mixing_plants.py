@@ -23,6 +23,7 @@ import lora_dp.passes
 import lora_dp.secret_state
 import lora_dp.unwritten
 from lora_dp.auditing import PlantedCanaries
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.fed.engines.flower_policy import Policy
 from lora_dp.fed.one_shape import Ops
 from lora_dp.kept_buffers import KeptBuffers
@@ -30,7 +31,6 @@ from lora_dp.loss_watch import LossWatch
 from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.optimizer import Clipped, PrivateOptimizer
 from lora_dp.passes import Passes
-from lora_dp.sampling import PrivateDataLoader
 from lora_dp.shared_arguments import SharedArguments
 from tests.faults.planting import Planting
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import lora_dp.clipping
 import lora_dp.coverage
+import lora_dp.data_loader
 import lora_dp.engine
 import lora_dp.fused_step
 import lora_dp.ops.per_example_grad
@@ -25,7 +26,6 @@ import lora_dp.optimizer
 import lora_dp.passes
 import lora_dp.randomness
 import lora_dp.recording
-import lora_dp.sampling
 from lora_dp import DPLoRALinear, GaussianFilter, LoRAConfig, inject_lora
 from lora_dp.accounting import PoissonGaussian
 from lora_dp.clipping import FlatClipping, PerLayerClipping
@@ -268,7 +268,7 @@ def twice_in_a_batch(planting: Planting) -> None:
 
 
 def samplers_passed_over(planting: Planting) -> None:
-    planting.replace(lora_dp.sampling, "_draws_from_all", lambda _: lambda loader: True)
+    planting.replace(lora_dp.data_loader, "_draws_from_all", lambda _: lambda loader: True)
 
 
 class Windowed(nn.Module):

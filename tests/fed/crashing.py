@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lora_dp.fed import checkpoint, runner
+from lora_dp.fed import checkpoint, launch, loop
 from lora_dp.fed.account import AheadLog
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
@@ -35,8 +35,8 @@ POINTS: dict[str, tuple[Any, str]] = {
     "numbers": (checkpoint, "write_atomically"),
     "ledger": (RunFolder, "write_ledger"),
     "adapter": (RunFolder, "write_adapter"),
-    "merged": (runner, "save_merged"),
-    "picture": (runner, "draw_curves"),
+    "merged": (loop, "save_merged"),
+    "picture": (loop, "draw_curves"),
     "summary": (RunFolder, "write_summary"),
     "fsync": (os, "fsync"),
     "replace": (os, "replace"),
@@ -80,14 +80,14 @@ def _trace(path: Path) -> None:
 
 def _work(job: dict[str, Any]) -> None:
     folder, console = Path(job["folder"]), Console(file=io.StringIO())
-    runner.draw_curves = lambda results, config, path: path.touch()  # drawing takes longer than all the rest
+    loop.draw_curves = lambda results, config, path: path.touch()  # drawing takes longer than all the rest
     _trace(folder.with_name("trace"))
     if job.get("crash"):
         _plant(*job["crash"])
     if (folder / "config.yaml").exists():
-        runner.resume(folder, console)
+        launch.resume(folder, console)
     else:
-        runner.run(RunConfig.from_flat({**job["options"], "output": folder}), console)
+        launch.run(RunConfig.from_flat({**job["options"], "output": folder}), console)
 
 
 def _child(job: dict[str, Any], errors: int) -> int:

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.examples import ImageExamples
 from lora_dp.fed.exchange import Task, Workspace
-from lora_dp.fed.federation import _BEGIN, Federation
+from lora_dp.fed.federation import Federation
+from lora_dp.fed.local_training import LocalTraining
 from lora_dp.fed.methods import Method, factor, get_method
 from lora_dp.fed.privacy import PrivacyPlan
+from lora_dp.fed.seeds import Stream, derived_seed
 from lora_dp.layers import DPLinear, DPLoRALinear
 
 TRAINING = LocalTraining(
@@ -100,4 +102,4 @@ def products(state: dict[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor
 
 def federation_generators(rounds: int) -> list[torch.Generator]:
     """The public generator of each round, as the server makes it."""
-    return [torch.Generator().manual_seed(derived_seed(0, _BEGIN, index)) for index in range(rounds)]
+    return [torch.Generator().manual_seed(derived_seed(0, Stream.BEGIN, index)) for index in range(rounds)]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_dp.fed.client import PERTURBATION, derived_seed
 from lora_dp.fed.examples import ImageExamples
 from lora_dp.fed.methods import METHODS, factor, get_method
+from lora_dp.fed.seeds import Stream, derived_seed
 from lora_dp.layers import DPLoRALinear
 from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation
 
@@ -38,7 +38,7 @@ def perturbation(method: str, place: tuple[int, int, int], step: int, steps: int
     """Flat-LoRA's, arXiv 2409.14396: Gaussian, in each row in proportion to its norm, rising on half a cosine."""
     if not method.startswith("flat-lora"):
         return lambda layer: 0.0
-    generator = torch.Generator().manual_seed(derived_seed(0, PERTURBATION, *place, step))
+    generator = torch.Generator().manual_seed(derived_seed(0, Stream.PERTURBATION, *place, step))
     strength = get_method(method).rho / 2 * (1 - math.cos(math.pi * (step + 1) / steps))
 
     def noise(layer):

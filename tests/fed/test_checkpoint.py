@@ -12,14 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_dp.fed import checkpoint, runner
+from lora_dp.fed import checkpoint, loop
 from lora_dp.fed import federation as rounds
 from lora_dp.fed.checkpoint import DamagedCheckpoint
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation, RoundResult
 from lora_dp.fed.folder import METRICS, RunFolder, read_results
+from lora_dp.fed.launch import resume, run
 from lora_dp.fed.report import ConsoleReport
-from lora_dp.fed.runner import resume, run
 from tests.fed.chained import hold
 from tests.fed.small import make_federation
 
@@ -370,7 +370,7 @@ def test_a_round_is_in_the_metrics_on_the_disk_before_its_checkpoint(folder, mon
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(checkpoint, "write", watched_write)
-    runner.drive(RunConfig.from_flat({**TINY, "rounds": 1}), federation, folder, ConsoleReport(quiet()), [])
+    loop.drive(RunConfig.from_flat({**TINY, "rounds": 1}), federation, folder, ConsoleReport(quiet()), [])
     assert written == [1, 2, "checkpoint"]
 
 

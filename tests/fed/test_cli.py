@@ -12,7 +12,7 @@ import yaml
 from lora_dp.fed import __main__ as cli
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.runner import Outcome
+from lora_dp.fed.loop import Outcome
 
 SMALL = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch_size", "8", "--accountant", "rdp"]
 
@@ -165,12 +165,12 @@ def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
 
 
 def test_compare_tells_the_shell_that_a_run_failed(monkeypatch, tmp_path, capsys):
-    import lora_dp.fed.runner
+    import lora_dp.fed.launch
 
     def broken(config, console):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(lora_dp.fed.runner, "run", broken)
+    monkeypatch.setattr(lora_dp.fed.launch, "run", broken)
     options = ["--methods", "la-lora", "--epsilons", "8", "--learning-rates", "0.1,0.3", "--seeds", "0"]
     assert cli.main(["compare", *options, "--output", str(tmp_path / "grid")]) == 1
     shown = capsys.readouterr().out

@@ -14,15 +14,18 @@ import lora_dp.fed.federation
 import lora_dp.fed.job
 from lora_dp.accounting import PoissonGaussian
 from lora_dp.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
-from lora_dp.coverage import recorder_of
+from lora_dp.data_loader import PrivateDataLoader
 from lora_dp.engine import PrivacyEngine
-from lora_dp.fed.client import LocalTraining, Trainer, derived_seed
+from lora_dp.fed.client import Trainer
 from lora_dp.fed.examples import ImageExamples, TextExamples
 from lora_dp.fed.exchange import Task, Workspace
+from lora_dp.fed.local_training import LocalTraining
 from lora_dp.fed.methods import get_method
+from lora_dp.fed.seeds import Stream, derived_seed
 from lora_dp.layers import DPLinear, DPLoRALinear
 from lora_dp.optimizer import PrivateOptimizer
-from lora_dp.sampling import PoissonSampler, PrivateDataLoader
+from lora_dp.recorder import recorder_of
+from lora_dp.sampling import PoissonSampler
 from tests.fed.small import TRAINING, Adapted, make_examples, plan_for
 from tests.test_batch_trials import VOCABULARY, Pooling
 
@@ -71,10 +74,7 @@ def test_a_seed_has_63_bits_of_which_every_one_varies():
 
 def test_no_two_streams_of_a_seed_coincide():
     """One stream's numbers would else tell of another's: a public perturbation, say, of the noise."""
-    client, federation = lora_dp.fed.client, lora_dp.fed.federation
-    streams = [client.TRAINING, client.NOISE, client.PERTURBATION, federation._DRAWS, federation._BEGIN,
-               federation._SERVER_NOISE, lora_dp.fed.job._RANKS]
-    assert len(set(streams)) == len(streams)
+    assert len(Stream) == len(Stream.__members__) > 1
 
 
 def test_noise_is_secret_unless_asked_otherwise():

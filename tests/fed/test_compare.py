@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from lora_dp.fed import cells, runner, tables
+from lora_dp.fed import cells, launch, loop, tables
 from lora_dp.fed import grid as module
 from lora_dp.fed.compare import Cell, CompareConfig, Grid, compare
 from lora_dp.fed.config import RunConfig
@@ -56,10 +56,10 @@ class Runner:
         self.resumed: list[str] = []
         self.broken: dict[str, BaseException] = {}
         self.stuck: set[str] = set()
-        monkeypatch.setattr(runner, "run", self.run)
-        monkeypatch.setattr(runner, "resume", self.resume)
+        monkeypatch.setattr(launch, "run", self.run)
+        monkeypatch.setattr(launch, "resume", self.resume)
 
-    def run(self, config: RunConfig, console: Console) -> runner.Outcome:
+    def run(self, config: RunConfig, console: Console) -> loop.Outcome:
         path = config.run.output
         assert path is not None and not (path / "config.yaml").exists()
         name = "/".join(path.parts[-3:])
@@ -70,18 +70,18 @@ class Runner:
         (path / "config.yaml").write_text(config.to_yaml())
         raise self.broken[name]
 
-    def resume(self, path: Path, console: Console) -> runner.Outcome:
+    def resume(self, path: Path, console: Console) -> loop.Outcome:
         name = "/".join(path.parts[-3:])
         self.resumed.append(name)
         if name in self.stuck:
             raise ValueError("No checkpoint is whole.")
         return self._end(read_config(path), path)
 
-    def _end(self, config: RunConfig, path: Path) -> runner.Outcome:
+    def _end(self, config: RunConfig, path: Path) -> loop.Outcome:
         accuracy = ACCURACY.get((config.federation.method, config.privacy.target or 0.0), (0.5,) * 3)[config.run.seed]
         (path / "config.yaml").write_text(config.to_yaml())
         (path / "summary.json").write_text(json.dumps(summary(config, accuracy)))
-        return runner.Outcome(path, {"status": "finished"}, [])
+        return loop.Outcome(path, {"status": "finished"}, [])
 
 
 @pytest.fixture
@@ -297,10 +297,10 @@ def test_what_no_new_run_can_replace_stays(tmp_path, fake, monkeypatch):
     quietly(grid_config(tmp_path / "grid"))
     fake.stuck = {"la-lora/eps1/seed0"}
 
-    def missing(config: RunConfig, console: Console) -> runner.Outcome:
+    def missing(config: RunConfig, console: Console) -> loop.Outcome:
         raise ValueError("no such data set")
 
-    monkeypatch.setattr(runner, "run", missing)
+    monkeypatch.setattr(launch, "run", missing)
     assert "failed: la-lora, ε = 1, seed 0: no such data set" in quietly(grid_config(tmp_path / "grid"))
     seeds = tmp_path / "grid" / "cells" / "la-lora" / "eps1"
     assert (seeds / "seed0" / "config.yaml").exists() and not list(seeds.glob("*.aside-*"))
@@ -374,14 +374,14 @@ def test_grids_that_make_no_sense(options, message):
 def test_one_process_at_a_time_holds_a_comparison(tmp_path, fake, monkeypatch):
     inside: list[str] = []
 
-    def run(config: RunConfig, console: Console) -> runner.Outcome:
+    def run(config: RunConfig, console: Console) -> loop.Outcome:
         try:
             quietly(grid_config(tmp_path / "grid"))
         except ValueError as error:
             inside.append(str(error))
         return fake.run(config, console)
 
-    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(launch, "run", run)
     quietly(grid_config(tmp_path / "grid"))
     assert "Another process is at work" in inside[0]
 
@@ -406,16 +406,16 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from rich.console import Console
-from lora_dp.fed import runner
+from lora_dp.fed import launch
 from lora_dp.fed.compare import CompareConfig, compare
 
 if __name__ == "__mp_main__" and os.environ.get("DIE"):
-    whole = runner.run
+    whole = launch.run
     def run(config, console):
         if config.run.seed == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(config, console)
-    runner.run = run
+    launch.run = run
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -466,6 +466,6 @@ def test_a_process_that_dies_costs_its_own_cell_only(tmp_path):
     after = pandas.read_csv(tmp_path / "grid" / "comparison.csv")
     assert list(after["status"]) == ["finished"] * 3
     options = {**SMALL, "reproducible": True, "method": "la-lora", "epsilon": 8.0, "seed": 0}
-    alone = runner.run(RunConfig.from_flat({**options, "output": tmp_path / "alone"}), Console(quiet=True))
+    alone = launch.run(RunConfig.from_flat({**options, "output": tmp_path / "alone"}), Console(quiet=True))
     for name in ("accuracy_after", "loss_after", "worst_epsilon"):
         assert after[name][0] == before[name][0] == alone.summary[name]

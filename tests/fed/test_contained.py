@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 import lora_dp.fed.client
 from lora_dp.engine import PrivacyEngine
+from lora_dp.errors import IsolationError
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.contained import GivenUp
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.federation import Federation
-from lora_dp.isolation import IsolationError
 from lora_dp.optimizer import Clipped, PrivateOptimizer, total
 from lora_dp.sampling import PoissonSampler
 from tests.fed.small import TRAINING, Doubles, make_examples, make_federation

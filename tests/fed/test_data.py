@@ -5,7 +5,8 @@ import torch
 from datasets import ClassLabel, Features, Image, Value
 from PIL import Image as PILImage
 
-from lora_dp.fed.data import DataConfig, ImageSpec, TextSpec, encode, open_data
+from lora_dp.fed.data import DataConfig, open_data
+from lora_dp.fed.encoding import ImageSpec, TextSpec, encode
 
 SPEC = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 

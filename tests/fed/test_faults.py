@@ -15,16 +15,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lora_dp.fed import runner
+from lora_dp.errors import IsolationError
+from lora_dp.fed import launch, loop
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines.local import LocalEngine
 from lora_dp.fed.exchange import Reply, Task, Update
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation
 from lora_dp.fed.folder import SERVER_ONLY, RunFolder
+from lora_dp.fed.launch import resume
 from lora_dp.fed.report import ConsoleReport
-from lora_dp.fed.runner import resume
-from lora_dp.isolation import IsolationError
 from tests.fed.breaking import FAULTS, breaking, one, put
 from tests.fed.small import Doubles, make_examples, make_federation
 
@@ -319,14 +319,14 @@ def head(new: Callable[[Tensor], Any]) -> Callable[[Update, int], Reply]:
     return one(new, "head.bias")
 
 
-def broken_run(folder: Path, broken: dict[int, Any], **options: Any) -> tuple[runner.Outcome, str]:
+def broken_run(folder: Path, broken: dict[int, Any], **options: Any) -> tuple[loop.Outcome, str]:
     config = RunConfig.from_flat({**TINY, **options, "output": folder})
     federation = Federation.from_config(config)
     breaking(federation, broken)
     console = Console(file=io.StringIO(), width=200)
     place = RunFolder.create(config)
     try:
-        outcome = runner.drive(config, federation, place, ConsoleReport(console), [])
+        outcome = loop.drive(config, federation, place, ConsoleReport(console), [])
     finally:
         place.close()
     return outcome, console.file.getvalue()  # type: ignore[attr-defined]
@@ -362,7 +362,7 @@ def test_a_run_with_too_few_clients_stops_and_can_be_resumed(tmp_path):
     assert not (folder / "summary.json").exists() or \
         json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     outcome = resume(folder, Console(file=io.StringIO()))
-    whole = runner.run(RunConfig.from_flat({**TINY, "min_clients": 2, "output": tmp_path / "whole"}),
+    whole = launch.run(RunConfig.from_flat({**TINY, "min_clients": 2, "output": tmp_path / "whole"}),
                        Console(file=io.StringIO()))
     assert outcome.summary["status"] == "finished"
     assert [r.loss for r in outcome.rounds] == [r.loss for r in whole.rounds]

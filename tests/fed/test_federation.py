@@ -12,6 +12,7 @@ from torch import nn
 import lora_dp.fed.client
 import lora_dp.fed.federation
 from lora_dp.accounting import PoissonGaussian, PrivacyBudgetExceeded
+from lora_dp.errors import IsolationError
 from lora_dp.fed import noisy_sum
 from lora_dp.fed.account import Account
 from lora_dp.fed.client import Trainer
@@ -20,7 +21,6 @@ from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation, checkpoint, restore
 from lora_dp.fed.methods import WeightedAverage, get_method
 from lora_dp.fed.origin import Origin
-from lora_dp.isolation import IsolationError
 from tests.fed.small import TRAINING, Adapted, federation_generators, make_examples, plan_for
 from tests.fed.test_contained import Mixing
 
@@ -101,7 +101,7 @@ def test_the_secret_draw_is_of_all_clients_at_the_planned_rate(monkeypatch):
 
 def test_no_two_sources_of_random_numbers_of_a_run_coincide(monkeypatch):
     """Of the server: its draws of clients, what a round begins with, the noise of each turn."""
-    seeds, plain = [], lora_dp.fed.client.derived_seed
+    seeds, plain = [], lora_dp.fed.seeds.derived_seed
 
     def noted(*path):
         seeds.append(plain(*path))

@@ -10,7 +10,8 @@ import tokenizers
 import torch
 import transformers
 
-from lora_dp.fed.data import DataConfig, ImageSpec, RawData, TextSpec, encode, open_data
+from lora_dp.fed.data import DataConfig, open_data
+from lora_dp.fed.encoding import ImageSpec, RawData, TextSpec, encode
 from lora_dp.fed.models import DEFAULT_WEIGHTS, ModelConfig, load_model, logits
 from lora_dp.layers import DPLinear, DPLoRALinear
 

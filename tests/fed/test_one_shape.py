@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lora_dp.fed.client
-from lora_dp.coverage import recorder_of
 from lora_dp.fed.config import FederationConfig, RunConfig
 from lora_dp.fed.examples import Shape, TextExamples
 from lora_dp.fed.exchange import Task, Workspace
@@ -21,6 +20,7 @@ from lora_dp.fed.one_shape import OneShape, rows_of_a_part
 from lora_dp.fed.unreadable import PartlyReadable
 from lora_dp.layers import DPLinear, DPLoRALinear
 from lora_dp.optimizer import PrivateOptimizer, total
+from lora_dp.recorder import recorder_of
 from lora_dp.sampling import PoissonSampler
 from tests.fed.small import make_examples, make_federation
 from tests.fed.test_contained import ONE_STEP

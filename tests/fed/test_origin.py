@@ -19,9 +19,9 @@ from lora_dp.fed.account import EXAMPLES, LOG, Account, AheadLog, LogError
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.examples import Examples, TextExamples
 from lora_dp.fed.job import open_job
+from lora_dp.fed.launch import resume, run
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.origin import SERVERS_OWN, Origin, examples_digest, flat, plain_options
-from lora_dp.fed.runner import resume, run
 from tests.fed.chained import forge
 from tests.fed.small import TRAINING, make_examples, plan_for
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from lora_dp.fed.data import DataConfig, ImageSpec, TextSpec, open_data
+from lora_dp.fed.data import DataConfig, open_data
+from lora_dp.fed.encoding import ImageSpec, TextSpec
 from lora_dp.fed.own_data import open_own
 from lora_dp.fed.own_rows import MISSING, csv_rows, json_rows
 from lora_dp.fed.unreadable import UnreadableExample, encode_training

@@ -14,7 +14,7 @@ import yaml
 
 from lora_dp.fed import methods
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.runner import run
+from lora_dp.fed.launch import run
 from tests.fed.small import make_federation
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"

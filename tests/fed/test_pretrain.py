@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_dp.fed import models
-from lora_dp.fed.data import DataConfig, ImageSpec, encode, open_data
+from lora_dp.fed.data import DataConfig, open_data
+from lora_dp.fed.encoding import ImageSpec, encode
 from lora_dp.fed.models import DEFAULT_WEIGHTS, ModelConfig, load_model
 from lora_dp.fed.pretrain import ARCHITECTURE, PretrainConfig, augment, pretrain
 

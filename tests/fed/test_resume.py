@@ -15,7 +15,7 @@ import pytest
 
 from lora_dp.accounting import Ledger
 from lora_dp.fed import checkpoint
-from lora_dp.fed.runner import resume
+from lora_dp.fed.launch import resume
 from tests.fed.chained import hold
 from tests.fed.crashing import warm_process
 

@@ -17,9 +17,9 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.exchange import Task
 from lora_dp.fed.faults import TooFewClients
 from lora_dp.fed.federation import Federation
+from lora_dp.fed.launch import run
 from lora_dp.fed.methods import METHODS, Layers, factor, get_method
 from lora_dp.fed.privacy import PrivacyPlan
-from lora_dp.fed.runner import run
 from lora_dp.fed.server import Server, draw_clients, nbytes
 
 MERGING = ("flora", "rac-lora", "galore")
@@ -297,7 +297,7 @@ def test_every_option_has_one_name():
 
 def test_steps_that_are_not_accounted_for_are_an_error(monkeypatch):
     """The engine's own ledger is compared with the plan after every turn: here the loader slips in one more draw."""
-    from lora_dp.sampling import PrivateDataLoader
+    from lora_dp.data_loader import PrivateDataLoader
 
     take = PrivateDataLoader.take
     monkeypatch.setattr(PrivateDataLoader, "take", lambda loader, steps: take(loader, steps + 1))

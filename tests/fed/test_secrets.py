@@ -14,10 +14,10 @@ from lora_dp.engine import PrivacyEngine
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.exchange import Task, Update
 from lora_dp.fed.federation import Federation
+from lora_dp.fed.launch import run
 from lora_dp.fed.methods import LALoRA, Method, WeightedAverage
 from lora_dp.fed.methods.deer import DEeR
 from lora_dp.fed.methods.flat_lora import FlatLoRA
-from lora_dp.fed.runner import run
 from lora_dp.sampling import PoissonSampler
 from tests.fed.small import make_federation
 
@@ -97,7 +97,7 @@ def test_a_perturbation_does_not_tell_how_many_batches_before_it_were_empty(monk
     found.append({})
     left = [[4], [1, 2], []]
     monkeypatch.setattr(PoissonSampler, "draw", lambda self: left.pop(0))
-    monkeypatch.setattr("lora_dp.fed.client.LocalTraining.make_optimizer", lambda self, model: torch.optim.SGD(
+    monkeypatch.setattr("lora_dp.fed.local_training.LocalTraining.make_optimizer", lambda self, model: torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=1e-300))
     federation.trainer.train(1, part, task)
     still = found[-1]

@@ -16,9 +16,9 @@ from lora_dp.fed.account import LOG, AheadLog, LogError
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.federation import Federation
 from lora_dp.fed.job import plan_of
+from lora_dp.fed.launch import resume, run
 from lora_dp.fed.page import run as page
 from lora_dp.fed.page import words, write_page
-from lora_dp.fed.runner import resume, run
 from tests.fed.chained import forge
 from tests.fed.test_page import read
 

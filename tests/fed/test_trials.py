@@ -9,7 +9,7 @@ import pandas
 import pytest
 from rich.console import Console
 
-from lora_dp.fed import runner
+from lora_dp.fed import launch, loop
 from lora_dp.fed.compare import CompareConfig, compare
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.faults import TooFewClients
@@ -31,10 +31,10 @@ class Runs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rates: dict[str, float | None] = {}
         self.broken: set[str] = set()
-        monkeypatch.setattr(runner, "run", self.run)
-        monkeypatch.setattr(runner, "resume", lambda path, console: self.run(read_config(path), console, path))
+        monkeypatch.setattr(launch, "run", self.run)
+        monkeypatch.setattr(launch, "resume", lambda path, console: self.run(read_config(path), console, path))
 
-    def run(self, config: RunConfig, console: Console, path: Path | None = None) -> runner.Outcome:
+    def run(self, config: RunConfig, console: Console, path: Path | None = None) -> loop.Outcome:
         path = path or config.run.output
         assert path is not None
         name, rate = "/".join(path.parts[-4:]), config.optimization.lr
@@ -47,7 +47,7 @@ class Runs:
         (path / "summary.json").write_text(json.dumps({
             "status": "finished", "accuracy_before": 0.5, "accuracy_after": accuracy, "loss_after": loss,
             "seconds": 1.0, "worst_epsilon": 0.9, "delta": 1e-5}))
-        return runner.Outcome(path, {"status": "finished"}, [])
+        return loop.Outcome(path, {"status": "finished"}, [])
 
 
 @pytest.fixture
@@ -112,14 +112,14 @@ def test_a_trial_that_diverged_is_not_chosen_and_stops_nothing(tmp_path, runs, m
     """Its clients' updates were left out, as not finite or absurdly long, until there were too few."""
     run = runs.run
 
-    def diverging(config: RunConfig, console: Console, path: Path | None = None) -> runner.Outcome:
+    def diverging(config: RunConfig, console: Console, path: Path | None = None) -> loop.Outcome:
         outcome = run(config, console, path)
         if config.optimization.lr == 0.3:
             (outcome.folder / "summary.json").write_text(json.dumps({"status": "stopped"}))
             raise TooFewClients("Round 7 has too few usable updates.")
         return outcome
 
-    monkeypatch.setattr(runner, "run", diverging)
+    monkeypatch.setattr(launch, "run", diverging)
     shown = tuned(tmp_path / "grid")
     assert "trial of lr 0.3   failed: TooFewClients: Round 7" in shown
     assert {rate for name, rate in runs.rates.items() if name.startswith("cells/")} == {0.1}

@@ -254,7 +254,7 @@ def test_the_draw_is_poisson_and_secret():
 def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
     """Two runs whose draws differ, but nothing else: their folders differ in nothing but what the noise has touched."""
     from lora_dp.fed import federation
-    from lora_dp.fed.runner import run
+    from lora_dp.fed.launch import run
 
     folders = []
     monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)  # what tells one run's log from another's
@@ -281,7 +281,7 @@ def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
 def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
     from lora_dp.fed import federation
     from lora_dp.fed.client import Trainer
-    from lora_dp.fed.runner import run
+    from lora_dp.fed.launch import run
 
     train = Trainer.train
     monkeypatch.setattr(federation, "poisson_clients", lambda *_: [0, 1, 2])
@@ -300,7 +300,7 @@ def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
 
 def test_a_run_that_ends_before_it_is_evaluated_keeps_its_draw_secret_too(tmp_path, monkeypatch):
     from lora_dp.fed.client import Trainer
-    from lora_dp.fed.runner import run
+    from lora_dp.fed.launch import run
 
     monkeypatch.setattr(Trainer, "train", lambda *_: 1 / 0)
     interrupt_before_round(monkeypatch, 3)
@@ -420,7 +420,7 @@ def test_deer_as_released_clips_each_tensor_by_itself(monkeypatch):
 
 @pytest.mark.parametrize("method", ["la-lora", "deer"])
 def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
-    from lora_dp.fed.runner import run
+    from lora_dp.fed.launch import run
 
     outcome = run(RunConfig.from_flat({
         "method": method, "mechanism": "as-released", "clients": 2, "rounds": 1, "local_steps": 2, "accountant": "rdp",
@@ -449,7 +449,7 @@ def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message, tmp_path):
-    from lora_dp.fed.runner import run
+    from lora_dp.fed.launch import run
 
     with pytest.raises(ValueError, match=message):
         run(RunConfig.from_flat({"output": tmp_path / "run", "device": "cpu", **options}))

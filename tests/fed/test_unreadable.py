@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_dp.fed.data import ImageSpec, RawData, TextSpec, encode
+from lora_dp.fed.encoding import ImageSpec, RawData, TextSpec, encode
 from lora_dp.fed.unreadable import UnreadableExample, encode_training
 from tests.fed.test_data import Words
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_dp.clipping import make_clip_rule
-from lora_dp.fed.client import LocalTraining, Trainer
-from lora_dp.fed.exchange import MERGED, Task
-from lora_dp.fed.methods import factor
+from lora_dp.fed.client import Trainer
+from lora_dp.fed.exchange import Task
+from lora_dp.fed.local_training import LocalTraining
+from lora_dp.fed.methods import MERGED, factor
 from lora_dp.fed.privacy import finite
 from lora_dp.fed.regulated import regulators
 from lora_dp.filtering import Filter, GaussianFilter, make_filter

@@ -35,8 +35,8 @@ from lora_dp.fed.federation import Federation
 from lora_dp.fed.folder import RunFolder
 from lora_dp.fed.harmless import described, harmless
 from lora_dp.fed.job import Job, open_job
+from lora_dp.fed.loop import Outcome, drive, go_on
 from lora_dp.fed.report import ConsoleReport
-from lora_dp.fed.runner import Outcome, drive, go_on
 from lora_dp.fed.server import nbytes
 
 Result = TypeVar("Result")

@@ -3,10 +3,10 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from lora_dp.errors import IsolationError
 from lora_dp.fed.client import Trainer
 from lora_dp.fed.examples import Examples
 from lora_dp.fed.exchange import Reply, Task
-from lora_dp.isolation import IsolationError
 
 
 class ClientTimeout(RuntimeError):

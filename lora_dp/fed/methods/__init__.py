@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from lora_dp.fed.methods.base import (
+    MERGED,
     Aggregation,
     Contribution,
     Layers,
@@ -130,7 +131,7 @@ def _checked(method: str, option: str, value: Any, default: Any) -> Any:
 
 
 __all__ = [
-    "METHODS", "Aggregation", "Contribution", "DEeR", "DPLoRA", "FFALoRA", "FLoRA", "FlatLoRA", "FlexLoRA", "GaLore",
-    "LALoRA", "Layers", "LoRAFAIR", "Method", "Phases", "RACLoRA", "RoLoRA", "State", "WeightedAverage", "available",
-    "factor", "get_method",
+    "MERGED", "METHODS", "Aggregation", "Contribution", "DEeR", "DPLoRA", "FFALoRA", "FLoRA", "FlatLoRA", "FlexLoRA",
+    "GaLore", "LALoRA", "Layers", "LoRAFAIR", "Method", "Phases", "RACLoRA", "RoLoRA", "State", "WeightedAverage",
+    "available", "factor", "get_method",
 ]

@@ -17,6 +17,8 @@ Phases = Literal["B", "A", "AB", "BA"]
 State = dict[str, Tensor]
 # What the server sums: tensors, and matrices of low rank that need not be formed.
 Contribution = dict[str, Matrix]
+# What methods that merge have added to a layer's frozen weight: its name with this at the end.
+MERGED = ".merged"
 
 
 def factor(name: str) -> Literal["A", "B"] | None:
@@ -128,6 +130,7 @@ class Method(ABC):
         turns: exchanges of a round.
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.regulator`).
+        released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
     """
 
     name: ClassVar[str]
@@ -137,6 +140,7 @@ class Method(ABC):
     turns: ClassVar[int] = 1
     ranks_may_differ: ClassVar[bool] = False
     regulates_noise: ClassVar[bool] = False
+    released_mechanism: ClassVar[bool] = False
 
     @abstractmethod
     def phases(self, round_index: int, turn: int = 0) -> Phases:

@@ -17,6 +17,7 @@ class DEeR(Method):
     learning_rates: ClassVar = {1: 0.05, 3: 0.15, 8: 0.5, inf: 0.3}
     turns = 2
     regulates_noise = True
+    released_mechanism = True
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "B" if turn == 0 else "A"

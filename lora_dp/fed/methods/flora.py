@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from lora_dp.fed.methods.base import Contribution, Layers, State, factor, kaiming
+from lora_dp.fed.methods.base import MERGED, Contribution, Layers, State, factor, kaiming
 from lora_dp.fed.methods.by_product import ByProduct, without_products
 
 
@@ -29,7 +29,7 @@ class FLoRA(ByProduct):
     ) -> Contribution:
         combined = without_products(mean)
         for layer in layers.shapes:
-            combined[f"{layer}.merged"] = mean[f"{layer}.product"]
+            combined[layer + MERGED] = mean[f"{layer}.product"]
             combined[f"{layer}.lora_B"] = torch.zeros_like(state[f"{layer}.lora_B"])
         return combined
 

@@ -17,6 +17,7 @@ class LALoRA(Method):
     learning_rates: ClassVar = {1: 0.07, 3: 0.3, 8: 0.5, inf: 0.3}
     lr_ratio = 2.0
     low_pass = ("gaussian", 0.5)
+    released_mechanism = True
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "BA"

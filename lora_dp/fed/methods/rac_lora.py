@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 
 from lora_dp.fed.lowrank import LowRank, dense
-from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State, kaiming
+from lora_dp.fed.methods.base import MERGED, Contribution, Layers, Method, Phases, State, kaiming
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,5 @@ def merged(mean: Contribution, state: State, layers: Layers) -> Contribution:
     for layer in layers.shapes:
         lora_A, lora_B = (
             dense(mean.get(name, state[name])).double() for name in (f"{layer}.lora_A", f"{layer}.lora_B"))
-        combined[f"{layer}.merged"] = LowRank(lora_B * layers.scaling(layers.r), lora_A)
+        combined[layer + MERGED] = LowRank(lora_B * layers.scaling(layers.r), lora_A)
     return combined

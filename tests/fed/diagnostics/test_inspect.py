@@ -18,8 +18,8 @@ from lora_dp.fed.diagnostics.plots import draw_inspection
 from lora_dp.fed.diagnostics.updates import UpdateRecorder
 from lora_dp.fed.folder import read_config
 from lora_dp.fed.job import open_job
+from lora_dp.fed.launch import run
 from lora_dp.fed.results import load_result
-from lora_dp.fed.runner import run
 
 TINY = {
     "clients": 2, "rounds": 2, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu",

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_dp.adapters import LoRAConfig, inject_lora, merge_adapters
+from lora_dp.adapters import LoRAConfig
 from lora_dp.fed.diagnostics.intruder import adapted_layers, intruder_dimensions, weight_and_update
+from lora_dp.injection import inject_lora
 from lora_dp.layers import DPLoRALinear
+from lora_dp.merging import merge_adapters
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.engines import flower_messages as messages
-from lora_dp.fed.exchange import MERGED, Update
-from lora_dp.fed.methods import Layers, State, get_method
+from lora_dp.fed.exchange import Update
+from lora_dp.fed.methods import MERGED, Layers, State, get_method
 from lora_dp.fed.server import Server
 
 # RoBERTa base for two classes: query and value of 12 blocks; the head is trained as it is.

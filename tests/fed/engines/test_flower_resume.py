@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lora_dp.fed.engines.flower import options_of, serve, serve_again, server_app
 from lora_dp.fed.engines.flower_client import client_app
-from lora_dp.fed.runner import resume
+from lora_dp.fed.launch import resume
 from tests.fed.engines.loopback import LoopbackGrid
 
 QUIET = Console(quiet=True)

@@ -18,7 +18,7 @@ import lora_dp.fed.engines.flower_quiet  # noqa: F401
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from safetensors.torch import save
 
-from lora_dp.fed import runner
+from lora_dp.fed import loop
 from lora_dp.fed.account import Account
 from lora_dp.fed.engines import flower, flower_client
 from lora_dp.fed.engines import flower_messages as messages
@@ -107,7 +107,7 @@ def test_no_text_of_an_answer_reaches_terminal_log_or_file_as_it_is(kind, tmp_pa
     federation = connected(config, LoopbackGrid(nodes(), behave))
     folder = RunFolder.create(config)
     with caplog.at_level(logging.DEBUG, logger="lora_dp"), pytest.raises(TooFewClients) as caught:
-        runner.drive(config, federation, folder, ConsoleReport(Console(file=shown, width=200)), [])
+        loop.drive(config, federation, folder, ConsoleReport(Console(file=shown, width=200)), [])
     folder.close()
     for text in (str(caught.value), caught.value.in_full, shown.getvalue(), caplog.text):
         check(text)

@@ -1,95 +1,18 @@
-"""Adapters on disk: what a model trains is saved and loaded in PEFT's format."""
+"""Adapters on disk, loaded in PEFT's format: into a model that has them, or that gets them first."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lora_dp import peft_format
-from lora_dp.adapters import (
-    LoRAConfig,
-    check_plain,
-    check_tensors,
-    copy_whole,
-    exchanged_parameters,
-    inject_into,
-)
+from lora_dp.adapters import LoRAConfig, check_tensors, copy_whole, exchanged_parameters
 from lora_dp.arguments import check_kind, check_path
-from lora_dp.layers import DPLoRALinear, linear_features
+from lora_dp.injection import check_plain, inject_into
 from lora_dp.merging import adapters_of, check_unmerged
 from lora_dp.placement import Modules, is_linear, outermost
-
-
-def _stored_shapes(
-    model: nn.Module, targets: Iterable[str], roots: Iterable[str], bias: str, r: int
-) -> dict[str, torch.Size]:
-    """Names and shapes of what PEFT stores of ``model``, before or after the adapters are in it."""
-    shapes: dict[str, torch.Size] = {}
-    for name in targets:
-        layer = model.get_submodule(name)
-        if isinstance(layer, DPLoRALinear):
-            in_features, out_features = layer.in_features, layer.out_features
-        else:
-            in_features, out_features = linear_features(layer)
-        shapes[f"{name}.lora_A"] = torch.Size((r, in_features))
-        shapes[f"{name}.lora_B"] = torch.Size((out_features, r))
-        if bias == "lora_only" and isinstance(layer.bias, Tensor):
-            shapes[f"{name}.bias"] = layer.bias.shape
-    for root in roots:
-        shapes |= {f"{root}.{name}": tensor.shape for name, tensor in model.get_submodule(root).state_dict().items()}
-    if bias == "all":
-        shapes |= {n: p.shape for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
-    return shapes
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer itself, by each of its names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
-    config, roots = getattr(model, "lora_config", None), getattr(model, "lora_trained_modules", None)
-    if not isinstance(config, LoRAConfig) or not isinstance(roots, list):
-        raise ValueError("The model itself has no adapters: give the very model that inject_lora returned.")
-    return config, roots
-
-
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save adapters, modules trained whole and trained biases in PEFT's format; PEFT loads them onto the plain model.
-
-    Neither file is ever seen half-written. As in PEFT, ``bias="all"`` stores every bias of the model. Embeddings that
-    came with a loaded adapter go on with it.
-
-    Raises:
-        ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
-        TypeError: no model, or no path.
-    """
-    check_kind("model", model, nn.Module, "give the one that inject_lora returned")
-    check_path("folder", folder)
-    config, roots = _injected_with(model)
-    adapters = adapters_of(model)
-    names = [name for name, _ in model.named_modules() if name]
-    state = _tensors(model)
-    shapes = _stored_shapes(model, adapters, roots, config.bias, config.r)
-    tensors = {peft_format.peft_key(name, adapters): state[name] for name in shapes}
-    for name in getattr(model, "lora_embeddings", []):
-        layer = adapters.get(name.rpartition(".")[0])
-        merged = layer is not None and layer.merged and name.endswith(".weight")
-        tensors[peft_format.peft_key(name, adapters)] = layer.weight_with(-1) if layer and merged else state[name]
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    peft_format.write(folder, peft_format.StoredAdapter(
-        r=config.r,
-        alpha=float(config.r if config.alpha is None else config.alpha),
-        target_modules=peft_format.target_modules_for(list(adapters), names),
-        modules_to_save=peft_format.modules_to_save_for(roots, names),
-        dropout=config.dropout,
-        rslora=config.rslora,
-        bias=config.bias,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapters.values()),
-        base_model=base or None,
-        tensors=tensors,
-    ))
+from lora_dp.saving import injected_with, stored_shapes, tensors_of
 
 
 @torch.no_grad()
@@ -118,7 +41,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     modules = Modules.of(model)
     adapters = adapters_of(model)
     if adapters:
-        config, roots = _injected_with(model)
+        config, roots = injected_with(model)
         check_unmerged(model)
         _check_same(config, stored)
         targets = list(adapters)
@@ -128,7 +51,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         config = LoRAConfig(
             r=stored.r, alpha=stored.alpha, target_modules=stored.target_modules, trainable_modules=roots,
             dropout=stored.dropout, rslora=stored.rslora, bias=stored.bias)  # type: ignore[arg-type]
-    shapes = _stored_shapes(model, targets, roots, config.bias, config.r)
+    shapes = stored_shapes(model, targets, roots, config.bias, config.r)
     embeddings = _carried_embeddings(model, stored, targets, shapes)
     keys = {peft_format.peft_key(name, targets): name for name in [*shapes, *embeddings]}
     expected = {key: (shapes | embeddings)[name] for key, name in keys.items()}
@@ -137,7 +60,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not adapters:
         inject_into(model, modules, config, targets, roots)
     model.lora_embeddings = sorted(embeddings)  # type: ignore[assignment]
-    state, trained = _tensors(model), exchanged_parameters(model)
+    state, trained = tensors_of(model), exchanged_parameters(model)
     for key, name in keys.items():
         if name in trained:
             copy_whole(trained[name], stored.tensors[key])

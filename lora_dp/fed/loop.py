@@ -1,6 +1,6 @@
-"""One run from configuration to results, and a run that was cut short to its end."""
+"""All rounds of one run, and its results in its folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,41 +34,6 @@ class Outcome:
         return self.summary["status"] == "interrupted"
 
 
-def run(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Runs a federation and writes its folder (:mod:`lora_dp.fed.folder`).
-
-    Ctrl-C ends the run after writing the results so far; :func:`resume` goes on from there.
-
-    Raises:
-        ValueError: settings, data and model that do not go together; nothing has been trained.
-        TooFewClients: a round had too few usable updates; the run can be resumed.
-    """
-    def work(federation: Federation) -> Outcome:
-        folder = RunFolder.create(config)
-        try:
-            return drive(config, federation, folder, ConsoleReport(console or Console()), [])
-        finally:
-            folder.close()
-
-    return _with_federation(config, work)
-
-
-def resume(path: Path, console: Console | None = None) -> Outcome:
-    """Goes on with a run that was killed or interrupted, from its last whole checkpoint.
-
-    A reproducible run ends with the same bits as if it had never stopped. With secret noise the rounds after the
-    checkpoint were released and count, and their budget is spent.
-
-    Raises:
-        ValueError: no run there, or one that has ended; every checkpoint damaged.
-    """
-    folder, config = RunFolder.open(path)
-    try:
-        return _with_federation(config, lambda federation: go_on(config, federation, folder, console))
-    finally:
-        folder.close()
-
-
 def go_on(config: RunConfig, federation: Federation, folder: RunFolder, console: Console | None = None) -> Outcome:
     """The rounds that an opened folder lacks, by a federation that has just been made."""
     report = ConsoleReport(console or Console())
@@ -87,21 +52,6 @@ def go_on(config: RunConfig, federation: Federation, folder: RunFolder, console:
                 "does not count: restore one of this run's own, or begin a new run.")
         results = folder.keep_rounds(done if found is not None else -1)
     return drive(config, federation, folder, report, results)
-
-
-def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -> Outcome:
-    """Does the work on the engine that the configuration names."""
-    if config.federation.engine == "local":
-        return work(Federation.from_config(config))
-    if config.federation.engine == "deployed":
-        raise ValueError(
-            "engine deployed trains where the data are: start it by flwr run, and go on with it by the same command "
-            "with resume=\"FOLDER\" in its --run-config (docs/flower.md).")
-    try:
-        from lora_dp.fed.engines.flower import simulate
-    except ImportError as error:
-        raise ImportError('engine flower needs Flower: pip install "lora-dp[flower]"') from error
-    return simulate(config, work)
 
 
 def drive(
