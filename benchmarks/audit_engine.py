@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
-from lora_dp.accounting import calibrate_noise_multiplier
 from lora_dp.auditing import AuditResult, GradientCanaries, audit, plot_audits
-from lora_dp.mechanism import Mechanism
+from lora_dp.privacy.accounting import calibrate_noise_multiplier
+from lora_dp.privacy.mechanism import Mechanism
 
 EPSILONS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 DELTA, CANARIES, EXAMPLES = 1e-5, 1400, 64

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 
 from lora_dp.auditing import audit
 from lora_dp.auditing.canaries import Coins, Played
-from lora_dp.data_loader import PrivateDataLoader
-from lora_dp.fed import as_released
-from lora_dp.fed.client import Trainer
+from lora_dp.engine.data_loader import PrivateDataLoader
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.exchange import Task
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.job import open_job
 from lora_dp.fed.methods import State
-from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.fed.rounds import as_released
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.rounds.setup import open_job
 
 METHODS = ("la-lora", "deer")
 EPSILONS = (1.0, 3.0, 8.0)
@@ -188,7 +188,7 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from lora_dp.fed.style import BLUE, INK, ORANGE, QUIET, STYLE
+    from lora_dp.fed.plot_style import BLUE, INK, ORANGE, QUIET, STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.2), layout="constrained")

@@ -21,13 +21,13 @@ from lora_dp.kernels import (
     skinny_product,
 )
 from lora_dp.kernels.optimizer_rows import adam_row
-from lora_dp.noise import grid_step
 from lora_dp.ops.lora_forward import lora_forward
 from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_u
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.private_update import private_update_
 from lora_dp.ops.registry import reference_only
-from lora_dp.randomness import SecureSource
+from lora_dp.privacy.noise import grid_step
+from lora_dp.privacy.randomness import SecureSource
 
 SCALE = 0.5
 RANK = 8

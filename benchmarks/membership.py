@@ -28,9 +28,9 @@ from lora_dp.auditing.membership import (
     tpr_at_fpr,
 )
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.job import match_threads, open_job
-from lora_dp.fed.models import logits
+from lora_dp.fed.models.loading import logits
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.setup import match_threads, open_job
 
 SETTINGS: dict[str, float | None] = {"no privacy": None, "ε = 8": 8.0, "ε = 1": 1.0}
 DELTA = 1e-5

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from lora_dp.auditing.membership import largest_tpr, roc
-from lora_dp.fed.style import BLUE, GREEN, INK, ORANGE, QUIET, STYLE
+from lora_dp.fed.plot_style import BLUE, GREEN, INK, ORANGE, QUIET, STYLE
 
 COLOURS = (ORANGE, BLUE, GREEN)
 PALE = "#dfe2ea"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_dp.kernels.optimizer_rows import adam_row
-from lora_dp.noise import grid_step
 from lora_dp.ops.native import native
 from lora_dp.ops.private_update import ExampleSum, private_update_
-from lora_dp.randomness import SecureSource
+from lora_dp.privacy.noise import grid_step
+from lora_dp.privacy.randomness import SecureSource
 
 BYTES = 1 << 26
 EXPECTED = 32.0

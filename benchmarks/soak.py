@@ -27,8 +27,8 @@ import torch
 from benchmarks import soak_child
 from benchmarks.soak_checks import ledger_violations, lines, log_violations, loss_violations, outcome
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.folder import ENDED, SERVER_ONLY
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.runs.folder import ENDED, SERVER_ONLY
 
 METHODS = (
     "la-lora", "dp-lora", "ffa-lora", "rolora", "deer", "flora", "flexlora", "lora-fair", "rac-lora", "galore",

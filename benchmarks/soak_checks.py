@@ -15,8 +15,8 @@ from typing import Any
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
 from benchmarks.soak_child import planned_fault
-from lora_dp.fed import checkpoint
-from lora_dp.fed.folder import SERVER_ONLY, whole_lines
+from lora_dp.fed.runs import checkpoint
+from lora_dp.fed.runs.folder import SERVER_ONLY, whole_lines
 
 Entry = dict[str, Any]
 

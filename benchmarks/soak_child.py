@@ -19,13 +19,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lora_dp.fed import client, federation, launch, loop, noisy_sum
-from lora_dp.fed.client import Trainer
+from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.engines import local
-from lora_dp.fed.exchange import Task, Update
-from lora_dp.fed.faults import TooFewClients
-from lora_dp.fed.noisy_sum import NoisySum
+from lora_dp.fed.rounds import client, federation, local_engine, server_noise
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.messages import Task, Update
+from lora_dp.fed.rounds.server_noise import NoisySum
+from lora_dp.fed.rounds.update_checks import TooFewClients
+from lora_dp.fed.runs import loop
 
 DONE, ERROR, TOO_FEW = 0, 2, 3
 FAULTS = ("raises", "hangs", "sends NaN", "sends other shapes", "sends an absurd norm", "sends nothing")
@@ -76,7 +77,7 @@ def _plant_clients(job: dict[str, Any], record: Record) -> None:
     train, mechanism = Trainer.train, client.client_mechanism
     clock = SimpleNamespace(now=0.0)
     # A clock that only a planted hang moves: no honest client is late on a busy machine.
-    local.time = SimpleNamespace(monotonic=lambda: clock.now)  # type: ignore[assignment]
+    local_engine.time = SimpleNamespace(monotonic=lambda: clock.now)  # type: ignore[assignment]
     noise: list[float] = []
 
     def noted(plan: Any, multiplier: float, source: Any) -> Any:
@@ -123,7 +124,7 @@ def _plant_clients(job: dict[str, Any], record: Record) -> None:
             record.add(mean, round=index + 1, turn=turn, client="all", steps=1, sigma=noise[-1], rate=job["rate"])
             return mean
 
-    client.client_mechanism = noisy_sum.client_mechanism = noted
+    client.client_mechanism = server_noise.client_mechanism = noted
     Trainer.train, federation.NoisySum = soaked, RecordedSum  # type: ignore[assignment, method-assign, misc]
 
 

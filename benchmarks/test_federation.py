@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import peak_bytes
-from lora_dp.fed.account import LOG, AheadLog
-from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.engines import Engine
-from lora_dp.fed.engines.local import LocalEngine
-from lora_dp.fed.examples import ImageExamples
-from lora_dp.fed.exchange import Reply, Task, Update, Workspace
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.job import open_job
-from lora_dp.fed.local_training import LocalTraining
+from lora_dp.fed.data.examples import ImageExamples
 from lora_dp.fed.methods import factor, get_method
-from lora_dp.fed.privacy import PrivacyPlan
-from lora_dp.layers import DPLinear, DPLoRALinear
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.engines import Engine
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.ledgers import LOG, AheadLog
+from lora_dp.fed.rounds.local_engine import LocalEngine
+from lora_dp.fed.rounds.local_training import LocalTraining
+from lora_dp.fed.rounds.messages import Reply, Task, Update, Workspace
+from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
+from lora_dp.fed.rounds.setup import open_job
+from lora_dp.nn.layers import DPLinear, DPLoRALinear
 
 CLIENTS = [10, 100, 1_000, 10_000]
 EXAMPLES = 32

@@ -14,11 +14,11 @@ from unittest import mock
 
 import torch
 
-import lora_dp.passes
+import lora_dp.engine.hooks
 from benchmarks.models import CPU_SHAPES, RANK, batch, build, loss, targets
 from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
-from lora_dp.collation import _LATER
-from lora_dp.loss_watch import LossWatch
+from lora_dp.isolation.collation.trial import _LATER
+from lora_dp.isolation.loss_checks.watch import LossWatch
 
 _ROUNDS = 15
 # Images come in one structure; batches of texts bring other widths later.
@@ -51,12 +51,12 @@ def measure(name: str) -> tuple[float, float, float]:
         def seen(watch: LossWatch, *_: object) -> None:
             watch.examined = True
 
-        with mock.patch.object(lora_dp.passes.Passes, "_test", lambda *_: False), \
+        with mock.patch.object(lora_dp.engine.hooks.Passes, "_test", lambda *_: False), \
                 mock.patch.object(LossWatch, "scalar", seen):
             step()
 
     def tried() -> None:
-        with mock.patch.object(lora_dp.passes, "drawn_for_test", lambda: True):
+        with mock.patch.object(lora_dp.engine.hooks, "drawn_for_test", lambda: True):
             step()
 
     calls = (step, blind, tried)

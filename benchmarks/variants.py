@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.models import RANK, Shape, batch, build, logits, loss, targets
 from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
-from lora_dp.graphs import GraphedStep
-from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.engine.cuda_graphs import GraphedStep
+from lora_dp.engine.optimizer import PrivateOptimizer
 
 Step = Callable[[], None]
 

@@ -121,7 +121,7 @@ LORA_DP_BOTH std::int64_t on_wide_grid(double steps) {
 }
 
 // How far one of so many examples may reach, in steps, so that no sum of theirs and the noise leaves 64 bits. An example
-// that is clipped has at most 2^41 (lora_dp/noise.py).
+// that is clipped has at most 2^41 (lora_dp/privacy/noise.py).
 LORA_DP_BOTH double most_of_each(std::int64_t examples) {
     const double share = 4611686018427387904.0 / static_cast<double>(examples > 0 ? examples : 1);
     return share < 2251799813685247.0 ? share : 2251799813685247.0;

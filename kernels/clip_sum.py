@@ -171,7 +171,7 @@ def clip_sum(
 ) -> tuple[Tensor, list[Tensor]]:
     """Clip coefficients, and the clipped sum of every parameter.
 
-    The rules are those of :mod:`lora_dp.clipping` (Abadi et al. 2016, arXiv 1607.00133; McMahan et al. 2018, arXiv
+    The rules are those of :mod:`lora_dp.privacy.clipping` (Abadi et al. 2016, arXiv 1607.00133; McMahan et al. 2018, arXiv
     1710.06963; Bu et al. 2023, arXiv 2206.07136), with norms ``scale`` · √sq_norms.
 
     Args:

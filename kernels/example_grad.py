@@ -132,7 +132,7 @@ def _grad_kernel(
                 gradients + ranks[None, :, None].to(tl.int64) * width + columns[:, None, :], gradient, mask=inside)
     if NORM:
         block = (example * tl.num_programs(1) + width_block) * rank_blocks + rank_block
-        # In float64 a square of a float32 neither vanishes nor overflows: lora_dp.clipping rests on that.
+        # In float64 a square of a float32 neither vanishes nor overflows: lora_dp.privacy.clipping rests on that.
         exact = gradient.to(tl.float64)
         tl.store(sq_norms + block, tl.sum(exact * exact))
 

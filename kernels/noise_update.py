@@ -195,7 +195,7 @@ def noise_update(
     """One optimizer step of every parameter with ĝ = filter((sum + std·z) / expected_batch_size), in place.
 
     The noise z of element e of ``parameters[p]`` is a function of (seed, step, p, e) alone: one call a step and seed,
-    or two calls add the same noise. The filter is :class:`lora_dp.filtering.GaussianFilter` (arXiv 2602.19926), the
+    or two calls add the same noise. The filter is :class:`lora_dp.privacy.filtering.GaussianFilter` (arXiv 2602.19926), the
     optimizers are torch's. ĝ is rounded to the parameter's dtype, all else computed in float32, and the new parameter
     rounded once. All tensors are contiguous and on one device.
 

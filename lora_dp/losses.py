@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_dp.arguments import check_number, check_tensors
+from lora_dp.argument_checks import check_number, check_tensors
 from lora_dp.ops.registry import wide_dtype
 
 IGNORED = -100

@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def none_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch is tried in secret."""
-    monkeypatch.setattr("lora_dp.passes.drawn_for_test", lambda: False)
+    monkeypatch.setattr("lora_dp.engine.hooks.drawn_for_test", lambda: False)
 
 
 @pytest.fixture

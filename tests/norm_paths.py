@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
-from lora_dp.clipping import LARGEST_BOUND, LEAST_BOUND
-from lora_dp.mechanism import total
-from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.engine.optimizer import PrivateOptimizer
+from lora_dp.privacy.clipping import LARGEST_BOUND, LEAST_BOUND
+from lora_dp.privacy.mechanism import total
 from tests.support import RULES, make_private
 
 D_IN, D_OUT, ROWS = 24, 20, 4

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_dp.ops.native import native
-from lora_dp.randomness import RandomSource
+from lora_dp.privacy.randomness import RandomSource
 
 CPU = torch.device("cpu")
 WIDE = 2.0**32 * 1.7

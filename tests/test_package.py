@@ -43,8 +43,8 @@ def test_native_library_loads_without_torch(tmp_path: Path) -> None:
 
 def test_imports_are_the_same_in_the_repository_and_elsewhere(tmp_path: Path) -> None:
     code = (
-        "import lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.randomness\n"
-        "print(*(m.__file__ for m in (lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.randomness)))"
+        "import lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.privacy.randomness\n"
+        "print(*(m.__file__ for m in (lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.privacy.randomness)))"
     )
     assert run_python(code, tmp_path) == run_python(code, ROOT)
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 
-from lora_dp.accounting import check_delta
 from lora_dp.auditing.bounds import (
     Floats,
     check_confidence,
@@ -23,6 +22,7 @@ from lora_dp.auditing.bounds import (
     two_world_mu,
 )
 from lora_dp.auditing.canaries import Canaries
+from lora_dp.privacy.accounting import check_delta
 
 Test = Literal["one-run", "two-world"]
 Assumption = Literal["nothing", "gaussian", "independent", "independent gaussian"]

@@ -2,7 +2,7 @@
 
 *Gradient canaries* are the strongest examples that the guarantee covers: each has one gradient of its own choosing,
 longer than the clip bound (Dirac gradients: Nasr et al. 2021, arXiv 2101.04535, and 2023, arXiv 2302.07956). They enter
-beside the real examples as one more micro-batch: a :class:`lora_dp.recording.Pass` that goes through the optimizer's
+beside the real examples as one more micro-batch: a :class:`lora_dp.nn.per_example.Pass` that goes through the optimizer's
 own ``clip`` and ``take``, in steps drawn by the engine's own Poisson sampler, before the optimizer's own ``release``.
 Clipping, summing, noise and the ledger are the engine's; only the model's backward is not involved, which example
 canaries test.
@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_dp.accounting import Ledger
 from lora_dp.auditing.bounds import Floats
-from lora_dp.clipping import PerLayerClipping
-from lora_dp.data_loader import PrivateDataLoader
-from lora_dp.mechanism import total
-from lora_dp.optimizer import Clipped, PrivateOptimizer
-from lora_dp.recording import Pass, Slot
-from lora_dp.sampling import PoissonSampler
+from lora_dp.engine.data_loader import PrivateDataLoader
+from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.nn.per_example import Pass, Slot
+from lora_dp.privacy.accounting import Ledger
+from lora_dp.privacy.clipping import PerLayerClipping
+from lora_dp.privacy.mechanism import total
+from lora_dp.privacy.sampling import PoissonSampler
 
 Coins = NDArray[np.bool_]
 # Numbers of canary gradients formed at once.

@@ -11,13 +11,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from rich.console import Console
 
 from lora_dp.errors import IsolationError
+from lora_dp.fed.compare.grid import CompareConfig, read_failures
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
-from lora_dp.fed.data import DataConfig
-from lora_dp.fed.faults import TooFewClients
-from lora_dp.fed.grid import CompareConfig, read_failures
+from lora_dp.fed.data.datasets import DataConfig
 from lora_dp.fed.launch import resume, run
-from lora_dp.fed.models import ModelConfig
-from lora_dp.fed.pretrain import PretrainConfig, pretrain
+from lora_dp.fed.models.loading import ModelConfig
+from lora_dp.fed.models.pretrain import PretrainConfig, pretrain
+from lora_dp.fed.rounds.update_checks import TooFewClients
 
 PROG = "python -m lora_dp.fed"
 RUN_HELP = """\
@@ -193,7 +193,7 @@ def _report(options: dict[str, Any]) -> int:
 
 
 def _compare(options: dict[str, Any]) -> int:
-    from lora_dp.fed.compare import compare
+    from lora_dp.fed.compare.comparison import compare
 
     grid = {field.name: options.pop(field.name) for field in dataclasses.fields(CompareConfig)}
     folder = compare(CompareConfig(**grid), options, Console())

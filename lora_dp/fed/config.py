@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from lora_dp.clipping import BOUNDS, LARGEST_BOUND, LEAST_BOUND
-from lora_dp.fed.data import DataConfig
+from lora_dp.fed.data.datasets import DataConfig
 from lora_dp.fed.methods import Method, get_method
-from lora_dp.fed.models import ModelConfig
+from lora_dp.fed.models.loading import ModelConfig
 from lora_dp.fed.option_types import check_types
+from lora_dp.privacy.clipping import BOUNDS, LARGEST_BOUND, LEAST_BOUND
 
 # A common starting point, not tuned.
 ADAMW_LEARNING_RATE = 1e-3

@@ -6,14 +6,14 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.folder import RunFolder
-from lora_dp.fed.loop import Outcome, drive, go_on
-from lora_dp.fed.report import ConsoleReport
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.runs.folder import RunFolder
+from lora_dp.fed.runs.loop import Outcome, drive, go_on
+from lora_dp.fed.runs.report import ConsoleReport
 
 
 def run(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Runs a federation and writes its folder (:mod:`lora_dp.fed.folder`).
+    """Runs a federation and writes its folder (:mod:`lora_dp.fed.runs.folder`).
 
     Ctrl-C ends the run after writing the results so far; :func:`resume` goes on from there.
 
@@ -56,7 +56,7 @@ def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -
             "engine deployed trains where the data are: start it by flwr run, and go on with it by the same command "
             "with resume=\"FOLDER\" in its --run-config (docs/flower.md).")
     try:
-        from lora_dp.fed.engines.flower import simulate
+        from lora_dp.fed.flower.server import simulate
     except ImportError as error:
         raise ImportError('engine flower needs Flower: pip install "lora-dp[flower]"') from error
     return simulate(config, work)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_dp.chain import canonical
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.examples import Examples
+from lora_dp.fed.data.examples import Examples
+from lora_dp.hash_chain import canonical
 
 # The server's own business: no release of a client hangs on them, nor does which examples it has.
 SERVERS_OWN = frozenset((

@@ -1,6 +1,6 @@
 """Clip coefficients and the clipped sums of all parameters in one launch, where Triton kernels run.
 
-What it computes is defined by the rules of :mod:`lora_dp.clipping` and by :func:`lora_dp.ops.clipped_sum.
+What it computes is defined by the rules of :mod:`lora_dp.privacy.clipping` and by :func:`lora_dp.ops.clipped_sum.
 clipped_sum_kept`, which every other device runs.
 """
 

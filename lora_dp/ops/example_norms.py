@@ -1,4 +1,4 @@
-"""Norms of what is summed: ‖Gᵢ‖ of stored per-example values, in float64 (:mod:`lora_dp.clipping` says why)."""
+"""Norms of what is summed: ‖Gᵢ‖ of stored per-example values, in float64 (:mod:`lora_dp.privacy.clipping` says why)."""
 
 import torch
 from torch import Tensor

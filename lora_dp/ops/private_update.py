@@ -1,7 +1,7 @@
 """Noise, low-pass filter and optimizer step of all parameters: one launch on a GPU, one threaded pass on a CPU.
 
     n ← Σᵢ round(cᵢ Gᵢ / Δ) + round(z · std / Δ)     integers, exact in any order; or round(sum / Δ) for a given sum
-    ĝ ← filter(n · Δ / L)                            Δ = grid step of std (:mod:`lora_dp.noise` has the argument)
+    ĝ ← filter(n · Δ / L)                            Δ = grid step of std (:mod:`lora_dp.privacy.noise` has the argument)
     θ ← optimizer(θ, ĝ)                              torch's SGD, Adam, AdamW
 
 All arithmetic is in double precision, and rounded to each tensor's dtype at the end; CPU and GPU give the same bits.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_dp import LoRAConfig, PrivacyEngine, inject_lora, mechanism
+from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
 from lora_dp.auditing import (
     AuditResult,
     ExampleCanaries,
@@ -20,9 +20,10 @@ from lora_dp.auditing import (
     one_run_epsilon,
     plot_audits,
 )
-from lora_dp.clipping import FlatClipping
-from lora_dp.mechanism import Mechanism
-from lora_dp.sampling import PoissonSampler
+from lora_dp.privacy import mechanism
+from lora_dp.privacy.clipping import FlatClipping
+from lora_dp.privacy.mechanism import Mechanism
+from lora_dp.privacy.sampling import PoissonSampler
 from tests.auditing.tiny import training
 
 DELTA = 1e-5

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora_dp.fed.client
-import lora_dp.fed.job
-import lora_dp.fed.noisy_sum
-import lora_dp.fed.partition
-from lora_dp.accounting import Ledger
-from lora_dp.chain import START
-from lora_dp.fed.account import AheadLog
-from lora_dp.fed.engines.flower_ledger import ClientLedger
-from lora_dp.fed.engines.flower_policy import Policy
-from lora_dp.fed.noisy_sum import NoisySum
+import lora_dp.fed.data.partition
+import lora_dp.fed.rounds.client
+import lora_dp.fed.rounds.server_noise
+import lora_dp.fed.rounds.setup
+from lora_dp.fed.flower.ledger import ClientLedger
+from lora_dp.fed.flower.policy import Policy
+from lora_dp.fed.rounds.ledgers import AheadLog
+from lora_dp.fed.rounds.server_noise import NoisySum
+from lora_dp.hash_chain import START
+from lora_dp.privacy.accounting import Ledger
 from tests.faults.planting import Planting
 
 
@@ -27,7 +27,7 @@ def dealt_to_two_clients(planting: Planting) -> None:
             return [torch.cat([torch.as_tensor(parts[0]), torch.as_tensor(parts[-1][:1])]).numpy(), *parts[1:]]
         return overlapping
 
-    planting.replace(lora_dp.fed.partition, "_dirichlet", planted)
+    planting.replace(lora_dp.fed.data.partition, "_dirichlet", planted)
 
 
 def opened_by_two_clients(planting: Planting) -> None:
@@ -36,14 +36,14 @@ def opened_by_two_clients(planting: Planting) -> None:
             return self.train.subset([*self.parts[client], self.parts[client - 1][0]])
         return overlapping
 
-    planting.replace(lora_dp.fed.job.Job, "examples", planted)
+    planting.replace(lora_dp.fed.rounds.setup.Job, "examples", planted)
 
 
 def same_noise_at_each_client(planting: Planting) -> None:
     def planted(derive: Any) -> Any:
         return lambda seed, stream, client, *place: derive(seed, stream, 0, *place)
 
-    planting.replace(lora_dp.fed.client, "derived_seed", planted)
+    planting.replace(lora_dp.fed.rounds.client, "derived_seed", planted)
 
 
 class _Silent:
@@ -52,7 +52,7 @@ class _Silent:
 
 
 def no_noise_by_the_client(planting: Planting) -> None:
-    planting.replace(lora_dp.fed.client, "client_mechanism", lambda _: lambda *settings: _Silent())
+    planting.replace(lora_dp.fed.rounds.client, "client_mechanism", lambda _: lambda *settings: _Silent())
 
 
 def _count_updates(planting: Planting) -> dict[int, int]:
@@ -80,7 +80,7 @@ def server_noise_on_empty_rounds_only(planting: Planting) -> None:
         def silent(self: NoisySum, source: Any) -> Any:
             with pytest.MonkeyPatch.context() as patch:
                 if counts.get(id(self)):
-                    patch.setattr(lora_dp.fed.noisy_sum, "client_mechanism", lambda *settings: _Silent())
+                    patch.setattr(lora_dp.fed.rounds.server_noise, "client_mechanism", lambda *settings: _Silent())
                 return result(self, source)
         return silent
 

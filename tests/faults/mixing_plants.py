@@ -8,30 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lora_dp.chain
-import lora_dp.engine
-import lora_dp.fed.client
-import lora_dp.fed.data
-import lora_dp.isolation
-import lora_dp.loss_watch
-import lora_dp.mechanism
-import lora_dp.model_parts
-import lora_dp.number_lists
-import lora_dp.optimizer
-import lora_dp.own_scales
-import lora_dp.passes
-import lora_dp.secret_state
-import lora_dp.unwritten
+import lora_dp.engine.engine
+import lora_dp.engine.hooks
+import lora_dp.engine.optimizer
+import lora_dp.fed.data.datasets
+import lora_dp.fed.rounds.client
+import lora_dp.hash_chain
+import lora_dp.isolation.batches.lists
+import lora_dp.isolation.check
+import lora_dp.isolation.loss_checks.own_scales
+import lora_dp.isolation.loss_checks.watch
+import lora_dp.isolation.model_state.parameters
+import lora_dp.isolation.model_state.parts
+import lora_dp.privacy.mechanism
+import lora_dp.privacy.secret_state
 from lora_dp.auditing import PlantedCanaries
-from lora_dp.data_loader import PrivateDataLoader
-from lora_dp.fed.engines.flower_policy import Policy
-from lora_dp.fed.one_shape import Ops
-from lora_dp.kept_buffers import KeptBuffers
-from lora_dp.loss_watch import LossWatch
+from lora_dp.engine.data_loader import PrivateDataLoader
+from lora_dp.engine.hooks import Passes
+from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.fed.flower.policy import Policy
+from lora_dp.fed.rounds.fixed_shapes import Ops
+from lora_dp.isolation.batches.shared_arguments import SharedArguments
+from lora_dp.isolation.loss_checks.watch import LossWatch
+from lora_dp.isolation.model_state.buffers import KeptBuffers
 from lora_dp.ops.example_rows import ExampleRows
-from lora_dp.optimizer import Clipped, PrivateOptimizer
-from lora_dp.passes import Passes
-from lora_dp.shared_arguments import SharedArguments
 from tests.faults.planting import Planting
 
 
@@ -40,7 +40,7 @@ def _nothing(_: Any) -> Callable[..., None]:
 
 
 def any_reduction_taken(planting: Planting) -> None:
-    planting.replace(lora_dp.loss_watch, "is_plain", lambda _: lambda *arguments: True)
+    planting.replace(lora_dp.isolation.loss_checks.watch, "is_plain", lambda _: lambda *arguments: True)
 
 
 def changing_divisors_taken(planting: Planting) -> None:
@@ -48,16 +48,16 @@ def changing_divisors_taken(planting: Planting) -> None:
 
 
 def losses_that_meet_taken(planting: Planting) -> None:
-    planting.replace(lora_dp.loss_watch, "meets", lambda _: lambda *arguments: False)
-    planting.replace(lora_dp.loss_watch, "meeting", lambda _: lambda *arguments: None)
+    planting.replace(lora_dp.isolation.loss_checks.watch, "meets", lambda _: lambda *arguments: False)
+    planting.replace(lora_dp.isolation.loss_checks.watch, "meeting", lambda _: lambda *arguments: None)
 
 
 def losses_of_later_batches_taken(planting: Planting) -> None:
-    planting.replace(lora_dp.loss_watch, "meeting", lambda _: lambda *arguments: None)
+    planting.replace(lora_dp.isolation.loss_checks.watch, "meeting", lambda _: lambda *arguments: None)
 
 
 def losses_at_padding_taken(planting: Planting) -> None:
-    planting.replace(lora_dp.loss_watch, "reaches_padding", lambda _: lambda *arguments: False)
+    planting.replace(lora_dp.isolation.loss_checks.watch, "reaches_padding", lambda _: lambda *arguments: False)
 
 
 def losses_that_no_graph_shows_taken(planting: Planting) -> None:
@@ -65,17 +65,17 @@ def losses_that_no_graph_shows_taken(planting: Planting) -> None:
 
 
 def whole_batches_not_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "check_whole", lambda _: lambda *arguments, **options: arguments[-1])
+    planting.replace(lora_dp.isolation.check, "check_whole", lambda _: lambda *arguments, **options: arguments[-1])
 
 
 def backwards_not_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "_check_backward", _nothing)
+    planting.replace(lora_dp.isolation.check, "_check_backward", _nothing)
 
 
 def parameters_written_to(planting: Planting) -> None:
     for look in ("check", "check_backward"):
-        planting.replace(lora_dp.unwritten.Versions, look, _nothing)
-    planting.replace(lora_dp.unwritten, "_storage", lambda _: lambda tensor: 0)
+        planting.replace(lora_dp.isolation.model_state.parameters.Versions, look, _nothing)
+    planting.replace(lora_dp.isolation.model_state.parameters, "_storage", lambda _: lambda tensor: 0)
 
 
 def unseen_losses_taken(planting: Planting) -> None:
@@ -93,7 +93,7 @@ def parameters_beside_the_model_trained(planting: Planting) -> None:
 
 
 def frozen_parameters_thawed(planting: Planting) -> None:
-    planting.replace(lora_dp.passes, "check_frozen", _nothing)
+    planting.replace(lora_dp.engine.hooks, "check_frozen", _nothing)
 
 
 def single_examples_not_tried(planting: Planting) -> None:
@@ -117,11 +117,11 @@ def ops_of_parts_not_compared(planting: Planting) -> None:
 
 
 def own_losses_trusted(planting: Planting) -> None:
-    planting.replace(lora_dp.own_scales, "own_weights", lambda _: lambda *arguments: (1.0,))
+    planting.replace(lora_dp.isolation.loss_checks.own_scales, "own_weights", lambda _: lambda *arguments: (1.0,))
 
 
 def hidden_tensors_trained(planting: Planting) -> None:
-    planting.replace(lora_dp.passes, "check_strangers", _nothing)
+    planting.replace(lora_dp.engine.hooks, "check_strangers", _nothing)
 
 
 def unfetched_batches_forgotten(planting: Planting) -> None:
@@ -134,16 +134,16 @@ def rounded_to_the_sums_dtype(planting: Planting) -> None:
             return [noisy.to(value.dtype) for noisy, value in zip(add_noise(values, *arguments), values, strict=True)]
         return rounded
 
-    planting.replace(lora_dp.mechanism, "add_noise", planted)
+    planting.replace(lora_dp.privacy.mechanism, "add_noise", planted)
 
 
 def padding_never_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "check_padding", lambda _: lambda *arguments: False)
+    planting.replace(lora_dp.isolation.check, "check_padding", lambda _: lambda *arguments: False)
 
 
 def first_batch_alone_tried(planting: Planting) -> None:
     planting.replace(Passes, "_kind", lambda _: lambda *arguments: "a batch")
-    planting.replace(lora_dp.passes, "drawn_for_test", lambda _: lambda: False)
+    planting.replace(lora_dp.engine.hooks, "drawn_for_test", lambda _: lambda: False)
 
 
 def what_all_share_taken(planting: Planting) -> None:
@@ -151,16 +151,16 @@ def what_all_share_taken(planting: Planting) -> None:
 
 
 def larger_batches_taken(planting: Planting) -> None:
-    planting.replace(lora_dp.passes, "check_larger", lambda _: lambda *arguments, **options: options["losses"])
+    planting.replace(lora_dp.engine.hooks, "check_larger", lambda _: lambda *arguments, **options: options["losses"])
 
 
 def lists_stay_as_they_are(planting: Planting) -> None:
-    planting.replace(lora_dp.number_lists, "_of_whole_batch", lambda _: lambda *arguments: True)
+    planting.replace(lora_dp.isolation.batches.lists, "_of_whole_batch", lambda _: lambda *arguments: True)
 
 
 def same_number_of_examples_alone_tried(planting: Planting) -> None:
-    planting.replace(lora_dp.isolation, "check_company", lambda _: lambda *arguments: frozenset({0}))
-    planting.replace(lora_dp.isolation, "check_whole", lambda _: lambda *arguments, **options: arguments[-1])
+    planting.replace(lora_dp.isolation.check, "check_company", lambda _: lambda *arguments: frozenset({0}))
+    planting.replace(lora_dp.isolation.check, "check_whole", lambda _: lambda *arguments, **options: arguments[-1])
 
 
 def collation_never_tried(planting: Planting) -> None:
@@ -175,16 +175,16 @@ def masks_of_a_short_seed(planting: Planting) -> None:
     def planted(_: Any) -> Any:
         def seeded() -> None:
             seed = random.SystemRandom().getrandbits(32)
-            lora_dp.secret_state._seeds.add(seed)
+            lora_dp.privacy.secret_state._seeds.add(seed)
             torch.manual_seed(seed)
             np.random.seed(seed)
         return seeded
 
-    planting.replace(lora_dp.engine, "renew", planted)
+    planting.replace(lora_dp.engine.engine, "renew", planted)
 
 
 def seeds_taken(planting: Planting) -> None:
-    planting.replace(lora_dp.secret_state, "_check", _nothing)
+    planting.replace(lora_dp.privacy.secret_state, "_check", _nothing)
 
 
 def lookups_measured_in_float32(planting: Planting) -> None:
@@ -224,7 +224,7 @@ def failing_batches_left_out(planting: Planting) -> None:
             optimizer.take(clipped, len(rows), len(rows))
         return whole
 
-    planting.replace(lora_dp.fed.client, "accumulate", planted)
+    planting.replace(lora_dp.fed.rounds.client, "accumulate", planted)
 
 
 def servers_obeyed(planting: Planting) -> None:
@@ -232,7 +232,7 @@ def servers_obeyed(planting: Planting) -> None:
 
 
 def damaged_lines_read(planting: Planting) -> None:
-    planting.replace(lora_dp.chain, "link", lambda _: lambda before, entry: "0" * 64)
+    planting.replace(lora_dp.hash_chain, "link", lambda _: lambda before, entry: "0" * 64)
 
 
 def refusals_forgotten(planting: Planting) -> None:
@@ -248,16 +248,16 @@ def pairs_with_all_others_taken(planting: Planting) -> None:
 
 
 def settings_not_looked_at(planting: Planting) -> None:
-    planting.replace(lora_dp.model_parts, "_state", _nothing)
+    planting.replace(lora_dp.isolation.model_state.parts, "_state", _nothing)
 
 
 def generators_left_as_a_pass_left_them(planting: Planting) -> None:
-    planting.replace(lora_dp.optimizer, "end_pass", _nothing)
+    planting.replace(lora_dp.engine.optimizer, "end_pass", _nothing)
 
 
 def splits_told_by_any_word(planting: Planting) -> None:
-    planting.replace(lora_dp.fed.data, "split_files", _nothing)
-    planting.replace(lora_dp.fed.data, "check_apart", _nothing)
+    planting.replace(lora_dp.fed.data.datasets, "split_files", _nothing)
+    planting.replace(lora_dp.fed.data.datasets, "check_apart", _nothing)
 
 
 def canaries_may_miss_steps(planting: Planting) -> None:

@@ -1,6 +1,6 @@
 """What plants each fault of the engine, as small as a real mistake.
 
-On a CPU most steps are taken by the native update (:mod:`lora_dp.fused_step`), the others by torch
+On a CPU most steps are taken by the native update (:mod:`lora_dp.engine.fused_step`), the others by torch
 (``PrivateOptimizer._step_by_torch``): a fault of the noise is planted in both. Clipping is planted in what the CPU
 runs, not in the Triton kernels.
 """
@@ -16,25 +16,25 @@ from timm.models import swin_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lora_dp.clipping
-import lora_dp.coverage
-import lora_dp.data_loader
-import lora_dp.engine
-import lora_dp.fused_step
+import lora_dp.engine.data_loader
+import lora_dp.engine.engine
+import lora_dp.engine.fused_step
+import lora_dp.engine.hooks
+import lora_dp.engine.optimizer
+import lora_dp.engine.validation
+import lora_dp.nn.per_example
 import lora_dp.ops.per_example_grad
-import lora_dp.optimizer
-import lora_dp.passes
-import lora_dp.randomness
-import lora_dp.recording
+import lora_dp.privacy.clipping
+import lora_dp.privacy.randomness
 from lora_dp import DPLoRALinear, GaussianFilter, LoRAConfig, inject_lora
-from lora_dp.accounting import PoissonGaussian
-from lora_dp.clipping import FlatClipping, PerLayerClipping
-from lora_dp.coverage import PrivateParameter
-from lora_dp.mechanism import Mechanism, total
-from lora_dp.optimizer import Clipped, PrivateOptimizer
-from lora_dp.randomness import SeededSource
-from lora_dp.recording import Slot
-from lora_dp.sampling import PoissonSampler
+from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.engine.validation import PrivateParameter
+from lora_dp.nn.per_example import Slot
+from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.clipping import FlatClipping, PerLayerClipping
+from lora_dp.privacy.mechanism import Mechanism, total
+from lora_dp.privacy.randomness import SeededSource
+from lora_dp.privacy.sampling import PoissonSampler
 from tests.faults.planting import Planting
 from tests.models import examples, mlp
 from tests.support import make_private
@@ -69,7 +69,7 @@ def whole_bound_for_each_layer(planting: Planting) -> None:
 
 
 def nan_passes(planting: Planting) -> None:
-    planting.replace(lora_dp.clipping, "_exclude_non_finite", lambda _: lambda coefficients, sq_norms: coefficients)
+    planting.replace(lora_dp.privacy.clipping, "_exclude_non_finite", lambda _: lambda coefficients, sq_norms: coefficients)
 
 
 def norms_in_float16(planting: Planting) -> None:
@@ -82,7 +82,7 @@ def norms_in_float16(planting: Planting) -> None:
 
 def squares_in_float32(planting: Planting) -> None:
     """Of each number that is summed: below 1e-23 they are 0."""
-    for place in (lora_dp.recording, lora_dp.ops.per_example_grad):
+    for place in (lora_dp.nn.per_example, lora_dp.ops.per_example_grad):
         planting.replace(place, "example_norms", lambda _: lambda values: (
             values.flatten(1).float().square().sum(1).double().sqrt()))
 
@@ -147,7 +147,7 @@ def noise_only_on(
                 step(self, trained, sums)
         return planted
 
-    planting.replace(lora_dp.fused_step, "_native_step", native)
+    planting.replace(lora_dp.engine.fused_step, "_native_step", native)
     planting.replace(PrivateOptimizer, "_step_by_torch", by_torch)
 
 
@@ -215,8 +215,8 @@ def same_noise_in_each_layer(planting: Planting) -> None:
                 update(*(values[part] for values in tensors), filtered=filtered[part], **options)
         return planted
 
-    planting.replace(lora_dp.fused_step, "private_update_", native)
-    planting.replace(lora_dp.randomness, "rounded_gaussian_", lambda draw: (
+    planting.replace(lora_dp.engine.fused_step, "private_update_", native)
+    planting.replace(lora_dp.privacy.randomness, "rounded_gaussian_", lambda draw: (
         lambda out, key, parameter, number, scale: draw(out, key, 0, number, scale)))
 
 
@@ -268,7 +268,7 @@ def twice_in_a_batch(planting: Planting) -> None:
 
 
 def samplers_passed_over(planting: Planting) -> None:
-    planting.replace(lora_dp.data_loader, "_draws_from_all", lambda _: lambda loader: True)
+    planting.replace(lora_dp.engine.data_loader, "_draws_from_all", lambda _: lambda loader: True)
 
 
 class Windowed(nn.Module):
@@ -285,7 +285,7 @@ class Windowed(nn.Module):
 
 
 def windows_counted(planting: Planting) -> None:
-    planting.replace(lora_dp.passes, "batch_size", lambda count: lambda args, kwargs: 2 * count(args, kwargs))
+    planting.replace(lora_dp.engine.hooks, "batch_size", lambda count: lambda args, kwargs: 2 * count(args, kwargs))
 
 
 def step_on_windows() -> None:
@@ -327,17 +327,17 @@ def step_of_swin() -> None:
 
 
 def uncovered_parameter(planting: Planting) -> None:
-    planting.replace(lora_dp.engine, "cover", lambda cover: lambda model: cover(model[0]))
-    planting.replace(lora_dp.optimizer, "check_optimizer", lambda _: lambda optimizer, covered: None)
+    planting.replace(lora_dp.engine.engine, "cover", lambda cover: lambda model: cover(model[0]))
+    planting.replace(lora_dp.engine.optimizer, "check_optimizer", lambda _: lambda optimizer, covered: None)
 
 
 def frozen_parameters_stepped(planting: Planting) -> None:
-    planting.replace(lora_dp.optimizer, "unfrozen", lambda _: list)
+    planting.replace(lora_dp.engine.optimizer, "unfrozen", lambda _: list)
 
 
 def plain_head_left_trainable(planting: Planting) -> None:
     """In the user's model."""
-    planting.replace(lora_dp.engine, "cover", lambda cover: lambda model: cover(model.append(nn.Linear(3, 3))))
+    planting.replace(lora_dp.engine.engine, "cover", lambda cover: lambda model: cover(model.append(nn.Linear(3, 3))))
 
 
 def batch_mean_in_a_module(planting: Planting) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.job import Parts, open_job
+from lora_dp.fed.rounds.setup import Parts, open_job
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet"])

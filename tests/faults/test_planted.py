@@ -4,7 +4,7 @@ import pytest
 
 from lora_dp import IsolationError
 from lora_dp.auditing import GradientCanaries, audit
-from lora_dp.mechanism import Mechanism
+from lora_dp.privacy.mechanism import Mechanism
 from tests.auditing.tiny import training
 from tests.faults.planted import FAULTS, FULL, PHASE_A, SAMPLED
 from tests.faults.planting import AUDIT, ISOLATION, REFUSED, ROOT, Fault, Planting, verdicts
@@ -78,13 +78,13 @@ def test_half_of_the_noise_is_found_at_every_seed(options: dict, seed: int) -> N
 
 def test_the_harness_tells_faults_from_mistakes_in_the_fault() -> None:
     """A plant that breaks what it touches makes a test fail, but does not count as caught."""
-    node = "tests/test_noise.py::test_every_tensor_of_a_release_gets_noise_of_its_own"
+    node = "tests/privacy/test_noise.py::test_every_tensor_of_a_release_gets_noise_of_its_own"
     with pytest.MonkeyPatch.context() as patch:
         Planting(patch).replace(Mechanism, "noise_std", lambda std: lambda self: std)
         assert verdicts(node) == {node: TypeError}
     assert verdicts(node) == {node: None}
     with pytest.raises(ValueError, match="did not run"):
-        verdicts("tests/test_noise.py::test_of_another_name")
+        verdicts("tests/privacy/test_noise.py::test_of_another_name")
 
 
 def test_plants_are_taken_out_again() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_dp.fed.exchange import Reply, Task, Update
-from lora_dp.fed.federation import Federation
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.messages import Reply, Task, Update
 
 Break = Callable[[Update, int], Reply | None]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lora_dp.chain import START, Heads, canonical, link
+from lora_dp.hash_chain import START, Heads, canonical, link
 
 
 def hold(path: Path, count: int) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lora_dp.fed import checkpoint, launch, loop
-from lora_dp.fed.account import AheadLog
-from lora_dp.fed.client import Trainer
+from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.folder import RunFolder
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.ledgers import AheadLog
+from lora_dp.fed.runs import checkpoint, loop
+from lora_dp.fed.runs.folder import RunFolder
 
 # What a run writes, by name: where the function is that writes it.
 POINTS: dict[str, tuple[Any, str]] = {

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dp.fed.client import Trainer
-from lora_dp.fed.engines.local import LocalEngine
-from lora_dp.fed.examples import ImageExamples
-from lora_dp.fed.exchange import Task, Workspace
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.local_training import LocalTraining
+from lora_dp.fed.data.examples import ImageExamples
 from lora_dp.fed.methods import Method, factor, get_method
-from lora_dp.fed.privacy import PrivacyPlan
-from lora_dp.fed.seeds import Stream, derived_seed
-from lora_dp.layers import DPLinear, DPLoRALinear
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.local_engine import LocalEngine
+from lora_dp.fed.rounds.local_training import LocalTraining
+from lora_dp.fed.rounds.messages import Task, Workspace
+from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
+from lora_dp.fed.rounds.seeds import Stream, derived_seed
+from lora_dp.nn.layers import DPLinear, DPLoRALinear
 
 TRAINING = LocalTraining(
     optimizer="sgd", learning_rate=0.3, lr_ratio=1.0, low_pass=None, low_pass_strength=0.0, batch_size=8, local_steps=3)

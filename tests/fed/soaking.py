@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 
 from benchmarks.soak import Soak
-from lora_dp.fed import client
-from lora_dp.fed.account import Account, AheadLog
-from lora_dp.fed.folder import RunFolder, read_results
+from lora_dp.fed.rounds import client
+from lora_dp.fed.rounds.ledgers import Account, AheadLog
+from lora_dp.fed.runs.folder import RunFolder, read_results
 
 MOST_RUNS = 30
 

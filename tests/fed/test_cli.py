@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from lora_dp.fed import __main__ as cli
-from lora_dp.fed.client import Trainer
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.loop import Outcome
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.runs.loop import Outcome
 
 SMALL = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch_size", "8", "--accountant", "rdp"]
 
@@ -147,7 +147,7 @@ def test_methods_options_ranks_and_units(ran):
     "words", ["--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3", "--methods=[la-lora,flat-lora:deer] "
               "--epsilons=[1,none] --seeds=3"])
 def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
-    import lora_dp.fed.compare
+    import lora_dp.fed.compare.comparison
 
     seen = []
 
@@ -155,7 +155,7 @@ def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
         seen.append((grid, common))
         return tmp_path
 
-    monkeypatch.setattr(lora_dp.fed.compare, "compare", fake)
+    monkeypatch.setattr(lora_dp.fed.compare.comparison, "compare", fake)
     assert cli.main(["compare", *words.split(), "--local-steps", "3", "--processes", "2"]) == 0
     [(grid, common)] = seen
     assert (grid.methods, grid.epsilons, grid.seeds) == (["la-lora", "flat-lora:deer"], [1.0, "none"], [3])

@@ -12,12 +12,12 @@ import yaml
 
 from lora_dp.fed.auditing import AuditConfig
 from lora_dp.fed.config import FederationConfig, PrivacyConfig, RunConfig
-from lora_dp.fed.engines.flower import options_of
-from lora_dp.fed.engines.flower_ledger import Refused
-from lora_dp.fed.engines.flower_policy import read_config
-from lora_dp.fed.job import plan_of
-from lora_dp.fed.models import ModelConfig
+from lora_dp.fed.flower.ledger import Refused
+from lora_dp.fed.flower.policy import read_config
+from lora_dp.fed.flower.server import options_of
+from lora_dp.fed.models.loading import ModelConfig
 from lora_dp.fed.option_types import check_types
+from lora_dp.fed.rounds.setup import plan_of
 
 GROUPS: dict[str, Any] = {group.name: group.default_factory for group in dataclasses.fields(RunConfig)}
 HINTS = {name: (group, hint) for group in GROUPS.values() for name, hint in get_type_hints(group).items()}

@@ -14,14 +14,14 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from lora_dp.chain import canonical
-from lora_dp.fed.account import EXAMPLES, LOG, Account, AheadLog, LogError
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.examples import Examples, TextExamples
-from lora_dp.fed.job import open_job
+from lora_dp.fed.data.examples import Examples, TextExamples
 from lora_dp.fed.launch import resume, run
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.origin import SERVERS_OWN, Origin, examples_digest, flat, plain_options
+from lora_dp.fed.rounds.ledgers import EXAMPLES, LOG, Account, AheadLog, LogError
+from lora_dp.fed.rounds.setup import open_job
+from lora_dp.hash_chain import canonical
 from tests.fed.chained import forge
 from tests.fed.small import TRAINING, make_examples, plan_for
 

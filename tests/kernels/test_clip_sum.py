@@ -1,4 +1,4 @@
-"""Coefficients and clipped sums against lora_dp.clipping in float64: rules, masks, scales, layouts, NaN, overflow."""
+"""Coefficients and clipped sums against lora_dp.privacy.clipping in float64: rules, masks, scales, layouts, NaN, overflow."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_dp.kernels.clip_sum as module
-from lora_dp.clipping import LARGEST_BOUND, LEAST_BOUND, AutomaticClipping, FlatClipping, PerLayerClipping
 from lora_dp.kernels.clip_sum import CONFIGS, clip_sum
 from lora_dp.kernels.launching import INTERPRETED, Config
+from lora_dp.privacy.clipping import LARGEST_BOUND, LEAST_BOUND, AutomaticClipping, FlatClipping, PerLayerClipping
 
 RULES = {"flat": FlatClipping, "per_layer": PerLayerClipping, "automatic": AutomaticClipping}
 # NumPy's name for C / 0 = inf, as it should be.

@@ -1,4 +1,4 @@
-"""Philox against its known answers; noise, filter and optimizers against NumPy, lora_dp.filtering and torch.optim."""
+"""Philox against its known answers; noise, filter and optimizers against NumPy, lora_dp.privacy.filtering and torch.optim."""
 
 import math
 
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lora_dp.kernels.noise_update as module
-from lora_dp.filtering import GaussianFilter
 from lora_dp.kernels.launching import Config
 from lora_dp.kernels.noise_update import CONFIGS, noise_update
 from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
 from lora_dp.kernels.philox import standard_normal
 from lora_dp.ops.private_update import private_update_
+from lora_dp.privacy.filtering import GaussianFilter
 
 TINY = Config.of(1, 1, BLOCK=16)  # many programs
 
@@ -129,7 +129,7 @@ def test_noise_differs_by_seed_parameter_step_and_element(device):
 
 
 class Run:
-    """The kernel beside its definition: lora_dp.filtering and torch.optim on float64 noise, over several steps."""
+    """The kernel beside its definition: lora_dp.privacy.filtering and torch.optim on float64 noise, over several steps."""
 
     def __init__(self, device, sizes, optimizer, arguments, dtypes=(torch.float32,), strength=0.0, std=0.0, seed=0):
         torch.manual_seed(seed)

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp import DPLinear, GaussianFilter, LoRAConfig, PrivacyEngine, fused_step, inject_lora, mechanism
-from lora_dp.mechanism import Mechanism
+from lora_dp import DPLinear, GaussianFilter, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.engine import fused_step
 from lora_dp.ops import registry
 from lora_dp.ops.lora_backward import lora_backward
 from lora_dp.ops.lora_forward import lora_forward
 from lora_dp.ops.per_example_grad import per_example_grad, per_example_grad_and_u
 from lora_dp.ops.per_example_norm import ghost_sq_norm
 from lora_dp.ops.registry import kernels_take, reference_only
+from lora_dp.privacy import mechanism
+from lora_dp.privacy.mechanism import Mechanism
 from tests.models import examples, mlp, snapshot
 from tests.support import RULES, assert_close, make_private, private_gradients
 from tests.tiny_models import HEADS, IMAGES, TARGETS, build, randomise

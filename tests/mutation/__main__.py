@@ -1,7 +1,7 @@
 """Mutation testing: small mistakes are put into the code that privacy rests on, one at a time; a test must notice each.
 
     python -m tests.mutation                              # all; goes on where it was interrupted
-    python -m tests.mutation --only lora_dp/noise.py      # one file
+    python -m tests.mutation --only lora_dp/privacy/noise.py      # one file
     python -m tests.mutation --sample 25 --seed 1         # as many, drawn
     python -m tests.mutation --list                       # the mutants alone
 

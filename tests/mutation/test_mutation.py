@@ -94,11 +94,11 @@ def test_every_target_and_its_tests_are_there(path):
 
 
 @pytest.mark.parametrize("name", [
-    "lora_dp/sampling.py::PoissonSampler.draw::quantity::self.sample_rate → (self.sample_rate * 1.02)",
-    "lora_dp/fed/noisy_sum.py::NoisySum.add::drop call::rule.measured(change[name]) → (change[name])",
-    "lora_dp/fed/client.py::Trainer._noised::drop call::rules[name].measured(tensor - start[name])",
-    "lora_dp/fused_step.py::_native_step::extreme::sum → max",
-    "lora_dp/loss_graph.py::::constant::1e-4 → 0.01",
+    "lora_dp/privacy/sampling.py::PoissonSampler.draw::quantity::self.sample_rate → (self.sample_rate * 1.02)",
+    "lora_dp/fed/rounds/server_noise.py::NoisySum.add::drop call::rule.measured(change[name]) → (change[name])",
+    "lora_dp/fed/rounds/client.py::Trainer._noised::drop call::rules[name].measured(tensor - start[name])",
+    "lora_dp/engine/fused_step.py::_native_step::extreme::sum → max",
+    "lora_dp/isolation/loss_checks/graph.py::::constant::1e-4 → 0.01",
 ])
 def test_mistakes_that_tests_once_missed_are_among_them(name):
     path = name.partition("::")[0]
@@ -114,21 +114,21 @@ def test_what_is_written_down_as_equivalent_is_a_mutant_and_has_its_reason():
 
 def test_an_entry_that_is_no_mutant_fails(tmp_path, monkeypatch, capsys):
     gone = tmp_path / "equivalents.toml"
-    gone.write_text('"because of this and that" = ["lora_dp/noise.py::grid_step::compare::no more"]\n')
+    gone.write_text('"because of this and that" = ["lora_dp/privacy/noise.py::grid_step::compare::no more"]\n')
     monkeypatch.setattr("tests.mutation.__main__.EQUIVALENTS", gone)
-    assert main(["--only", "lora_dp/noise.py", "--list"]) == 1
-    assert "and no mutant: lora_dp/noise.py::grid_step::compare::no more" in capsys.readouterr().out
+    assert main(["--only", "lora_dp/privacy/noise.py", "--list"]) == 1
+    assert "and no mutant: lora_dp/privacy/noise.py::grid_step::compare::no more" in capsys.readouterr().out
 
 
 def test_a_survivor_fails_and_what_was_noticed_is_not_run_again(tmp_path, monkeypatch, capsys):
     """The second mutant is beside the one test that is run: nobody looks there."""
     from tests.mutation import __main__ as command
 
-    monkeypatch.setitem(command.TARGETS, "lora_dp/clipping.py", command.TARGETS["lora_dp/clipping.py"].__class__(
-        ("tests/test_regulator.py",)))
-    words = ["--only", "lora_dp/clipping.py", "--match", "drop statement", "--sample", "1", "--work", str(tmp_path)]
+    monkeypatch.setitem(command.TARGETS, "lora_dp/privacy/clipping.py", command.TARGETS["lora_dp/privacy/clipping.py"].__class__(
+        ("tests/nn/test_regulator.py",)))
+    words = ["--only", "lora_dp/privacy/clipping.py", "--match", "drop statement", "--sample", "1", "--work", str(tmp_path)]
     assert main(words) == 1
-    assert "survived: lora_dp/clipping.py" in capsys.readouterr().out
+    assert "survived: lora_dp/privacy/clipping.py" in capsys.readouterr().out
     monkeypatch.undo()
     assert main(words) == 0
     assert " s  lora_dp" in capsys.readouterr().out

@@ -12,10 +12,10 @@ tests=(
   tests/ops/test_noise_statistics.py
   tests/ops/test_private_update.py
   tests/ops/test_hostile_inputs.py
-  tests/test_noise.py
-  tests/test_randomness.py
-  tests/test_draws.py
-  tests/test_secret_keys.py
+  tests/privacy/test_noise.py
+  tests/privacy/test_randomness.py
+  tests/privacy/test_draws.py
+  tests/privacy/test_secret_keys.py
 )
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

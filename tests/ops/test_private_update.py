@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_dp.filtering import GaussianFilter
 from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
 from lora_dp.ops import private_update
 from lora_dp.ops.native import native
@@ -20,6 +19,7 @@ from lora_dp.ops.private_update import ExampleSum, can_update, private_update_
 from lora_dp.ops.registry import reference_only
 from lora_dp.ops.rounded_gaussian import rounded_gaussian_
 from lora_dp.ops.sampling_bits import sampling_bits_
+from lora_dp.privacy.filtering import GaussianFilter
 from tests.models import assert_refuses
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

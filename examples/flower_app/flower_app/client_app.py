@@ -1,5 +1,5 @@
 """What `flwr run` starts on every node."""
 
-from lora_dp.fed.engines.flower_client import client_app
+from lora_dp.fed.flower.client import client_app
 
 app = client_app()

@@ -1,5 +1,5 @@
 """What `flwr run` starts on the server."""
 
-from lora_dp.fed.engines.flower import server_app
+from lora_dp.fed.flower.server import server_app
 
 app = server_app()

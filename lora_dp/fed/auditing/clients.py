@@ -14,12 +14,12 @@ import torch
 from lora_dp.auditing.bounds import Floats
 from lora_dp.auditing.canaries import Coins, Played
 from lora_dp.fed.auditing.game import Game, unchanged
-from lora_dp.fed.client import Trainer
-from lora_dp.fed.examples import Examples
-from lora_dp.fed.exchange import Reply, Task
-from lora_dp.fed.federation import Federation
+from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import State
-from lora_dp.fed.regulated import regulators
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.messages import Reply, Task
+from lora_dp.fed.rounds.regulators import regulators
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_dp.atomic_files import write_atomically
 from lora_dp.auditing import AuditResult, GradientCanaries, audit, plot_audits
-from lora_dp.fed.account import LOG
 from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
 from lora_dp.fed.auditing.examples import MislabelledExamples
 from lora_dp.fed.auditing.game import Game, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.job import match_threads, open_job
 from lora_dp.fed.option_types import check_types
-from lora_dp.fed.privacy import UNITS
-from lora_dp.files import write_atomically
+from lora_dp.fed.rounds.ledgers import LOG
+from lora_dp.fed.rounds.privacy_plan import UNITS
+from lora_dp.fed.rounds.setup import match_threads, open_job
 
 GRADIENTS, CLIENTS, EXAMPLES, TRAININGS = 1000, 200, 100, 100
 WHITE_BOX = {"example": "gradients in every private step of client {client}", "client": "updates of whole clients"}

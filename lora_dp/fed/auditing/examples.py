@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from lora_dp.auditing import ExampleCanaries
 from lora_dp.fed.auditing.game import Game
-from lora_dp.fed.examples import Examples
-from lora_dp.fed.federation import EVALUATION_BATCH, Federation
-from lora_dp.fed.models import logits
+from lora_dp.fed.data.examples import Examples
+from lora_dp.fed.models.loading import logits
+from lora_dp.fed.rounds.federation import EVALUATION_BATCH, Federation
 
 Losses = dict[int, float]
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lora_dp.accounting import Ledger, PrivacyBudgetExceeded
-from lora_dp.fed.account import Account
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.exchange import Task
-from lora_dp.fed.federation import Federation
-from lora_dp.fed.job import Job
 from lora_dp.fed.methods import State
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.ledgers import Account
+from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.rounds.setup import Job
+from lora_dp.privacy.accounting import Ledger, PrivacyBudgetExceeded
 
 
 @dataclass

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lora_dp.auditing.canaries import PlantedCanaries
-from lora_dp.data_loader import PrivateDataLoader
+from lora_dp.engine.data_loader import PrivateDataLoader
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.fed.auditing.game import Game, unchanged
-from lora_dp.fed.exchange import Reply, Task, Update
-from lora_dp.fed.federation import Federation
 from lora_dp.fed.methods import factor
-from lora_dp.optimizer import PrivateOptimizer
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.messages import Reply, Task, Update
 
 Plant = Callable[[PrivateOptimizer, PrivateDataLoader], None]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lora_dp.fed.style import BLUE, INK, ORANGE, QUIET, STYLE, marks_of
+from lora_dp.fed.plot_style import BLUE, INK, ORANGE, QUIET, STYLE, marks_of
 
 _OPPOSITE_TO_ALIKE = LinearSegmentedColormap.from_list("cosine", [ORANGE, "#ffffff", BLUE])
 # Beyond these, names of layers and numbers in cells could not be read.

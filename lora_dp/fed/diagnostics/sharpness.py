@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_dp.fed.data.examples import Batch
 from lora_dp.fed.diagnostics.intruder import adapted_layers, weight_and_update
-from lora_dp.fed.examples import Batch
 from lora_dp.fed.methods import factor
-from lora_dp.fed.models import logits
+from lora_dp.fed.models.loading import logits
 
 Space = Literal["weights", "factors"]
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_dp.fed.lowrank import LowRank, LowRankSum, Matrix
+from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix
 
 Phases = Literal["B", "A", "AB", "BA"]
 State = dict[str, Tensor]
@@ -129,7 +129,7 @@ class Method(ABC):
         low_pass: default filter of the noisy gradients and its strength, or None.
         turns: exchanges of a round.
         ranks_may_differ: whether clients may have adapters of different ranks.
-        regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.regulator`).
+        regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
     """
 

@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
-from lora_dp.fed.lowrank import LowRank
 from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State, factor
+from lora_dp.fed.methods.low_rank import LowRank
 
 
 def products(update: State, layers: Layers) -> Contribution:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_dp.fed.methods.base import Aggregation, Contribution, Layers, Method, Phases, State
-from lora_dp.layers import DPLoRALinear
+from lora_dp.nn.layers import DPLoRALinear
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from math import inf
 from typing import ClassVar
 
-from lora_dp.fed.lowrank import truncated_svd
 from lora_dp.fed.methods.base import Contribution, Layers, State
 from lora_dp.fed.methods.by_product import ByProduct, without_products
+from lora_dp.fed.methods.low_rank import truncated_svd
 
 
 class FlexLoRA(ByProduct):

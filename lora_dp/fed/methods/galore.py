@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from lora_dp.fed.lowrank import dense, orthonormal
 from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State
+from lora_dp.fed.methods.low_rank import dense, orthonormal
 from lora_dp.fed.methods.rac_lora import merged
 
 

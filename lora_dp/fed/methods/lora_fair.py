@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lora_dp.fed.lowrank import LowRank, Matrix, dense
 from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State
 from lora_dp.fed.methods.by_product import products, without_products
+from lora_dp.fed.methods.low_rank import LowRank, Matrix, dense
 
 
 @dataclass(frozen=True)

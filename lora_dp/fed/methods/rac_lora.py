@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lora_dp.fed.lowrank import LowRank, dense
 from lora_dp.fed.methods.base import MERGED, Contribution, Layers, Method, Phases, State, kaiming
+from lora_dp.fed.methods.low_rank import LowRank, dense
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from lora_dp.fed import tables
-from lora_dp.fed.page.words import size
-from lora_dp.fed.style import BLUE, GREEN, PURPLE, QUIET, STYLE
+from lora_dp.fed.compare import tables
+from lora_dp.fed.page.number_format import size
+from lora_dp.fed.plot_style import BLUE, GREEN, PURPLE, QUIET, STYLE
 
 # Drawn at the width that a phone shows it in, so that its letters stay as large as the page's.
 _SIZE = (4.6, 2.7)
@@ -78,7 +78,7 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str
 
 
 def grid(cells: Any) -> Markup:
-    """The plot of a comparison (:func:`lora_dp.fed.tables.draw`)."""
+    """The plot of a comparison (:func:`lora_dp.fed.compare.tables.draw`)."""
     with matplotlib.rc_context(_style()):
         return _svg(tables.draw(cells, (5.6, 4.0)), "Accuracy against ε by method; the table has the numbers")
 

@@ -15,11 +15,11 @@ from lora_dp.fed.diagnostics import inspect
 from lora_dp.fed.diagnostics.inspect import inspect_run, read_updates
 from lora_dp.fed.diagnostics.intruder import intruder_dimensions
 from lora_dp.fed.diagnostics.plots import draw_inspection
-from lora_dp.fed.diagnostics.updates import UpdateRecorder
-from lora_dp.fed.folder import read_config
-from lora_dp.fed.job import open_job
 from lora_dp.fed.launch import run
-from lora_dp.fed.results import load_result
+from lora_dp.fed.rounds.setup import open_job
+from lora_dp.fed.rounds.update_statistics import UpdateRecorder
+from lora_dp.fed.runs.folder import read_config
+from lora_dp.fed.runs.results import load_result
 
 TINY = {
     "clients": 2, "rounds": 2, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu",

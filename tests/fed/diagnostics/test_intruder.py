@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_dp.adapters import LoRAConfig
 from lora_dp.fed.diagnostics.intruder import adapted_layers, intruder_dimensions, weight_and_update
-from lora_dp.injection import inject_lora
-from lora_dp.layers import DPLoRALinear
-from lora_dp.merging import merge_adapters
+from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.lora.injection import inject_lora
+from lora_dp.lora.merging import merge_adapters
+from lora_dp.nn.layers import DPLoRALinear
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_dp.adapters import LoRAConfig
 from lora_dp.fed.diagnostics.sharpness import LossCurves, loss_curves, top_eigenvalue
-from lora_dp.fed.models import ModelConfig, load_model
-from lora_dp.injection import inject_lora
+from lora_dp.fed.models.loading import ModelConfig, load_model
+from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.lora.injection import inject_lora
 
 
 def small_model() -> nn.Module:

@@ -1,0 +1,215 @@
+"""The private data loader: batches of a data set by Poisson sampling, each of them a step."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
+
+from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_kind
+from lora_dp.engine.repeated_examples import first_repeated
+from lora_dp.isolation.collation.names import arguments
+from lora_dp.isolation.collation.trial import check_collation, drawn_for_test
+from lora_dp.privacy.sampling import PoissonSampler, UniformSource
+from lora_dp.privacy.secret_state import begin_fetch, collation, worker_init
+
+_NO_MORE = object()
+# So many batches of other arguments are each tried: a batch whose entries are called by its examples is always other.
+_KINDS = 8
+_LOADER = "call make_private again with a DataLoader that has it"
+_ORDER = "batches are drawn by Poisson sampling, so give make_private a Subset to train on some of the examples"
+_UNFETCHED = (
+    "A batch that the private loader drew ({} examples) could not be fetched ({}) and was never stepped: who goes on "
+    "without it tells of one example by what is missing. Have the data set and the collate function return something "
+    "for every example, leave out what is no use by optimizer.step(mask=mask), and call make_private again.")
+
+
+class _NonEmpty(Sampler[list[int]]):
+    """Hands non-empty batches on and counts the empty ones before each, for workers that fetch ahead."""
+
+    def __init__(self, sampler: PoissonSampler):
+        self.sampler = sampler
+        self.drawn: deque[tuple[int, list[int]]] = deque()
+        self.empty_at_end = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.drawn.clear()
+        self.empty_at_end = 0
+        for batch in self.sampler:
+            if batch:
+                self.drawn.append((self.empty_at_end, batch))
+                self.empty_at_end = 0
+                yield batch
+            else:
+                self.empty_at_end += 1
+
+
+class _Batches(Iterator[Any]):
+    """What a loader yields; a generator that has raised would end quietly when it is asked again."""
+
+    def __init__(self, loader: "PrivateDataLoader", batches: Iterator[Any]):
+        self._loader, self._batches = loader, batches
+
+    def __next__(self) -> Any:
+        self._loader.check_fetched()
+        return next(self._batches)
+
+
+def _draws_from_all(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's own order is one of those that a plain DataLoader makes: each example once."""
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler or loader.batch_sampler.sampler is not sampler:
+        return False
+    if type(sampler) is RandomSampler:
+        whole = not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+        return whole and sampler.data_source is loader.dataset
+    return type(sampler) is SequentialSampler and sampler.data_source is loader.dataset
+
+
+class PrivateDataLoader:
+    """Iterates over Poisson batches of a data set.
+
+    Each draw is a step of the mechanism. An empty draw cannot be shown to a model, so the loader takes that step
+    itself, as pure noise, through ``on_empty``.
+
+    Args:
+        loader: the user's loader: its data set, collate function and workers are kept, its batch size gives the
+            expected batch, its order is not used.
+        source: of uniform draws.
+        on_batch: called with the size of each batch just before it is handed out.
+        on_empty: called for each empty draw, in its place among the batches.
+        on_begin: called before the first draw of an iteration.
+        on_end: called before each later draw, and after the last: the batch before must have been stepped by then.
+        on_varying_width: called when the padding of an example turned out to depend on the others in its batch.
+
+    Raises:
+        ValueError: no examples, one twice, no batch size, a batch size above the number of examples, or an own sampler.
+        TypeError: an iterable data set, which cannot be Poisson sampled.
+    """
+
+    dataset = Fixed[Any]()
+    expected_batch_size = Fixed[int]()
+    sample_rate = Fixed[float]()
+    source = Fixed[UniformSource]()
+    batch_size, collate_fn, num_workers = Elsewhere(_LOADER), Elsewhere(_LOADER), Elsewhere(_LOADER)
+    sampler, batch_sampler, drop_last = Elsewhere(_ORDER), Elsewhere(_ORDER), Elsewhere(_ORDER)
+
+    def __init__(
+        self, loader: DataLoader[Any], source: UniformSource, on_batch: Callable[[int], None],
+        on_empty: Callable[[], None], *, on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None, on_varying_width: Callable[[], None] = lambda: None,
+    ):
+        check_kind("data_loader", loader, DataLoader, "its batch size and data set say how to sample")
+        dataset: Dataset[Any] = loader.dataset
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError("An iterable data set cannot be Poisson sampled: use a map-style one with a length.")
+        size = len(dataset)
+        if size == 0:
+            raise ValueError("The data set is empty: a private step needs at least one example to sample from.")
+        if (repeated := first_repeated(dataset)) is not None:
+            raise ValueError(
+                f"The data set holds an example twice (index {repeated} has come before), which would move the model "
+                "twice as far as ε admits: give each once, and weigh it in the loss instead.")
+        if loader.batch_size is None or not _draws_from_all(loader):
+            raise ValueError(
+                "Give a loader with a batch_size and no sampler of its own: its batches are redrawn by Poisson "
+                "sampling, which the accounting describes; to train on some of the examples, give a "
+                "torch.utils.data.Subset of them as the data set.")
+        if loader.batch_size > size:
+            raise ValueError(
+                f"The batch size {loader.batch_size} is above the {size} examples there are: choose at most {size}.")
+        self.dataset = dataset
+        self.expected_batch_size = loader.batch_size
+        self.sample_rate = loader.batch_size / size
+        self.steps_per_epoch = max(1, round(1 / self.sample_rate))
+        self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
+        self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
+        self._collations_tested: set[frozenset[Any]] = set()
+        self._unfetched: str | None = None
+        self._collate = loader.collate_fn
+        self._options: dict[str, Any] = {
+            "collate_fn": collation(loader.collate_fn, source), "num_workers": loader.num_workers,
+            "pin_memory": loader.pin_memory, "timeout": loader.timeout,
+            "worker_init_fn": worker_init(loader.worker_init_fn, source),
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+        if loader.num_workers:
+            self._options["prefetch_factor"] = loader.prefetch_factor
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.take(self.steps_per_epoch)
+
+    def take(self, steps: int) -> Iterator[Any]:
+        """The batches of exactly ``steps`` draws (empty ones are stepped, not yielded).
+
+        Raises:
+            IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
+            RuntimeError: a batch was not stepped before the next was asked for, one could not be fetched earlier, or
+                torch's generators were seeded since make_private.
+        """
+        return _Batches(self, self._take(steps))
+
+    def check_fetched(self) -> None:
+        """Refuse to go on after a batch that was drawn and could not be fetched: that one example cannot be read would
+        take away what all others of its batch add.
+
+        Raises:
+            RuntimeError: there was one.
+        """
+        if self._unfetched is not None:
+            raise RuntimeError(self._unfetched)
+
+    def _take(self, steps: int) -> Iterator[Any]:
+        check_count("steps", steps, least=0)
+        size = len(self.dataset)
+        batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
+        self._on_begin()
+        fetched = iter(DataLoader(self.dataset, batch_sampler=batches, **self._options))
+        while (batch := self._fetch(fetched, batches.drawn)) is not _NO_MORE:
+            empty, drawn = batches.drawn.popleft()
+            for _ in range(empty):
+                self._on_empty()
+            self._on_batch(len(drawn))
+            yield batch
+            self._on_end()
+        for _ in range(batches.empty_at_end):
+            self._on_empty()
+
+    def _fetch(self, fetched: Iterator[Any], drawn: deque[tuple[int, list[int]]]) -> Any:
+        if not self._options["num_workers"]:  # whose own generators are secret from their start on
+            begin_fetch(self.source)
+        try:
+            if (batch := next(fetched, _NO_MORE)) is not _NO_MORE:
+                self._test_collation(drawn[0][1], batch)
+            elif drawn:
+                raise RuntimeError("The data set or the collate function raised StopIteration in the midst of a batch.")
+            return batch
+        except BaseException as error:
+            if drawn:
+                self._count_unfetched(len(drawn[0][1]), error)
+            raise
+
+    def _count_unfetched(self, size: int, error: BaseException) -> None:
+        self._on_batch(size)  # as one that is skipped: noise alone may not take its place
+        if isinstance(error, Exception):  # of the data, rather than of who interrupts
+            # Without its words, by which a loop may tell errors that it passes over.
+            self._unfetched = _UNFETCHED.format(size, type(error).__name__)
+
+    def _test_collation(self, drawn: list[int], batch: Any) -> None:
+        kinds, kind = self._collations_tested, arguments(batch)
+        if len(drawn) < 2 or ((kind in kinds or len(kinds) >= _KINDS) and not drawn_for_test()):
+            return
+        if check_collation(self.dataset, self._collate, drawn, batch):
+            self._on_varying_width()
+        kinds.add(kind)

@@ -1,0 +1,373 @@
+"""PrivacyEngine: the only place where the privacy ideas meet."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_flag, check_kind, check_number
+from lora_dp.engine.data_loader import PrivateDataLoader
+from lora_dp.engine.drawn_batches import LEAVE_OUT, Drawn
+from lora_dp.engine.foreign_wrappers import check_one_process, check_plain
+from lora_dp.engine.optimizer import PrivateOptimizer, keep_out_of_graphs
+from lora_dp.engine.phases import PhasesName
+from lora_dp.engine.recorder import Recorder, recorder_of
+from lora_dp.engine.validation import attach, batch_size, cover, frozen_norms
+from lora_dp.isolation.check import check_isolation
+from lora_dp.isolation.loss_checks.graph import LossReduction
+from lora_dp.isolation.trials import LossFunction, modes_kept
+from lora_dp.lora.adapters import warn_of_half_precision
+from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.per_example import NormMethod
+from lora_dp.privacy.accounting import (
+    Accountant,
+    Ledger,
+    PoissonGaussian,
+    PrivacyBudgetExceeded,
+    calibrate_noise_multiplier,
+    check_delta,
+    check_epsilon,
+    max_steps,
+)
+from lora_dp.privacy.accounting.history import History, read_runs
+from lora_dp.privacy.accounting.ledger import begins
+from lora_dp.privacy.clipping import ClippingName, make_clip_rule
+from lora_dp.privacy.filtering import Filter, check_filter
+from lora_dp.privacy.mechanism import Mechanism
+from lora_dp.privacy.randomness import SecureSource, SeededSource
+from lora_dp.privacy.secret_state import renew
+
+_OPTION = "call make_private again with another, for the optimizer that it returns"
+_LOADER = "call make_private again with a DataLoader of another batch size"
+
+
+class _Budget:
+    """Raises before the step that would overrun (ε, δ); knows by counting how many steps are left."""
+
+    def __init__(
+        self, ledger: Ledger, event: PoissonGaussian, epsilon: float, delta: float, accountant: Accountant, planned: int
+    ):
+        self.ledger, self.event, self.epsilon, self.delta, self.accountant = ledger, event, epsilon, delta, accountant
+        # The noise was calibrated to ``planned`` steps from an empty ledger: they need no search.
+        self._known, self._room = Ledger(), planned
+
+    def check(self) -> None:
+        if self.ledger.entries != self._known.entries or self._room < 1:
+            self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
+            self._known = Ledger()  # which may be ahead by a step that failed
+            self._known.load_state_dict(self.ledger.state_dict())
+        if self._room < 1:
+            raise PrivacyBudgetExceeded(
+                f"The next step would exceed ε = {self.epsilon:g} at δ = {self.delta:g} (spent so far: "
+                f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
+                "plan more steps with a larger noise_multiplier from the start.")
+        self._room -= 1
+        self._known.append(self.event)
+
+
+class PrivacyEngine:
+    """Makes training differentially private and keeps the account of it.
+
+    Guarantee: with the returned loader and optimizer, the sequence of released updates is (ε, δ)-differentially
+    private under adding or removing one example, with (ε, δ) from :meth:`get_epsilon`, as long as sampling and noise
+    stay secret (the default; not with ``reproducible_seed``).
+
+    Args:
+        accountant: "pld" (tighter) or "rdp", both of Google's dp-accounting.
+        reproducible_seed: sampling and noise follow this seed. For research only: a release is then no longer
+            protected against whoever can guess the seed. From 0 to 2⁶⁴ − 1.
+
+    Attributes:
+        ledger: every step taken so far.
+        history: whose steps these are, which a state that is loaded must know of.
+    """
+
+    ledger = Fixed[Ledger](
+        "'ledger' is fixed, for the optimizers of this engine write to it: a saved one is taken up by "
+        "engine.load_state_dict, or engine.ledger.load_state_dict.")
+    history = Fixed[History](
+        "'history' is fixed, for it says whose steps there are: a saved one is taken up by engine.load_state_dict.")
+    source = Fixed[SecureSource | SeededSource](
+        "'source' is fixed, for loaders and optimizers of this engine draw from it: make another PrivacyEngine.")
+    reproducible_seed = Elsewhere("make another PrivacyEngine")
+    noise_multiplier, max_grad_norm, clipping = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
+    sample_rate, expected_batch_size = Elsewhere(_LOADER), Elsewhere(_LOADER)
+
+    def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
+        if accountant not in ("pld", "rdp"):
+            raise ValueError(f"Unknown accountant '{accountant}': choose 'pld' or 'rdp'.")
+        if reproducible_seed is not None:
+            check_count("reproducible_seed", reproducible_seed, least=0)
+            if reproducible_seed >= 2**64:
+                raise ValueError(f"reproducible_seed must be below 2**64, got {reproducible_seed}.")
+        self.accountant: Accountant = accountant
+        self.ledger = Ledger()
+        self.history = History(self.ledger)
+        self._drawn: list[Drawn] = []
+        self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
+
+    def make_private(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float, clipping: ClippingName = "flat", phases: PhasesName = "AB",
+        loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+        regulate_noise: bool = False,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        """Make one training run private at a given noise.
+
+        Args:
+            model: with private layers for everything that is trainable (:func:`lora_dp.inject_lora`).
+            optimizer: any of ``torch.optim`` over the model's trainable parameters.
+            data_loader: its batch size is the expected batch size; batches are drawn by Poisson sampling.
+            noise_multiplier: σ, in units of ``max_grad_norm``.
+            max_grad_norm: clip bound C; inf (with σ = 0) means no clipping.
+            clipping: "flat", "per_layer" (each layer at C / √layers) or "automatic".
+            phases: which of LoRA's factors each step trains: "B", "A", "AB" (both) or "BA" (alternating).
+            loss_reduction: how a loss that is one number joins the examples: "mean" or "sum". Losses (N,) that are
+                given to :meth:`PrivateOptimizer.backward` need none.
+            low_pass: filter on the noisy gradient of each LoRA factor (:mod:`lora_dp.privacy.filtering`).
+            norm_method: how per-example norms are computed; "auto" takes the cheaper.
+            regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
+                does not grow with the frozen factor (DEeR, :mod:`lora_dp.nn.regulator`); not with phases "AB".
+
+        Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
+        torch afterwards must call it again before the next training pass, which else is refused.
+
+        Returns:
+            The same model, the private optimizer, and the loader to train on.
+
+        Raises:
+            ValueError: the model has a BatchNorm (but for one that is frozen and in eval mode) or an uncovered
+                trainable parameter, the optimizer holds such a parameter, the data set is empty, or a number is out of
+                range; always by name.
+            TypeError: an iterable data set, an argument of another type, or a model that torch.compile has wrapped
+                already.
+            RuntimeError: torch.distributed runs several processes.
+        """
+        return self._make(
+            model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
+            norm_method, regulate_noise, None)
+
+    def make_private_with_epsilon(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        target_epsilon: float, target_delta: float, max_grad_norm: float, epochs: float | None = None,
+        steps: int | None = None, clipping: ClippingName = "flat", phases: PhasesName = "AB",
+        loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+        regulate_noise: bool = False,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
+
+        Args:
+            target_epsilon: ε of the run, what the ledger already holds not included in the calibration but in the
+                budget.
+            target_delta: δ, well below one over the number of examples.
+            epochs: length of the run in passes over the data; give this or ``steps``.
+            steps: length of the run in steps.
+
+        Raises:
+            ValueError: as above, ε ≤ 0, δ outside (0, 1), or not exactly one of epochs and steps.
+            PrivacyBudgetExceeded: by the optimizer, before a step that would overrun the target.
+        """
+        check_number("target_epsilon", target_epsilon)
+        check_number("target_delta", target_delta)
+        check_epsilon(target_epsilon)
+        check_delta(target_delta)
+        if (epochs is None) == (steps is None):
+            raise ValueError("Give the length of the run either as epochs or as steps.")
+        if epochs is not None:
+            check_number("epochs", epochs)
+            if not math.isfinite(epochs):
+                raise ValueError(f"epochs must be finite, got {epochs}: 3 is usual.")
+        else:
+            check_count("steps", steps, least=None)
+        probe = PrivateDataLoader(data_loader, self.source, lambda _: None, lambda: None)
+        if steps is None:
+            assert epochs is not None
+            steps = math.ceil(epochs * probe.steps_per_epoch)
+        if steps < 1:
+            raise ValueError(f"The run must have at least one step, got {steps}.")
+        noise_multiplier = calibrate_noise_multiplier(
+            target_epsilon, target_delta, probe.sample_rate, steps, self.accountant)
+        return self._make(
+            model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
+            norm_method, regulate_noise, (target_epsilon, target_delta, steps))
+
+    def _make(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float, clipping: ClippingName, phases: PhasesName,
+        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod, regulate_noise: bool,
+        budget: tuple[float, float, int] | None,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
+        check_one_process()
+        check_kind("model", model, nn.Module, "inject_lora makes one ready")
+        check_kind("optimizer", optimizer, torch.optim.Optimizer, "make one of torch.optim over the trained parameters")
+        check_number("noise_multiplier", noise_multiplier)
+        check_number("max_grad_norm", max_grad_norm, "one bound for all, which clipping='per_layer' shares out")
+        check_filter(low_pass)
+        check_flag("regulate_noise", regulate_noise)
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"Unknown loss_reduction '{loss_reduction}': choose 'mean' or 'sum'.")
+        if norm_method not in ("auto", "direct", "ghost"):
+            raise ValueError(f"Unknown norm_method '{norm_method}': choose 'auto', 'direct' or 'ghost'.")
+        if hasattr(model, "_orig_mod"):
+            raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
+        check_plain(model)
+        warn_of_half_precision(model)
+        parameters = cover(model)
+        mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
+        loader = PrivateDataLoader(
+            data_loader, self.source, lambda size: private.expect_batch(size), lambda: private.step_on_empty_batch(),
+            on_begin=lambda: private.begin_batches(), on_end=lambda: private.check_stepped(),
+            on_varying_width=lambda: private.recorder.expect_padding())
+        event = PoissonGaussian(noise_multiplier, loader.sample_rate)
+        limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
+        # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
+        from lora_dp.engine.hooks import is_watched, watch
+
+        keep_out_of_graphs()
+        present = recorder_of(model)
+        if present is not None and not is_watched(model):
+            raise ValueError(
+                "A part of this model, or a module around it, was made private before: call make_private for one and "
+                "the same module, the whole of what you train, and begin with a new model.")
+        recorder, drawn = present or Recorder(), Drawn()
+        private = PrivateOptimizer(
+            optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, history=self.history,
+            expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
+            low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None,
+            adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
+            regulate_noise=regulate_noise, drawn=drawn)
+        # Last: a refusal above leaves the model as it was.
+        self.renew_randomness()
+        if present is None:
+            watch(model, recorder)
+        attach(model, recorder)
+        self._drawn.append(drawn)
+        return model, private, loader
+
+    def renew_randomness(self) -> None:
+        """Put torch's random generators, Python's and NumPy's into a new secret state of the operating system's.
+
+        :meth:`make_private` does so. Call it again after whatever seeds torch later on: ``torch.manual_seed``,
+        Transformers' ``set_seed`` and ``Trainer``, a random state that is restored from a file. With
+        ``reproducible_seed`` nothing happens.
+        """
+        if self.source.secure:
+            renew()
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε spent so far at ``delta``; inf once a step without noise was taken.
+
+        Warns where a drawn batch went through the model and waits for its step: left out, it tells what no ε counts.
+
+        Raises:
+            ValueError: δ outside (0, 1).
+            TypeError: δ is no number.
+        """
+        check_number("delta", delta)
+        self._warn_of_waiting()
+        return self.ledger.epsilon(delta, self.accountant)
+
+    def _warn_of_waiting(self) -> None:
+        if any(drawn and drawn.given for drawn in self._drawn):
+            warnings.warn(
+                "A drawn batch went through the model and waits for its step; left out, it would tell of its examples "
+                f"what no ε counts: step every batch once, and {LEAVE_OUT}.", stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored).
+
+        Warns as :meth:`get_epsilon`.
+        """
+        self._warn_of_waiting()
+        source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
+        return {"accountant": self.accountant, "ledger": self.ledger.state_dict(),
+                "runs": [list(run) for run in self.history.runs], "source": source}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`. A secure source goes on with a new key.
+
+        A ledger only grows: what this engine has released since ``state`` was saved was released, and stays.
+
+        Raises:
+            ValueError: no state of an engine, a damaged ledger, the state of a reproducible run in an engine that is
+                not, or of another accountant, or a ledger that lacks steps of this engine's.
+        """
+        if not isinstance(state, dict) or not {"accountant", "ledger", "source"} <= state.keys():
+            raise ValueError(
+                "This is not the state of an engine, which has 'accountant', 'ledger' and 'source': give what "
+                "engine.state_dict() returned.")
+        if state["accountant"] != self.accountant:
+            raise ValueError(
+                f"The saved engine used the accountant '{state['accountant']}', this one '{self.accountant}': make "
+                "this one as the saved one was.")
+        loaded = Ledger()
+        loaded.load_state_dict(state["ledger"])
+        runs = read_runs(state.get("runs"), loaded.steps)
+        if not (loaded.continues(self.ledger) and begins(runs, self.history.runs)):
+            remedy = "load the model and the optimizer alone, and keep the engine" if self.history.holds(runs) else (
+                "load it into a new engine before the first step, and sum ε over both")
+            raise ValueError(
+                f"The saved ledger lacks steps that this engine has taken, {self.ledger.steps} in all, which cannot be "
+                f"taken back: {remedy}.")
+        if (state["source"] is None) == isinstance(self.source, SeededSource):
+            raise ValueError(
+                "The saved engine and this one differ in reproducible_seed: make this one as the saved one was.")
+        self.ledger.load_state_dict(state["ledger"])
+        self.history.go_on_from(runs)
+        if isinstance(self.source, SeededSource):
+            self.source.load_state_dict(state["source"])
+
+    def check_isolation(self, model: nn.Module, batch: Any, criterion: LossFunction | None = None) -> None:
+        """Prove on one batch that no example's rows, outputs or gradients depend on another (see
+        :mod:`lora_dp.isolation.check`). Training batches are checked by themselves; a criterion that no check of theirs
+        understands can be tested here, and is then taken.
+
+        Args:
+            model: with private layers.
+            batch: a dict of keyword arguments (with labels, the model's own loss is checked), a tensor, or a pair
+                (inputs, targets) with a ``criterion``; at least two examples.
+            criterion: loss(model output, targets): a scalar, reduced as make_private was told, or (N,).
+
+        Raises:
+            IsolationError: naming the module, or the loss, in which examples meet.
+            ValueError: fewer than two examples, or targets without a criterion.
+            TypeError: a model, batch or criterion that is none.
+        """
+        check_kind("model", model, nn.Module, "give the one that is trained")
+        if criterion is not None:
+            check_callable("criterion", criterion, "output and targets")
+        args, kwargs, targets = _call(batch, criterion)
+        n = batch_size(args, kwargs)
+        if n < 2:
+            raise ValueError(f"The isolation check needs a batch of at least two examples, got {n}.")
+        with modes_kept(model):
+            still = frozen_norms(model)
+            if not model.training:
+                model.train()
+            for norm in still:
+                norm.eval()
+            recorder = recorder_of(model)
+            owned = recorder is not None and recorder.owner is not None
+            passed = check_isolation(
+                model, args, kwargs, n, targets=targets, criterion=criterion,
+                reduction=recorder.losses.reduction if recorder is not None and owned else None)
+            if recorder is not None and passed.criterion is not None:
+                recorder.losses.vouched.add(passed.criterion)
+
+
+def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    if isinstance(batch, dict) or hasattr(batch, "keys"):
+        return (), dict(batch), None
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise TypeError(
+            f"batch must be a dict, a tensor or a pair (inputs, targets), got a {type(batch).__name__}"
+            f"{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}.")
+    inputs, targets = batch
+    if criterion is None:
+        raise ValueError("A batch of inputs and targets needs the criterion that joins them.")
+    return ((), dict(inputs), targets) if isinstance(inputs, dict) else ((inputs,), {}, targets)

@@ -1,0 +1,529 @@
+"""The private optimizer: per-example gradients in, one noised step of any ``torch.optim`` optimizer out."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
+from lora_dp.engine.drawn_batches import LEAVE_OUT, Drawn
+from lora_dp.engine.foreign_wrappers import check_one_process
+from lora_dp.engine.fused_step import find_fused_step
+from lora_dp.engine.phases import Phases, PhasesName
+from lora_dp.engine.recorder import Recorder
+from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
+from lora_dp.errors import IsolationError
+from lora_dp.isolation.loss_checks.graph import LossReduction
+from lora_dp.isolation.loss_checks.watch import backward_unseen
+from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.per_example import NormMethod, Pass
+from lora_dp.nn.regulator import Regulator
+from lora_dp.ops.native import refuse_capture
+from lora_dp.ops.private_update import ExampleSum
+from lora_dp.ops.registry import wide_dtype
+from lora_dp.privacy.accounting import Ledger, PoissonGaussian
+from lora_dp.privacy.accounting.history import History, Run, read_runs
+from lora_dp.privacy.filtering import Filter
+from lora_dp.privacy.mechanism import Mechanism, total
+from lora_dp.privacy.secret_state import end_pass
+
+_LEDGER_STEPS, _LEDGER_RUNS = "ledger_steps", "ledger_runs"
+_ACCOUNT = (
+    "'{name}' is fixed, for the engine computes ε from what this optimizer writes to it: a saved account is taken up "
+    "by engine.load_state_dict.")
+_OPTION = "call make_private again with another"
+_EAGER = "what was drawn at random while it was compiled would come back in every step"
+
+
+def _spent(state: Mapping[str, Any], steps: int) -> tuple[int, list[Run]]:
+    """How many private steps a saved state, or group, goes on from (``steps`` if it does not say); of which runs."""
+    steps = state.get(_LEDGER_STEPS, steps)
+    check_count(_LEDGER_STEPS, steps, least=0)
+    saved = state.get(_LEDGER_RUNS)
+    return steps, [] if saved is None else read_runs(saved, steps)
+
+
+class Clipped(NamedTuple):
+    """Clipped sums, some not yet formed, by the ``id`` of their parameter; how many examples were not finite."""
+
+    sums: dict[int, Tensor | ExampleSum]
+    non_finite: Tensor | int
+
+
+class PrivateOptimizer(torch.optim.Optimizer):
+    """Wraps an optimizer so that its steps are ĝ = (Σᵢ mᵢcᵢgᵢ + σCz) / L with L the *expected* batch size.
+
+    Made by :meth:`lora_dp.PrivacyEngine.make_private`. Learning-rate schedulers take it as any optimizer; its
+    state dict is the wrapped one's with ``steps_taken``. Each step appends its event to the ledger before the noised
+    gradient exists.
+    """
+
+    event = Fixed[PoissonGaussian]()
+    noise_multiplier = Fixed[float]()
+    max_grad_norm = Fixed[float]()
+    sample_rate = Fixed[float]()
+    expected_batch_size = Fixed[int]()
+    loss_reduction = Fixed[LossReduction]()
+    mechanism = Fixed[Mechanism]()
+    ledger = Fixed[Ledger](_ACCOUNT)
+    history = Fixed[History](_ACCOUNT)
+    clipping, low_pass = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    norm_method, regulate_noise = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    phases = Elsewhere("call optimizer.set_phases")
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
+        mechanism: Mechanism, event: PoissonGaussian, history: History, expected_batch_size: int, phases: PhasesName,
+        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
+        before_release: Callable[[], None], adapters: Sequence[DPLoRALinear], regulate_noise: bool,
+        drawn: Drawn,
+    ):
+        self.original_optimizer = optimizer
+        self.mechanism, self.event, self.history, self.ledger = mechanism, event, history, history.ledger
+        self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.rule.max_grad_norm
+        self.sample_rate, self.expected_batch_size = event.sample_rate, expected_batch_size
+        self.steps_taken = 0
+        # Of a state of an earlier PrivateOptimizer that was loaded into this one of torch's.
+        self._restored, self._restored_runs = max(_spent(group, 0) for group in optimizer.param_groups)
+        self._recorder = recorder
+        self._covered = {id(p.parameter): p for p in parameters}
+        self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
+        self._phases = Phases(phases)
+        self.loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
+        self._before_release = before_release
+        self._adapters, self._regulate_noise = adapters, regulate_noise
+        self.regulators: dict[int, Regulator] = {}
+        self._check_one_factor(phases)
+        self._sums: dict[int, Tensor | ExampleSum] = {}
+        self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
+        self._examples = self._kept = 0
+        self._drawn = drawn
+        self._lost: str | None = None
+        self._stepped = self._looked = False
+        self._skip_next = False
+        # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
+        self._non_finite_examples: Tensor | int = 0
+        if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
+            raise TypeError(
+                f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
+                "gradient a step, and not yet a private one.")
+        check_optimizer(optimizer, self._covered)
+        check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])
+        self.activate()
+
+    # What torch's schedulers and users see of an optimizer is the wrapped one's.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.original_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.original_optimizer.state
+
+    @property
+    def _step_supports_amp_scaling(self) -> NoReturn:
+        """What ``GradScaler.step`` asks for first.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "GradScaler scales losses before clipping and skips steps by what private gradients hold: leave it out, "
+            "and train in bfloat16 (torch.autocast) or float32.")
+
+    @property
+    def recorder(self) -> Recorder:
+        """Where the model's passes are recorded."""
+        return self._recorder
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.original_optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.original_optimizer.state_dict()
+        # In the groups, too: torch's optimizers keep it there, where one of them is given this state.
+        spent = {_LEDGER_STEPS: self.ledger.steps, _LEDGER_RUNS: [list(run) for run in self.history.runs]}
+        groups = [{**group, **spent} for group in state["param_groups"]]
+        return {**state, "param_groups": groups, "steps_taken": self.steps_taken, **spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, or the state of a plain optimizer over the same parameters.
+
+        Raises:
+            ValueError: no state of an optimizer, or of one over other parameters, or its runs cannot be read.
+            TypeError: ``steps_taken`` or ``ledger_steps`` is no whole number.
+        """
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                "This is not the state of an optimizer, which has 'state' and 'param_groups': give what "
+                "optimizer.state_dict() returned.")
+        steps_taken = state_dict.get("steps_taken", self.steps_taken)
+        # The ledger may have steps of earlier optimizers, too.
+        check_count("steps_taken", steps_taken, least=0)
+        ledger_steps, runs = _spent(state_dict, steps_taken)
+        self.original_optimizer.load_state_dict(state_dict)
+        self.steps_taken, self._restored, self._restored_runs = steps_taken, max(steps_taken, ledger_steps), runs
+        if self._recorder.owner is self:
+            self.activate()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the parameters must be covered.
+
+        Raises:
+            TypeError: no dict.
+            ValueError: at the next step, if one is not.
+        """
+        check_kind("param_group", param_group, dict, "with its parameters under 'params'")
+        self.original_optimizer.add_param_group(param_group)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("A private optimizer cannot be copied or pickled, its noise would repeat: use state_dict().")
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """A hook on the wrapped optimizer's step, when ``.grad`` holds the noised gradients."""
+        return self.original_optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """A hook after the wrapped optimizer's step."""
+        return self.original_optimizer.register_step_post_hook(hook)
+
+    def __repr__(self) -> str:
+        return (f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, "
+                f"clipping={self.mechanism.rule}, phases='{self._phases.name}', {self.original_optimizer!r})")
+
+    def activate(self) -> None:
+        """Make this optimizer the one for which the model records, where several share one model."""
+        if self._recorder.owner is not self:
+            self._recorder.discard()  # another's examples must not enter a step of this one
+        factors = self._phases.factors(self.steps_taken)
+        self._recorder.trained = frozenset(
+            key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
+        self._recorder.method = self._norm_method
+        self._recorder.losses.reduction = self.loss_reduction
+        self._recorder.owner, self._recorder.on_pass = self, self._drawn.give
+        self._set_regulators()
+
+    def _check_one_factor(self, phases: PhasesName) -> None:
+        if self._regulate_noise and phases == "AB":
+            raise ValueError("regulate_noise needs steps that train one factor beside a frozen one: not phases 'AB'.")
+
+    def _set_regulators(self) -> None:
+        self.regulators = {}
+        for layer in self._adapters:
+            layer.regulator = None  # whatever another optimizer of this model left there
+            if not self._regulate_noise:
+                continue
+            if id(layer.lora_B) in self._recorder.trained:
+                self.regulators[id(layer.lora_B)] = layer.regulator = Regulator.beside("B", layer.lora_A)
+            elif id(layer.lora_A) in self._recorder.trained:
+                self.regulators[id(layer.lora_A)] = layer.regulator = Regulator.beside("A", layer.lora_B)
+
+    def set_phases(self, phases: PhasesName) -> None:
+        """Train these factors from the next step on; a cycle such as "BA" starts where ``steps_taken`` says.
+
+        Raises:
+            ValueError: unknown phases, or the wrapped optimizer lacks a parameter of theirs.
+            RuntimeError: in the middle of a logical batch.
+        """
+        if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
+            raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
+        self._check_one_factor(phases)
+        chosen = Phases(phases)
+        check_holds(self.original_optimizer, [
+            p for p in self._covered.values() if p.factor is None or p.factor in chosen.all_factors])
+        self._phases = chosen
+        self.activate()
+
+    def expect_batch(self, size: int) -> None:
+        """Told by the private loader: a batch of ``size`` examples was drawn."""
+        self._drawn.draw(size)
+
+    def begin_batches(self) -> None:
+        """Told by the private loader: it begins to draw. One batch may have been looked at before any step,
+        unless it went through the model in training.
+
+        Raises:
+            RuntimeError: a batch that was drawn before has not been stepped.
+        """
+        if self._stepped or self._looked or self._drawn.given:
+            self.check_stepped()
+        self._check_lost()
+        self._looked = bool(self._drawn)
+        self._drawn.clear()
+
+    def check_stepped(self) -> None:
+        """Refuse to go on after a batch that was drawn and never stepped: who decides that by looking at the data,
+        tells of them by what is missing.
+
+        Raises:
+            RuntimeError: there is one.
+        """
+        if self._lost is None and (self._drawn or self._examples):
+            sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
+            self._lose(
+                f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
+                f"and {LEAVE_OUT}")
+        self._check_lost()
+
+    def _lose(self, why: str) -> None:
+        """Refuse from here on: a loop that passes over this error would go on without what the batch's examples add."""
+        self._drawn.clear()
+        self._collect()
+        self._lost = f"{why}. That it is missing tells of its examples: call make_private again to go on without it."
+
+    def _check_lost(self) -> None:
+        if self._lost is not None:
+            raise RuntimeError(self._lost)
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
+        check_flag("do_skip", do_skip)
+        self._skip_next = do_skip
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
+        self._recorder.forget_gradients()
+        self.original_optimizer.zero_grad(set_to_none)
+
+    def backward(self, losses: Tensor, *, weight: float = 1.0, retain_graph: bool = False) -> None:
+        """Differentiate the losses of single examples: the way that no reduction can spoil.
+
+        Args:
+            losses: (N,), one for each example of the last forward, from the model's outputs (:mod:`lora_dp.losses`).
+            weight: a public number by which all are multiplied, such as a schedule's; never read off a batch, not 0.
+            retain_graph: as torch's.
+
+        Raises:
+            ValueError: another shape, losses that do not come from the model's outputs, or a weight that is 0, infinite
+                or NaN.
+            TypeError: the weight is no number, but a tensor say.
+            RuntimeError: no training forward before, or another optimizer is active.
+            IsolationError: an example's loss depends on others.
+        """
+        check_number("weight", weight, "one public number for all examples; weigh each in its own loss")
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"weight must be finite and not 0, got {weight}: leave it out for 1.")
+        check_flag("retain_graph", retain_graph)
+        finished = self._recorder.current
+        if self._recorder.owner is not self or finished is None:
+            raise RuntimeError(
+                "backward() needs a training forward of the private model before it, with this optimizer active.")
+        if not isinstance(losses, Tensor) or losses.shape != (finished.n,):
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"optimizer.backward takes the loss of each of the {finished.n} examples, shape ({finished.n},), got "
+                f"{shape}: use reduction='none' and join what belongs to one example, or a loss of lora_dp.losses.")
+        self._recorder.losses.vector(losses, finished.n)
+        finished.summed = True
+        backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
+        self._recorder.losses.after_backward()
+
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
+    ) -> Any:
+        """Clip and add the examples of the last pass; unless told to skip, noise the sum and update.
+
+        Args:
+            closure: runs forward and backward once, as torch's; its value is returned.
+            mask: (N,) bool; an example with False contributes nothing: padding up to a fixed batch size, or one that is
+                to be left out. An example's entry must depend on that example alone. With ``loss_reduction="mean"`` the
+                loss must be the mean over all N, those with False included.
+
+        Raises:
+            PrivacyBudgetExceeded: the step would overrun the target ε; nothing has been released.
+            RuntimeError: nothing was recorded, another optimizer is active, or the batch is not the one drawn.
+            ValueError: a wrong mask, or the wrapped optimizer holds an uncovered parameter.
+            TypeError: a mask that is no tensor, or a closure that cannot be called.
+        """
+        value = None
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a bool tensor, got a {type(mask).__name__}: torch.tensor makes one.")
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be a function, got a {type(closure).__name__}: give a mask as mask=….")
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        self._accumulate(mask)
+        if self._skip_next:
+            self._skip_next = False
+        else:
+            self.release()
+        return value
+
+    def step_on_empty_batch(self) -> None:
+        """The step of a batch in which Poisson sampling drew nobody: noise alone. The private loader takes it itself.
+
+        It is no step for a batch that holds somebody: who left that out for what one example holds would take away what
+        all others add, many times C.
+
+        Raises:
+            PrivacyBudgetExceeded: as for :meth:`step`.
+            RuntimeError: a logical batch is under way, or a batch with examples was drawn and waits for its step.
+        """
+        self._check_lost()
+        if self._examples:
+            raise RuntimeError("A logical batch is under way: step() it before the next one.")
+        if any(self._drawn):
+            raise RuntimeError(
+                f"A batch that the private loader drew ({max(self._drawn)} examples) cannot be left out, since one "
+                f"example would take away what all others add: step it, and {LEAVE_OUT}.")
+        self._drawn.clear()
+        self.activate()
+        self._release()
+
+    def _accumulate(self, mask: Tensor | None) -> None:
+        if self._recorder.owner is not self:
+            raise RuntimeError("Another private optimizer is recording on this model: call activate() before forward.")
+        examined = self._recorder.losses.examined
+        self._trained()
+        finished = self._recorder.take()
+        if finished.filled and not examined:
+            raise IsolationError(
+                "Gradients reached private layers from a loss that was not seen: compute it from what the model "
+                "returns (not from a hook's features, say), and differentiate it by backward().")
+        n = finished.n
+        if mask is not None and (mask.shape != (n,) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}.")
+        self.take(self.clip(finished, mask), n, n if mask is None else int(mask.sum()))
+
+    def clip(self, finished: Pass, mask: Tensor | None) -> Clipped:
+        """Σᵢ mᵢcᵢgᵢ of one finished pass: private still, to be noised before anyone sees it. Waits for no device."""
+        slots = [(key, slot) for key, slot in finished.slots.items() if slot.filled]
+        if not slots or finished.n == 0:
+            return Clipped({}, 0)
+        # A mean over the micro-batch has divided each example's gradient by N.
+        scale = float(finished.n) if self.loss_reduction == "mean" and not finished.summed else 1.0
+        with torch.no_grad():
+            device = slots[0][1].leaf.device
+            sq_norms = torch.stack([slot.norms().to(device) for _, slot in slots]).square_()
+            layers, layer_count = self._layers(tuple(key for key, _ in slots), frozenset(finished.slots), device)
+            kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
+            coefficients, by_row = self.mechanism.clipped_sums(
+                kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale)
+            sums: dict[int, Tensor | ExampleSum] = {
+                key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
+                for row, (key, slot) in enumerate(slots)}
+            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
+
+    def take(self, clipped: Clipped, examples: int, kept: int) -> None:
+        """Add one micro-batch to the logical batch: its sums, its size, and how many of its examples no mask hid."""
+        end_pass(self)
+        self._examples += examples
+        self._kept += kept
+        self._non_finite_examples = self._non_finite_examples + clipped.non_finite
+        # A whole batch stays as it is, to be summed, noised and used in one pass; parts of one are added up.
+        whole = not self._sums and not self._skip_next
+        for key, part in clipped.sums.items():
+            if whole:
+                self._sums[key] = part
+            else:
+                before = self._sums.get(key)
+                self._sums[key] = total(part) if before is None else total(before) + total(part)
+
+    def check_whole_batch(self) -> None:
+        """Refuse where micro-batches are being added up.
+
+        Raises:
+            RuntimeError: a logical batch is under way, or a step is to be skipped.
+        """
+        if self._examples or self._skip_next:
+            raise RuntimeError("A logical batch of several micro-batches is under way: step() it before the next one.")
+
+    def release(self) -> None:
+        """Noise the logical batch and update; what :meth:`step` does after the last micro-batch.
+
+        Raises:
+            PrivacyBudgetExceeded, RuntimeError: as for :meth:`step`.
+        """
+        self._check_drawn()
+        self._release()
+
+    def _layers(
+        self, found: tuple[int, ...], trained: frozenset[int], device: torch.device
+    ) -> tuple[Tensor, int]:
+        """The number of each found parameter's layer among those trained, and how many these are."""
+        key = (found, trained, device)
+        if key not in self._layer_numbers:
+            numbers = sorted({self._covered[parameter].layer for parameter in trained})
+            self._layer_numbers[key] = (
+                torch.tensor([numbers.index(self._covered[parameter].layer) for parameter in found], device=device),
+                len(numbers))
+        return self._layer_numbers[key]
+
+    def _check_drawn(self) -> None:
+        self._check_lost()
+        while self._drawn:
+            # Equal but for a mask, which may drop padding and drawn examples, never add any.
+            if self._kept <= self._drawn.popleft() <= self._examples:
+                return
+        self._lose(
+            f"This step saw {self._examples} examples, which is no batch that the private loader drew: train on the "
+            "loader that make_private returned, each batch once and whole (micro-batches add up to it)")
+        self._check_lost()
+
+    def _trained(self) -> list[PrivateParameter]:
+        trained = unfrozen(p for key, p in self._covered.items() if key in self._recorder.trained)
+        for p in trained:
+            check_dtype(p, self._dtypes[id(p.parameter)], kept=p.parameter in self.original_optimizer.state)
+        return trained
+
+    def _collect(self) -> dict[int, Tensor | ExampleSum]:
+        sums, self._sums, self._examples, self._kept = self._sums, {}, 0, 0
+        return sums
+
+    def _release(self) -> None:
+        refuse_capture("step", next(iter(self._covered.values())).parameter.device)
+        check_one_process()
+        collected = self._collect()
+        trained = self._trained()
+        check_optimizer(self.original_optimizer, self._covered)
+        if self.ledger.steps < self._restored or not self.history.holds(self._restored_runs):
+            raise RuntimeError(
+                f"The optimizer has gone on from {self._restored} private steps and the engine's ledger has "
+                f"{self.ledger.steps}, perhaps of another run, so that ε would leave out the others: restore it by "
+                "engine.load_state_dict(...) with what engine.state_dict() returned.")
+        self._before_release()
+        self.ledger.append(self.event)
+        sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
+        # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
+        self.original_optimizer.zero_grad(set_to_none=True)
+        step = None
+        if not self.regulators:
+            step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass)
+        if step is None:
+            self._step_by_torch(trained, [total(value) for value in sums])
+        else:
+            step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
+        self.steps_taken += 1
+        self._recorder.losses.steps += 1
+        self._stepped = True
+        self.activate()
+
+    def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
+                gradient = noisy.div_(self.expected_batch_size)
+                if (regulator := self.regulators.get(id(p.parameter))) is not None:
+                    gradient = regulator.restored(gradient)
+                if self._low_pass is not None and p.factor is not None:
+                    gradient = self._low_pass(gradient)
+                p.parameter.grad = gradient.to(p.parameter)
+        self.original_optimizer.step()
+
+
+@functools.cache
+def keep_out_of_graphs() -> None:
+    """Let no compiled function contain what an optimizer does. Importing the compiler takes a second, so that this is
+    for when it is imported anyway."""
+    for name in ("backward", "step", "zero_grad"):
+        eager = torch.compiler.disable(getattr(PrivateOptimizer, name), reason=_EAGER)
+        setattr(PrivateOptimizer, name, eager)
+
+
+def _zeros_like(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros(parameter.shape, dtype=wide_dtype(parameter.dtype), device=parameter.device)

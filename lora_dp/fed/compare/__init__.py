@@ -1,0 +1,1 @@
+"""Grids of runs, methods × ε × seeds: their cells, tables and plots."""

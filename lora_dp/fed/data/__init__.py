@@ -1,0 +1,1 @@
+"""Data of the federation: opened, split over clients, encoded."""

@@ -1,0 +1,237 @@
+"""Models of the federation: the embedded default, timm's and Transformers', with adapters in place."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lora_dp.fed.data.encoding import ImageSpec, InputSpec, Kind, TextSpec
+from lora_dp.fed.data.examples import Batch
+from lora_dp.fed.option_types import check_types
+from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.lora.injection import inject_lora
+
+Precision = Literal["float32", "bf16"]
+
+# Code that a repository brings along is never run, nor is anybody asked whether it should be.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
+
+
+@dataclass
+class ModelConfig:
+    """The backbone and its adapters."""
+
+    name: str = "default"
+    """"default" (embedded vision transformer), a timm name, or a Transformers hub name or local folder."""
+    r: int = 4
+    """Rank of the adapters."""
+    alpha: float | None = None
+    """LoRA's alpha: the adapters' output is scaled by alpha / r; alpha = r when left out."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: list[str] | str = "all-linear"
+    """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
+    precision: Precision = "float32"
+    """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
+    pretrained: bool = True
+    """Load a timm model's published weights (a download); false starts it at random."""
+
+    def __post_init__(self) -> None:
+        check_types(self, {"name": "model"})
+        LoRAConfig(r=self.r, alpha=self.alpha, dropout=self.dropout)  # refuses what is out of range
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with adapters in place and its head trainable, everything else frozen, in training mode."""
+
+    model: nn.Module
+    spec: InputSpec
+    """What the model takes: encode the data with it."""
+    heads: list[str]
+    """Names of the modules trained in full."""
+
+
+def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0) -> LoadedModel:
+    """Loads the backbone in float32, fits its head to ``num_labels`` and injects adapters.
+
+    A stored head is kept if it has ``num_labels`` classes, else a new one takes its place. ``seed`` fixes the
+    random start of adapters and head; the global random state is left as it was. A hub is contacted only when
+    ``name`` is a hub's model or a pretrained timm model.
+
+    Raises:
+        ValueError: unknown model, a model for another kind of data, no head found, wrong adapter settings.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        path = Path(config.name).expanduser()
+        if config.name == "default":
+            model, spec, heads = _load_default(num_labels, kind)
+        elif path.exists() or config.name.startswith(("/", ".", "~")):
+            if not (path / "config.json").is_file():
+                raise ValueError(f"no config.json in {config.name}: give a folder written by save_pretrained")
+            model, spec, heads = _load_transformers(str(path), num_labels, kind)
+        elif timm.is_model(config.name):
+            model, spec, heads = _load_timm(config.name, config.pretrained, num_labels, kind)
+        else:
+            model, spec, heads = _load_transformers(config.name, num_labels, kind)
+        lora = LoRAConfig(
+            r=config.r,
+            alpha=config.alpha,
+            target_modules=config.target_modules,
+            trainable_modules=heads,
+            dropout=config.dropout,
+        )
+        return LoadedModel(inject_lora(model, lora).train(), spec, heads)
+
+
+def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
+    """Logits (N, classes) of an encoded batch, in float32 or float64; "labels" are not shown to the model.
+
+    ``precision`` "bf16" runs the model under autocast; per-example norms and sums stay in float32.
+    """
+    with torch.autocast(next(iter(batch.values())).device.type, torch.bfloat16, enabled=precision == "bf16"):
+        args, named = model_inputs(batch)
+        output = model(*args, **named)
+    scores: Tensor = getattr(output, "logits", output)
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What a model is called with for an encoded batch: arguments by place and by name."""
+    if "pixel_values" in batch:
+        return (batch["pixel_values"],), {}
+    return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:
+    """The embedded model's class with the arguments stored beside its weights, at random."""
+    return VisionTransformer(**architecture, num_classes=num_labels)
+
+
+def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
+    if kind != "image":
+        raise ValueError("the default model takes images but the data set holds texts: name a language model")
+    card = json.loads(DEFAULT_WEIGHTS.with_suffix(".json").read_text())
+    architecture = card["architecture"]
+    model = build_default(architecture, num_labels)
+    state = {name: tensor.float() for name, tensor in load_file(DEFAULT_WEIGHTS).items()}
+    if num_labels != card["num_labels"]:
+        state |= {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    model.load_state_dict(state)
+    size = architecture["img_size"]
+    spec = ImageSpec(size, size, architecture["in_chans"], tuple(card["mean"]), tuple(card["std"]))
+    return model, spec, ["head"]
+
+
+def _load_timm(
+    name: str, pretrained: bool, num_labels: int, kind: Kind
+) -> tuple[nn.Module, InputSpec, list[str]]:
+    if kind != "image":
+        raise ValueError(f"{name} takes images but the data set holds texts: name a language model")
+    try:
+        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"could not load {name}: check name and network ({_first_line(error)})") from error
+    data = timm.data.resolve_model_data_config(model)
+    channels, height, width = data["input_size"]
+    found = model.get_classifier()
+    classifiers = found if isinstance(found, tuple) else (found,)
+    heads = [name for name, module in model.named_modules() if any(module is head for head in classifiers)]
+    if not heads:
+        raise ValueError(f"timm's {name} has no classifier to train: choose another model")
+    return model, ImageSpec(height, width, channels, tuple(data["mean"]), tuple(data["std"])), heads
+
+
+def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
+    auto = (
+        transformers.AutoModelForImageClassification
+        if kind == "image"
+        else transformers.AutoModelForSequenceClassification
+    )
+    try:
+        with _quiet_transformers():
+            model = auto.from_pretrained(
+                name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
+            )
+            if getattr(model.config, "attention_type", None) == "block_sparse":
+                # BigBird does so by itself at the first batch of short texts, and keeps it for all that come later.
+                for module in model.modules():  # of BigBird-Pegasus, the encoder
+                    if hasattr(module, "set_attention_type"):
+                        module.set_attention_type("original_full")
+            spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"could not load {name} as a model that classifies {kind}s: check that it is a timm name, or a "
+            f"Transformers hub name or folder made for {kind}s ({_first_line(error)})"
+        ) from error
+    # whatever stands beside the backbone was added for classification: classifier, score, pre_classifier, …
+    heads = [
+        child
+        for child, module in model.named_children()
+        if child != model.base_model_prefix and next(module.parameters(), None) is not None
+    ]
+    if not heads or not hasattr(model, model.base_model_prefix):
+        raise ValueError(f"cannot tell the head of {name} from its backbone: choose another model")
+    return model, spec, heads
+
+
+def _image_spec(name: str, config: Any) -> ImageSpec:
+    try:
+        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        processor = {}
+    size = processor.get("crop_size") or processor.get("size") or config.image_size
+    if isinstance(size, dict):
+        size = (size["height"], size["width"]) if "height" in size else size["shortest_edge"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    mean = processor.get("image_mean") or [0.5] * channels
+    std = processor.get("image_std") or [0.5] * channels
+    return ImageSpec(height, width, channels, tuple(mean), tuple(std))
+
+
+def _text_spec(name: str, config: Any) -> TextSpec:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_NO_CODE)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has neither a padding nor an end token")
+    # decoders find the last token of a text by this id
+    config.pad_token_id = tokenizer.pad_token_id
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # T5's, which its plain configuration does not name
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if positions <= 0:  # XLNet's are without limit
+        positions = tokenizer.model_max_length
+    return TextSpec(tokenizer, min(tokenizer.model_max_length, positions))
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides the loading report: a new head is expected here, not worth a warning."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

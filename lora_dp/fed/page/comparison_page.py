@@ -1,0 +1,86 @@
+"""What the page of a comparison shows, from its folder."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import yaml
+
+from lora_dp.fed.compare import tables
+from lora_dp.fed.compare.grid import Grid, caption, read_cells, read_trials
+from lora_dp.fed.page import figures
+from lora_dp.fed.runs.folder import ENDED, read_results
+from lora_dp.fed.runs.report import notes
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """The variables of comparison.html.j2, of a grid that may still be running.
+
+    Raises:
+        ValueError: the definition is damaged, or does not fit this version.
+    """
+    grid = Grid.read(folder)
+    cells, trials = read_cells(grid, folder), read_trials(grid, folder)
+    ended, kept = cells["status"].isin(ENDED), tables.are_kept(cells)
+    config = grid.example
+    budgets = sorted(cells["epsilon"].unique(), key=lambda budget: float("inf") if budget == "none" else budget)
+    return {
+        "title": f"Comparison on {config.data.dataset}",
+        "folder": folder.resolve().name,
+        "methods": list(cells["method"].unique()),
+        "budgets": [tables.budget_name(budget, kept=kept) for budget in budgets],
+        "kept": kept,
+        "seeds": sorted(cells["seed"].unique()),
+        "count": len(cells),
+        "finished": int(ended.sum()),
+        "warnings": [text for text in notes(config).values() if text],
+        "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
+        "table": _table(cells),
+        "caption": caption(grid, cells, trials),
+        "plot": figures.grid(cells) if ended.any() else None,
+        "curves": _curves(folder, cells[ended], budgets),
+        "cells": [_cell(folder, row) for row in cells.to_dict("records")],
+        "trials": [_cell(folder, row) for row in trials.to_dict("records")],
+        "failures": [
+            {**row, "trial": of is trials} for of in (trials, cells) for row in of.to_dict("records")
+            if row["status"] == "failed"],
+        "budget_name": tables.budget_name,
+        "settings": yaml.safe_dump(grid.definition(), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _curves(folder: Path, cells: Any, budgets: list[Any]) -> list[tuple[str, Any]]:
+    """A figure a budget: accuracy by round of every method, mean over seeds, where rounds between were evaluated."""
+    found = []
+    for budget in budgets:
+        lines: dict[str, tuple[list[int], list[float]]] = {}
+        for method, rows in cells[cells["epsilon"] == budget].groupby("method", sort=False):
+            runs = [
+                {result.round: result.accuracy for result in read_results(folder / row) if result.accuracy is not None}
+                for row in rows["folder"]]
+            rounds = sorted(set.intersection(*(set(run) for run in runs)))
+            lines[str(method)] = rounds, [float(np.mean([run[at] for run in runs])) for at in rounds]
+        if any(len(rounds) > 2 for rounds, _ in lines.values()):
+            name = tables.budget_name(budget, kept=tables.are_kept(cells))
+            found.append((name, figures.curves(lines, f"Accuracy by round, {name}")))
+    return found
+
+
+def _table(cells: Any) -> dict[str, Any]:
+    """Column heads and rows (method, [(text, best)]); the best of a column is told by a mark that no text has."""
+    mark = "\0"
+    shown = tables.table(cells, lambda entry: entry + mark)
+    return {
+        "head": list(shown.columns),
+        "rows": [
+            (method, [(entry.rstrip(mark), entry.endswith(mark)) for entry in row])
+            for method, row in zip(shown.index, shown.to_numpy().tolist(), strict=True)],
+    }
+
+
+def _cell(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """One cell with a link to its folder, or to its own page where it has one."""
+    page = Path(row["folder"]) / "report.html"
+    target = page.as_posix() if (folder / page).exists() else f"{row['folder']}/"
+    return {**row, "link": quote(target), "exists": (folder / row["folder"]).exists()}

@@ -1,0 +1,202 @@
+"""Batches of one shape, in which the arithmetic of a row hangs on that row alone.
+
+*The attack.* A library takes another algorithm for another number of rows, so that one example more changes the
+rounding of all others: by 1e-7 of their gradients. Whoever chooses the model can amplify that to the whole clip bound:
+a head whose weights cancel leaves nothing but rounding, times a large number, and every gradient is normalised.
+
+*What is done.* The examples of a drawn batch are given to the model in parts of one number of rows, which is public.
+Each holds examples of one width: their own, never that of the longest; and those that fill their width are by
+themselves, since models leave out a mask that has nothing to say. A part that is not full has copies of its own
+examples, which a mask keeps out of the sum. So no example decides the shape of a product in which another stands.
+
+*What remains is tried.* A row's arithmetic could still hang on its place, as where rows are not aligned in memory, or
+on the values of others, as where each expert of a mixture is given the rows that are sent to it. So each shape is tried
+on this very machine, before an example of that shape is trained on: made-up inputs, with random numbers in adapters and
+head, moved by a row, in other company, and beside copies of itself. The same ops must work on tensors of the same
+shapes, none of them told by a tensor which rows belong together, and every number that is kept of an example stay the
+same to the last bit. Nothing of the trial comes from private data or from a server. Where it fails, each example is
+trained on by itself, which has neither place nor company.
+"""
+
+import logging
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_dp.engine.optimizer import PrivateOptimizer
+from lora_dp.engine.recorder import Recorder
+from lora_dp.fed.data.examples import Batch, Examples, Shape
+from lora_dp.fed.models.loading import Precision, logits
+from lora_dp.fed.rounds.contained_failures import Failures
+from lora_dp.fed.rounds.messages import Workspace
+from lora_dp.fed.safe_text import described
+from lora_dp.isolation.batches.calls import tensors_in
+from lora_dp.isolation.deterministic import Still
+from lora_dp.losses import classification_loss
+from lora_dp.nn.layers import DPLoRALinear
+
+_LOG = logging.getLogger(__name__)
+_SEED = 20261129
+_ROWS = 8
+# Arguments of ops that are tensors and say where groups of rows begin: products of mixed experts, packed sequences.
+_GROUPS = frozenset(("offs", "offsets", "batch_sizes", "cum_seq_q", "cum_seq_k", "cu_seqlens_q", "cu_seqlens_k"))
+# How much larger the inputs of the other company are.
+_LOUD = 100.0
+
+
+def rows_of_a_part(batch_size: int, examples: int, shapes_vary: bool) -> int:
+    """The public number of rows that the model is given at once, a multiple of 8.
+
+    Two deviations above the expected size, so that most batches are one part; a quarter of it where examples differ in
+    shape, and each shape has parts of its own.
+
+    Args:
+        batch_size: the expected size of a Poisson-sampled batch.
+        examples: how many the client has.
+        shapes_vary: whether they are of several shapes.
+    """
+    wanted = batch_size / 4 if shapes_vary else min(batch_size + 2 * math.sqrt(batch_size), examples)
+    return _ROWS * math.ceil(wanted / _ROWS)
+
+
+class OneShape:
+    """Cuts a client's batches into parts of one shape.
+
+    Args:
+        workspace: the model, private by ``optimizer``.
+        optimizer: active.
+        examples: the client's.
+        batch_size: the expected size of a batch.
+        precision: in which the model runs.
+        failures: takes note of a model that cannot be tried.
+    """
+
+    def __init__(
+        self, workspace: Workspace, optimizer: PrivateOptimizer, examples: Examples, batch_size: int,
+        precision: Precision, failures: Failures,
+    ) -> None:
+        self._workspace, self._optimizer, self._examples = workspace, optimizer, examples
+        self._precision, self._failures = precision, failures
+        self._rows = rows_of_a_part(batch_size, len(examples), examples.shapes_vary)
+
+    def parts(self, rows: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+        """The examples of one batch, some at a time, and with how many rows the model is to be called for them."""
+        by_shape: dict[Shape, list[int]] = {}
+        for row, shape in zip(rows, self._examples.shapes(rows), strict=True):
+            by_shape.setdefault(shape, []).append(row)
+        for shape, alike in sorted(by_shape.items()):
+            size = self._rows if self._apart(shape) else 1
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size], size
+
+    def _apart(self, shape: Shape) -> bool:
+        model = self._workspace.model
+        device = next(model.parameters()).device
+        ranks = tuple(layer.r for layer in model.modules() if isinstance(layer, DPLoRALinear))
+        kind: Hashable = (self._rows, shape, ranks, self._optimizer.recorder.trained, self._precision, device,
+                          torch.get_num_threads())
+        known = self._workspace.rows_apart
+        if kind not in known:
+            known[kind] = self._try(shape, device)
+        return known[kind]
+
+    def _try(self, shape: Shape, device: torch.device) -> bool:
+        generator = torch.Generator().manual_seed(_SEED)
+        try:
+            # A reproducible turn draws the same, whether its shape was tried before or not.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), self._workspace.at_random(generator):
+                self._optimizer.activate()  # what regulates a step is worked out from the factors
+                if self._stays(shape, device, generator):
+                    return True
+            reason = "a row's rounding hangs on its place or its company"
+        except Exception as error:
+            self._failures.add(error, self._rows)
+            reason = described(error)
+        finally:
+            self._optimizer.recorder.discard()
+            # What made-up inputs have passed, private ones have not.
+            self._optimizer.recorder.tested.clear()
+            self._optimizer.activate()
+        _LOG.warning("Batches of %d rows cannot be given to this model, so each example is by itself, which takes "
+                     "longer: %s.", self._rows, reason)
+        return False
+
+    def _stays(self, shape: Shape, device: torch.device, generator: torch.Generator) -> bool:
+        embedding = getattr(self._workspace.model, "get_input_embeddings", lambda: None)()
+        vocabulary = getattr(embedding, "num_embeddings", 2)
+        batch, others = (
+            {name: tensor.to(device) for name, tensor in
+             self._examples.made_up(self._rows, shape, vocabulary, generator).items()} for _ in range(2))
+        labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
+        place = torch.arange(self._rows, device=device)
+        moved, even = place.roll(1), place % 2 == 0
+        joined = {name: torch.where(even.view(-1, *[1] * (tensor.dim() - 1)), tensor, _loud(others[name]))
+                  for name, tensor in batch.items()}
+        companies = (
+            (batch, labels), ({name: tensor[moved] for name, tensor in batch.items()}, labels[moved]),
+            (joined, torch.where(even, labels, labels + 1)),
+            ({name: tensor[place * 0] for name, tensor in batch.items()}, labels[place * 0]))
+        with Ops(self._workspace.model, self._optimizer.recorder) as ops:
+            found = [(self._found(*company), ops.taken()) for company in companies]
+        kept, (_, done) = [tensors for tensors, _ in found], found[0]
+        return not ops.grouped and all(again == done for _, again in found) and all(
+            torch.equal(a[moved], b) and torch.equal(a[even], c[even]) and torch.equal(a[:1], d[:1])
+            for a, b, c, d in zip(*kept, strict=True))
+
+    def _found(self, batch: Batch, labels: Tensor) -> list[Tensor]:
+        """All that the private step would keep of each row."""
+        with Still():
+            scores = logits(self._workspace.model, batch, self._precision)
+            self._optimizer.backward(classification_loss(scores, labels % scores.shape[1]))
+            finished = self._optimizer.recorder.take()
+            return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
+
+
+class Ops(TorchDispatchMode):
+    """Takes note of each op of a model's forward and the shapes that it works on, but for trials of isolation.
+
+    Attributes:
+        grouped: whether one of them was told by a tensor which rows belong together.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self.grouped = False
+        self._done: list[Hashable] = []
+        self._inside = False
+        self._hooks = (
+            # Behind the hook that tries isolation.
+            model.register_forward_pre_hook(lambda *_: self._set(not recorder.tried)),
+            model.register_forward_hook(lambda *_: self._set(False), prepend=True))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._inside:
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            self.grouped |= any(isinstance(value, Tensor) and name in _GROUPS
+                                for name, value in {**given, **(kwargs or {})}.items())
+            self._done.append((func, *(tensor.shape for tensor in tensors_in((args, kwargs, result)))))
+        return result
+
+    def taken(self) -> list[Hashable]:
+        """What was done since it was asked for last."""
+        done, self._done = self._done, []
+        return done
+
+    def _set(self, inside: bool) -> None:
+        self._inside = inside
+
+
+def _loud(tensor: Tensor) -> Tensor:
+    return tensor * _LOUD if tensor.is_floating_point() else tensor

@@ -1,0 +1,152 @@
+"""What a configuration names, opened: the data, split over the clients, and the model with what trains it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_dp.fed.config import RunConfig
+from lora_dp.fed.data.datasets import open_data
+from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, encode
+from lora_dp.fed.data.examples import Examples
+from lora_dp.fed.data.partition import partition
+from lora_dp.fed.methods import Method, WeightedAverage
+from lora_dp.fed.models.loading import load_model
+from lora_dp.fed.origin import Origin, examples_digest, plain_options
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.local_training import LocalTraining
+from lora_dp.fed.rounds.messages import Workspace
+from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
+from lora_dp.fed.rounds.seeds import Stream, derived_seed
+
+
+@dataclass(frozen=True)
+class Job:
+    """An opened run; server and clients alike open it from the configuration.
+
+    Attributes:
+        trainer: does a client's turn.
+        train: all private examples.
+        parts: indices of each client's examples; a range where only their number is known.
+        validation: public examples to evaluate on.
+        ranks: of each client's adapters.
+    """
+
+    trainer: Trainer
+    train: Examples
+    parts: Sequence[np.ndarray | range]
+    validation: Examples
+    ranks: list[int]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of examples of each client."""
+        return [len(part) for part in self.parts]
+
+    def examples(self, client: int) -> Examples:
+        """A client's private examples, as a view."""
+        return self.train.subset(self.parts[client])
+
+    def origin(self, config: RunConfig) -> Origin:
+        """What tells this run from another, opened from ``config``."""
+        return Origin(plain_options(config), examples_digest(self.train, self.parts, self.validation))
+
+
+class Parts(Sequence[Examples]):
+    """Each client's examples, made when they are asked for: an idle client is a list of indices."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __len__(self) -> int:
+        return len(self._job.parts)
+
+    def __getitem__(self, client: int) -> Examples:  # type: ignore[override]
+        return self._job.examples(client)
+
+
+def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
+    """The privacy of a run, from its configuration alone: no data are needed to judge it.
+
+    Args:
+        config: of the run.
+        examples: of all clients together; used for the noise of DEeR's released code alone.
+    """
+    privacy, chosen = config.privacy, config.federation
+    return PrivacyPlan(
+        privacy.target, privacy.delta, privacy.accountant, privacy.unit, privacy.noise_by, privacy.max_grad_norm,
+        privacy.max_update_norm, privacy.clipping, chosen.batch_size, chosen.local_steps, config.method.turns,
+        chosen.rounds, chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, examples)
+
+
+def open_job(
+    config: RunConfig, *, raw: RawData | None = None, encode: Callable[[RawData, InputSpec], Splits] = encode
+) -> Job:
+    """Opens data and model and splits the examples over the clients.
+
+    Args:
+        config: of the run.
+        raw: the data, where they have been opened.
+        encode: makes tensors of what was opened.
+
+    Raises:
+        ValueError: data, model and settings that do not go together, in one sentence.
+    """
+    device = _device(config.run.device)
+    seed, chosen = config.run.seed, config.federation
+    torch.manual_seed(seed)
+    raw = open_data(config.data) if raw is None else raw
+    ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
+    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
+    splits = encode(raw, loaded.spec)
+    parts = partition(
+        splits.train.labels.numpy(), chosen.clients, chosen.partition, alpha=chosen.dirichlet_alpha, seed=seed,
+        # Who is alone has all, however few; that a client has few is not public where whole clients are protected.
+        **({"min_examples": 1} if chosen.clients == 1 else {}))
+    method = config.method
+    optimization = config.optimization
+    assert optimization.lr is not None and optimization.lr_ratio is not None
+    assert optimization.low_pass is not None and optimization.low_pass_strength is not None
+    training = LocalTraining(
+        optimization.optimizer, optimization.lr, optimization.lr_ratio,
+        None if optimization.low_pass == "none" else optimization.low_pass, optimization.low_pass_strength,
+        chosen.batch_size, chosen.local_steps, config.model.precision)
+    plan = plan_of(config, len(splits.train))
+    plan.check(max(len(part) for part in parts))
+    _check_method(method, plan)
+    trainer = Trainer(
+        Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
+    return Job(trainer, splits.train, parts, splits.validation, ranks)
+
+
+def match_threads(model: nn.Module) -> None:
+    """One thread for a tiny model on a CPU: more would wait for each other, for minutes where other work runs too."""
+    if all(p.device.type == "cpu" for p in model.parameters()) and sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)
+
+
+def _check_method(method: Method, plan: PrivacyPlan) -> None:
+    """Raises ValueError where a method asks for what cannot be kept."""
+    if plan.server_adds_noise and type(method.aggregation()) is not WeightedAverage:
+        raise ValueError(
+            f"{method.name} combines updates in its own way, but noise by the server is for sums: set noise_by client, "
+            "or unit example.")
+    for index in range(plan.rounds if method.regulates_noise and plan.private else 0):
+        for turn in range(method.turns):
+            if method.phases(index, turn) not in ("A", "B"):
+                raise ValueError(
+                    f"{method.name} regulates its noise, which takes turns that train one factor, but turn {turn} of "
+                    f"round {index + 1} trains {method.phases(index, turn)}: switch regulates_noise off.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {name!r} here: choose auto or cpu.") from error
+    return device

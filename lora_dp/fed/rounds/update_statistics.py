@@ -1,0 +1,209 @@
+"""What clients' updates of one round say: how long they are, how far they agree, and how much of them is noise."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_dp.engine.phases import Phases
+from lora_dp.fed.methods import MERGED, factor
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.local_training import LocalTraining
+from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.rounds.privacy_plan import finite
+from lora_dp.fed.rounds.regulators import regulators
+from lora_dp.privacy.clipping import make_clip_rule
+from lora_dp.privacy.filtering import Filter, GaussianFilter, make_filter
+
+MOST_UPDATES = 32
+MOST_BYTES = 256 * 2**20
+
+
+class UpdateRecorder:
+    """Takes in the updates of one turn of a round as they arrive, and sums them up in a line of JSON.
+
+    It is to see released values only: updates that clients have noised, or that no privacy is claimed for. Where the
+    server adds the noise, single updates are not released, and must not be given to it.
+
+    At most 32 updates are kept, each as one float32 vector, and no more than 256 MiB would hold if all were as large:
+    those of the lowest numbers. Those beyond are counted. In which order they came is not kept: it would tell how long
+    clients took, and so of their batches.
+
+    Args:
+        asked: the numbers of the clients that were asked for one.
+    """
+
+    def __init__(self, asked: Sequence[int]) -> None:
+        self._places = {client: place for place, client in enumerate(sorted(asked))}
+        self._clients: list[int] = []
+        self._shapes: list[list[tuple[str, torch.Size]]] = []
+        self._changes: list[Tensor] = []
+        self._norms: list[float] = []
+        self._noise: list[float | None] = []
+        self._cosines: list[list[float | None]] = []
+        self._left_out = 0
+
+    def add(
+        self, client: int, update: Mapping[str, Tensor], start: Mapping[str, Tensor], noise_norm: float | None
+    ) -> None:
+        """Takes in one update.
+
+        Args:
+            client: its number.
+            update: the trained tensors as they were sent, by name.
+            start: what the client started from: the same names at least, with the same shapes.
+            noise_norm: expected norm of the noise in the update (:func:`expected_noise_norm`); None where there is
+                none, or it is not known.
+
+        Raises:
+            ValueError: no tensors, or ones that the start lacks.
+        """
+        names = sorted(update)
+        if not names or any(name not in start or start[name].shape != update[name].shape for name in names):
+            raise ValueError(f"The update of client {client} does not fit the state that it started from.")
+        size = 4 * sum(update[name].numel() for name in names)
+        if self._places[client] >= min(MOST_UPDATES, MOST_BYTES // max(size, 1)):
+            self._left_out += 1
+            return
+        change = torch.cat([
+            (update[name].detach().cpu().double() - start[name].detach().cpu().double()).flatten() for name in names])
+        norm = float(change.norm())
+        shapes = [(name, update[name].shape) for name in names]
+        row = [
+            self._cosine(change, norm, other) if shapes == self._shapes[other] else None
+            for other in range(len(self._changes))
+        ]
+        for other, cosine in enumerate(row):
+            self._cosines[other].append(cosine)
+        self._cosines.append([*row, 1.0 if math.isfinite(norm) and norm > 0 else None])
+        self._clients.append(client)
+        self._shapes.append(shapes)
+        self._changes.append(change.float())
+        self._norms.append(norm)
+        self._noise.append(noise_norm)
+
+    def _cosine(self, change: Tensor, norm: float, other: int) -> float | None:
+        scale = norm * self._norms[other]
+        if not (math.isfinite(scale) and scale > 0):
+            return None
+        return max(-1.0, min(1.0, float(change @ self._changes[other].double()) / scale))
+
+    def summary(self) -> dict[str, Any]:
+        """What was taken in, ready for JSON.
+
+        Returns:
+            clients: their numbers, in ascending order.
+            norms: ‖Δ‖ of each, Δ = update − start, all tensors together.
+            cosine: ⟨Δᵢ, Δⱼ⟩ / ‖Δᵢ‖‖Δⱼ‖ by pair; null where an update is zero, or their shapes differ (other ranks).
+            noise_share: noise_norm² / ‖Δ‖² of each; null without a noise_norm. Above 1 by chance, or where training
+                has undone some of the noise.
+            left_out: how many were not kept.
+        """
+        shares = [
+            None if noise is None or not norm > 0 else finite(noise**2 / norm**2)
+            for noise, norm in zip(self._noise, self._norms, strict=True)
+        ]
+        order = sorted(range(len(self._clients)), key=self._clients.__getitem__)
+        return {
+            "clients": [self._clients[i] for i in order],
+            "norms": [finite(self._norms[i]) for i in order],
+            "cosine": [[self._cosines[i][j] for j in order] for i in order],
+            "noise_share": [shares[i] for i in order],
+            "left_out": self._left_out,
+        }
+
+
+def expected_noise_norm(trainer: Trainer, task: Task, examples: int, noise_multiplier: float) -> float | None:
+    """√E‖·‖² of what the noise alone contributes to a client's update in one turn, all its tensors together.
+
+    With private steps of SGD: E‖·‖² = Σ over tensors of k · lr² · (σC/L)² · n · g, with k the steps that train it, L
+    the expected batch size, n its numbers and g the energy that filter (and regulator) leave of white noise: the sum
+    of the noise that the steps add, as if no later gradient answered to it. With noise on whole updates: (σC)² · n · g.
+
+    Args:
+        trainer: of the run.
+        task: the turn, with the state that the client starts from.
+        examples: of the client.
+        noise_multiplier: σ of the client's releases.
+
+    Returns:
+        None where single updates carry no noise (no privacy, the server's noise), where the mechanism is not the sound
+        one, or where no such formula holds: private steps of AdamW, whose moments divide by the noise.
+    """
+    plan, training, method = trainer.plan, trainer.training, trainer.method
+    by_steps = plan.examples_are_protected
+    if not plan.private or plan.server_adds_noise or (by_steps and training.optimizer != "sgd"):
+        return None
+    rules = regulators(method, task.state, task.round, task.turn)
+    low_pass = make_filter(training.low_pass, training.low_pass_strength) if by_steps else None
+    energy = 0.0
+    for name, tensor in task.state.items():
+        if name.endswith(MERGED) or not method.trains(name, task.round, task.turn):
+            continue
+        filtered = low_pass if factor(name) is not None else None
+        part = tensor.numel() * _gain(filtered, tensor, rules[name].inverse if name in rules else None)
+        if by_steps:
+            part *= _steps(name, trainer, task) * _learning_rate(name, training) ** 2
+        energy += part
+    if by_steps:
+        sensitivity = make_clip_rule(plan.clipping, plan.max_grad_norm).sensitivity
+        return noise_multiplier * sensitivity / min(training.batch_size, examples) * math.sqrt(energy)
+    return noise_multiplier * plan.max_update_norm * math.sqrt(energy)
+
+
+def _steps(name: str, trainer: Trainer, task: Task) -> int:
+    """How many of a turn's steps train a tensor; a cycle of phases goes on from round to round."""
+    which, steps = factor(name), trainer.training.local_steps
+    if which is None:
+        return steps
+    phases, first = Phases(trainer.method.phases(task.round, task.turn)), task.round * steps
+    return sum(which in phases.factors(step) for step in range(first, first + steps))
+
+
+def _learning_rate(name: str, training: LocalTraining) -> float:
+    return training.learning_rate * (training.lr_ratio if factor(name) == "B" else 1.0)
+
+
+def _gain(low_pass: Filter | None, tensor: Tensor, inverse: Tensor | None) -> float:
+    """Mean square of what is left of white noise Z: of F(Z), of Z·M⁻¹ for B and M⁻¹·Z for A, or of both in turn."""
+    if low_pass is None:
+        return 1.0 if inverse is None else float(inverse.double().square().sum()) / len(inverse)
+    rows, columns = tensor.shape
+    if inverse is None:
+        return filter_gain(low_pass, (rows, columns))
+    return _impulse_energy(low_pass, (rows, columns), inverse.double().cpu())
+
+
+@functools.lru_cache(maxsize=256)
+def filter_gain(low_pass: Filter, shape: tuple[int, int]) -> float:
+    """trace(FᵀF) / n of a filter on matrices of that shape with n numbers: the share of white noise's energy it leaves.
+
+    Exact, in float64, from the filter's own answers to impulses; F is never formed.
+    """
+    return _impulse_energy(low_pass, shape, torch.eye(1, min(shape), dtype=torch.float64))
+
+
+def _impulse_energy(low_pass: Filter, shape: tuple[int, int], patterns: Tensor) -> float:
+    """Mean of ‖F(impulse)‖² over the places along the longer dimension, and over patterns across it (k, shorter).
+
+    Where a filter works alike, one place stands for many: everywhere for the Laplacian filter, which is periodic (in
+    both dimensions: all rows give the same), and away from the ends for the Gaussian one.
+    """
+    length, along_rows = max(shape), shape[1] >= shape[0]
+    places, weights = [0], [length]
+    if isinstance(low_pass, GaussianFilter):
+        radius = math.ceil(4 * low_pass.strength)
+        inner = length - 2 * radius
+        ends = [*range(radius), *range(length - radius, length)]
+        places, weights = ([radius, *ends], [inner] + [1] * len(ends)) if inner > 0 else (
+            list(range(length)), [1] * length)
+    total = 0.0
+    for place, weight in zip(places, weights, strict=True):
+        for pattern in patterns:
+            impulse = torch.zeros(len(pattern), length, dtype=torch.float64)
+            impulse[:, place] = pattern
+            total += weight * float(low_pass(impulse if along_rows else impulse.t()).square().sum())
+    return total / (length * len(patterns))

@@ -1,0 +1,1 @@
+"""A batch as a model is given it: which rows are whose, what pads them, what all examples share."""

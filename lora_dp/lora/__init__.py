@@ -1,0 +1,1 @@
+"""LoRA adapters: put into a model, exchanged, merged, saved and loaded."""

@@ -1,0 +1,127 @@
+"""One client without noise or clipping is the centralised optimizer, written out here."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_dp.fed.data.examples import ImageExamples
+from lora_dp.fed.methods import METHODS, factor, get_method
+from lora_dp.fed.rounds.seeds import Stream, derived_seed
+from lora_dp.nn.layers import DPLoRALinear
+from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation
+
+PLANNED_ROUNDS = 4
+MERGING = ("flora", "rac-lora", "galore")
+
+
+def plain_step(model, optimizer, batch, trained: str, noise=lambda layer: 0.0) -> None:
+    """``noise`` is on the adapted weights while the gradient is taken, and not in the step."""
+    optimizer.zero_grad()
+    adapted = [m for m in model.modules() if isinstance(m, DPLoRALinear)]
+    kept = [layer.weight.data.clone() for layer in adapted]
+    for layer in adapted:
+        layer.weight.data.add_(noise(layer))
+    F.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
+    for layer, weight in zip(adapted, kept, strict=True):
+        layer.weight.data.copy_(weight)
+    for name, p in model.named_parameters():
+        if factor(name) is not None and factor(name) not in trained:
+            p.grad = None
+    optimizer.step()
+
+
+def perturbation(method: str, place: tuple[int, int, int], step: int, steps: int):
+    """Flat-LoRA's, arXiv 2409.14396: Gaussian, in each row in proportion to its norm, rising on half a cosine."""
+    if not method.startswith("flat-lora"):
+        return lambda layer: 0.0
+    generator = torch.Generator().manual_seed(derived_seed(0, Stream.PERTURBATION, *place, step))
+    strength = get_method(method).rho / 2 * (1 - math.cos(math.pi * (step + 1) / steps))
+
+    def noise(layer):
+        weight = (layer.weight + layer.lora_B @ layer.lora_A).detach()
+        rows = [row.square().sum().sqrt() / math.sqrt(len(row)) for row in weight]
+        return strength * torch.stack(rows)[:, None] * torch.randn(weight.shape, generator=generator).double()
+
+    return noise
+
+
+def centralised(method: str, training, examples: ImageExamples, rounds: int) -> dict[str, Tensor]:
+    """Plain full-batch torch; returns head and adapted weights W. Alternation goes on through the rounds."""
+    model = Adapted()
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, DPLoRALinear)}
+    batch = examples.batch(range(len(examples)))
+    made, base = get_method(method), method.removeprefix("flat-lora:")
+    random = federation_generators(rounds)
+    for index in range(rounds):
+        begin(base, adapted, index, random[index])
+        for turn in range(made.turns):
+            groups = [
+                {"params": [p], "lr": training.learning_rate * (training.lr_ratio if factor(name) == "B" else 1)}
+                for name, p in model.named_parameters() if p.requires_grad
+            ]
+            optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer](groups)
+            phases = made.phases(index, turn)
+            cycle = ("AB",) if phases == "AB" else phases
+            for step in range(index * training.local_steps, (index + 1) * training.local_steps):
+                noise = perturbation(method, (0, index, turn), step, PLANNED_ROUNDS * training.local_steps)
+                plain_step(model, optimizer, batch, cycle[step % len(cycle)], noise)
+        finish(base, adapted, index)
+    head = {f"4.{n}": p.detach() for n, p in model[4].named_parameters()}
+    return {**head, **{n: (m.weight + m.lora_B @ m.lora_A).detach() for n, m in adapted.items()}}
+
+
+@torch.no_grad()
+def begin(method: str, adapted, index: int, generator: torch.Generator) -> None:
+    for layer in adapted.values():
+        if method == "rac-lora" or method == "flora" and index:
+            drawn = torch.rand(layer.lora_A.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            layer.lora_A.copy_(drawn / math.sqrt(layer.in_features))
+            layer.lora_B.zero_()
+        if method == "galore" and index == 0:
+            drawn = torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64)
+            layer.lora_B.copy_(torch.linalg.qr(drawn)[0])
+            layer.lora_A.zero_()
+
+
+@torch.no_grad()
+def finish(method: str, adapted, index: int) -> None:
+    for layer in adapted.values():
+        if method in MERGING:
+            layer.weight.add_(layer.lora_B @ layer.lora_A)
+        if method in ("flora", "rac-lora"):
+            layer.lora_B.zero_()
+        if method == "galore" and index % 2 == 0:
+            layer.lora_A.copy_(torch.linalg.qr(layer.lora_A.t())[0].t())
+            layer.lora_B.zero_()
+        elif method == "galore":
+            layer.lora_B.copy_(torch.linalg.qr(layer.lora_B)[0])
+            layer.lora_A.zero_()
+        if method == "flexlora":
+            u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
+            r = layer.r
+            layer.lora_B.copy_(u[:, :r] * s[:r])
+            layer.lora_A.copy_(vh[:r])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", [*METHODS, "flat-lora:flora", "flat-lora:deer"])
+def test_one_client_without_privacy_is_the_centralised_optimizer(method, optimizer):
+    training = replace(PLAIN, optimizer=optimizer, learning_rate=0.05, lr_ratio=3.0)
+    federation = make_federation(method, training, sizes=(12,), epsilon=None)
+    assert federation.plan.rounds == PLANNED_ROUNDS
+    for _ in range(3):
+        federation.run_round([0])
+    expected = centralised(method, training, make_examples(12, 0), rounds=3)
+    federation.load_global_state()
+    model = federation.model
+    found = {f"4.{n}": p.detach() for n, p in model[4].named_parameters()}
+    found |= {n: (m.weight + m.lora_B @ m.lora_A).detach()
+              for n, m in model.named_modules() if isinstance(m, DPLoRALinear)}
+    start = Adapted()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+    assert not torch.allclose(expected["1"], start[1].weight, rtol=1e-3)

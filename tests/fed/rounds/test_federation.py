@@ -1,0 +1,487 @@
+"""The round loop, with clients that answer what they are told to: draws, what is counted, sent, combined, told."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import lora_dp.fed.rounds.client
+import lora_dp.fed.rounds.federation
+from lora_dp.errors import IsolationError
+from lora_dp.fed.methods import WeightedAverage, get_method
+from lora_dp.fed.origin import Origin
+from lora_dp.fed.rounds import server_noise
+from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.federation import Federation, checkpoint, restore
+from lora_dp.fed.rounds.ledgers import Account
+from lora_dp.fed.rounds.messages import Reply, Update, Workspace
+from lora_dp.fed.rounds.update_checks import TooFewClients
+from lora_dp.privacy.accounting import PoissonGaussian, PrivacyBudgetExceeded
+from tests.fed.small import TRAINING, Adapted, federation_generators, make_examples, plan_for
+from tests.fed.rounds.test_contained_failures import Mixing
+
+NONE = {"epsilon": None}
+WHOLE = {"unit": "client", "delta": 0.01}
+SERVER = {**WHOLE, "noise_by": "server"}
+CLIENT = {**WHOLE, "noise_by": "client"}
+# Numbers in the adapters, in B and the head, and in A and the head of the model; all have eight bytes.
+ALL, B, A = 81, 45, 57
+
+
+class Told:
+    """An engine whose clients answer what ``answers`` says: by how much they move all numbers of their start, or a
+    reply, or None for no answer, or a function of the task that returns one of these; 1 where nothing is said."""
+
+    def __init__(self, federation, answers):
+        self.federation, self.answers, self.asked = federation, dict(answers), []
+
+    def train(self, tasks, on_step):
+        for client, task in tasks:
+            self.asked.append((task.round, task.turn, client))
+            answer = self.answers.get(client, 1.0)
+            answer = answer(task) if callable(answer) else answer
+            if isinstance(answer, float):
+                names = [n for n in self.federation.workspace.names
+                         if self.federation.method.trains(n, task.round, task.turn)]
+                answer = Reply(client, Update({name: task.state[name] + answer for name in names}))
+            if answer is not None:
+                yield answer
+
+
+def begun(
+    method="dp-lora", sizes=(10, 30), answers=(), *, privacy=NONE, training=TRAINING, model=None, seed=0,
+    reproducible=True, validation=5, **settings,
+):
+    """A federation with such clients."""
+    made = get_method(method)
+    plan = plan_for(made, training, **{"clients": len(sizes), "examples": sum(sizes), "rounds": 20,
+                                       "participations": 20, **privacy})
+    trainer = Trainer(Workspace(Adapted() if model is None else model), made, training, plan, seed, reproducible)
+    federation = Federation(trainer, None, sizes, make_examples(validation, 99), **settings)
+    federation.engine = Told(federation, answers)
+    return federation
+
+
+def failing(client, reason="raised OSError", detail=""):
+    return Reply(client, None, reason, detail)
+
+
+def moved(federation, start, name="4.weight"):
+    """By how much a round has moved a tensor, all of whose numbers moved alike."""
+    change = federation.server.state[name] - start[name]
+    assert torch.allclose(change, change.flatten()[0].expand_as(change), rtol=0, atol=1e-12)
+    return float(change.flatten()[0])
+
+
+# Draws
+
+
+def test_a_public_draw_is_of_as_many_as_asked_for_and_follows_the_seed_and_the_round():
+    draws = []
+    for seed in (0, 0, 1):
+        federation = begun(sizes=[10] * 9, seed=seed, clients_per_round=4)
+        draws.append([])
+        for federation.rounds_done in range(8):
+            draws[-1].append(tuple(federation.draw()))
+    assert draws[0] == draws[1] != draws[2] and len(set(draws[0])) > 4
+    assert all(len(set(draw)) == 4 and set(draw) < set(range(9)) for draw in draws[0])
+    assert begun().draw() == [0, 1]
+
+
+def test_the_secret_draw_is_of_all_clients_at_the_planned_rate(monkeypatch):
+    even = SimpleNamespace(uniform=lambda count: torch.arange(count) / count)
+    monkeypatch.setattr(Trainer, "source", lambda self, *place: even)
+    federation = begun(sizes=[1] * 400, privacy={**SERVER, "client_rate": 0.25})
+    assert federation.draw() == list(range(100))
+
+
+def test_no_two_sources_of_random_numbers_of_a_run_coincide(monkeypatch):
+    """Of the server: its draws of clients, what a round begins with, the noise of each turn."""
+    seeds, plain = [], lora_dp.fed.rounds.seeds.derived_seed
+
+    def noted(*path):
+        seeds.append(plain(*path))
+        return seeds[-1]
+
+    for module in (lora_dp.fed.rounds.client, lora_dp.fed.rounds.federation):
+        monkeypatch.setattr(module, "derived_seed", noted)
+    federation = begun("deer", privacy={**SERVER, "client_rate": 0.5})
+    for _ in range(9):
+        federation.run_round(evaluate=False)
+    assert len(seeds) == len(set(seeds)) == 9 * 4
+
+
+def test_a_round_begins_with_its_own_public_generator():
+    federation = begun("flora")
+    starts = []
+    federation.engine.answers = {0: lambda task: starts.append(dict(task.state)) or 1.0}
+    expected = []
+    for index, generator in enumerate(federation_generators(3)):
+        fresh = federation.method.begin(federation.server.state, federation.server.layers, index, generator)
+        expected.append({**federation.server.state, **fresh}["1.lora_A"])
+        federation.run_round()
+    assert all(start["1.lora_A"].equal(wanted) for start, wanted in zip(starts, expected, strict=True))
+    assert not expected[1].equal(expected[2])
+
+
+# What a round counts
+
+
+def test_participants_may_be_named_where_no_secret_draw_of_them_amplifies():
+    secret = begun(privacy={**SERVER, "client_rate": 0.5})
+    with pytest.raises(ValueError, match="leave participants out, or let all clients take part"):
+        secret.run_round([0])
+    assert secret.account.releases(0) == secret.rounds_done == 0 and secret.engine.asked == []
+    secret.run_round()
+    assert secret.account.releases(0) == secret.rounds_done == 1
+    for privacy in (SERVER, {**CLIENT, "client_rate": 0.5}, {**NONE, "client_rate": 0.5}):
+        federation = begun(privacy=privacy)
+        federation.run_round([1])
+        assert federation.engine.asked == [(0, 0, 1)]
+
+
+def test_who_has_spent_its_budget_takes_part_in_no_more_rounds():
+    federation = begun(privacy={**CLIENT, "participations": 1})
+    assert federation.run_round([0]).participants == [0]
+    with pytest.raises(PrivacyBudgetExceeded, match="Client 0 has spent its budget"):
+        federation.run_round([0, 1])
+    assert [federation.account.releases(client) for client in (0, 1)] == [1, 0]
+    assert federation.rounds_done == len(federation.engine.asked) == 1
+    assert federation.run_round().participants == [1]
+    with pytest.raises(PrivacyBudgetExceeded, match="No client has budget left"):
+        federation.draw()
+
+
+@pytest.mark.parametrize("privacy, shown", [(NONE, [1]), (CLIENT, [1]), (SERVER, [])])
+def test_a_round_is_in_the_log_before_any_client_is_asked(privacy, shown):
+    written = []
+    federation = begun(privacy=privacy)
+    federation.log = SimpleNamespace(
+        append=lambda *line: written.append((*line, len(federation.engine.asked), federation.account.releases(1))))
+    federation.run_round([1])
+    federation.run_round([1])
+    each = federation.plan.releases_per_round
+    assert written == [(1, shown, 0, each), (2, shown, 1, 2 * each)]
+
+
+def test_the_epsilon_of_a_round_is_a_quick_bound_where_clients_differ_in_many_ways():
+    sizes = range(10, 19)
+    federation = begun(sizes=sizes, privacy={**CLIENT, "accountant": "pld"})
+    federation.account = Account(
+        federation.plan, sizes, events=[PoissonGaussian(5.0 + size, 1.0) for size in range(9)])
+    result = federation.run_round()
+    assert result.epsilon == federation.account.worst_epsilon(exact=False) > federation.account.epsilon(0) > 0
+
+
+# What a round tells
+
+
+def test_a_round_tells_who_took_part_what_was_trained_and_what_it_came_to():
+    federation = begun("rolora", answers={1: None})
+    for number, factor in enumerate("BAB", 1):
+        result = federation.run_round(evaluate=number != 2)
+        assert (result.round, result.phases, result.participants) == (number, factor, [0])
+        assert result.failed == [{"client": 1, "reason": "sent nothing"}] and result.epsilon == math.inf
+        found = (result.loss, result.accuracy)
+        assert found == ((None, None) if number == 2 else federation.evaluate())
+    assert begun("la-lora").run_round().phases == "BA" and begun("deer").run_round().phases == "B A"
+
+
+@pytest.mark.parametrize("privacy, reproducible, told", [
+    (NONE, True, True), (NONE, False, True), ({}, True, True), ({}, False, False), (CLIENT, False, False),
+    (SERVER, True, False), (SERVER, False, False)])
+def test_how_long_a_round_takes_is_told_only_where_it_hangs_on_nothing_secret(
+        privacy, reproducible, told, monkeypatch):
+    times = iter([100.0, 100.5, 200.0, 200.25])
+    monkeypatch.setattr(lora_dp.fed.rounds.federation, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    federation = begun(privacy=privacy, reproducible=reproducible)
+    assert federation.start().seconds == 0.5
+    assert federation.run_round().seconds == (0.25 if told else None)
+
+
+def test_the_start_is_round_0_of_nobody():
+    federation = begun(privacy=CLIENT)
+    result = federation.start()
+    assert (result.round, result.phases, result.participants, result.failed) == (0, "", [], [])
+    assert (result.loss, result.accuracy) == federation.evaluate()
+    assert result.epsilon == result.bytes_up == result.bytes_down == 0
+
+
+def test_bytes_are_those_of_the_tensors_that_went_up_and_of_what_was_news_to_each_client():
+    federation = begun("ffa-lora")
+    found = [(r.bytes_up, r.bytes_down) for r in map(federation.run_round, ([0], [0, 1], [0, 1], [1]))]
+    assert found == [(8 * up, 8 * down) for up, down in ((B, ALL), (2 * B, B + ALL), (2 * B, 2 * B), (B, B))]
+    assert federation.seen.tolist() == [2, 3]
+    result = begun("deer", answers={1: failing(1)}).run_round()
+    assert (result.bytes_up, result.bytes_down) == (8 * (B + A), 8 * (ALL + B))
+
+
+def test_under_a_secret_draw_bytes_are_those_of_the_expected_number_of_clients(monkeypatch):
+    drawn = iter([[], [0, 1, 2], [1]])
+    monkeypatch.setattr(lora_dp.fed.rounds.federation, "poisson_clients", lambda *_: next(drawn))
+    federation = begun("ffa-lora", [10] * 3, privacy={**SERVER, "client_rate": 0.3})
+    for news in (ALL, B, B):
+        result = federation.run_round()
+        found = (result.bytes_up, result.bytes_down)
+        assert found == (round(0.9 * 8 * B), round(0.9 * 8 * news)) and {type(n) for n in found} == {int}
+        assert result.participants is None and federation.seen.tolist() == [-1] * 3
+    other = begun("flexlora", [10] * 3, privacy={**SERVER, "client_rate": 0.3}, ranks=[1, 2, 2])
+    monkeypatch.setattr(lora_dp.fed.rounds.federation, "poisson_clients", lambda *_: [])
+    result = other.run_round()
+    assert result.bytes_up == result.bytes_down == round(0.3 * 8 * ((30 + 21) + 2 * ALL))
+
+
+def test_a_round_records_the_updates_of_each_of_its_turns():
+    federation = begun("deer", answers={1: 0.5})
+    for number in (1, 2):
+        federation.run_round()
+        assert [(line["round"], line["turn"], line["clients"]) for line in federation.recorded] == [
+            (number, 0, [0, 1]), (number, 1, [0, 1])]
+        for line, count in zip(federation.recorded, (B, A), strict=True):
+            assert line["norms"] == pytest.approx([math.sqrt(count), 0.5 * math.sqrt(count)])
+    federation.engine.answers = dict.fromkeys((0, 1))
+    with pytest.raises(TooFewClients):
+        federation.run_round()
+    assert federation.recorded == []
+    secret = begun(privacy=SERVER)
+    secret.run_round()
+    assert secret.recorded == []
+
+
+def test_the_share_of_noise_that_is_recorded_is_that_of_the_planned_noise():
+    """By the numbers that the round trains: B in the first, A in the second."""
+    federation = begun("rolora", privacy=CLIENT, answers={1: 0.5})
+    deviation = federation.plan.event(10).noise_multiplier * federation.plan.max_update_norm
+    for _ in range(2):
+        federation.run_round()
+        assert federation.recorded[0]["noise_share"] == pytest.approx([deviation**2, deviation**2 / 0.25])
+
+
+# What is combined
+
+
+def test_the_mean_is_weighted_by_examples_or_by_what_is_given_or_not_at_all():
+    for settings, expected in (({}, 2.5), ({"weighting": "equal"}, 2.0), ({"weights": [0.5, 0.75]}, 2.2)):
+        federation = begun(answers={0: 1.0, 1: 3.0}, **settings)
+        start = dict(federation.server.state)
+        federation.run_round()
+        assert moved(federation, start) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("settings, expected", [({}, [10.0, 30.0]), ({"weighting": "equal"}, [1.0, 1.0])])
+def test_an_aggregation_of_one_s_own_is_given_plain_numbers_as_weights(settings, expected, monkeypatch):
+    weights = []
+
+    class Noting(WeightedAverage):
+        def add(self, contribution, weight):
+            weights.append(weight)
+            super().add(contribution, weight)
+
+    federation = begun(**settings)
+    monkeypatch.setattr(type(federation.method), "aggregation", lambda self: Noting())
+    federation.run_round()
+    assert weights == expected and {type(weight) for weight in weights} == {float}
+
+
+def test_the_server_sums_the_changes_of_all_that_answered(monkeypatch):
+    """Without its noise: over the expected number of clients."""
+    monkeypatch.setattr(server_noise, "client_mechanism", lambda *_: SimpleNamespace(release=lambda sums: sums))
+    federation = begun(sizes=[10] * 4, answers={0: 0.5, 1: 0.25, 2: None}, privacy={**SERVER, "max_update_norm": 1e3})
+    start = dict(federation.server.state)
+    assert federation.run_round([0, 1, 2]).failed == [{"client": 2, "reason": "sent nothing"}]
+    assert moved(federation, start) == pytest.approx(0.75 / 4)
+
+
+def test_the_first_answer_of_a_client_counts_and_no_stranger_s():
+    federation = begun(sizes=[10] * 3, answers={0: 1.0, 2: 3.0})
+    plain = federation.engine.train
+
+    def more(tasks, on_step):
+        for reply in plain(tasks, on_step):
+            yield reply
+            large = {name: tensor + 50 for name, tensor in reply.update.tensors.items()}
+            yield from (Reply(client, Update(large)) for client in (reply.client, 1, 77))
+
+    federation.engine.train = more
+    start = dict(federation.server.state)
+    result = federation.run_round([0, 2])
+    assert (result.participants, result.failed) == ([0, 2], []) and moved(federation, start) == pytest.approx(2.0)
+
+
+# What goes wrong
+
+
+def test_a_change_above_the_bound_is_left_out_unless_noise_explains_it():
+    """Each number moves alike: by a ninth of the norm."""
+    federation = begun(answers={0: 999.9 / 9, 1: 1001 / 9})
+    [entry] = federation.run_round().failed
+    assert entry["client"] == 1 and entry["reason"].startswith("sent a change of norm")
+    noisy = begun(privacy={**CLIENT, "max_update_norm": 1e3}, fault_norm=10.0)
+    noise = noisy.plan.event(10).noise_multiplier * 1e3 * 9
+    noisy.engine.answers = {0: (10 + 1.99 * noise) / 9, 1: (10 + 2.01 * noise) / 9}
+    assert [entry["client"] for entry in noisy.run_round().failed] == [1]
+
+
+def test_failures_are_told_by_number_and_not_as_they_came():
+    """Which would tell how long clients took."""
+    federation = begun(sizes=[10] * 3, answers={0: failing(0), 2: failing(2)})
+    plain = federation.engine.train
+    federation.engine.train = lambda tasks, on_step: reversed(list(plain(tasks, on_step)))
+    assert [entry["client"] for entry in federation.run_round().failed] == [0, 2]
+
+
+def test_who_failed_in_a_turn_is_asked_no_more_in_the_round_and_all_failures_are_told():
+    federation = begun("deer", [10] * 3, {0: failing(0, "raised \x1b[2J"), 2: lambda task: 1.0 if task.turn == 0 else
+                                          failing(2)})
+    result = federation.run_round()
+    assert federation.engine.asked == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2)]
+    assert result.participants == [1]
+    assert result.failed == [{"client": 0, "reason": r"raised \x1b[2J"}, {"client": 2, "reason": "raised OSError"}]
+    assert federation.run_round().round == 2 and federation.engine.asked[5:8] == [(1, 0, client) for client in range(3)]
+
+
+def test_a_round_of_too_few_says_who_failed_and_only_on_the_console_with_what_words():
+    federation = begun(sizes=[10] * 4, min_clients=3, answers={
+        1: failing(1, detail="disk full"), 2: failing(2, "raised KeyError", "raised KeyError"), 3: failing(3)})
+    with pytest.raises(TooFewClients) as caught:
+        federation.run_round()
+    begin = "Round 1 has too few usable updates: 1 of 4, min_clients is 3 (client 1 raised OSError"
+    end = ("; client 2 raised KeyError; client 3 raised OSError). "
+           "Mend these clients, or lower min_clients in config.yaml, and resume.")
+    assert str(caught.value) == begin + end and caught.value.in_full == f"{begin}: disk full{end}"
+
+
+@pytest.mark.parametrize("answers, remedy", [
+    ({0: math.nan, 1: math.inf}, "Begin again with a lower lr."),
+    ({0: math.nan, 1: None}, "Mend these clients, and resume."),
+    ({0: None, 1: None}, "Mend these clients, and resume."),
+])
+def test_where_no_update_is_usable_the_remedy_hangs_on_why(answers, remedy):
+    with pytest.raises(TooFewClients) as caught:
+        begun(answers=answers).run_round()
+    assert str(caught.value).endswith(f"). {remedy}")
+
+
+def test_how_few_updates_make_a_round():
+    """One, unless more are asked for; all that were drawn where these are fewer; none under the server's noise."""
+    assert begun(answers={0: None}).run_round().participants == [1]
+    with pytest.raises(TooFewClients, match="1 of 2"):
+        begun(answers={0: None}, min_clients=2).run_round()
+    with pytest.raises(TooFewClients, match="0 of 2"):
+        begun(answers={0: None, 1: None}, min_clients=0).run_round()
+    assert begun(min_clients=2).run_round([1]).participants == [1]
+    assert len(begun(answers={0: None, 1: None}, privacy=SERVER).run_round().failed) == 2
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, TooFewClients])
+def test_a_round_that_ends_early_leaves_the_state_of_the_one_before(what):
+    def answer(task):
+        if task.turn == 1 and what is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return 1.0 if task.turn == 0 else None
+
+    federation = begun("deer", answers={0: answer, 1: answer})
+    before, versions = dict(federation.server.state), json.dumps(federation.server.bookkeeping())
+    with pytest.raises(what):
+        federation.run_round()
+    assert all(tensor is federation.server.state[name] for name, tensor in before.items())
+    assert json.dumps(federation.server.bookkeeping()) == versions and federation.rounds_done == 0
+
+
+# Trials of the model
+
+
+def mixing():
+    model = Adapted()
+    model[1] = Mixing(model[1])
+    return model.eval()
+
+
+def test_a_model_that_mixes_is_refused_where_examples_are_protected():
+    for count in (2, 3, 5):
+        with pytest.raises(IsolationError):
+            begun(privacy={}, model=mixing(), validation=count).check_model()
+    begun(privacy={}, model=mixing(), validation=1).check_model()
+    begun(model=mixing()).check_model()
+    for model in (Adapted().train(), Adapted().eval()):
+        mode = model.training
+        begun(privacy={}, model=model, validation=3).check_model()
+        assert model.training == mode
+
+
+@pytest.mark.parametrize("validation, batch_size, tried", [(3, 8, 3), (5, 8, 4), (5, 2, 2)])
+def test_whole_clients_are_tried_on_a_few_examples_and_refused_where_training_fails(
+        validation, batch_size, tried, monkeypatch):
+    federation = begun("deer", privacy=CLIENT, validation=validation, training=replace(TRAINING, batch_size=batch_size))
+    seen, plain = [], lora_dp.fed.rounds.client.logits
+
+    def noted(model, batch, *precision):
+        seen.append(len(batch["labels"]))
+        return plain(model, batch, *precision)
+
+    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
+    federation.check_model()
+    assert seen == [tried]
+    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"fails on validation data \(ZeroDivisionError: .*noise alone"):
+        federation.check_model()
+    begun("deer").check_model()
+
+
+# Evaluation
+
+
+def test_the_global_model_is_evaluated_as_it_is_used_on_all_validation_data():
+    model = Adapted()
+    model[2] = nn.Dropout(0.9)
+    federation = begun(model=model, validation=600)
+    federation.server.state = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
+        for name, tensor in federation.server.state.items()}
+    model.train()
+    loss, accuracy = federation.evaluate()
+    batch = federation.validation.batch(range(600))
+    scores = model.eval()(batch["pixel_values"])
+    assert type(loss) is type(accuracy) is float
+    assert loss == pytest.approx(nn.functional.cross_entropy(scores, batch["labels"]).item(), rel=1e-12)
+    assert accuracy == pytest.approx((scores.argmax(1) == batch["labels"]).double().mean().item(), rel=1e-12)
+    assert 0.1 < accuracy < 0.9 and model[1].lora_A.equal(federation.server.state["1.lora_A"])
+
+
+# Beginning and going on
+
+
+def test_a_federation_of_a_job_has_the_settings_of_its_configuration():
+    made = begun(privacy=CLIENT)
+    origin = Origin({"seed": 3}, "0" * 64)
+    job = SimpleNamespace(trainer=made.trainer, sizes=[10, 30, 20], validation=made.validation, ranks=[2, 1, 2],
+                          origin=lambda config: origin)
+    chosen = SimpleNamespace(weighting="equal", client_timeout=7, clients_per_round=2, min_clients=2, fault_norm=5.0)
+    config = SimpleNamespace(federation=chosen)
+    federation = Federation.of_job(config, job)
+    assert federation.engine.trainer is made.trainer and federation.engine.timeout == 7
+    assert (federation.weighting, federation.min_clients, federation.fault_norm) == ("equal", 2, 5.0)
+    assert federation.clients == 3 and federation.ranks == [2, 1, 2] and len(federation.draw()) == 2
+    assert federation.account.sizes.tolist() == [10, 30, 20] and federation.account.origin is origin
+    given = Federation.of_job(config, job, made.engine, weights=[1.0, 2.0, 3.0])
+    assert given.engine is made.engine and given._weights.tolist() == [1, 2, 3]
+
+
+def test_a_checkpoint_through_json_is_where_a_fresh_federation_goes_on():
+    whole = begun("ffa-lora", [10] * 3, {1: 2.0})
+    whole.log = SimpleNamespace(run="digest", append=lambda *_: None)
+    whole.run_round([0, 1])
+    whole.run_round([1])
+    state, numbers = checkpoint(whole)
+    assert numbers["run"] == "digest" and checkpoint(begun())[1]["run"] is None
+    resumed = begun("ffa-lora", [10] * 3, {1: 2.0})
+    restore(resumed, {name: tensor.clone() for name, tensor in state.items()}, json.loads(json.dumps(numbers)))
+    assert resumed.rounds_done == 2 and resumed.seen.tolist() == [0, 1, -1]
+    assert all(tensor.equal(whole.server.state[name]) for name, tensor in resumed.server.state.items())
+    first, second = whole.run_round(), resumed.run_round()
+    assert (first.round, first.bytes_down, first.loss) == (second.round, second.bytes_down, second.loss)
+    assert first.loss is not None
