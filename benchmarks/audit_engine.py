@@ -29,21 +29,29 @@ DELTA, CANARIES, EXAMPLES = 1e-5, 1400, 64
 CONFIDENCE = 0.99
 # Series of the picture: its name, what is assumed, and whether half of the noise is left out.
 SERIES: tuple[tuple[str, Any, bool], ...] = (
-    ("nothing assumed", "nothing", False), ("Gaussian trade-off", "gaussian", False),
+    ("nothing assumed", "nothing", False),
+    ("Gaussian trade-off", "gaussian", False),
     ("independent canaries, Gaussian", "independent gaussian", False),
-    ("the same, half the noise left out", "independent gaussian", True))
+    ("the same, half the noise left out", "independent gaussian", True),
+)
 
 
 def training(noise_multiplier: float) -> Callable[[Any], None]:
     """One step on a full batch, of 1,479 trainable numbers."""
+
     def train_fn(plant: Any) -> None:
         model: nn.Module = inject_lora(
             nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 7)),
-            LoRAConfig(r=8, alpha=8, target_modules=["0"], trainable_modules=["2"]))
+            LoRAConfig(r=8, alpha=8, target_modules=["0"], trainable_modules=["2"]),
+        )
         data = TensorDataset(torch.randn(EXAMPLES, 64), torch.randint(0, 7, (EXAMPLES,)))
         model, optimizer, loader = PrivacyEngine(accountant="pld").make_private(
-            model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
-            data_loader=DataLoader(data, batch_size=EXAMPLES), noise_multiplier=noise_multiplier, max_grad_norm=1.0)
+            model=model,
+            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01),
+            data_loader=DataLoader(data, batch_size=EXAMPLES),
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=1.0,
+        )
         plant(optimizer, loader)
         model.train()
         for inputs, labels in loader.take(1):
@@ -62,12 +70,22 @@ def main(output: Path = Path("benchmarks/results/audit-engine")) -> None:
     output.mkdir(parents=True, exist_ok=True)
     whole, found = Mechanism.noise_std, dict[str, list[AuditResult]]()
     for name, assume, halved in SERIES:
-        fault: Any = mock.patch.object(
-            Mechanism, "noise_std", lambda self, size: whole(self, size) / 2) if halved else nullcontext()
+        fault: Any = (
+            mock.patch.object(Mechanism, "noise_std", lambda self, size: whole(self, size) / 2)
+            if halved
+            else nullcontext()
+        )
         with fault:
             found[name] = [
-                audit(training(calibrate_noise_multiplier(epsilon, DELTA, 1.0, 1)), GradientCanaries(CANARIES),
-                      delta=DELTA, confidence=CONFIDENCE, assume=assume) for epsilon in EPSILONS]
+                audit(
+                    training(calibrate_noise_multiplier(epsilon, DELTA, 1.0, 1)),
+                    GradientCanaries(CANARIES),
+                    delta=DELTA,
+                    confidence=CONFIDENCE,
+                    assume=assume,
+                )
+                for epsilon in EPSILONS
+            ]
         print(name, *found[name], sep="\n", flush=True)
     results = {name: [asdict(result) for result in series] for name, series in found.items()}
     (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -74,6 +74,7 @@ def _in_autograd(model: nn.Module, canary: _Canary) -> Iterator[None]:
 
 def _in_optimizer(canary: _Canary) -> Callable[..., None]:
     """The same for local training by the engine, as in DEeR's, where no noise is added and nothing is clipped."""
+
     def on_turn(client: int, optimizer: PrivateOptimizer, batches: PrivateDataLoader) -> None:
         plain = optimizer.original_optimizer
         step = plain.step
@@ -175,12 +176,29 @@ def measure(method: str, epsilon: float, runs: int, jobs: int) -> Row:
     played = 2 * len(scores[True])
 
     def bound(assume: Any) -> Any:
-        return audit(lambda: None, Replay(scores), delta=DELTA, claimed_epsilon=epsilon, test="two-world",
-                     assume=assume, runs=played)
+        return audit(
+            lambda: None,
+            Replay(scores),
+            delta=DELTA,
+            claimed_epsilon=epsilon,
+            test="two-world",
+            assume=assume,
+            runs=played,
+        )
 
     plain, gaussian = bound("nothing"), bound("gaussian")
-    return Row(method, epsilon, parts[0][1], played, plain.guesses, plain.correct, plain.epsilon, gaussian.epsilon,
-               time.perf_counter() - begin, {"out": scores[False], "in": scores[True]})
+    return Row(
+        method,
+        epsilon,
+        parts[0][1],
+        played,
+        plain.guesses,
+        plain.correct,
+        plain.epsilon,
+        gaussian.epsilon,
+        time.perf_counter() - begin,
+        {"out": scores[False], "in": scores[True]},
+    )
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -199,18 +217,22 @@ def draw(rows: list[Row], path: Path) -> None:
             values = [np.array(row.scores[world]) for world in ("out", "in")]
             low, high = min(v.min() for v in values), max(v.max() for v in values)
             bins = np.linspace(low, high, 40).tolist()
-            for value, colour, label in zip(
-                    values, (BLUE, ORANGE), ("without the example", "with it"), strict=True):
+            for value, colour, label in zip(values, (BLUE, ORANGE), ("without the example", "with it"), strict=True):
                 axes.hist(value, bins=bins, color=colour, alpha=0.8, label=label)
-            axes.set(title=f"{method}, ε = {row.printed:g} printed", xlabel="adversary's score of one update",
-                     ylabel="trainings")
+            axes.set(
+                title=f"{method}, ε = {row.printed:g} printed",
+                xlabel="adversary's score of one update",
+                ylabel="trainings",
+            )
             axes.legend(frameon=False)
         axes = panels[-1]
         width = 0.26
         for number, row in enumerate(rows):
             for offset, height, colour, label in (
-                    (-width, row.printed, QUIET, "printed"), (0.0, row.epsilon, BLUE, "at least, nothing assumed"),
-                    (width, row.gaussian_epsilon, ORANGE, "at least, Gaussian")):
+                (-width, row.printed, QUIET, "printed"),
+                (0.0, row.epsilon, BLUE, "at least, nothing assumed"),
+                (width, row.gaussian_epsilon, ORANGE, "at least, Gaussian"),
+            ):
                 axes.bar(number + offset, height, width, color=colour, label=label if number == 0 else None)
                 axes.text(number + offset, height, f"{height:.3g}", ha="center", va="bottom", fontsize=7, color=INK)
         axes.set(title="ε printed and measured", ylabel="ε at δ = 1e-5", yscale="log")
@@ -224,16 +246,22 @@ def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
         "| method | ε printed | σ | trainings | guesses right | ε at least | ε at least, Gaussian |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     lines += [
         f"| {r.method} | {r.printed:g} | {r.noise_multiplier:.3g} | {r.runs} | "
-        f"{r.correct} of {r.guesses} | {r.epsilon:.3g} | {r.gaussian_epsilon:.3g} |" for r in rows]
+        f"{r.correct} of {r.guesses} | {r.epsilon:.3g} | {r.gaussian_epsilon:.3g} |"
+        for r in rows
+    ]
     return "\n".join(lines)
 
 
 def main(
-    runs: int = 320, methods: list[str] | None = None, epsilons: list[float] | None = None,
-    output: Path = Path("benchmarks/results/audit-released"), jobs: int = 1,
+    runs: int = 320,
+    methods: list[str] | None = None,
+    epsilons: list[float] | None = None,
+    output: Path = Path("benchmarks/results/audit-released"),
+    jobs: int = 1,
 ) -> None:
     """Audits the released mechanisms.
 

@@ -15,11 +15,17 @@ PACKAGES = ("torch", "triton", "transformers", "timm", "peft", "opacus")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lora-dp benchmarks")
     group.addoption(
-        "--device", choices=list(DEFAULT_SHAPES), default="cpu",
-        help="cpu (default), in float32, or cuda, in bfloat16 and at the shapes of whole models")
+        "--device",
+        choices=list(DEFAULT_SHAPES),
+        default="cpu",
+        help="cpu (default), in float32, or cuda, in bfloat16 and at the shapes of whole models",
+    )
     group.addoption(
-        "--shape", action="append", choices=[*SHAPES, "all"],
-        help=f"shape to time, repeatable (default: {', '.join(DEFAULT_SHAPES['cpu'])}; on cuda, all of its own)")
+        "--shape",
+        action="append",
+        choices=[*SHAPES, "all"],
+        help=f"shape to time, repeatable (default: {', '.join(DEFAULT_SHAPES['cpu'])}; on cuda, all of its own)",
+    )
     group.addoption("--rounds", type=int, default=10, help="timed rounds of each variant (default: 10)")
     group.addoption("--threads", type=int, default=1, help="torch's threads (default: 1, which repeats best)")
 

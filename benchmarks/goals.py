@@ -47,9 +47,13 @@ STEP_GOALS = [
     Goal(f"peak memory of the A phase / {YARDSTICK}", 1.0),
 ]
 GRADIENT_GOALS = {
-    kernel: Goal(f"one-pass gradient, norm{name}: bandwidth / a copy's, the least from 8 MB upward, bfloat16", 0.85,
-                 at_least=True)
-    for kernel, name in (("example_grad_u", " and u (B phase)"), ("example_grad", " (A phase)"))}
+    kernel: Goal(
+        f"one-pass gradient, norm{name}: bandwidth / a copy's, the least from 8 MB upward, bfloat16",
+        0.85,
+        at_least=True,
+    )
+    for kernel, name in (("example_grad_u", " and u (B phase)"), ("example_grad", " (A phase)"))
+}
 UPDATE_GOAL = Goal("clip, sum, noise, filter and AdamW of 48 adapters of 768 × 16, bfloat16", 60.0, unit=" µs")
 
 
@@ -60,8 +64,14 @@ def _quotient(above: Any, below: Any) -> float | None:
 def _of_step(rows: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
     """The numbers of STEP_GOALS at one shape, from what was measured of each variant."""
     b, a, ghost, peft_b = (rows.get(name, {}) for name in (B_PHASE, A_PHASE, GHOST, PEFT_B))
-    return [b.get("ratio"), a.get("ratio"), _quotient(b.get("ratio"), peft_b.get("ratio")),
-            _quotient(ghost.get("ratio"), b.get("ratio")), b.get("peak_ratio"), a.get("peak_ratio")]
+    return [
+        b.get("ratio"),
+        a.get("ratio"),
+        _quotient(b.get("ratio"), peft_b.get("ratio")),
+        _quotient(ghost.get("ratio"), b.get("ratio")),
+        b.get("peak_ratio"),
+        a.get("peak_ratio"),
+    ]
 
 
 def tables(benchmarks: Iterable[Mapping[str, Any]]) -> str:
@@ -80,17 +90,23 @@ def tables(benchmarks: Iterable[Mapping[str, Any]]) -> str:
     for goal, row in zip(STEP_GOALS, zip(*values, strict=True), strict=True):
         cells = [goal.verdict(value) for value in row]
         if goal.at_least:
-            cells = ["Opacus stops" if "stops" in rows.get(GHOST, {}) else cell
-                     for cell, rows in zip(cells, steps.values(), strict=True)]
+            cells = [
+                "Opacus stops" if "stops" in rows.get(GHOST, {}) else cell
+                for cell, rows in zip(cells, steps.values(), strict=True)
+            ]
         lines.append(f"| {goal.name} | {goal.limit} | " + " | ".join(cells) + " |")
 
     lines += ["", "| a kernel | goal | measured |", "| --- | ---: | ---: |"]
     for kernel, goal in GRADIENT_GOALS.items():
-        ratios = [extra["ratio"] for extra, _ in kernels.get(kernel, ())
-                  if extra["dtype"] == "bfloat16" and 2 * math.prod(extra["dims"][:3]) >= LARGE]
+        ratios = [
+            extra["ratio"]
+            for extra, _ in kernels.get(kernel, ())
+            if extra["dtype"] == "bfloat16" and 2 * math.prod(extra["dims"][:3]) >= LARGE
+        ]
         lines.append(f"| {goal.name} | {goal.limit} | {goal.verdict(min(ratios, default=None))} |")
     updates = kernels.get("clip_sum and private_update", ())
     medians = [median for extra, median in updates if extra["dtype"] == "bfloat16"]
-    lines.append(f"| {UPDATE_GOAL.name} | {UPDATE_GOAL.limit} | "
-                 f"{UPDATE_GOAL.verdict(1e6 * medians[0] if medians else None)} |")
+    lines.append(
+        f"| {UPDATE_GOAL.name} | {UPDATE_GOAL.limit} | {UPDATE_GOAL.verdict(1e6 * medians[0] if medians else None)} |"
+    )
     return "\n".join(lines) + "\n"

@@ -64,8 +64,11 @@ def _tests(out: Path) -> list[Command]:
     # Nearly all of their time is compiling.
     parallel = ["-n", str(min(16, os.cpu_count() or 1))] if find_spec("xdist") else []
     # Only files that hold such tests: others import what an image for GPUs may lack.
-    marked = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))
-              if path.parent.name != "kernels" and "mark.gpu" in path.read_text()]
+    marked = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if path.parent.name != "kernels" and "mark.gpu" in path.read_text()
+    ]
     # test_resources.py compiles ahead of time, which needs no GPU.
     kernels = _python("pytest", "tests/kernels", "--ignore", "tests/kernels/test_resources.py", *parallel)
     return [_python("pytest", "-m", "gpu", *marked, *parallel), kernels]
@@ -80,8 +83,10 @@ def _sanitizer(out: Path) -> list[Command]:
     # Without torch's cache, every tensor is an allocation of its own, whose bounds are watched.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # torch and Triton call some functions of the driver to see whether they fail.
-    return [Command([*common, "memcheck", "--report-api-errors", "no", *script], environment),
-            Command([*common, "racecheck", *script], environment, optional=True)]
+    return [
+        Command([*common, "memcheck", "--report-api-errors", "no", *script], environment),
+        Command([*common, "racecheck", *script], environment, optional=True),
+    ]
 
 
 def _suite(file: str, json: Path, *options: str) -> list[Command]:
@@ -94,8 +99,9 @@ STAGES = {
     "tuning": Stage(80, lambda out: [_python("benchmarks.tuning", str(out / "tuning.json"))]),
     "kernels": Stage(50, lambda out: _suite("test_kernels.py", out / "kernels.json", "--rounds", "20")),
     # Compiling all three models would take longer than all else together.
-    "steps": Stage(160, lambda out: _suite(
-        "test_step.py", out / "steps.json", "--rounds", "20", "-k", "not compiled or roberta")),
+    "steps": Stage(
+        160, lambda out: _suite("test_step.py", out / "steps.json", "--rounds", "20", "-k", "not compiled or roberta")
+    ),
 }
 
 
@@ -107,8 +113,14 @@ def run_command(command: Command, seconds: float, log: Path) -> tuple[str, list[
         begin = file.tell()
         environment = {**os.environ, "TRITON_INTERPRET": "0", **command.environment}
         process = subprocess.Popen(
-            command.arguments, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, process_group=0)
+            command.arguments,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
         try:
             status = "passed" if process.wait(max(seconds - GRACE_SECONDS, 1)) == 0 else "failed"
         except subprocess.TimeoutExpired:
@@ -169,8 +181,10 @@ def _missing_gpu() -> str | None:
 
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_CAPABILITY:
         return None
-    return ("No NVIDIA GPU of compute capability 8.0 or later is here, so nothing was tested, tuned or measured: run "
-            "this on a machine that has one.")
+    return (
+        "No NVIDIA GPU of compute capability 8.0 or later is here, so nothing was tested, tuned or measured: run "
+        "this on a machine that has one."
+    )
 
 
 def main() -> int:

@@ -36,13 +36,32 @@ DTYPES = (torch.bfloat16, torch.float32)
 # Rows, d_in, d_out of the adapted layers of RoBERTa-base (32 × 128 tokens), Swin-B's four stages (32 images of 224²)
 # and a Llama of a billion parameters (4 × 1024 tokens).
 PRODUCTS = [
-    (4096, 768, 768), (100352, 128, 384), (25088, 256, 768), (6272, 512, 1536), (6272, 512, 512), (1568, 1024, 3072),
-    (4096, 2048, 2048), (4096, 2048, 512), (4096, 2048, 8192), (4096, 8192, 2048),
+    (4096, 768, 768),
+    (100352, 128, 384),
+    (25088, 256, 768),
+    (6272, 512, 1536),
+    (6272, 512, 512),
+    (1568, 1024, 3072),
+    (4096, 2048, 2048),
+    (4096, 2048, 512),
+    (4096, 2048, 8192),
+    (4096, 8192, 2048),
 ]
 # Examples, tokens, width of the wide factor: g in the B phase, x in the A phase.
 GRADIENTS = [
-    (32, 128, 768), (32, 128, 3072), (32, 3136, 384), (32, 3136, 128), (32, 784, 768), (32, 784, 256), (32, 196, 1536),
-    (32, 196, 512), (32, 49, 3072), (32, 49, 1024), (4, 1024, 2048), (4, 1024, 512), (4, 1024, 8192),
+    (32, 128, 768),
+    (32, 128, 3072),
+    (32, 3136, 384),
+    (32, 3136, 128),
+    (32, 784, 768),
+    (32, 784, 256),
+    (32, 196, 1536),
+    (32, 196, 512),
+    (32, 49, 3072),
+    (32, 49, 1024),
+    (4, 1024, 2048),
+    (4, 1024, 512),
+    (4, 1024, 8192),
 ]
 # Examples, tokens, both widths, of layers that are trained whole.
 GRAMS = [(32, 1, 768, 768), (32, 49, 1024, 1024), (32, 128, 768, 768), (4, 1024, 2048, 2048)]
@@ -86,9 +105,9 @@ class Case:
 
 def _drawn(dtype: torch.dtype, *shapes: tuple[int, ...]) -> Callable[[torch.device], tuple[Tensor, ...]]:
     """Standard normal tensors, divided by √(last size) so that products neither grow nor vanish."""
+
     def draw(device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.randn(shape, device=device).div_(math.sqrt(shape[-1])).to(dtype) for shape in shapes)
+        return tuple(torch.randn(shape, device=device).div_(math.sqrt(shape[-1])).to(dtype) for shape in shapes)
 
     return draw
 
@@ -101,45 +120,71 @@ def skinny_case(M: int, K: int, r: int, dtype: torch.dtype) -> Case:
     """h = x aᵀ."""
     shapes = (M, K), (r, K)
     return Case(
-        "skinny_product", f"{M} × {K}, r {r}", (M, K, r), dtype, _bytes(dtype, *shapes, (M, r)), _drawn(dtype, *shapes),
-        {"triton": lambda x, a, **options: (skinny_product.skinny_product(x, a, **options),),
-         "torch": lambda x, a: (x @ a.t(),)},
-        skinny_product)
+        "skinny_product",
+        f"{M} × {K}, r {r}",
+        (M, K, r),
+        dtype,
+        _bytes(dtype, *shapes, (M, r)),
+        _drawn(dtype, *shapes),
+        {
+            "triton": lambda x, a, **options: (skinny_product.skinny_product(x, a, **options),),
+            "torch": lambda x, a: (x @ a.t(),),
+        },
+        skinny_product,
+    )
 
 
 def update_case(M: int, N: int, r: int, dtype: torch.dtype) -> Case:
     """y += s · h bᵀ."""
+
     def ours(y: Tensor, h: Tensor, b: Tensor, **options: Any) -> tuple[Tensor]:
         low_rank_update.add_low_rank_(y, h, b, SCALE, **options)
         return (y,)
 
     shapes = (M, N), (M, r), (N, r)
     return Case(
-        "add_low_rank_", f"{M} × {N}, r {r}", (M, N, r), dtype, _bytes(dtype, *shapes, (M, N)), _drawn(dtype, *shapes),
-        {"triton": ours, "torch": lambda y, h, b: (y.addmm_(h, b.t(), alpha=SCALE),)}, low_rank_update)
+        "add_low_rank_",
+        f"{M} × {N}, r {r}",
+        (M, N, r),
+        dtype,
+        _bytes(dtype, *shapes, (M, N)),
+        _drawn(dtype, *shapes),
+        {"triton": ours, "torch": lambda y, h, b: (y.addmm_(h, b.t(), alpha=SCALE),)},
+        low_rank_update,
+    )
 
 
 def product_case(M: int, K: int, N: int, r: int, dtype: torch.dtype) -> Case:
     """y = x Wᵀ + b + s · (x aᵀ) bᵀ, and h."""
+
     def reference(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         with reference_only():
             return lora_forward(x, weight, bias, a, b, SCALE)
 
     shapes = (M, K), (N, K), (N,), (r, K), (N, r)
     return Case(
-        "lora_product", f"{M} × {K} → {N}, r {r}", (M, K, N, r), dtype, _bytes(dtype, *shapes, (M, N), (M, r)),
+        "lora_product",
+        f"{M} × {K} → {N}, r {r}",
+        (M, K, N, r),
+        dtype,
+        _bytes(dtype, *shapes, (M, N), (M, r)),
         _drawn(dtype, *shapes),
-        {"fused": lambda *tensors, **options: lora_product.lora_product(*tensors, SCALE, **options),
-         "two_step": lambda *tensors: adapted_product.two_step_product(*tensors, SCALE),
-         "torch": reference},
-        lora_product)
+        {
+            "fused": lambda *tensors, **options: lora_product.lora_product(*tensors, SCALE, **options),
+            "two_step": lambda *tensors: adapted_product.two_step_product(*tensors, SCALE),
+            "torch": reference,
+        },
+        lora_product,
+    )
 
 
 def gradient_case(n: int, tokens: int, width: int, r: int, b_phase: bool, dtype: torch.dtype) -> Case:
     """Gᵢ, ‖Gᵢ‖² and, in the B phase, u."""
+
     def ours(wide: Tensor, skinny: Tensor, *factor: Tensor, **options: Any) -> tuple[Any, ...]:
         return example_grad.example_grad(
-            wide, skinny, SCALE, factor=factor[0] if factor else None, wide_first=b_phase, **options)
+            wide, skinny, SCALE, factor=factor[0] if factor else None, wide_first=b_phase, **options
+        )
 
     def reference(wide: Tensor, skinny: Tensor, *factor: Tensor) -> tuple[Any, ...]:
         with reference_only():
@@ -154,24 +199,38 @@ def gradient_case(n: int, tokens: int, width: int, r: int, b_phase: bool, dtype:
     if b_phase:
         shapes += ((width, r),)
     return Case(
-        "example_grad_u" if b_phase else "example_grad", f"{n} × {tokens} × {width}, r {r}", (n, tokens, width, r),
-        dtype, _bytes(dtype, *shapes) + written + _bytes(torch.float32, (n, width, r), (n,)), _drawn(dtype, *shapes),
-        {"triton": ours, "torch": reference}, example_grad)
+        "example_grad_u" if b_phase else "example_grad",
+        f"{n} × {tokens} × {width}, r {r}",
+        (n, tokens, width, r),
+        dtype,
+        _bytes(dtype, *shapes) + written + _bytes(torch.float32, (n, width, r), (n,)),
+        _drawn(dtype, *shapes),
+        {"triton": ours, "torch": reference},
+        example_grad,
+    )
 
 
 def gram_case(n: int, tokens: int, p: int, q: int, dtype: torch.dtype) -> Case:
     """‖Σₜ leftₜ ⊗ rightₜ‖² from Gram matrices."""
+
     def reference(left: Tensor, right: Tensor) -> tuple[Tensor]:
         with reference_only():
             return (ghost_sq_norm(left, right, SCALE),)
 
     shapes = (n, tokens, p), (n, tokens, q)
     return Case(
-        "gram_sq_norm", f"{n} × {tokens} × {p} and {q}", (n, tokens, p, q), dtype, _bytes(dtype, *shapes) + 4 * n,
+        "gram_sq_norm",
+        f"{n} × {tokens} × {p} and {q}",
+        (n, tokens, p, q),
+        dtype,
+        _bytes(dtype, *shapes) + 4 * n,
         _drawn(dtype, *shapes),
-        {"triton": lambda left, right, **options: (gram.gram_sq_norm(left, right, SCALE, **options),),
-         "torch": reference},
-        gram)
+        {
+            "triton": lambda left, right, **options: (gram.gram_sq_norm(left, right, SCALE, **options),),
+            "torch": reference,
+        },
+        gram,
+    )
 
 
 def _adapters(adapters: Adapters) -> tuple[str, tuple[int, ...]]:
@@ -181,7 +240,8 @@ def _adapters(adapters: Adapters) -> tuple[str, tuple[int, ...]]:
 
 def _clip(gradients: list[Tensor], sq_norms: Tensor, layers: Tensor, **options: Any) -> tuple[Any, ...]:
     return clip_sum.clip_sum(
-        gradients, range(len(gradients)), sq_norms, layers, len(gradients), "flat", 1.0, 0.01, None, 1.0, **options)
+        gradients, range(len(gradients)), sq_norms, layers, len(gradients), "flat", 1.0, 0.01, None, 1.0, **options
+    )
 
 
 def _torch_clip(gradients: list[Tensor], sq_norms: Tensor, layers: Tensor) -> tuple[Any, ...]:
@@ -199,22 +259,46 @@ def clip_case(adapters: Adapters) -> Case:
         return gradients, sq_norms, torch.arange(count, device=device)
 
     return Case(
-        "clip_sum", *_adapters(adapters), torch.float32, 4 * (count * math.prod(shape) * (n + 2) + 2 * count * n),
-        draw, {"triton": _clip, "torch": _torch_clip}, clip_sum, graphed=False)
+        "clip_sum",
+        *_adapters(adapters),
+        torch.float32,
+        4 * (count * math.prod(shape) * (n + 2) + 2 * count * n),
+        draw,
+        {"triton": _clip, "torch": _torch_clip},
+        clip_sum,
+        graphed=False,
+    )
 
 
 def _noise(
-    sums: list[Tensor], parameters: list[Tensor], first: list[Tensor], second: list[Tensor], hyper: Tensor,
-    rng: Tensor, optimizer: Any, **options: Any,
+    sums: list[Tensor],
+    parameters: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    hyper: Tensor,
+    rng: Tensor,
+    optimizer: Any,
+    **options: Any,
 ) -> tuple[()]:
     noise_update.noise_update(
-        parameters, sums, first, second, hyper, rng, std=1.0, expected_batch_size=32.0, filter_strength=1.0,
-        filtered=[True] * len(sums), optimizer="adamw", **options)
+        parameters,
+        sums,
+        first,
+        second,
+        hyper,
+        rng,
+        std=1.0,
+        expected_batch_size=32.0,
+        filter_strength=1.0,
+        filtered=[True] * len(sums),
+        optimizer="adamw",
+        **options,
+    )
     return ()
 
 
 def _torch_noise(
-    sums: list[Tensor], parameters: list[Tensor], first: Any, second: Any, hyper: Any, rng: Any, optimizer: Any,
+    sums: list[Tensor], parameters: list[Tensor], first: Any, second: Any, hyper: Any, rng: Any, optimizer: Any
 ) -> tuple[()]:
     low_pass = GaussianFilter(1.0)
     for parameter, total in zip(optimizer.param_groups[0]["params"], sums, strict=True):
@@ -229,28 +313,58 @@ def _drawn_states(adapters: Adapters, dtype: torch.dtype, device: torch.device) 
     parameters = [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
     hyper = torch.tensor([adam_row(1e-4, weight_decay=0.01, step=3)] * count, device=device)
     optimizer = torch.optim.AdamW([parameter.requires_grad_() for parameter in parameters], lr=1e-4)
-    return (sums, [parameter.detach() for parameter in parameters], first, [each.square() for each in second], hyper,
-            torch.tensor([1, 2], device=device), optimizer)
+    return (
+        sums,
+        [parameter.detach() for parameter in parameters],
+        first,
+        [each.square() for each in second],
+        hyper,
+        torch.tensor([1, 2], device=device),
+        optimizer,
+    )
 
 
 def noise_case(adapters: Adapters, dtype: torch.dtype) -> Case:
     """Noise, low-pass filter and AdamW on every adapter."""
     elements = adapters[0] * math.prod(adapters[1])
     return Case(
-        "noise_update", *_adapters(adapters), dtype, elements * (4 + 2 * (dtype.itemsize + 4 + 4)),
-        lambda device: _drawn_states(adapters, dtype, device), {"triton": _noise, "torch": _torch_noise},
-        noise_update, checked=False, graphed=False)
+        "noise_update",
+        *_adapters(adapters),
+        dtype,
+        elements * (4 + 2 * (dtype.itemsize + 4 + 4)),
+        lambda device: _drawn_states(adapters, dtype, device),
+        {"triton": _noise, "torch": _torch_noise},
+        noise_update,
+        checked=False,
+        graphed=False,
+    )
 
 
 def _native(
-    sums: list[Tensor], parameters: list[Tensor], first: list[Tensor], second: list[Tensor], source: SecureSource,
+    sums: list[Tensor],
+    parameters: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    source: SecureSource,
     optimizer: Any,
 ) -> tuple[()]:
     step, draw = grid_step(1.0, 1.0), source.next_draw()
     private_update_(
-        parameters, sums, first, second, [], [adam_row(1e-4, weight_decay=0.01, step=3)] * len(sums), optimizer="adamw",
-        key=draw.key, draw=draw.number, scale=1.0 / step, step=step, expected_batch_size=32.0,
-        filtered=[True] * len(sums), filter_strength=1.0)
+        parameters,
+        sums,
+        first,
+        second,
+        [],
+        [adam_row(1e-4, weight_decay=0.01, step=3)] * len(sums),
+        optimizer="adamw",
+        key=draw.key,
+        draw=draw.number,
+        scale=1.0 / step,
+        step=step,
+        expected_batch_size=32.0,
+        filtered=[True] * len(sums),
+        filter_strength=1.0,
+    )
     return ()
 
 
@@ -262,15 +376,30 @@ def _torch_native(
 
 def native_case(adapters: Adapters, dtype: torch.dtype) -> Case:
     """Cryptographic noise, low-pass filter and AdamW on every adapter, whose states have its dtype."""
+
     def draw(device: torch.device) -> tuple[Any, ...]:
         sums, parameters, first, second, _, _, optimizer = _drawn_states(adapters, dtype, device)
-        return (sums, parameters, [each.to(dtype) for each in first], [each.to(dtype) for each in second],
-                SecureSource(), optimizer)
+        return (
+            sums,
+            parameters,
+            [each.to(dtype) for each in first],
+            [each.to(dtype) for each in second],
+            SecureSource(),
+            optimizer,
+        )
 
     elements = adapters[0] * math.prod(adapters[1])
     return Case(
-        "private_update", *_adapters(adapters), dtype, elements * (4 + 6 * dtype.itemsize), draw,
-        {"native": _native, "torch": _torch_native}, noise_update, checked=False, graphed=False)
+        "private_update",
+        *_adapters(adapters),
+        dtype,
+        elements * (4 + 6 * dtype.itemsize),
+        draw,
+        {"native": _native, "torch": _torch_native},
+        noise_update,
+        checked=False,
+        graphed=False,
+    )
 
 
 def whole_update_case(adapters: Adapters, noise: Case) -> Case:
@@ -287,9 +416,16 @@ def whole_update_case(adapters: Adapters, noise: Case) -> Case:
         return run
 
     return Case(
-        f"clip_sum and {noise.kernel}", *_adapters(adapters), noise.dtype, clip.bytes_moved + noise.bytes_moved, draw,
-        {way: joined(_torch_clip if way == "torch" else _clip, run) for way, run in noise.ways.items()}, noise_update,
-        checked=False, graphed=False)
+        f"clip_sum and {noise.kernel}",
+        *_adapters(adapters),
+        noise.dtype,
+        clip.bytes_moved + noise.bytes_moved,
+        draw,
+        {way: joined(_torch_clip if way == "torch" else _clip, run) for way, run in noise.ways.items()},
+        noise_update,
+        checked=False,
+        graphed=False,
+    )
 
 
 def single_kernels(rank: int = RANK) -> Iterator[Case]:

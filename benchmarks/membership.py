@@ -18,15 +18,7 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.membership_picture import draw
-from lora_dp.auditing.membership import (
-    Rate,
-    largest_tpr,
-    leave_out_scores,
-    logit_confidence,
-    rate,
-    roc,
-    tpr_at_fpr,
-)
+from lora_dp.auditing.membership import Rate, largest_tpr, leave_out_scores, logit_confidence, rate, roc, tpr_at_fpr
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.models.loading import logits
 from lora_dp.fed.rounds.federation import Federation
@@ -66,8 +58,9 @@ def train(epsilon: float | None, rounds: int, members: np.ndarray, name: str) ->
     One client of the embedded default, with all its settings but the number of clients and rounds. All models start
     alike, as public seeds let an attacker do too; batches and noise are each model's own.
     """
-    config = RunConfig.from_flat({
-        "clients": 1, "rounds": rounds, "epsilon": epsilon, "delta": DELTA, "evaluate_every": rounds, "device": "cpu"})
+    config = RunConfig.from_flat(
+        {"clients": 1, "rounds": rounds, "epsilon": epsilon, "delta": DELTA, "evaluate_every": rounds, "device": "cpu"}
+    )
     job = open_job(config)
     workspace, pool = job.trainer.workspace, job.train.subset(range(members.shape[1]))
     match_threads(workspace.model)
@@ -85,8 +78,11 @@ def train(epsilon: float | None, rounds: int, members: np.ndarray, name: str) ->
             scores = torch.cat([logits(workspace.model, batch) for batch in pool.batches(512)])
         confidences.append(logit_confidence(scores.numpy(), pool.labels.numpy()).round(3))
         accuracies.append(result.accuracy)
-        print(f"{name}: model {number + 1} of {len(members)}, accuracy {result.accuracy:.3f}, "
-              f"{time.monotonic() - begin:.0f} s", flush=True)
+        print(
+            f"{name}: model {number + 1} of {len(members)}, accuracy {result.accuracy:.3f}, "
+            f"{time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
     return np.stack(confidences), accuracies
 
 
@@ -130,10 +126,19 @@ def main(models: int = 32, rounds: int = 40, output: Path = Path("benchmarks/res
         found[name] = attack(known[name], members)
         found[name]["accuracy"] = float(known[f"accuracy, {name}"].mean())
         found[name]["accuracy on members"] = float((known[name] > 0)[members].mean())
-    about = {"models": models, "rounds": rounds, "examples": examples, "members of a model": examples // 2,
-             "delta": DELTA}
-    plain = {name: {key: asdict(value) if isinstance(value, Rate) else value for key, value in row.items()
-                    if key != "scores"} for name, row in found.items()}
+    about = {
+        "models": models,
+        "rounds": rounds,
+        "examples": examples,
+        "members of a model": examples // 2,
+        "delta": DELTA,
+    }
+    plain = {
+        name: {
+            key: asdict(value) if isinstance(value, Rate) else value for key, value in row.items() if key != "scores"
+        }
+        for name, row in found.items()
+    }
     (output / "results.json").write_text(json.dumps({**about, "settings": plain}, indent=1, ensure_ascii=False) + "\n")
     (output / "table.md").write_text(table(found) + "\n")
     print(table(found))
@@ -143,13 +148,19 @@ def main(models: int = 32, rounds: int = 40, output: Path = Path("benchmarks/res
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a setting, in percent, with ceilings."""
-    lines = ["| | accuracy | right of 100 guesses | of the surest hundredth | " + " | ".join(
-        f"found at {fpr:.1%} false alarms" for fpr in RATES) + " |", "| --- |" + " ---: |" * (3 + len(RATES))]
+    lines = [
+        "| | accuracy | right of 100 guesses | of the surest hundredth | "
+        + " | ".join(f"found at {fpr:.1%} false alarms" for fpr in RATES)
+        + " |",
+        "| --- |" + " ---: |" * (3 + len(RATES)),
+    ]
     for name, row in found.items():
         shares = [row["guesses right"], row["surest right"], *(row[f"TPR at FPR {fpr:g}"] for fpr in RATES)]
         most = [most_right(SETTINGS[name])] * 2 + [float(largest_tpr(fpr, *ceiling(SETTINGS[name]))) for fpr in RATES]
-        cells = [f"{100 * r.share:.2f} ({100 * r.low:.2f}–{100 * r.high:.2f})" + (f" ≤ {100 * m:.3g}" if m < 1 else "")
-                 for r, m in zip(shares, most, strict=True)]
+        cells = [
+            f"{100 * r.share:.2f} ({100 * r.low:.2f}–{100 * r.high:.2f})" + (f" ≤ {100 * m:.3g}" if m < 1 else "")
+            for r, m in zip(shares, most, strict=True)
+        ]
         lines.append(f"| {name} | {row['accuracy']:.1%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

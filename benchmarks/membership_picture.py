@@ -22,9 +22,15 @@ def _dots(axes: Any, share: float, colour: str) -> None:
     """A hundred guesses, the right ones filled, row by row from below."""
     right = round(100 * share)
     for number in range(100):
-        axes.add_patch(Rectangle(
-            (number % 10 + 0.09, number // 10 + 0.09), 0.82, 0.82, color=colour if number < right else PALE,
-            linewidth=0))
+        axes.add_patch(
+            Rectangle(
+                (number % 10 + 0.09, number // 10 + 0.09),
+                0.82,
+                0.82,
+                color=colour if number < right else PALE,
+                linewidth=0,
+            )
+        )
     axes.axhline(5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set(xlim=(0, 10), ylim=(0, 10), aspect="equal")
     axes.axis("off")
@@ -35,7 +41,9 @@ def _percent(value: float, position: object = None) -> str:
 
 
 def draw(
-    found: Mapping[str, Mapping[str, Any]], members: np.ndarray, ceilings: Mapping[str, tuple[float, float, float]],
+    found: Mapping[str, Mapping[str, Any]],
+    members: np.ndarray,
+    ceilings: Mapping[str, tuple[float, float, float]],
     path: Path,
 ) -> None:
     """Draws what :func:`benchmarks.membership.attack` found.
@@ -51,17 +59,27 @@ def draw(
         above, below = figure.subfigures(2, 1, height_ratios=(1, 1.25))
         above.suptitle(
             "“Was this picture in the training data?”  Of 100 of the attacker's surest answers, so many are right",
-            fontsize=12, weight="bold", x=0.01, ha="left")
+            fontsize=12,
+            weight="bold",
+            x=0.01,
+            ha="left",
+        )
         for axes, (name, row), colour in zip(above.subplots(1, len(found)), found.items(), COLOURS, strict=True):
             right, most = row["surest right"], 100 * ceilings[name][2]
             _dots(axes, right.share, colour)
             words = f"at most {most:.3g}" if most < 99.9 else "hardly anything"
             limit = "nothing is promised" if most == 100 else f"promised, against any attack: {words}"
-            axes.set_title(
-                f"{name}: {100 * right.share:.0f} of 100", color=colour, fontsize=13, loc="center", pad=8)
+            axes.set_title(f"{name}: {100 * right.share:.0f} of 100", color=colour, fontsize=13, loc="center", pad=8)
             axes.text(
-                5, -0.35, f"95 % interval {100 * right.low:.0f} to {100 * right.high:.0f}\n{limit}\n"
-                f"accuracy of the model {row['accuracy']:.1%}", ha="center", va="top", color=INK, fontsize=9.5)
+                5,
+                -0.35,
+                f"95 % interval {100 * right.low:.0f} to {100 * right.high:.0f}\n{limit}\n"
+                f"accuracy of the model {row['accuracy']:.1%}",
+                ha="center",
+                va="top",
+                color=INK,
+                fontsize=9.5,
+            )
             axes.text(10.1, 5, "coin\ntoss", ha="left", va="center", color=QUIET, fontsize=8)
         axes = below.subplots()
         _curves(axes, found, members, ceilings)
@@ -69,7 +87,9 @@ def draw(
 
 
 def _curves(
-    axes: Any, found: Mapping[str, Mapping[str, Any]], members: np.ndarray,
+    axes: Any,
+    found: Mapping[str, Mapping[str, Any]],
+    members: np.ndarray,
     ceilings: Mapping[str, tuple[float, float, float]],
 ) -> None:
     least = 10 / float((~members).sum())
@@ -82,15 +102,25 @@ def _curves(
         axes.plot(false[kept], true[kept], color=colour, linewidth=2, label=f"{name}, measured")
         epsilon, delta, _ = ceilings[name]
         if math.isfinite(epsilon):
-            axes.plot(rates, largest_tpr(rates, epsilon, delta), color=colour, linewidth=1.3, linestyle=(0, (2, 2)),
-                      label=f"{name}, ceiling for any attack")
+            axes.plot(
+                rates,
+                largest_tpr(rates, epsilon, delta),
+                color=colour,
+                linewidth=1.3,
+                linestyle=(0, (2, 2)),
+                label=f"{name}, ceiling for any attack",
+            )
         for fpr in (0.001, 0.01, 0.1):
             at = row[f"TPR at FPR {fpr:g}"]
             axes.plot([fpr, fpr], [at.low, at.high], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
     axes.set(
-        xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.15),
+        xscale="log",
+        yscale="log",
+        xlim=(least, 1),
+        ylim=(least, 1.15),
         xlabel="false alarms: share of the pictures that were not in the training data, but are said to have been",
-        ylabel="found: share of those that were")
+        ylabel="found: share of those that were",
+    )
     axes.set_title("The same attack, from its surest answers (left) to all of them (right)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(_percent))

@@ -69,38 +69,70 @@ def build(shape: Shape) -> nn.Module:
 def _roberta(shape: Shape) -> nn.Module:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    return RobertaForSequenceClassification(RobertaConfig(
-        vocab_size=WORDS, hidden_size=shape.width, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.width // 64, intermediate_size=4 * shape.width,
-        max_position_embeddings=shape.tokens + 2, type_vocab_size=1, pad_token_id=1, num_labels=CLASSES,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=WORDS,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.width // 64,
+            intermediate_size=4 * shape.width,
+            max_position_embeddings=shape.tokens + 2,
+            type_vocab_size=1,
+            pad_token_id=1,
+            num_labels=CLASSES,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
 
 
 def _llama(shape: Shape) -> nn.Module:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     heads = shape.width // 64
-    return LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=WORDS, hidden_size=shape.width, num_hidden_layers=shape.layers, num_attention_heads=heads,
-        num_key_value_heads=heads // 4, intermediate_size=4 * shape.width, max_position_embeddings=shape.tokens,
-        pad_token_id=1, num_labels=CLASSES, use_cache=False))
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 4,
+            intermediate_size=4 * shape.width,
+            max_position_embeddings=shape.tokens,
+            pad_token_id=1,
+            num_labels=CLASSES,
+            use_cache=False,
+        )
+    )
 
 
 def _swin(shape: Shape) -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(
-        img_size=_side(shape), patch_size=4, num_classes=CLASSES, embed_dim=shape.width,
-        depths=(2, 2, shape.layers - 6, 2), num_heads=tuple(shape.width // 32 * k for k in (1, 2, 4, 8)),
-        window_size=7, drop_path_rate=0.0)
+        img_size=_side(shape),
+        patch_size=4,
+        num_classes=CLASSES,
+        embed_dim=shape.width,
+        depths=(2, 2, shape.layers - 6, 2),
+        num_heads=tuple(shape.width // 32 * k for k in (1, 2, 4, 8)),
+        window_size=7,
+        drop_path_rate=0.0,
+    )
 
 
 def _vit(shape: Shape) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
-        img_size=_side(shape), patch_size=2, in_chans=1, num_classes=CLASSES, embed_dim=shape.width, depth=shape.layers,
-        num_heads=shape.width // 16)
+        img_size=_side(shape),
+        patch_size=2,
+        in_chans=1,
+        num_classes=CLASSES,
+        embed_dim=shape.width,
+        depth=shape.layers,
+        num_heads=shape.width // 16,
+    )
 
 
 def _side(shape: Shape) -> int:
@@ -110,8 +142,12 @@ def _side(shape: Shape) -> int:
 
 def targets(shape: Shape) -> list[str]:
     """Name endings of the layers that get an adapter."""
-    return {"roberta": ["query", "value"], "vit": ["qkv", "proj", "fc1", "fc2"], "swin": ["attn.qkv", "attn.proj"],
-            "llama": ["q_proj", "v_proj"]}[shape.family]
+    return {
+        "roberta": ["query", "value"],
+        "vit": ["qkv", "proj", "fc1", "fc2"],
+        "swin": ["attn.qkv", "attn.proj"],
+        "llama": ["q_proj", "v_proj"],
+    }[shape.family]
 
 
 def batch(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,7 @@ class Adapters:
     examples: int
 
 
-ADAPTERS = [
-    Adapters("48 adapters of 768 × 16", 48, (768, 16), 32),
-    Adapters("16 adapters of 64 × 4", 16, (64, 4), 32),
-]
+ADAPTERS = [Adapters("48 adapters of 768 × 16", 48, (768, 16), 32), Adapters("16 adapters of 64 × 4", 16, (64, 4), 32)]
 
 
 def keystreams() -> dict[str, Call]:
@@ -68,6 +65,7 @@ def updates(adapters: Adapters, device: str = "cpu", dtype: torch.dtype = torch.
 
     Without a filter, since torch's optimizers have none; the last two ways of ours add one, and the sum over examples.
     """
+
     def draw(*more: int) -> list[Tensor]:
         return [torch.randn((*more, *adapters.shape), device=device) for _ in range(adapters.count)]
 
@@ -95,9 +93,21 @@ def updates(adapters: Adapters, device: str = "cpu", dtype: torch.dtype = torch.
             draw_ = source.next_draw()
             rows = [adam_row(1e-4, weight_decay=0.01, step=next(count))] * adapters.count
             private_update_(
-                parameters, sums, first, second, [], rows, optimizer="adamw", key=draw_.key, draw=draw_.number,
-                scale=1.0 / step if noisy else 0.0, step=step, expected_batch_size=EXPECTED,
-                filtered=[strength > 0] * adapters.count, filter_strength=strength)
+                parameters,
+                sums,
+                first,
+                second,
+                [],
+                rows,
+                optimizer="adamw",
+                key=draw_.key,
+                draw=draw_.number,
+                scale=1.0 / step if noisy else 0.0,
+                step=step,
+                expected_batch_size=EXPECTED,
+                filtered=[strength > 0] * adapters.count,
+                filter_strength=strength,
+            )
 
         return update
 
@@ -109,10 +119,10 @@ def updates(adapters: Adapters, device: str = "cpu", dtype: torch.dtype = torch.
         "torch.randn, AdamW fused": torchs(generator_noise, fused=True),
         "torch.randn in float64, AdamW foreach": torchs(
             lambda total: total + torch.randn(total.shape, dtype=torch.float64, device=device).to(total.dtype),
-            foreach=True),
+            foreach=True,
+        ),
         "lora-dp": ours(),
         "lora-dp without noise": ours(noisy=False),
         "lora-dp with a low-pass filter": ours(strength=STRENGTH),
         f"lora-dp with filter and the sum over {adapters.examples} examples": ours(strength=STRENGTH, summed=False),
     }
-

@@ -15,8 +15,18 @@ from benchmarks import goals
 from benchmarks.variants import YARDSTICK
 
 STEP_COLUMNS = ["variant", "median, ms", "ratio in time", "peak, MB", "ratio in peak memory"]
-KERNEL_COLUMNS = ["size", "dtype", "way", "µs", "must move, MB", "GB/s", "of a copy", "torch's, µs", "time / torch's",
-                  "launched one by one, µs"]
+KERNEL_COLUMNS = [
+    "size",
+    "dtype",
+    "way",
+    "µs",
+    "must move, MB",
+    "GB/s",
+    "of a copy",
+    "torch's, µs",
+    "time / torch's",
+    "launched one by one, µs",
+]
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -72,11 +82,20 @@ def kernel_tables(benchmarks: Sequence[dict[str, Any]]) -> str:
             if extra["kernel"] != kernel or extra["way"] == "torch":
                 continue
             rival = torchs.get(_key(benchmark))
-            rows.append([
-                extra["size"], extra["dtype"], extra["way"] if extra["graphed"] else f"{extra['way']} (no graph)",
-                f"{median * 1e6:.1f}", f"{extra['bytes_moved'] / 1e6:.1f}", f"{extra['bandwidth'] / 1e9:.0f}",
-                f"{extra['ratio']:.3f}", f"{rival * 1e6:.1f}" if rival else "–",
-                f"{median / rival:.2f}" if rival else "–", f"{extra['eager_s'] * 1e6:.1f}"])
+            rows.append(
+                [
+                    extra["size"],
+                    extra["dtype"],
+                    extra["way"] if extra["graphed"] else f"{extra['way']} (no graph)",
+                    f"{median * 1e6:.1f}",
+                    f"{extra['bytes_moved'] / 1e6:.1f}",
+                    f"{extra['bandwidth'] / 1e9:.0f}",
+                    f"{extra['ratio']:.3f}",
+                    f"{rival * 1e6:.1f}" if rival else "–",
+                    f"{median / rival:.2f}" if rival else "–",
+                    f"{extra['eager_s'] * 1e6:.1f}",
+                ]
+            )
         if rows:
             lines += [f"**{kernel}**", "", *_table(KERNEL_COLUMNS, rows, words=3)]
     return "\n".join(lines)

@@ -31,12 +31,25 @@ from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.runs.folder import ENDED, SERVER_ONLY
 
 METHODS = (
-    "la-lora", "dp-lora", "ffa-lora", "rolora", "deer", "flora", "flexlora", "lora-fair", "rac-lora", "galore",
-    "flat-lora:la-lora")
+    "la-lora",
+    "dp-lora",
+    "ffa-lora",
+    "rolora",
+    "deer",
+    "flora",
+    "flexlora",
+    "lora-fair",
+    "rac-lora",
+    "galore",
+    "flat-lora:la-lora",
+)
 # A small bound on whole clients, whose noise would else drive so few of them to infinity.
 WHOLE = {"unit": "client", "delta": 0.01, "max_update_norm": 0.01}
 UNITS: tuple[dict[str, Any], ...] = (
-    {"unit": "example", "delta": 1e-5}, {"noise_by": "client", **WHOLE}, {"noise_by": "server", **WHOLE})
+    {"unit": "example", "delta": 1e-5},
+    {"noise_by": "client", **WHOLE},
+    {"noise_by": "server", **WHOLE},
+)
 MOST_KILLS = 12
 # A process that hangs by itself, or grows by more than this while it works (MiB), is a violation.
 SECONDS, GROWTH = 300.0, 32.0
@@ -47,12 +60,22 @@ def draw_options(rng: random.Random) -> dict[str, Any]:
     """A run's settings: method, unit, sizes and secrecy at random; one run in twenty is long, for its memory."""
     clients = rng.randint(3, 5)
     options = {
-        "method": rng.choice(METHODS), "clients": clients, "rounds": rng.randint(3, 6),
-        "local_steps": rng.randint(1, 2), "batch_size": 16, "epsilon": rng.choice([1.0, 3.0, 8.0]),
-        "accountant": rng.choice(["rdp"] * 7 + ["pld"]), "clients_per_round": rng.choice([None, clients - 1]),
+        "method": rng.choice(METHODS),
+        "clients": clients,
+        "rounds": rng.randint(3, 6),
+        "local_steps": rng.randint(1, 2),
+        "batch_size": 16,
+        "epsilon": rng.choice([1.0, 3.0, 8.0]),
+        "accountant": rng.choice(["rdp"] * 7 + ["pld"]),
+        "clients_per_round": rng.choice([None, clients - 1]),
         "checkpoint_every": rng.choice([1, 1, 2, 3]),
-        "evaluate_every": rng.randint(1, 2), "reproducible": rng.random() < 0.5, "seed": rng.randrange(10),
-        "client_timeout": 30.0, "validation_fraction": 0.05, "device": "cpu", **rng.choice(UNITS * 2 + UNITS[:1]),
+        "evaluate_every": rng.randint(1, 2),
+        "reproducible": rng.random() < 0.5,
+        "seed": rng.randrange(10),
+        "client_timeout": 30.0,
+        "validation_fraction": 0.05,
+        "device": "cpu",
+        **rng.choice(UNITS * 2 + UNITS[:1]),
     }
     if rng.random() < 0.05:
         options |= {"rounds": LONG, "local_steps": 1, "accountant": "rdp"}
@@ -67,10 +90,19 @@ def make_job(options: dict[str, Any], seed: int, place: Path) -> dict[str, Any]:
     place.mkdir(parents=True)
     (place / "temporary").mkdir()
     return {
-        "folder": str(place / "run"), "record": str(place / "record.jsonl"), "options": options, "seed": seed,
-        "rate": plan.client_rate, "turns": plan.turns, "rate_is_secret": plan.server_adds_noise,
-        "planned_releases": plan.planned_releases, "releases_per_round": plan.releases_per_round,
-        "process": 0, "outage": None, "dies_at": None, "draws": False,
+        "folder": str(place / "run"),
+        "record": str(place / "record.jsonl"),
+        "options": options,
+        "seed": seed,
+        "rate": plan.client_rate,
+        "turns": plan.turns,
+        "rate_is_secret": plan.server_adds_noise,
+        "planned_releases": plan.planned_releases,
+        "releases_per_round": plan.releases_per_round,
+        "process": 0,
+        "outage": None,
+        "dies_at": None,
+        "draws": False,
     }
 
 
@@ -118,24 +150,31 @@ class Soak:
             calm = job["process"] >= MOST_KILLS or time.monotonic() > end or rng.random() < 0.1
             death = None if calm else rng.choice(["moment", "write"])
             job |= {
-                "process": job["process"] + 1, "draws": rng.random() < 0.1,
+                "process": job["process"] + 1,
+                "draws": rng.random() < 0.1,
                 "dies_at": rng.randint(1, 60) if death == "write" else None,
                 "outage": rng.randint(1, options["rounds"])
-                if not calm and not job["rate_is_secret"] and rng.random() < 0.05 else None,
+                if not calm and not job["rate_is_secret"] and rng.random() < 0.05
+                else None,
             }
             moment = rng.uniform(0, self.seconds_per_round * options["rounds"])
             status = self.process(job, moment if death == "moment" else None)
             found += log_violations(folder, lines(Path(job["record"])), options["reproducible"])
-            found += [f"a process ended with status {status}"] if status not in (
-                soak_child.DONE, soak_child.TOO_FEW, -signal.SIGKILL) else []
+            found += (
+                [f"a process ended with status {status}"]
+                if status not in (soak_child.DONE, soak_child.TOO_FEW, -signal.SIGKILL)
+                else []
+            )
             found += ["a process was killed by nobody"] if calm and self.counts["kills"] > kills else []
         if not found:
             record = lines(Path(job["record"]))
             found += [*ledger_violations(folder, record, job), *loss_violations(folder, job)]
             if expected is not None:
                 found += [
-                    f"{name} differ from the uninterrupted run's" for name, value in outcome(folder).items()
-                    if value != expected[name]]
+                    f"{name} differ from the uninterrupted run's"
+                    for name, value in outcome(folder).items()
+                    if value != expected[name]
+                ]
                 self.counts["compared bit by bit"] += 1
             self._count(folder, record)
         self.methods[options["method"]] += 1
@@ -220,9 +259,13 @@ class Soak:
         """Counts so far; memory in MiB."""
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return {
-            "violations": len(self.violations), "seconds": round(seconds), **self.counts,
-            "peak MiB of a process": round(self.peak), "largest growth MiB": round(self.growth, 1),
-            "peak MiB of the script": round(own), "methods": dict(sorted(self.methods.items())),
+            "violations": len(self.violations),
+            "seconds": round(seconds),
+            **self.counts,
+            "peak MiB of a process": round(self.peak),
+            "largest growth MiB": round(self.growth, 1),
+            "peak MiB of the script": round(own),
+            "methods": dict(sorted(self.methods.items())),
         }
 
 

@@ -32,8 +32,12 @@ def _least_epsilon(releases: tuple[tuple[float, float, int], ...], delta: float)
     for sigma, rate, count in releases:
         # Rounded down: a ledger that is right is never below it.
         one = from_gaussian_mechanism(
-            sigma, pessimistic_estimate=False, value_discretization_interval=1e-3, sampling_prob=rate,
-            use_connect_dots=False)
+            sigma,
+            pessimistic_estimate=False,
+            value_discretization_interval=1e-3,
+            sampling_prob=rate,
+            use_connect_dots=False,
+        )
         part = one.self_compose(count)
         total = part if total is None else total.compose(part)
     return 0.0 if total is None else float(total.get_epsilon_for_delta(delta))
@@ -66,8 +70,10 @@ def rounds_of_one_draw(entries: list[Entry], reproducible: bool) -> list[Entry]:
 def log_violations(folder: Path, record: list[Entry], reproducible: bool) -> Iterator[str]:
     """At any moment: what has left was in the log before, as often."""
     logged = Counter(
-        (entry["round"], client) for entry in lines(folder / "ledger.jsonl")[1:]
-        for client in entry["clients"] or ["all"])
+        (entry["round"], client)
+        for entry in lines(folder / "ledger.jsonl")[1:]
+        for client in entry["clients"] or ["all"]
+    )
     begun = {(entry["process"], entry["round"], entry["client"]) for entry in record}
     for place, times in Counter((number, client) for _, number, client in begun).items():
         if logged[place] < (1 if reproducible else times):
@@ -102,7 +108,8 @@ def ledger_violations(folder: Path, record: list[Entry], job: Entry) -> Iterator
             kinds[entry["sigma"], entry["rate"]] += entry["steps"]
         # To 12 digits, so that roundings make no kinds of their own.
         least = _least_epsilon(
-            tuple((float(f"{sigma:.12g}"), rate, count) for (sigma, rate), count in kinds.items()), options["delta"])
+            tuple((float(f"{sigma:.12g}"), rate, count) for (sigma, rate), count in kinds.items()), options["delta"]
+        )
         if not least * (1 - 1e-6) <= ledgers[client]["epsilon"] <= account["worst_epsilon"]:
             yield f"client {client}: ε of at least {least} left, the ledger has {ledgers[client]['epsilon']}"
     if not account["worst_epsilon"] <= options["epsilon"] * (1 + 1e-9):
@@ -131,7 +138,8 @@ def loss_violations(folder: Path, job: Entry) -> Iterator[str]:
         for entry in lines(folder / SERVER_ONLY):
             yield from _fault_violations({**entry, "participants": []}, job)
     elif [(e["round"], e["turn"]) for e in lines(folder / "updates.jsonl")] != [
-            (number, turn) for number in range(1, rounds + 1) for turn in range(turns)]:
+        (number, turn) for number in range(1, rounds + 1) for turn in range(turns)
+    ]:
         yield "updates.jsonl lacks a line"
     yield from _file_violations(folder, rounds, summary["status"] == "budget spent")
 
@@ -166,13 +174,23 @@ def outcome(folder: Path) -> dict[str, Any]:
     """All that a run leaves but how long it took, tensors as bytes."""
     tensors, numbers = checkpoint.read(folder, checkpoint.rounds(folder)[-1])
     skipped = (
-        ".lock", "config.yaml", "ledger.jsonl", "ledger.jsonl.heads", "metrics.jsonl", "summary.json", "curves.png",
-        SERVER_ONLY)
+        ".lock",
+        "config.yaml",
+        "ledger.jsonl",
+        "ledger.jsonl.heads",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        SERVER_ONLY,
+    )
     files = {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in skipped and path.parent.name != checkpoint.FOLDER}
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped and path.parent.name != checkpoint.FOLDER
+    }
     return {
-        "files": files, "numbers": numbers,
+        "files": files,
+        "numbers": numbers,
         # A round that is run again writes down its failures again.
         "failures": {json.dumps(entry) for entry in lines(folder / SERVER_ONLY)},
         "state": {name: (tensor.dtype, tensor.numpy().tobytes()) for name, tensor in tensors.items()},

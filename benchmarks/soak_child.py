@@ -103,10 +103,14 @@ def _plant_clients(job: dict[str, Any], record: Record) -> None:
         by_example, by_client = trainer.plan.examples_are_protected, trainer.plan.client_adds_noise
         if by_example or by_client:
             record.add(
-                update.tensors, round=task.round + 1, turn=task.turn, client=who,
+                update.tensors,
+                round=task.round + 1,
+                turn=task.turn,
+                client=who,
                 steps=optimizer.steps_taken - task.round * trainer.training.local_steps if by_example else 1,
                 sigma=optimizer.mechanism.noise_multiplier if by_example else noise[-1],
-                rate=batches.sample_rate if by_example else 1.0)
+                rate=batches.sample_rate if by_example else 1.0,
+            )
         if kind == "raises":
             raise OSError("planted")
         return update if kind is None else _spoiled(update, kind)

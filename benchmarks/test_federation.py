@@ -62,15 +62,34 @@ class Bare(Trainer):
 def _trainer(clients: int) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Flatten(), DPLoRALinear(WIDTH, WIDTH, r=RANK), nn.ReLU(), DPLoRALinear(WIDTH, WIDTH, r=RANK), nn.ReLU(),
-        DPLinear.from_linear(nn.Linear(WIDTH, 10)))
+        nn.Flatten(),
+        DPLoRALinear(WIDTH, WIDTH, r=RANK),
+        nn.ReLU(),
+        DPLoRALinear(WIDTH, WIDTH, r=RANK),
+        nn.ReLU(),
+        DPLinear.from_linear(nn.Linear(WIDTH, 10)),
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("5.") or factor(name) is not None)
     training = LocalTraining("sgd", 0.1, 1.0, None, 0.0, EXAMPLES // 2, local_steps=2)
     method = get_method("la-lora")
     plan = PrivacyPlan(
-        8.0, 1e-5, "rdp", "example", "server", 1.0, 1.0, "flat", EXAMPLES // 2, 2, method.turns, 10**4, 10**4, 1.0,
-        clients)
+        8.0,
+        1e-5,
+        "rdp",
+        "example",
+        "server",
+        1.0,
+        1.0,
+        "flat",
+        EXAMPLES // 2,
+        2,
+        method.turns,
+        10**4,
+        10**4,
+        1.0,
+        clients,
+    )
     return Trainer(Workspace(model), method, training, plan, seed=0)
 
 
@@ -122,9 +141,12 @@ def test_loop(clients: int, rounds: int, tmp_path: Path, benchmark: Any) -> None
     peak = peak_bytes(lambda: federation.run_round(evaluate=False), "cpu")
     median = benchmark.stats.stats.median
     benchmark.extra_info.update(
-        federation="loop", clients=clients, idle_bytes=idle, peak_bytes=peak, threads=torch.get_num_threads())
-    print(f"\n{clients} clients: {median * 1e3:.2f} ms a round, {median / clients * 1e6:.0f} µs a client; idle "
-          f"{idle / 1e3:.1f} kB, {idle / clients:.0f} B a client; tensors at most {peak / 1e3:.1f} kB in a round")
+        federation="loop", clients=clients, idle_bytes=idle, peak_bytes=peak, threads=torch.get_num_threads()
+    )
+    print(
+        f"\n{clients} clients: {median * 1e3:.2f} ms a round, {median / clients * 1e6:.0f} µs a client; idle "
+        f"{idle / 1e3:.1f} kB, {idle / clients:.0f} B a client; tensors at most {peak / 1e3:.1f} kB in a round"
+    )
 
 
 @pytest.mark.parametrize("clients", CLIENTS)
@@ -132,13 +154,17 @@ def test_training(clients: int, rounds: int, tmp_path: Path, benchmark: Any) -> 
     federation = _federation(clients, tmp_path, trained=True)
     benchmark.group = "round with training"
     benchmark.pedantic(
-        federation.run_round, kwargs={"evaluate": False}, rounds=max(1, min(rounds, 2_000 // clients)),
-        warmup_rounds=int(clients <= 100))
+        federation.run_round,
+        kwargs={"evaluate": False},
+        rounds=max(1, min(rounds, 2_000 // clients)),
+        warmup_rounds=int(clients <= 100),
+    )
     # Not of the largest: the profiler keeps each allocation.
     peak = peak_bytes(lambda: federation.run_round(evaluate=False), "cpu") if clients <= 1_000 else None
     median = benchmark.stats.stats.median
     benchmark.extra_info.update(
-        federation="training", clients=clients, peak_bytes=peak, threads=torch.get_num_threads())
+        federation="training", clients=clients, peak_bytes=peak, threads=torch.get_num_threads()
+    )
     tensors = "" if peak is None else f"; tensors at most {peak / 1e3:.1f} kB"
     print(f"\n{clients} clients: {median:.3f} s a round, {median / clients * 1e3:.2f} ms a client{tensors}")
 
@@ -149,7 +175,8 @@ def test_overhead(rounds: int, tmp_path: Path, benchmark: Any) -> None:
     job = open_job(config)
     bare = Bare(**vars(job.trainer))
     federation = Federation(
-        bare, LocalEngine(bare, [job.examples(client) for client in range(100)]), job.sizes, job.validation)
+        bare, LocalEngine(bare, [job.examples(client) for client in range(100)]), job.sizes, job.validation
+    )
     federation.log = AheadLog(tmp_path / LOG)
     inside: list[float] = []
 
@@ -161,10 +188,11 @@ def test_overhead(rounds: int, tmp_path: Path, benchmark: Any) -> None:
     benchmark.group = "overhead at 100 clients"
     benchmark.pedantic(noted, rounds=min(rounds, 3), warmup_rounds=1)
     whole = benchmark.stats.stats.data
-    overheads = [a / b - 1 for a, b in zip(whole, inside[-len(whole):], strict=True)]
+    overheads = [a / b - 1 for a, b in zip(whole, inside[-len(whole) :], strict=True)]
     overhead = statistics.median(overheads)
-    benchmark.extra_info.update(
-        federation="overhead", clients=100, overhead=overhead, threads=torch.get_num_threads())
-    print(f"\n100 clients, default run: {statistics.median(whole):.2f} s a round, of which the loop takes "
-          f"{overhead:.2%} of the training ({min(overheads):.2%} to {max(overheads):.2%})")
+    benchmark.extra_info.update(federation="overhead", clients=100, overhead=overhead, threads=torch.get_num_threads())
+    print(
+        f"\n100 clients, default run: {statistics.median(whole):.2f} s a round, of which the loop takes "
+        f"{overhead:.2%} of the training ({min(overheads):.2%} to {max(overheads):.2%})"
+    )
     assert overhead <= 0.02

@@ -19,15 +19,7 @@ from benchmarks.kernel_cases import (  # noqa: E402
     single_kernels,
     whole_update_case,
 )
-from benchmarks.timing import (  # noqa: E402
-    DeviceTimer,
-    calls_on,
-    copy_bandwidth,
-    device_clock,
-    eager_seconds,
-    input_sets,
-    spend,
-)
+from benchmarks.timing import DeviceTimer, calls_on, copy_bandwidth, device_clock, eager_seconds, input_sets, spend  # noqa: E402
 from lora_dp.ops.native import native  # noqa: E402
 
 NATIVE = [native_case(ADAPTERS, dtype) for dtype in DTYPES] if native.cuda else []
@@ -43,7 +35,8 @@ def copied() -> float:
 
 @pytest.mark.benchmark(timer=device_clock)
 @pytest.mark.parametrize(
-    "case, way", [pytest.param(case, way, id=f"{case}, {way}") for case in CASES for way in case.ways])
+    "case, way", [pytest.param(case, way, id=f"{case}, {way}") for case in CASES for way in case.ways]
+)
 def test_kernel(case: Case, way: str, rounds: int, copied: float, benchmark: Any) -> None:
     torch.manual_seed(0)
     calls = calls_on(case.ways[way], case, input_sets(case, torch.device("cuda")))
@@ -52,6 +45,16 @@ def test_kernel(case: Case, way: str, rounds: int, copied: float, benchmark: Any
     benchmark.pedantic(spend, args=(timer,), rounds=timer.rounds(rounds), warmup_rounds=1)
     bandwidth = case.bytes_moved / benchmark.stats.stats.median
     benchmark.extra_info.update(
-        kernel=case.kernel, size=case.size, dims=case.dims, dtype=str(case.dtype).removeprefix("torch."), way=way,
-        bytes_moved=case.bytes_moved, bandwidth=bandwidth, copy_bandwidth=copied, ratio=bandwidth / copied,
-        graphed=case.graphed, eager_s=eager_seconds(calls), sets=len({id(call.args[0]) for call in calls}))
+        kernel=case.kernel,
+        size=case.size,
+        dims=case.dims,
+        dtype=str(case.dtype).removeprefix("torch."),
+        way=way,
+        bytes_moved=case.bytes_moved,
+        bandwidth=bandwidth,
+        copy_bandwidth=copied,
+        ratio=bandwidth / copied,
+        graphed=case.graphed,
+        eager_s=eager_seconds(calls),
+        sets=len({id(call.args[0]) for call in calls}),
+    )

@@ -12,6 +12,7 @@ from benchmarks.native_cases import ADAPTERS, BYTES, Adapters, Call, keystreams,
 
 def _in_turn(benchmark: Any, call: Call, yardstick: Call, rounds: int, device: str = "cpu") -> float:
     """Times ``call``; the median ratio of each of its times to the yardstick's just before it."""
+
     def ended(one: Call) -> Call:
         def run() -> None:
             one()
@@ -29,13 +30,14 @@ def _in_turn(benchmark: Any, call: Call, yardstick: Call, rounds: int, device: s
 
     benchmark.pedantic(ended(call), setup=before, rounds=5 * rounds, warmup_rounds=3)
     times = benchmark.stats.stats.data
-    return statistics.median(mine / its for mine, its in zip(times, others[-len(times):], strict=True))
+    return statistics.median(mine / its for mine, its in zip(times, others[-len(times) :], strict=True))
 
 
 def _note(benchmark: Any, op: str, way: str, ratio: float, yardstick: str, **more: Any) -> None:
     benchmark.group = op
     benchmark.extra_info.update(
-        native=op, way=way, ratio=ratio, yardstick=yardstick, threads=torch.get_num_threads(), **more)
+        native=op, way=way, ratio=ratio, yardstick=yardstick, threads=torch.get_num_threads(), **more
+    )
     print(f"\n{op}: {way}: {ratio:.3f} × {yardstick}")
 
 

@@ -52,8 +52,12 @@ def test_step(variant: str, shape: str, device: str, rounds: int, benchmark: Any
     on_device = dataclasses.replace(SHAPES[shape], device=device)
     benchmark.group = shape
     benchmark.extra_info.update(
-        variant=variant, shape=str(on_device), device=device, dtype=str(on_device.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads())
+        variant=variant,
+        shape=str(on_device),
+        device=device,
+        dtype=str(on_device.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
     plain = _yardstick(on_device)
     try:
         step = _make(variant, on_device)
@@ -76,7 +80,7 @@ def test_step(variant: str, shape: str, device: str, rounds: int, benchmark: Any
         benchmark.pedantic(step, setup=plain_in_turn, rounds=rounds, warmup_rounds=1)
         peak, plain_peak = peak_bytes(step, device), peak_bytes(plain, device)
     times = benchmark.stats.stats.data
-    ratio = statistics.median(mine / its for mine, its in zip(times, yardstick[-len(times):], strict=True))
+    ratio = statistics.median(mine / its for mine, its in zip(times, yardstick[-len(times) :], strict=True))
     benchmark.extra_info.update(ratio=ratio, plain_median_s=statistics.median(yardstick))
     # A graph holds its memory between the steps, where this does not see it.
     if not variant.endswith("graphed"):

@@ -38,8 +38,12 @@ def measure(name: str) -> tuple[float, float, float]:
     inputs, labels = batch(shape)
     data = torch.utils.data.TensorDataset(torch.zeros(len(labels)))
     _, optimizer, _ = PrivacyEngine("rdp").make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3),
-        data_loader=torch.utils.data.DataLoader(data, batch_size=len(labels)), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=len(labels)),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
 
     def step() -> None:
         optimizer.expect_batch(len(labels))
@@ -51,8 +55,10 @@ def measure(name: str) -> tuple[float, float, float]:
         def seen(watch: LossWatch, *_: object) -> None:
             watch.examined = True
 
-        with mock.patch.object(lora_dp.engine.hooks.Passes, "_test", lambda *_: False), \
-                mock.patch.object(LossWatch, "scalar", seen):
+        with (
+            mock.patch.object(lora_dp.engine.hooks.Passes, "_test", lambda *_: False),
+            mock.patch.object(LossWatch, "scalar", seen),
+        ):
             step()
 
     def tried() -> None:

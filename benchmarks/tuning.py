@@ -67,8 +67,11 @@ def merged(table: Mapping[str, Any], device: str, rows: Sequence[Row]) -> dict[s
         if row.choice is None:
             continue
         entry = {"dtype": row.dtype, "shape": row.shape, "choice": row.choice}
-        others = [old for old in kernels.get(row.kernel, [])
-                  if (old["dtype"], old["shape"]) != (entry["dtype"], entry["shape"])]
+        others = [
+            old
+            for old in kernels.get(row.kernel, [])
+            if (old["dtype"], old["shape"]) != (entry["dtype"], entry["shape"])
+        ]
         kernels[row.kernel] = [*others, entry]
     return {**table, device: kernels}
 
@@ -132,8 +135,10 @@ def _tensors(value: Any) -> list[Tensor]:
 def error(case: Case, inputs: tuple[Any, ...], expected: Sequence[Tensor], way: str, **options: Any) -> float:
     """The largest relative error of any output; ``inputs`` are not written to."""
     found = _tensors(case.ways[way](*[_changed(value, Tensor.clone) for value in inputs], **options))
-    return max((float((mine.double() - its).norm() / its.norm()) for mine, its in zip(found, expected, strict=True)),
-               key=lambda e: e if e == e else float("inf"))
+    return max(
+        (float((mine.double() - its).norm() / its.norm()) for mine, its in zip(found, expected, strict=True)),
+        key=lambda e: e if e == e else float("inf"),
+    )
 
 
 def _wrong(case: Case, inputs: tuple[Any, ...], candidates: Candidates) -> dict[str, str]:
@@ -229,17 +234,19 @@ class _Tuner:
                 continue
             if row is not None:
                 self.rows.append(row)
-                self.problems += [f"{case}, {name}: {why}" for name, why in row.failed.items()
-                                  if why.startswith(WRONG)]
+                self.problems += [f"{case}, {name}: {why}" for name, why in row.failed.items() if why.startswith(WRONG)]
 
     def save(self) -> None:
         """Write tables; kernels launched from now on follow them."""
         table = json.loads(launching.TABLE.read_text()) if launching.TABLE.exists() else {}
         launching.TABLE.write_text(written(merged(table, self.name, self.rows)))
         launching._table.cache_clear()
-        self.output.write_text(json.dumps(
-            {"device": self.name, "torch": torch.__version__, "rows": [asdict(row) for row in self.rows]},
-            indent=1) + "\n")
+        self.output.write_text(
+            json.dumps(
+                {"device": self.name, "torch": torch.__version__, "rows": [asdict(row) for row in self.rows]}, indent=1
+            )
+            + "\n"
+        )
 
 
 def main() -> None:
@@ -257,8 +264,10 @@ def main() -> None:
         tuner.save()
     print("\n".join(tuner.problems))
     changed = sum(row.choice != row.default for row in tuner.rows)
-    print(f"{len(tuner.rows)} shapes tuned, {changed} of them away from the default, {len(tuner.problems)} problems; "
-          f"written to {launching.TABLE}")
+    print(
+        f"{len(tuner.rows)} shapes tuned, {changed} of them away from the default, {len(tuner.problems)} problems; "
+        f"written to {launching.TABLE}"
+    )
     sys.exit(1 if tuner.problems else 0)
 
 

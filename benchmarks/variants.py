@@ -54,8 +54,13 @@ def _nonzero_B(model: nn.Module) -> nn.Module:
 def _private(shape: Shape, phases: Any, seed: int | None = None) -> tuple[nn.Module, PrivateOptimizer]:
     model = _nonzero_B(inject_lora(build(shape), LoRAConfig(r=RANK, target_modules=targets(shape))))
     model, optimizer, _ = PrivacyEngine(reproducible_seed=seed).make_private(
-        model=model, optimizer=_adamw(model), data_loader=_loader(shape), noise_multiplier=NOISE_MULTIPLIER,
-        max_grad_norm=MAX_GRAD_NORM, phases=phases)
+        model=model,
+        optimizer=_adamw(model),
+        data_loader=_loader(shape),
+        noise_multiplier=NOISE_MULTIPLIER,
+        max_grad_norm=MAX_GRAD_NORM,
+        phases=phases,
+    )
     return model, optimizer
 
 
@@ -97,8 +102,11 @@ def _peft_model(shape: Shape, factors: str) -> nn.Module:
 
     plain: Any = build(shape)
     # Adapters in the model's precision, as ours: by default PEFT would keep them in float32 under a bfloat16 model.
-    model = _nonzero_B(get_peft_model(
-        plain, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets(shape)), autocast_adapter_dtype=False))
+    model = _nonzero_B(
+        get_peft_model(
+            plain, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets(shape)), autocast_adapter_dtype=False
+        )
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(f"lora_{factor}" in name for factor in factors))
     return model.train()
@@ -130,9 +138,15 @@ def _opacus(shape: Shape, factors: str, mode: str) -> Step:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = OpacusEngine().make_private(
-            module=plain, optimizer=_adamw(plain), data_loader=_loader(shape), noise_multiplier=NOISE_MULTIPLIER,
-            max_grad_norm=MAX_GRAD_NORM, poisson_sampling=False, grad_sample_mode=mode,
-            **({"criterion": criterion} if mode == "ghost" else {}))
+            module=plain,
+            optimizer=_adamw(plain),
+            data_loader=_loader(shape),
+            noise_multiplier=NOISE_MULTIPLIER,
+            max_grad_norm=MAX_GRAD_NORM,
+            poisson_sampling=False,
+            grad_sample_mode=mode,
+            **({"criterion": criterion} if mode == "ghost" else {}),
+        )
     model, optimizer = made[0], made[1]
     joined = made[2] if mode == "ghost" else criterion
     inputs, labels = batch(shape)

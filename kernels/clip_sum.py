@@ -57,8 +57,23 @@ def _inverse(x):
 
 @triton.jit
 def _coefficients(
-    sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n, parameters,
-    bound, gamma, scale, RULE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    sq_norms,
+    norm_stride_p,
+    norm_stride_n,
+    layers,
+    layer_stride,
+    mask,
+    mask_stride,
+    row,
+    examples,
+    n,
+    parameters,
+    bound,
+    gamma,
+    scale,
+    RULE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     inside = examples < n
     everything = tl.zeros((BLOCK_P, BLOCK_N), tl.float64)
@@ -68,7 +83,9 @@ def _coefficients(
         p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         squares = tl.load(
             sq_norms + p[:, None] * norm_stride_p + examples[None, :] * norm_stride_n,
-            mask=(p < parameters)[:, None] & inside[None, :], other=0.0)
+            mask=(p < parameters)[:, None] & inside[None, :],
+            other=0.0,
+        )
         everything += squares
         if RULE == "per_layer":
             same = tl.load(layers + p * layer_stride, mask=p < parameters, other=0) == layer
@@ -89,9 +106,28 @@ def _coefficients(
 
 @triton.jit(do_not_specialize=["count", "tiles", "n", "parameters", "norm_stride_p", "layer_stride", "mask_stride"])
 def _clip_sum_kernel(
-    table, count, tiles, sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride,
-    coefficients, sums, n, parameters, bound, gamma, scale,
-    RULE: tl.constexpr, ALIGNED: tl.constexpr, PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    table,
+    count,
+    tiles,
+    sq_norms,
+    norm_stride_p,
+    norm_stride_n,
+    layers,
+    layer_stride,
+    mask,
+    mask_stride,
+    coefficients,
+    sums,
+    n,
+    parameters,
+    bound,
+    gamma,
+    scale,
+    RULE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -117,10 +153,28 @@ def _clip_sum_kernel(
             # Excluded examples are read too: time must not tell who was excluded. Before the coefficients, to overlap.
             values = tl.load(
                 gradient + examples[:, None] * stride + elements[None, :],
-                mask=(examples < n)[:, None] & (elements < size)[None, :], other=0.0)
+                mask=(examples < n)[:, None] & (elements < size)[None, :],
+                other=0.0,
+            )
             c = _coefficients(
-                sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n,
-                parameters, bound, gamma, scale, RULE, BLOCK_P, BLOCK_N)
+                sq_norms,
+                norm_stride_p,
+                norm_stride_n,
+                layers,
+                layer_stride,
+                mask,
+                mask_stride,
+                row,
+                examples,
+                n,
+                parameters,
+                bound,
+                gamma,
+                scale,
+                RULE,
+                BLOCK_P,
+                BLOCK_N,
+            )
             total += tl.where((c != 0)[:, None], values, 0.0).to(tl.float64) * c[:, None]
         tl.store(out + elements, tl.sum(total, 0), mask=elements < size)
     else:
@@ -128,14 +182,38 @@ def _clip_sum_kernel(
         for start in range(0, n, BLOCK_N):
             examples = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
             c = _coefficients(
-                sq_norms, norm_stride_p, norm_stride_n, layers, layer_stride, mask, mask_stride, row, examples, n,
-                parameters, bound, gamma, scale, RULE, BLOCK_P, BLOCK_N)
+                sq_norms,
+                norm_stride_p,
+                norm_stride_n,
+                layers,
+                layer_stride,
+                mask,
+                mask_stride,
+                row,
+                examples,
+                n,
+                parameters,
+                bound,
+                gamma,
+                scale,
+                RULE,
+                BLOCK_P,
+                BLOCK_N,
+            )
             tl.store(coefficients + row * n + examples, c, mask=examples < n)
 
 
 def _check(
-    gradients: Sequence[Tensor], rows: Sequence[int], sq_norms: Tensor, layers: Tensor, layer_count: int, rule: str,
-    max_grad_norm: float, gamma: float, mask: Tensor | None, scale: float,
+    gradients: Sequence[Tensor],
+    rows: Sequence[int],
+    sq_norms: Tensor,
+    layers: Tensor,
+    layer_count: int,
+    rule: str,
+    max_grad_norm: float,
+    gamma: float,
+    mask: Tensor | None,
+    scale: float,
 ) -> None:
     op = "clip_sum"
     check(op, "sq_norms", sq_norms, (None, None), dtypes=(torch.float64,))
@@ -156,23 +234,39 @@ def _check(
     if len(rows) != len(gradients) or not all(0 <= row < parameters for row in rows):
         raise ValueError(
             f"{op}: rows must name one of the {parameters} rows of sq_norms for each of the {len(gradients)} "
-            f"gradients, got {list(rows)}.")
+            f"gradients, got {list(rows)}."
+        )
     for i, gradient in enumerate(gradients):
-        check(op, f"gradients[{i}]", gradient, (n, *getattr(gradient, "shape", ())[1:]), like=sq_norms,
-              dtypes=(torch.float32,))
+        check(
+            op,
+            f"gradients[{i}]",
+            gradient,
+            (n, *getattr(gradient, "shape", ())[1:]),
+            like=sq_norms,
+            dtypes=(torch.float32,),
+        )
         if not gradient.is_contiguous() and not gradient[0].is_contiguous():
             raise ValueError(f"{op}: gradients[{i}] must be contiguous after its first dimension.")
 
 
 def clip_sum(
-    gradients: Sequence[Tensor], rows: Sequence[int], sq_norms: Tensor, layers: Tensor, layer_count: int,
-    rule: Literal["flat", "per_layer", "automatic"], max_grad_norm: float, gamma: float, mask: Tensor | None,
-    scale: float, *, config: Config | None = None,
+    gradients: Sequence[Tensor],
+    rows: Sequence[int],
+    sq_norms: Tensor,
+    layers: Tensor,
+    layer_count: int,
+    rule: Literal["flat", "per_layer", "automatic"],
+    max_grad_norm: float,
+    gamma: float,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Clip coefficients, and the clipped sum of every parameter.
 
-    The rules are those of :mod:`lora_dp.privacy.clipping` (Abadi et al. 2016, arXiv 1607.00133; McMahan et al. 2018, arXiv
-    1710.06963; Bu et al. 2023, arXiv 2206.07136), with norms ``scale`` · √sq_norms.
+    The rules are those of :mod:`lora_dp.privacy.clipping` (Abadi et al. 2016, arXiv 1607.00133; McMahan et al. 2018,
+    arXiv 1710.06963; Bu et al. 2023, arXiv 2206.07136), with norms ``scale`` · √sq_norms.
 
     Args:
         gradients: of some parameters, each (N, *shape) float32, contiguous after the first dimension.
@@ -214,10 +308,28 @@ def clip_sum(
     with on_device(sq_norms):
         table = send([*addresses, *strides, *rows, *sizes, *begins, *firsts], sq_norms.device)
         _clip_sum_kernel[(tiles + parameters,)](
-            table, len(sizes), tiles, sq_norms, *sq_norms.stride(), layers, layers.stride(0), mask,
-            mask.stride(0) if mask is not None else 0, coefficients, sums, n, parameters, bound, float(gamma),
-            float(scale), RULE=rule, ALIGNED=aligned, PADDED=padded(len(sizes)), BLOCK_P=_BLOCK_P,
-            **config.launch)
+            table,
+            len(sizes),
+            tiles,
+            sq_norms,
+            *sq_norms.stride(),
+            layers,
+            layers.stride(0),
+            mask,
+            mask.stride(0) if mask is not None else 0,
+            coefficients,
+            sums,
+            n,
+            parameters,
+            bound,
+            float(gamma),
+            float(scale),
+            RULE=rule,
+            ALIGNED=aligned,
+            PADDED=padded(len(sizes)),
+            BLOCK_P=_BLOCK_P,
+            **config.launch,
+        )
     return coefficients, views
 
 
@@ -231,14 +343,34 @@ def _pick(sq_norms: Tensor, count: int, elements: int) -> Config:
 def builds() -> Iterator[Build]:
     """Every configuration, and every rule in one of them, for ahead-of-time compiling."""
     signature = {
-        "table": "*i64", "count": "i32", "tiles": "i32", "sq_norms": "*fp64", "norm_stride_p": "i32", "layers": "*i64",
-        "layer_stride": "i32", "mask": "*i1", "mask_stride": "i32", "coefficients": "*fp64", "sums": "*fp64",
-        "n": "i32", "parameters": "i32", "bound": "fp32", "gamma": "fp32", "scale": "fp32"}
+        "table": "*i64",
+        "count": "i32",
+        "tiles": "i32",
+        "sq_norms": "*fp64",
+        "norm_stride_p": "i32",
+        "layers": "*i64",
+        "layer_stride": "i32",
+        "mask": "*i1",
+        "mask_stride": "i32",
+        "coefficients": "*fp64",
+        "sums": "*fp64",
+        "n": "i32",
+        "parameters": "i32",
+        "bound": "fp32",
+        "gamma": "fp32",
+        "scale": "fp32",
+    }
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
     cases = [(name, "flat", True) for name in CONFIGS] + [(name, "per_layer", True) for name in CONFIGS]
     for name, rule, aligned in [*cases, ("medium", "automatic", True), ("medium", "flat", False)]:
         constexprs = {"norm_stride_n": 1, "RULE": rule, "ALIGNED": aligned, "PADDED": 256, "BLOCK_P": _BLOCK_P}
         config = CONFIGS[name]
         yield Build(
-            f"fp32 {rule} {name} {'aligned' if aligned else 'any address'}", _clip_sum_kernel, signature,
-            {**constexprs, **dict(config.blocks)}, config.num_warps, config.num_stages, pointers)
+            f"fp32 {rule} {name} {'aligned' if aligned else 'any address'}",
+            _clip_sum_kernel,
+            signature,
+            {**constexprs, **dict(config.blocks)},
+            config.num_warps,
+            config.num_stages,
+            pointers,
+        )

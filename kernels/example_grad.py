@@ -60,11 +60,35 @@ class ExampleGrad(NamedTuple):
 
 @triton.jit
 def _grad_kernel(
-    wide, skinny, factor, gradients, sq_norms, u, scale, tokens, width, r, span,
-    wide_stride_n, wide_stride_t, wide_stride_w, skinny_stride_n, skinny_stride_t, skinny_stride_r,
-    factor_stride_w, factor_stride_r,
-    WIDE_FIRST: tl.constexpr, STORE: tl.constexpr, NORM: tl.constexpr, WITH_U: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    wide,
+    skinny,
+    factor,
+    gradients,
+    sq_norms,
+    u,
+    scale,
+    tokens,
+    width,
+    r,
+    span,
+    wide_stride_n,
+    wide_stride_t,
+    wide_stride_w,
+    skinny_stride_n,
+    skinny_stride_t,
+    skinny_stride_r,
+    factor_stride_w,
+    factor_stride_r,
+    WIDE_FIRST: tl.constexpr,
+    STORE: tl.constexpr,
+    NORM: tl.constexpr,
+    WITH_U: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     # Triton itself looks for multiples of 16 only: rank 8 would be read and written one element at a time.
     r = r // ALIGN * ALIGN
@@ -89,17 +113,21 @@ def _grad_kernel(
     step = tl.full((), BLOCK_T, tl.int64)
     wide += example * wide_stride_n + first_column.to(tl.int64) * wide_stride_w + begin.to(tl.int64) * wide_stride_t
     skinny += example * skinny_stride_n + begin.to(tl.int64) * skinny_stride_t
-    wide_tile = wide + columns[:, None, :].to(tl.int64) * wide_stride_w + (
-        rows[None, :, None].to(tl.int64) * wide_stride_t)
+    wide_tile = (
+        wide + columns[:, None, :].to(tl.int64) * wide_stride_w + (rows[None, :, None].to(tl.int64) * wide_stride_t)
+    )
     skinny_tile = skinny + ranks[None, :].to(tl.int64) * skinny_stride_r + rows[:, None].to(tl.int64) * skinny_stride_t
     if WITH_U:
         examples = tl.num_programs(0) // rank_blocks
         u += ((width_block.to(tl.int64) * examples + example) * tokens + begin) * r
         factor += first_column.to(tl.int64) * factor_stride_w
         f = tl.load(
-            factor + columns[:, :, None].to(tl.int64) * factor_stride_w
+            factor
+            + columns[:, :, None].to(tl.int64) * factor_stride_w
             + ranks[None, None, :].to(tl.int64) * factor_stride_r,
-            mask=in_width[:, :, None] & in_rank[None, None, :], other=0.0)
+            mask=in_width[:, :, None] & in_rank[None, None, :],
+            other=0.0,
+        )
 
     gradient = tl.zeros((CHUNKS, BLOCK_R, CHUNK), tl.float32)
     later = tl.load(skinny_tile, mask=(rows < end - begin)[:, None] & in_rank[None, :], other=0.0)
@@ -114,8 +142,10 @@ def _grad_kernel(
         if WITH_U:
             part = tl.sum(tl.dot(w, f, input_precision=PRECISION), 0)
             tl.store(
-                u + rows[:, None] * r + ranks[None, :], part.to(u.dtype.element_ty),
-                mask=(rows < left)[:, None] & in_rank[None, :])
+                u + rows[:, None] * r + ranks[None, :],
+                part.to(u.dtype.element_ty),
+                mask=(rows < left)[:, None] & in_rank[None, :],
+            )
             u += BLOCK_T * r
         gradient = tl.dot(s, w, gradient, input_precision=PRECISION)
 
@@ -128,8 +158,7 @@ def _grad_kernel(
             tl.store(gradients + columns[:, None, :] * r + ranks[None, :, None], gradient, mask=inside)
         else:
             gradients += first_column
-            tl.store(
-                gradients + ranks[None, :, None].to(tl.int64) * width + columns[:, None, :], gradient, mask=inside)
+            tl.store(gradients + ranks[None, :, None].to(tl.int64) * width + columns[:, None, :], gradient, mask=inside)
     if NORM:
         block = (example * tl.num_programs(1) + width_block) * rank_blocks + rank_block
         # In float64 a square of a float32 neither vanishes nor overflows: lora_dp.privacy.clipping rests on that.
@@ -153,7 +182,7 @@ def _add_splits_kernel(partials, gradients, sq_norms, size, splits, STORE: tl.co
 
 @triton.jit
 def _finish_kernel(
-    norm_parts, sq_norms, u_parts, u, parts, width_blocks, u_size, blocks, WITH_U: tl.constexpr, BLOCK: tl.constexpr,
+    norm_parts, sq_norms, u_parts, u, parts, width_blocks, u_size, blocks, WITH_U: tl.constexpr, BLOCK: tl.constexpr
 ):
     example = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -169,7 +198,8 @@ def _finish_kernel(
         total = tl.zeros((BLOCK,), tl.float32)
         for width_block in range(0, width_blocks):
             total += tl.load(
-                u_parts + (width_block * examples + example) * u_size + offsets, mask=offsets < u_size, other=0.0)
+                u_parts + (width_block * examples + example) * u_size + offsets, mask=offsets < u_size, other=0.0
+            )
         tl.store(u + example * u_size + offsets, total.to(u.dtype.element_ty), mask=offsets < u_size)
 
 
@@ -201,8 +231,14 @@ def _split(config: Config, programs: int, wide: Tensor) -> tuple[int, int]:
 
 
 def example_grad(
-    wide: Tensor, skinny: Tensor, scale: float, *, factor: Tensor | None = None, keep: bool = True,
-    wide_first: bool = True, config: Config | None = None,
+    wide: Tensor,
+    skinny: Tensor,
+    scale: float,
+    *,
+    factor: Tensor | None = None,
+    keep: bool = True,
+    wide_first: bool = True,
+    config: Config | None = None,
 ) -> ExampleGrad:
     """Gᵢ = scale · Σₜ wideᵢₜ ⊗ skinnyᵢₜ, its squared norm, and u = wide · factor (design note 1, §1).
 
@@ -256,20 +292,51 @@ def example_grad(
     u_parts = scratch((width_blocks, n, tokens, r)) if u_in_parts else u
     with on_device(wide):
         _grad_kernel[(n * rank_blocks, width_blocks, splits)](
-            wide, skinny, factor, partials, norm_parts if splits == 1 else None, u_parts, scale, tokens, width, r, span,
-            *wide.stride(), *skinny.stride(), *((0, 0) if factor is None else factor.stride()),
-            WIDE_FIRST=wide_first, STORE=partials is not None, NORM=splits == 1, WITH_U=factor is not None,
-            CHUNKS=config.num_warps, CHUNK=config["CHUNK"], BLOCK_T=config["BLOCK_T"],
-            BLOCK_R=min(padded(r), config["BLOCK_R"]), ALIGN=align, PRECISION=dot_precision(wide.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages)
+            wide,
+            skinny,
+            factor,
+            partials,
+            norm_parts if splits == 1 else None,
+            u_parts,
+            scale,
+            tokens,
+            width,
+            r,
+            span,
+            *wide.stride(),
+            *skinny.stride(),
+            *((0, 0) if factor is None else factor.stride()),
+            WIDE_FIRST=wide_first,
+            STORE=partials is not None,
+            NORM=splits == 1,
+            WITH_U=factor is not None,
+            CHUNKS=config.num_warps,
+            CHUNK=config["CHUNK"],
+            BLOCK_T=config["BLOCK_T"],
+            BLOCK_R=min(padded(r), config["BLOCK_R"]),
+            ALIGN=align,
+            PRECISION=dot_precision(wide.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
         if splits > 1:
             _add_splits_kernel[(n, norm_blocks)](
-                partials, gradients, norm_parts, width * r, splits, STORE=keep, BLOCK=_BLOCK)
+                partials, gradients, norm_parts, width * r, splits, STORE=keep, BLOCK=_BLOCK
+            )
         if finish:
             blocks = triton.cdiv(tokens * r, _BLOCK) if u_in_parts else 1
             _finish_kernel[(n * blocks,)](
-                norm_parts, sq_norms, u_parts, u, norm_blocks, width_blocks, tokens * r, blocks, WITH_U=u_in_parts,
-                BLOCK=_BLOCK)
+                norm_parts,
+                sq_norms,
+                u_parts,
+                u,
+                norm_blocks,
+                width_blocks,
+                tokens * r,
+                blocks,
+                WITH_U=u_in_parts,
+                BLOCK=_BLOCK,
+            )
     return ExampleGrad(gradients, sq_norms, u)
 
 
@@ -284,28 +351,73 @@ def builds() -> Iterator[Build]:
     yield _build("half_512", 16, align=1)
     yield _build("single_128", 16, precision="tf32")
     yield Build(
-        "add_splits", _add_splits_kernel,
+        "add_splits",
+        _add_splits_kernel,
         {"partials": "*fp32", "gradients": "*fp32", "sq_norms": "*fp64", "size": "i32", "splits": "i32"},
-        {"STORE": True, "BLOCK": _BLOCK}, divisible_by_16=("partials", "gradients", "sq_norms", "size"))
+        {"STORE": True, "BLOCK": _BLOCK},
+        divisible_by_16=("partials", "gradients", "sq_norms", "size"),
+    )
     yield Build(
-        "finish bf16", _finish_kernel,
-        {"norm_parts": "*fp64", "sq_norms": "*fp64", "u_parts": "*fp32", "u": "*bf16", "parts": "i32",
-         "width_blocks": "i32", "u_size": "i32", "blocks": "i32"},
-        {"WITH_U": True, "BLOCK": _BLOCK}, divisible_by_16=("norm_parts", "sq_norms", "u_parts", "u", "u_size"))
+        "finish bf16",
+        _finish_kernel,
+        {
+            "norm_parts": "*fp64",
+            "sq_norms": "*fp64",
+            "u_parts": "*fp32",
+            "u": "*bf16",
+            "parts": "i32",
+            "width_blocks": "i32",
+            "u_size": "i32",
+            "blocks": "i32",
+        },
+        {"WITH_U": True, "BLOCK": _BLOCK},
+        divisible_by_16=("norm_parts", "sq_norms", "u_parts", "u", "u_size"),
+    )
 
 
 def _build(name: str, block_r: int, *, b_phase: bool = True, align: int = 8, precision: str = "ieee") -> Build:
     config = CONFIGS[name]
     pointer = "*fp32" if name in _SINGLE_CONFIGS else "*bf16"
     pointers = {
-        "wide": pointer, "skinny": pointer, "factor": pointer, "gradients": "*fp32", "sq_norms": "*fp64", "u": pointer}
-    sizes = ("tokens", "width", "r", "span", "wide_stride_n", "wide_stride_t", "skinny_stride_n", "skinny_stride_t",
-             "factor_stride_w")
+        "wide": pointer,
+        "skinny": pointer,
+        "factor": pointer,
+        "gradients": "*fp32",
+        "sq_norms": "*fp64",
+        "u": pointer,
+    }
+    sizes = (
+        "tokens",
+        "width",
+        "r",
+        "span",
+        "wide_stride_n",
+        "wide_stride_t",
+        "skinny_stride_n",
+        "skinny_stride_t",
+        "factor_stride_w",
+    )
     phase = "B" if b_phase else "A"
     return Build(
-        f"{name} {pointer[1:]} {precision} r{block_r} align{align} {phase}", _grad_kernel,
+        f"{name} {pointer[1:]} {precision} r{block_r} align{align} {phase}",
+        _grad_kernel,
         {**pointers, "scale": "fp32", **dict.fromkeys(sizes, "i32")},
-        {"wide_stride_w": 1, "skinny_stride_r": 1, "factor_stride_r": 1, "WIDE_FIRST": b_phase, "STORE": True,
-         "NORM": True, "WITH_U": b_phase, "CHUNKS": config.num_warps, "CHUNK": config["CHUNK"],
-         "BLOCK_T": config["BLOCK_T"], "BLOCK_R": block_r, "ALIGN": align, "PRECISION": precision},
-        config.num_warps, config.num_stages, (*pointers, "width", "wide_stride_n", "wide_stride_t"))
+        {
+            "wide_stride_w": 1,
+            "skinny_stride_r": 1,
+            "factor_stride_r": 1,
+            "WIDE_FIRST": b_phase,
+            "STORE": True,
+            "NORM": True,
+            "WITH_U": b_phase,
+            "CHUNKS": config.num_warps,
+            "CHUNK": config["CHUNK"],
+            "BLOCK_T": config["BLOCK_T"],
+            "BLOCK_R": block_r,
+            "ALIGN": align,
+            "PRECISION": precision,
+        },
+        config.num_warps,
+        config.num_stages,
+        (*pointers, "width", "wide_stride_n", "wide_stride_t"),
+    )

@@ -67,8 +67,7 @@ def _finished(total):
 
 @triton.jit
 def _token_kernel(
-    left, right, sq_norms, p, q, left_stride_n, left_stride_k, right_stride_n, right_stride_k,
-    BLOCK: tl.constexpr,
+    left, right, sq_norms, p, q, left_stride_n, left_stride_k, right_stride_n, right_stride_k, BLOCK: tl.constexpr
 ):
     example = tl.program_id(0).to(tl.int64)
     total = _squares(left + example * left_stride_n, left_stride_k, p, BLOCK)
@@ -79,9 +78,24 @@ def _token_kernel(
 # A size of 1 as a constant would unroll the loop of _gram, and what it is written to avoid would happen.
 @triton.jit(do_not_specialize=["p", "q"])
 def _pair_kernel(
-    left, right, sums, tokens, p, q, blocks, pairs,
-    left_stride_n, left_stride_t, left_stride_k, right_stride_n, right_stride_t, right_stride_k,
-    ONE_PAIR: tl.constexpr, ALIGN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    left,
+    right,
+    sums,
+    tokens,
+    p,
+    q,
+    blocks,
+    pairs,
+    left_stride_n,
+    left_stride_t,
+    left_stride_k,
+    right_stride_n,
+    right_stride_t,
+    right_stride_k,
+    ONE_PAIR: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # Multiples of 8 can be loaded 16 bytes at a time.
     p = p // ALIGN * ALIGN
@@ -140,8 +154,17 @@ def gram_sq_norm(left: Tensor, right: Tensor, scale: float, *, config: Config | 
     if tokens == 1:
         with on_device(left):
             _token_kernel[(n,)](
-                left, right, sq_norms, p, q, left.stride(0), left.stride(2), right.stride(0), right.stride(2),
-                BLOCK=_BLOCK)
+                left,
+                right,
+                sq_norms,
+                p,
+                q,
+                left.stride(0),
+                left.stride(2),
+                right.stride(0),
+                right.stride(2),
+                BLOCK=_BLOCK,
+            )
         return _scaled(sq_norms, scale)
     config = config or pick("gram_sq_norm", CONFIGS, _default(tokens), left, n=n, tokens=tokens, p=p, q=q)
     blocks = triton.cdiv(tokens, config["BLOCK_T"])
@@ -149,8 +172,20 @@ def gram_sq_norm(left: Tensor, right: Tensor, scale: float, *, config: Config | 
     sums = sq_norms if pairs == 1 else left.new_empty((n, pairs), dtype=torch.float64)
     with on_device(left):
         _pair_kernel[(n * pairs,)](
-            left, right, sums, tokens, p, q, blocks, pairs, *left.stride(), *right.stride(),
-            ONE_PAIR=pairs == 1, ALIGN=8 if p % 8 == q % 8 == 0 else 1, **config.launch)
+            left,
+            right,
+            sums,
+            tokens,
+            p,
+            q,
+            blocks,
+            pairs,
+            *left.stride(),
+            *right.stride(),
+            ONE_PAIR=pairs == 1,
+            ALIGN=8 if p % 8 == q % 8 == 0 else 1,
+            **config.launch,
+        )
         if pairs > 1:
             _add_pairs_kernel[(n,)](sums, sq_norms, pairs, BLOCK=_BLOCK)
     return _scaled(sq_norms, scale)
@@ -166,20 +201,37 @@ def builds() -> Iterator[Build]:
     for dtype in ("bf16", "fp32"):
         pointers = {"left": f"*{dtype}", "right": f"*{dtype}"}
         for name, config in CONFIGS.items():
-            sizes = ("tokens", "p", "q", "blocks", "pairs", "left_stride_n", "left_stride_t", "right_stride_n",
-                     "right_stride_t")
+            sizes = (
+                "tokens",
+                "p",
+                "q",
+                "blocks",
+                "pairs",
+                "left_stride_n",
+                "left_stride_t",
+                "right_stride_n",
+                "right_stride_t",
+            )
             yield Build(
-                f"{name} {dtype}", _pair_kernel,
+                f"{name} {dtype}",
+                _pair_kernel,
                 {**pointers, "sums": "*fp64", **dict.fromkeys(sizes, "i32")},
                 {"left_stride_k": 1, "right_stride_k": 1, "ONE_PAIR": False, "ALIGN": 8, **dict(config.blocks)},
-                config.num_warps, config.num_stages,
-                ("left", "right", "sums", "left_stride_n", "left_stride_t", "right_stride_n", "right_stride_t"))
+                config.num_warps,
+                config.num_stages,
+                ("left", "right", "sums", "left_stride_n", "left_stride_t", "right_stride_n", "right_stride_t"),
+            )
         yield Build(
-            f"one token {dtype}", _token_kernel,
-            {**pointers, "sq_norms": "*fp64",
-             **dict.fromkeys(("p", "q", "left_stride_n", "right_stride_n"), "i32")},
+            f"one token {dtype}",
+            _token_kernel,
+            {**pointers, "sq_norms": "*fp64", **dict.fromkeys(("p", "q", "left_stride_n", "right_stride_n"), "i32")},
             {"left_stride_k": 1, "right_stride_k": 1, "BLOCK": _BLOCK},
-            divisible_by_16=("left", "right", "sq_norms", "p", "q", "left_stride_n", "right_stride_n"))
+            divisible_by_16=("left", "right", "sq_norms", "p", "q", "left_stride_n", "right_stride_n"),
+        )
     yield Build(
-        "add pairs", _add_pairs_kernel, {"sums": "*fp64", "sq_norms": "*fp64", "pairs": "i32"},
-        {"BLOCK": _BLOCK}, divisible_by_16=("sums", "sq_norms"))
+        "add pairs",
+        _add_pairs_kernel,
+        {"sums": "*fp64", "sq_norms": "*fp64", "pairs": "i32"},
+        {"BLOCK": _BLOCK},
+        divisible_by_16=("sums", "sq_norms"),
+    )

@@ -21,8 +21,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_NAMES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 MAX_RANK = 256
 
 TABLE = Path(__file__).with_name("tuned.json")
@@ -91,7 +97,12 @@ class Build:
 
 
 def check(
-    op: str, name: str, tensor: Any, shape: Sequence[int | None], *, like: Tensor | None = None,
+    op: str,
+    name: str,
+    tensor: Any,
+    shape: Sequence[int | None],
+    *,
+    like: Tensor | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> None:
     """Refuse an argument that a kernel would misread.
@@ -112,9 +123,11 @@ def check(
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}.")
     expected = tuple("any" if size is None else size for size in shape)
     if tensor.dim() != len(shape) or any(
-            want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)):
+        want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+    ):
         raise ValueError(
-            f"{op}: {name} must have the shape ({', '.join(map(str, expected))}), got {tuple(tensor.shape)}.")
+            f"{op}: {name} must have the shape ({', '.join(map(str, expected))}), got {tuple(tensor.shape)}."
+        )
     allowed = tuple(dtypes or ((like.dtype,) if like is not None else DTYPES))
     if tensor.dtype not in allowed:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
@@ -174,12 +187,17 @@ def measured(kernel: str, like: Tensor, **shape: int) -> str | None:
     ``tuned.json`` holds device name → kernel → list of {"dtype", "shape", "choice"}; the nearest is by the sum of
     |log₂| ratios. ``python -m benchmarks.gpu`` writes it.
     """
-    rows = [row for row in _table().get(_device_name(like.device), {}).get(kernel, [])
-            if row["dtype"] == TRITON_NAMES[like.dtype] and row["shape"].keys() == shape.keys()]
+    rows = [
+        row
+        for row in _table().get(_device_name(like.device), {}).get(kernel, [])
+        if row["dtype"] == TRITON_NAMES[like.dtype] and row["shape"].keys() == shape.keys()
+    ]
     if not rows:
         return None
-    nearest = min(rows, key=lambda row: sum(
-        abs(math.log2(max(row["shape"][name], 1) / max(size, 1))) for name, size in shape.items()))
+    nearest = min(
+        rows,
+        key=lambda row: sum(abs(math.log2(max(row["shape"][name], 1) / max(size, 1))) for name, size in shape.items()),
+    )
     return str(nearest["choice"])
 
 

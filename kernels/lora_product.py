@@ -49,17 +49,69 @@ GROUP_M = 8
 
 @triton.jit
 def _finish(
-    acc, h_block, bias, b, y_rows, in_m, first, N, r, scaling, stride_bias, stride_bn, stride_br,
-    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, STRIP: tl.constexpr, PRECISION: tl.constexpr,
+    acc,
+    h_block,
+    bias,
+    b,
+    y_rows,
+    in_m,
+    first,
+    N,
+    r,
+    scaling,
+    stride_bias,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STRIP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Add the update and the bias to COLUMNS columns of the tile and store them; halved down to strips."""
     if COLUMNS > STRIP:
         HALF: tl.constexpr = COLUMNS // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        _finish(left, h_block, bias, b, y_rows, in_m, first, N, r, scaling, stride_bias, stride_bn, stride_br,
-                BLOCK_M, HALF, BLOCK_R, STRIP, PRECISION)
-        _finish(right, h_block, bias, b, y_rows, in_m, first + HALF, N, r, scaling, stride_bias, stride_bn, stride_br,
-                BLOCK_M, HALF, BLOCK_R, STRIP, PRECISION)
+        _finish(
+            left,
+            h_block,
+            bias,
+            b,
+            y_rows,
+            in_m,
+            first,
+            N,
+            r,
+            scaling,
+            stride_bias,
+            stride_bn,
+            stride_br,
+            BLOCK_M,
+            HALF,
+            BLOCK_R,
+            STRIP,
+            PRECISION,
+        )
+        _finish(
+            right,
+            h_block,
+            bias,
+            b,
+            y_rows,
+            in_m,
+            first + HALF,
+            N,
+            r,
+            scaling,
+            stride_bias,
+            stride_bn,
+            stride_br,
+            BLOCK_M,
+            HALF,
+            BLOCK_R,
+            STRIP,
+            PRECISION,
+        )
     else:
         columns = first + tl.arange(0, COLUMNS)
         ranks = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -74,10 +126,34 @@ def _finish(
 
 @triton.jit
 def lora_product_kernel(
-    x, weight, bias, a, b, y, h, M, N, K, r, scaling,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_bias, stride_ar, stride_ak, stride_bn, stride_br,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STRIP: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    weight,
+    bias,
+    a,
+    b,
+    y,
+    h,
+    M,
+    N,
+    K,
+    r,
+    scaling,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bias,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STRIP: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     blocks_n = tl.cdiv(N, BLOCK_N)
     first_m = tl.program_id(0) // (GROUP_M * blocks_n) * GROUP_M
@@ -111,13 +187,37 @@ def lora_product_kernel(
     h_block = tl.where(in_r[None, :], acc_h, 0.0).to(h.dtype.element_ty)
     if block_n == 0:
         tl.store(h + rows[:, None] * r + ranks[None, :], h_block, mask=in_m[:, None] & in_r[None, :])
-    _finish(acc, h_block, bias, b, y + rows[:, None] * N, in_m, first_n, N, r, scaling, stride_bias, stride_bn,
-            stride_br, BLOCK_M, BLOCK_N, BLOCK_R, STRIP, PRECISION)
+    _finish(
+        acc,
+        h_block,
+        bias,
+        b,
+        y + rows[:, None] * N,
+        in_m,
+        first_n,
+        N,
+        r,
+        scaling,
+        stride_bias,
+        stride_bn,
+        stride_br,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        STRIP,
+        PRECISION,
+    )
 
 
 def lora_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
-    *, config: Config | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LoRA's forward in one kernel; ``lora_product(g, W.t(), None, B.t(), A.t(), s)`` is its backward to the input.
 
@@ -152,7 +252,8 @@ def lora_product(
     if r > MAX_FUSED_RANK:
         raise ValueError(
             f"lora_product: the rank must be at most {MAX_FUSED_RANK}, got {r}: use the two-step path "
-            "(skinny_product, then add_low_rank_).")
+            "(skinny_product, then add_low_rank_)."
+        )
     y = x.new_empty((M, N))
     if M == 0 or N == 0:
         return y, skinny_product(x, a)
@@ -161,9 +262,28 @@ def lora_product(
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     with on_device(x):
         lora_product_kernel[grid](
-            x, weight, bias, a, b, y, h, M, N, K, r, scaling, *x.stride(), *weight.stride(),
-            1 if bias is None else bias.stride(0), *a.stride(), *b.stride(), BLOCK_R=padded(r), GROUP_M=GROUP_M,
-            PRECISION=dot_precision(x.dtype), **config.launch)
+            x,
+            weight,
+            bias,
+            a,
+            b,
+            y,
+            h,
+            M,
+            N,
+            K,
+            r,
+            scaling,
+            *x.stride(),
+            *weight.stride(),
+            1 if bias is None else bias.stride(0),
+            *a.stride(),
+            *b.stride(),
+            BLOCK_R=padded(r),
+            GROUP_M=GROUP_M,
+            PRECISION=dot_precision(x.dtype),
+            **config.launch,
+        )
     return y, h
 
 
@@ -189,15 +309,27 @@ def builds() -> Iterator[Build]:
         widest = 32 if name in _DEEP_CONFIGS else 64
         for way, contiguous, r in (("forward", forward, 16), ("backward", backward, widest)):
             constexprs = {
-                **dict.fromkeys(contiguous, 1), **dict(config.blocks), "BLOCK_R": r, "GROUP_M": GROUP_M,
-                "PRECISION": precision}
+                **dict.fromkeys(contiguous, 1),
+                **dict(config.blocks),
+                "BLOCK_R": r,
+                "GROUP_M": GROUP_M,
+                "PRECISION": precision,
+            }
             if way == "backward":
                 constexprs |= {"bias": None, "stride_bias": 1}
             signature = {
                 **dict.fromkeys(("x", "weight", "bias", "a", "b", "y", "h"), f"*{dtype}"),
-                **dict.fromkeys(("M", "N", "K", "r"), "i32"), "scaling": "fp32",
-                **dict.fromkeys((n for n in lora_product_kernel.arg_names if n.startswith("stride_")), "i32")}
+                **dict.fromkeys(("M", "N", "K", "r"), "i32"),
+                "scaling": "fp32",
+                **dict.fromkeys((n for n in lora_product_kernel.arg_names if n.startswith("stride_")), "i32"),
+            }
             signature = {n: kind for n, kind in signature.items() if n not in constexprs}
             yield Build(
-                f"{dtype} {precision} r{r} {name} {way}", lora_product_kernel, signature, constexprs,
-                config.num_warps, config.num_stages, [n for n in signature if n != "scaling"])
+                f"{dtype} {precision} r{r} {name} {way}",
+                lora_product_kernel,
+                signature,
+                constexprs,
+                config.num_warps,
+                config.num_stages,
+                [n for n in signature if n != "scaling"],
+            )

@@ -28,8 +28,23 @@ CONFIGS = {
 
 @triton.jit
 def low_rank_update_kernel(
-    y, h, b, M, N, r, scaling, stride_ym, stride_yn, stride_hm, stride_hr, stride_bn, stride_br,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    y,
+    h,
+    b,
+    M,
+    N,
+    r,
+    scaling,
+    stride_ym,
+    stride_yn,
+    stride_hm,
+    stride_hr,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     blocks_n = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -78,8 +93,20 @@ def add_low_rank_(y: Tensor, h: Tensor, b: Tensor, scaling: float, *, config: Co
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     with on_device(y):
         low_rank_update_kernel[grid](
-            y, h, b, M, N, r, scaling, *y.stride(), *h.stride(), *b.stride(), BLOCK_R=_block_r(y.dtype, r),
-            PRECISION=dot_precision(y.dtype), **config.launch)
+            y,
+            h,
+            b,
+            M,
+            N,
+            r,
+            scaling,
+            *y.stride(),
+            *h.stride(),
+            *b.stride(),
+            BLOCK_R=_block_r(y.dtype, r),
+            PRECISION=dot_precision(y.dtype),
+            **config.launch,
+        )
 
 
 def _block_r(dtype: torch.dtype, r: int) -> int:
@@ -96,13 +123,26 @@ def builds() -> Iterator[Build]:
     strides = {"stride_ym": "i32", "stride_hm": "i32", "stride_bn": "i32"}
     for name, config in CONFIGS.items():
         for dtype, r, precision in (
-            (torch.bfloat16, 16, "ieee"), (torch.bfloat16, 256, "ieee"),
-            (torch.float32, 256, "ieee"), (torch.float32, 256, "tf32"),
+            (torch.bfloat16, 16, "ieee"),
+            (torch.bfloat16, 256, "ieee"),
+            (torch.float32, 256, "ieee"),
+            (torch.float32, 256, "tf32"),
         ):
             pointers = dict.fromkeys(("y", "h", "b"), "*" + TRITON_NAMES[dtype])
             yield Build(
-                f"{TRITON_NAMES[dtype]} {precision} r{r} {name}", low_rank_update_kernel,
+                f"{TRITON_NAMES[dtype]} {precision} r{r} {name}",
+                low_rank_update_kernel,
                 {**pointers, "M": "i32", "N": "i32", "r": "i32", "scaling": "fp32", **strides},
-                {"stride_yn": 1, "stride_hr": 1, "stride_br": 1, "BLOCK_M": config["BLOCK_M"],
-                 "BLOCK_N": config["BLOCK_N"], "BLOCK_R": _block_r(dtype, r), "PRECISION": precision},
-                config.num_warps, config.num_stages, (*pointers, *strides, "M", "N", "r"))
+                {
+                    "stride_yn": 1,
+                    "stride_hr": 1,
+                    "stride_br": 1,
+                    "BLOCK_M": config["BLOCK_M"],
+                    "BLOCK_N": config["BLOCK_N"],
+                    "BLOCK_R": _block_r(dtype, r),
+                    "PRECISION": precision,
+                },
+                config.num_warps,
+                config.num_stages,
+                (*pointers, *strides, "M", "N", "r"),
+            )

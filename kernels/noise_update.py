@@ -79,7 +79,15 @@ def _adam(theta, gradient, first, second, hyper, offsets, inside, DECOUPLED: tl.
 
 @triton.jit
 def _update(
-    address, gradient, first, second, hyper, offsets, inside, DTYPE: tl.constexpr, OPTIMIZER: tl.constexpr,
+    address,
+    gradient,
+    first,
+    second,
+    hyper,
+    offsets,
+    inside,
+    DTYPE: tl.constexpr,
+    OPTIMIZER: tl.constexpr,
     STATE: tl.constexpr,
 ):
     pointers = address.to(tl.pointer_type(DTYPE)) + offsets
@@ -94,9 +102,20 @@ def _update(
 
 @triton.jit(do_not_specialize=["count"])
 def _noise_update_kernel(
-    table, count, hyper, rng, std, expected_batch_size, inverse_strength,
-    WIDE: tl.constexpr, NOISE: tl.constexpr, OPTIMIZER: tl.constexpr, STATE: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    table,
+    count,
+    hyper,
+    rng,
+    std,
+    expected_batch_size,
+    inverse_strength,
+    WIDE: tl.constexpr,
+    NOISE: tl.constexpr,
+    OPTIMIZER: tl.constexpr,
+    STATE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
     p = owner_of(table + 9 * count, count, tile, PADDED)
@@ -151,9 +170,17 @@ def _filter_columns(shapes: tuple[torch.Size, ...], filtered: tuple[bool, ...], 
 
 
 def _check(
-    parameters: Sequence[Tensor], sums: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor],
-    hyper: Tensor, rng: Tensor, std: float, expected_batch_size: float, filter_strength: float,
-    filtered: Sequence[bool], optimizer: str,
+    parameters: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    hyper: Tensor,
+    rng: Tensor,
+    std: float,
+    expected_batch_size: float,
+    filter_strength: float,
+    filtered: Sequence[bool],
+    optimizer: str,
 ) -> None:
     op = "noise_update"
     if optimizer not in COLUMNS:
@@ -188,16 +215,26 @@ def _check(
 
 
 def noise_update(
-    parameters: Sequence[Tensor], sums: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor],
-    hyper: Tensor, rng: Tensor, *, std: float, expected_batch_size: float, filter_strength: float,
-    filtered: Sequence[bool], optimizer: OptimizerName, config: Config | None = None,
+    parameters: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    hyper: Tensor,
+    rng: Tensor,
+    *,
+    std: float,
+    expected_batch_size: float,
+    filter_strength: float,
+    filtered: Sequence[bool],
+    optimizer: OptimizerName,
+    config: Config | None = None,
 ) -> None:
     """One optimizer step of every parameter with ĝ = filter((sum + std·z) / expected_batch_size), in place.
 
     The noise z of element e of ``parameters[p]`` is a function of (seed, step, p, e) alone: one call a step and seed,
-    or two calls add the same noise. The filter is :class:`lora_dp.privacy.filtering.GaussianFilter` (arXiv 2602.19926), the
-    optimizers are torch's. ĝ is rounded to the parameter's dtype, all else computed in float32, and the new parameter
-    rounded once. All tensors are contiguous and on one device.
+    or two calls add the same noise. The filter is :class:`lora_dp.privacy.filtering.GaussianFilter` (arXiv 2602.19926),
+    the optimizers are torch's. ĝ is rounded to the parameter's dtype, all else computed in float32, and the new
+    parameter rounded once. All tensors are contiguous and on one device.
 
     Args:
         parameters: of any shapes, float32, bfloat16 or float16.
@@ -215,8 +252,7 @@ def noise_update(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape, device or layout, or is out of range.
     """
-    _check(
-        parameters, sums, first, second, hyper, rng, std, expected_batch_size, filter_strength, filtered, optimizer)
+    _check(parameters, sums, first, second, hyper, rng, std, expected_batch_size, filter_strength, filtered, optimizer)
     wide = any(total.dtype == torch.float64 for total in sums)
     if wide and any(total.dtype != torch.float64 for total in sums):
         raise TypeError("noise_update: sums must be all float32 or all float64.")
@@ -237,9 +273,21 @@ def noise_update(
     with on_device(hyper):
         table = send([*addresses, *sizes, *dtypes, *columns, *firsts], hyper.device)
         _noise_update_kernel[(tiles,)](
-            table, len(sizes), hyper, rng, float(std), float(expected_batch_size),
-            1 / max(filter_strength, _LEAST_STRENGTH), WIDE=wide, NOISE=std > 0, OPTIMIZER=optimizer,
-            STATE=any(stateful), COLUMNS=COLUMNS[optimizer], PADDED=padded(len(sizes)), **config.launch)
+            table,
+            len(sizes),
+            hyper,
+            rng,
+            float(std),
+            float(expected_batch_size),
+            1 / max(filter_strength, _LEAST_STRENGTH),
+            WIDE=wide,
+            NOISE=std > 0,
+            OPTIMIZER=optimizer,
+            STATE=any(stateful),
+            COLUMNS=COLUMNS[optimizer],
+            PADDED=padded(len(sizes)),
+            **config.launch,
+        )
 
 
 def _pick(hyper: Tensor, count: int, elements: int) -> Config:
@@ -252,15 +300,33 @@ def _pick(hyper: Tensor, count: int, elements: int) -> Config:
 def builds() -> Iterator[Build]:
     """Every configuration with noise, for every optimizer; and one without, for ahead-of-time compiling."""
     signature = {
-        "table": "*i64", "count": "i32", "hyper": "*fp32", "rng": "*i64", "std": "fp32", "expected_batch_size": "fp32",
-        "inverse_strength": "fp32"}
+        "table": "*i64",
+        "count": "i32",
+        "hyper": "*fp32",
+        "rng": "*i64",
+        "std": "fp32",
+        "expected_batch_size": "fp32",
+        "inverse_strength": "fp32",
+    }
     optimizers = {"sgd": ("sgd", False), "momentum": ("sgd", True), "adam": ("adam", True), "adamw": ("adamw", True)}
     cases = [(label, name, True) for label in optimizers for name in CONFIGS] + [("adamw", "medium", False)]
     for label, name, noise in cases:
         optimizer, state = optimizers[label]
         config = CONFIGS[name]
         yield Build(
-            f"fp32 bf16 fp16 {label} {name}{'' if noise else ' without noise'}", _noise_update_kernel, signature,
-            {"WIDE": True, "NOISE": noise, "OPTIMIZER": optimizer, "STATE": state, "COLUMNS": COLUMNS[optimizer],
-             "PADDED": 256, **dict(config.blocks)},
-            config.num_warps, config.num_stages, ("table", "hyper", "rng"))
+            f"fp32 bf16 fp16 {label} {name}{'' if noise else ' without noise'}",
+            _noise_update_kernel,
+            signature,
+            {
+                "WIDE": True,
+                "NOISE": noise,
+                "OPTIMIZER": optimizer,
+                "STATE": state,
+                "COLUMNS": COLUMNS[optimizer],
+                "PADDED": 256,
+                **dict(config.blocks),
+            },
+            config.num_warps,
+            config.num_stages,
+            ("table", "hyper", "rng"),
+        )

@@ -4,7 +4,12 @@ import math
 
 
 def sgd_row(
-    lr: float, *, weight_decay: float = 0.0, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
     first_step: bool = False,
 ) -> list[float]:
     """For "sgd" and "momentum": learning rate, weight decay, momentum, 1 − dampening, whether Nesterov's, and whether
@@ -13,7 +18,7 @@ def sgd_row(
 
 
 def adam_row(
-    lr: float, *, step: int, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+    lr: float, *, step: int, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> list[float]:
     """For "adam" and "adamw": learning rate, weight decay, 1 − β₁, β₂, 1 − β₂, ε, learning rate / (1 − β₁ᵗ),
     √(1 − β₂ᵗ) with t = ``step``, counted from 1. The differences would lose digits in float32."""

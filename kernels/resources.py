@@ -39,15 +39,22 @@ class Resources:
     @property
     def fits(self) -> bool:
         """No spills, and no more shared and tensor memory than the chip has."""
-        return (self.stack == 0 and self.local == 0 and self.shared <= SHARED_LIMITS[self.capability]
-                and self.tensor <= TENSOR_COLUMNS)
+        return (
+            self.stack == 0
+            and self.local == 0
+            and self.shared <= SHARED_LIMITS[self.capability]
+            and self.tensor <= TENSOR_COLUMNS
+        )
 
 
 def modules() -> list[str]:
     """The kernel files: those that list builds."""
     package = importlib.import_module("lora_dp.kernels")
-    names = [f"lora_dp.kernels.{info.name}" for info in pkgutil.iter_modules(package.__path__)
-             if info.name not in ("__main__", "resources")]
+    names = [
+        f"lora_dp.kernels.{info.name}"
+        for info in pkgutil.iter_modules(package.__path__)
+        if info.name not in ("__main__", "resources")
+    ]
     return [name for name in names if hasattr(importlib.import_module(name), "builds")]
 
 
@@ -73,11 +80,20 @@ def _measure(module: str, capabilities: Sequence[int]) -> Iterator[Resources]:
         for capability in capabilities:
             compiled = triton.compile(
                 ASTSource(build.kernel, signature, dict(build.constexprs), attributes),
-                target=GPUTarget("cuda", capability, 32), options=options)
+                target=GPUTarget("cuda", capability, 32),
+                options=options,
+            )
             registers, stack, local = _usage(compiled.asm["cubin"])
             yield Resources(
-                build.kernel.__name__, build.label, capability, registers, stack, local, compiled.metadata.shared,
-                getattr(compiled.metadata, "tmem_size", None) or 0)
+                build.kernel.__name__,
+                build.label,
+                capability,
+                registers,
+                stack,
+                local,
+                compiled.metadata.shared,
+                getattr(compiled.metadata, "tmem_size", None) or 0,
+            )
 
 
 def _usage(cubin: bytes) -> tuple[int, int, int]:
@@ -87,7 +103,8 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
         file.write(cubin)
         file.flush()
         report = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump gave no resource usage: {report.strip()[:200] or 'no output'}")
@@ -107,6 +124,9 @@ def main() -> None:
     for rows in measure_all():
         for row in rows:
             bad += not row.fits
-            print(f"{row.kernel:<28}{row.label:<52}{row.capability:>4}{row.registers:>11}{row.stack:>7}{row.local:>7}"
-                  f"{row.shared:>9}{row.tensor:>8}{'' if row.fits else '  does not fit'}", flush=True)
+            print(
+                f"{row.kernel:<28}{row.label:<52}{row.capability:>4}{row.registers:>11}{row.stack:>7}{row.local:>7}"
+                f"{row.shared:>9}{row.tensor:>8}{'' if row.fits else '  does not fit'}",
+                flush=True,
+            )
     raise SystemExit(1 if bad else 0)

@@ -36,8 +36,21 @@ SUM_BLOCK = 1024
 
 @triton.jit
 def skinny_product_kernel(
-    x, a, out, M, K, r, stride_xm, stride_xk, stride_ar, stride_ak,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    a,
+    out,
+    M,
+    K,
+    r,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -100,8 +113,18 @@ def skinny_product(x: Tensor, a: Tensor, *, config: Config | None = None) -> Ten
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(r, block_r), splits)
     with on_device(x):
         skinny_product_kernel[grid](
-            x, a, out, M, K, r, *x.stride(), *a.stride(), BLOCK_R=block_r, PRECISION=dot_precision(x.dtype),
-            **config.launch)
+            x,
+            a,
+            out,
+            M,
+            K,
+            r,
+            *x.stride(),
+            *a.stride(),
+            BLOCK_R=block_r,
+            PRECISION=dot_precision(x.dtype),
+            **config.launch,
+        )
         if splits > 1:
             sum_splits_kernel[(triton.cdiv(M * r, SUM_BLOCK),)](out, h, M * r, SPLIT_K=splits, BLOCK=SUM_BLOCK)
     return h
@@ -134,14 +157,27 @@ def builds() -> Iterator[Build]:
             for r, contiguous, other in ((16, "stride_ak", "stride_ar"), (256, "stride_ar", "stride_ak")):
                 kind = TRITON_NAMES[dtype]
                 signature = {
-                    "x": f"*{kind}", "a": f"*{kind}", "out": f"*{kind}" if config["SPLIT_K"] == 1 else "*fp32",
-                    **dict.fromkeys(("M", "K", "r", "stride_xm", other), "i32")}
+                    "x": f"*{kind}",
+                    "a": f"*{kind}",
+                    "out": f"*{kind}" if config["SPLIT_K"] == 1 else "*fp32",
+                    **dict.fromkeys(("M", "K", "r", "stride_xm", other), "i32"),
+                }
                 constexprs = {
-                    "stride_xk": 1, contiguous: 1, **dict(config.blocks), "BLOCK_R": _block_r(dtype, r),
-                    "PRECISION": precision}
+                    "stride_xk": 1,
+                    contiguous: 1,
+                    **dict(config.blocks),
+                    "BLOCK_R": _block_r(dtype, r),
+                    "PRECISION": precision,
+                }
                 yield Build(
-                    f"{kind} {precision} r{r} {name}", skinny_product_kernel, signature, constexprs, config.num_warps,
-                    config.num_stages, list(signature))
+                    f"{kind} {precision} r{r} {name}",
+                    skinny_product_kernel,
+                    signature,
+                    constexprs,
+                    config.num_warps,
+                    config.num_stages,
+                    list(signature),
+                )
     signature = {"partial": "*fp32", "out": "*bf16", "size": "i32"}
     constexprs = {"SPLIT_K": CONFIGS["split"]["SPLIT_K"], "BLOCK": SUM_BLOCK}
     yield Build("bf16 sum of splits", sum_splits_kernel, signature, constexprs, 4, 2, list(signature))

@@ -15,8 +15,20 @@ def gaussian_pair(
     u_high: int, u_low: int, v_high: int, v_low: int, scale: float
 ) -> tuple[tuple[int, int] | None, tuple[int, int]]: ...
 def private_update(
-    key: int, draw: int, rows: int, hyper: int, count: int, optimizer: int, noisy: bool, scale: float, step: float,
-    expected_batch_size: float, weights: int, n_weights: int, threads: int, instructions: str = "",
+    key: int,
+    draw: int,
+    rows: int,
+    hyper: int,
+    count: int,
+    optimizer: int,
+    noisy: bool,
+    scale: float,
+    step: float,
+    expected_batch_size: float,
+    weights: int,
+    n_weights: int,
+    threads: int,
+    instructions: str = "",
 ) -> None: ...
 
 # Where `cuda` is true.
@@ -26,7 +38,19 @@ def rounded_gaussians_cuda(
     key: int, parameter: int, draw: int, scale: float, out: int, n: int, stream: int
 ) -> None: ...
 def private_update_cuda(
-    key: int, draw: int, rows: int, device_rows: int, device_hyper: int, count: int, optimizer: int, noisy: bool,
-    scale: float, step: float, expected_batch_size: float, weights: int, device_weights: int, n_weights: int,
+    key: int,
+    draw: int,
+    rows: int,
+    device_rows: int,
+    device_hyper: int,
+    count: int,
+    optimizer: int,
+    noisy: bool,
+    scale: float,
+    step: float,
+    expected_batch_size: float,
+    weights: int,
+    device_weights: int,
+    n_weights: int,
     stream: int,
 ) -> None: ...

@@ -101,8 +101,12 @@ def _shown(value: object) -> str:
 class Fixed(Generic[T]):
     """An attribute that can be set once: what noise, clipping and accounting were matched to must not change alone."""
 
-    def __init__(self, refusal: str = (
-        "'{name}' is fixed, for noise, clipping and accounting are matched to it: call make_private again for another.")
+    def __init__(
+        self,
+        refusal: str = (
+            "'{name}' is fixed, for noise, clipping and accounting are matched to it: "
+            "call make_private again for another."
+        ),
     ):
         self.refusal = refusal
 

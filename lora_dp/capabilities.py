@@ -29,22 +29,29 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Every way in which ops can run, on the CPU and on each GPU: native C++ and CUDA, Triton, plain torch."""
-    locked = "keys locked in memory" if native.keys_are_locked() else (
-        "keys not locked in memory: raise the limit of locked memory (ulimit -l) to keep them out of swap")
+    locked = (
+        "keys locked in memory"
+        if native.keys_are_locked()
+        else ("keys not locked in memory: raise the limit of locked memory (ulimit -l) to keep them out of swap")
+    )
     found = [Backend("native C++", "cpu", True, f"noise and updates in {native.instructions()} vectors; {locked}")]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         absent = "no GPU is visible to torch"
         cuda = "built" if native.cuda else "not built: install again where nvcc is"
-        found += [Backend("native CUDA", "cuda", False, f"{absent}; {cuda}"),
-                  Backend("Triton", "cuda", False, f"{absent}; {_triton()[1]}")]
+        found += [
+            Backend("native CUDA", "cuda", False, f"{absent}; {cuda}"),
+            Backend("Triton", "cuda", False, f"{absent}; {_triton()[1]}"),
+        ]
     for index in range(count):
         device = torch.device("cuda", index)
         name = f"cuda:{index}"
         reason = why_not(device)
         what = torch.cuda.get_device_name(device)
-        found += [Backend("native CUDA", name, reason is None, what if reason is None else f"{what}: {reason}"),
-                  _triton_on(device, name, what)]
+        found += [
+            Backend("native CUDA", name, reason is None, what if reason is None else f"{what}: {reason}"),
+            _triton_on(device, name, what),
+        ]
     found.append(Backend("plain torch", "any", True, f"torch {torch.__version__}: the reference, where no other runs"))
     return found
 
@@ -72,6 +79,8 @@ def describe() -> str:
     rows += [(b.name, b.device, "yes" if b.runs else "no", b.detail) for b in backends()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     head = f"lora-dp {importlib.metadata.version('lora-dp')}, Python {platform.python_version()}, {platform.platform()}"
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-             for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
     return "\n".join([head, "", *lines])

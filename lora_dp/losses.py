@@ -49,14 +49,16 @@ def classification_loss(logits: Tensor, labels: Tensor, *, label_smoothing: floa
     if logits.dim() != 2 or labels.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
             f"classification_loss takes logits (N, K) with labels (N,), got {tuple(logits.shape)} and "
-            f"{tuple(labels.shape)}: for labels of tokens use masked_lm_loss.")
+            f"{tuple(labels.shape)}: for labels of tokens use masked_lm_loss."
+        )
     _check_floating("logits", logits)
     if labels.dim() == 2:
         _check_floating("labels (N, K), which are probabilities,", labels)
     else:
         _check_whole("labels", labels)
     return F.cross_entropy(
-        _wide(logits), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing)
+        _wide(logits), labels, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor, *, reduction: TokenReduction = "mean") -> Tensor:
@@ -80,13 +82,13 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, *, reduction: TokenReduction 
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"Token losses take logits (N, T, V) and labels (N, T), got {tuple(logits.shape)} and "
-            f"{tuple(labels.shape)}.")
+            f"{tuple(labels.shape)}."
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"Unknown reduction '{reduction}': choose 'mean' or 'sum' over an example's own tokens.")
     _check_floating("logits", logits)
     _check_whole("labels", labels)
-    losses = F.cross_entropy(
-        _wide(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    losses = F.cross_entropy(_wide(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     if reduction == "sum":
         return losses
     # Its own tokens alone: the count of the batch would tie every example to the lengths of the others.
@@ -114,7 +116,8 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, *, reduction: TokenReduction 
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"Token losses take logits (N, T, V) and labels (N, T), got {tuple(logits.shape)} and "
-            f"{tuple(labels.shape)}.")
+            f"{tuple(labels.shape)}."
+        )
     return masked_lm_loss(logits[:, :-1], labels[:, 1:], reduction=reduction)
 
 
@@ -138,7 +141,8 @@ def regression_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     if predictions.shape != targets.shape or predictions.dim() == 0:
         raise ValueError(
             f"regression_loss takes predictions and targets of one shape (N, …), got {tuple(predictions.shape)} and "
-            f"{tuple(targets.shape)}: squeeze or reshape one of them.")
+            f"{tuple(targets.shape)}: squeeze or reshape one of them."
+        )
     _check_floating("predictions", predictions)
     if targets.dtype == torch.bool or targets.is_complex():
         raise TypeError(f"targets must be real numbers, got {targets.dtype}: targets.float() makes them.")
@@ -170,18 +174,26 @@ def question_answering_loss(
     tensor([0.5493])
     """
     check_tensors(
-        "question_answering_loss", start_logits=start_logits, end_logits=end_logits, start_positions=start_positions,
-        end_positions=end_positions, attention_mask=attention_mask)
+        "question_answering_loss",
+        start_logits=start_logits,
+        end_logits=end_logits,
+        start_positions=start_positions,
+        end_positions=end_positions,
+        attention_mask=attention_mask,
+    )
     shape = start_logits.shape
-    if len(shape) != 2 or end_logits.shape != shape or attention_mask.shape != shape or not (
-            start_positions.shape == end_positions.shape == shape[:1]):
+    if (
+        len(shape) != 2
+        or end_logits.shape != shape
+        or attention_mask.shape != shape
+        or not (start_positions.shape == end_positions.shape == shape[:1])
+    ):
         raise ValueError(
             "question_answering_loss takes logits and mask (N, T) and positions (N,), got "
             f"{tuple(shape)}, {tuple(end_logits.shape)}, {tuple(attention_mask.shape)}, "
-            f"{tuple(start_positions.shape)} and {tuple(end_positions.shape)}.")
-    for name, logits, positions in (
-        ("start", start_logits, start_positions), ("end", end_logits, end_positions)
-    ):
+            f"{tuple(start_positions.shape)} and {tuple(end_positions.shape)}."
+        )
+    for name, logits, positions in (("start", start_logits, start_positions), ("end", end_logits, end_positions)):
         _check_floating(f"{name}_logits", logits)
         _check_whole(f"{name}_positions", positions)
     own = attention_mask.bool()

@@ -20,8 +20,20 @@ def opened(name: str, folder: Path, *options: str) -> ctypes.CDLL:
         pytest.skip("no C++ compiler is here")
     library = folder / f"{name}.so"
     built = subprocess.run(
-        [compiler, "-O2", "-shared", "-fPIC", "-ffp-contract=off", *options, str(FOLDER / f"{name}.cpp"), "-o",
-         str(library)], capture_output=True, text=True)
+        [
+            compiler,
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            *options,
+            str(FOLDER / f"{name}.cpp"),
+            "-o",
+            str(library),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if "barrier" in built.stderr or "c++20" in built.stderr:
         pytest.skip("the C++ compiler is older than C++20")
     assert built.returncode == 0, built.stderr

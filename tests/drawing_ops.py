@@ -36,21 +36,45 @@ def takes_generator(schema: Any) -> bool:
 
 
 # What is no op of the dispatcher: TorchScript's own words for functions that are made of ops.
-NO_OPS = ("aten::_no_grad_normal_", "aten::_no_grad_uniform_", "aten::initial_seed", "aten::manual_seed.generator",
-          "aten::seed", "inductor_prims::inductor_reserve_rng_state")
+NO_OPS = (
+    "aten::_no_grad_normal_",
+    "aten::_no_grad_uniform_",
+    "aten::initial_seed",
+    "aten::manual_seed.generator",
+    "aten::seed",
+    "inductor_prims::inductor_reserve_rng_state",
+)
 # What draws nothing from a generator of the CPU, and why.
 FOR_OTHER_DEVICES = (
-    "aten::_cudnn_attention_backward", "aten::_cudnn_attention_forward", "aten::_cudnn_init_dropout_state",
-    "aten::_cudnn_init_dropout_state.out", "aten::_cudnn_rnn", "aten::_cudnn_rnn.out",
-    "aten::_efficient_attention_forward", "aten::_fill_mem_eff_dropout_mask_", "aten::_flash_attention_forward",
-    "aten::_flash_attention_forward.quantized", "aten::_flash_attention_forward_no_dropout_inplace",
-    "aten::_fused_dropout", "aten::_fused_dropout.out", "aten::_lstm_mps", "aten::_lstm_mps.out",
-    "aten::_scaled_dot_product_attention_math_for_mps", "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_cudnn_attention_backward", "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_efficient_attention_backward", "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention.quantized", "aten::_scaled_dot_product_fused_attention_overrideable",
-    "aten::_triton_scaled_dot_attention", "aten::_triton_scaled_dot_attention.out", "aten::miopen_rnn",
-    "aten::miopen_rnn.out", "rngprims::philox_rand")
+    "aten::_cudnn_attention_backward",
+    "aten::_cudnn_attention_forward",
+    "aten::_cudnn_init_dropout_state",
+    "aten::_cudnn_init_dropout_state.out",
+    "aten::_cudnn_rnn",
+    "aten::_cudnn_rnn.out",
+    "aten::_efficient_attention_forward",
+    "aten::_fill_mem_eff_dropout_mask_",
+    "aten::_flash_attention_forward",
+    "aten::_flash_attention_forward.quantized",
+    "aten::_flash_attention_forward_no_dropout_inplace",
+    "aten::_fused_dropout",
+    "aten::_fused_dropout.out",
+    "aten::_lstm_mps",
+    "aten::_lstm_mps.out",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_cudnn_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention.quantized",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_triton_scaled_dot_attention",
+    "aten::_triton_scaled_dot_attention.out",
+    "aten::miopen_rnn",
+    "aten::miopen_rnn.out",
+    "rngprims::philox_rand",
+)
 WITHOUT_DRAWS = {
     "aten::_fused_sdp_choice": "a number that names a kernel",
     "aten::_nested_tensor_softmax_with_shape": "a softmax, marked by mistake",
@@ -60,8 +84,11 @@ WITHOUT_DRAWS = {
 
 def drawing() -> dict[str, Any]:
     """Schemas of all that draw on a CPU, by full name."""
-    return {name: schema for name, schema in schemas().items()
-            if name not in FOR_OTHER_DEVICES and name not in WITHOUT_DRAWS}
+    return {
+        name: schema
+        for name, schema in schemas().items()
+        if name not in FOR_OTHER_DEVICES and name not in WITHOUT_DRAWS
+    }
 
 
 def call(schema: Any, rows: int = 6, generator: torch.Generator | None = None) -> Callable[[], Any]:
@@ -77,15 +104,36 @@ def call(schema: Any, rows: int = 6, generator: torch.Generator | None = None) -
 def arguments(schema: Any, rows: int = 6) -> dict[str, Any]:
     """All arguments of a call that draws (rows, 4) numbers or more, of every row alike."""
     return _recurrent(schema.name, rows) | {
-        argument.name: _value(schema, argument, rows) for argument in schema.arguments
-        if argument.name not in _RECURRENT}
+        argument.name: _value(schema, argument, rows)
+        for argument in schema.arguments
+        if argument.name not in _RECURRENT
+    }
 
 
 _RECURRENT = ("hx", "params", "batch_sizes", "data", "has_biases", "num_layers", "bidirectional", "batch_first")
 _NUMBERS = {
-    "p": 0.5, "dropout": 0.5, "dropout_p": 0.5, "train": True, "training": True, "mean": 0.25, "std": 1.0, "from": 0,
-    "to": 9, "low": 2, "high": 9, "n": 6, "num_samples": 3, "replacement": False, "median": 0.5, "sigma": 1.0,
-    "lambd": 2.0, "lower": 0.125, "upper": 0.375, "is_causal": False, "enable_gqa": False, "requires_grad": False,
+    "p": 0.5,
+    "dropout": 0.5,
+    "dropout_p": 0.5,
+    "train": True,
+    "training": True,
+    "mean": 0.25,
+    "std": 1.0,
+    "from": 0,
+    "to": 9,
+    "low": 2,
+    "high": 9,
+    "n": 6,
+    "num_samples": 3,
+    "replacement": False,
+    "median": 0.5,
+    "sigma": 1.0,
+    "lambd": 2.0,
+    "lower": 0.125,
+    "upper": 0.375,
+    "is_causal": False,
+    "enable_gqa": False,
+    "requires_grad": False,
 }
 
 
@@ -132,6 +180,12 @@ def _recurrent(op_name: str, rows: int) -> dict[str, Any]:
         torch.manual_seed(0)
         weights = [weight.detach() for weight in kind(4, 4, 2)._flat_weights]
     return {
-        "hx": [start, start] if kind is nn.LSTM else start, "params": weights, "has_biases": True, "num_layers": 2,
-        "bidirectional": False, "batch_first": True, "data": torch.full((3 * rows, 4), 0.5),
-        "batch_sizes": torch.tensor([rows] * 3)}
+        "hx": [start, start] if kind is nn.LSTM else start,
+        "params": weights,
+        "has_biases": True,
+        "num_layers": 2,
+        "bidirectional": False,
+        "batch_first": True,
+        "data": torch.full((3 * rows, 4), 0.5),
+        "batch_sizes": torch.tensor([rows] * 3),
+    }

@@ -15,7 +15,9 @@ WIDTH, CLASSES = 6, 3
 
 OPTIMIZERS = [
     lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=0.01),
-    torch.optim.AdamW, torch.optim.Adagrad, torch.optim.NAdam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.NAdam,
 ]
 
 
@@ -56,8 +58,11 @@ def one_by_one(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def take_step(
-    model: nn.Module, optimizer: PrivateOptimizer, batch: tuple[Tensor, Tensor],
-    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy, **options: Any,
+    model: nn.Module,
+    optimizer: PrivateOptimizer,
+    batch: tuple[Tensor, Tensor],
+    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """One private step on a hand-made batch; the released sums, that is the gradients times the expected batch."""
     optimizer.zero_grad()
@@ -98,8 +103,15 @@ def loader_of(size: int, batch_size: int, **options: Any) -> DataLoader[Any]:
 
 
 def private_run(
-    engine: PrivacyEngine, *, size: int = 40, batch_size: int = 8, lr: float = 0.1, seed: int = 0,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, workers: int = 0, **options: Any,
+    engine: PrivacyEngine,
+    *,
+    size: int = 40,
+    batch_size: int = 8,
+    lr: float = 0.1,
+    seed: int = 0,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    workers: int = 0,
+    **options: Any,
 ) -> tuple[nn.Module, PrivateOptimizer, Any]:
     """Model, optimizer and Poisson loader of a run on ``size`` random examples."""
     model = mlp(seed)
@@ -110,8 +122,12 @@ def private_run(
         make = engine.make_private_with_epsilon
     else:
         make = engine.make_private
-    return make(model=model, optimizer=optimizer(trained, lr=lr),
-                data_loader=loader_of(size, batch_size, num_workers=workers), **options)
+    return make(
+        model=model,
+        optimizer=optimizer(trained, lr=lr),
+        data_loader=loader_of(size, batch_size, num_workers=workers),
+        **options,
+    )
 
 
 def train(model: nn.Module, optimizer: PrivateOptimizer, batches: Any) -> None:
@@ -141,5 +157,9 @@ def texts(*lengths: int) -> tuple[Tensor, Tensor]:
 def set_up(model: nn.Module) -> None:
     """Makes a model private, for what is refused then or in its forward."""
     PrivacyEngine().make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )

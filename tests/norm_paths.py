@@ -70,14 +70,21 @@ def _adapter() -> nn.Module:
 
 
 PATHS = {
-    **{f"full rank, {method}": Path(lambda: DPLinear(D_IN, D_OUT, bias=False), {"norm_method": method})
-       for method in ("direct", "ghost")},
+    **{
+        f"full rank, {method}": Path(lambda: DPLinear(D_IN, D_OUT, bias=False), {"norm_method": method})
+        for method in ("direct", "ghost")
+    },
     "transposed": Path(lambda: DPLinear(D_IN, D_OUT, fan_in_fan_out=True), {}),
     "bias": Path(_frozen_weight, {}, inputs=0),
-    **{f"adapter {phases}, {method}": Path(_adapter, {"norm_method": method, "phases": phases}, factors=1)
-       for phases in ("A", "B", "AB") for method in ("direct", "ghost")},
-    **{f"regulated {phases}": Path(_adapter, {"regulate_noise": True, "phases": phases}, factors=2)
-       for phases in ("A", "B")},
+    **{
+        f"adapter {phases}, {method}": Path(_adapter, {"norm_method": method, "phases": phases}, factors=1)
+        for phases in ("A", "B", "AB")
+        for method in ("direct", "ghost")
+    },
+    **{
+        f"regulated {phases}": Path(_adapter, {"regulate_noise": True, "phases": phases}, factors=2)
+        for phases in ("A", "B")
+    },
     "layer norm": Path(lambda: DPLayerNorm(D_IN), {}, inputs=0),
     "lookups": Path(lambda: DPEmbedding(ROWS, D_OUT), {}, inputs=0, ids=True),
 }
@@ -87,15 +94,26 @@ def drawn(*, largest_batch: int = 1000, largest_tokens: int = 6, hardest: bool =
     """Bounds from the least to the largest, and gradients from the least to the largest float32; ``hardest``: the least
     bound alone, and gradients near it."""
     bounds = st.one_of(
-        st.just(LEAST_BOUND), st.sampled_from([1.0, LARGEST_BOUND]),
-        st.floats(-19.9, 19.9).map(lambda power: 10.0**power))
+        st.just(LEAST_BOUND),
+        st.sampled_from([1.0, LARGEST_BOUND]),
+        st.floats(-19.9, 19.9).map(lambda power: 10.0**power),
+    )
     excess = st.one_of(st.floats(-4, 8), st.floats(-90, 130))
     powers = st.one_of(st.just(0.0), st.floats(-40, 40), st.floats(-149, 127))
     if hardest:
         bounds, excess, powers = st.just(LEAST_BOUND), st.floats(-4, 8), st.sampled_from([0.0, -30.0, 30.0])
     return st.builds(
-        Drawn, bounds, excess, st.integers(1, largest_tokens), powers, powers, st.booleans(), st.floats(0, 60),
-        st.sampled_from([1, 7, largest_batch]), st.integers(0, 2**16))
+        Drawn,
+        bounds,
+        excess,
+        st.integers(1, largest_tokens),
+        powers,
+        powers,
+        st.booleans(),
+        st.floats(0, 60),
+        st.sampled_from([1, 7, largest_batch]),
+        st.integers(0, 2**16),
+    )
 
 
 rules = st.sampled_from(RULES)
@@ -115,7 +133,7 @@ def batch_of(case: Drawn, path: Path) -> tuple[Tensor, Tensor]:
         # One input and one error, with either sign in turn; what is left over is the first token or two.
         inputs, errors = inputs[:1].repeat(tokens, 1), errors[:1].repeat(tokens, 1)
         pairs = (tokens - 1) // 2
-        errors[tokens - 2 * pairs:] *= torch.tensor([1.0, -1.0] * pairs).unsqueeze(1) * 2.0**case.rest
+        errors[tokens - 2 * pairs :] *= torch.tensor([1.0, -1.0] * pairs).unsqueeze(1) * 2.0**case.rest
     shape = (case.examples, tokens)
     x, g = torch.zeros(*shape, D_IN), torch.zeros(*shape, D_OUT)
     x[0], g[0] = _sized(inputs, case.inputs), _sized(errors, case.errors(path))
@@ -150,7 +168,7 @@ def record(model: nn.Module, optimizer: PrivateOptimizer, x: Tensor, g: Tensor, 
     optimizer.recorder.open(len(x))
     # Not through the model's hooks, whose trials would see other batches too.
     out = model.forward(x)
-    g = g[..., :out.shape[-1]] if g.shape[-1] >= out.shape[-1] else torch.nn.functional.pad(g, (0, D_IN - D_OUT))
+    g = g[..., : out.shape[-1]] if g.shape[-1] >= out.shape[-1] else torch.nn.functional.pad(g, (0, D_IN - D_OUT))
     if optimizer.loss_reduction == "mean":
         g = g / len(x)
     for _ in range(backwards):
@@ -172,14 +190,24 @@ def norm(parts: Sequence[Tensor]) -> float:
 
 
 def contribution(
-    case: Drawn, path: Path, rule: str, reduction: str = "mean", dtype: torch.dtype = torch.float32,
-    backwards: int = 1, clips: bool = True,
+    case: Drawn,
+    path: Path,
+    rule: str,
+    reduction: str = "mean",
+    dtype: torch.dtype = torch.float32,
+    backwards: int = 1,
+    clips: bool = True,
 ) -> float:
     """The norm of what one example adds to the clipped sum; without ``clips`` at an infinite bound."""
     model = make_model(case, path, dtype)
     optimizer = make_private(
-        model, batch_size=case.examples, max_grad_norm=case.bound if clips else math.inf, clipping=rule,
-        loss_reduction=reduction, **path.options)
+        model,
+        batch_size=case.examples,
+        max_grad_norm=case.bound if clips else math.inf,
+        clipping=rule,
+        loss_reduction=reduction,
+        **path.options,
+    )
     x, g = batch_of(case, path)
     finished = record(model, optimizer, x if path.ids else x.to(dtype), g, backwards)
     return norm_of_sums(optimizer, finished)

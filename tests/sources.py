@@ -21,7 +21,8 @@ WIDE = 2.0**32 * 1.7
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 locks = pytest.mark.skipif(
-    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer turns mlock into nothing")
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer turns mlock into nothing"
+)
 
 
 def gaussians(source: RandomSource, n: int, scale: float = WIDE) -> torch.Tensor:

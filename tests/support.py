@@ -40,10 +40,13 @@ def brute_force(
     for example in examples:
         twin.zero_grad()
         loss(twin, example).backward()
-        gradients.append({
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for name, p in twin.named_parameters() if name in trained
-        })
+        gradients.append(
+            {
+                name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                for name, p in twin.named_parameters()
+                if name in trained
+            }
+        )
     return gradients
 
 
@@ -69,16 +72,28 @@ def clip_and_sum(
 
 
 def make_private(
-    model: nn.Module, *, batch_size: int, noise_multiplier: float = 0.0, max_grad_norm: float = 1.0,
-    size: int | None = None, lr: float = 1.0, engine: PrivacyEngine | None = None, **options: Any,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    noise_multiplier: float = 0.0,
+    max_grad_norm: float = 1.0,
+    size: int | None = None,
+    lr: float = 1.0,
+    engine: PrivacyEngine | None = None,
+    **options: Any,
 ) -> PrivateOptimizer:
     """A private optimizer for hand-made batches: SGD, and a data set of ``size`` dummies behind it."""
     engine = engine or PrivacyEngine(accountant="rdp", reproducible_seed=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     loader = DataLoader(TensorDataset(torch.zeros(size or batch_size)), batch_size=batch_size)
     _, optimizer, _ = engine.make_private(
-        model=model, optimizer=torch.optim.SGD(parameters, lr=lr), data_loader=loader,
-        noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **options)
+        model=model,
+        optimizer=torch.optim.SGD(parameters, lr=lr),
+        data_loader=loader,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        **options,
+    )
     return optimizer
 
 

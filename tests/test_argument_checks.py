@@ -15,13 +15,7 @@ from lora_dp import Ledger, LoRAConfig, PrivacyEngine, inject_lora
 from lora_dp.argument_checks import check_count, check_number
 from lora_dp.engine.cuda_graphs import GraphedStep
 from lora_dp.fed.config import RunConfig
-from lora_dp.losses import (
-    causal_lm_loss,
-    classification_loss,
-    masked_lm_loss,
-    question_answering_loss,
-    regression_loss,
-)
+from lora_dp.losses import causal_lm_loss, classification_loss, masked_lm_loss, question_answering_loss, regression_loss
 from lora_dp.privacy.accounting import PoissonGaussian
 from lora_dp.privacy.accounting.history import History
 from lora_dp.privacy.clipping import FlatClipping
@@ -38,8 +32,12 @@ NO_COUNTS = [10.0, "8", math.nan, math.inf, [3], True, np.float64(10), torch.ten
 def make(**options: Any) -> Any:
     model = mlp()
     chosen = {
-        "model": model, "optimizer": torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        "data_loader": loader_of(20, 4), "max_grad_norm": 1.0, **options}
+        "model": model,
+        "optimizer": torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        "data_loader": loader_of(20, 4),
+        "max_grad_norm": 1.0,
+        **options,
+    }
     if "target_epsilon" in options:
         return seeded().make_private_with_epsilon(**chosen)
     return seeded().make_private(**{"noise_multiplier": 1.0, **chosen})
@@ -69,8 +67,8 @@ def test_what_must_be_a_number(name: str, value: object) -> None:
 def test_what_must_be_a_whole_number(value: object) -> None:
     model, private, _ = private_run(seeded())
     for name, action in {
-        "steps": lambda: make(**{**TARGETS, "steps": value}), "batch_size": lambda: GraphedStep(
-            model, private, lambda model, x: model(x).sum(), batch_size=value),  # type: ignore[arg-type]
+        "steps": lambda: make(**{**TARGETS, "steps": value}),
+        "batch_size": lambda: GraphedStep(model, private, lambda model, x: model(x).sum(), batch_size=value),  # type: ignore[arg-type]
         "reproducible_seed": lambda: PrivacyEngine(reproducible_seed=value),  # type: ignore[arg-type]
     }.items():
         with pytest.raises(TypeError, match=rf"^{name} must be a whole number, got"):
@@ -104,30 +102,46 @@ def test_a_list_of_bounds_names_what_shares_one_out() -> None:
         make(max_grad_norm=[1, 1])
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("model", None), ("model", "gpt2"), ("optimizer", None), ("optimizer", "sgd"), ("optimizer", torch.optim.SGD),
-    ("data_loader", None), ("data_loader", [1, 2])])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", None),
+        ("model", "gpt2"),
+        ("optimizer", None),
+        ("optimizer", "sgd"),
+        ("optimizer", torch.optim.SGD),
+        ("data_loader", None),
+        ("data_loader", [1, 2]),
+    ],
+)
 def test_objects_of_another_class(name: str, value: object) -> None:
     for options in ({}, TARGETS):
         with pytest.raises(TypeError, match=rf"^{name} must be a \w+, got .*: .+\.$"):
             make(**{name: value, **options})
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"target_modules": None}, "target_modules must be a list of names, got None"),
-    ({"trainable_modules": None}, "trainable_modules must be a list of names, got None"),
-    ({"dropout": "0.1"}, "dropout must be a number"),
-    ({"dropout": None}, "dropout must be a number"), ({"alpha": "8"}, "alpha must be a number, got '8' (str)"),
-    ({"alpha": [8]}, "alpha must be a number"), ({"rslora": "8"}, "rslora must be True or False, got '8' (str)"),
-    ({"rslora": None}, "rslora must be True or False")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": None}, "target_modules must be a list of names, got None"),
+        ({"trainable_modules": None}, "trainable_modules must be a list of names, got None"),
+        ({"dropout": "0.1"}, "dropout must be a number"),
+        ({"dropout": None}, "dropout must be a number"),
+        ({"alpha": "8"}, "alpha must be a number, got '8' (str)"),
+        ({"alpha": [8]}, "alpha must be a number"),
+        ({"rslora": "8"}, "rslora must be True or False, got '8' (str)"),
+        ({"rslora": None}, "rslora must be True or False"),
+    ],
+)
 def test_lora_config(options: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError) as refusal:
         LoRAConfig(**options)
     assert words in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", [
-    "noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size", "event", "loss_reduction"])
+@pytest.mark.parametrize(
+    "name", ["noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size", "event", "loss_reduction"]
+)
 def test_what_the_optimizer_was_made_for_cannot_be_changed(name: str) -> None:
     model, private, _ = private_run(seeded(), noise_multiplier=1.5, max_grad_norm=0.5)
     before = getattr(private, name)
@@ -135,13 +149,19 @@ def test_what_the_optimizer_was_made_for_cannot_be_changed(name: str) -> None:
         setattr(private, name, "sum" if name == "loss_reduction" else 5.0)
     assert getattr(private, name) is before
     assert (private.noise_multiplier, private.max_grad_norm, private.sample_rate, private.expected_batch_size) == (
-        1.5, 0.5, 0.2, 8)
+        1.5,
+        0.5,
+        0.2,
+        8,
+    )
 
 
 def test_nor_what_it_and_the_loader_hold() -> None:
     _, private, loader = private_run(seeded())
-    for holder, names in ((private.mechanism, ("noise_multiplier", "rule", "source")),
-                          (loader, ("sample_rate", "expected_batch_size", "dataset", "source"))):
+    for holder, names in (
+        (private.mechanism, ("noise_multiplier", "rule", "source")),
+        (loader, ("sample_rate", "expected_batch_size", "dataset", "source")),
+    ):
         for name in names:
             with pytest.raises(AttributeError, match=f"'{name}' is fixed"):
                 setattr(holder, name, getattr(holder, name))
@@ -154,9 +174,19 @@ def test_nor_what_it_and_the_loader_hold() -> None:
 ACCOUNT = r"is fixed, for the engine computes ε .*: a saved account is taken up by engine\.load_state_dict\.$"
 
 
-@pytest.mark.parametrize(("name", "value", "words"), [
-    ("ledger", Ledger(), ACCOUNT), ("history", None, ACCOUNT), ("history", History(Ledger()), ACCOUNT),
-    ("mechanism", Mechanism(FlatClipping(1.0), 0.01, SeededSource(1)), r"is fixed, .*: call make_private again for")])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ledger", Ledger(), ACCOUNT),
+        ("history", None, ACCOUNT),
+        ("history", History(Ledger()), ACCOUNT),
+        (
+            "mechanism",
+            Mechanism(FlatClipping(1.0), 0.01, SeededSource(1)),
+            r"is fixed, .*: call make_private again for",
+        ),
+    ],
+)
 def test_nor_what_writes_its_account_and_makes_its_noise(name: str, value: Any, words: str) -> None:
     """Steps that go to another ledger are missing in the printed ε."""
     engine = seeded()
@@ -172,9 +202,13 @@ def test_nor_what_writes_its_account_and_makes_its_noise(name: str, value: Any, 
     assert engine.get_epsilon(1e-3) == spent.epsilon(1e-3, "rdp") > 0
 
 
-@pytest.mark.parametrize(("name", "value", "words"), [
-    ("source", SeededSource(1), "'source' is fixed, .*: make another PrivacyEngine"),
-    ("history", History(Ledger()), "'history' is fixed, .* taken up by engine.load_state_dict")])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("source", SeededSource(1), "'source' is fixed, .*: make another PrivacyEngine"),
+        ("history", History(Ledger()), "'history' is fixed, .* taken up by engine.load_state_dict"),
+    ],
+)
 def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> None:
     engine = seeded()
     private_run(engine)
@@ -184,24 +218,28 @@ def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> 
     assert getattr(engine, name) is before
 
 
-@pytest.mark.parametrize(("of", "name", "value", "remedy"), [
-    ("engine", "noise_multiplier", 5.0, "call make_private again with another, for the optimizer"),
-    ("engine", "max_grad_norm", 5.0, "call make_private again with another, for the optimizer"),
-    ("engine", "clipping", "flat", "call make_private again with another, for the optimizer"),
-    ("engine", "sample_rate", 0.5, "call make_private again with a DataLoader of another batch size"),
-    ("engine", "expected_batch_size", 4, "call make_private again with a DataLoader of another batch size"),
-    ("engine", "reproducible_seed", 4, "make another PrivacyEngine"),
-    ("optimizer", "clipping", "automatic", "call make_private again with another"),
-    ("optimizer", "low_pass", None, "call make_private again with another"),
-    ("optimizer", "norm_method", "ghost", "call make_private again with another"),
-    ("optimizer", "regulate_noise", True, "call make_private again with another"),
-    ("optimizer", "phases", "B", "call optimizer.set_phases"),
-    ("loader", "batch_size", 5, "call make_private again with a DataLoader that has it"),
-    ("loader", "collate_fn", list, "call make_private again with a DataLoader that has it"),
-    ("loader", "num_workers", 2, "call make_private again with a DataLoader that has it"),
-    ("loader", "sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
-    ("loader", "batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
-    ("loader", "drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset")])
+@pytest.mark.parametrize(
+    ("of", "name", "value", "remedy"),
+    [
+        ("engine", "noise_multiplier", 5.0, "call make_private again with another, for the optimizer"),
+        ("engine", "max_grad_norm", 5.0, "call make_private again with another, for the optimizer"),
+        ("engine", "clipping", "flat", "call make_private again with another, for the optimizer"),
+        ("engine", "sample_rate", 0.5, "call make_private again with a DataLoader of another batch size"),
+        ("engine", "expected_batch_size", 4, "call make_private again with a DataLoader of another batch size"),
+        ("engine", "reproducible_seed", 4, "make another PrivacyEngine"),
+        ("optimizer", "clipping", "automatic", "call make_private again with another"),
+        ("optimizer", "low_pass", None, "call make_private again with another"),
+        ("optimizer", "norm_method", "ghost", "call make_private again with another"),
+        ("optimizer", "regulate_noise", True, "call make_private again with another"),
+        ("optimizer", "phases", "B", "call optimizer.set_phases"),
+        ("loader", "batch_size", 5, "call make_private again with a DataLoader that has it"),
+        ("loader", "collate_fn", list, "call make_private again with a DataLoader that has it"),
+        ("loader", "num_workers", 2, "call make_private again with a DataLoader that has it"),
+        ("loader", "sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
+        ("loader", "batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
+        ("loader", "drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset"),
+    ],
+)
 def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: Any, remedy: str) -> None:
     engine = seeded()
     _, optimizer, loader = private_run(engine)
@@ -238,21 +276,38 @@ def test_a_grad_scaler_is_refused_before_anything_is_released(unscaled: bool) ->
 DATA = TensorDataset(*examples(20))
 
 
-@pytest.mark.parametrize("order", [
-    {"sampler": SequentialSampler(range(8))}, {"sampler": SequentialSampler(TensorDataset(torch.zeros(20)))},
-    {"sampler": RandomSampler(range(8))}, {"sampler": RandomSampler(DATA, num_samples=8)},
-    {"sampler": RandomSampler(DATA, replacement=True)}, {"sampler": RandomSampler(Subset(DATA, range(8)))},
-    {"sampler": [1, 2, 3]}, {"batch_sampler": BatchSampler(SequentialSampler(DATA), 4, False)},
-    {"batch_sampler": [[0, 1], [2]]}], ids=lambda order: str(type(next(iter(order.values()))).__name__))
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"sampler": SequentialSampler(range(8))},
+        {"sampler": SequentialSampler(TensorDataset(torch.zeros(20)))},
+        {"sampler": RandomSampler(range(8))},
+        {"sampler": RandomSampler(DATA, num_samples=8)},
+        {"sampler": RandomSampler(DATA, replacement=True)},
+        {"sampler": RandomSampler(Subset(DATA, range(8)))},
+        {"sampler": [1, 2, 3]},
+        {"batch_sampler": BatchSampler(SequentialSampler(DATA), 4, False)},
+        {"batch_sampler": [[0, 1], [2]]},
+    ],
+    ids=lambda order: str(type(next(iter(order.values()))).__name__),
+)
 def test_an_order_over_other_examples_is_refused(order: dict[str, Any]) -> None:
     options = order if "batch_sampler" in order else {"batch_size": 4, **order}
     with pytest.raises(ValueError, match=r"no sampler of its own.*torch\.utils\.data\.Subset"):
         make(data_loader=DataLoader(DATA, **options))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"shuffle": True}, {"drop_last": True}, {"sampler": RandomSampler(DATA)}, {"sampler": SequentialSampler(DATA)},
-    {"shuffle": True, "generator": torch.Generator()}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shuffle": True},
+        {"drop_last": True},
+        {"sampler": RandomSampler(DATA)},
+        {"sampler": SequentialSampler(DATA)},
+        {"shuffle": True, "generator": torch.Generator()},
+    ],
+)
 def test_a_plain_order_is_taken_and_so_is_a_subset(options: dict[str, Any]) -> None:
     assert make(data_loader=DataLoader(DATA, batch_size=4, **options))[2].sample_rate == 0.2
     assert make(data_loader=DataLoader(Subset(DATA, range(8)), batch_size=4, shuffle=True))[2].sample_rate == 0.5
@@ -297,8 +352,10 @@ def test_wrapped_models_are_refused_by_name(two_processes: None, monkeypatch: py
     from torch.distributed.fsdp import fully_shard
 
     inner = nn.Sequential(mlp())
-    whole = {"DistributedDataParallel": nn.parallel.DistributedDataParallel(mlp()),
-             "DataParallel": nn.DataParallel(mlp())}
+    whole = {
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel(mlp()),
+        "DataParallel": nn.DataParallel(mlp()),
+    }
     inner[0] = nn.DataParallel(inner[0])
     for name, model in [*whole.items(), ("DataParallel", inner)]:
         with pytest.raises(ValueError, match=rf"is wrapped in {name}, .*: give the model inside it"):
@@ -324,28 +381,47 @@ def test_a_model_of_pefts_names_the_two_ways() -> None:
     make(model=plain, optimizer=torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"r": True}, "r must be a whole number"), ({"alpha": math.inf}, "alpha must be finite, got inf")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"r": True}, "r must be a whole number"), ({"alpha": math.inf}, "alpha must be finite, got inf")],
+)
 def test_lora_config_out_of_range(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LoRAConfig(**options)
 
 
-@pytest.mark.parametrize(("arguments", "name"), [
-    ((None, LoRAConfig()), "model"), (("gpt2", LoRAConfig()), "model"), ((nn.Linear(3, 3), None), "config"),
-    ((nn.Linear(3, 3), {"r": 8}), "config")])
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((None, LoRAConfig()), "model"),
+        (("gpt2", LoRAConfig()), "model"),
+        ((nn.Linear(3, 3), None), "config"),
+        ((nn.Linear(3, 3), {"r": 8}), "config"),
+    ],
+)
 def test_inject_lora(arguments: tuple[Any, Any], name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name} must be a (Module|LoRAConfig), got .*: .+\.$"):
         inject_lora(*arguments)
 
 
-@pytest.mark.parametrize(("options", "error", "words"), [
-    *[({name: value}, ValueError, f"^Unknown {name} ") for name in ("clipping", "phases", "loss_reduction")
-      for value in (["AB"], {"AB": 1}, None, 3)],
-    *[({"low_pass": value}, TypeError, "^low_pass must be a GaussianFilter, a LaplacianFilter or None, got a")
-      for value in ("gaussian", 3, [GaussianFilter(1.0)], GaussianFilter)],
-    *[({"regulate_noise": value, "phases": "B"}, TypeError, "^regulate_noise must be True or False, got")
-      for value in (None, "x", 1)]])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        *[
+            ({name: value}, ValueError, f"^Unknown {name} ")
+            for name in ("clipping", "phases", "loss_reduction")
+            for value in (["AB"], {"AB": 1}, None, 3)
+        ],
+        *[
+            ({"low_pass": value}, TypeError, "^low_pass must be a GaussianFilter, a LaplacianFilter or None, got a")
+            for value in ("gaussian", 3, [GaussianFilter(1.0)], GaussianFilter)
+        ],
+        *[
+            ({"regulate_noise": value, "phases": "B"}, TypeError, "^regulate_noise must be True or False, got")
+            for value in (None, "x", 1)
+        ],
+    ],
+)
 def test_choices(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         make(**options)
@@ -364,12 +440,20 @@ def test_strength_of_a_filter(kind: Any, strength: Any) -> None:
         kind(strength)
 
 
-@pytest.mark.parametrize(("options", "error", "words"), [
-    *[({"weight": value}, TypeError, "^weight must be a number, got")
-      for value in (None, "2", torch.ones(4), torch.tensor(2.0), True)],
-    *[({"weight": value}, ValueError, f"^weight must be finite and not 0, got {value}")
-      for value in (math.nan, math.inf, -math.inf, 0, 0.0)],
-    ({"retain_graph": "no"}, TypeError, "^retain_graph must be True or False")])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        *[
+            ({"weight": value}, TypeError, "^weight must be a number, got")
+            for value in (None, "2", torch.ones(4), torch.tensor(2.0), True)
+        ],
+        *[
+            ({"weight": value}, ValueError, f"^weight must be finite and not 0, got {value}")
+            for value in (math.nan, math.inf, -math.inf, 0, 0.0)
+        ],
+        ({"retain_graph": "no"}, TypeError, "^retain_graph must be True or False"),
+    ],
+)
 def test_backward(options: dict[str, Any], error: type[Exception], words: str) -> None:
     model = mlp()
     optimizer, (x, y) = make_private(model, batch_size=4), examples(4)
@@ -378,8 +462,10 @@ def test_backward(options: dict[str, Any], error: type[Exception], words: str) -
     with pytest.raises(error, match=words):
         optimizer.backward(losses, **options)
     optimizer.backward(losses, weight=np.float32(-2))  # nothing was lost
-    for given, words in (({"mask": [True] * 4}, "^mask must be a bool tensor, got a list"),
-                         ({"closure": torch.ones(4)}, "^closure must be a function, got a Tensor")):
+    for given, words in (
+        ({"mask": [True] * 4}, "^mask must be a bool tensor, got a list"),
+        ({"closure": torch.ones(4)}, "^closure must be a function, got a Tensor"),
+    ):
         with pytest.raises(TypeError, match=words):
             optimizer.step(**given)
     with pytest.raises(TypeError, match="^do_skip must be True or False"):
@@ -391,21 +477,36 @@ def test_backward(options: dict[str, Any], error: type[Exception], words: str) -
 def test_graphed_step() -> None:
     model, private, _ = private_run(seeded())
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
-    for arguments, words in (((None, private, len), "model must be a Module"),
-                             ((model, plain, len), "optimizer must be a PrivateOptimizer"),
-                             ((model, None, len), "optimizer must be a PrivateOptimizer"),
-                             ((model, private, None), "loss must be a function")):
+    for arguments, words in (
+        ((None, private, len), "model must be a Module"),
+        ((model, plain, len), "optimizer must be a PrivateOptimizer"),
+        ((model, None, len), "optimizer must be a PrivateOptimizer"),
+        ((model, private, None), "loss must be a function"),
+    ):
         with pytest.raises(TypeError, match=words):
             GraphedStep(*arguments, batch_size=4)
 
 
 X, Y, TOKENS, IDS, MASK = (
-    torch.randn(4, 3), torch.zeros(4).long(), torch.randn(2, 3, 5), torch.zeros(2, 3).long(), torch.ones(4, 3))
+    torch.randn(4, 3),
+    torch.zeros(4).long(),
+    torch.randn(2, 3, 5),
+    torch.zeros(2, 3).long(),
+    torch.ones(4, 3),
+)
 LOSSES: dict[Any, dict[str, Any]] = {
-    classification_loss: {"logits": X, "labels": Y}, masked_lm_loss: {"logits": TOKENS, "labels": IDS},
-    causal_lm_loss: {"logits": TOKENS, "labels": IDS}, regression_loss: {"predictions": X, "targets": X},
+    classification_loss: {"logits": X, "labels": Y},
+    masked_lm_loss: {"logits": TOKENS, "labels": IDS},
+    causal_lm_loss: {"logits": TOKENS, "labels": IDS},
+    regression_loss: {"predictions": X, "targets": X},
     question_answering_loss: {
-        "start_logits": X, "end_logits": X, "start_positions": Y, "end_positions": Y, "attention_mask": MASK}}
+        "start_logits": X,
+        "end_logits": X,
+        "start_positions": Y,
+        "end_positions": Y,
+        "attention_mask": MASK,
+    },
+}
 EACH = [(loss, name) for loss, arguments in LOSSES.items() for name in arguments]
 
 
@@ -463,12 +564,18 @@ def test_seeds_out_of_range(seed: int) -> None:
         PrivacyEngine(reproducible_seed=seed)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"max_grad_norm": "inf"}, "max_grad_norm must be a number, not 'inf'"),
-    ({"delta": None}, "delta must be a number, not None"),
-    ({"rounds": 2.5}, "rounds must be a whole number, not 2.5"), ({"rounds": "3"}, "rounds must be a whole number"),
-    ({"lr": "fast"}, "lr must be a number"), ({"reproducible": "yes"}, "reproducible must be true or false"),
-    ({"seed": True}, "seed must be a whole number")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_grad_norm": "inf"}, "max_grad_norm must be a number, not 'inf'"),
+        ({"delta": None}, "delta must be a number, not None"),
+        ({"rounds": 2.5}, "rounds must be a whole number, not 2.5"),
+        ({"rounds": "3"}, "rounds must be a whole number"),
+        ({"lr": "fast"}, "lr must be a number"),
+        ({"reproducible": "yes"}, "reproducible must be true or false"),
+        ({"seed": True}, "seed must be a whole number"),
+    ],
+)
 def test_options_of_a_federated_run(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"^{words}"):
         RunConfig.from_flat(options)

@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora_dp.losses
-from lora_dp.losses import (
-    causal_lm_loss,
-    classification_loss,
-    masked_lm_loss,
-    question_answering_loss,
-    regression_loss,
-)
+from lora_dp.losses import causal_lm_loss, classification_loss, masked_lm_loss, question_answering_loss, regression_loss
 from tests.models import assert_refuses
 
 LENGTHS = (5, 2, 3, 1)
@@ -48,13 +42,18 @@ def test_classification_is_the_cross_entropy_of_each():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_token_losses_are_of_each_examples_own_tokens(reduction):
     logits, labels = tokens()
-    whole, shifted = masked_lm_loss(logits, labels, reduction=reduction), causal_lm_loss(
-        logits, labels, reduction=reduction)
+    whole, shifted = (
+        masked_lm_loss(logits, labels, reduction=reduction),
+        causal_lm_loss(logits, labels, reduction=reduction),
+    )
     for i, length in enumerate(LENGTHS):
         expected = F.cross_entropy(logits[i, :length], labels[i, :length], reduction=reduction)
         assert torch.isclose(whole[i], expected)
-        following = 0.0 if length == 1 else float(
-            F.cross_entropy(logits[i, : length - 1], labels[i, 1:length], reduction=reduction))
+        following = (
+            0.0
+            if length == 1
+            else float(F.cross_entropy(logits[i, : length - 1], labels[i, 1:length], reduction=reduction))
+        )
         assert float(shifted[i]) == pytest.approx(following)
 
 
@@ -62,8 +61,9 @@ def test_causal_loss_is_transformers_on_a_single_example():
     import transformers as tf
 
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2))
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+    )
     ids = torch.randint(40, (3, 6))
     for i in range(3):
         output = model(input_ids=ids[i : i + 1], labels=ids[i : i + 1])
@@ -84,8 +84,11 @@ def test_answers_are_looked_for_among_own_tokens_alone():
     mask = (torch.arange(6) < lengths.unsqueeze(1)).long()
     losses = question_answering_loss(starts, ends, first, last, mask)
     for i, length in enumerate(lengths):
-        terms = [F.cross_entropy(logits[i : i + 1, :length], place[i : i + 1])
-                 for logits, place in ((starts, first), (ends, last)) if place[i] < length]
+        terms = [
+            F.cross_entropy(logits[i : i + 1, :length], place[i : i + 1])
+            for logits, place in ((starts, first), (ends, last))
+            if place[i] < length
+        ]
         assert torch.isclose(losses[i], sum(terms) / 2)
     wider = [F.pad(tensor, (0, 3), value=9.0) for tensor in (starts, ends)]
     assert torch.allclose(question_answering_loss(*wider, first, last, F.pad(mask, (0, 3))), losses)
@@ -119,25 +122,45 @@ def test_half_precision_outputs_have_float32_losses():
     assert losses.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("words", "call"), [
-    ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3, 4), torch.zeros(2).long())),
-    ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3), torch.zeros(2, 3).long())),
-    ("choose 'mean' or 'sum'", lambda: causal_lm_loss(
-        torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), reduction="none")),
-    ("of one shape", lambda: regression_loss(torch.zeros(3, 1), torch.zeros(3))),
-    ("of one shape", lambda: regression_loss(torch.zeros(()), torch.zeros(()))),
-    ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(3).long())),
-    ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(2, 1).long())),
-    ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 2).long())),
-    ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))),
-    ("(N, T, V)", lambda: causal_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2).long())),
-    ("(N, T, V)", lambda: causal_lm_loss(torch.zeros(3), torch.zeros(3).long())),
-    *[("question_answering_loss takes", lambda shapes=shapes: question_answering_loss(
-        *[torch.zeros(shape, dtype=torch.long if len(shape) == 1 else torch.float) for shape in shapes]))
-      for shapes in (((2, 3), (2, 4), (2,), (2,), (2, 3)), ((2, 3), (2, 3), (2,), (2,), (2, 4)),
-                     ((2, 3), (2, 3), (3,), (3,), (2, 3)), ((2, 3), (2, 3), (3,), (2,), (2, 3)),
-                     ((2, 3, 1), (2, 3, 1), (2,), (2,), (2, 3, 1)))],
-    ("question_answering_loss takes", lambda: question_answering_loss(
-        torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(3).long(), torch.ones(2, 3)))])
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3, 4), torch.zeros(2).long())),
+        ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3), torch.zeros(2, 3).long())),
+        (
+            "choose 'mean' or 'sum'",
+            lambda: causal_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), reduction="none"),
+        ),
+        ("of one shape", lambda: regression_loss(torch.zeros(3, 1), torch.zeros(3))),
+        ("of one shape", lambda: regression_loss(torch.zeros(()), torch.zeros(()))),
+        ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(3).long())),
+        ("logits (N, K) with labels (N,)", lambda: classification_loss(torch.zeros(2, 3), torch.zeros(2, 1).long())),
+        ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 2).long())),
+        ("(N, T, V)", lambda: masked_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))),
+        ("(N, T, V)", lambda: causal_lm_loss(torch.zeros(2, 3, 4), torch.zeros(2).long())),
+        ("(N, T, V)", lambda: causal_lm_loss(torch.zeros(3), torch.zeros(3).long())),
+        *[
+            (
+                "question_answering_loss takes",
+                lambda shapes=shapes: question_answering_loss(
+                    *[torch.zeros(shape, dtype=torch.long if len(shape) == 1 else torch.float) for shape in shapes]
+                ),
+            )
+            for shapes in (
+                ((2, 3), (2, 4), (2,), (2,), (2, 3)),
+                ((2, 3), (2, 3), (2,), (2,), (2, 4)),
+                ((2, 3), (2, 3), (3,), (3,), (2, 3)),
+                ((2, 3), (2, 3), (3,), (2,), (2, 3)),
+                ((2, 3, 1), (2, 3, 1), (2,), (2,), (2, 3, 1)),
+            )
+        ],
+        (
+            "question_answering_loss takes",
+            lambda: question_answering_loss(
+                torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(3).long(), torch.ones(2, 3)
+            ),
+        ),
+    ],
+)
 def test_shapes_that_do_not_belong_together_are_refused(words, call):
     assert_refuses(ValueError, words, call)

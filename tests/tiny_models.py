@@ -7,12 +7,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 HEADS = {
-    "roberta": "classifier", "gpt2": "score", "llama": "score", "vit": "classifier", "timm_vit": "head",
+    "roberta": "classifier",
+    "gpt2": "score",
+    "llama": "score",
+    "vit": "classifier",
+    "timm_vit": "head",
     "timm_swin": "head.fc",
 }
 TARGETS = {
-    "roberta": ["query", "value"], "gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"],
-    "vit": ["q_proj", "fc1"], "timm_vit": ["qkv", "mlp.fc2"], "timm_swin": ["qkv", "reduction"],
+    "roberta": ["query", "value"],
+    "gpt2": ["c_attn", "c_proj"],
+    "llama": ["q_proj", "down_proj"],
+    "vit": ["q_proj", "fc1"],
+    "timm_vit": ["qkv", "mlp.fc2"],
+    "timm_swin": ["qkv", "reduction"],
 }
 KINDS = list(HEADS)
 TEXT = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
@@ -29,23 +37,37 @@ def build(kind: str) -> nn.Module:
     if kind == "roberta":
         model: nn.Module = tf.RobertaForSequenceClassification(
             tf.RobertaConfig(
-                max_position_embeddings=20, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **small, **TEXT))
+                max_position_embeddings=20, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **small, **TEXT
+            )
+        )
     elif kind == "gpt2":
         model = tf.GPT2ForSequenceClassification(
-            tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-                          **TEXT))
+            tf.GPT2Config(
+                n_embd=16, n_layer=2, n_head=2, n_positions=20, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **TEXT
+            )
+        )
     elif kind == "llama":
         model = tf.LlamaForSequenceClassification(tf.LlamaConfig(num_key_value_heads=1, **small, **TEXT))
     elif kind == "vit":
         model = tf.ViTForImageClassification(
-            tf.ViTConfig(image_size=16, patch_size=8, num_channels=1, num_labels=3, **small))
+            tf.ViTConfig(image_size=16, patch_size=8, num_channels=1, num_labels=3, **small)
+        )
     elif kind == "timm_vit":
         model = VisionTransformer(
-            img_size=16, patch_size=8, in_chans=1, num_classes=3, embed_dim=16, depth=2, num_heads=2)
+            img_size=16, patch_size=8, in_chans=1, num_classes=3, embed_dim=16, depth=2, num_heads=2
+        )
     else:
         model = SwinTransformer(
-            img_size=16, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depths=(2, 2), num_heads=(2, 2),
-            window_size=4, drop_path_rate=0.0)
+            img_size=16,
+            patch_size=2,
+            in_chans=1,
+            num_classes=3,
+            embed_dim=8,
+            depths=(2, 2),
+            num_heads=(2, 2),
+            window_size=4,
+            drop_path_rate=0.0,
+        )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.3)

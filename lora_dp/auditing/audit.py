@@ -87,17 +87,24 @@ class AuditResult:
         words = {"independent": "independent canaries", "gaussian": "a Gaussian trade-off"}
         assumed = " and ".join(text for name, text in words.items() if name in self.assume)
         assuming = f", assuming {assumed}" if assumed else ""
-        text = (f"{self.verdict}: ε ≥ {self.epsilon:.3g} at δ = {self.delta:g} with confidence {self.confidence:.3g}"
-                f"{assuming} ({self.correct} of {self.guesses} guesses right); claimed: ε = {self.claimed_epsilon:.3g}")
+        text = (
+            f"{self.verdict}: ε ≥ {self.epsilon:.3g} at δ = {self.delta:g} with confidence {self.confidence:.3g}"
+            f"{assuming} ({self.correct} of {self.guesses} guesses right); claimed: ε = {self.claimed_epsilon:.3g}"
+        )
         if self.refuted is not None and self.refuted[0] != self.delta:
-            text += (f", and at δ = {self.refuted[0]:g} ε = {self.refuted[1]:.3g} where it is at least "
-                     f"{self.refuted[2]:.3g}")
+            text += (
+                f", and at δ = {self.refuted[0]:g} ε = {self.refuted[1]:.3g} where it is at least {self.refuted[2]:.3g}"
+            )
         if not self.violated and not self.within_reach and np.isfinite(self.claimed_epsilon):
-            text += (f". That is out of this audit's reach, which is ε = {self.largest_epsilon:.3g}: take more "
-                     "canaries or more runs")
+            text += (
+                f". That is out of this audit's reach, which is ε = {self.largest_epsilon:.3g}: take more "
+                "canaries or more runs"
+            )
         if self.repeated:
-            text += (". Trainings gave the same score again and again: without noise they must, but if train_fn sets a "
-                     "seed, leave it out, for then this verdict is worth nothing")
+            text += (
+                ". Trainings gave the same score again and again: without noise they must, but if train_fn sets a "
+                "seed, leave it out, for then this verdict is worth nothing"
+            )
         return text
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -106,9 +113,17 @@ class AuditResult:
 
 
 def audit(
-    train_fn: Callable[..., Any], canaries: Canaries, *, delta: float, claimed_epsilon: float | Claim | None = None,
-    confidence: float = 0.95, test: Test = "one-run", assume: Assumption = "nothing", guesses: int | None = None,
-    runs: int = 400, seed: int | None = None,
+    train_fn: Callable[..., Any],
+    canaries: Canaries,
+    *,
+    delta: float,
+    claimed_epsilon: float | Claim | None = None,
+    confidence: float = 0.95,
+    test: Test = "one-run",
+    assume: Assumption = "nothing",
+    guesses: int | None = None,
+    runs: int = 400,
+    seed: int | None = None,
 ) -> AuditResult:
     """Test a training's claim of (ε, δ)-differential privacy, for one example added or removed.
 
@@ -139,7 +154,8 @@ def audit(
     if test not in get_args(Test) or assume not in get_args(Assumption):
         raise ValueError(
             f"Unknown audit '{test}' assuming '{assume}': choose one of {', '.join(get_args(Test))}, and of "
-            f"{', '.join(get_args(Assumption))}.")
+            f"{', '.join(get_args(Assumption))}."
+        )
     if "independent" in assume and (test == "two-world" or guesses is not None):
         raise ValueError("Independent canaries are an assumption on one run, in which every canary is guessed.")
     if claimed_epsilon is not None and not callable(claimed_epsilon) and not claimed_epsilon >= 0:
@@ -198,8 +214,22 @@ def _one_run(game: _Game, delta: float, confidence: float, assume: Assumption, g
     bound, number, correct = max((bound_of(*guessed), *guessed) for guessed in found)
     largest, claimed = max(bound_of(number, number) for number in tried), game.claim(delta)
     return AuditResult(
-        bound, claimed, delta, confidence, "one-run", assume, m, 1, number, correct,
-        (delta, claimed, bound) if bound > claimed else None, largest, largest > claimed, False, game.seed)
+        bound,
+        claimed,
+        delta,
+        confidence,
+        "one-run",
+        assume,
+        m,
+        1,
+        number,
+        correct,
+        (delta, claimed, bound) if bound > claimed else None,
+        largest,
+        largest > claimed,
+        False,
+        game.seed,
+    )
 
 
 def _two_world(game: _Game, delta: float, confidence: float, assume: Assumption, runs: int) -> AuditResult:
@@ -259,17 +289,31 @@ def _judge(
         refuted = (float(deltas[at]), float(claims[at]), float(found[at]))
     here = deltas.tolist().index(delta)
     return AuditResult(
-        float(found[here]), float(claims[here]), delta, confidence, test, assume, game.canaries.count, runs,
-        test_out.size + test_in.size, int((test_out < threshold).sum() + (test_in >= threshold).sum()), refuted,
-        float(largest[here]), bool((largest > claims).any()),
-        test == "two-world" and max(np.unique(out).size, np.unique(inside).size) <= len(out) // 2, game.seed)
+        float(found[here]),
+        float(claims[here]),
+        delta,
+        confidence,
+        test,
+        assume,
+        game.canaries.count,
+        runs,
+        test_out.size + test_in.size,
+        int((test_out < threshold).sum() + (test_in >= threshold).sum()),
+        refuted,
+        float(largest[here]),
+        bool((largest > claims).any()),
+        test == "two-world" and max(np.unique(out).size, np.unique(inside).size) <= len(out) // 2,
+        game.seed,
+    )
 
 
 def _excess(positive: Floats, negative: Floats, deltas: Floats, claims: Floats) -> Floats:
     """By how much the claim's own inequalities fail at most, over all δ: above 0 where two such rates refute it."""
     factors = np.exp(np.minimum(claims, 700.0))[:, None]
-    return cast(Floats, (np.maximum(
-        1 - negative - factors * positive, 1 - positive - factors * negative) - deltas[:, None]).max(0))
+    return cast(
+        Floats,
+        (np.maximum(1 - negative - factors * positive, 1 - positive - factors * negative) - deltas[:, None]).max(0),
+    )
 
 
 def plot_audits(audits: dict[str, Sequence[AuditResult]], path: str | os.PathLike[str]) -> None:
@@ -288,8 +332,7 @@ def plot_audits(audits: dict[str, Sequence[AuditResult]], path: str | os.PathLik
     if not results:
         raise ValueError("There is nothing to draw: no audit has a finite claimed ε.")
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="claimed ε", ylabel=f"lower bound on ε, confidence {results[0].confidence:g}")
+    axes = figure.add_subplot(xlabel="claimed ε", ylabel=f"lower bound on ε, confidence {results[0].confidence:g}")
     right = 1.08 * max(result.claimed_epsilon for result in results)
     top = max(right, 1.08 * max(result.epsilon for result in results))
     axes.plot([0, right], [0, right], color="0.4", linewidth=1)
@@ -298,12 +341,21 @@ def plot_audits(audits: dict[str, Sequence[AuditResult]], path: str | os.PathLik
     for number, (name, series) in enumerate(audits.items()):
         drawn = [result for result in series if np.isfinite(result.claimed_epsilon)]
         axes.plot(
-            [result.claimed_epsilon for result in drawn], [result.epsilon for result in drawn],
-            marker="os^DvP"[number % 6], linewidth=1, label=name)
+            [result.claimed_epsilon for result in drawn],
+            [result.epsilon for result in drawn],
+            marker="os^DvP"[number % 6],
+            linewidth=1,
+            label=name,
+        )
         violated = [result for result in drawn if result.violated]
         axes.plot(
-            [result.claimed_epsilon for result in violated], [result.epsilon for result in violated],
-            "o", markersize=13, fillstyle="none", color="#c44e52")
+            [result.claimed_epsilon for result in violated],
+            [result.epsilon for result in violated],
+            "o",
+            markersize=13,
+            fillstyle="none",
+            color="#c44e52",
+        )
     axes.set(xlim=(0, right), ylim=(0, top))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(Path(path), dpi=150)

@@ -108,8 +108,7 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, con
         ValueError: impossible counts, or a confidence outside (0, 1).
     """
     check_confidence(confidence)
-    return _first_crossing(
-        lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta), 1 - confidence)
+    return _first_crossing(lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta), 1 - confidence)
 
 
 def one_run_mu(canaries: int, guesses: int, correct: int, confidence: float) -> float:
@@ -161,7 +160,7 @@ def count_correct(scores: ArrayLike, included: ArrayLike, guesses: int) -> int:
         raise ValueError(f"{guesses} guesses cannot be made on {values.size} canaries.")
     order = np.argsort(values, kind="stable")
     low = guesses // 2
-    return int((~coins[order[:low]]).sum() + coins[order[values.size - (guesses - low):]].sum())
+    return int((~coins[order[:low]]).sum() + coins[order[values.size - (guesses - low) :]].sum())
 
 
 def clopper_pearson_upper(errors: ArrayLike, trials: int, confidence: float) -> Floats:
@@ -225,9 +224,7 @@ def choose_threshold(
     return float(thresholds[int(np.argmax(strength(positives, negatives)))])
 
 
-def error_bounds(
-    out: ArrayLike, inside: ArrayLike, threshold: ArrayLike, confidence: float
-) -> tuple[Floats, Floats]:
+def error_bounds(out: ArrayLike, inside: ArrayLike, threshold: ArrayLike, confidence: float) -> tuple[Floats, Floats]:
     """Upper bounds on α and β that hold together at ``confidence``, for thresholds not chosen on these scores.
 
     Args:
@@ -239,5 +236,4 @@ def error_bounds(
     each = 1 - (1 - confidence) / 2
     positives = without.size - np.searchsorted(without, threshold, side="left")
     negatives = np.searchsorted(present, threshold, side="left")
-    return (clopper_pearson_upper(positives, without.size, each),
-            clopper_pearson_upper(negatives, present.size, each))
+    return (clopper_pearson_upper(positives, without.size, each), clopper_pearson_upper(negatives, present.size, each))

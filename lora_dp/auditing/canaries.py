@@ -2,10 +2,10 @@
 
 *Gradient canaries* are the strongest examples that the guarantee covers: each has one gradient of its own choosing,
 longer than the clip bound (Dirac gradients: Nasr et al. 2021, arXiv 2101.04535, and 2023, arXiv 2302.07956). They enter
-beside the real examples as one more micro-batch: a :class:`lora_dp.nn.per_example.Pass` that goes through the optimizer's
-own ``clip`` and ``take``, in steps drawn by the engine's own Poisson sampler, before the optimizer's own ``release``.
-Clipping, summing, noise and the ledger are the engine's; only the model's backward is not involved, which example
-canaries test.
+beside the real examples as one more micro-batch: a :class:`lora_dp.nn.per_example.Pass` that goes through the
+optimizer's own ``clip`` and ``take``, in steps drawn by the engine's own Poisson sampler, before the optimizer's own
+``release``. Clipping, summing, noise and the ledger are the engine's; only the model's backward is not involved, which
+example canaries test.
 
 The auditor is the adversary that the guarantee speaks of: one who knows every other example's part of each sum, and
 sees every noised gradient.
@@ -102,7 +102,8 @@ class GradientCanaries:
         if self.count < 1 or not self.norm >= 1:
             raise ValueError(
                 f"Gradient canaries need a count of at least 1 and a norm of at least 1 clip bound, not {self.count} "
-                f"and {self.norm}.")
+                f"and {self.norm}."
+            )
         if self.direction not in ("coordinate", "random"):
             raise ValueError(f"The direction of gradient canaries is coordinate or random, not {self.direction!r}.")
 
@@ -112,11 +113,13 @@ class GradientCanaries:
         if planted.ledger is None:
             raise RuntimeError(
                 "No canary was planted: call plant(optimizer, loader) in the training function, with what make_private "
-                "returned.")
+                "returned."
+            )
         if planted.steps != (taken := planted.steps_taken()):
             raise RuntimeError(
                 f"The canaries took part in {planted.steps} of {taken} steps, and the audit would be of these alone: "
-                "call plant(optimizer, loader) right after every make_private, before the first step.")
+                "call plant(optimizer, loader) right after every make_private, before the first step."
+            )
         return Played(planted.scores.numpy(), planted.ledger)
 
 
@@ -178,12 +181,14 @@ class PlantedCanaries:
                     if parameter.grad is None:
                         raise RuntimeError(
                             "The optimizer's step left no gradient to observe: audit on the CPU, or without "
-                            "reproducible_seed.")
+                            "reproducible_seed."
+                        )
                     seen = parameter.grad.double() * optimizer.expected_batch_size
                     if (regulator := regulators.get(key)) is not None:
                         seen = regulator.measured(seen)
                     released.append((seen - known[key] if key in known else seen).flatten().cpu())
                 self._observe(directions.project(torch.cat(released)), optimizer)
+
             return stepped
 
         optimizer.take = take_and_note  # type: ignore[method-assign]
@@ -198,8 +203,7 @@ class PlantedCanaries:
         x = projections / optimizer.mechanism.rule.sensitivity
         sigma, rate = optimizer.event.noise_multiplier, torch.tensor(optimizer.event.sample_rate, dtype=torch.float64)
         # Without claimed noise there is no likelihood; the sum separates the coins as well.
-        self.scores += x if sigma == 0 else torch.logaddexp(
-            torch.log1p(-rate), rate.log() + (x - 0.5) / sigma**2)
+        self.scores += x if sigma == 0 else torch.logaddexp(torch.log1p(-rate), rate.log() + (x - 0.5) / sigma**2)
         self.steps += 1
 
     def _trained_directions(self, optimizer: PrivateOptimizer) -> "_Directions":
@@ -210,8 +214,11 @@ class PlantedCanaries:
         if names not in self._directions:
             by_layer = isinstance(optimizer.mechanism.rule, PerLayerClipping)
             self._directions[names] = _Directions(
-                self.canaries, {key: parameter for key, (_, parameter) in trained.items()},
-                [name.rpartition(".")[0] if by_layer else "" for name in names], self.generator)
+                self.canaries,
+                {key: parameter for key, (_, parameter) in trained.items()},
+                [name.rpartition(".")[0] if by_layer else "" for name in names],
+                self.generator,
+            )
         return self._directions[names]
 
 
@@ -219,7 +226,10 @@ class _Directions:
     """A unit vector for each canary over some parameters, an equal share of it in every group of them."""
 
     def __init__(
-        self, canaries: GradientCanaries, parameters: dict[int, nn.Parameter], groups: list[str],
+        self,
+        canaries: GradientCanaries,
+        parameters: dict[int, nn.Parameter],
+        groups: list[str],
         generator: torch.Generator,
     ):
         self.parameters, self.norm = parameters, canaries.norm
@@ -233,7 +243,8 @@ class _Directions:
             if count * self.size > _MOST_NUMBERS:
                 raise ValueError(
                     f"{count} random directions among {self.size} numbers do not fit into memory: use "
-                    "direction='coordinate', or fewer canaries.")
+                    "direction='coordinate', or fewer canaries."
+                )
             self._dense = torch.zeros(count, self.size)
             for places in positions:
                 part = torch.randn(count, places.numel(), generator=generator)
@@ -243,15 +254,17 @@ class _Directions:
         if count > least:
             raise ValueError(
                 f"{count} canaries of a coordinate each need as many numbers in every clipped part of the model, but "
-                f"one has {least}: use fewer canaries or direction='random'.")
+                f"one has {least}: use fewer canaries or direction='random'."
+            )
         # (m, groups): a coordinate in each group, no two canaries sharing one.
         self._places = torch.stack(
-            [places[torch.randperm(places.numel(), generator=generator)[:count]] for places in positions], 1)
+            [places[torch.randperm(places.numel(), generator=generator)[:count]] for places in positions], 1
+        )
 
     def chunks(self, chosen: list[int]) -> list[Tensor]:
         """Gradients of the chosen canaries, (k, size) each, as many at once as memory should hold."""
         most = max(1, _CHUNK // self.size)
-        return [self._rows(chosen[start:start + most]) for start in range(0, len(chosen), most)]
+        return [self._rows(chosen[start : start + most]) for start in range(0, len(chosen), most)]
 
     def _rows(self, chosen: list[int]) -> Tensor:
         if self._dense is not None:

@@ -86,8 +86,9 @@ def leave_out_scores(confidences: ArrayLike, members: ArrayLike, together: int =
     if len(known) % together:
         raise ValueError(f"{len(known)} models cannot be left out {together} at a time.")
     groups = np.arange(len(known)) // together
-    return np.stack([
-        lira_scores(known[i], known[rest], inside[rest]) for i, rest in enumerate(groups[:, None] != groups)])
+    return np.stack(
+        [lira_scores(known[i], known[rest], inside[rest]) for i, rest in enumerate(groups[:, None] != groups)]
+    )
 
 
 def roc(scores: ArrayLike, members: ArrayLike) -> tuple[Floats, Floats]:

@@ -51,9 +51,7 @@ class GraphedStep:
         TypeError: batch_size is no whole number, or another argument is of another kind.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: PrivateOptimizer, loss: Callable[..., Tensor], *, batch_size: int
-    ):
+    def __init__(self, model: nn.Module, optimizer: PrivateOptimizer, loss: Callable[..., Tensor], *, batch_size: int):
         check_count("batch_size", batch_size)
         check_kind("model", model, nn.Module, "give the one that make_private returned")
         check_kind("optimizer", optimizer, PrivateOptimizer, "give the one that make_private returned")
@@ -141,7 +139,8 @@ class GraphedStep:
             return
         same = len(batch) == len(self._inputs) and all(
             given.shape[1:] == held.shape[1:] and given.dtype == held.dtype
-            for given, held in zip(batch, self._inputs, strict=True))
+            for given, held in zip(batch, self._inputs, strict=True)
+        )
         if not same:
             held_shapes = ", ".join(f"(·, {', '.join(map(str, held.shape[1:]))}) {held.dtype}" for held in self._inputs)
             raise ValueError(f"A graph takes the shapes and dtypes of the first call, {held_shapes}: pad to them.")

@@ -29,7 +29,8 @@ _ORDER = "batches are drawn by Poisson sampling, so give make_private a Subset t
 _UNFETCHED = (
     "A batch that the private loader drew ({} examples) could not be fetched ({}) and was never stepped: who goes on "
     "without it tells of one example by what is missing. Have the data set and the collate function return something "
-    "for every example, leave out what is no use by optimizer.step(mask=mask), and call make_private again.")
+    "for every example, leave out what is no use by optimizer.step(mask=mask), and call make_private again."
+)
 
 
 class _NonEmpty(Sampler[list[int]]):
@@ -103,9 +104,15 @@ class PrivateDataLoader:
     sampler, batch_sampler, drop_last = Elsewhere(_ORDER), Elsewhere(_ORDER), Elsewhere(_ORDER)
 
     def __init__(
-        self, loader: DataLoader[Any], source: UniformSource, on_batch: Callable[[int], None],
-        on_empty: Callable[[], None], *, on_begin: Callable[[], None] = lambda: None,
-        on_end: Callable[[], None] = lambda: None, on_varying_width: Callable[[], None] = lambda: None,
+        self,
+        loader: DataLoader[Any],
+        source: UniformSource,
+        on_batch: Callable[[int], None],
+        on_empty: Callable[[], None],
+        *,
+        on_begin: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
+        on_varying_width: Callable[[], None] = lambda: None,
     ):
         check_kind("data_loader", loader, DataLoader, "its batch size and data set say how to sample")
         dataset: Dataset[Any] = loader.dataset
@@ -117,15 +124,18 @@ class PrivateDataLoader:
         if (repeated := first_repeated(dataset)) is not None:
             raise ValueError(
                 f"The data set holds an example twice (index {repeated} has come before), which would move the model "
-                "twice as far as ε admits: give each once, and weigh it in the loss instead.")
+                "twice as far as ε admits: give each once, and weigh it in the loss instead."
+            )
         if loader.batch_size is None or not _draws_from_all(loader):
             raise ValueError(
                 "Give a loader with a batch_size and no sampler of its own: its batches are redrawn by Poisson "
                 "sampling, which the accounting describes; to train on some of the examples, give a "
-                "torch.utils.data.Subset of them as the data set.")
+                "torch.utils.data.Subset of them as the data set."
+            )
         if loader.batch_size > size:
             raise ValueError(
-                f"The batch size {loader.batch_size} is above the {size} examples there are: choose at most {size}.")
+                f"The batch size {loader.batch_size} is above the {size} examples there are: choose at most {size}."
+            )
         self.dataset = dataset
         self.expected_batch_size = loader.batch_size
         self.sample_rate = loader.batch_size / size
@@ -136,8 +146,10 @@ class PrivateDataLoader:
         self._unfetched: str | None = None
         self._collate = loader.collate_fn
         self._options: dict[str, Any] = {
-            "collate_fn": collation(loader.collate_fn, source), "num_workers": loader.num_workers,
-            "pin_memory": loader.pin_memory, "timeout": loader.timeout,
+            "collate_fn": collation(loader.collate_fn, source),
+            "num_workers": loader.num_workers,
+            "pin_memory": loader.pin_memory,
+            "timeout": loader.timeout,
             "worker_init_fn": worker_init(loader.worker_init_fn, source),
             "multiprocessing_context": loader.multiprocessing_context,
         }

@@ -3,7 +3,8 @@
 from collections import deque
 
 LEAVE_OUT = (
-    "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone")
+    "leave out a single example by optimizer.step(mask=mask), whose entry for an example depends on that example alone"
+)
 
 
 class Drawn(deque[int]):

@@ -63,7 +63,8 @@ class _Budget:
             raise PrivacyBudgetExceeded(
                 f"The next step would exceed ε = {self.epsilon:g} at δ = {self.delta:g} (spent so far: "
                 f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
-                "plan more steps with a larger noise_multiplier from the start.")
+                "plan more steps with a larger noise_multiplier from the start."
+            )
         self._room -= 1
         self._known.append(self.event)
 
@@ -87,11 +88,14 @@ class PrivacyEngine:
 
     ledger = Fixed[Ledger](
         "'ledger' is fixed, for the optimizers of this engine write to it: a saved one is taken up by "
-        "engine.load_state_dict, or engine.ledger.load_state_dict.")
+        "engine.load_state_dict, or engine.ledger.load_state_dict."
+    )
     history = Fixed[History](
-        "'history' is fixed, for it says whose steps there are: a saved one is taken up by engine.load_state_dict.")
+        "'history' is fixed, for it says whose steps there are: a saved one is taken up by engine.load_state_dict."
+    )
     source = Fixed[SecureSource | SeededSource](
-        "'source' is fixed, for loaders and optimizers of this engine draw from it: make another PrivacyEngine.")
+        "'source' is fixed, for loaders and optimizers of this engine draw from it: make another PrivacyEngine."
+    )
     reproducible_seed = Elsewhere("make another PrivacyEngine")
     noise_multiplier, max_grad_norm, clipping = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
     sample_rate, expected_batch_size = Elsewhere(_LOADER), Elsewhere(_LOADER)
@@ -110,9 +114,18 @@ class PrivacyEngine:
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
 
     def make_private(
-        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
-        noise_multiplier: float, max_grad_norm: float, clipping: ClippingName = "flat", phases: PhasesName = "AB",
-        loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        clipping: ClippingName = "flat",
+        phases: PhasesName = "AB",
+        loss_reduction: LossReduction = "mean",
+        low_pass: Filter | None = None,
+        norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Make one training run private at a given noise.
@@ -147,14 +160,36 @@ class PrivacyEngine:
             RuntimeError: torch.distributed runs several processes.
         """
         return self._make(
-            model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
-            norm_method, regulate_noise, None)
+            model,
+            optimizer,
+            data_loader,
+            noise_multiplier,
+            max_grad_norm,
+            clipping,
+            phases,
+            loss_reduction,
+            low_pass,
+            norm_method,
+            regulate_noise,
+            None,
+        )
 
     def make_private_with_epsilon(
-        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
-        target_epsilon: float, target_delta: float, max_grad_norm: float, epochs: float | None = None,
-        steps: int | None = None, clipping: ClippingName = "flat", phases: PhasesName = "AB",
-        loss_reduction: LossReduction = "mean", low_pass: Filter | None = None, norm_method: NormMethod = "auto",
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        max_grad_norm: float,
+        epochs: float | None = None,
+        steps: int | None = None,
+        clipping: ClippingName = "flat",
+        phases: PhasesName = "AB",
+        loss_reduction: LossReduction = "mean",
+        low_pass: Filter | None = None,
+        norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
@@ -189,15 +224,36 @@ class PrivacyEngine:
         if steps < 1:
             raise ValueError(f"The run must have at least one step, got {steps}.")
         noise_multiplier = calibrate_noise_multiplier(
-            target_epsilon, target_delta, probe.sample_rate, steps, self.accountant)
+            target_epsilon, target_delta, probe.sample_rate, steps, self.accountant
+        )
         return self._make(
-            model, optimizer, data_loader, noise_multiplier, max_grad_norm, clipping, phases, loss_reduction, low_pass,
-            norm_method, regulate_noise, (target_epsilon, target_delta, steps))
+            model,
+            optimizer,
+            data_loader,
+            noise_multiplier,
+            max_grad_norm,
+            clipping,
+            phases,
+            loss_reduction,
+            low_pass,
+            norm_method,
+            regulate_noise,
+            (target_epsilon, target_delta, steps),
+        )
 
     def _make(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
-        noise_multiplier: float, max_grad_norm: float, clipping: ClippingName, phases: PhasesName,
-        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod, regulate_noise: bool,
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        clipping: ClippingName,
+        phases: PhasesName,
+        loss_reduction: LossReduction,
+        low_pass: Filter | None,
+        norm_method: NormMethod,
+        regulate_noise: bool,
         budget: tuple[float, float, int] | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         check_one_process()
@@ -218,9 +274,14 @@ class PrivacyEngine:
         parameters = cover(model)
         mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
         loader = PrivateDataLoader(
-            data_loader, self.source, lambda size: private.expect_batch(size), lambda: private.step_on_empty_batch(),
-            on_begin=lambda: private.begin_batches(), on_end=lambda: private.check_stepped(),
-            on_varying_width=lambda: private.recorder.expect_padding())
+            data_loader,
+            self.source,
+            lambda size: private.expect_batch(size),
+            lambda: private.step_on_empty_batch(),
+            on_begin=lambda: private.begin_batches(),
+            on_end=lambda: private.check_stepped(),
+            on_varying_width=lambda: private.recorder.expect_padding(),
+        )
         event = PoissonGaussian(noise_multiplier, loader.sample_rate)
         limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
         # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
@@ -231,14 +292,26 @@ class PrivacyEngine:
         if present is not None and not is_watched(model):
             raise ValueError(
                 "A part of this model, or a module around it, was made private before: call make_private for one and "
-                "the same module, the whole of what you train, and begin with a new model.")
+                "the same module, the whole of what you train, and begin with a new model."
+            )
         recorder, drawn = present or Recorder(), Drawn()
         private = PrivateOptimizer(
-            optimizer, recorder=recorder, parameters=parameters, mechanism=mechanism, event=event, history=self.history,
-            expected_batch_size=loader.expected_batch_size, phases=phases, loss_reduction=loss_reduction,
-            low_pass=low_pass, norm_method=norm_method, before_release=limit.check if limit else lambda: None,
+            optimizer,
+            recorder=recorder,
+            parameters=parameters,
+            mechanism=mechanism,
+            event=event,
+            history=self.history,
+            expected_batch_size=loader.expected_batch_size,
+            phases=phases,
+            loss_reduction=loss_reduction,
+            low_pass=low_pass,
+            norm_method=norm_method,
+            before_release=limit.check if limit else lambda: None,
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
-            regulate_noise=regulate_noise, drawn=drawn)
+            regulate_noise=regulate_noise,
+            drawn=drawn,
+        )
         # Last: a refusal above leaves the model as it was.
         self.renew_randomness()
         if present is None:
@@ -274,7 +347,9 @@ class PrivacyEngine:
         if any(drawn and drawn.given for drawn in self._drawn):
             warnings.warn(
                 "A drawn batch went through the model and waits for its step; left out, it would tell of its examples "
-                f"what no ε counts: step every batch once, and {LEAVE_OUT}.", stacklevel=3)
+                f"what no ε counts: step every batch once, and {LEAVE_OUT}.",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored).
@@ -283,8 +358,12 @@ class PrivacyEngine:
         """
         self._warn_of_waiting()
         source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
-        return {"accountant": self.accountant, "ledger": self.ledger.state_dict(),
-                "runs": [list(run) for run in self.history.runs], "source": source}
+        return {
+            "accountant": self.accountant,
+            "ledger": self.ledger.state_dict(),
+            "runs": [list(run) for run in self.history.runs],
+            "source": source,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`. A secure source goes on with a new key.
@@ -298,23 +377,30 @@ class PrivacyEngine:
         if not isinstance(state, dict) or not {"accountant", "ledger", "source"} <= state.keys():
             raise ValueError(
                 "This is not the state of an engine, which has 'accountant', 'ledger' and 'source': give what "
-                "engine.state_dict() returned.")
+                "engine.state_dict() returned."
+            )
         if state["accountant"] != self.accountant:
             raise ValueError(
                 f"The saved engine used the accountant '{state['accountant']}', this one '{self.accountant}': make "
-                "this one as the saved one was.")
+                "this one as the saved one was."
+            )
         loaded = Ledger()
         loaded.load_state_dict(state["ledger"])
         runs = read_runs(state.get("runs"), loaded.steps)
         if not (loaded.continues(self.ledger) and begins(runs, self.history.runs)):
-            remedy = "load the model and the optimizer alone, and keep the engine" if self.history.holds(runs) else (
-                "load it into a new engine before the first step, and sum ε over both")
+            remedy = (
+                "load the model and the optimizer alone, and keep the engine"
+                if self.history.holds(runs)
+                else ("load it into a new engine before the first step, and sum ε over both")
+            )
             raise ValueError(
                 f"The saved ledger lacks steps that this engine has taken, {self.ledger.steps} in all, which cannot be "
-                f"taken back: {remedy}.")
+                f"taken back: {remedy}."
+            )
         if (state["source"] is None) == isinstance(self.source, SeededSource):
             raise ValueError(
-                "The saved engine and this one differ in reproducible_seed: make this one as the saved one was.")
+                "The saved engine and this one differ in reproducible_seed: make this one as the saved one was."
+            )
         self.ledger.load_state_dict(state["ledger"])
         self.history.go_on_from(runs)
         if isinstance(self.source, SeededSource):
@@ -352,8 +438,14 @@ class PrivacyEngine:
             recorder = recorder_of(model)
             owned = recorder is not None and recorder.owner is not None
             passed = check_isolation(
-                model, args, kwargs, n, targets=targets, criterion=criterion,
-                reduction=recorder.losses.reduction if recorder is not None and owned else None)
+                model,
+                args,
+                kwargs,
+                n,
+                targets=targets,
+                criterion=criterion,
+                reduction=recorder.losses.reduction if recorder is not None and owned else None,
+            )
             if recorder is not None and passed.criterion is not None:
                 recorder.losses.vouched.add(passed.criterion)
 
@@ -366,7 +458,8 @@ def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], 
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise TypeError(
             f"batch must be a dict, a tensor or a pair (inputs, targets), got a {type(batch).__name__}"
-            f"{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}.")
+            f"{f' of {len(batch)}' if isinstance(batch, tuple | list) else ''}."
+        )
     inputs, targets = batch
     if criterion is None:
         raise ValueError("A batch of inputs and targets needs the criterion that joins them.")

@@ -17,16 +17,19 @@ def check_plain(model: nn.Module) -> None:
         if parallel := _PARALLEL.intersection(base.__name__ for base in kind.__mro__):
             raise ValueError(
                 f"{where} is wrapped in {parallel.pop()}, which sums or splits gradients outside the private step: "
-                "give the model inside it (model.module), unsharded, and train in one process on one device.")
+                "give the model inside it (model.module), unsharded, and train in one process on one device."
+            )
         if kind.__module__.partition(".")[0] == "peft":
             raise ValueError(
                 f"{where} is PEFT's {kind.__name__}, whose gradients no private layer clips: make adapters by "
                 "inject_lora(base_model, LoRAConfig(...)), or save PEFT's and take them over by "
-                "load_adapter(base_model, folder).")
+                "load_adapter(base_model, folder)."
+            )
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):
             raise ValueError(
-                f"'{name}' is sharded over processes (DTensor): give an unsharded model, and train in one process.")
+                f"'{name}' is sharded over processes (DTensor): give an unsharded model, and train in one process."
+            )
 
 
 def check_one_process() -> None:
@@ -40,4 +43,5 @@ def check_one_process() -> None:
         if size > 1:
             raise RuntimeError(
                 f"torch.distributed runs {size} processes, over which private training is not supported: train in one "
-                "process, or clients by lora_dp.fed.")
+                "process, or clients by lora_dp.fed."
+            )

@@ -25,8 +25,10 @@ from lora_dp.nn.layers import PrivateModule
 from lora_dp.nn.per_example import Pass
 from lora_dp.privacy.secret_state import begin_pass, forward_begins, forward_ends
 
-_REASON = ("a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
-           "nn.Sequential, put it into a module of your own")
+_REASON = (
+    "a private pass begins outside the compiled graph: to compile a bare container of torch, such as "
+    "nn.Sequential, put it into a module of your own"
+)
 
 # Of a model that draws, the first batch is tried with so many random states: what happens in half of all passes is
 # missed by one batch in 16.
@@ -65,12 +67,14 @@ class Passes:
         if any(recorder.losses.trained_before(leaf, n) for leaf in tensors_in(call)):
             raise IsolationError(
                 "The private model was given a tensor that requires a gradient: nothing clips or noises what trains "
-                "the module before it. Make that module part of the private model, freeze it, or detach() the tensor.")
+                "the module before it. Make that module part of the private model, freeze it, or detach() the tensor."
+            )
         recorder.parts.begin()
         tested = recorder.per_example and not recorder.capturing and self._test(module, args, kwargs, call, n)
         recorder.open(n)
         recorder.losses.begin(
-            n, tested, recorder.leaves, looks=not recorder.capturing, per_example=recorder.per_example)
+            n, tested, recorder.leaves, looks=not recorder.capturing, per_example=recorder.per_example
+        )
         recorder.losses.used = used_tokens(call, n) if recorder.padding_varies and not recorder.sizes_fixed else None
         forward_begins(recorder.owner)
         recorder.versions.begin()
@@ -87,7 +91,8 @@ class Passes:
         for name, place in seen.sideways.items():
             raise IsolationError(
                 f"The argument {name} is as long as the batch in dimension {place}, and examples are expected in the "
-                "first: move them there (transpose).")
+                "first: move them there (transpose)."
+            )
         call = set_apart(call, seen.tables)
         kind, earlier = self._kind(module, call, n, number), recorder.shared.changed(call, n) if n else {}
         # A loss of the model's own may choose among more examples than there were; others are followed in every batch.
@@ -98,8 +103,14 @@ class Passes:
         if n == 0 or not (wanted or earlier or drawn_for_test()):
             if recorder.most_tried is not None and n > recorder.most_tried + recorder.most_tried // _GROWN:
                 recorder.tested[kind] = check_larger(
-                    module, args, kwargs, n, reduction=recorder.losses.reduction, losses=recorder.tested[kind],
-                    seen=seen)
+                    module,
+                    args,
+                    kwargs,
+                    n,
+                    reduction=recorder.losses.reduction,
+                    losses=recorder.tested[kind],
+                    seen=seen,
+                )
                 recorder.most_tried = n
             recorder.losses.proven = recorder.tested.get(kind, frozenset())
             return False
@@ -108,10 +119,19 @@ class Passes:
             # Micro-batches of one meet nobody, but are padded to the whole batch's width and may leave traces.
             (args, kwargs), n = take(as_tensors((args, kwargs), 1, seen.lists), [0, 0], 1), 2
         passed = check_isolation(
-            module, args, kwargs, n, reduction=recorder.losses.reduction,
-            padding_varies=recorder.padding_varies and not recorder.sizes_fixed, earlier=earlier,
-            number_varies=not recorder.sizes_fixed, draws=1 if recorder.tested else _FIRST_DRAWS, copies=single,
-            seen=seen, one_width=not (recorder.padding_varies or recorder.sizes_fixed or recorder.tested))
+            module,
+            args,
+            kwargs,
+            n,
+            reduction=recorder.losses.reduction,
+            padding_varies=recorder.padding_varies and not recorder.sizes_fixed,
+            earlier=earlier,
+            number_varies=not recorder.sizes_fixed,
+            draws=1 if recorder.tested else _FIRST_DRAWS,
+            copies=single,
+            seen=seen,
+            one_width=not (recorder.padding_varies or recorder.sizes_fixed or recorder.tested),
+        )
         recorder.losses.proven = recorder.tested[kind] = passed.losses & recorder.tested.get(kind, passed.losses)
         sizes.add(size)
         recorder.most_tried = max(n, FEW, recorder.most_tried or 0) if passed.whole else None
@@ -130,8 +150,15 @@ class Passes:
         seen = widths(call, n)
         recorder.padding_varies |= recorder.widths is not None and seen != recorder.widths
         recorder.widths = seen
-        return (structure(call, n), number, recorder.padding_varies, n == 1, n >= FEW, _standing(model),
-                recorder.parts.standing())
+        return (
+            structure(call, n),
+            number,
+            recorder.padding_varies,
+            n == 1,
+            n >= FEW,
+            _standing(model),
+            recorder.parts.standing(),
+        )
 
     @torch.compiler.disable(reason=_REASON)
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -166,8 +193,15 @@ class Passes:
         if unknown := kinds - self.recorder.tested.keys():
             if not self.recorder.losses.tested:
                 seen = self.recorder.sizes.look(self._named(module, args, kwargs, found.n), found.n)
-                check_isolation(module, args, kwargs, found.n, reduction=self.recorder.losses.reduction,
-                                number_varies=not self.recorder.sizes_fixed, seen=seen)
+                check_isolation(
+                    module,
+                    args,
+                    kwargs,
+                    found.n,
+                    reduction=self.recorder.losses.reduction,
+                    number_varies=not self.recorder.sizes_fixed,
+                    seen=seen,
+                )
             self.recorder.tested.update(dict.fromkeys(unknown, frozenset()))
 
     def _test_buffers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -191,9 +225,12 @@ class Passes:
 def _standing(model: nn.Module) -> Hashable:
     """What of a model decides what runs: which modules are in training, which private layers train, whose hooks."""
     modules = list(model.modules())
-    return (bytes(module.training for module in modules),
-            bytes(bool(module.private_parameters()) for module in modules if isinstance(module, PrivateModule)),
-            *model._forward_pre_hooks, *model._forward_hooks)
+    return (
+        bytes(module.training for module in modules),
+        bytes(bool(module.private_parameters()) for module in modules if isinstance(module, PrivateModule)),
+        *model._forward_pre_hooks,
+        *model._forward_hooks,
+    )
 
 
 def _tie(output: Any, recorder: Recorder, found: Pass) -> None:

@@ -33,7 +33,8 @@ from lora_dp.privacy.secret_state import end_pass
 _LEDGER_STEPS, _LEDGER_RUNS = "ledger_steps", "ledger_runs"
 _ACCOUNT = (
     "'{name}' is fixed, for the engine computes ε from what this optimizer writes to it: a saved account is taken up "
-    "by engine.load_state_dict.")
+    "by engine.load_state_dict."
+)
 _OPTION = "call make_private again with another"
 _EAGER = "what was drawn at random while it was compiled would come back in every step"
 
@@ -75,10 +76,22 @@ class PrivateOptimizer(torch.optim.Optimizer):
     phases = Elsewhere("call optimizer.set_phases")
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, recorder: Recorder, parameters: Sequence[PrivateParameter],
-        mechanism: Mechanism, event: PoissonGaussian, history: History, expected_batch_size: int, phases: PhasesName,
-        loss_reduction: LossReduction, low_pass: Filter | None, norm_method: NormMethod,
-        before_release: Callable[[], None], adapters: Sequence[DPLoRALinear], regulate_noise: bool,
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        recorder: Recorder,
+        parameters: Sequence[PrivateParameter],
+        mechanism: Mechanism,
+        event: PoissonGaussian,
+        history: History,
+        expected_batch_size: int,
+        phases: PhasesName,
+        loss_reduction: LossReduction,
+        low_pass: Filter | None,
+        norm_method: NormMethod,
+        before_release: Callable[[], None],
+        adapters: Sequence[DPLoRALinear],
+        regulate_noise: bool,
         drawn: Drawn,
     ):
         self.original_optimizer = optimizer
@@ -109,7 +122,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
             raise TypeError(
                 f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
-                "gradient a step, and not yet a private one.")
+                "gradient a step, and not yet a private one."
+            )
         check_optimizer(optimizer, self._covered)
         check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])
         self.activate()
@@ -132,7 +146,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         raise RuntimeError(
             "GradScaler scales losses before clipping and skips steps by what private gradients hold: leave it out, "
-            "and train in bfloat16 (torch.autocast) or float32.")
+            "and train in bfloat16 (torch.autocast) or float32."
+        )
 
     @property
     def recorder(self) -> Recorder:
@@ -160,7 +175,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 "This is not the state of an optimizer, which has 'state' and 'param_groups': give what "
-                "optimizer.state_dict() returned.")
+                "optimizer.state_dict() returned."
+            )
         steps_taken = state_dict.get("steps_taken", self.steps_taken)
         # The ledger may have steps of earlier optimizers, too.
         check_count("steps_taken", steps_taken, least=0)
@@ -192,8 +208,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.register_step_post_hook(hook)
 
     def __repr__(self) -> str:
-        return (f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, "
-                f"clipping={self.mechanism.rule}, phases='{self._phases.name}', {self.original_optimizer!r})")
+        return (
+            f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, "
+            f"clipping={self.mechanism.rule}, phases='{self._phases.name}', {self.original_optimizer!r})"
+        )
 
     def activate(self) -> None:
         """Make this optimizer the one for which the model records, where several share one model."""
@@ -201,7 +219,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._recorder.discard()  # another's examples must not enter a step of this one
         factors = self._phases.factors(self.steps_taken)
         self._recorder.trained = frozenset(
-            key for key, p in self._covered.items() if p.factor is None or p.factor in factors)
+            key for key, p in self._covered.items() if p.factor is None or p.factor in factors
+        )
         self._recorder.method = self._norm_method
         self._recorder.losses.reduction = self.loss_reduction
         self._recorder.owner, self._recorder.on_pass = self, self._drawn.give
@@ -233,8 +252,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
         self._check_one_factor(phases)
         chosen = Phases(phases)
-        check_holds(self.original_optimizer, [
-            p for p in self._covered.values() if p.factor is None or p.factor in chosen.all_factors])
+        check_holds(
+            self.original_optimizer,
+            [p for p in self._covered.values() if p.factor is None or p.factor in chosen.all_factors],
+        )
         self._phases = chosen
         self.activate()
 
@@ -266,7 +287,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
             self._lose(
                 f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
-                f"and {LEAVE_OUT}")
+                f"and {LEAVE_OUT}"
+            )
         self._check_lost()
 
     def _lose(self, why: str) -> None:
@@ -311,20 +333,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
         finished = self._recorder.current
         if self._recorder.owner is not self or finished is None:
             raise RuntimeError(
-                "backward() needs a training forward of the private model before it, with this optimizer active.")
+                "backward() needs a training forward of the private model before it, with this optimizer active."
+            )
         if not isinstance(losses, Tensor) or losses.shape != (finished.n,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 f"optimizer.backward takes the loss of each of the {finished.n} examples, shape ({finished.n},), got "
-                f"{shape}: use reduction='none' and join what belongs to one example, or a loss of lora_dp.losses.")
+                f"{shape}: use reduction='none' and join what belongs to one example, or a loss of lora_dp.losses."
+            )
         self._recorder.losses.vector(losses, finished.n)
         finished.summed = True
         backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
         self._recorder.losses.after_backward()
 
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, mask: Tensor | None = None) -> Any:
         """Clip and add the examples of the last pass; unless told to skip, noise the sum and update.
 
         Args:
@@ -370,7 +392,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if any(self._drawn):
             raise RuntimeError(
                 f"A batch that the private loader drew ({max(self._drawn)} examples) cannot be left out, since one "
-                f"example would take away what all others add: step it, and {LEAVE_OUT}.")
+                f"example would take away what all others add: step it, and {LEAVE_OUT}."
+            )
         self._drawn.clear()
         self.activate()
         self._release()
@@ -384,11 +407,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if finished.filled and not examined:
             raise IsolationError(
                 "Gradients reached private layers from a loss that was not seen: compute it from what the model "
-                "returns (not from a hook's features, say), and differentiate it by backward().")
+                "returns (not from a hook's features, say), and differentiate it by backward()."
+            )
         n = finished.n
         if mask is not None and (mask.shape != (n,) or mask.dtype != torch.bool):
             raise ValueError(
-                f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}.")
+                f"mask must be a bool tensor of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}."
+            )
         self.take(self.clip(finished, mask), n, n if mask is None else int(mask.sum()))
 
     def clip(self, finished: Pass, mask: Tensor | None) -> Clipped:
@@ -404,10 +429,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
             layers, layer_count = self._layers(tuple(key for key, _ in slots), frozenset(finished.slots), device)
             kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
             coefficients, by_row = self.mechanism.clipped_sums(
-                kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale)
+                kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale
+            )
             sums: dict[int, Tensor | ExampleSum] = {
                 key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
-                for row, (key, slot) in enumerate(slots)}
+                for row, (key, slot) in enumerate(slots)
+            }
             return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
 
     def take(self, clipped: Clipped, examples: int, kept: int) -> None:
@@ -443,16 +470,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._check_drawn()
         self._release()
 
-    def _layers(
-        self, found: tuple[int, ...], trained: frozenset[int], device: torch.device
-    ) -> tuple[Tensor, int]:
+    def _layers(self, found: tuple[int, ...], trained: frozenset[int], device: torch.device) -> tuple[Tensor, int]:
         """The number of each found parameter's layer among those trained, and how many these are."""
         key = (found, trained, device)
         if key not in self._layer_numbers:
             numbers = sorted({self._covered[parameter].layer for parameter in trained})
             self._layer_numbers[key] = (
                 torch.tensor([numbers.index(self._covered[parameter].layer) for parameter in found], device=device),
-                len(numbers))
+                len(numbers),
+            )
         return self._layer_numbers[key]
 
     def _check_drawn(self) -> None:
@@ -463,7 +489,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 return
         self._lose(
             f"This step saw {self._examples} examples, which is no batch that the private loader drew: train on the "
-            "loader that make_private returned, each batch once and whole (micro-batches add up to it)")
+            "loader that make_private returned, each batch once and whole (micro-batches add up to it)"
+        )
         self._check_lost()
 
     def _trained(self) -> list[PrivateParameter]:
@@ -486,7 +513,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"The optimizer has gone on from {self._restored} private steps and the engine's ledger has "
                 f"{self.ledger.steps}, perhaps of another run, so that ε would leave out the others: restore it by "
-                "engine.load_state_dict(...) with what engine.state_dict() returned.")
+                "engine.load_state_dict(...) with what engine.state_dict() returned."
+            )
         self._before_release()
         self.ledger.append(self.event)
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]

@@ -15,7 +15,7 @@ _CYCLES: dict[str, tuple[frozenset[str], ...]] = {
 
 @dataclass(frozen=True)
 class Phases:
-    """"B" or "A": that factor alone; "AB": both in every step; "BA": B, A, B, A, … (arXiv 2602.19926).
+    """ "B" or "A": that factor alone; "AB": both in every step; "BA": B, A, B, A, … (arXiv 2602.19926).
 
     Raises:
         ValueError: another name.

@@ -101,8 +101,9 @@ def _alike(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other) or not getattr(one, "__dict__", None):
         return False
-    mine, its = ({name: value for name, value in vars(each).items() if "transform" not in name.lower()}
-                 for each in (one, other))
+    mine, its = (
+        {name: value for name, value in vars(each).items() if "transform" not in name.lower()} for each in (one, other)
+    )
     return mine.keys() == its.keys() and all(_equal(value, its[name]) for name, value in mine.items())
 
 

@@ -44,7 +44,8 @@ def unfrozen(planned: Iterable[PrivateParameter]) -> list[PrivateParameter]:
     if planned and not trained:
         raise RuntimeError(
             f"'{planned[0].name}' and whatever else this step would train was frozen after make_private: unfreeze some "
-            "of it, choose other factors by optimizer.set_phases, or end training here.")
+            "of it, choose other factors by optimizer.set_phases, or end training here."
+        )
     return trained
 
 
@@ -60,15 +61,18 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
             raise ValueError(
                 f"'{name}' is a {type(module).__name__}, which mixes the examples of a batch: replace it by GroupNorm "
                 "or LayerNorm, which do not, or freeze it (requires_grad_(False), and .eval() on it after "
-                "model.train()).")
+                "model.train())."
+            )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) keeps running statistics of the examples, without noise: set "
-                "track_running_stats=False.")
+                "track_running_stats=False."
+            )
         if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
             raise ValueError(
                 f"'{name}' has max_norm, by which every forward shortens the rows that its examples look up, without "
-                "noise: set max_norm=None (and, once, shorten the rows of its weight by torch.renorm).")
+                "noise: set max_norm=None (and, once, shorten the rows of its weight by torch.renorm)."
+            )
     covered: dict[int, PrivateParameter] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PrivateModule)]
     for number, (prefix, module) in enumerate(layers):
@@ -77,7 +81,8 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
             if isinstance(module, DPLoRALinear) and name == "weight":
                 raise ValueError(
                     f"'{full}' is the frozen weight under an adapter but requires grad: freeze it, or use DPLinear "
-                    "to train it whole.")
+                    "to train it whole."
+                )
             factor = {"lora_A": "A", "lora_B": "B"}.get(name)
             covered.setdefault(id(parameter), PrivateParameter(full, parameter, number, factor))
     for prefix, module in model.named_modules():
@@ -87,11 +92,13 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
                 raise ValueError(
                     f"'{full}' is trainable but no private layer covers it: freeze it (requires_grad_(False)), or name "
                     "its module in LoRAConfig.trainable_modules (Linear, Conv1D, LayerNorm and Embedding can be "
-                    "covered).")
+                    "covered)."
+                )
             if parameter.requires_grad and covered[id(parameter)].name != full:
                 raise ValueError(
                     f"'{full}' and '{covered[id(parameter)].name}' are one parameter in two modules: untie them or "
-                    "freeze it.")
+                    "freeze it."
+                )
     if not covered:
         raise ValueError("The model has nothing to train: inject adapters with inject_lora first.")
     return list(covered.values())
@@ -123,7 +130,8 @@ def check_frozen_norms(recorder: Recorder) -> None:
             raise RuntimeError(
                 f"'{name}' is a {type(norm).__name__} that was frozen and in eval mode when the model was made "
                 "private, and is not now, so it mixes the examples of a batch: call .eval() on every BatchNorm after "
-                "model.train(), or replace them by torchvision.ops.FrozenBatchNorm2d.")
+                "model.train(), or replace them by torchvision.ops.FrozenBatchNorm2d."
+            )
 
 
 def check_statistics(recorder: Recorder, model: nn.Module) -> None:
@@ -141,7 +149,8 @@ def check_statistics(recorder: Recorder, model: nn.Module) -> None:
             raise RuntimeError(
                 f"'{name}' of this copy of a private model is a {type(norm).__name__} in train mode: it would take up "
                 "the statistics of its examples, which nothing clips or noises. Call .eval() on every BatchNorm "
-                "(instead of update_bn).")
+                "(instead of update_bn)."
+            )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, covered: Mapping[int, PrivateParameter]) -> None:
@@ -155,7 +164,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, covered: Mapping[int, Priv
             if parameter.requires_grad and id(parameter) not in covered:
                 raise ValueError(
                     f"The optimizer holds a trainable parameter of shape {tuple(parameter.shape)} that was not in a "
-                    "private layer of the model when it was made private: freeze it, or call make_private again.")
+                    "private layer of the model when it was made private: freeze it, or call make_private again."
+                )
 
 
 def check_holds(optimizer: torch.optim.Optimizer, trained: Iterable[PrivateParameter]) -> None:
@@ -169,7 +179,8 @@ def check_holds(optimizer: torch.optim.Optimizer, trained: Iterable[PrivateParam
         if id(entry.parameter) not in held:
             raise ValueError(
                 f"The optimizer does not hold '{entry.name}', which would be trained: make it after inject_lora, over "
-                "all parameters that require grad, or freeze that one.")
+                "all parameters that require grad, or freeze that one."
+            )
 
 
 def check_dtype(entry: PrivateParameter, before: torch.dtype, *, kept: bool) -> None:
@@ -187,7 +198,8 @@ def check_dtype(entry: PrivateParameter, before: torch.dtype, *, kept: bool) -> 
     if now != before and (kept or torch.promote_types(now, before) != now):
         raise RuntimeError(
             f"'{entry.name}' was {before} when the model was made private and is {now} now: convert the model before "
-            "inject_lora, which keeps what is trained in float32, or compute under torch.autocast.")
+            "inject_lora, which keeps what is trained in float32, or compute under torch.autocast."
+        )
 
 
 def check_frozen(recorder: Recorder) -> None:
@@ -201,7 +213,8 @@ def check_frozen(recorder: Recorder) -> None:
         if parameter is not None and parameter.requires_grad:
             raise RuntimeError(
                 f"'{name}' was frozen when the model was made private, and requires a gradient now, which nothing "
-                "clips or noises, whatever optimizer takes it: freeze it again, or call make_private again.")
+                "clips or noises, whatever optimizer takes it: freeze it again, or call make_private again."
+            )
 
 
 def check_strangers(recorder: Recorder) -> None:
@@ -215,7 +228,8 @@ def check_strangers(recorder: Recorder) -> None:
         raise RuntimeError(
             f"A tensor {tuple(leaf.shape)} inside the model requires a gradient, which nothing clips or noises, "
             "whatever optimizer takes it: make_private has not seen it (a plain tensor, a module in a list of Python's "
-            "or one put in later). Register it, as a private layer, before make_private, or freeze it.")
+            "or one put in later). Register it, as a private layer, before make_private, or freeze it."
+        )
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -241,8 +255,10 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     recorder.tested_sizes.clear()
     recorder.most_tried = None
     recorder.frozen = [
-        (name, held, key) for name, held, key in held_parameters(model)
-        if (parameter := held[key]) is not None and not parameter.requires_grad]
+        (name, held, key)
+        for name, held, key in held_parameters(model)
+        if (parameter := held[key]) is not None and not parameter.requires_grad
+    ]
     recorder.frozen_norms = [(name, module) for module, name in frozen_norms(model).items()]
     for module in model.modules():
         if isinstance(module, PrivateModule):

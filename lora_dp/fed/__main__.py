@@ -173,7 +173,8 @@ def audit_parser() -> ArgumentParser:
     prog = f"{PROG} audit"
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
-        prog=prog, usage=f"{prog} CONFIG [--option value ...]", description=AUDIT_HELP, formatter_class=_Formatter)
+        prog=prog, usage=f"{prog} CONFIG [--option value ...]", description=AUDIT_HELP, formatter_class=_Formatter
+    )
     parser.add_argument("target", type=Path, metavar="CONFIG", help="A run's folder or config.yaml, or a YAML file.")
     parser.add_argument_group(heading(AuditConfig)).add_class_arguments(AuditConfig, as_group=False, skip={"target"})
     return parser

@@ -78,7 +78,8 @@ class FederationConfig:
             )
         _require(
             self.min_clients <= self.clients,
-            f"min_clients must not be above the number of clients ({self.clients}), but it is {self.min_clients}.")
+            f"min_clients must not be above the number of clients ({self.clients}), but it is {self.min_clients}.",
+        )
         _require(self.dirichlet_alpha > 0, f"dirichlet_alpha must be positive, not {self.dirichlet_alpha}.")
         for name in ("client_timeout", "fault_norm"):
             value = getattr(self, name)
@@ -95,7 +96,8 @@ class FederationConfig:
         )
         if isinstance(self.ranks, dict):
             _require(
-                bool(self.ranks) and all(str(r).isdigit() and int(r) >= 1 for r in self.ranks)
+                bool(self.ranks)
+                and all(str(r).isdigit() and int(r) >= 1 for r in self.ranks)
                 and all(0 < share < math.inf for share in self.ranks.values()),
                 f"ranks must give each rank (at least 1) a positive share, not {self.ranks}.",
             )
@@ -169,7 +171,8 @@ class PrivacyConfig:
             _require(0 < bound < math.inf, f"{name} must be positive and finite, not {bound}.")
             _require(
                 LEAST_BOUND <= bound <= LARGEST_BOUND,
-                f"{name} must lie within {BOUNDS}, not {bound}: 1.0 is a usual start.")
+                f"{name} must lie within {BOUNDS}, not {bound}: 1.0 is a usual start.",
+            )
         by_client = {"noise_by": "server", "max_update_norm": 1.0}
         by_example = {"max_grad_norm": 1.0, "clipping": "automatic"}
         if self.mechanism == "as-released":  # DEeR's bounds whole updates, LA-LoRA's reads its bound off the data
@@ -177,8 +180,7 @@ class PrivacyConfig:
         else:
             idle, where = (by_client if self.unit == "example" else by_example), f"unit {self.unit}"
         for name, usual in idle.items():
-            _require(
-                getattr(self, name) == usual, f"{name} has no effect with {where}: leave it out.")
+            _require(getattr(self, name) == usual, f"{name} has no effect with {where}: leave it out.")
         _require(
             self.mechanism == "sound" or self.epsilon is not None,
             "mechanism as-released needs the epsilon that its noise is set for: leave epsilon none out.",
@@ -278,7 +280,8 @@ class RunConfig:
             _require(
                 isinstance(given, kind),
                 f"{group.name} must be a {kind.__name__}, not a {type(given).__name__}: RunConfig.from_flat takes "
-                "options by their names.")
+                "options by their names.",
+            )
         method, chosen, federation = self.method, self.optimization, self.federation
         whole_clients = self.privacy.unit == "client" and self.privacy.target is not None
         if federation.weighting is None:
@@ -291,7 +294,8 @@ class RunConfig:
             _require(
                 method.released_mechanism,
                 f"mechanism as-released is there for la-lora and deer, not for {method.name}: leave it out for the "
-                "sound one.")
+                "sound one.",
+            )
         _require(
             not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
             "mechanism as-released runs on engine local only.",
@@ -303,7 +307,8 @@ class RunConfig:
         )
         _require(
             federation.largest_rank is None or self.model.r in (ModelConfig.r, federation.largest_rank),
-            f"r = {self.model.r} and ranks were both given: leave r out.")
+            f"r = {self.model.r} and ranks were both given: leave r out.",
+        )
         if federation.largest_rank is not None:
             self.model.r = federation.largest_rank
         if chosen.lr is None:
@@ -323,8 +328,7 @@ class RunConfig:
         if chosen.low_pass_strength is None:
             same = chosen.low_pass == own_filter
             _require(
-                same or chosen.low_pass == "none",
-                f"low_pass {chosen.low_pass} needs low_pass_strength, for example 1.",
+                same or chosen.low_pass == "none", f"low_pass {chosen.low_pass} needs low_pass_strength, for example 1."
             )
             chosen.low_pass_strength = own_strength if same else 0.0
 

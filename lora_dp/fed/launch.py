@@ -21,6 +21,7 @@ def run(config: RunConfig, console: Console | None = None) -> Outcome:
         ValueError: settings, data and model that do not go together; nothing has been trained.
         TooFewClients: a round had too few usable updates; the run can be resumed.
     """
+
     def work(federation: Federation) -> Outcome:
         folder = RunFolder.create(config)
         try:
@@ -54,7 +55,8 @@ def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -
     if config.federation.engine == "deployed":
         raise ValueError(
             "engine deployed trains where the data are: start it by flwr run, and go on with it by the same command "
-            "with resume=\"FOLDER\" in its --run-config (docs/flower.md).")
+            'with resume="FOLDER" in its --run-config (docs/flower.md).'
+        )
     try:
         from lora_dp.fed.flower.server import simulate
     except ImportError as error:

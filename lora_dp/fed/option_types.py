@@ -13,8 +13,13 @@ import numpy as np
 
 # One of a kind, and several.
 _NAMES: dict[Any, tuple[str, str]] = {
-    bool: ("true or false", "truth values"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"),
-    str: ("text", "texts"), Path: ("a path", "paths"), Any: ("", "options")}
+    bool: ("true or false", "truth values"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    Path: ("a path", "paths"),
+    Any: ("", "options"),
+}
 
 
 def check_types(options: Any, names: dict[str, str] | None = None) -> None:

@@ -13,9 +13,18 @@ from lora_dp.fed.data.examples import Examples
 from lora_dp.hash_chain import canonical
 
 # The server's own business: no release of a client hangs on them, nor does which examples it has.
-SERVERS_OWN = frozenset((
-    "weighting", "min_clients", "client_timeout", "fault_norm", "evaluate_every", "checkpoint_every", "output",
-    "device"))
+SERVERS_OWN = frozenset(
+    (
+        "weighting",
+        "min_clients",
+        "client_timeout",
+        "fault_norm",
+        "evaluate_every",
+        "checkpoint_every",
+        "output",
+        "device",
+    )
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def harmless(text: object, most: int = MOST_CHARACTERS) -> str:
         text = f"({type(text).__name__})"
     shown: list[str] = []
     length = 0
-    for character in text[:most + 1]:
+    for character in text[: most + 1]:
         part = character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         if length + len(part) > most:
             while length > most - len(_CUT):

@@ -85,10 +85,21 @@ class Passed(NamedTuple):
 
 
 def check_isolation(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *,
-    targets: Any = None, criterion: LossFunction | None = None, reduction: LossReduction | None = None,
-    padding_varies: bool | None = None, earlier: Mapping[str, Any] | None = None, draws: int = 1,
-    number_varies: bool = True, copies: bool = False, seen: Seen | None = None, one_width: bool = False,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    n: int,
+    *,
+    targets: Any = None,
+    criterion: LossFunction | None = None,
+    reduction: LossReduction | None = None,
+    padding_varies: bool | None = None,
+    earlier: Mapping[str, Any] | None = None,
+    draws: int = 1,
+    number_varies: bool = True,
+    copies: bool = False,
+    seen: Seen | None = None,
+    one_width: bool = False,
 ) -> Passed:
     """Run the trials on the batch of ``n`` examples with which ``model(*args, **kwargs)`` would be called.
 
@@ -117,14 +128,40 @@ def check_isolation(
     """
     if n < 2:
         return Passed()
-    return _taken_apart(model, args, kwargs, targets, n, seen, lambda call, seen, positional: _check(
-        model, call, positional, n, criterion, reduction, padding_varies, earlier or {}, draws, number_varies, copies,
-        seen, one_width))
+    return _taken_apart(
+        model,
+        args,
+        kwargs,
+        targets,
+        n,
+        seen,
+        lambda call, seen, positional: _check(
+            model,
+            call,
+            positional,
+            n,
+            criterion,
+            reduction,
+            padding_varies,
+            earlier or {},
+            draws,
+            number_varies,
+            copies,
+            seen,
+            one_width,
+        ),
+    )
 
 
 def check_larger(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: int, *, reduction: LossReduction | None,
-    losses: frozenset[int], seen: Seen,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    n: int,
+    *,
+    reduction: LossReduction | None,
+    losses: frozenset[int],
+    seen: Seen,
 ) -> frozenset[int]:
     """Try more examples than any batch had that was tried: what only so many do to each other.
 
@@ -138,6 +175,7 @@ def check_larger(
     Raises:
         IsolationError: naming what changes.
     """
+
     def check(call: Any, _: Seen, positional: tuple[str, ...]) -> frozenset[int]:
         if batch_calls.of_whole_batch(call, n):
             return losses
@@ -148,14 +186,21 @@ def check_larger(
 
 
 def _taken_apart(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any, n: int, seen: Seen | None,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    targets: Any,
+    n: int,
+    seen: Seen | None,
     check: Callable[[Any, Seen, tuple[str, ...]], T],
 ) -> T:
     """What ``check`` says of a call in which entries of the examples are told from what they share."""
     positional = batch_calls.argument_names(model.forward, len(args))
     by_place: Any = take_apart((args, kwargs, targets))
-    plain, call = ((*batch_calls.named(positional, tree[:2]), tree[2]) for tree in (
-        by_place, as_tensors(by_place, n, seen.lists if seen else None)))
+    plain, call = (
+        (*batch_calls.named(positional, tree[:2]), tree[2])
+        for tree in (by_place, as_tensors(by_place, n, seen.lists if seen else None))
+    )
     check_opened(call)
     seen = seen or Sizes().look(call, n)
     # What the model says if tables hold rows of the examples after all, or a list is of N numbers by chance.
@@ -171,9 +216,19 @@ def _taken_apart(
 
 
 def _check(
-    model: nn.Module, call: Any, positional: tuple[str, ...], n: int, criterion: LossFunction | None,
-    reduction: LossReduction | None, padding_varies: bool | None, earlier: Mapping[str, Any], draws: int,
-    number_varies: bool, copies: bool, seen: Seen, one_width: bool,
+    model: nn.Module,
+    call: Any,
+    positional: tuple[str, ...],
+    n: int,
+    criterion: LossFunction | None,
+    reduction: LossReduction | None,
+    padding_varies: bool | None,
+    earlier: Mapping[str, Any],
+    draws: int,
+    number_varies: bool,
+    copies: bool,
+    seen: Seen,
+    one_width: bool,
 ) -> Passed:
     apart = not batch_calls.of_whole_batch(call, n)
     whole, examples = call, n
@@ -188,13 +243,15 @@ def _check(
                 raise IsolationError(
                     f"The model was given a list with an entry for each example ({lists[0]}), which cannot be tried on "
                     f"some of them ({type(error).__name__}): give it tensors whose first dimension is the example, or "
-                    "lists of numbers.") from error
+                    "lists of numbers."
+                ) from error
             raise
         for name, output in base.private():
             if output.dim() < 2 or output.shape[0] % n:
                 raise IsolationError(
                     f"'{name}' works on {tuple(output.shape)} in a batch of {n} examples: its rows cannot be told "
-                    "apart by example; freeze it or leave it out of the private layers.")
+                    "apart by example; freeze it or leave it out of the private layers."
+                )
         replaced_runs = [] if copies else _replace(trials, base, call, n, apart)
         if copies and (changed := attempt(trials, batch_calls.changed(call, n), ragged=True)) is not None:
             check_buffers(base, changed)
@@ -220,13 +277,18 @@ def _check(
                 if not copies:
                     check_choices(trials, steady, call, n)
                 padding = padding_varies is not False and check_padding(
-                    trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied)
+                    trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied
+                )
                 if one_width:
                     warn_of_width(trials, steady, call, n, reduction)
             check_shared(trials, steady, call, n, earlier)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
-        return Passed((passed or frozenset()) & _kept_apart(base, replaced_runs, n), padding, shape,
-                      apart and number_varies and not copies and not steady.elsewhere)
+        return Passed(
+            (passed or frozenset()) & _kept_apart(base, replaced_runs, n),
+            padding,
+            shape,
+            apart and number_varies and not copies and not steady.elsewhere,
+        )
 
 
 @contextlib.contextmanager
@@ -256,6 +318,7 @@ def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> lis
 def _only(call: Any, i: int, n: int) -> Any:
     def copies(leaf: Any) -> Any:
         return leaf[i : i + 1].expand_as(leaf) if batch_calls.is_by_example(leaf, n) else leaf
+
     return pytree.tree_map(copies, call)
 
 
@@ -284,32 +347,37 @@ def _check_gradient_rows(base: Trace, i: int, n: int) -> dict[str, list[Tensor]]
                 raise IsolationError(
                     f"The output of example {i} depends on rows of '{name}' that are attributed to other examples: the "
                     "module's first dimension is not ordered by example (all rows of one example together), or a "
-                    "module after it mixes the batch; move the batch dimension first, or leave the module out.")
+                    "module after it mixes the batch; move the batch dimension first, or leave the module out."
+                )
     return found
 
 
 def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
     def first() -> str:
         found = [[(name, output) for name, _, output in trace.outputs] for trace in (base, replaced)]
-        return next((name for name, left, right in calls_in_both(*found) if _row_changed(left, right, i, n)),
-                    "the model itself")
+        return next(
+            (name for name, left, right in calls_in_both(*found) if _row_changed(left, right, i, n)), "the model itself"
+        )
 
     for name, left, right in calls_in_both(base.private(), replaced.private()):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"Rows of '{name}' attributed to example {i} change with the other examples of the batch; the first "
                 f"module where this is seen is '{first()}'. Replace what mixes examples (BatchNorm by GroupNorm, say), "
-                "or order rows by example.")
+                "or order rows by example."
+            )
     for name, left, right in calls_in_both(base.inputs, replaced.inputs):
         if _row_changed(left, right, i, n):
             raise IsolationError(
                 f"What '{name}' is given of example {i} changes with the other examples of the batch; the first module "
-                f"where this is seen is '{first()}': replace what mixes examples, or order rows by example.")
+                f"where this is seen is '{first()}': replace what mixes examples, or order rows by example."
+            )
     for left, right in base.beside(replaced, n, n):
         if _row_changed(left, right, i, n, masked=True):
             raise IsolationError(
                 f"The output for example {i} changes with the other examples of the batch, seen first in '{first()}': "
-                "replace what mixes examples (BatchNorm by GroupNorm, say).")
+                "replace what mixes examples (BatchNorm by GroupNorm, say)."
+            )
     check_buffers(base, replaced)
     if not base.losses or not replaced.losses:
         return
@@ -321,7 +389,8 @@ def _check_replaced(base: Trace, replaced: Trace, i: int, n: int) -> None:
             raise IsolationError(
                 f"The loss mixes examples: the gradient of example {i} at '{name}' changes with the others. Use a loss "
                 "that is a mean or sum of terms of one example each (for token losses: average over each example's "
-                f"tokens first, then over examples): {REMEDY}.")
+                f"tokens first, then over examples): {REMEDY}."
+            )
 
 
 def _check_called(own: Gradients, replaced: Trace, i: int, n: int) -> None:
@@ -335,7 +404,8 @@ def _check_called(own: Gradients, replaced: Trace, i: int, n: int) -> None:
             if any(largest(rows_of(gradient, n)[i]) > 0 for gradient in one[name]):
                 raise IsolationError(
                     f"'{name}' is called for example {i} in some company and not in other: let each example decide for "
-                    "itself which layers it passes (torch.where).")
+                    "itself which layers it passes (torch.where)."
+                )
 
 
 def _check_backward(base: Trace, alone: Mapping[int, Gradients], n: int) -> None:
@@ -349,7 +419,8 @@ def _check_backward(base: Trace, alone: Mapping[int, Gradients], n: int) -> None
             if differ(rows_of(one, n)[i], rows_of(other, n)[i], least):
                 raise IsolationError(
                     f"The gradient of example {i} at '{name}' changes with the other examples of the batch: something "
-                    "in the model's backward looks at all of them (a hook that normalises gradients, say).")
+                    "in the model's backward looks at all of them (a hook that normalises gradients, say)."
+                )
 
 
 def _kept_apart(base: Trace, replaced_runs: list[tuple[int, Trace]], n: int) -> frozenset[int]:
@@ -368,5 +439,3 @@ def _row_changed(left: Tensor, right: Tensor, i: int, n: int, *, masked: bool = 
     if left.dim() == 0 or left.shape[0] % n or left.shape != right.shape:
         return False
     return differ(rows_of(left, n)[i], rows_of(right, n)[i], masked=masked)
-
-

@@ -96,12 +96,14 @@ class Still(TorchDispatchMode):
             return _with(func, args, kwargs, _DROPPED, 0.0)
         raise RuntimeError(
             f"The model draws at random by {name}, which lora_dp does not know how to do without: draw by another "
-            "function, torch.rand for example.")
+            "function, torch.rand for example."
+        )
 
 
 def _draws(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags or any(
-        argument.name == "generator" for argument in func._schema.arguments)
+        argument.name == "generator" for argument in func._schema.arguments
+    )
 
 
 def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

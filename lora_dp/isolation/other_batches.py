@@ -1,5 +1,6 @@
 """Does an example keep to itself in other company? Trials among another number of examples, beside noise, with less
-padding, and with other numbers among the arguments; part of :mod:`lora_dp.isolation.check`, where they are numbered 4 to 8.
+padding, and with other numbers among the arguments; part of :mod:`lora_dp.isolation.check`, where they are numbered 4
+to 8.
 """
 
 import random
@@ -34,18 +35,22 @@ FEW = 4
 _MUCH = 8
 # A choice moves what it decides by more than so many times what is seen of other influences.
 _SMALL = 100
-REMEDY = ("hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
-          "labels out of the model's call)")
+REMEDY = (
+    "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them; leave the "
+    "labels out of the model's call)"
+)
 
 _OWN_TABLES = "have its forward make what has to fit the batch (a causal mask, positions) rather than be given it"
 _UNTRIED_PADDING = (
     "Batches are padded to different widths, but the model takes none of the same examples with less padding, so that "
     "it cannot be tried whether the longest example changes the others: pad every batch to one public width, or "
-    f"{_OWN_TABLES}.")
+    f"{_OWN_TABLES}."
+)
 UNTRIED_NUMBER = (
     "Batches hold different numbers of examples, but the model does not take every example of this one twice: it "
     "cannot be tried whether their number changes an example. Give it tensors whose first dimension is the example, or "
-    f"{_OWN_TABLES}.")
+    f"{_OWN_TABLES}."
+)
 
 
 def attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> Trace | None:
@@ -59,7 +64,12 @@ def attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> 
 
 
 def check_company(
-    trials: Trials, steady: Trace, call: Any, n: int, apart: bool, criterion: LossFunction | None,
+    trials: Trials,
+    steady: Trace,
+    call: Any,
+    n: int,
+    apart: bool,
+    criterion: LossFunction | None,
     reduction: LossReduction | None,
 ) -> frozenset[int] | None:
     """Among another number of examples, each in another place if they can be taken apart; None if the model takes no
@@ -75,8 +85,10 @@ def check_company(
     m = len(turned)
     places = {i: place for place, i in enumerate(turned)} if apart else {i: i for i in range(n)}
     pairs = [("The output for", left, right, True) for left, right in steady.beside(other, n, m)]
-    pairs += [(f"What '{name}' is given of", left, right, False)
-              for name, left, right in calls_in_both(steady.inputs, other.inputs)]
+    pairs += [
+        (f"What '{name}' is given of", left, right, False)
+        for name, left, right in calls_in_both(steady.inputs, other.inputs)
+    ]
     for what, left, right, scores in pairs:
         if left.shape[0] * m != right.shape[0] * n or left.shape[1:] != right.shape[1:]:
             continue
@@ -104,27 +116,41 @@ def _scales_as(
     scales = (n, m) if kind == "mean" else (1, 1)
     return all(
         not differ(rows_of(left, n)[i] * scales[0], rows_of(right, m)[place] * scales[1], scales[0] * least)
-        for i, place in places.items() for least in [least_of(whole, i, n)] for _, left, right in pairs_of(whole, part))
+        for i, place in places.items()
+        for least in [least_of(whole, i, n)]
+        for _, left, right in pairs_of(whole, part)
+    )
 
 
 def _misreduced(claimed: str | None, fits: set[str], call: Any, own: bool) -> str:
     numbers = ", ".join(batch_calls.numbers_in(call)) if own else ""
     by = f" (the model was given {numbers}: leave out what counts the batch)" if numbers else ""
     if fits:
-        return (f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
-                f"loss_reduction='mean' or 'sum'{by}; or {REMEDY}.")
-    return (f"The loss mixes examples: it is neither a mean nor a sum over them, since an example's gradient changes "
-            f"with their number as neither does{by}; {REMEDY}.")
+        return (
+            f"The loss is a {fits.pop()} over the examples, but was declared a {claimed}: make_private takes "
+            f"loss_reduction='mean' or 'sum'{by}; or {REMEDY}."
+        )
+    return (
+        f"The loss mixes examples: it is neither a mean nor a sum over them, since an example's gradient changes "
+        f"with their number as neither does{by}; {REMEDY}."
+    )
 
 
 def _counted(what: str, i: int) -> str:
-    return (f"{what} example {i} changes with the number of examples in the batch, or with its place among them: find "
-            "what counts them, normalises over them or goes by their order (positions belong to the second dimension).")
+    return (
+        f"{what} example {i} changes with the number of examples in the batch, or with its place among them: find "
+        "what counts them, normalises over them or goes by their order (positions belong to the second dimension)."
+    )
 
 
 def check_whole(
-    trials: Trials, call: Any, n: int, reduction: LossReduction | None = None, passed: frozenset[int] = frozenset(),
-    *, everybody: bool = False,
+    trials: Trials,
+    call: Any,
+    n: int,
+    reduction: LossReduction | None = None,
+    passed: frozenset[int] = frozenset(),
+    *,
+    everybody: bool = False,
 ) -> frozenset[int]:
     """All examples beside some of them, most drawn in secret: what only many do to each other, such as a capacity that
     they fill together, or being the hardest of all. Nothing is drawn at random in the model.
@@ -157,7 +183,8 @@ def check_whole(
                 raise IsolationError(
                     f"The loss mixes examples: what example {found} has of it is another in a batch of {n} than in one "
                     f"of {len(rows)}, as where the hardest of all are chosen. Use a loss that is a mean or sum of "
-                    f"terms of one example each: {REMEDY}.")
+                    f"terms of one example each: {REMEDY}."
+                )
             passed -= {place}
     return passed
 
@@ -167,15 +194,24 @@ def _compare_part(whole: Quiet, part: Quiet, kept: list[int], rows: list[int], n
     m, places = len(rows), [kept.index(i) for i in rows]
 
     def changed(lefts: list[Tensor], rights: list[Tensor], *, scores: bool) -> int | None:
-        return next((i for i, place, right in zip(rows, places, rights, strict=False) if place < len(lefts) and (
-            not scores or lefts[place].shape == right.shape) and differ(lefts[place], right, masked=scores)), None)
+        return next(
+            (
+                i
+                for i, place, right in zip(rows, places, rights, strict=False)
+                if place < len(lefts)
+                and (not scores or lefts[place].shape == right.shape)
+                and differ(lefts[place], right, masked=scores)
+            ),
+            None,
+        )
 
     for name, first, other in calls_in_both(whole.layers, part.layers):
         if first.rows * m != other.rows * n:
             raise IsolationError(
                 f"'{name}' works on {first.rows} rows in a batch of {n} examples and on {other.rows} in one of {m}: "
                 "not on as many of each, so that they cannot be told apart by example. Keep padding in (PyTorch's own "
-                "attention does), or leave the module out of the private layers.")
+                "attention does), or leave the module out of the private layers."
+            )
         if (i := changed(first.given, other.given, scores=False)) is not None:
             raise IsolationError(_counted(f"What '{name}' is given of", i))
     for lefts, rights in zip(whole.outputs, part.outputs, strict=False):
@@ -202,8 +238,16 @@ def _chosen_for(
         if changed is not None:
             return changed
     kinds = ("sum",) if vector else (reduction,) if reduction else ("mean", "sum")
-    found = [is_another(whole.gradients.get(place, {}), part.gradients.get(place, {}), rows, n,
-                        (n, len(rows)) if kind == "mean" else (1, 1)) for kind in kinds]
+    found = [
+        is_another(
+            whole.gradients.get(place, {}),
+            part.gradients.get(place, {}),
+            rows,
+            n,
+            (n, len(rows)) if kind == "mean" else (1, 1),
+        )
+        for kind in kinds
+    ]
     return None if None in found else found[0]
 
 
@@ -229,7 +273,8 @@ def check_choices(trials: Trials, steady: Trace, call: Any, n: int) -> None:
         if differ(own, found, masked=what == "output"):
             raise IsolationError(
                 f"The {what} of an example changes where the others are noise: find what is chosen for all examples of "
-                "a batch together, and choose it for each, or once for all data by public numbers.")
+                "a batch together, and choose it for each, or once for all data by public numbers."
+            )
 
 
 def check_buffers(base: Trace, other: Trace) -> None:
@@ -243,7 +288,8 @@ def check_buffers(base: Trace, other: Trace) -> None:
         if name not in other.buffers or not same(buffer, other.buffers[name]):
             raise IsolationError(
                 f"The buffer '{name}' takes up statistics of the examples, which nothing clips or noises: switch them "
-                "off (track_running_stats=False, say) or keep that module in eval().")
+                "off (track_running_stats=False, say) or keep that module in eval()."
+            )
 
 
 def check_written(trials: Trials, call: Any, n: int, *, ragged: bool) -> None:
@@ -257,8 +303,11 @@ def check_written(trials: Trials, call: Any, n: int, *, ragged: bool) -> None:
         IsolationError: naming the buffer.
     """
     rows, half = list(range(n)), n // 2
-    others = [batch_calls.changed(call, n)] if n == 1 else [
-        batch_calls.take(call, (part * n)[:n], n) for part in (rows[:half], rows[half:])]
+    others = (
+        [batch_calls.changed(call, n)]
+        if n == 1
+        else [batch_calls.take(call, (part * n)[:n], n) for part in (rows[:half], rows[half:])]
+    )
     if (base := attempt(trials, call, ragged=ragged)) is None:
         return
     ragged |= bool(batch_calls.of_whole_batch(call, n))
@@ -268,8 +317,14 @@ def check_written(trials: Trials, call: Any, n: int, *, ragged: bool) -> None:
 
 
 def check_padding(
-    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None, passed: frozenset[int],
-    known: bool, varied: frozenset[tuple[str, int]],
+    trials: Trials,
+    steady: Trace,
+    call: Any,
+    n: int,
+    reduction: LossReduction | None,
+    passed: frozenset[int],
+    known: bool,
+    varied: frozenset[tuple[str, int]],
 ) -> bool:
     """With less padding: what the longest example of a batch does to all others. Whether some was there.
 
@@ -309,12 +364,18 @@ def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int, reduction: L
             warnings.warn(
                 f"The model looks at padding, and all batches are {narrow.tokens} wide: let that be a public number, "
                 "as by padding='max_length', and never the longest of your data, by which one example would move all "
-                "others.", stacklevel=2)
+                "others.",
+                stacklevel=2,
+            )
             break
 
 
 def _compare_narrowed(
-    steady: Trace, other: Trace, narrow: batch_padding.Narrowed, n: int, reduction: LossReduction | None,
+    steady: Trace,
+    other: Trace,
+    narrow: batch_padding.Narrowed,
+    n: int,
+    reduction: LossReduction | None,
     passed: frozenset[int],
 ) -> None:
     m = len(narrow.rows)
@@ -332,7 +393,13 @@ def _compare_narrowed(
 
 
 def _compare_padded(
-    left: Tensor, right: Tensor, narrow: batch_padding.Narrowed, n: int, what: str, *, summed: bool = False,
+    left: Tensor,
+    right: Tensor,
+    narrow: batch_padding.Narrowed,
+    n: int,
+    what: str,
+    *,
+    summed: bool = False,
     masked: bool = False,
 ) -> None:
     """An example's values at its own tokens, or all of them where they do not go by token.
@@ -361,7 +428,8 @@ def _compare_padded(
             raise IsolationError(
                 f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
                 f"example ({tokens} or {columns} long): pad every batch to one public width, or use a model that "
-                "passes over padding (by its attention mask, in pooling too).")
+                "passes over padding (by its attention mask, in pooling too)."
+            )
 
 
 def check_shared(trials: Trials, steady: Trace, call: Any, n: int, earlier: Mapping[str, Any]) -> None:
@@ -375,13 +443,17 @@ def check_shared(trials: Trials, steady: Trace, call: Any, n: int, earlier: Mapp
             raise IsolationError(
                 f"The argument {name} of the model differs from batch to batch, and the model does not take it as it "
                 f"was in an earlier one ({type(error).__name__}), so that it cannot be tried whether examples meet by "
-                "it: leave it out, or let forward make it from what each example has.") from error
+                "it: leave it out, or let forward make it from what each example has."
+            ) from error
         pairs = steady.beside(changed, n, n)
         for loss, other_loss in zip(steady.losses, changed.losses, strict=False):
-            pairs += [(left, right) for _, left, right in pairs_of(
-                steady.backward(sum_of(loss)), changed.backward(sum_of(other_loss)))]
+            pairs += [
+                (left, right)
+                for _, left, right in pairs_of(steady.backward(sum_of(loss)), changed.backward(sum_of(other_loss)))
+            ]
         if any(left.shape == right.shape and differ(left, right) for left, right in pairs):
             raise IsolationError(
                 f"The argument {name} of the model differs from batch to batch and changes the gradient of every "
                 f"example: if it counts what a batch holds, leave it out; {REMEDY}. A public schedule belongs into an "
-                "attribute of the model.")
+                "attribute of the model."
+            )

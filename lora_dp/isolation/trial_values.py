@@ -70,7 +70,8 @@ def differ(left: Tensor, right: Tensor, least: float = 0.0, *, masked: bool = Fa
 def least_of(gradients: Gradients, i: int, n: int) -> float:
     """A layer whose gradient for example i is smaller than this beside those of other layers has rounding alone."""
     return _ROUNDING * max(
-        (largest(rows_of(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0)
+        (largest(rows_of(gradient, n)[i]) for found in gradients.values() for gradient in found), default=0.0
+    )
 
 
 def is_another(
@@ -87,8 +88,10 @@ def is_another(
         n: number of all.
         scales: what the first and the second are multiplied by, to be alike.
     """
-    pairs = [(rows_of(one, n)[some].double() * scales[0], rows_of(other, len(some)).double() * scales[1], one.dtype)
-             for _, one, other in pairs_of(left, right)]
+    pairs = [
+        (rows_of(one, n)[some].double() * scales[0], rows_of(other, len(some)).double() * scales[1], one.dtype)
+        for _, one, other in pairs_of(left, right)
+    ]
     least = _ROUNDING * max((float(_lengths(one).max()) for one, _, _ in pairs), default=0.0)
     for one, other, dtype in pairs:
         if one.shape != other.shape:
@@ -117,8 +120,11 @@ def largest(values: Tensor) -> float:
 
 def pairs_of(left: Gradients, right: Gradients) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The gradients of two passes at the same layers, in order, with the layer's name."""
-    return ((name, one, other) for name, found in left.items()
-            for one, other in zip(found, right.get(name, []), strict=False))
+    return (
+        (name, one, other)
+        for name, found in left.items()
+        for one, other in zip(found, right.get(name, []), strict=False)
+    )
 
 
 def calls_in_both(left: Sequence[tuple[str, T]], right: Sequence[tuple[str, T]]) -> Iterator[tuple[str, T, T]]:

@@ -60,8 +60,11 @@ class Trace:
 
     def beside(self, other: "Trace", n: int, m: int) -> list[tuple[Tensor, Tensor]]:
         """Pairs of them: of this pass over ``n`` examples, and of another one over ``m``."""
-        return [(left, right) for left, right in zip(values_in(self.result), values_in(other.result), strict=False)
-                if of_examples(left, n) and of_examples(right, m)]
+        return [
+            (left, right)
+            for left, right in zip(values_in(self.result), values_in(other.result), strict=False)
+            if of_examples(left, n) and of_examples(right, m)
+        ]
 
     @contextmanager
     def hooks(self, keep_outputs: bool) -> Iterator[None]:
@@ -76,8 +79,10 @@ class Trace:
                 if keep_outputs:
                     self.outputs.append((name, module, output))
                 if output.requires_grad and is_trained(module):
-                    self._tensor_hooks.append(output.register_hook(
-                        lambda gradient: self.gradients.setdefault(name, []).append(gradient)))
+                    self._tensor_hooks.append(
+                        output.register_hook(lambda gradient: self.gradients.setdefault(name, []).append(gradient))
+                    )
+
             return watch
 
         handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules() if name]
@@ -202,10 +207,14 @@ class Trials:
             def looks(module: nn.Module, given: Any, output: Any) -> None:
                 rows = output.shape[0] if isinstance(output, Tensor) and output.dim() else 0
                 layers.append((name, LayerRows(rows, by_example(given[0]) if given else [])))
+
             return looks
 
-        handles = [module.register_forward_hook(look(name)) for name, module in self._model.named_modules()
-                   if is_trained(module)]
+        handles = [
+            module.register_forward_hook(look(name))
+            for name, module in self._model.named_modules()
+            if is_trained(module)
+        ]
         try:
             with undisturbed(self._model, self.seed), Still():
                 with trace.hooks(keep_outputs=False) if losses else nullcontext(), Unwritten(self._model):
@@ -278,12 +287,19 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
     owned = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     # Which table is in a buffer, say, as rotary embeddings of texts that are longer than ever.
-    settings = [(vars(module), {name: value for name, value in vars(module).items() if isinstance(value, _SETTING)})
-                for module in model.modules()]
+    settings = [
+        (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, _SETTING)})
+        for module in model.modules()
+    ]
     copies: dict[int, Tensor] = {}
     for held, buffers in owned:
-        held.update({name: copies.setdefault(id(buffer), buffer.clone())
-                     for name, buffer in buffers.items() if buffer is not None})
+        held.update(
+            {
+                name: copies.setdefault(id(buffer), buffer.clone())
+                for name, buffer in buffers.items()
+                if buffer is not None
+            }
+        )
     try:
         with seeded(seed):
             yield

@@ -65,7 +65,8 @@ class LoRAConfig:
         self.trainable_modules = _names("trainable_modules", self.trainable_modules, "[] trains none whole")
         if not isinstance(self.target_modules, str):
             self.target_modules = _names(
-                "target_modules", self.target_modules, "'all-linear' adapts every linear layer but the head")
+                "target_modules", self.target_modules, "'all-linear' adapts every linear layer but the head"
+            )
         if not self.target_modules or not all([*self.target_modules, *self.trainable_modules]):
             raise ValueError("target_modules or a module's name is empty: name the layers, or use 'all-linear'.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
@@ -74,32 +75,42 @@ class LoRAConfig:
             except re.error as error:
                 raise ValueError(
                     f"target_modules {self.target_modules!r} is no regular expression ({error}): "
-                    "correct it, or give a list of names.") from error
+                    "correct it, or give a list of names."
+                ) from error
 
 
 def _names(setting: str, given: object, remedy: str) -> list[str]:
-    if isinstance(given, Collection) and not isinstance(given, torch.Tensor) and all(
-            isinstance(name, str) for name in given):
+    if (
+        isinstance(given, Collection)
+        and not isinstance(given, torch.Tensor)
+        and all(isinstance(name, str) for name in given)
+    ):
         return list(given)
     raise TypeError(f"{setting} must be a list of names, got {given!r}: {remedy}.")
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
     """Warn where what is trained was made half precision after :func:`inject_lora`, which keeps it in float32."""
-    half = [name for name, parameter in exchanged_parameters(model).items()
-            if parameter.requires_grad and parameter.dtype != wide_dtype(parameter.dtype)]
+    half = [
+        name
+        for name, parameter in exchanged_parameters(model).items()
+        if parameter.requires_grad and parameter.dtype != wide_dtype(parameter.dtype)
+    ]
     if half and adapters_of(model):
         warnings.warn(
             f"{len(half)} trained parameters are in half precision, '{half[0]}' the first: most of their values never "
             "change at small learning rates. Convert the model before inject_lora, which keeps what is trained in "
-            "float32.", stacklevel=4)
+            "float32.",
+            stacklevel=4,
+        )
 
 
 def exchanged_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Both LoRA factors of each layer and all else that requires grad, named as the model does: what travels."""
     factors = {id(factor) for layer in adapters_of(model).values() for factor in (layer.lora_A, layer.lora_B)}
     return {
-        name: parameter for name, parameter in model.named_parameters()
+        name: parameter
+        for name, parameter in model.named_parameters()
         if parameter.requires_grad or id(parameter) in factors
     }
 
@@ -147,9 +158,11 @@ def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
                 f"{what} {problem} {', '.join(repr(n) for n in sorted(names)[:3])}{more}: it was made for other "
-                "adapters or another model.")
+                "adapters or another model."
+            )
     for name, tensor in given.items():
         if tensor.shape != expected[name]:
             raise ValueError(
                 f"{what} has '{name}' with shape {tuple(tensor.shape)} where the model needs {tuple(expected[name])}: "
-                "it was made for another rank or another model.")
+                "it was made for another rank or another model."
+            )

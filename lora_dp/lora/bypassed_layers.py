@@ -4,38 +4,59 @@ An adapter on a layer whose weight is read is never called, and has no effect. O
 positions, once for all examples, finds no rows that belong to one of them (:func:`runs_once`).
 
 Found by searching Transformers 5.24, timm 1.0.31, torchvision 0.29 and torch 2.14 for ``self.<linear>.weight``. What is
-not listed here is noticed when the first private step finds no gradient (:meth:`lora_dp.engine.recorder.Recorder.take`).
+not listed here is noticed when the first private step finds no gradient
+(:meth:`lora_dp.engine.recorder.Recorder.take`).
 """
 
 from torch import nn
 
 _PACKAGES = ("torch", "torchvision", "timm", "transformers")
-_MIXERS = ("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer",
-           "Zamba2MambaMixer")
+_MIXERS = (
+    "BambaMixer",
+    "FalconH1Mixer",
+    "GraniteMoeHybridMambaLayer",
+    "Mamba2Mixer",
+    "NemotronHMamba2Mixer",
+    "Zamba2MambaMixer",
+)
 
 # By class, then by name of the child. Always: in every forward.
 _ALWAYS: dict[str, tuple[str, ...]] = {
-    "MambaMixer": ("dt_proj",), "FalconMambaMixer": ("dt_proj",), "JambaMambaMixer": ("dt_proj",),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"), "TDNNLayer": ("kernel",),
-    "DetrMHAttentionMap": ("k_proj",), "ConditionalDetrMHAttentionMap": ("k_proj",),
-    "MaskFormerDetrMHAttentionMap": ("k_proj",), "DabDetrMHAttentionMap": ("k_linear",),
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "TDNNLayer": ("kernel",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
     "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
-    "LongcatFlashTopkRouter": ("classifier",), "MobileBertLMPredictionHead": ("dense", "decoder"),
-    "NeoMMEForMaskedLM": ("unembedding_projection",), "LinearCrossEntropyLoss": ("linear",),
-    "ShiftedWindowAttention": ("qkv", "proj"), "ShiftedWindowAttention3d": ("qkv", "proj"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "LinearCrossEntropyLoss": ("linear",),
+    "ShiftedWindowAttention": ("qkv", "proj"),
+    "ShiftedWindowAttention3d": ("qkv", "proj"),
 }
 # Sometimes: in fused kernels, with a cache, or under some settings.
 _SOMETIMES: dict[str, tuple[str, ...]] = {
-    "MambaMixer": ("x_proj", "out_proj"), "FalconMambaMixer": ("x_proj", "out_proj"),
-    **dict.fromkeys(_MIXERS, ("out_proj",)), "LSHSelfAttention": ("query_key", "value"),
-    "Gemma3nTextAltUp": ("correction_coefs",), "Gemma4AssistantForCausalLM": ("lm_head",),
+    "MambaMixer": ("x_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "out_proj"),
+    **dict.fromkeys(_MIXERS, ("out_proj",)),
+    "LSHSelfAttention": ("query_key", "value"),
+    "Gemma3nTextAltUp": ("correction_coefs",),
+    "Gemma4AssistantForCausalLM": ("lm_head",),
     "Gemma4UnifiedAssistantForCausalLM": ("lm_head",),
 }
 # On a table of relative positions, once for the batch: the child and all beneath it.
 _ONCE: dict[str, tuple[str, ...]] = {
-    "WindowAttention": ("cpb_mlp",), "ShiftedWindowAttentionV2": ("cpb_mlp",),
-    "Swinv2SelfAttention": ("continuous_position_bias_mlp",), "Swin2SRSelfAttention": ("continuous_position_bias_mlp",),
-    "WindowMultiHeadAttention": ("meta_mlp",), "RelPosMlp": ("mlp",),
+    "WindowAttention": ("cpb_mlp",),
+    "ShiftedWindowAttentionV2": ("cpb_mlp",),
+    "Swinv2SelfAttention": ("continuous_position_bias_mlp",),
+    "Swin2SRSelfAttention": ("continuous_position_bias_mlp",),
+    "WindowMultiHeadAttention": ("meta_mlp",),
+    "RelPosMlp": ("mlp",),
     "DisentangledSelfAttention": ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj"),
 }
 

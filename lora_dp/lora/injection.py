@@ -55,7 +55,8 @@ def check_plain(model: nn.Module) -> None:
         if hasattr(module, "lora_A"):
             raise ValueError(
                 f"The model has adapters already (at '{name}'): start from the plain model (PEFT's merge_and_unload "
-                "gives it).")
+                "gives it)."
+            )
 
 
 def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets: list[str], roots: list[str]) -> None:
@@ -85,7 +86,8 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
     for name in targets:
         module = modules.names[name]
         replacements[id(module)] = DPLoRALinear.from_linear(
-            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora)
+            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora
+        )
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if child is not None and id(child) in replacements:

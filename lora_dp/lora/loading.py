@@ -49,8 +49,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         check_plain(model)
         targets, roots = _stored_places(modules, stored)
         config = LoRAConfig(
-            r=stored.r, alpha=stored.alpha, target_modules=stored.target_modules, trainable_modules=roots,
-            dropout=stored.dropout, rslora=stored.rslora, bias=stored.bias)  # type: ignore[arg-type]
+            r=stored.r,
+            alpha=stored.alpha,
+            target_modules=stored.target_modules,
+            trainable_modules=roots,
+            dropout=stored.dropout,
+            rslora=stored.rslora,
+            bias=stored.bias,  # type: ignore[arg-type]
+        )
     shapes = stored_shapes(model, targets, roots, config.bias, config.r)
     embeddings = _carried_embeddings(model, stored, targets, shapes)
     keys = {peft_format.peft_key(name, targets): name for name in [*shapes, *embeddings]}
@@ -75,11 +81,13 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
         if not tensor.is_floating_point():
             raise ValueError(
                 f"The stored adapter has '{name}' in {tensor.dtype}, which is not floating-point: save the adapter "
-                "without quantisation.")
+                "without quantisation."
+            )
         if not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(
                 f"The stored adapter has NaN or infinite numbers in '{name}': the training that saved it had diverged, "
-                "so take an earlier one.")
+                "so take an earlier one."
+            )
 
 
 def _carried_embeddings(
@@ -92,15 +100,19 @@ def _carried_embeddings(
     """
     ends = [getattr(model, getter, lambda: None)() for getter in ("get_input_embeddings", "get_output_embeddings")]
     parameters = {
-        f"{prefix}.{leaf}": parameter for prefix, module in model.named_modules(remove_duplicate=False)
-        if any(module is end for end in ends) for leaf, parameter in module.named_parameters(recurse=False)}
+        f"{prefix}.{leaf}": parameter
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if any(module is end for end in ends)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
     carried: dict[str, torch.Size] = {}
     for key, tensor in stored.tensors.items():
         module, _, factor = peft_format.parameter_name(key).partition(".lora_embedding_")
         if factor:
             raise ValueError(
                 f"The stored adapter adapts the embedding '{module}', which is not supported: train it whole "
-                "(modules_to_save in PEFT), or leave it out.")
+                "(modules_to_save in PEFT), or leave it out."
+            )
         name = peft_format.parameter_name(key)
         if name not in parameters or peft_format.peft_key(name, targets) != key:
             continue
@@ -109,7 +121,8 @@ def _carried_embeddings(
             raise ValueError(
                 f"The stored adapter carries '{name}' with shape {tuple(tensor.shape)} where the model has "
                 f"{tuple(mine.shape)}: call model.resize_token_embeddings({tensor.shape[0]}) before load_adapter, or "
-                "start from the base model that it was trained on.")
+                "start from the base model that it was trained on."
+            )
         if name not in known:
             carried[name] = mine.shape
     return carried
@@ -118,26 +131,34 @@ def _carried_embeddings(
 def _stored_places(modules: Modules, stored: peft_format.StoredAdapter) -> tuple[list[str], list[str]]:
     """The layers that a stored adapter adapts and the modules that it trains whole, by full name."""
     roots = outermost(
-        name for name in modules.own.values()
-        if peft_format.matches_saved_module(name, stored.modules_to_save) and modules.names[name].state_dict())
+        name
+        for name in modules.own.values()
+        if peft_format.matches_saved_module(name, stored.modules_to_save) and modules.names[name].state_dict()
+    )
     whole = modules.beneath(modules.names[root] for root in roots)
     targets = [
-        name for key, name in modules.own.items()
-        if key not in whole and is_linear(modules.names[name])
+        name
+        for key, name in modules.own.items()
+        if key not in whole
+        and is_linear(modules.names[name])
         and peft_format.matches_target(name, stored.target_modules)
     ]
     if not targets:
         raise ValueError(
-            f"No linear layer of the model answers to {stored.target_modules!r}: the adapter is for another model.")
+            f"No linear layer of the model answers to {stored.target_modules!r}: the adapter is for another model."
+        )
     return targets, roots
 
 
 def _check_same(config: LoRAConfig, stored: peft_format.StoredAdapter) -> None:
     alpha = float(config.r if config.alpha is None else config.alpha)
     for name, mine, theirs in (
-        ("r", config.r, stored.r), ("alpha", alpha, stored.alpha), ("rslora", config.rslora, stored.rslora),
+        ("r", config.r, stored.r),
+        ("alpha", alpha, stored.alpha),
+        ("rslora", config.rslora, stored.rslora),
         ("bias", config.bias, stored.bias),
     ):
         if mine != theirs:
             raise ValueError(
-                f"The stored adapter has {name} = {theirs} but the model's has {mine}: load it onto the plain model.")
+                f"The stored adapter has {name} = {theirs} but the model's has {mine}: load it onto the plain model."
+            )

@@ -31,7 +31,8 @@ def merge_adapters(model: nn.Module) -> None:
             if adapted is not None and adapted != name:
                 raise ValueError(
                     f"'{adapted}' shares its weight with '{name}', which merging would change as well: untie them, or "
-                    "use the model unmerged.")
+                    "use the model unmerged."
+                )
     for layer in adapters.values():
         layer.merge()
 

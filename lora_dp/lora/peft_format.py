@@ -23,12 +23,26 @@ PREFIX = "base_model.model."
 
 # Settings of PEFT's that say nothing about what the adapted model computes, or that the layers themselves tell.
 _NOTES = {
-    "auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "task_type",
+    "auto_mapping",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
 }
 _READ = {
-    "base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save",
-    "peft_type", "r", "target_modules", "use_rslora",
+    "base_model_name_or_path",
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "target_modules",
+    "use_rslora",
 }
 # Other ways to initialise also change the weights beneath the adapter.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal")
@@ -116,7 +130,8 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
         if not (source / name).is_file():
             raise FileNotFoundError(
                 f"{source} holds no {name}: give a folder written by save_adapter, or by PEFT's save_pretrained "
-                "with safetensors.")
+                "with safetensors."
+            )
     try:
         config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
     except ValueError as error:
@@ -148,9 +163,13 @@ def _check_types(config: Any, path: Path) -> None:
         raise ValueError(f"{path} does not describe an adapter: save the adapter again.")
     names = "a list of names"
     for key, kinds, what in (
-        ("r", int, "a whole number"), ("lora_alpha", int | float, "a number"),
-        ("lora_dropout", int | float, "a number"), ("bias", str, "a word"), ("use_rslora", bool, "true or false"),
-        ("target_modules", list | str | None, names), ("modules_to_save", list | None, names),
+        ("r", int, "a whole number"),
+        ("lora_alpha", int | float, "a number"),
+        ("lora_dropout", int | float, "a number"),
+        ("bias", str, "a word"),
+        ("use_rslora", bool, "true or false"),
+        ("target_modules", list | str | None, names),
+        ("modules_to_save", list | None, names),
     ):
         if key not in config:
             continue

@@ -74,18 +74,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         merged = layer is not None and layer.merged and name.endswith(".weight")
         tensors[peft_format.peft_key(name, adapters)] = layer.weight_with(-1) if layer and merged else state[name]
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    peft_format.write(folder, peft_format.StoredAdapter(
-        r=config.r,
-        alpha=float(config.r if config.alpha is None else config.alpha),
-        target_modules=peft_format.target_modules_for(list(adapters), names),
-        modules_to_save=peft_format.modules_to_save_for(roots, names),
-        dropout=config.dropout,
-        rslora=config.rslora,
-        bias=config.bias,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapters.values()),
-        base_model=base or None,
-        tensors=tensors,
-    ))
+    peft_format.write(
+        folder,
+        peft_format.StoredAdapter(
+            r=config.r,
+            alpha=float(config.r if config.alpha is None else config.alpha),
+            target_modules=peft_format.target_modules_for(list(adapters), names),
+            modules_to_save=peft_format.modules_to_save_for(roots, names),
+            dropout=config.dropout,
+            rslora=config.rslora,
+            bias=config.bias,
+            fan_in_fan_out=any(layer.fan_in_fan_out for layer in adapters.values()),
+            base_model=base or None,
+            tensors=tensors,
+        ),
+    )
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -116,20 +119,25 @@ class SavePretrained:
             if (Path(save_directory) / peft_format.CONFIG_NAME).exists():
                 raise ValueError(
                     f"{save_directory} holds an adapter, which from_pretrained would add to the merged weights once "
-                    "more: give another folder.")
+                    "more: give another folder."
+                )
         elif merged:
             if not (hasattr(self.model, "lora_config") and _is_transformers(self.model)):
                 raise ValueError(
                     "What save_pretrained writes here would lose the adapters when opened again: call merge_adapters "
-                    "first, or save_adapter with the whole model.")
+                    "first, or save_adapter with the whole model."
+                )
             if options.get("is_main_process", args[0] if args else True):
                 if importlib.util.find_spec("peft") is None:
                     warnings.warn(
                         "from_pretrained adds this model's adapters only where PEFT is installed: pip install peft "
-                        "there, or call merge_adapters before save_pretrained.", stacklevel=2)
+                        "there, or call merge_adapters before save_pretrained.",
+                        stacklevel=2,
+                    )
                 save_adapter(self.model, save_directory)
         return type(self.model).save_pretrained(  # type: ignore[attr-defined]
-            self.model, save_directory, *args, **options)
+            self.model, save_directory, *args, **options
+        )
 
 
 def keep_adapters_when_saved(model: nn.Module) -> None:

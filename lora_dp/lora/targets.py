@@ -65,8 +65,7 @@ class Modules:
 def is_linear(module: nn.Module) -> bool:
     """Whether it is an ``nn.Linear``, or Transformers' ``Conv1D``, told by name so as not to import Transformers."""
     kind = type(module)
-    return isinstance(module, nn.Linear) or (
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
 
 
 def _obstacle(module: nn.Module, parent: nn.Module, child: str) -> str | None:
@@ -141,9 +140,7 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
     return [head for name in _HEAD_NAMES if isinstance(head := getattr(model, name, None), nn.Module)]
 
 
-def find_targets(
-    model: nn.Module, modules: Modules, wanted: list[str] | str, whole: Collection[int]
-) -> list[str]:
+def find_targets(model: nn.Module, modules: Modules, wanted: list[str] | str, whole: Collection[int]) -> list[str]:
     """The layers to adapt, by full name, in the model's order.
 
     Args:
@@ -160,10 +157,14 @@ def find_targets(
         skipped = {*whole, *modules.beneath(_output_heads(model)), *modules.obstacles, *modules.doubtful}
         found = [n for n, m in linear.items() if id(m) not in skipped]
         if not found:
-            refused = [f": '{n}' is none, since {modules.obstacles[id(m)]}" for n, m in linear.items()
-                       if id(m) in modules.obstacles]
+            refused = [
+                f": '{n}' is none, since {modules.obstacles[id(m)]}"
+                for n, m in linear.items()
+                if id(m) in modules.obstacles
+            ]
             raise ValueError(
-                f"There is no linear layer to adapt outside trainable_modules and the head{''.join(refused[:1])}.")
+                f"There is no linear layer to adapt outside trainable_modules and the head{''.join(refused[:1])}."
+            )
         return _own_names(found, modules)
     found = []
     for entry in [wanted] if isinstance(wanted, str) else wanted:
@@ -171,8 +172,7 @@ def find_targets(
         matches = [n for n in linear if peft_format.matches_target(n, pattern)]
         if not matches:
             hint = f" (a regular expression for full names; for a name write [{entry!r}])" if pattern is entry else ""
-            raise ValueError(
-                f"target_modules: no Linear or Conv1D is named {entry!r}{hint}; {_nearest(entry, linear)}")
+            raise ValueError(f"target_modules: no Linear or Conv1D is named {entry!r}{hint}; {_nearest(entry, linear)}")
         matches = [n for n in matches if id(linear[n]) not in whole]
         if not matches:
             raise ValueError(f"target_modules: {entry!r} lies within trainable_modules; leave it out of one of them.")
@@ -196,7 +196,8 @@ def check_targets(targets: Iterable[str], modules: Modules, r: int) -> None:
         if r > min(in_features, out_features):
             raise ValueError(
                 f"Rank {r} is above the size of '{name}' ({in_features} → {out_features}): choose r ≤ "
-                f"{min(in_features, out_features)}, or name target_modules without it.")
+                f"{min(in_features, out_features)}, or name target_modules without it."
+            )
 
 
 def private_kin(name: str, module: nn.Module, modules: Modules) -> PrivateModule:
@@ -219,7 +220,8 @@ def private_kin(name: str, module: nn.Module, modules: Modules) -> PrivateModule
         raise ValueError(f"'{name}' cannot be trained in private: {error}") from error
     own = ", ".join(leaf for leaf, parameter in module._parameters.items() if parameter is not None)
     reason = obstacle or (
-        f"no private layer covers {own} of a {type(module).__name__} (one does for Linear, LayerNorm and Embedding)")
+        f"no private layer covers {own} of a {type(module).__name__} (one does for Linear, LayerNorm and Embedding)"
+    )
     raise ValueError(f"'{name}' cannot be trained in private, since {reason}: leave it out of trainable_modules.")
 
 
@@ -234,7 +236,8 @@ def check_untied(model: nn.Module, trained: Collection[int]) -> None:
             if id(parameter) in owners:
                 raise ValueError(
                     f"'{owners[id(parameter)]}' and '{name}' are one parameter (tied weights), which cannot be trained "
-                    "in private: untie them, or leave them frozen.")
+                    "in private: untie them, or leave them frozen."
+                )
             owners[id(parameter)] = name
 
 

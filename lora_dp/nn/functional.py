@@ -92,13 +92,27 @@ def lora_linear(
     ghost_A, *leaves_A = _leaves(None if slot_A is None else slot_A.receive(x, r, d_in, scaling))
     ghost_B, *leaves_B = _leaves(None if slot_B is None else slot_B.receive(x, d_out, r, scaling))
     y, _ = _recorded_lora(
-        x, _cast(weight, dtype), _cast(bias, dtype), _cast(lora_A, dtype), _cast(lora_B, dtype), scaling,
-        ghost_A, *leaves_A, ghost_B, *leaves_B, _whole(slots["bias"], x))
+        x,
+        _cast(weight, dtype),
+        _cast(bias, dtype),
+        _cast(lora_A, dtype),
+        _cast(lora_B, dtype),
+        scaling,
+        ghost_A,
+        *leaves_A,
+        ghost_B,
+        *leaves_B,
+        _whole(slots["bias"], x),
+    )
     return y
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, fan_in_fan_out: bool = False,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    fan_in_fan_out: bool = False,
     slots: dict[str, Slot | None] | None = None,
 ) -> Tensor:
     """y = x Wᵀ + b of a full-rank layer.
@@ -124,7 +138,8 @@ def linear(
     slot, widths = slots["weight"], weight.shape[::-1] if fan_in_fan_out else weight.shape
     ghost, *leaves = _leaves(None if slot is None else slot.receive(x, *widths))
     y: Tensor = _recorded_linear(
-        x, _cast(weight, dtype), _cast(bias, dtype), fan_in_fan_out, ghost, *leaves, _whole(slots["bias"], x))
+        x, _cast(weight, dtype), _cast(bias, dtype), fan_in_fan_out, ghost, *leaves, _whole(slots["bias"], x)
+    )
     return y
 
 
@@ -171,11 +186,15 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None, *, slot: Slo
 
 
 def _differentiable(
-    schema: str, forward: Callable[..., Any], fake: Callable[..., Any], setup: Callable[..., None],
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup: Callable[..., None],
     backward: Callable[..., Any],
 ) -> Callable[..., Any]:
     """An op with a derivative. A compiler sees the op; eagerly an autograd function does the same with less overhead
     (87 µs a forward instead of 130 on a busy CPU), which small models and GPUs feel."""
+
     def full_backward(ctx: Any, g: Tensor | None, *others: Any) -> Any:
         if g is None:
             return backward(ctx, g, *others)
@@ -223,17 +242,26 @@ def _sum_tokens(rows: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _lora_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
-    ghost_A: bool, first_A: Tensor | None, second_A: Tensor | None, ghost_B: bool, first_B: Tensor | None,
-    second_B: Tensor | None, bias_leaf: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    ghost_A: bool,
+    first_A: Tensor | None,
+    second_A: Tensor | None,
+    ghost_B: bool,
+    first_B: Tensor | None,
+    second_B: Tensor | None,
+    bias_leaf: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     y, h = lora_forward(_rows(x), weight, bias, lora_A, lora_B, scaling)
     return y.view(*x.shape[:-1], lora_B.shape[0]), h
 
 
 def _lora_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *_: Any) -> Any:
-    return (x.new_empty((*x.shape[:-1], lora_B.shape[0])),
-            x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0])))
+    return (x.new_empty((*x.shape[:-1], lora_B.shape[0])), x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0])))
 
 
 def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -241,8 +269,15 @@ def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)
     # The B phase needs h only: the wide input is not kept for the adapter.
     ctx.save_for_backward(
-        x if first_A is not None else None, output[1] if first_B is not None else None, weight, lora_A, lora_B,
-        first_A, first_B, bias_leaf)
+        x if first_A is not None else None,
+        output[1] if first_B is not None else None,
+        weight,
+        lora_A,
+        lora_B,
+        first_A,
+        first_B,
+        bias_leaf,
+    )
     ctx.scaling, ctx.ghost_A, ctx.ghost_B, ctx.x_shape = scaling, ghost_A, ghost_B, x.shape
 
 
@@ -278,7 +313,11 @@ _recorded_lora = _differentiable(
     "recorded_lora(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, bool ghost_A,"
     " Tensor? first_A, Tensor? second_A, bool ghost_B, Tensor? first_B, Tensor? second_B, Tensor? bias_leaf)"
     " -> (Tensor, Tensor)",
-    _lora_reference, _lora_fake, _lora_setup, _lora_backward)
+    _lora_reference,
+    _lora_fake,
+    _lora_setup,
+    _lora_backward,
+)
 
 
 def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
@@ -308,7 +347,11 @@ def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 _recorded_linear = _differentiable(
     "recorded_linear(Tensor x, Tensor weight, Tensor? bias, bool fan_in_fan_out, bool ghost, Tensor? first,"
     " Tensor? second, Tensor? bias_leaf) -> Tensor",
-    _linear_reference, _linear_fake, _linear_setup, _linear_backward)
+    _linear_reference,
+    _linear_fake,
+    _linear_setup,
+    _linear_backward,
+)
 
 
 def _embedding_reference(ids: Tensor, weight: Tensor, padding_idx: int, leaf: Tensor) -> Tensor:
@@ -325,10 +368,14 @@ def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _embedding_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    ids, = ctx.saved_tensors
+    (ids,) = ctx.saved_tensors
     return None, None, None, g.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
 
 
 _recorded_embedding = _differentiable(
     "recorded_embedding(Tensor ids, Tensor weight, int padding_idx, Tensor leaf) -> Tensor",
-    _embedding_reference, _embedding_fake, _embedding_setup, _embedding_backward)
+    _embedding_reference,
+    _embedding_fake,
+    _embedding_setup,
+    _embedding_backward,
+)

@@ -133,9 +133,18 @@ class DPLoRALinear(PrivateModule):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, r: int, alpha: float | None = None,
-        dropout: float = 0.0, rslora: bool = False, fan_in_fan_out: bool = False,
-        device: Any = None, dtype: torch.dtype | None = None,
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_sizes(in_features=in_features, out_features=out_features)
@@ -150,8 +159,14 @@ class DPLoRALinear(PrivateModule):
         self._build(weight, offset, r, alpha, dropout, rslora, fan_in_fan_out)
 
     def _build(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, r: int, alpha: float | None, dropout: float,
-        rslora: bool, fan_in_fan_out: bool,
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        r: int,
+        alpha: float | None,
+        dropout: float,
+        rslora: bool,
+        fan_in_fan_out: bool,
     ) -> None:
         check_count("r", r, least=None)
         check_alpha(alpha)
@@ -192,8 +207,7 @@ class DPLoRALinear(PrivateModule):
         linear_features(linear)
         layer = cls.__new__(cls)
         PrivateModule.__init__(layer)
-        layer._build(
-            linear.weight, linear.bias, r, alpha, dropout, rslora, _is_transposed(linear))  # type: ignore[arg-type]
+        layer._build(linear.weight, linear.bias, r, alpha, dropout, rslora, _is_transposed(linear))  # type: ignore[arg-type]
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -240,11 +254,11 @@ class DPLoRALinear(PrivateModule):
         if not (self.dropout and self.training):
             return functional.lora_linear(x, weight, self.bias, lora_A, lora_B, self.scaling, slots=slots)
         base = functional.linear(
-            x, weight, self.bias, slots=None if slots is None else {"weight": None, "bias": slots["bias"]})
+            x, weight, self.bias, slots=None if slots is None else {"weight": None, "bias": slots["bias"]}
+        )
         adapter_slots = None if slots is None else {**slots, "bias": None}
         dropped = F.dropout(x, self.dropout)
-        return base + functional.lora_linear(
-            dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
+        return base + functional.lora_linear(dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
 
     @torch.no_grad()
     def weight_with(self, sign: int) -> Tensor:
@@ -276,25 +290,34 @@ class DPLoRALinear(PrivateModule):
             merged_state.leave_plain(destination, prefix)
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         refusal = merged_state.refusal(self, state_dict, prefix, local_metadata)
         if refusal:
             error_msgs.append(refusal)
             return
         missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         weight = state_dict.get(f"{prefix}weight")
         if merged_state.holds_factors(state_dict, prefix) and weight is not None and weight.shape == self.weight.shape:
             self.merged = False
         missing_keys += [key for key in missing if not (self.merged and merged_state.is_factor(key))]
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-                f"r={self.r}, alpha={self.alpha:g}" + (", rslora=True" if self.rslora else "")
-                + (f", dropout={self.dropout:g}" if self.dropout else "") + (", merged" if self.merged else ""))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, alpha={self.alpha:g}"
+            + (", rslora=True" if self.rslora else "")
+            + (f", dropout={self.dropout:g}" if self.dropout else "")
+            + (", merged" if self.merged else "")
+        )
 
 
 class DPLinear(PrivateModule):
@@ -312,8 +335,14 @@ class DPLinear(PrivateModule):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, fan_in_fan_out: bool = False,
-        device: Any = None, dtype: torch.dtype | None = None,
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        fan_in_fan_out: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_sizes(in_features=in_features, out_features=out_features)
@@ -342,7 +371,8 @@ class DPLinear(PrivateModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(
-            x, self.weight, self.bias, fan_in_fan_out=self.fan_in_fan_out, slots=self._slots("weight", "bias"))
+            x, self.weight, self.bias, fan_in_fan_out=self.fan_in_fan_out, slots=self._slots("weight", "bias")
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -363,8 +393,14 @@ class DPLayerNorm(PrivateModule):
     bias: nn.Parameter | None
 
     def __init__(
-        self, normalized_shape: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, *,
-        device: Any = None, dtype: torch.dtype | None = None,
+        self,
+        normalized_shape: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         plain = nn.LayerNorm(normalized_shape, eps, elementwise_affine, bias, device=device, dtype=dtype)
@@ -374,7 +410,8 @@ class DPLayerNorm(PrivateModule):
         if len(norm.normalized_shape) != 1:
             raise ValueError(
                 f"Only normalisation over the last dimension is private here, got {tuple(norm.normalized_shape)}: "
-                "freeze this LayerNorm.")
+                "freeze this LayerNorm."
+            )
         self.normalized_shape, self.eps = tuple(norm.normalized_shape), norm.eps
         _adopt(self, "weight", norm.weight)
         _adopt(self, "bias", norm.bias)
@@ -396,10 +433,10 @@ class DPLayerNorm(PrivateModule):
         if slots is None or not any(slots.values()):
             weight, bias = (
                 None if parameter is None else functional.followed(parameter, x)
-                for parameter in (self.weight, self.bias))
+                for parameter in (self.weight, self.bias)
+            )
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-        return functional.affine(
-            F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight, self.bias, slots)
+        return functional.affine(F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight, self.bias, slots)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape[0]}, eps={self.eps}"
@@ -418,8 +455,13 @@ class DPEmbedding(PrivateModule):
     _rows: Tensor
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *,
-        device: Any = None, dtype: torch.dtype | None = None,
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -429,7 +471,8 @@ class DPEmbedding(PrivateModule):
         if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
             raise ValueError(
                 "An embedding with max_norm, scale_grad_by_freq or sparse gradients mixes examples: freeze it or "
-                "switch these off.")
+                "switch these off."
+            )
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
         self.padding_idx = table.padding_idx
         self.weight = table.weight
@@ -450,8 +493,7 @@ class DPEmbedding(PrivateModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         slots = self._slots("weight")
-        rows = functional.embedding(
-            ids, self.weight, self.padding_idx, slot=None if slots is None else slots["weight"])
+        rows = functional.embedding(ids, self.weight, self.padding_idx, slot=None if slots is None else slots["weight"])
         return rows.to(self._rows.dtype)
 
     def extra_repr(self) -> str:

@@ -52,11 +52,15 @@ def refusal(
     if layer.merged:
         if factors == (weight is not None) or (weight is not None and _equal(weight, layer.weight)):
             return None
-        return (f"'{name}' is merged, and the state holds {'factors' if factors else 'another weight'} alone for it: "
-                "call unmerge_adapters first.")
+        return (
+            f"'{name}' is merged, and the state holds {'factors' if factors else 'another weight'} alone for it: "
+            "call unmerge_adapters first."
+        )
     if weight is not None and not factors and (metadata.get("merged") or _counts_in(layer, weight)):
-        return (f"The state holds a merged weight for '{name}', in which the adapter counts already: load it into the "
-                "plain model, or save it again after unmerge_adapters.")
+        return (
+            f"The state holds a merged weight for '{name}', in which the adapter counts already: load it into the "
+            "plain model, or save it again after unmerge_adapters."
+        )
     return None
 
 

@@ -171,7 +171,8 @@ class Slot:
         self._uses += 1
         # A leaf made inside a compiled graph would never come out of it.
         if torch.compiler.is_compiling() or not (
-                self.method == "ghost" or (self.method == "auto" and prefers_ghost(tokens, left, right))):
+            self.method == "ghost" or (self.method == "auto" and prefers_ghost(tokens, left, right))
+        ):
             return Receiver(False, self.leaf, self._norms)
         leaves = [self._leaf((n, tokens, width), rows.dtype, rows.device) for width in (left, right)]
         self._pairs.append(_Pair(leaves[0], leaves[1], scale))
@@ -204,7 +205,8 @@ class Slot:
         if torch.compiler.is_compiling():
             raise NotImplementedError(
                 f"'{self.name}' is a trainable embedding, which cannot be recorded under torch.compile: freeze it, or "
-                "do not compile the model.")
+                "do not compile the model."
+            )
         grouped = self.group(ids.unsqueeze(-1)).squeeze(-1)
         leaf = self._leaf((*grouped.shape, self.shape[-1]), dtype, ids.device)
         self._lookups.append((grouped, leaf))
@@ -213,9 +215,12 @@ class Slot:
     @property
     def filled(self) -> bool:
         """Whether a backward has left something."""
-        return (self.leaf.grad is not None or self._factors is not None
-                or any(pair.found for pair in self._pairs)
-                or any(leaf.grad is not None for _, leaf in self._lookups))
+        return (
+            self.leaf.grad is not None
+            or self._factors is not None
+            or any(pair.found for pair in self._pairs)
+            or any(leaf.grad is not None for _, leaf in self._lookups)
+        )
 
     @property
     def kept(self) -> Tensor | None:
@@ -347,9 +352,14 @@ class PassRecorder:
         # Where examples may meet, a batch is one: layers need not be given rows that belong to one example each.
         apart = n if self.per_example else min(n, 1)
         # All slots now: under torch.compile the layers find their leaves, they cannot make them.
-        self.current = Pass(n, {
-            key: Slot(*entry, apart, self.method) for key, entry in self.parameters.items()
-            if key in self.trained and entry[1].requires_grad})
+        self.current = Pass(
+            n,
+            {
+                key: Slot(*entry, apart, self.method)
+                for key, entry in self.parameters.items()
+                if key in self.trained and entry[1].requires_grad
+            },
+        )
 
     def take(self) -> Pass:
         """Hand the finished pass over and forget it.
@@ -397,7 +407,8 @@ class PassRecorder:
             raise RuntimeError(
                 "A backward began through a forward pass with reentrant checkpoints that was over: a later forward, "
                 "step() or zero_grad() had taken its place. Call backward once, right after its forward, or use "
-                "use_reentrant=False.")
+                "use_reentrant=False."
+            )
 
     def discard(self) -> None:
         """Forget whatever was recorded."""
@@ -423,4 +434,6 @@ def _warn_of_unused(finished: Pass) -> None:
         warnings.warn(
             f"No gradient came to {', '.join(repr(name) for name in modules[:3])}{more} in the first private step, so "
             "that noise alone trains it: the model reads its weight without calling it, or the loss does not depend on "
-            "it. Leave it out of target_modules or freeze it, unless later batches use it.", stacklevel=6)
+            "it. Leave it out of target_modules or freeze it, unless later batches use it.",
+            stacklevel=6,
+        )

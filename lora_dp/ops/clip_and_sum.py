@@ -17,12 +17,20 @@ from lora_dp.ops.registry import kernels_run_on
 def can_clip_and_sum(gradients: Sequence[Tensor], sq_norms: Tensor) -> bool:
     """Whether :func:`clip_and_sum` takes these: all on one device with kernels, in float32."""
     return kernels_run_on(sq_norms.device) and all(
-        tensor.dtype == torch.float32 and tensor.device == sq_norms.device for tensor in gradients)
+        tensor.dtype == torch.float32 and tensor.device == sq_norms.device for tensor in gradients
+    )
 
 
 def clip_and_sum(
-    gradients: Sequence[Tensor], rows: Sequence[int], sq_norms: Tensor, layers: Tensor, layer_count: int,
-    rule: Literal["flat", "per_layer", "automatic"], max_grad_norm: float, gamma: float, mask: Tensor | None,
+    gradients: Sequence[Tensor],
+    rows: Sequence[int],
+    sq_norms: Tensor,
+    layers: Tensor,
+    layer_count: int,
+    rule: Literal["flat", "per_layer", "automatic"],
+    max_grad_norm: float,
+    gamma: float,
+    mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """cᵢ for every parameter and example, and Σᵢ cᵢ Gᵢ of ``gradients``; see ``lora_dp.kernels.clip_sum.clip_sum``.
@@ -43,8 +51,17 @@ def clip_and_sum(
     from lora_dp.kernels.clip_sum import clip_sum
 
     return clip_sum(
-        [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in gradients], rows, sq_norms, layers,
-        layer_count, rule, max_grad_norm, gamma, mask, scale)
+        [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in gradients],
+        rows,
+        sq_norms,
+        layers,
+        layer_count,
+        rule,
+        max_grad_norm,
+        gamma,
+        mask,
+        scale,
+    )
 
 
 def captured_tables(device: torch.device) -> AbstractContextManager[Any]:

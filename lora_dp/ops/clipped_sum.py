@@ -36,11 +36,14 @@ def _sum_pairs_fake(left: Tensor, right: Tensor, coefficients: Tensor, scale: fl
     return left.new_empty((left.shape[2], right.shape[2]), dtype=torch.float64)
 
 
-_sum_kept = define("clipped_sum_kept(Tensor gradients, Tensor coefficients) -> Tensor",
-                   _sum_kept_reference, _sum_kept_fake)
+_sum_kept = define(
+    "clipped_sum_kept(Tensor gradients, Tensor coefficients) -> Tensor", _sum_kept_reference, _sum_kept_fake
+)
 _sum_pairs = define(
     "clipped_sum_pairs(Tensor left, Tensor right, Tensor coefficients, float scale) -> Tensor",
-    _sum_pairs_reference, _sum_pairs_fake)
+    _sum_pairs_reference,
+    _sum_pairs_fake,
+)
 
 
 def clipped_sum_kept(gradients: Tensor, coefficients: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ def example_norms(values: Tensor) -> Tensor:
     if flat.device.type != "cpu":
         # One pass that widens each number as it is read.
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-    parts = [torch.linalg.vector_norm(chunk.double(), dim=1)
-             for chunk in flat.split(max(_CHUNK // max(len(flat), 1), 1), dim=1)]
+    parts = [
+        torch.linalg.vector_norm(chunk.double(), dim=1)
+        for chunk in flat.split(max(_CHUNK // max(len(flat), 1), 1), dim=1)
+    ]
     return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)

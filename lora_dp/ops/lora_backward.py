@@ -51,7 +51,10 @@ def _fake(
 _op = define(
     "lora_backward(Tensor g, Tensor? weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? u)"
     " -> (Tensor, Tensor)",
-    _reference, _fake, kernel=_kernel)
+    _reference,
+    _fake,
+    kernel=_kernel,
+)
 
 
 def lora_backward(

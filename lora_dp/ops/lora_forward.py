@@ -41,7 +41,10 @@ def _fake(
 _op = define(
     "lora_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling)"
     " -> (Tensor, Tensor)",
-    _reference, _fake, kernel=_kernel)
+    _reference,
+    _fake,
+    kernel=_kernel,
+)
 
 
 def lora_forward(

@@ -8,9 +8,7 @@ from lora_dp.ops import registry
 try:
     from lora_dp import _native as native
 except ImportError as error:
-    raise ImportError(
-        "the native library of lora_dp is not built: run `pip install -e .` in the repository"
-    ) from error
+    raise ImportError("the native library of lora_dp is not built: run `pip install -e .` in the repository") from error
 
 __all__ = ["check_filled", "in_memory", "native", "native_takes", "refuse_capture", "why_not"]
 

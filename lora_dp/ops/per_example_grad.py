@@ -53,7 +53,10 @@ def _fake(left: Tensor, right: Tensor, scale: float, factor: Tensor | None) -> t
 # Compilers keep what they made for an op of this name, on disk: one whose outputs change needs another.
 _op = define(
     "per_example_grad_and_norm(Tensor left, Tensor right, float scale, Tensor? factor) -> (Tensor, Tensor, Tensor)",
-    _reference, _fake, kernel=_kernel)
+    _reference,
+    _fake,
+    kernel=_kernel,
+)
 
 
 def per_example_grad(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:

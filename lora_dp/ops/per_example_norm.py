@@ -74,8 +74,7 @@ def _fake(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return left.new_empty((left.shape[0],), dtype=torch.float64)
 
 
-_op = define(
-    "ghost_sq_norm(Tensor left, Tensor right, float scale) -> Tensor", _reference, _fake, kernel=_kernel)
+_op = define("ghost_sq_norm(Tensor left, Tensor right, float scale) -> Tensor", _reference, _fake, kernel=_kernel)
 
 
 def ghost_sq_norm(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,7 +1,7 @@
 """Noise, low-pass filter and optimizer step of all parameters: one launch on a GPU, one threaded pass on a CPU.
 
     n ← Σᵢ round(cᵢ Gᵢ / Δ) + round(z · std / Δ)     integers, exact in any order; or round(sum / Δ) for a given sum
-    ĝ ← filter(n · Δ / L)                            Δ = grid step of std (:mod:`lora_dp.privacy.noise` has the argument)
+    ĝ ← filter(n · Δ / L)                            Δ = grid step of std (why: :mod:`lora_dp.privacy.noise`)
     θ ← optimizer(θ, ĝ)                              torch's SGD, Adam, AdamW
 
 All arithmetic is in double precision, and rounded to each tensor's dtype at the end; CPU and GPU give the same bits.
@@ -108,9 +108,21 @@ def _stepped(
 
 
 def _reference(
-    parameters: list[Tensor], sums: list[Tensor], coefficients: list[Tensor | None], first: list[Tensor],
-    second: list[Tensor], gradients: list[Tensor], hyper: Tensor, filtered: list[bool], filter_strength: float,
-    optimizer: str, key: int, draw: int, scale: float, step: float, expected_batch_size: float,
+    parameters: list[Tensor],
+    sums: list[Tensor],
+    coefficients: list[Tensor | None],
+    first: list[Tensor],
+    second: list[Tensor],
+    gradients: list[Tensor],
+    hyper: Tensor,
+    filtered: list[bool],
+    filter_strength: float,
+    optimizer: str,
+    key: int,
+    draw: int,
+    scale: float,
+    step: float,
+    expected_batch_size: float,
 ) -> None:
     rows = hyper.tolist()
     for p, parameter in enumerate(parameters):
@@ -122,7 +134,8 @@ def _reference(
             terms = sums[p][used].double() * weights[used].view(-1, *[1] * parameter.dim())
         if scale:
             noise = rounded_gaussian_(
-                torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device), key, p, draw, scale)
+                torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device), key, p, draw, scale
+            )
             # As the kernels: NaN, or what no clipped gradient is, must not reach an integer.
             most = 2.0**62 if weights is None else min(2.0**51 - 1, 2.0**62 / max(len(weights), 1))
             steps = (terms / step).nan_to_num_(0.0).clamp_(-most, most).round_().to(torch.int64)
@@ -134,14 +147,26 @@ def _reference(
             gradient = _smoothed(gradient, filter_strength)
         if gradients:
             gradients[p].copy_(gradient)
-        parameter.copy_(_stepped(
-            optimizer, parameter.double(), gradient, first[p] if first else None, second[p] if second else None,
-            rows[p]))
+        parameter.copy_(
+            _stepped(
+                optimizer,
+                parameter.double(),
+                gradient,
+                first[p] if first else None,
+                second[p] if second else None,
+                rows[p],
+            )
+        )
 
 
 def _table(
-    parameters: Sequence[Tensor], sums: Sequence[Tensor], coefficients: Sequence[Tensor | None],
-    first: Sequence[Tensor], second: Sequence[Tensor], gradients: Sequence[Tensor], filtered: Sequence[bool],
+    parameters: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    coefficients: Sequence[Tensor | None],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    filtered: Sequence[bool],
     filter_strength: float,
 ) -> list[int]:
     """The rows of ``struct Row`` in csrc/update_math.h."""
@@ -151,44 +176,106 @@ def _table(
         smooth = filtered[p] and filter_strength
         stride, length = filtered_dimension(parameter.shape) if smooth else (1, 1)
         table += [
-            parameter.data_ptr(), sums[p].data_ptr(), 0 if weights is None else weights.data_ptr(),
-            first[p].data_ptr() if first else 0, second[p].data_ptr() if second else 0,
-            gradients[p].data_ptr() if gradients else 0, size,
-            0 if weights is None else len(weights), _DTYPES.index(parameter.dtype), _DTYPES.index(sums[p].dtype),
-            max(stride, 1), max(length, 1), reach if smooth and size else 0, tiles]
+            parameter.data_ptr(),
+            sums[p].data_ptr(),
+            0 if weights is None else weights.data_ptr(),
+            first[p].data_ptr() if first else 0,
+            second[p].data_ptr() if second else 0,
+            gradients[p].data_ptr() if gradients else 0,
+            size,
+            0 if weights is None else len(weights),
+            _DTYPES.index(parameter.dtype),
+            _DTYPES.index(sums[p].dtype),
+            max(stride, 1),
+            max(length, 1),
+            reach if smooth and size else 0,
+            tiles,
+        ]
         tiles += -(-size // _TILE_ON_CUDA)
     return table
 
 
 def _native(
-    parameters: list[Tensor], sums: list[Tensor], coefficients: list[Tensor | None], first: list[Tensor],
-    second: list[Tensor], gradients: list[Tensor], hyper: Tensor, filtered: list[bool], filter_strength: float,
-    optimizer: str, key: int, draw: int, scale: float, step: float, expected_batch_size: float,
+    parameters: list[Tensor],
+    sums: list[Tensor],
+    coefficients: list[Tensor | None],
+    first: list[Tensor],
+    second: list[Tensor],
+    gradients: list[Tensor],
+    hyper: Tensor,
+    filtered: list[bool],
+    filter_strength: float,
+    optimizer: str,
+    key: int,
+    draw: int,
+    scale: float,
+    step: float,
+    expected_batch_size: float,
 ) -> None:
     count, weights = len(parameters), _weights(filter_strength)
-    rows = torch.tensor(_table(parameters, sums, coefficients, first, second, gradients, filtered, filter_strength),
-                        dtype=torch.int64, device="cpu")
+    rows = torch.tensor(
+        _table(parameters, sums, coefficients, first, second, gradients, filtered, filter_strength),
+        dtype=torch.int64,
+        device="cpu",
+    )
     kernel = torch.tensor(weights, dtype=torch.float64, device="cpu")
     device, number, noisy = parameters[0].device, _OPTIMIZERS.index(optimizer), scale > 0
     if device.type == "cpu":
         native.private_update(
-            key, draw, rows.data_ptr(), hyper.data_ptr(), count, number, noisy, scale, step, expected_batch_size,
-            kernel.data_ptr(), len(weights), torch.get_num_threads())
+            key,
+            draw,
+            rows.data_ptr(),
+            hyper.data_ptr(),
+            count,
+            number,
+            noisy,
+            scale,
+            step,
+            expected_batch_size,
+            kernel.data_ptr(),
+            len(weights),
+            torch.get_num_threads(),
+        )
         return
     # One copy for all that the kernel reads beside the tensors.
     sent = torch.cat([rows, hyper.flatten().view(torch.int64), kernel.view(torch.int64)]).to(device, non_blocking=True)
     at_hyper = sent.data_ptr() + 8 * rows.numel()
     with torch.cuda.device(device):
         native.private_update_cuda(
-            key, draw, rows.data_ptr(), sent.data_ptr(), at_hyper, count, number, noisy, scale, step,
-            expected_batch_size, kernel.data_ptr(), at_hyper + 8 * hyper.numel(), len(weights),
-            torch.cuda.current_stream().cuda_stream)
+            key,
+            draw,
+            rows.data_ptr(),
+            sent.data_ptr(),
+            at_hyper,
+            count,
+            number,
+            noisy,
+            scale,
+            step,
+            expected_batch_size,
+            kernel.data_ptr(),
+            at_hyper + 8 * hyper.numel(),
+            len(weights),
+            torch.cuda.current_stream().cuda_stream,
+        )
 
 
 def _run(
-    parameters: list[Tensor], sums: list[Tensor], coefficients: list[Tensor | None], first: list[Tensor],
-    second: list[Tensor], gradients: list[Tensor], hyper: Tensor, filtered: list[bool], filter_strength: float,
-    optimizer: str, key: int, draw: int, scale: float, step: float, expected_batch_size: float,
+    parameters: list[Tensor],
+    sums: list[Tensor],
+    coefficients: list[Tensor | None],
+    first: list[Tensor],
+    second: list[Tensor],
+    gradients: list[Tensor],
+    hyper: Tensor,
+    filtered: list[bool],
+    filter_strength: float,
+    optimizer: str,
+    key: int,
+    draw: int,
+    scale: float,
+    step: float,
+    expected_batch_size: float,
 ) -> None:
     _check(parameters, sums, coefficients, first, second, gradients, hyper, filtered, filter_strength, optimizer)
     _check_numbers(scale, step, expected_batch_size)
@@ -200,8 +287,23 @@ def _run(
         if kept is not None and len(kept) == 0:  # no tensor without elements has an address
             sums[p], coefficients[p] = torch.zeros_like(parameters[p], dtype=torch.float64), None
     chosen = _native if native_takes(parameters[0].device) else _reference
-    chosen(parameters, sums, coefficients, first, second, gradients, hyper, filtered,
-           filter_strength if any(filtered) else 0.0, optimizer, key, draw, scale, step, expected_batch_size)
+    chosen(
+        parameters,
+        sums,
+        coefficients,
+        first,
+        second,
+        gradients,
+        hyper,
+        filtered,
+        filter_strength if any(filtered) else 0.0,
+        optimizer,
+        key,
+        draw,
+        scale,
+        step,
+        expected_batch_size,
+    )
     # What is written through an address, autograd does not see.
     torch.autograd.graph.increment_version([*parameters, *first, *second, *gradients])
 
@@ -213,16 +315,28 @@ def _fake(*arguments: object) -> None:
 LIBRARY.define(
     "private_update_(Tensor(a!)[] parameters, Tensor[] sums, Tensor?[] coefficients, Tensor(b!)[] first, "
     "Tensor(c!)[] second, Tensor(d!)[] gradients, Tensor hyper, bool[] filtered, float filter_strength, "
-    "str optimizer, int key, int draw, float scale, float step, float expected_batch_size) -> ()")
+    "str optimizer, int key, int draw, float scale, float step, float expected_batch_size) -> ()"
+)
 LIBRARY.impl("private_update_", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_dp::private_update_", _fake, lib=LIBRARY)
 
 
 def private_update_(
-    parameters: Sequence[Tensor], sums: Sequence[Tensor | ExampleSum], first: Sequence[Tensor],
-    second: Sequence[Tensor], gradients: Sequence[Tensor], hyper: Sequence[Sequence[float]], *,
-    optimizer: UpdateOptimizer, key: int, draw: int,
-    scale: float, step: float, expected_batch_size: float, filtered: Sequence[bool], filter_strength: float,
+    parameters: Sequence[Tensor],
+    sums: Sequence[Tensor | ExampleSum],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    hyper: Sequence[Sequence[float]],
+    *,
+    optimizer: UpdateOptimizer,
+    key: int,
+    draw: int,
+    scale: float,
+    step: float,
+    expected_batch_size: float,
+    filtered: Sequence[bool],
+    filter_strength: float,
 ) -> None:
     """One private step of every parameter, in place.
 
@@ -250,8 +364,13 @@ def private_update_(
     plain = [part.gradients if isinstance(part, ExampleSum) else part for part in sums]
     weights = [part.coefficients if isinstance(part, ExampleSum) else None for part in sums]
     named: list[tuple[str, Sequence[Tensor | None]]] = [
-        ("parameters", parameters), ("sums", plain), ("coefficients", weights), ("first", first), ("second", second),
-        ("gradients", gradients)]
+        ("parameters", parameters),
+        ("sums", plain),
+        ("coefficients", weights),
+        ("first", first),
+        ("second", second),
+        ("gradients", gradients),
+    ]
     for name, values in named:
         for p, tensor in enumerate(values):
             if tensor is None and name == "coefficients":
@@ -267,9 +386,22 @@ def private_update_(
             raise _refusal(f"hyper[{p}]", f"have {wanted} numbers for {optimizer}", len(row))
     rows = [[*row, *[0.0] * (_COLUMNS - wanted)] for row in hyper]
     torch.ops.lora_dp.private_update_(
-        list(parameters), plain, weights, list(first), list(second), list(gradients),
-        torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), _COLUMNS), list(filtered),
-        float(filter_strength), optimizer, key, draw, float(scale), float(step), float(expected_batch_size))
+        list(parameters),
+        plain,
+        weights,
+        list(first),
+        list(second),
+        list(gradients),
+        torch.tensor(rows, dtype=torch.float64, device="cpu").view(len(rows), _COLUMNS),
+        list(filtered),
+        float(filter_strength),
+        optimizer,
+        key,
+        draw,
+        float(scale),
+        float(step),
+        float(expected_batch_size),
+    )
 
 
 def _stray(name: str, tensor: Tensor, device: torch.device | None) -> ValueError:
@@ -285,15 +417,23 @@ def _refusal(what: str, must: str, got: object) -> ValueError:
 def _check_numbers(scale: float, step: float, expected_batch_size: float) -> None:
     if scale and not (1 <= scale < 2**33 and step > 0 and math.frexp(step)[0] == 0.5):
         raise ValueError(
-            f"private_update_: scale must lie in [1, 2³³) and step be a power of two, got {scale} and {step}.")
+            f"private_update_: scale must lie in [1, 2³³) and step be a power of two, got {scale} and {step}."
+        )
     if not 0 < expected_batch_size < math.inf:
         raise _refusal("expected_batch_size", "be finite and above 0", expected_batch_size)
 
 
 def _check(
-    parameters: Sequence[Tensor], sums: Sequence[Tensor], weights: Sequence[Tensor | None], first: Sequence[Tensor],
-    second: Sequence[Tensor], gradients: Sequence[Tensor], hyper: Tensor, filtered: Sequence[bool],
-    filter_strength: float, optimizer: str,
+    parameters: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    hyper: Tensor,
+    filtered: Sequence[bool],
+    filter_strength: float,
+    optimizer: str,
 ) -> None:
     if optimizer not in _OPTIMIZERS:
         raise _refusal("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(optimizer))

@@ -21,8 +21,13 @@ _reference_only = False
 
 
 def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, kernel: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None, backward: Callable[..., Any] | None = None,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    kernel: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register ``lora_dp::<schema>`` and return its callable overload.
 
@@ -80,8 +85,11 @@ def _has_kernels(device: torch.device) -> bool:
         return False
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return device.type == "cpu"
-    return (device.type == "cuda" and torch.version.hip is None
-            and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    )
 
 
 def only_reference() -> bool:

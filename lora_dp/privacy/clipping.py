@@ -139,7 +139,6 @@ def make_clip_rule(name: ClippingName, max_grad_norm: float) -> ClipRule:
     if math.isinf(max_grad_norm) and name != "flat":
         raise ValueError(f"max_grad_norm = inf means no clipping, which '{name}' cannot do: use clipping='flat'.")
     if not (LEAST_BOUND <= max_grad_norm <= LARGEST_BOUND or math.isinf(max_grad_norm)):
-        raise ValueError(
-            f"max_grad_norm must lie within {BOUNDS}, got {max_grad_norm}: 1.0 is a usual start.")
+        raise ValueError(f"max_grad_norm must lie within {BOUNDS}, got {max_grad_norm}: 1.0 is a usual start.")
     rule: ClipRule = rules[name](max_grad_norm)
     return rule

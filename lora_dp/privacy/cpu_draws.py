@@ -23,10 +23,30 @@ _LIBRARY = torch.library.Library("aten", "IMPL")
 _PARAMETERS = 2**24
 # Torch's own kernels draw these, by which a model may mask as well: with those replaced, all that draw on a CPU.
 _CHECKED = (
-    "random_", "random_.from", "random_.to", "normal_", "normal.Tensor_float", "normal.Tensor_float_out",
-    "normal.float_Tensor", "normal.float_Tensor_out", "normal.Tensor_Tensor", "normal.Tensor_Tensor_out", "log_normal_",
-    "geometric_", "cauchy_", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "multinomial",
-    "multinomial.out", "randperm.generator_out", "rrelu_with_noise", "rrelu_with_noise.out", "rrelu_with_noise_")
+    "random_",
+    "random_.from",
+    "random_.to",
+    "normal_",
+    "normal.Tensor_float",
+    "normal.Tensor_float_out",
+    "normal.float_Tensor",
+    "normal.float_Tensor_out",
+    "normal.Tensor_Tensor",
+    "normal.Tensor_Tensor_out",
+    "log_normal_",
+    "geometric_",
+    "cauchy_",
+    "poisson",
+    "binomial",
+    "_standard_gamma",
+    "_sample_dirichlet",
+    "multinomial",
+    "multinomial.out",
+    "randperm.generator_out",
+    "rrelu_with_noise",
+    "rrelu_with_noise.out",
+    "rrelu_with_noise_",
+)
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Torch's own, for `_bits`: no check, and no way through the dispatcher, for two numbers.
 _RANDOM = torch.library.get_kernel("aten::random_", "CPU")
@@ -48,7 +68,9 @@ def install(secret_key: Callable[[], int | None], check: Callable[[torch.Generat
         # That a kernel is replaced, which torch says once, is meant.
         warnings.simplefilter("ignore", UserWarning)
         for name, draw in (
-            ("bernoulli_.float", _bernoulli), ("bernoulli_.Tensor", _bernoulli_of), ("uniform_", _uniform),
+            ("bernoulli_.float", _bernoulli),
+            ("bernoulli_.Tensor", _bernoulli_of),
+            ("uniform_", _uniform),
             ("exponential_", _exponential),
         ):
             _LIBRARY.impl(name, _replacing(name, draw), "CPU", with_keyset=True)

@@ -113,7 +113,8 @@ def check_filter(value: object) -> None:
     if value is not None and not isinstance(value, Filter):
         raise TypeError(
             f"low_pass must be a GaussianFilter, a LaplacianFilter or None, got a {type(value).__name__}: "
-            "make_filter(name, strength) makes one of a name.")
+            "make_filter(name, strength) makes one of a name."
+        )
 
 
 def make_filter(name: FilterName | None, strength: float) -> Filter | None:

@@ -17,7 +17,10 @@ from lora_dp.privacy.noise import NoiseSource, add_noise, grid_sensitivity, grid
 
 # What the kernel calls the rules that it knows.
 _KERNEL_RULES: dict[type, Literal["flat", "per_layer", "automatic"]] = {
-    FlatClipping: "flat", PerLayerClipping: "per_layer", AutomaticClipping: "automatic"}
+    FlatClipping: "flat",
+    PerLayerClipping: "per_layer",
+    AutomaticClipping: "automatic",
+}
 
 
 class Mechanism:
@@ -51,7 +54,8 @@ class Mechanism:
         if std < sys.float_info.min * 2.0**64:
             raise ValueError(
                 f"noise_multiplier {self.noise_multiplier:g} at max_grad_norm {self.rule.max_grad_norm:g} is noise too "
-                "small for floating-point numbers: raise one of them.")
+                "small for floating-point numbers: raise one of them."
+            )
         return std
 
     def grid(self, size: int) -> tuple[float, float]:
@@ -70,7 +74,12 @@ class Mechanism:
         return torch.where(mask.to(coefficients.device), coefficients, torch.zeros_like(coefficients))
 
     def clipped_sums(
-        self, kept: Mapping[int, Tensor], sq_norms: Tensor, layers: Tensor, layer_count: int, mask: Tensor | None,
+        self,
+        kept: Mapping[int, Tensor],
+        sq_norms: Tensor,
+        layers: Tensor,
+        layer_count: int,
+        mask: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, dict[int, Tensor | ExampleSum]]:
         """Coefficients of all parameters, and Σᵢ mᵢcᵢ Gᵢ of those whose per-example gradients were kept.
@@ -88,13 +97,23 @@ class Mechanism:
         rule, gradients = _KERNEL_RULES.get(type(self.rule)), list(kept.values())
         if rule is not None and can_clip_and_sum(gradients, sq_norms):
             coefficients, sums = clip_and_sum(
-                gradients, list(kept), sq_norms, layers, layer_count, rule, self.rule.max_grad_norm,
-                getattr(self.rule, "gamma", 0.0), mask, scale)
+                gradients,
+                list(kept),
+                sq_norms,
+                layers,
+                layer_count,
+                rule,
+                self.rule.max_grad_norm,
+                getattr(self.rule, "gamma", 0.0),
+                mask,
+                scale,
+            )
             return coefficients, dict(zip(kept, sums, strict=True))
         coefficients = self.coefficients(sq_norms * (scale * scale), layers, layer_count, mask) * scale
         wide = coefficients.double()
         return coefficients, {
-            row: ExampleSum(gradient, wide[row].to(gradient.device)) for row, gradient in kept.items()}
+            row: ExampleSum(gradient, wide[row].to(gradient.device)) for row, gradient in kept.items()
+        }
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes, float64."""

@@ -34,8 +34,8 @@ The time of a step may depend on the data and, by a few microseconds, on the noi
 read the process's memory, sees everything. Per-example gradients are computed in floating point, and where a library
 picks another algorithm for another batch size, the rounding of one example's gradient (about 1e-7 of it in float32) can
 depend on how many others there are; no accounting that we know of covers this. Whoever chooses the model can amplify
-it to the clip bound. The federation's clients rule it out (:mod:`lora_dp.fed.rounds.fixed_shapes`). Elsewhere, pad batches to a
-fixed size (:class:`lora_dp.engine.cuda_graphs.GraphedStep`) to keep the shapes of all products the same.
+it to the clip bound. The federation's clients rule it out (:mod:`lora_dp.fed.rounds.fixed_shapes`). Elsewhere, pad
+batches to a fixed size (:class:`lora_dp.engine.cuda_graphs.GraphedStep`) to keep the shapes of all products the same.
 """
 
 import math
@@ -104,8 +104,7 @@ def add_noise(values: Sequence[Tensor], std: float, sensitivity: float, source: 
     step = grid_step(std, sensitivity)
     scale = max(std / step, 1.0)
     noise = source.rounded_gaussians([value.shape for value in values], scale, values[0].device)
-    return [_on_grid(value, step).add_(drawn).double().mul_(step)
-            for value, drawn in zip(values, noise, strict=True)]
+    return [_on_grid(value, step).add_(drawn).double().mul_(step) for value, drawn in zip(values, noise, strict=True)]
 
 
 def _on_grid(value: Tensor, step: float) -> Tensor:

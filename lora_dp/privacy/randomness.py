@@ -79,8 +79,10 @@ class RandomSource(ABC):
         draw = self.next_draw()
         return [
             rounded_gaussian_(
-                torch.empty(torch.Size(shape), dtype=torch.int64, device=device), draw.key, p, draw.number, scale)
-            for p, shape in enumerate(shapes)]
+                torch.empty(torch.Size(shape), dtype=torch.int64, device=device), draw.key, p, draw.number, scale
+            )
+            for p, shape in enumerate(shapes)
+        ]
 
 
 class _Stream(NamedTuple):
@@ -178,9 +180,14 @@ class SeededSource(RandomSource):
         Raises:
             ValueError: a state of another kind, or of another seed.
         """
-        if not isinstance(state, dict) or set(state) != {"draws", "seed"} or not all(
+        if (
+            not isinstance(state, dict)
+            or set(state) != {"draws", "seed"}
+            or not all(
                 isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0 and int(value) >= 0
-                for value in state.values()):
+                for value in state.values()
+            )
+        ):
             raise ValueError("Not the state of a seeded source: it must hold the integers 'draws' and 'seed'.")
         if int(state["seed"]) != self.seed % 2**62:
             raise ValueError("The saved source had another seed: make this one with the same.")

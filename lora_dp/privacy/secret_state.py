@@ -45,14 +45,17 @@ from lora_dp.privacy.randomness import SecureSource
 _RESEEDED = (
     "torch's generators were seeded after make_private, so whoever knows that seed knows the dropout masks, and how "
     "the data set changes examples: seed before make_private, or call engine.renew_randomness() after whatever seeds "
-    "(Transformers' Trainer and set_seed do).")
+    "(Transformers' Trainer and set_seed do)."
+)
 _SEEDED_INSIDE = (
     "The model seeds a generator inside its forward and draws from it, so its masks are public: draw from torch's "
-    "default generator, without torch.manual_seed, set_rng_state or a torch.Generator of the model's own.")
+    "default generator, without torch.manual_seed, set_rng_state or a torch.Generator of the model's own."
+)
 
 _SEEDED_IN_FETCH = (
     "The data set or the collate function seeds torch's generators, so whoever knows that seed knows how examples are "
-    "changed: draw from torch's default generator without seeding it.")
+    "changed: draw from torch's default generator without seeding it."
+)
 
 # In bytes: seed, two counters of 4, the next word's place; then the words, each in 8.
 _WORDS, _WORDS_BEGIN = 624, 24
@@ -283,7 +286,8 @@ def _seeded_layout() -> Tensor:
     if state.numel() != _STATE_SIZE:
         raise RuntimeError(
             f"This version of torch keeps its CPU generator in {state.numel()} bytes instead of {_STATE_SIZE}, which "
-            "lora_dp cannot fill: use a version that it was tested with, or reproducible_seed for research.")
+            "lora_dp cannot fill: use a version that it was tested with, or reproducible_seed for research."
+        )
     return state
 
 

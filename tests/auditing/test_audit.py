@@ -63,19 +63,22 @@ FALSE_ALARMS = 3
 def test_the_engine_passes_one_run_audits_of_20_seeds(options: dict[str, Any], assume: Any) -> None:
     results = [
         audit(training(first_seed=seed, **options), GradientCanaries(1000), delta=DELTA, assume=assume, seed=seed)
-        for seed in SEEDS]
+        for seed in SEEDS
+    ]
     assert sum(result.violated for result in results) <= FALSE_ALARMS
     assert all(result.epsilon > 0 for result in results) or options is SAMPLED
     assert np.mean([result.epsilon for result in results]) < results[0].claimed_epsilon
 
 
-@pytest.mark.parametrize(("options", "canaries"), [
-    ({**FULL, "clipping": "per_layer"}, GradientCanaries(400)), (SAMPLED, GradientCanaries(400, direction="random")),
-])
+@pytest.mark.parametrize(
+    ("options", "canaries"),
+    [({**FULL, "clipping": "per_layer"}, GradientCanaries(400)), (SAMPLED, GradientCanaries(400, direction="random"))],
+)
 def test_the_engine_passes_with_other_canaries(options: dict[str, Any], canaries: GradientCanaries) -> None:
     violated = [
         audit(training(first_seed=seed, **options), canaries, delta=DELTA, assume="independent", seed=seed).violated
-        for seed in SEEDS]
+        for seed in SEEDS
+    ]
     assert sum(violated) <= FALSE_ALARMS
 
 
@@ -102,8 +105,13 @@ def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
         result = audit(training(first_seed=seed, lr=0.0, **FULL), canaries, seed=seed, **TWO_WORLDS)
         again = iter(canaries.scores)
         replayed = audit(
-            None, Answers(1, lambda _, again=again: next(again)), seed=seed, assume="gaussian",  # type: ignore[arg-type]
-            claimed_epsilon=result.claimed_epsilon, **TWO_WORLDS)
+            None,
+            Answers(1, lambda _, again=again: next(again)),
+            seed=seed,
+            assume="gaussian",  # type: ignore[arg-type]
+            claimed_epsilon=result.claimed_epsilon,
+            **TWO_WORLDS,
+        )
         violated.update(nothing=result.violated, gaussian=replayed.violated)
     assert max(violated.values()) <= FALSE_ALARMS
 
@@ -111,9 +119,17 @@ def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
 def test_lower_bounds_come_close_to_the_engines_claim() -> None:
     """The tighter, the more is assumed: on average above a quarter, two fifths and three fifths of the truth."""
     assumptions: list[Any] = ["nothing", "gaussian", "independent gaussian"]
-    bounds = np.array([
-        [audit(training(first_seed=seed, **FULL), GradientCanaries(1400), delta=DELTA, assume=assume, seed=seed).epsilon
-         for assume in assumptions] for seed in range(5)])
+    bounds = np.array(
+        [
+            [
+                audit(
+                    training(first_seed=seed, **FULL), GradientCanaries(1400), delta=DELTA, assume=assume, seed=seed
+                ).epsilon
+                for assume in assumptions
+            ]
+            for seed in range(5)
+        ]
+    )
     share = bounds / gaussian_epsilon(1.0, DELTA)
     assert (share < 1).all() and (share.mean(0) > [0.25, 0.4, 0.6]).all()
 
@@ -126,7 +142,8 @@ def test_planted_faults_are_violations(
     fault(bug)
     for seed in range(3):
         result = audit(
-            training(first_seed=seed, **options), GradientCanaries(1400), delta=DELTA, assume="independent", seed=seed)
+            training(first_seed=seed, **options), GradientCanaries(1400), delta=DELTA, assume="independent", seed=seed
+        )
         assert result.verdict == "violated", str(result)
 
 
@@ -166,18 +183,35 @@ class Answers:
         return self.score(included), None
 
 
-@pytest.mark.parametrize(("test", "count", "assume"), [
-    ("one-run", 100, "nothing"), ("one-run", 100, "gaussian"), ("one-run", 100, "independent"),
-    ("one-run", 100, "independent gaussian"), ("two-world", 1, "nothing"), ("two-world", 1, "gaussian"),
-])
+@pytest.mark.parametrize(
+    ("test", "count", "assume"),
+    [
+        ("one-run", 100, "nothing"),
+        ("one-run", 100, "gaussian"),
+        ("one-run", 100, "independent"),
+        ("one-run", 100, "independent gaussian"),
+        ("two-world", 1, "nothing"),
+        ("two-world", 1, "gaussian"),
+    ],
+)
 def test_a_true_claim_is_called_violated_as_seldom_as_stated(test: Any, count: int, assume: Any) -> None:
     """Scores of a mechanism that is exactly μ-GDP: whatever is chosen on data, guesses or thresholds, is paid for."""
     rng, mu, audits = np.random.default_rng(5), 1.0, 100
     canaries = Answers(count, lambda coins: coins * mu + rng.standard_normal(coins.size))
     violated = sum(
-        audit(None, canaries, delta=DELTA, claimed_epsilon=lambda delta: gaussian_epsilon(mu, delta),  # type: ignore[arg-type]
-              confidence=0.8, test=test, assume=assume, runs=100, seed=seed).violated
-        for seed in range(audits))
+        audit(
+            None,
+            canaries,
+            delta=DELTA,
+            claimed_epsilon=lambda delta: gaussian_epsilon(mu, delta),  # type: ignore[arg-type]
+            confidence=0.8,
+            test=test,
+            assume=assume,
+            runs=100,
+            seed=seed,
+        ).violated
+        for seed in range(audits)
+    )
     assert violated <= 0.2 * audits + 3 * math.sqrt(audits * 0.16)
 
 
@@ -187,7 +221,9 @@ def test_scores_without_information_never_fool_the_threshold() -> None:
     canaries = Answers(60, lambda coins: rng.standard_normal(coins.size))
     violated = sum(
         audit(None, canaries, delta=DELTA, claimed_epsilon=0.0, confidence=0.7, assume=assume, seed=seed).violated  # type: ignore[arg-type]
-        for seed in range(150) for assume in ("nothing", "independent"))
+        for seed in range(150)
+        for assume in ("nothing", "independent")
+    )
     assert violated <= 0.3 * 300 + 3 * math.sqrt(300 * 0.21)
 
 
@@ -202,8 +238,7 @@ def test_the_runs_that_choose_the_threshold_are_not_those_that_test_it() -> None
 def test_seven_numbers_of_guesses_are_paid_for_and_one_is_not() -> None:
     canaries = Answers(200, lambda coins: coins.astype(float))
     for guesses, error in ((None, 0.05 / 7), (100, 0.05)):
-        result = audit(
-            None, canaries, delta=DELTA, claimed_epsilon=9.0, guesses=guesses, seed=0)  # type: ignore[arg-type]
+        result = audit(None, canaries, delta=DELTA, claimed_epsilon=9.0, guesses=guesses, seed=0)  # type: ignore[arg-type]
         assert result.guesses >= 100 and result.guesses == (guesses or result.guesses)
         assert result.epsilon == one_run_epsilon(200, result.guesses, result.correct, DELTA, 1 - error) > 2
 
@@ -221,12 +256,18 @@ def black_box(noise_multiplier: float) -> tuple[Callable[[Sequence[Example]], nn
         torch.manual_seed(2)
         model = inject_lora(
             nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)),
-            LoRAConfig(r=8, alpha=8, target_modules=["0"], trainable_modules=["2"]))
+            LoRAConfig(r=8, alpha=8, target_modules=["0"], trainable_modules=["2"]),
+        )
         data = TensorDataset(
-            torch.stack([*inputs, *(x for x, _ in extra)]), torch.stack([*targets, *(y for _, y in extra)]))
+            torch.stack([*inputs, *(x for x, _ in extra)]), torch.stack([*targets, *(y for _, y in extra)])
+        )
         model, optimizer, loader = PrivacyEngine(reproducible_seed=3).make_private(
-            model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0),
-            data_loader=DataLoader(data, batch_size=len(data)), noise_multiplier=noise_multiplier, max_grad_norm=1.0)
+            model=model,
+            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0),
+            data_loader=DataLoader(data, batch_size=len(data)),
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=1.0,
+        )
         model.train()
         for x, y in loader.take(60):
             nn.functional.cross_entropy(model(x), y).backward()
@@ -255,9 +296,11 @@ LEFT: dict[str, Any] = {"largest_epsilon": 4.0, "within_reach": True, "repeated"
 def test_a_result_says_what_was_found() -> None:
     result = AuditResult(1.25, 1.0, DELTA, 0.95, "one-run", "nothing", 100, 1, 50, 46, (DELTA, 1.0, 1.25), **LEFT)
     assert str(result) == (
-        "violated: ε ≥ 1.25 at δ = 1e-05 with confidence 0.95 (46 of 50 guesses right); claimed: ε = 1")
+        "violated: ε ≥ 1.25 at δ = 1e-05 with confidence 0.95 (46 of 50 guesses right); claimed: ε = 1"
+    )
     other = AuditResult(
-        0.5, 1.0, DELTA, 0.95, "one-run", "independent gaussian", 100, 1, 50, 46, (0.1, 0.2, 0.4), **LEFT)
+        0.5, 1.0, DELTA, 0.95, "one-run", "independent gaussian", 100, 1, 50, 46, (0.1, 0.2, 0.4), **LEFT
+    )
     assert "independent canaries and a Gaussian trade-off" in str(other)
     assert str(other).endswith("claimed: ε = 1, and at δ = 0.1 ε = 0.2 where it is at least 0.4")
 
@@ -267,8 +310,11 @@ def test_an_audit_that_could_refute_nothing_says_so() -> None:
         return coins + 0.1 * np.random.default_rng(7).random(coins.size)
 
     for count, test, assume, runs in (
-            (100, "one-run", "nothing", 400), (100, "one-run", "gaussian", 400), (200, "one-run", "independent", 400),
-            (1, "two-world", "nothing", 100)):
+        (100, "one-run", "nothing", 400),
+        (100, "one-run", "gaussian", 400),
+        (200, "one-run", "independent", 400),
+        (1, "two-world", "nothing", 100),
+    ):
         settings: Any = {"delta": DELTA, "test": test, "assume": assume, "runs": runs, "seed": 0}
         found = audit(None, Answers(count, perfect), claimed_epsilon=0.5, **settings)  # type: ignore[arg-type]
         assert found.violated and found.within_reach
@@ -305,7 +351,8 @@ def test_a_run_that_claims_nothing_violates_nothing() -> None:
     result = audit(training(noise_multiplier=0.0, steps=1), GradientCanaries(500), delta=DELTA, seed=0)
     assert result.claimed_epsilon == math.inf and not result.violated and result.epsilon > 3
     worlds = audit(
-        training(noise_multiplier=0.0, steps=1), GradientCanaries(1), delta=DELTA, test="two-world", runs=16, seed=0)
+        training(noise_multiplier=0.0, steps=1), GradientCanaries(1), delta=DELTA, test="two-world", runs=16, seed=0
+    )
     assert worlds.claimed_epsilon == math.inf and not worlds.violated
 
 
@@ -323,15 +370,27 @@ def test_wrong_audits_are_refused() -> None:
         ("confidence must lie", ValueError, {"confidence": 95}),
         ("delta", ValueError, {"delta": 0.0}),
         ("give claimed_epsilon", ValueError, {"canaries": ExampleCanaries([1, 2], lambda trained, example: 0.0)}),
-        ("not a finite number", ValueError, {
-            "canaries": ExampleCanaries([1, 2], lambda trained, example: math.nan), "claimed_epsilon": 1.0}),
-        ("not a finite number", ValueError, {
-            "canaries": ExampleCanaries([1, 2], lambda trained, example: math.inf), "claimed_epsilon": 1.0}),
+        (
+            "not a finite number",
+            ValueError,
+            {"canaries": ExampleCanaries([1, 2], lambda trained, example: math.nan), "claimed_epsilon": 1.0},
+        ),
+        (
+            "not a finite number",
+            ValueError,
+            {"canaries": ExampleCanaries([1, 2], lambda trained, example: math.inf), "claimed_epsilon": 1.0},
+        ),
         ("0 or more, not nan", ValueError, {"claimed_epsilon": math.nan}),
         ("0 or more, not -1", ValueError, {"claimed_epsilon": -1.0}),
-        ("too few", ValueError, {
-            "canaries": ExampleCanaries([1, 2], lambda trained, example: 0.0), "claimed_epsilon": 1.0,
-            "assume": "independent"}),
+        (
+            "too few",
+            ValueError,
+            {
+                "canaries": ExampleCanaries([1, 2], lambda trained, example: 0.0),
+                "claimed_epsilon": 1.0,
+                "assume": "independent",
+            },
+        ),
     ]
     for message, error, changed in cases:
         with pytest.raises(error, match=message):

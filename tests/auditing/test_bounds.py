@@ -26,7 +26,7 @@ def p_value_by_definition(m: int, r: int, v: int, epsilon: float, delta: float) 
     with mpmath.workdps(60):
         hit = 1 / (1 + mpmath.exp(-mpmath.mpf(epsilon)))
         mass = [mpmath.binomial(r, k) * hit**k * (1 - hit) ** (r - k) for k in range(r + 1)]
-        worst = max(mpmath.fsum(mass[max(v - i, 0):v]) / i for i in range(1, m + 1))
+        worst = max(mpmath.fsum(mass[max(v - i, 0) : v]) / i for i in range(1, m + 1))
         return float(min(mpmath.fsum(mass[v:]) + 2 * m * mpmath.mpf(delta) * worst, 1))
 
 
@@ -43,14 +43,17 @@ def test_one_run_p_value_of_many_canaries_keeps_its_digits() -> None:
     assert 0 < p == pytest.approx(p_value_by_definition(1500, 1500, 1250, 0.5, 1e-12), rel=1e-9)
 
 
-@pytest.mark.parametrize(("counts", "delta", "confidence", "epsilon", "gaussian"), [
-    ((1000, 100, 95), 1e-5, 0.95, 2.165176, 3.323300),
-    ((1000, 1000, 620), 1e-5, 0.95, 0.380339, 0.736354),
-    ((5000, 250, 248), 1e-6, 0.99, 3.356295, 4.952473),
-    ((1000, 20, 20), 1e-5, 0.95, 1.791284, 2.363368),
-    ((2000, 2000, 1800), 1e-5, 0.95, 2.072653, 3.779516),
-    ((1000, 50, 20), 1e-5, 0.95, 0.0, 0.0),
-])
+@pytest.mark.parametrize(
+    ("counts", "delta", "confidence", "epsilon", "gaussian"),
+    [
+        ((1000, 100, 95), 1e-5, 0.95, 2.165176, 3.323300),
+        ((1000, 1000, 620), 1e-5, 0.95, 0.380339, 0.736354),
+        ((5000, 250, 248), 1e-6, 0.99, 3.356295, 4.952473),
+        ((1000, 20, 20), 1e-5, 0.95, 1.791284, 2.363368),
+        ((2000, 2000, 1800), 1e-5, 0.95, 2.072653, 3.779516),
+        ((1000, 50, 20), 1e-5, 0.95, 0.0, 0.0),
+    ],
+)
 def test_one_run_bounds_are_those_of_jax_privacy(
     counts: tuple[int, int, int], delta: float, confidence: float, epsilon: float, gaussian: float
 ) -> None:
@@ -64,7 +67,7 @@ def test_one_run_p_values_grow_with_epsilon_where_they_matter() -> None:
     for m, r, v, delta in [(1000, 1000, 620, 1e-3), (1000, 50, 50, 1e-2), (300, 100, 90, 1e-5), (50, 40, 39, 0.001)]:
         values = np.array([one_run_p_value(m, r, v, epsilon, delta) for epsilon in grid])
         below = values < 0.5
-        assert (np.diff(values[below]) >= -1e-12).all() and not below[np.argmin(below):].any()
+        assert (np.diff(values[below]) >= -1e-12).all() and not below[np.argmin(below) :].any()
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0, 4.0])

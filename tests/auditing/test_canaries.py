@@ -17,7 +17,8 @@ MARGIN = 1e-5
 
 def plant(included: list[bool], optimizer: PrivateOptimizer, loader: Any, **options: Any) -> PlantedCanaries:
     planted = PlantedCanaries(
-        GradientCanaries(len(included), **options), np.array(included), torch.Generator().manual_seed(3))
+        GradientCanaries(len(included), **options), np.array(included), torch.Generator().manual_seed(3)
+    )
     planted.plant(optimizer, loader)
     return planted
 
@@ -26,11 +27,15 @@ def sums(optimizer: PrivateOptimizer) -> dict[int, Tensor]:
     """The released sum of every parameter that the last step trained, float64."""
     return {
         id(p): p.grad.double() * optimizer.expected_batch_size
-        for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None
+    }
 
 
-def one_step(included: list[bool] | None, *, mean: bool = True, **options: Any) -> tuple[
-        dict[str, Tensor], nn.Module, PrivateOptimizer, PlantedCanaries | None]:
+def one_step(
+    included: list[bool] | None, *, mean: bool = True, **options: Any
+) -> tuple[dict[str, Tensor], nn.Module, PrivateOptimizer, PlantedCanaries | None]:
     """A step on all examples without noise: what was released, by name."""
     reduction = "mean" if mean else "sum"
     model, optimizer, loader = private_model(noise_multiplier=0.0, loss_reduction=reduction, **options)
@@ -42,15 +47,18 @@ def one_step(included: list[bool] | None, *, mean: bool = True, **options: Any) 
 
 
 @pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize(("options", "length"), [
-    ({}, 1.0),
-    ({"max_grad_norm": 0.25}, 0.25),
-    ({"clipping": "automatic"}, 10 / 10.01),
-    ({"clipping": "automatic", "max_grad_norm": 3.0}, 3.0 * 30 / 30.01),
-    ({"phases": "B"}, 1.0),
-    ({"phases": "A"}, 1.0),
-    ({"norm_method": "ghost"}, 1.0),
-])
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({}, 1.0),
+        ({"max_grad_norm": 0.25}, 0.25),
+        ({"clipping": "automatic"}, 10 / 10.01),
+        ({"clipping": "automatic", "max_grad_norm": 3.0}, 3.0 * 30 / 30.01),
+        ({"phases": "B"}, 1.0),
+        ({"phases": "A"}, 1.0),
+        ({"norm_method": "ghost"}, 1.0),
+    ],
+)
 def test_an_included_canary_adds_one_clipped_coordinate_to_the_sum(
     options: dict[str, Any], length: float, mean: bool
 ) -> None:
@@ -81,10 +89,17 @@ def test_random_directions_have_the_clip_bounds_length() -> None:
     assert planted.scores.item() == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"clipping": "per_layer"}, {"clipping": "automatic"}, {"phases": "BA"},
-    {"phases": "BA", "regulate_noise": True}, {"phases": "BA", "regulate_noise": True, "clipping": "per_layer"},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clipping": "per_layer"},
+        {"clipping": "automatic"},
+        {"phases": "BA"},
+        {"phases": "BA", "regulate_noise": True},
+        {"phases": "BA", "regulate_noise": True, "clipping": "per_layer"},
+    ],
+)
 def test_without_noise_the_auditor_reads_the_coins(options: dict[str, Any]) -> None:
     included = [True, False] * 100
     model, optimizer, loader = private_model(noise_multiplier=0.0, **options)
@@ -110,7 +125,7 @@ def test_scores_are_the_likelihood_ratio_of_the_claimed_mechanism() -> None:
     assert float(inside.mean()) == pytest.approx(rate, abs=5 * math.sqrt((sigma**2 + rate * (1 - rate)) / n))
     assert float(out.mean()) == pytest.approx(0, abs=5 * sigma / math.sqrt(n))
     assert float(out.std()) == pytest.approx(sigma, rel=5 / math.sqrt(2 * n))
-    absent, present = (torch.exp(-(x - mean) ** 2 / (2 * sigma**2)) for mean in (0, 1))
+    absent, present = (torch.exp(-((x - mean) ** 2) / (2 * sigma**2)) for mean in (0, 1))
     ratio = ((1 - rate) * absent + rate * present) / absent
     assert torch.allclose(planted.scores, ratio.log().sum(0), rtol=1e-9)
 
@@ -186,6 +201,7 @@ def test_what_cannot_be_planted_is_refused() -> None:
 @pytest.mark.parametrize("late", [1, 3])
 def test_canaries_that_miss_steps_are_no_audit(late: int) -> None:
     """Where plant is called below the loop, or after its first steps, a mechanism without noise would pass."""
+
     def trained(plant: Any) -> None:
         model, optimizer, loader = private_model(noise_multiplier=1.0)
         train(model, optimizer, loader, late)
@@ -203,8 +219,12 @@ def test_a_second_optimizer_of_the_engine_has_its_canaries_planted_too(again: bo
         engine = PrivacyEngine("pld", reproducible_seed=1)
         for number in range(2):
             _, optimizer, loader = engine.make_private(
-                model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-                data_loader=DataLoader(loader.dataset, batch_size=8), noise_multiplier=1.0, max_grad_norm=1.0)
+                model=model,
+                optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+                data_loader=DataLoader(loader.dataset, batch_size=8),
+                noise_multiplier=1.0,
+                max_grad_norm=1.0,
+            )
             if again or number == 0:
                 plant(optimizer, loader)
             train(model, optimizer, loader, 2 - number)

@@ -15,20 +15,31 @@ EXAMPLES = 64
 
 
 def private_model(
-    *, noise_multiplier: float, batch_size: int = EXAMPLES, seed: int = 0, lr: float = 0.01, max_grad_norm: float = 1.0,
-    model: nn.Module | None = None, **options: Any,
+    *,
+    noise_multiplier: float,
+    batch_size: int = EXAMPLES,
+    seed: int = 0,
+    lr: float = 0.01,
+    max_grad_norm: float = 1.0,
+    model: nn.Module | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
     """1,479 trainable numbers, trained by SGD: an adapter of 512 + 512 and a head of 448 + 7."""
     torch.manual_seed(0)
     model = model or inject_lora(
         nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 7)),
-        LoRAConfig(r=8, alpha=8, target_modules=["0"], trainable_modules=["2"]))
+        LoRAConfig(r=8, alpha=8, target_modules=["0"], trainable_modules=["2"]),
+    )
     inputs, targets = torch.randn(EXAMPLES, 64), torch.randint(0, 7, (EXAMPLES,))
     engine = PrivacyEngine(accountant="pld", reproducible_seed=seed)
     return engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr),
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr),
         data_loader=DataLoader(TensorDataset(inputs, targets), batch_size=batch_size),
-        noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, **options)
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        **options,
+    )
 
 
 def train(

@@ -26,8 +26,7 @@ def test_micro_batches_equal_one_batch(sizes, reduction):
 
     for parts in ((8,), sizes):
         model = mlp()
-        optimizer = make_private(
-            model, batch_size=8, max_grad_norm=0.3, loss_reduction=reduction, noise_multiplier=0.5)
+        optimizer = make_private(model, batch_size=8, max_grad_norm=0.3, loss_reduction=reduction, noise_multiplier=0.5)
         optimizer.expect_batch(8)
         for number, part in enumerate(zip(x.split(parts), y.split(parts), strict=True)):
             optimizer.zero_grad()  # keeps what was added to the logical batch
@@ -107,8 +106,12 @@ def sum_without_the_damaged(x: Tensor, y: Tensor, bound: float) -> Tensor:
     """The clipped sum of the one batch at rate 1, as the guide leaves examples out."""
     model, engine = mlp().train(), PrivacyEngine("rdp")
     model, optimizer, loader = engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0),
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)), noise_multiplier=0.0, max_grad_norm=bound)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
+        noise_multiplier=0.0,
+        max_grad_norm=bound,
+    )
     for inputs, labels in loader:
         optimizer.backward(F.cross_entropy(model(inputs), labels, reduction="none"))
         optimizer.step(mask=inputs.abs().amax(1) < 100)
@@ -132,13 +135,17 @@ def test_mask_adds_nobody():
     optimizer = make_private(model, batch_size=4)
     optimizer.expect_batch(3)
     cross_entropy(model, examples(10)).backward()
-    assert_refuses(RuntimeError, "This step saw 10 examples",
-                   lambda: optimizer.step(mask=torch.ones(10, dtype=torch.bool)))
+    assert_refuses(
+        RuntimeError, "This step saw 10 examples", lambda: optimizer.step(mask=torch.ones(10, dtype=torch.bool))
+    )
 
 
 @pytest.mark.parametrize("mask", [torch.ones(3, dtype=torch.bool), torch.ones(4), torch.ones(4, 1, dtype=torch.bool)])
 def test_wrong_mask_is_refused(mask):
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    assert_refuses(ValueError, "mask must be a bool tensor of shape (4,)",
-                   lambda: take_step(model, optimizer, examples(4), mask=mask))
+    assert_refuses(
+        ValueError,
+        "mask must be a bool tensor of shape (4,)",
+        lambda: take_step(model, optimizer, examples(4), mask=mask),
+    )

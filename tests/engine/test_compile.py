@@ -90,11 +90,15 @@ def test_alternating_phases():
 
 @pytest.mark.parametrize("kind", ["roberta", "gpt2", "llama", "vit", "timm_vit", "timm_swin"])
 def test_whole_models(kind):
-    model = randomise(inject_lora(
-        build(kind), LoRAConfig(r=2, target_modules=TARGETS[kind], trainable_modules=[HEADS[kind]]))).train()
+    model = randomise(
+        inject_lora(build(kind), LoRAConfig(r=2, target_modules=TARGETS[kind], trainable_modules=[HEADS[kind]]))
+    ).train()
     generator = torch.Generator().manual_seed(1)
-    x = (torch.randn(4, 1, 16, 16, generator=generator) if kind in IMAGES
-         else torch.randint(1, 40, (4, 7), generator=generator))
+    x = (
+        torch.randn(4, 1, 16, 16, generator=generator)
+        if kind in IMAGES
+        else torch.randint(1, 40, (4, 7), generator=generator)
+    )
     check_same(model, torch.compile(model, fullgraph=True, backend="aot_eager"), x, torch.tensor([0, 1, 2, 0]), (4,))
 
 
@@ -144,8 +148,12 @@ def test_an_engine_trains_a_compiled_model():
     model, engine = Net(), PrivacyEngine("rdp")
     before = model.layers[0].lora_B.detach().clone()
     model, optimizer, loader = engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     train(torch.compile(model, fullgraph=True, backend="aot_eager"), optimizer, loader)
     assert engine.ledger.steps == len(loader) == 5
     assert not torch.equal(model.layers[0].lora_B, before)
@@ -156,8 +164,12 @@ def trained_by(compiler: Any) -> Tensor:
     torch.manual_seed(0)
     model, engine = Net(), PrivacyEngine("rdp", reproducible_seed=3)
     model, optimizer, loader = engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
 
     def finish(losses: Tensor) -> None:
         optimizer.backward(losses)
@@ -181,13 +193,15 @@ def test_a_bare_container_is_refused_with_the_remedy():
     model = mlp()
     optimizer = make_private(model, batch_size=5)
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_refuses(RuntimeError, "put it into a module of your own",
-                   lambda: norms_and_step(model, run, optimizer, *examples(5)))
+    assert_refuses(
+        RuntimeError, "put it into a module of your own", lambda: norms_and_step(model, run, optimizer, *examples(5))
+    )
 
 
 @pytest.mark.parametrize("vector", [True, False])
 def test_a_compiled_loss_is_tried_and_taken(vector):
     """A trial goes back through it more often than once."""
+
     @torch.compile(backend="aot_eager")
     def criterion(output: Tensor, y: Tensor) -> Tensor:
         losses = F.cross_entropy(output, y, reduction="none", label_smoothing=0.1)
@@ -195,8 +209,12 @@ def test_a_compiled_loss_is_tried_and_taken(vector):
 
     model, engine = Net(), PrivacyEngine("rdp")
     model, optimizer, loader = engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     first = x, y = examples(8)
     optimizer.expect_batch(8)
     with pytest.raises(IsolationError, match="no graph shows|cannot be told"):

@@ -11,8 +11,12 @@ from lora_dp.errors import IsolationError
 from tests.models import assert_refuses, examples, loader_of, mlp, snapshot
 from tests.support import assert_close, make_private
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")])]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+    ),
+]
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -29,7 +33,8 @@ def test_same_steps_as_without(device, phases, method):
         model = mlp().to(device)
         engine = PrivacyEngine("rdp", reproducible_seed=4)
         optimizer = make_private(
-            model, batch_size=4, phases=phases, norm_method=method, engine=engine, noise_multiplier=0.5, lr=0.1)
+            model, batch_size=4, phases=phases, norm_method=method, engine=engine, noise_multiplier=0.5, lr=0.1
+        )
         step = GraphedStep(model, optimizer, loss, batch_size=5)
         for seed, n in enumerate((4, 2, 5, 1, 3, 7, 4)):
             x, y = (tensor.to(device) for tensor in examples(n, seed))
@@ -84,8 +89,12 @@ def test_padding_has_no_weight(device):
 def test_on_the_private_loader():
     engine, model = PrivacyEngine("rdp"), mlp()
     model, optimizer, loader = engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=loader_of(40, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(40, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     step = GraphedStep(model, optimizer, loss, batch_size=16)
     for x, y in loader:
         step(x, y)
@@ -143,7 +152,8 @@ def test_a_trainable_embedding_is_refused():
     model = nn.Sequential(DPEmbedding(5, 6), nn.Flatten(0, 1), mlp())
     optimizer = make_private(model, batch_size=4)
     assert_refuses(
-        ValueError, "'0' is a trainable embedding", lambda: GraphedStep(model, optimizer, loss, batch_size=4))
+        ValueError, "'0' is a trainable embedding", lambda: GraphedStep(model, optimizer, loss, batch_size=4)
+    )
 
 
 def test_mistakes_are_refused():
@@ -156,7 +166,8 @@ def test_mistakes_are_refused():
     assert_refuses(ValueError, "same number of examples", lambda: step(x, y[:2]))
     assert_refuses(ValueError, "the shapes and dtypes of the first call", lambda: step(x.double(), y))
     assert_refuses(
-        ValueError, "batch_size must be at least 1", lambda: GraphedStep(model, optimizer, loss, batch_size=0))
+        ValueError, "batch_size must be at least 1", lambda: GraphedStep(model, optimizer, loss, batch_size=0)
+    )
     assert_refuses(TypeError, "a graph takes no dict", lambda: step({"x": x, "y": y}))
     optimizer.signal_skip_step()
     assert_refuses(RuntimeError, "A logical batch", lambda: step(x, y))

@@ -35,7 +35,10 @@ def events(size: int, batch_size: int, steps: int, workers: int, seed: int = 0) 
     options = {"prefetch_factor": 3} if workers else {}
     loader = PrivateDataLoader(
         DataLoader(Numbers(size), batch_size=batch_size, collate_fn=collate, num_workers=workers, **options),
-        SeededSource(seed), announced.append, lambda: seen.append(None))
+        SeededSource(seed),
+        announced.append,
+        lambda: seen.append(None),
+    )
     for batch in loader.take(steps):
         assert batch["worker"] == (workers > 0)
         seen.append((announced[-1], batch["numbers"].tolist()))
@@ -63,7 +66,8 @@ def test_trailing_empty_draws_are_steps_too():
 def test_batch_is_announced_before_it_is_handed_out():
     order: list[str] = []
     loader = PrivateDataLoader(
-        DataLoader(Numbers(4), batch_size=4), SeededSource(0), lambda n: order.append(f"announced {n}"), lambda: None)
+        DataLoader(Numbers(4), batch_size=4), SeededSource(0), lambda n: order.append(f"announced {n}"), lambda: None
+    )
     for batch in loader.take(2):
         order.append(f"batch {len(batch)}")
     assert order == ["announced 4", "batch 4"] * 2
@@ -85,7 +89,8 @@ def test_one_iteration_is_an_epoch_and_the_next_one_differs():
     members: list[list[list[int]]] = []
     empty: list[None] = []
     loader = PrivateDataLoader(
-        DataLoader(Numbers(60), batch_size=6), SeededSource(0), lambda n: None, lambda: empty.append(None))
+        DataLoader(Numbers(60), batch_size=6), SeededSource(0), lambda n: None, lambda: empty.append(None)
+    )
     for _ in range(2):
         members.append([batch.tolist() for batch in loader])
     assert sum(map(len, members)) + len(empty) == 2 * len(loader) == 20
@@ -96,8 +101,8 @@ def test_breaking_off_and_going_on():
     """Draws that workers made ahead and nobody saw are no steps."""
     empty: list[None] = []
     loader = PrivateDataLoader(
-        DataLoader(Numbers(9), batch_size=3, num_workers=2), SeededSource(0), lambda n: None,
-        lambda: empty.append(None))
+        DataLoader(Numbers(9), batch_size=3, num_workers=2), SeededSource(0), lambda n: None, lambda: empty.append(None)
+    )
     for seen, _batch in enumerate(loader.take(20)):
         if seen == 2:
             break
@@ -120,6 +125,7 @@ def test_every_example_has_the_same_rate(make_source):
 
 def test_a_uniform_value_below_the_rate_takes_part_and_no_other():
     """Of the multiples of 2⁻⁵³ in [0, 1) as many are below the rate as the rate says, if itself is not."""
+
     class Fixed:
         def uniform(self, n: int) -> Tensor:
             return torch.tensor([0.25, 0.25 - 2.0**-53, 0.0, 0.25 + 2.0**-53], dtype=torch.float64)
@@ -130,7 +136,8 @@ def test_a_uniform_value_below_the_rate_takes_part_and_no_other():
 @pytest.mark.parametrize(("size", "batch_size", "steps"), [(1, 1, 1), (100, 1, 100), (1000, 3, 333), (7, 5, 1)])
 def test_an_epoch_has_as_many_steps_as_an_example_is_drawn_once_in(size, batch_size, steps):
     loader = PrivateDataLoader(
-        DataLoader(Numbers(size), batch_size=batch_size), SeededSource(0), lambda n: None, lambda: None)
+        DataLoader(Numbers(size), batch_size=batch_size), SeededSource(0), lambda n: None, lambda: None
+    )
     assert len(loader) == steps
 
 
@@ -147,7 +154,8 @@ def test_the_rate_is_the_batch_size_over_the_number_of_examples(batch_size):
     """200,000 draws: a rate that is 2 % too high is seen at rate 0.1 at 3 deviations, at 0.5 at 9, at 0.9 at 27."""
     announced: list[int] = []
     loader = PrivateDataLoader(
-        DataLoader(Numbers(20_000), batch_size=batch_size), SeededSource(7), announced.append, lambda: None)
+        DataLoader(Numbers(20_000), batch_size=batch_size), SeededSource(7), announced.append, lambda: None
+    )
     rate = batch_size / 20_000
     assert loader.sample_rate == rate
     assert abs(draws(loader, announced) / 200_000 - rate) < 2.6 * math.sqrt(rate * (1 - rate) / 200_000)
@@ -162,8 +170,9 @@ def test_a_sampler_draws_at_its_rate(rate):
 
 def test_dataset_order_of_the_loader_is_not_used():
     def first(shuffle: bool) -> Tensor:
-        loader = PrivateDataLoader(DataLoader(Numbers(50), batch_size=25, shuffle=shuffle), SeededSource(0),
-                                   lambda n: None, lambda: None)
+        loader = PrivateDataLoader(
+            DataLoader(Numbers(50), batch_size=25, shuffle=shuffle), SeededSource(0), lambda n: None, lambda: None
+        )
         return next(loader.take(1))
 
     assert torch.equal(first(False), first(True))
@@ -184,20 +193,26 @@ class OwnBatches(BatchSampler):
     """May leave out whom it likes."""
 
 
-@pytest.mark.parametrize("loader", [
-    lambda: plain_loader(sampler=RandomSampler(Numbers(6), replacement=True)),
-    lambda: plain_loader(sampler=RandomSampler(Numbers(6), num_samples=3)),
-    lambda: plain_loader(sampler=RandomSampler(Numbers(6))),  # of another data set, though of the same size
-    lambda: plain_loader(sampler=SequentialSampler(Numbers(6))),
-    lambda: with_batches(lambda loader: OwnBatches(loader.sampler, 2, False)),
-    lambda: with_batches(lambda loader: BatchSampler([0, 1], 2, False)), lambda: with_batches(lambda loader: [[0, 1]])])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: plain_loader(sampler=RandomSampler(Numbers(6), replacement=True)),
+        lambda: plain_loader(sampler=RandomSampler(Numbers(6), num_samples=3)),
+        lambda: plain_loader(sampler=RandomSampler(Numbers(6))),  # of another data set, though of the same size
+        lambda: plain_loader(sampler=SequentialSampler(Numbers(6))),
+        lambda: with_batches(lambda loader: OwnBatches(loader.sampler, 2, False)),
+        lambda: with_batches(lambda loader: BatchSampler([0, 1], 2, False)),
+        lambda: with_batches(lambda loader: [[0, 1]]),
+    ],
+)
 def test_an_order_that_a_plain_loader_does_not_make_is_refused(loader):
     with pytest.raises(ValueError, match="no sampler of its own"):
         PrivateDataLoader(loader(), SeededSource(0), lambda size: None, lambda: None)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"shuffle": True}, {"shuffle": True, "generator": torch.Generator()}, {"drop_last": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"shuffle": True}, {"shuffle": True, "generator": torch.Generator()}, {"drop_last": True}]
+)
 def test_the_orders_of_a_plain_loader_are_taken(options):
     private = PrivateDataLoader(plain_loader(**options), SeededSource(0), lambda size: None, lambda: None)
     assert private.sample_rate == 1 / 3

@@ -66,6 +66,7 @@ def test_nor_for_its_gradients() -> None:
 
 def test_nor_for_what_a_trial_found_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop may pass over the refusal of one batch, and go on with another."""
+
     def refuse(*_: Any) -> bool:
         raise IsolationError("Examples meet.")
 
@@ -184,8 +185,12 @@ def test_what_another_optimizer_of_the_model_is_given_is_not_its_batch() -> None
     x, y = next(iter(loader))
     trained = [p for p in model.parameters() if p.requires_grad]
     _, second, others = engine.make_private(
-        model=model, optimizer=torch.optim.SGD(trained, lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0,
-        data_loader=torch.utils.data.DataLoader(loader.dataset, batch_size=8))
+        model=model,
+        optimizer=torch.optim.SGD(trained, lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        data_loader=torch.utils.data.DataLoader(loader.dataset, batch_size=8),
+    )
     x, y = next(iter(others))
     second.backward(losses(model, x, y))
     second.step()

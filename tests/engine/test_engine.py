@@ -31,12 +31,15 @@ from tests.support import assert_close, make_private, private_gradients
 # ε: what was asked for, what dp-accounting says, and the end of the budget
 
 
-@pytest.mark.parametrize(("accountant", "epsilon", "length"), [
-    ("rdp", 1.0, {"steps": 12}), ("rdp", 8.0, {"epochs": 2}), ("pld", 3.0, {"steps": 12})])
+@pytest.mark.parametrize(
+    ("accountant", "epsilon", "length"),
+    [("rdp", 1.0, {"steps": 12}), ("rdp", 8.0, {"epochs": 2}), ("pld", 3.0, {"steps": 12})],
+)
 def test_planned_run_ends_within_its_target(accountant, epsilon, length):
     engine = PrivacyEngine(accountant, reproducible_seed=0)
     model, optimizer, loader = private_run(
-        engine, size=40, batch_size=8, target_epsilon=epsilon, target_delta=1e-3, **length)
+        engine, size=40, batch_size=8, target_epsilon=epsilon, target_delta=1e-3, **length
+    )
     steps = length.get("steps", 2 * len(loader))
     train(model, optimizer, loader.take(steps))
     assert optimizer.steps_taken == engine.ledger.steps == steps
@@ -54,7 +57,8 @@ def test_planned_run_ends_within_its_target(accountant, epsilon, length):
 def test_budget_is_refused_before_the_step_that_overruns_it():
     engine = seeded()
     model, optimizer, loader = private_run(
-        engine, size=40, batch_size=8, optimizer=torch.optim.AdamW, target_epsilon=2.0, target_delta=1e-3, steps=6)
+        engine, size=40, batch_size=8, optimizer=torch.optim.AdamW, target_epsilon=2.0, target_delta=1e-3, steps=6
+    )
     train(model, optimizer, loader.take(6))
     before, state = snapshot(model), copy.deepcopy(optimizer.state_dict())
     for _ in range(5):
@@ -78,9 +82,12 @@ def test_budget_is_refused_before_the_step_that_overruns_it():
 def test_refused_batch_does_not_enter_a_later_step():
     engine = seeded()
     model, optimizer, _ = private_run(
-        engine, size=4, batch_size=4, lr=0.0, target_epsilon=1.0, target_delta=1e-3, steps=1)
-    optimizer._before_release, allow = lambda: (_ for _ in ()).throw(PrivacyBudgetExceeded("over")), \
-        optimizer._before_release
+        engine, size=4, batch_size=4, lr=0.0, target_epsilon=1.0, target_delta=1e-3, steps=1
+    )
+    optimizer._before_release, allow = (
+        lambda: (_ for _ in ()).throw(PrivacyBudgetExceeded("over")),
+        optimizer._before_release,
+    )
     assert_refuses(PrivacyBudgetExceeded, "over", lambda: take_step(model, optimizer, examples(4)))
     optimizer._before_release = allow
     optimizer.step_on_empty_batch()
@@ -130,8 +137,7 @@ def test_noise_has_the_stated_variance(source, phases):
     """
     engine = PrivacyEngine("rdp", reproducible_seed=9 if source == "seeded" else None)
     sigma, bound = 0.8, 2.5
-    model, optimizer, _ = private_run(
-        engine, noise_multiplier=sigma, max_grad_norm=bound, lr=0.0, phases=phases)
+    model, optimizer, _ = private_run(engine, noise_multiplier=sigma, max_grad_norm=bound, lr=0.0, phases=phases)
     rows = pure_noise(model, optimizer, 400) / (sigma * bound)
     assert rows.shape == (400, {"B": 43, "AB": 55}[phases])
     n = rows.numel()
@@ -196,5 +202,4 @@ def test_check_isolation_compares_a_criterion_with_what_was_declared(declared, j
     if joined == declared:
         check()
     else:
-        assert_refuses(
-            IsolationError, f"is a {joined} over the examples, but was declared a {declared}", check)
+        assert_refuses(IsolationError, f"is a {joined} over the examples, but was declared a {declared}", check)

@@ -30,8 +30,11 @@ KNOWN = [
 def taken(monkeypatch):
     """The sums of every native update."""
     seen, update = [], fused_step.private_update_
-    monkeypatch.setattr(fused_step, "private_update_", lambda parameters, sums, *rest, **options: (
-        seen.append(sums), update(parameters, sums, *rest, **options)))
+    monkeypatch.setattr(
+        fused_step,
+        "private_update_",
+        lambda parameters, sums, *rest, **options: (seen.append(sums), update(parameters, sums, *rest, **options)),
+    )
     return seen
 
 
@@ -56,8 +59,13 @@ def test_steps_are_torchs_with_the_same_noise(make, low_pass, phases, taken):
     """The noise is a function of the seed, whoever adds it; every third step is torch's, with the state as it is."""
     ends, gradients = [], []
     for native in (True, False):
-        model, optimizer = private_mlp(make, low_pass=low_pass, phases=phases, noise_multiplier=0.7,
-                                       engine=PrivacyEngine("rdp", reproducible_seed=5))
+        model, optimizer = private_mlp(
+            make,
+            low_pass=low_pass,
+            phases=phases,
+            noise_multiplier=0.7,
+            engine=PrivacyEngine("rdp", reproducible_seed=5),
+        )
         for number in range(6):
             with contextlib.nullcontext() if native and number % 3 else reference_only():
                 step(model, optimizer, number)
@@ -78,7 +86,8 @@ def test_the_grid_is_that_of_all_parameters_together(sigma, taken):
     found = []
     for native in (True, False):
         model, optimizer = private_mlp(
-            KNOWN[0], noise_multiplier=sigma, dtype=torch.float64, engine=PrivacyEngine("rdp", reproducible_seed=5))
+            KNOWN[0], noise_multiplier=sigma, dtype=torch.float64, engine=PrivacyEngine("rdp", reproducible_seed=5)
+        )
         with contextlib.nullcontext() if native else reference_only():
             optimizer.step_on_empty_batch()
         found.append(flat(private_gradients(model)))
@@ -138,8 +147,14 @@ def test_a_sum_of_another_layout_is_left_to_torch(taken, monkeypatch):
     for transposed in (False, True):
         model, optimizer = private_mlp(KNOWN[0])
         clip = optimizer.clip
-        monkeypatch.setattr(optimizer, "clip", lambda *a, clip=clip, transposed=transposed: Clipped(
-            {key: total(part).t().contiguous().t() if transposed else part for key, part in clip(*a).sums.items()}, 0))
+        monkeypatch.setattr(
+            optimizer,
+            "clip",
+            lambda *a, clip=clip, transposed=transposed: Clipped(
+                {key: total(part).t().contiguous().t() if transposed else part for key, part in clip(*a).sums.items()},
+                0,
+            ),
+        )
         step(model, optimizer, 0)
         ends.append(flat(snapshot(model)))
     assert len(taken) == 1
@@ -172,12 +187,19 @@ class Derived(torch.optim.SGD):
     """May do anything in its step."""
 
 
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.RMSprop(p, lr=0.1), lambda p: Derived(p, lr=0.1),
-    lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
-    lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)), lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
-    lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
-    lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:]}], lr=0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.RMSprop(p, lr=0.1),
+        lambda p: Derived(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, maximize=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True),
+        lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+        lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:]}], lr=0.1),
+    ],
+)
 def test_what_has_another_formula_is_left_to_torch(make, taken):
     model, optimizer = private_mlp(make)
     step(model, optimizer, 0)

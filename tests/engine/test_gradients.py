@@ -27,8 +27,16 @@ def fill_lora_b(model: nn.Module) -> None:
 
 
 def compare(
-    model: nn.Module, batch: Any, take: Any, loss: Any, n: int, phases: str, rule: str, method: str,
-    reduction: str = "mean", bound: float = 0.5,
+    model: nn.Module,
+    batch: Any,
+    take: Any,
+    loss: Any,
+    n: int,
+    phases: str,
+    rule: str,
+    method: str,
+    reduction: str = "mean",
+    bound: float = 0.5,
 ) -> None:
     """One private step on ``batch`` against the oracle on ``take(batch, i)``."""
     step_loss = loss if reduction == "mean" else (lambda m, b: loss(m, b) * n)
@@ -91,10 +99,17 @@ def squared_norm(model: nn.Module, batch: Tensor) -> Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(0, 6), tokens=st.lists(st.integers(1, 5), min_size=1, max_size=2), d_in=st.integers(1, 17),
-    d_out=st.integers(1, 17), r=st.integers(1, 4), phases=st.sampled_from(["A", "B", "AB"]),
-    rule=st.sampled_from(RULES), method=st.sampled_from(["auto", "direct", "ghost"]),
-    reduction=st.sampled_from(["mean", "sum"]), seed=st.integers(0, 2**16))
+    n=st.integers(0, 6),
+    tokens=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    d_in=st.integers(1, 17),
+    d_out=st.integers(1, 17),
+    r=st.integers(1, 4),
+    phases=st.sampled_from(["A", "B", "AB"]),
+    rule=st.sampled_from(RULES),
+    method=st.sampled_from(["auto", "direct", "ghost"]),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 2**16),
+)
 def test_lora_linear(n, tokens, d_in, d_out, r, phases, rule, method, reduction, seed):
     torch.manual_seed(seed)
     model = OneLayer(DPLoRALinear(d_in, d_out, r=min(r, d_in, d_out), alpha=3))
@@ -104,8 +119,14 @@ def test_lora_linear(n, tokens, d_in, d_out, r, phases, rule, method, reduction,
 
 @settings(max_examples=30, deadline=None)
 @given(
-    n=st.integers(1, 5), tokens=st.integers(1, 6), d_in=st.integers(1, 9), d_out=st.integers(1, 9),
-    rule=st.sampled_from(RULES), method=st.sampled_from(["direct", "ghost"]), transposed=st.booleans())
+    n=st.integers(1, 5),
+    tokens=st.integers(1, 6),
+    d_in=st.integers(1, 9),
+    d_out=st.integers(1, 9),
+    rule=st.sampled_from(RULES),
+    method=st.sampled_from(["direct", "ghost"]),
+    transposed=st.booleans(),
+)
 def test_full_rank_linear(n, tokens, d_in, d_out, rule, method, transposed):
     torch.manual_seed(n + 10 * tokens)
     model = OneLayer(DPLinear(d_in, d_out, fan_in_fan_out=transposed))
@@ -221,12 +242,30 @@ def cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_model(kind, phases, rule):
     model = adapted(kind)
-    compare(model, batch_for(kind), lambda b, i: {k: v[i : i + 1] for k, v in b.items()}, cross_entropy, 4, phases,
-            rule, "auto", bound=0.3)
+    compare(
+        model,
+        batch_for(kind),
+        lambda b, i: {k: v[i : i + 1] for k, v in b.items()},
+        cross_entropy,
+        4,
+        phases,
+        rule,
+        "auto",
+        bound=0.3,
+    )
 
 
 @pytest.mark.parametrize("method", ["direct", "ghost"])
 def test_model_with_either_norm_forced(method):
     model = adapted("timm_swin")
-    compare(model, batch_for("timm_swin"), lambda b, i: {k: v[i : i + 1] for k, v in b.items()}, cross_entropy, 4, "AB",
-            "flat", method, bound=0.3)
+    compare(
+        model,
+        batch_for("timm_swin"),
+        lambda b, i: {k: v[i : i + 1] for k, v in b.items()},
+        cross_entropy,
+        4,
+        "AB",
+        "flat",
+        method,
+        bound=0.3,
+    )

@@ -105,8 +105,9 @@ def tokens(n: int, width: int) -> Tensor:
     return texts(*[8] * n)[0][:, :width]
 
 
-@pytest.mark.parametrize(("flat", "n", "expected"), [
-    (True, 1, [2, 2]), (True, 2, [2] * 3), (True, 4, [4] * 3), (False, 4, [4] * 2)])
+@pytest.mark.parametrize(
+    ("flat", "n", "expected"), [(True, 1, [2, 2]), (True, 2, [2] * 3), (True, 4, [4] * 3), (False, 4, [4] * 2)]
+)
 def test_each_number_of_flattened_rows_is_tried_once(trials, flat, n, expected):
     """The second width tells that widths vary; by the third only flattened rows are of another kind."""
     model = Tokens(flat).train()
@@ -158,8 +159,7 @@ def test_padding_that_only_the_values_show_is_tried_once_it_comes(trials, n):
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_of_a_model_that_draws_the_first_batch_is_tried_with_four_random_states_and_later_kinds_with_one(
-        trials, later):
+def test_of_a_model_that_draws_the_first_batch_is_tried_with_four_random_states_and_later_kinds_with_one(trials, later):
     seen: list[float] = []
     model = Drawing(seen).train()
     optimizer = make_private(model, batch_size=4)
@@ -303,6 +303,7 @@ def test_a_number_of_the_models_must_pass_every_trial(trials, monkeypatch, order
 
 def test_the_loss_of_a_batch_that_is_tried_is_looked_at_again(trials):
     """Its graph may be known, and its indices others; of so many outputs no other batch's loss is looked through."""
+
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()

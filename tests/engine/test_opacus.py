@@ -42,17 +42,30 @@ def vit() -> tuple[nn.Module, Tensor]:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
-        img_size=8, patch_size=4, in_chans=1, num_classes=3, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2)
+        img_size=8, patch_size=4, in_chans=1, num_classes=3, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2
+    )
     return model, torch.randn(N, 1, 8, 8)
 
 
 def roberta() -> tuple[nn.Module, Tensor]:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    model = RobertaForSequenceClassification(RobertaConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        max_position_embeddings=20, type_vocab_size=1, pad_token_id=1, num_labels=3, hidden_dropout_prob=0,
-        attention_probs_dropout_prob=0, initializer_range=0.3))
+    model = RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=20,
+            max_position_embeddings=20,
+            type_vocab_size=1,
+            pad_token_id=1,
+            num_labels=3,
+            hidden_dropout_prob=0,
+            attention_probs_dropout_prob=0,
+            initializer_range=0.3,
+        )
+    )
     return model, torch.randint(2, 40, (N, 7))
 
 
@@ -60,8 +73,15 @@ def swin() -> tuple[nn.Module, Tensor]:
     from timm.models.swin_transformer import SwinTransformer
 
     model = SwinTransformer(
-        img_size=16, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depths=(2, 2), num_heads=(2, 2),
-        window_size=4)
+        img_size=16,
+        patch_size=2,
+        in_chans=1,
+        num_classes=3,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        window_size=4,
+    )
     return model, torch.randn(N, 1, 16, 16)
 
 
@@ -98,8 +118,7 @@ def logits(output: Any) -> Tensor:
 def our_gradients(
     model: nn.Module, inputs: Tensor, labels: Tensor, phases: str, clipping: str, bound: float
 ) -> dict[str, Tensor]:
-    optimizer = make_private(
-        model, batch_size=N, max_grad_norm=bound, lr=0.0, phases=phases, clipping=clipping)
+    optimizer = make_private(model, batch_size=N, max_grad_norm=bound, lr=0.0, phases=phases, clipping=clipping)
     optimizer.expect_batch(N)
     F.cross_entropy(logits(model(inputs)), labels).backward()
     optimizer.step()
@@ -115,9 +134,16 @@ def opacus_gradients(
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(N)), batch_size=N)
     criterion = nn.CrossEntropyLoss()
     made = opacus.PrivacyEngine().make_private(
-        module=model, optimizer=torch.optim.SGD(trained, lr=0.0), data_loader=loader, noise_multiplier=0.0,
-        max_grad_norm=limit, poisson_sampling=False, clipping=clipping, grad_sample_mode=mode,
-        **({"criterion": criterion} if mode == "ghost" else {}))
+        module=model,
+        optimizer=torch.optim.SGD(trained, lr=0.0),
+        data_loader=loader,
+        noise_multiplier=0.0,
+        max_grad_norm=limit,
+        poisson_sampling=False,
+        clipping=clipping,
+        grad_sample_mode=mode,
+        **({"criterion": criterion} if mode == "ghost" else {}),
+    )
     wrapped, optimizer = made[0], made[1]
     loss = made[2] if mode == "ghost" else criterion
     loss(logits(wrapped(inputs)), labels).backward()
@@ -130,7 +156,10 @@ def joined(gradients: dict[str, Tensor]) -> Tensor:
 
 
 CASES = [
-    ("hooks", "flat", "B"), ("hooks", "flat", "AB"), ("ghost", "flat", "B"), ("ghost", "flat", "AB"),
+    ("hooks", "flat", "B"),
+    ("hooks", "flat", "AB"),
+    ("ghost", "flat", "B"),
+    ("ghost", "flat", "AB"),
     ("hooks", "per_layer", "B"),
 ]
 

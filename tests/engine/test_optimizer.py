@@ -34,9 +34,13 @@ def test_an_empty_batch_is_a_step_of_the_optimizer_that_takes_it():
     assert "0.lora_A" in moved(model, before)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda model: model.requires_grad_(False), "frozen after make_private"),
-    (lambda model: model.to(torch.bfloat16), "is torch.bfloat16 now")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda model: model.requires_grad_(False), "frozen after make_private"),
+        (lambda model: model.to(torch.bfloat16), "is torch.bfloat16 now"),
+    ],
+)
 def test_a_micro_batch_of_a_changed_model_is_refused_at_once(change, words):
     """Before it is added to the logical batch, which goes on when the change is taken back."""
     model = mlp()

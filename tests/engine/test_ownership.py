@@ -25,9 +25,13 @@ def test_two_optimizers_share_one_model():
         for optimizer, phases, n in ((first, "B", 4), (second, "A", 8)):
             optimizer.activate()
             reference = mlp()
-            expected = take_step(reference, make_private(
-                reference, batch_size=n, phases=phases, max_grad_norm=optimizer.mechanism.rule.max_grad_norm),
-                examples(n))
+            expected = take_step(
+                reference,
+                make_private(
+                    reference, batch_size=n, phases=phases, max_grad_norm=optimizer.mechanism.rule.max_grad_norm
+                ),
+                examples(n),
+            )
             assert torch.equal(flat(take_step(model, optimizer, examples(n))), flat(expected))
     assert [engine.ledger.steps for engine in engines] == [2, 2]
     first.expect_batch(4)
@@ -56,8 +60,10 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 def test_copy_of_a_private_model_trains_on_its_own(copied):
     """Copied in the middle of a pass, which goes on as if there were no copy."""
     batch, others = examples(4), examples(6, seed=5)
-    expected = [flat(take_step(reference, make_private(reference, batch_size=len(taken[0])), taken))
-                for reference, taken in ((mlp(), batch), (mlp(), others))]
+    expected = [
+        flat(take_step(reference, make_private(reference, batch_size=len(taken[0])), taken))
+        for reference, taken in ((mlp(), batch), (mlp(), others))
+    ]
 
     model = mlp()
     optimizer = make_private(model, batch_size=4)

@@ -1,6 +1,5 @@
 """Which factors a step trains, and that nothing else moves or counts."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,8 +75,13 @@ def test_phases_of_a_factor_that_the_wrapped_optimizer_lacks_are_refused():
     model = mlp()
     held = [p for name, p in model.named_parameters() if p.requires_grad and name != "0.lora_A"]
     _, optimizer, _ = PrivacyEngine("rdp").make_private(
-        model=model, optimizer=torch.optim.SGD(held, lr=0.1), data_loader=loader_of(40, 8), noise_multiplier=1.0,
-        max_grad_norm=1.0, phases="B")
+        model=model,
+        optimizer=torch.optim.SGD(held, lr=0.1),
+        data_loader=loader_of(40, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        phases="B",
+    )
     for phases in ("A", "BA", "AB"):
         assert_refuses(ValueError, "lora_A", lambda phases=phases: optimizer.set_phases(phases))
     optimizer.set_phases("B")

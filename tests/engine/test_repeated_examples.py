@@ -19,14 +19,28 @@ A, B = TensorDataset(torch.zeros(5)), TensorDataset(torch.zeros(3))
 LONG, SHORT = TensorDataset(torch.zeros(300)), TensorDataset(torch.zeros(100))
 
 
-@pytest.mark.parametrize(("dataset", "first"), [
-    (A, None), (Subset(A, [0, 4, 2]), None), (Subset(A, range(5)), None), (ConcatDataset([A, B]), None),
-    (ConcatDataset([LONG, SHORT]), None),
-    (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 3])]), None), (random_split(A, [2, 3])[0], None),
-    (Subset(A, torch.tensor([3, 1])), None), (Subset(A, []), None),
-    (Subset(A, [0, 4, 0]), 2), (Subset(A, [4, -1]), 1), (ConcatDataset([A, B, A]), 8), (ConcatDataset([A, B, B]), 8),
-    (Subset(Subset(A, [1, 1, 2]), [0, 2]), None), (Subset(Subset(A, [1, 1, 2]), [0, 2, 1]), 2),
-    (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 1])]), 3), (Subset(ConcatDataset([A, B, A]), [0, 5, 8]), 2)])
+@pytest.mark.parametrize(
+    ("dataset", "first"),
+    [
+        (A, None),
+        (Subset(A, [0, 4, 2]), None),
+        (Subset(A, range(5)), None),
+        (ConcatDataset([A, B]), None),
+        (ConcatDataset([LONG, SHORT]), None),
+        (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 3])]), None),
+        (random_split(A, [2, 3])[0], None),
+        (Subset(A, torch.tensor([3, 1])), None),
+        (Subset(A, []), None),
+        (Subset(A, [0, 4, 0]), 2),
+        (Subset(A, [4, -1]), 1),
+        (ConcatDataset([A, B, A]), 8),
+        (ConcatDataset([A, B, B]), 8),
+        (Subset(Subset(A, [1, 1, 2]), [0, 2]), None),
+        (Subset(Subset(A, [1, 1, 2]), [0, 2, 1]), 2),
+        (ConcatDataset([Subset(A, [0, 1]), Subset(A, [2, 1])]), 3),
+        (Subset(ConcatDataset([A, B, A]), [0, 5, 8]), 2),
+    ],
+)
 def test_the_first_that_has_come_before_is_found(dataset: Dataset[Any], first: int | None) -> None:
     found = first_repeated(dataset)
     assert found == first and type(found) in (int, type(None))
@@ -36,17 +50,34 @@ def test_the_first_that_has_come_before_is_found(dataset: Dataset[Any], first: i
 def test_an_example_that_would_count_twice_is_refused(dataset: Dataset[Any]) -> None:
     model = mlp()
     assert_refuses(
-        ValueError, "holds an example twice (index ", lambda: PrivacyEngine("rdp").make_private(
-            model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-            data_loader=DataLoader(dataset, batch_size=2), noise_multiplier=1.0, max_grad_norm=1.0))
+        ValueError,
+        "holds an example twice (index ",
+        lambda: PrivacyEngine("rdp").make_private(
+            model=model,
+            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+            data_loader=DataLoader(dataset, batch_size=2),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        ),
+    )
 
 
 ROWS = [(torch.zeros(2), row % 2) for row in range(5)]
 
 
-@pytest.mark.parametrize(("dataset", "first"), [
-    (ROWS, None), (tuple(ROWS), None), (ROWS + ROWS[1:2], 5), ([*ROWS, *ROWS], 5), ([3, 3, 4], None),
-    (ConcatDataset([ROWS, ROWS]), 5), (Subset(ROWS + ROWS[:1], [5, 1]), None), (Subset(ROWS + ROWS[:1], [5, 0]), 1)])
+@pytest.mark.parametrize(
+    ("dataset", "first"),
+    [
+        (ROWS, None),
+        (tuple(ROWS), None),
+        (ROWS + ROWS[1:2], 5),
+        ([*ROWS, *ROWS], 5),
+        ([3, 3, 4], None),
+        (ConcatDataset([ROWS, ROWS]), 5),
+        (Subset(ROWS + ROWS[:1], [5, 1]), None),
+        (Subset(ROWS + ROWS[:1], [5, 0]), 1),
+    ],
+)
 def test_a_list_that_holds_an_object_twice(dataset: Any, first: int | None) -> None:
     assert first_repeated(dataset) == first
 
@@ -85,20 +116,35 @@ def frame(*values: int) -> Any:
     return pytest.importorskip("pandas").DataFrame({"x": values})
 
 
-@pytest.mark.parametrize(("one", "other", "alike"), [
-    ([("a.png", 0), ("b.png", 1)], [("a.png", 0), ("b.png", 1)], True), (["a.png"], ["b.png"], False),
-    (torch.arange(6).view(3, 2), torch.arange(6).view(3, 2), True), (torch.zeros(3, 2), torch.eye(3, 2), False),
-    (torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]), False), (torch.zeros(3), torch.zeros(4), False),
-    (torch.zeros(3), torch.zeros(3, dtype=torch.float64), False), (torch.zeros(()), torch.zeros(()), True),
-    (np.arange(3), np.arange(3), True), (np.arange(3), np.array([0, 1, 1]), False), (np.zeros(3), [0, 0, 0], False),
-    (np.zeros((0, 2)), np.zeros((0, 2)), True), (np.zeros((0, 2)), np.zeros((0, 3)), False),
-    ((torch.ones(3), torch.zeros(3)), (torch.ones(3), torch.zeros(3)), True),
-    ((torch.ones(3), torch.zeros(3)), (torch.ones(3), torch.ones(3)), False),
-    ([torch.ones(3)] * 2, [torch.ones(3)] * 3, False),
-    ({"x": torch.ones(3)}, {"x": torch.ones(3)}, True), ({"x": torch.ones(3)}, {"x": torch.zeros(3)}, False),
-    ({"x": torch.ones(3)}, {"y": torch.ones(3)}, False), (Unequal(), Unequal(), False),
-    (math.sin, math.cos, False), (math.sin, math.sin, True),
-    (frame(1, 2, 3), frame(1, 2, 3), True), (frame(1, 2, 3), frame(1, 2, 4), False)])
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ([("a.png", 0), ("b.png", 1)], [("a.png", 0), ("b.png", 1)], True),
+        (["a.png"], ["b.png"], False),
+        (torch.arange(6).view(3, 2), torch.arange(6).view(3, 2), True),
+        (torch.zeros(3, 2), torch.eye(3, 2), False),
+        (torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4]), False),
+        (torch.zeros(3), torch.zeros(4), False),
+        (torch.zeros(3), torch.zeros(3, dtype=torch.float64), False),
+        (torch.zeros(()), torch.zeros(()), True),
+        (np.arange(3), np.arange(3), True),
+        (np.arange(3), np.array([0, 1, 1]), False),
+        (np.zeros(3), [0, 0, 0], False),
+        (np.zeros((0, 2)), np.zeros((0, 2)), True),
+        (np.zeros((0, 2)), np.zeros((0, 3)), False),
+        ((torch.ones(3), torch.zeros(3)), (torch.ones(3), torch.zeros(3)), True),
+        ((torch.ones(3), torch.zeros(3)), (torch.ones(3), torch.ones(3)), False),
+        ([torch.ones(3)] * 2, [torch.ones(3)] * 3, False),
+        ({"x": torch.ones(3)}, {"x": torch.ones(3)}, True),
+        ({"x": torch.ones(3)}, {"x": torch.zeros(3)}, False),
+        ({"x": torch.ones(3)}, {"y": torch.ones(3)}, False),
+        (Unequal(), Unequal(), False),
+        (math.sin, math.cos, False),
+        (math.sin, math.sin, True),
+        (frame(1, 2, 3), frame(1, 2, 3), True),
+        (frame(1, 2, 3), frame(1, 2, 4), False),
+    ],
+)
 def test_data_sets_that_differ_in_their_transforms_alone_are_one(one: Any, other: Any, alike: bool) -> None:
     """As a training set is joined with itself, augmented."""
     both = ConcatDataset([Augmented(one), Augmented(other, torch.flip)])
@@ -134,8 +180,12 @@ def test_one_folder_of_images_under_two_transforms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("column", ["numbers", "texts", "lists", "nothing"])
 def test_rows_that_are_joined_twice(column: str) -> None:
     datasets = pytest.importorskip("datasets")
-    values = {"numbers": list(range(10)), "texts": [f"t{row}" for row in range(10)],
-              "lists": [[float(row)] * 3 for row in range(10)], "nothing": [None] * 10}[column]
+    values = {
+        "numbers": list(range(10)),
+        "texts": [f"t{row}" for row in range(10)],
+        "lists": [[float(row)] * 3 for row in range(10)],
+        "nothing": [None] * 10,
+    }[column]
     rows = datasets.Dataset.from_dict({"x": values, "y": [row % 2 for row in range(10)]})
     odd = rows.filter(lambda row: row["y"] == 1)
     joined = datasets.concatenate_datasets

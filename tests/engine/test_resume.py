@@ -17,7 +17,8 @@ def test_seeded_run_repeats_bit_for_bit(workers):
     results = []
     for _ in range(2):
         model, optimizer, loader = private_run(
-            seeded(), size=12, batch_size=2, phases="BA", optimizer=torch.optim.AdamW, workers=workers)
+            seeded(), size=12, batch_size=2, phases="BA", optimizer=torch.optim.AdamW, workers=workers
+        )
         train(model, optimizer, loader.take(9))
         assert optimizer.steps_taken == 9
         results.append(snapshot(model))
@@ -31,8 +32,15 @@ def test_resumed_run_goes_on_bit_for_bit(taken):
     def fresh() -> Any:
         engine = seeded()
         return engine, *private_run(
-            engine, size=12, batch_size=3, phases="BA", optimizer=OPTIMIZERS[0],
-            target_epsilon=8.0, target_delta=1e-3, steps=8)
+            engine,
+            size=12,
+            batch_size=3,
+            phases="BA",
+            optimizer=OPTIMIZERS[0],
+            target_epsilon=8.0,
+            target_delta=1e-3,
+            steps=8,
+        )
 
     engine, model, optimizer, loader = fresh()
     train(model, optimizer, loader.take(8))
@@ -73,8 +81,9 @@ def test_engines_that_differ_in_their_source_are_not_restored():
     private_run(third)[1].step_on_empty_batch()
     secure.load_state_dict(third.state_dict())
     assert secure.ledger.steps == 1
-    assert_refuses(ValueError, "accountant 'rdp', this one 'pld'",
-                   lambda: PrivacyEngine("pld").load_state_dict(third.state_dict()))
+    assert_refuses(
+        ValueError, "accountant 'rdp', this one 'pld'", lambda: PrivacyEngine("pld").load_state_dict(third.state_dict())
+    )
 
 
 def test_steps_taken_cannot_be_unspent():
@@ -99,8 +108,9 @@ def test_a_run_that_goes_on_without_its_ledger_is_refused():
     again = PrivacyEngine(accountant="rdp", reproducible_seed=0)
     optimizer = make_private(mlp(), batch_size=4, engine=again, noise_multiplier=1.0)
     optimizer.load_state_dict(saved)
-    assert_refuses(RuntimeError, "gone on from 3 private steps and the engine's ledger has 0",
-                   optimizer.step_on_empty_batch)
+    assert_refuses(
+        RuntimeError, "gone on from 3 private steps and the engine's ledger has 0", optimizer.step_on_empty_batch
+    )
     again.load_state_dict(ledger)
     optimizer.step_on_empty_batch()
     assert again.ledger.steps == 4
@@ -120,8 +130,9 @@ def test_a_run_that_goes_on_without_the_steps_of_its_last_phase_is_refused():
     optimizer = make_private(mlp(), batch_size=4, engine=again, noise_multiplier=1.0)
     optimizer.load_state_dict(saved)
     assert optimizer.steps_taken == 2
-    assert_refuses(RuntimeError, "gone on from 5 private steps and the engine's ledger has 3",
-                   optimizer.step_on_empty_batch)
+    assert_refuses(
+        RuntimeError, "gone on from 5 private steps and the engine's ledger has 3", optimizer.step_on_empty_batch
+    )
     again.load_state_dict(ledger)
     optimizer.step_on_empty_batch()
     assert again.ledger.steps == 6
@@ -130,8 +141,9 @@ def test_a_run_that_goes_on_without_the_steps_of_its_last_phase_is_refused():
 def test_a_count_of_steps_that_is_none_is_refused():
     optimizer = make_private(mlp(), batch_size=4, noise_multiplier=1.0)
     for name in ("steps_taken", "ledger_steps"):
-        assert_refuses(TypeError, name, lambda name=name: optimizer.load_state_dict(
-            {**optimizer.state_dict(), name: "3"}))
+        assert_refuses(
+            TypeError, name, lambda name=name: optimizer.load_state_dict({**optimizer.state_dict(), name: "3"})
+        )
 
 
 def test_states_that_are_loaded_before_make_private_are_seen_too():
@@ -145,10 +157,15 @@ def test_states_that_are_loaded_before_make_private_are_seen_too():
     plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     plain.load_state_dict(saved)
     _, optimizer, _ = again.make_private(
-        model=model, optimizer=plain, data_loader=DataLoader(TensorDataset(torch.zeros(4)), batch_size=4),
-        noise_multiplier=1.0, max_grad_norm=1.0)
-    assert_refuses(RuntimeError, "gone on from 3 private steps and the engine's ledger has 0",
-                   optimizer.step_on_empty_batch)
+        model=model,
+        optimizer=plain,
+        data_loader=DataLoader(TensorDataset(torch.zeros(4)), batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    assert_refuses(
+        RuntimeError, "gone on from 3 private steps and the engine's ledger has 0", optimizer.step_on_empty_batch
+    )
     again.load_state_dict(ledger)
     optimizer.step_on_empty_batch()
     assert again.ledger.steps == 4

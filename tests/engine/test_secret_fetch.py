@@ -77,8 +77,12 @@ def test_an_epoch_of_the_loader_that_make_private_returned(epochs: int) -> None:
     model, engine = nn.Sequential(DPLinear(3, 2)).train(), PrivacyEngine("rdp")
     loader = DataLoader(Drawing(), batch_size=SIZE)
     model, optimizer, private = engine.make_private(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader, noise_multiplier=1.0,
-        max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     seen = []
     for _ in range(epochs):
         seed_both()
@@ -108,8 +112,7 @@ def _collate_seeding(examples: Any) -> Any:
 
 @pytest.mark.parametrize("workers", BOTH)
 def test_nor_of_the_collate_function_after_it(workers: int) -> None:
-    assert distinct(list(
-        batches(Drawing(seed_both), SecureSource(), num_workers=workers, collate_fn=_collate_drawing)))
+    assert distinct(list(batches(Drawing(seed_both), SecureSource(), num_workers=workers, collate_fn=_collate_drawing)))
 
 
 @pytest.mark.parametrize("workers", BOTH)
@@ -120,8 +123,10 @@ def test_seeds_that_a_collate_function_sets_are_not_those_of_the_next_batch(work
 
 def test_the_caller_finds_no_seed_of_a_collate_function() -> None:
     """Whoever changes examples in the loop itself."""
-    drawn = [[torch.tensor([value], dtype=torch.float64) for value in (random.random(), np.random.rand())]
-             for _ in batches(Drawing(), SecureSource(), collate_fn=_collate_seeding)]
+    drawn = [
+        [torch.tensor([value], dtype=torch.float64) for value in (random.random(), np.random.rand())]
+        for _ in batches(Drawing(), SecureSource(), collate_fn=_collate_seeding)
+    ]
     assert distinct(drawn)
 
 

@@ -1,6 +1,5 @@
 """What could slip past clipping and noise beside the recorded gradients: stale ones, buffers, forgotten parameters."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,8 @@ def test_a_stale_plain_gradient_moves_nothing():
     before = stale.detach().clone()
     loader = DataLoader(TensorDataset(X), batch_size=6)
     _, private, _ = PrivacyEngine("rdp").make_private(
-        model=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1e-3)
+        model=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1e-3
+    )
     private.step_on_empty_batch()
     assert torch.equal(stale, before)
 
@@ -45,16 +45,25 @@ def test_an_optimizer_made_before_the_adapters_is_refused():
     inject_lora(model, CONFIG)
     with pytest.raises(ValueError, match=r"does not hold '0.lora_A'.*after inject_lora"):
         PrivacyEngine("rdp").make_private(
-            model=model, optimizer=optimizer, data_loader=DataLoader(TensorDataset(X), batch_size=2),
-            noise_multiplier=1.0, max_grad_norm=1.0)
+            model=model,
+            optimizer=optimizer,
+            data_loader=DataLoader(TensorDataset(X), batch_size=2),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
 
 
 def test_a_factor_that_no_phase_trains_may_be_left_out():
     model = inject_lora(plain(), CONFIG)
     held = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("lora_A")]
     PrivacyEngine("rdp").make_private(
-        model=model, optimizer=torch.optim.SGD(held, lr=1.0), data_loader=DataLoader(TensorDataset(X), batch_size=2),
-        noise_multiplier=1.0, max_grad_norm=1.0, phases="B")
+        model=model,
+        optimizer=torch.optim.SGD(held, lr=1.0),
+        data_loader=DataLoader(TensorDataset(X), batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        phases="B",
+    )
 
 
 def test_running_statistics_are_refused_by_name():
@@ -138,9 +147,14 @@ def begun(steps):
     model = inject_lora(plain(), CONFIG)
     engine = PrivacyEngine("rdp")
     _, optimizer, _ = engine.make_private_with_epsilon(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(TensorDataset(X), batch_size=2), target_epsilon=3, target_delta=1e-5, steps=steps,
-        max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(TensorDataset(X), batch_size=2),
+        target_epsilon=3,
+        target_delta=1e-5,
+        steps=steps,
+        max_grad_norm=1.0,
+    )
     optimizer.step_on_empty_batch()
     return engine, optimizer
 

@@ -42,10 +42,14 @@ def test_any_optimizer_steps_as_it_would_on_the_same_gradients(optimizer):
     assert not torch.equal(model[2].weight, start["2.weight"])
 
 
-@pytest.mark.parametrize("scheduler", [
-    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
-    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=8),
-    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8)])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=8),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8),
+    ],
+)
 @pytest.mark.parametrize("optimizer", [OPTIMIZERS[0], torch.optim.AdamW])
 def test_schedulers_change_the_rate_without_a_warning(optimizer, scheduler):
     with warnings.catch_warnings():
@@ -112,8 +116,10 @@ def test_zero_grad_after_backward_forgets_the_batch():
     optimizer.zero_grad()
     assert_refuses(RuntimeError, "No per-example gradient was recorded", optimizer.step)
     reference = mlp()
-    assert torch.equal(flat(take_step(model, optimizer, examples(4))),
-                       flat(take_step(reference, make_private(reference, batch_size=4), examples(4))))
+    assert torch.equal(
+        flat(take_step(model, optimizer, examples(4))),
+        flat(take_step(reference, make_private(reference, batch_size=4), examples(4))),
+    )
 
 
 def test_closure():

@@ -39,9 +39,12 @@ class Damaged(Dataset[Any]):
 def run(damage: str | None, workers: int = 0) -> tuple[Any, Any, Any]:
     model = mlp()
     return PrivacyEngine("rdp", reproducible_seed=0).make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(Damaged(damage), batch_size=BATCH, num_workers=workers), noise_multiplier=1.0,
-        max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(Damaged(damage), batch_size=BATCH, num_workers=workers),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
 
 
 def train(model: Any, optimizer: Any, batches: Any) -> None:
@@ -55,9 +58,14 @@ REFUSED = r"A batch that the private loader drew \(\d+ examples\) could not be f
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("damage", "error", "words"), [
-    ("read", OSError, "truncated image"), ("end", RuntimeError, "StopIteration"),
-    ("stack", RuntimeError, "stack expects each tensor|resize storage")])
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        ("read", OSError, "truncated image"),
+        ("end", RuntimeError, "StopIteration"),
+        ("stack", RuntimeError, "stack expects each tensor|resize storage"),
+    ],
+)
 def test_a_loop_that_goes_on_after_a_batch_that_could_not_be_fetched_is_refused(damage, error, words, workers):
     model, optimizer, loader = run(damage, workers)
     with pytest.raises(error, match=words):
@@ -96,14 +104,21 @@ def test_an_interrupted_batch_is_a_skipped_one():
     with pytest.raises(KeyboardInterrupt):
         train(model, optimizer, loader.take(50))
     for _ in range(2):
-        assert_refuses(RuntimeError, "call make_private again to go on without it",
-                       partial(train, model, optimizer, loader.take(5)))
+        assert_refuses(
+            RuntimeError,
+            "call make_private again to go on without it",
+            partial(train, model, optimizer, loader.take(5)),
+        )
     before = optimizer.ledger.steps
     engine = PrivacyEngine("rdp", reproducible_seed=0)
     engine.ledger.append(optimizer.event, before)
     _, optimizer, loader = engine.make_private(
-        model=model, optimizer=optimizer.original_optimizer, data_loader=DataLoader(loader.dataset, batch_size=BATCH),
-        noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=optimizer.original_optimizer,
+        data_loader=DataLoader(loader.dataset, batch_size=BATCH),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     train(model, optimizer, loader)
     assert engine.ledger.steps == before + len(loader)
 
@@ -117,9 +132,12 @@ def test_a_collate_function_that_was_refused_is_not_given_another_batch():
         return x + x.roll(1, 0) if bool((x == 7 / SIZE).any()) else x
 
     _, _, loader = PrivacyEngine("rdp", reproducible_seed=0).make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(Damaged(None), batch_size=SIZE, collate_fn=mixes), noise_multiplier=1.0,
-        max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(Damaged(None), batch_size=SIZE, collate_fn=mixes),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     assert_refuses(IsolationError, "The collate function joins examples", lambda: next(iter(loader)))
     assert_refuses(RuntimeError, "could not be fetched (IsolationError)", lambda: next(iter(loader)))
 
@@ -129,8 +147,12 @@ def test_who_seeds_between_batches_has_lost_none():
     model = mlp()
     engine = PrivacyEngine("rdp")
     _, optimizer, loader = engine.make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=DataLoader(Damaged(None), batch_size=BATCH), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(Damaged(None), batch_size=BATCH),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     torch.manual_seed(0)
     assert_refuses(RuntimeError, "seeded", lambda: next(iter(loader)))
     engine.renew_randomness()

@@ -16,8 +16,12 @@ def test_every_trainable_parameter_with_its_layer_and_factor():
     model = nn.Sequential(DPLoRALinear(6, 8, r=2), nn.ReLU(), nn.Sequential(DPLayerNorm(8), DPLinear(8, 3)))
     model[2][1].bias.requires_grad_(False)
     assert [(p.name, p.layer, p.factor) for p in cover(model)] == [
-        ("0.lora_A", 0, "A"), ("0.lora_B", 0, "B"), ("2.0.weight", 1, None), ("2.0.bias", 1, None),
-        ("2.1.weight", 2, None)]
+        ("0.lora_A", 0, "A"),
+        ("0.lora_B", 0, "B"),
+        ("2.0.weight", 1, None),
+        ("2.0.bias", 1, None),
+        ("2.1.weight", 2, None),
+    ]
 
 
 def test_a_module_used_at_two_places_is_one_layer():
@@ -46,11 +50,13 @@ def test_unfrozen_base_weight_is_refused():
 
 
 @pytest.mark.parametrize(
-    "stranger", [nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.LayerNorm(3), nn.Embedding(3, 3), nn.PReLU()])
+    "stranger", [nn.Linear(3, 3), nn.Conv1d(3, 3, 1), nn.LayerNorm(3), nn.Embedding(3, 3), nn.PReLU()]
+)
 def test_uncovered_parameter_is_refused_by_name(stranger):
     model = nn.ModuleDict({"adapter": DPLoRALinear(6, 3, r=2), "tail": nn.ModuleDict({"extra": stranger})})
-    assert_refuses(ValueError, "'tail.extra.weight' is trainable but no private layer covers it: freeze it",
-                   lambda: cover(model))
+    assert_refuses(
+        ValueError, "'tail.extra.weight' is trainable but no private layer covers it: freeze it", lambda: cover(model)
+    )
 
 
 def test_parameter_of_the_model_itself_is_refused_by_name():
@@ -66,7 +72,10 @@ def test_nothing_to_train_is_refused():
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_batch_norm_is_refused_by_name_unless_nothing_of_it_can_move(norm):
     for layer in (
-        norm(3), norm(3).requires_grad_(False), norm(3).eval(), norm(3, affine=False),
+        norm(3),
+        norm(3).requires_grad_(False),
+        norm(3).eval(),
+        norm(3, affine=False),
         norm(3, track_running_stats=False).requires_grad_(False).eval(),
     ):
         model = nn.Sequential(DPLinear(6, 3), nn.Sequential(layer))
@@ -108,9 +117,14 @@ def test_a_model_that_is_evaluated_is_made_private_as_one_that_trains():
     assert [name for name, _ in recorder.frozen_norms] == ["2.norm"]
 
 
-@pytest.mark.parametrize("thaw", [
-    lambda model: model.train(), lambda model: model.norm.requires_grad_(True),
-    lambda model: setattr(model.norm, "running_mean", None)])
+@pytest.mark.parametrize(
+    "thaw",
+    [
+        lambda model: model.train(),
+        lambda model: model.norm.requires_grad_(True),
+        lambda model: setattr(model.norm, "running_mean", None),
+    ],
+)
 def test_a_batch_norm_that_is_frozen_no_more_is_refused_at_the_next_pass(thaw):
     model, batch = FrozenBody(), examples(5)
     optimizer = make_private(model, batch_size=5)
@@ -143,14 +157,19 @@ def test_optimizer_may_hold_frozen_but_no_uncovered_parameters():
     check_optimizer(optimizer, covered)
 
 
-@pytest.mark.parametrize(("args", "kwargs", "n"), [
-    ((torch.zeros(5, 2),), {}, 5), ((torch.zeros(5),), {}, 5),
-    (({"x": torch.zeros(4, 2)}, torch.zeros(7)), {}, 4),
-    ((), {"x": torch.zeros(3, 2)}, 3),
-    ((), {"labels": torch.zeros(9), "input_ids": torch.zeros(2, 4)}, 2),
-    ((), {"temperature": torch.ones(()), "pixel_values": torch.zeros(6, 1, 2, 2)}, 6),
-    ((), {"input_ids": None, "position_ids": torch.zeros(1, 4), "inputs_embeds": torch.zeros(8, 4, 2)}, 8),
-    ((torch.zeros(0, 2),), {}, 0)])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "n"),
+    [
+        ((torch.zeros(5, 2),), {}, 5),
+        ((torch.zeros(5),), {}, 5),
+        (({"x": torch.zeros(4, 2)}, torch.zeros(7)), {}, 4),
+        ((), {"x": torch.zeros(3, 2)}, 3),
+        ((), {"labels": torch.zeros(9), "input_ids": torch.zeros(2, 4)}, 2),
+        ((), {"temperature": torch.ones(()), "pixel_values": torch.zeros(6, 1, 2, 2)}, 6),
+        ((), {"input_ids": None, "position_ids": torch.zeros(1, 4), "inputs_embeds": torch.zeros(8, 4, 2)}, 8),
+        ((torch.zeros(0, 2),), {}, 0),
+    ],
+)
 def test_number_of_examples(args, kwargs, n):
     assert batch_size(args, kwargs) == n
 

@@ -25,6 +25,7 @@ def dealt_to_two_clients(planting: Planting) -> None:
         def overlapping(*arguments: Any) -> Any:
             parts = deal(*arguments)
             return [torch.cat([torch.as_tensor(parts[0]), torch.as_tensor(parts[-1][:1])]).numpy(), *parts[1:]]
+
         return overlapping
 
     planting.replace(lora_dp.fed.data.partition, "_dirichlet", planted)
@@ -34,6 +35,7 @@ def opened_by_two_clients(planting: Planting) -> None:
     def planted(open_part: Any) -> Any:
         def overlapping(self: Any, client: int) -> Any:
             return self.train.subset([*self.parts[client], self.parts[client - 1][0]])
+
         return overlapping
 
     planting.replace(lora_dp.fed.rounds.setup.Job, "examples", planted)
@@ -66,6 +68,7 @@ def _count_updates(planting: Planting) -> dict[int, int]:
         def counted(self: NoisySum, *states: Any) -> bool:
             counts[id(self)] = counts.get(id(self), 0) + 1
             return add(self, *states)
+
         return counted
 
     planting.replace(NoisySum, "__init__", start)
@@ -82,6 +85,7 @@ def server_noise_on_empty_rounds_only(planting: Planting) -> None:
                 if counts.get(id(self)):
                     patch.setattr(lora_dp.fed.rounds.server_noise, "client_mechanism", lambda *settings: _Silent())
                 return result(self, source)
+
         return silent
 
     planting.replace(NoisySum, "result", planted)
@@ -95,6 +99,7 @@ def server_divides_by_replies(planting: Planting) -> None:
             if replies := counts.get(id(self)):
                 self._plan = replace(self._plan, client_rate=1.0, clients=replies)
             return result(self, source)
+
         return divided
 
     planting.replace(NoisySum, "result", planted)
@@ -109,6 +114,7 @@ def rounds_logged_late(planting: Planting) -> None:
             before, waiting[id(self)] = waiting.get(id(self)), entry
             if before is not None:
                 append(self, *before)
+
         return late
 
     planting.replace(AheadLog, "append", planted)
@@ -116,10 +122,12 @@ def rounds_logged_late(planting: Planting) -> None:
 
 def nodes_without_a_ledger_obey(planting: Planting) -> None:
     """As if their owners had declared that they need no privacy of their own."""
+
     def planted(of_node: Any) -> Any:
         def open_without(node_config: Any, *, budget: bool) -> Policy:
             declared = {} if "ledger" in node_config else {"private": False}
             return of_node({**node_config, **declared}, budget=budget)
+
         return open_without
 
     planting.replace(Policy, "of_node", planted)
@@ -127,12 +135,14 @@ def nodes_without_a_ledger_obey(planting: Planting) -> None:
 
 def damaged_ledgers_begun_anew(planting: Planting) -> None:
     """A node's own."""
+
     def planted(read: Any) -> Any:
         def anew(self: ClientLedger) -> Any:
             try:
                 return read(self)
             except ValueError:
                 return Ledger(), 0, START, {}
+
         return anew
 
     planting.replace(ClientLedger, "_read", planted)

@@ -83,6 +83,7 @@ def unseen_losses_taken(planting: Planting) -> None:
         def trusting(self: LossWatch, n: int, tested: bool, leaves: Any, **options: Any) -> None:
             begin(self, n, tested, set, **options)
             self.examined = True
+
         return trusting
 
     planting.replace(LossWatch, "begin", planted)
@@ -100,6 +101,7 @@ def single_examples_not_tried(planting: Planting) -> None:
     def planted(test: Any) -> Any:
         def at_least_two(self: Passes, module: Any, args: Any, kwargs: Any, call: Any, n: int) -> bool:
             return n > 1 and bool(test(self, module, args, kwargs, call, n))
+
         return at_least_two
 
     planting.replace(Passes, "_test", planted)
@@ -111,6 +113,7 @@ def ops_of_parts_not_compared(planting: Planting) -> None:
             taken(self)
             self.grouped = False
             return []
+
         return forgetful
 
     planting.replace(Ops, "taken", planted)
@@ -132,6 +135,7 @@ def rounded_to_the_sums_dtype(planting: Planting) -> None:
     def planted(add_noise: Any) -> Any:
         def rounded(values: list[Tensor], *arguments: Any) -> list[Tensor]:
             return [noisy.to(value.dtype) for noisy, value in zip(add_noise(values, *arguments), values, strict=True)]
+
         return rounded
 
     planting.replace(lora_dp.privacy.mechanism, "add_noise", planted)
@@ -178,6 +182,7 @@ def masks_of_a_short_seed(planting: Planting) -> None:
             lora_dp.privacy.secret_state._seeds.add(seed)
             torch.manual_seed(seed)
             np.random.seed(seed)
+
         return seeded
 
     planting.replace(lora_dp.engine.engine, "renew", planted)
@@ -195,6 +200,7 @@ def lookups_measured_in_float32(planting: Planting) -> None:
         def kept(ids: Tensor, gradient: Tensor, shape: torch.Size) -> ExampleRows:
             found.append((ids, gradient))
             return of(ids, gradient, shape)
+
         return kept
 
     def narrow(_: Any) -> Any:
@@ -204,6 +210,7 @@ def lookups_measured_in_float32(planting: Planting) -> None:
             for i in range(self.n):
                 table[i].index_add_(0, ids[i], gradient[i].float())
             return table.flatten(1).norm(dim=1).double()
+
         return norms
 
     planting.replace(ExampleRows, "of", planted)
@@ -222,6 +229,7 @@ def failing_batches_left_out(planting: Planting) -> None:
                 failures.add(error, 1)
                 clipped = Clipped({}, 0)
             optimizer.take(clipped, len(rows), len(rows))
+
         return whole
 
     planting.replace(lora_dp.fed.rounds.client, "accumulate", planted)

@@ -90,10 +90,14 @@ def verdicts(*nodes: str) -> dict[str, type[BaseException] | None]:
     plugin, output = Verdicts(), io.StringIO()
     # Plugins that collect garbage, start processes, or leave something behind are of no use here.
     without = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception", "benchmark")
-    quiet = [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", "--capture=no", "--tb=no",
-             *(f"-pno:{name}" for name in without)]
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output),
-          contextlib.redirect_stderr(output)):
+    quiet = [
+        f"--rootdir={ROOT}",
+        f"--config-file={ROOT / 'pyproject.toml'}",
+        "--capture=no",
+        "--tb=no",
+        *(f"-pno:{name}" for name in without),
+    ]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         pytest.main([*quiet, *(str(ROOT / node) for node in nodes)], plugins=[plugin])
     if missing := set(nodes) - set(plugin.found):

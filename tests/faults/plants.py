@@ -54,6 +54,7 @@ def clip_the_batch(planting: Planting) -> None:
             norm = math.sqrt(sum(float(part.square().sum()) for part in sums.values()))
             scale = min(1.0, self.mechanism.rule.max_grad_norm / norm)
             return Clipped({key: scale * part for key, part in sums.items()}, 0)
+
         return whole
 
     no_clipping(planting)
@@ -69,11 +70,14 @@ def whole_bound_for_each_layer(planting: Planting) -> None:
 
 
 def nan_passes(planting: Planting) -> None:
-    planting.replace(lora_dp.privacy.clipping, "_exclude_non_finite", lambda _: lambda coefficients, sq_norms: coefficients)
+    planting.replace(
+        lora_dp.privacy.clipping, "_exclude_non_finite", lambda _: lambda coefficients, sq_norms: coefficients
+    )
 
 
 def norms_in_float16(planting: Planting) -> None:
     """The squares and their sum: 65504 is the largest number there is, and what overflows is put at that."""
+
     def planted(norms: Any) -> Any:
         return lambda self: norms(self).half().square().nan_to_num(posinf=65504.0).sqrt().float()
 
@@ -83,8 +87,9 @@ def norms_in_float16(planting: Planting) -> None:
 def squares_in_float32(planting: Planting) -> None:
     """Of each number that is summed: below 1e-23 they are 0."""
     for place in (lora_dp.nn.per_example, lora_dp.ops.per_example_grad):
-        planting.replace(place, "example_norms", lambda _: lambda values: (
-            values.flatten(1).float().square().sum(1).double().sqrt()))
+        planting.replace(
+            place, "example_norms", lambda _: lambda values: values.flatten(1).float().square().sum(1).double().sqrt()
+        )
 
 
 # Noise
@@ -96,13 +101,19 @@ def half_the_noise(planting: Planting) -> None:
 
 def noise_before_the_sum(planting: Planting) -> None:
     """On each example's gradient, a 1/√L of the deviation, so that it is right for a batch of the expected size."""
+
     def planted(clip: Any) -> Any:
         def noisy(self: PrivateOptimizer, finished: Any, mask: Tensor | None) -> Clipped:
             clipped, mechanism = clip(self, finished, mask), self.mechanism
             std = mechanism.noise_multiplier * mechanism.rule.sensitivity / math.sqrt(self.expected_batch_size)
-            return Clipped({
-                key: total(part) + std * torch.randn(finished.n, *total(part).shape, dtype=torch.float64).sum(0)
-                for key, part in clipped.sums.items()}, clipped.non_finite)
+            return Clipped(
+                {
+                    key: total(part) + std * torch.randn(finished.n, *total(part).shape, dtype=torch.float64).sum(0)
+                    for key, part in clipped.sums.items()
+                },
+                clipped.non_finite,
+            )
+
         return noisy
 
     planting.replace(PrivateOptimizer, "clip", planted)
@@ -124,14 +135,14 @@ def _silent(mechanism: Mechanism) -> Mechanism:
     return Mechanism(mechanism.rule, 0.0, mechanism.source)
 
 
-def noise_only_on(
-    planting: Planting, noisy: Callable[[PrivateParameter, Sequence[PrivateParameter]], bool]
-) -> None:
+def noise_only_on(planting: Planting, noisy: Callable[[PrivateParameter, Sequence[PrivateParameter]], bool]) -> None:
     """Noise for the parameters of a step for which ``noisy`` (parameter, all of this step) says so."""
+
     def native(step: Any) -> Any:
         def planted(optimizer: Any, trained: Any, sums: Any, mechanism: Mechanism, *rest: Any) -> None:
             for p, value in zip(trained, sums, strict=True):
                 step(optimizer, [p], [value], mechanism if noisy(p, trained) else _silent(mechanism), *rest)
+
         return planted
 
     def by_torch(step: Any) -> Any:
@@ -140,11 +151,13 @@ def noise_only_on(
 
             def release(values: Sequence[Tensor]) -> list[Tensor]:
                 released = mechanism.release(values)
-                return [new if noisy(p, trained) else old
-                        for p, new, old in zip(trained, released, values, strict=True)]
+                return [
+                    new if noisy(p, trained) else old for p, new, old in zip(trained, released, values, strict=True)
+                ]
 
             with _given(self, SimpleNamespace(release=release)):
                 step(self, trained, sums)
+
         return planted
 
     planting.replace(lora_dp.engine.fused_step, "_native_step", native)
@@ -153,11 +166,13 @@ def noise_only_on(
 
 def silent_release(planting: Planting, when: Callable[[PrivateOptimizer], bool]) -> None:
     """No noise on the releases for which ``when`` says so."""
+
     def planted(release: Any) -> Any:
         def silent(self: PrivateOptimizer) -> None:
             mechanism = _silent(self.mechanism) if when(self) else self.mechanism
             with _given(self, mechanism):
                 release(self)
+
         return silent
 
     planting.replace(PrivateOptimizer, "_release", planted)
@@ -170,6 +185,7 @@ def no_noise_on_padded_batches(planting: Planting) -> None:
         def noted(self: PrivateOptimizer, finished: Any, mask: Tensor | None) -> Clipped:
             padded[id(self)] = mask is not None and not bool(mask.all())
             return clip(self, finished, mask)
+
         return noted
 
     planting.replace(PrivateOptimizer, "clip", planted)
@@ -184,6 +200,7 @@ def no_noise_on_accumulated_batches(planting: Planting) -> None:
             if self._skip_next:
                 parts.add(id(self))
             take(self, *clipped)
+
         return noted
 
     planting.replace(PrivateOptimizer, "take", planted)
@@ -195,6 +212,7 @@ def noise_for_each_micro_batch(planting: Planting) -> None:
         def noisy(self: PrivateOptimizer, clipped: Clipped, *counts: int) -> None:
             released = self.mechanism.release([total(part) for part in clipped.sums.values()])
             take(self, Clipped(dict(zip(clipped.sums, released, strict=True)), clipped.non_finite), *counts)
+
         return noisy
 
     planting.replace(PrivateOptimizer, "take", planted)
@@ -213,11 +231,15 @@ def same_noise_in_each_layer(planting: Planting) -> None:
             for p in range(len(tensors[0])):
                 part = slice(p, p + 1)
                 update(*(values[part] for values in tensors), filtered=filtered[part], **options)
+
         return planted
 
     planting.replace(lora_dp.engine.fused_step, "private_update_", native)
-    planting.replace(lora_dp.privacy.randomness, "rounded_gaussian_", lambda draw: (
-        lambda out, key, parameter, number, scale: draw(out, key, 0, number, scale)))
+    planting.replace(
+        lora_dp.privacy.randomness,
+        "rounded_gaussian_",
+        lambda draw: lambda out, key, parameter, number, scale: draw(out, key, 0, number, scale),
+    )
 
 
 def filter_before_the_noise(planting: Planting) -> None:
@@ -230,6 +252,7 @@ def filter_before_the_noise(planting: Planting) -> None:
                         sums[key] = GaussianFilter(float(part.norm()))(part)
                 self._low_pass = None
             return sums
+
         return filtered
 
     planting.replace(PrivateOptimizer, "_collect", planted)
@@ -243,6 +266,7 @@ def divide_by_the_batch(planting: Planting) -> None:
         def divided(self: PrivateOptimizer) -> None:
             self._expected_batch_size = max(self._examples, 1)
             release(self)
+
         return divided
 
     planting.replace(PrivateOptimizer, "_release", planted)
@@ -253,7 +277,8 @@ def shuffled_batches(planting: Planting) -> None:
         batches: list[list[int]] = []
         for _ in range(self.steps):
             batches = batches or [
-                part.tolist() for part in torch.randperm(self.size).split(round(self.size * self.sample_rate))]
+                part.tolist() for part in torch.randperm(self.size).split(round(self.size * self.sample_rate))
+            ]
             yield batches.pop()
 
     planting.replace(PoissonSampler, "__iter__", lambda _: planted)
@@ -298,10 +323,12 @@ def step_on_windows() -> None:
 
 def windows_of_all_examples_first(planting: Planting) -> None:
     """In the user's model: Swin's windows in the order of their places in the image, not of the images."""
+
     def planted(partition: Any) -> Any:
         def mixed(x: Tensor, size: Any) -> Tensor:
             windows = partition(x, size)
             return windows.view(len(x), -1, *windows.shape[1:]).transpose(0, 1).reshape(windows.shape)
+
         return mixed
 
     def put_back(reverse: Any) -> Any:
@@ -309,6 +336,7 @@ def windows_of_all_examples_first(planting: Planting) -> None:
             count = height * width // (size[0] * size[1])
             by_example = windows.view(count, -1, *windows.shape[1:]).transpose(0, 1).reshape(windows.shape)
             return reverse(by_example, size, height, width)
+
         return sorted_again
 
     planting.replace(swin_transformer, "window_partition", planted)
@@ -375,6 +403,7 @@ def ledger_behind(planting: Planting) -> None:
                 release(self)
             finally:
                 vars(self)["_ledger"] = ledger
+
         return late
 
     planting.replace(PrivateOptimizer, "_release", planted)

@@ -22,7 +22,8 @@ def test_every_parameter_of_every_step_is_noised(way, batch, phases):
     sigma, bound, steps = 0.8, 1.5, 200
     model = mlp()
     optimizer = make_private(
-        model, batch_size=4, max_grad_norm=bound, noise_multiplier=sigma, lr=0.0, phases=phases, engine=seeded())
+        model, batch_size=4, max_grad_norm=bound, noise_multiplier=sigma, lr=0.0, phases=phases, engine=seeded()
+    )
     found: dict[tuple[int, str], list[torch.Tensor]] = {}
     x, _ = examples(4)
     mask = torch.tensor([True, True, False, True]) if batch == "padded" else None
@@ -39,7 +40,9 @@ def test_every_parameter_of_every_step_is_noised(way, batch, phases):
     # By every second step: an alternating run trains one factor in each.
     factors = {"A": [["A"], ["A"]], "B": [["B"], ["B"]], "AB": [["A", "B"]] * 2, "BA": [["B"], ["A"]]}[phases]
     assert set(found) == {
-        (turn, name) for turn in (0, 1)
-        for name in ("2.weight", "2.bias", *(f"0.lora_{factor}" for factor in factors[turn]))}
+        (turn, name)
+        for turn in (0, 1)
+        for name in ("2.weight", "2.bias", *(f"0.lora_{factor}" for factor in factors[turn]))
+    }
     for gradients in found.values():
         check_deviation(torch.stack(gradients).double(), sigma * bound)

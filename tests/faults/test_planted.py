@@ -31,8 +31,10 @@ def test_the_fault_is_caught(fault: Fault) -> None:
             with pytest.raises(kind, match=fault.refusal):
                 fault.run()
         unnoticed = {
-            node: raised for node, raised in (verdicts(*tests) if tests else {}).items()
-            if raised is None or not issubclass(raised, NOTICED)}
+            node: raised
+            for node, raised in (verdicts(*tests) if tests else {}).items()
+            if raised is None or not issubclass(raised, NOTICED)
+        }
     assert unnoticed == {}
     assert planting.calls > 0, "the fault was never reached"
 

@@ -25,6 +25,7 @@ def one(new: Callable[[Tensor], Any], name: str = "4.weight") -> Callable[[Updat
 
 def put(value: float) -> Callable[[Tensor], Tensor]:
     """One number of a tensor replaced."""
+
     def changed(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         tensor.view(-1)[1] = value
@@ -47,9 +48,9 @@ FAULTS: dict[str, tuple[Break, str]] = {
     "complex": (one(lambda tensor: tensor.to(torch.complex128)), "sent 4.weight as torch.complex128"),
     "name missing": (
         change(lambda tensors: {n: t for n, t in tensors.items() if n != "4.bias"}),
-        "sent other tensors than were asked for: 4.bias"),
-    "name added": (
-        change(lambda tensors: {**tensors, "4.extra": torch.zeros(2)}), "sent other tensors .*: 4.extra"),
+        "sent other tensors than were asked for: 4.bias",
+    ),
+    "name added": (change(lambda tensors: {**tensors, "4.extra": torch.zeros(2)}), "sent other tensors .*: 4.extra"),
     "name of another kind": (change(lambda tensors: {**tensors, 7: torch.zeros(2)}), "sent other tensors .*: 7"),
     "no tensors": (change(lambda tensors: None), "sent nothing"),
     "no names": (change(lambda tensors: {}), "sent other tensors"),

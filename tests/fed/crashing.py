@@ -139,8 +139,13 @@ def warm_process() -> Iterator[Callable[..., dict[str, Any]]]:
     """A function that lets a run (or, where the folder holds one, its resumption) be done by a fork, to a kill or to
     the end; it takes folder, options, crash = (point, "before" or "after", number) and kill_after in seconds."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fed.crashing"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [sys.executable, "-m", "tests.fed.crashing"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert process.stdin is not None and process.stdout is not None
     given, answers = process.stdin, process.stdout
 

@@ -19,17 +19,31 @@ from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.nn.layers import DPLinear, DPLoRALinear
 
 TRAINING = LocalTraining(
-    optimizer="sgd", learning_rate=0.3, lr_ratio=1.0, low_pass=None, low_pass_strength=0.0, batch_size=8, local_steps=3)
+    optimizer="sgd", learning_rate=0.3, lr_ratio=1.0, low_pass=None, low_pass_strength=0.0, batch_size=8, local_steps=3
+)
 PLAIN = replace(TRAINING, batch_size=1000)
 
 
 def plan_for(method: Method, training: LocalTraining, **changes: Any) -> PrivacyPlan:
     """ε = 8 for examples unless said otherwise."""
     settings: dict[str, Any] = {
-        "epsilon": 8.0, "delta": 1e-5, "accountant": "rdp", "unit": "example", "noise_by": "server",
-        "max_grad_norm": 1.0, "max_update_norm": 1.0, "clipping": "flat", "batch_size": training.batch_size,
-        "steps": training.local_steps, "turns": method.turns, "rounds": 4, "participations": 4, "client_rate": 1.0,
-        "clients": 3, "mechanism": "sound", "examples": 41,
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "accountant": "rdp",
+        "unit": "example",
+        "noise_by": "server",
+        "max_grad_norm": 1.0,
+        "max_update_norm": 1.0,
+        "clipping": "flat",
+        "batch_size": training.batch_size,
+        "steps": training.local_steps,
+        "turns": method.turns,
+        "rounds": 4,
+        "participations": 4,
+        "client_rate": 1.0,
+        "clients": 3,
+        "mechanism": "sound",
+        "examples": 41,
     }
     return PrivacyPlan(**{**settings, **changes})
 
@@ -41,7 +55,8 @@ class Adapted(nn.Sequential):
         torch.manual_seed(0)
         head = DPLinear.from_linear(nn.Linear(6, 3))
         super().__init__(
-            nn.Flatten(), DPLoRALinear(12, 6, r=r, alpha=alpha), nn.Tanh(), DPLoRALinear(6, 6, r=r, alpha=alpha), head)
+            nn.Flatten(), DPLoRALinear(12, 6, r=r, alpha=alpha), nn.Tanh(), DPLoRALinear(6, 6, r=r, alpha=alpha), head
+        )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("4.") or factor(name) is not None)
         self.double()
@@ -61,9 +76,18 @@ def make_examples(count: int, seed: int) -> ImageExamples:
 
 
 def make_federation(
-    method: str, training: LocalTraining = TRAINING, sizes: Sequence[int] = (12, 20, 9), *, r: int = 2,
-    alpha: float | None = None, ranks: Sequence[int] | None = None, options: dict[str, Any] | None = None,
-    weighting: str = "examples", reproducible: bool = True, seed: int = 0, **privacy: Any,
+    method: str,
+    training: LocalTraining = TRAINING,
+    sizes: Sequence[int] = (12, 20, 9),
+    *,
+    r: int = 2,
+    alpha: float | None = None,
+    ranks: Sequence[int] | None = None,
+    options: dict[str, Any] | None = None,
+    weighting: str = "examples",
+    reproducible: bool = True,
+    seed: int = 0,
+    **privacy: Any,
 ) -> Federation:
     made = get_method(method, options)
     workspace = Workspace(Adapted(r, alpha))
@@ -75,7 +99,8 @@ def make_federation(
     trainer = Trainer(workspace, made, training, plan_for(made, training, **privacy), seed, reproducible)
     parts = [make_examples(size, number) for number, size in enumerate(sizes)]
     return Federation(
-        trainer, LocalEngine(trainer, parts), sizes, make_examples(5, 99), ranks=ranks, weighting=weighting)
+        trainer, LocalEngine(trainer, parts), sizes, make_examples(5, 99), ranks=ranks, weighting=weighting
+    )
 
 
 def updates(federation: Federation, turn: int = 0) -> list[dict[str, Tensor]]:

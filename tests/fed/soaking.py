@@ -51,8 +51,12 @@ PLANTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "resumed ledger": (AheadLog, "replay", forgets_lost_rounds, r"\d+ releases left, the ledger has \d+"),
     "ledger": (Account, "add_round", counts_too_little, r"\d+ releases left, the ledger has 0"),
     # Which of the two is seen first hangs on the moment of a kill.
-    "noise": (client, "derived_seed", other_noise_in_each_process,
-              "differ from the uninterrupted run's|other bits left for .* under the same noise"),
+    "noise": (
+        client,
+        "derived_seed",
+        other_noise_in_each_process,
+        "differ from the uninterrupted run's|other bits left for .* under the same noise",
+    ),
     "metrics": (RunFolder, "keep_rounds", keeps_lines_of_lost_rounds, "metrics.jsonl has rounds"),
 }
 

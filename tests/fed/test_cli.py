@@ -46,9 +46,11 @@ def test_run_may_be_left_out(ran, words):
 
 
 def test_short_names_reach_every_group(ran):
-    line = "--method rolora --clients 7 --epsilon none --lr 0.3 --model vit_tiny_patch16_224 --dataset ../somewhere " \
-        "--r 2 --seed 4 --reproducible --local-steps 3 --target_modules [qkv,proj] --low-pass gaussian " \
+    line = (
+        "--method rolora --clients 7 --epsilon none --lr 0.3 --model vit_tiny_patch16_224 --dataset ../somewhere "
+        "--r 2 --seed 4 --reproducible --local-steps 3 --target_modules [qkv,proj] --low-pass gaussian "
         "--low_pass_strength 2 --pretrained false --output out"
+    )
     assert cli.main(line.split()) == 0
     config = ran[0]
     assert (config.federation.method, config.federation.clients, config.federation.local_steps) == ("rolora", 7, 3)
@@ -132,8 +134,10 @@ def test_a_wrong_option_is_one_clear_sentence(words, expected, capsys, tmp_path,
 
 
 def test_methods_options_ranks_and_units(ran):
-    words = ("--method lora-fair --method_options.objective cosine --unit client --noise_by client "
-             "--max-update-norm 0.5 --min_clients 2 --client_timeout 60")
+    words = (
+        "--method lora-fair --method_options.objective cosine --unit client --noise_by client "
+        "--max-update-norm 0.5 --min_clients 2 --client_timeout 60"
+    )
     assert cli.main(words.split()) == 0
     assert cli.main(["--method", "flora", "--ranks", "{4:0.5,8:0.5}", "--clients", "4"]) == 0
     assert cli.main(["--method", "flexlora", "--ranks", "2,4,8,16,2"]) == 0
@@ -144,8 +148,12 @@ def test_methods_options_ranks_and_units(ran):
 
 
 @pytest.mark.parametrize(
-    "words", ["--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3", "--methods=[la-lora,flat-lora:deer] "
-              "--epsilons=[1,none] --seeds=3"])
+    "words",
+    [
+        "--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3",
+        "--methods=[la-lora,flat-lora:deer] --epsilons=[1,none] --seeds=3",
+    ],
+)
 def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
     import lora_dp.fed.compare.comparison
 

@@ -56,8 +56,19 @@ CHOSEN = sorted(name for name, (_, hint) in HINTS.items() if choices(hint))
 
 def test_these_options_are_one_of_some_words():
     assert {
-        "accountant", "clipping", "engine", "epsilon", "low_pass", "mechanism", "noise_by", "optimizer", "partition",
-        "precision", "unit", "weighting"} == set(CHOSEN)
+        "accountant",
+        "clipping",
+        "engine",
+        "epsilon",
+        "low_pass",
+        "mechanism",
+        "noise_by",
+        "optimizer",
+        "partition",
+        "precision",
+        "unit",
+        "weighting",
+    } == set(CHOSEN)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -86,15 +97,32 @@ def test_who_adds_the_noise_is_no_matter_of_spelling():
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("name", "values", "kind"), [
-    ("method", [8, True, ["la-lora"], None], "text"), ("method_options", [3, "8", [1], None], "a mapping of names to"),
-    ("epsilon", [True, [1], "8", {"a": 1}], "a number, none or inf"), ("delta", [True, "1e-5", None], "a number"),
-    ("rounds", [True, 2.0, "3", None], "a whole number"), ("clients_per_round", [True, 2.0, "3"], "a whole number"),
-    ("ranks", [8, "4", [4, "4", 4, 4, 4], [4, True, 4, 4, 4], {4: "1"}, {4: True}], "a list of whole numbers or a "),
-    ("lr", [True, "0.1", 10**400], "a number"), ("reproducible", ["no", 0, None], "true or false"),
-    ("dataset", [3, None], "text"), ("subset", [3, True], "text"), ("name", [3, None], "text"),
-    ("target_modules", [3, None, [3], {"a": 1}], "a list of texts or text"), ("alpha", ["8", True], "a number"),
-    ("dropout", [None, "0"], "a number"), ("max_length", [1.5], "a whole number"), ("device", [0, None], "text")])
+@pytest.mark.parametrize(
+    ("name", "values", "kind"),
+    [
+        ("method", [8, True, ["la-lora"], None], "text"),
+        ("method_options", [3, "8", [1], None], "a mapping of names to"),
+        ("epsilon", [True, [1], "8", {"a": 1}], "a number, none or inf"),
+        ("delta", [True, "1e-5", None], "a number"),
+        ("rounds", [True, 2.0, "3", None], "a whole number"),
+        ("clients_per_round", [True, 2.0, "3"], "a whole number"),
+        (
+            "ranks",
+            [8, "4", [4, "4", 4, 4, 4], [4, True, 4, 4, 4], {4: "1"}, {4: True}],
+            "a list of whole numbers or a ",
+        ),
+        ("lr", [True, "0.1", 10**400], "a number"),
+        ("reproducible", ["no", 0, None], "true or false"),
+        ("dataset", [3, None], "text"),
+        ("subset", [3, True], "text"),
+        ("name", [3, None], "text"),
+        ("target_modules", [3, None, [3], {"a": 1}], "a list of texts or text"),
+        ("alpha", ["8", True], "a number"),
+        ("dropout", [None, "0"], "a number"),
+        ("max_length", [1.5], "a whole number"),
+        ("device", [0, None], "text"),
+    ],
+)
 def test_a_wrong_type_is_refused(name, values, kind, way):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{written(name)} must be {kind}.*, not .*\.$") as refusal:
@@ -112,27 +140,53 @@ def test_a_folder_is_a_path():
 
 
 def test_what_is_right_is_taken():
-    config = RunConfig.from_flat({
-        "epsilon": np.float64(3), "delta": np.float32(1e-5), "rounds": np.int64(3), "lr": 1, "weighting": None,
-        "method": "flora", "ranks": {4: 0.75, "8": 1}, "target_modules": ["qkv"], "unit": "client",
-        "noise_by": "client"})
+    config = RunConfig.from_flat(
+        {
+            "epsilon": np.float64(3),
+            "delta": np.float32(1e-5),
+            "rounds": np.int64(3),
+            "lr": 1,
+            "weighting": None,
+            "method": "flora",
+            "ranks": {4: 0.75, "8": 1},
+            "target_modules": ["qkv"],
+            "unit": "client",
+            "noise_by": "client",
+        }
+    )
     assert (config.privacy.target, config.federation.rounds, config.federation.weighting) == (3, 3, "equal")
-    assert RunConfig.from_flat({"rounds": np.int64(3), "epsilon": np.float32(2)}).to_yaml() == RunConfig.from_flat(
-        {"rounds": 3, "epsilon": 2.0}).to_yaml()
+    assert (
+        RunConfig.from_flat({"rounds": np.int64(3), "epsilon": np.float32(2)}).to_yaml()
+        == RunConfig.from_flat({"rounds": 3, "epsilon": 2.0}).to_yaml()
+    )
     for name in CHOSEN:
         for word in choices(HINTS[name][1]):
-            check_types(HINTS[name][0](**{
-                name: word, **({"unit": "client"} if name == "noise_by" else {}),
-                **({"low_pass_strength": 1.0} if name == "low_pass" and word != "none" else {})}))
+            check_types(
+                HINTS[name][0](
+                    **{
+                        name: word,
+                        **({"unit": "client"} if name == "noise_by" else {}),
+                        **({"low_pass_strength": 1.0} if name == "low_pass" and word != "none" else {}),
+                    }
+                )
+            )
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"dropout": 2.0}, "dropout must lie in"), ({"dropout": math.nan}, "dropout must lie in"),
-    ({"alpha": -1}, "alpha must be above 0"), ({"alpha": math.inf}, "alpha must be finite"),
-    ({"r": 0}, "r must be a whole number of at least 1"), ({"lr": math.inf}, "lr must be finite, not inf"),
-    ({"lr": math.nan}, "lr must be positive"), ({"lr_ratio": math.inf}, "lr_ratio must be finite"),
-    ({"low_pass": "gaussian", "low_pass_strength": math.inf}, "low_pass_strength must be finite"),
-    ({"method": "flora", "ranks": {4: math.inf, 8: 1.0}}, "ranks must give each rank")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dropout": 2.0}, "dropout must lie in"),
+        ({"dropout": math.nan}, "dropout must lie in"),
+        ({"alpha": -1}, "alpha must be above 0"),
+        ({"alpha": math.inf}, "alpha must be finite"),
+        ({"r": 0}, "r must be a whole number of at least 1"),
+        ({"lr": math.inf}, "lr must be finite, not inf"),
+        ({"lr": math.nan}, "lr must be positive"),
+        ({"lr_ratio": math.inf}, "lr_ratio must be finite"),
+        ({"low_pass": "gaussian", "low_pass_strength": math.inf}, "low_pass_strength must be finite"),
+        ({"method": "flora", "ranks": {4: math.inf, 8: 1.0}}, "ranks must give each rank"),
+    ],
+)
 def test_what_is_out_of_range_is_refused_before_anything_is_opened(options, words):
     for way in (RunConfig.from_flat, options_of):
         with pytest.raises(ValueError, match=f"^{words}"):
@@ -148,12 +202,17 @@ def test_groups_are_of_their_classes(group, value):
     assert (given.federation.rounds, given.privacy.target, given.model.r) == (3, 2.0, 2)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"canaries": "Examples"}, "canaries must be planted or examples, not 'Examples'"),
-    ({"test": "two-World"}, "test must be one-run or two-world, not 'two-World'"),
-    ({"assume": "Nothing"}, "assume must be nothing, gaussian, independent or independent gaussian, not 'Nothing'"),
-    ({"confidence": True}, "confidence must be a number, not True"), ({"runs": 8.0}, "runs must be a whole number"),
-    ({"target": None}, "target must be a path, not None")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"canaries": "Examples"}, "canaries must be planted or examples, not 'Examples'"),
+        ({"test": "two-World"}, "test must be one-run or two-world, not 'two-World'"),
+        ({"assume": "Nothing"}, "assume must be nothing, gaussian, independent or independent gaussian, not 'Nothing'"),
+        ({"confidence": True}, "confidence must be a number, not True"),
+        ({"runs": 8.0}, "runs must be a whole number"),
+        ({"target": None}, "target must be a path, not None"),
+    ],
+)
 def test_options_of_an_audit_too(options, words):
     with pytest.raises(ValueError, match=f"^{words}"):
         AuditConfig(**{"target": "config.yaml", **options})

@@ -48,9 +48,19 @@ def test_a_run_leaves_everything_behind(tmp_path, method):
     folder = tmp_path / "run"
     outcome = run(tiny(folder, method=method))
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "adapter", "checkpoints", "config.yaml", "curves.png", "ledger.json", "ledger.jsonl",
-        "ledger.jsonl.heads", *(["merged.safetensors"] if method in MERGING else []), "metrics.jsonl",
-        "server-only.sha256", "summary.json", "updates.jsonl",
+        ".lock",
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "ledger.json",
+        "ledger.jsonl",
+        "ledger.jsonl.heads",
+        *(["merged.safetensors"] if method in MERGING else []),
+        "metrics.jsonl",
+        "server-only.sha256",
+        "summary.json",
+        "updates.jsonl",
     ]
     metrics = lines(folder)
     assert [line["round"] for line in metrics] == [0, 1, 2]
@@ -268,10 +278,18 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 def test_configuration_round_trip():
-    config = RunConfig.from_flat({
-        "method": "rolora", "epsilon": 3, "low_pass": "laplacian", "low_pass_strength": 1.5, "model": "some/model",
-        "target_modules": ["qkv", "proj"], "clients_per_round": 2, "seed": 9,
-    })
+    config = RunConfig.from_flat(
+        {
+            "method": "rolora",
+            "epsilon": 3,
+            "low_pass": "laplacian",
+            "low_pass_strength": 1.5,
+            "model": "some/model",
+            "target_modules": ["qkv", "proj"],
+            "clients_per_round": 2,
+            "seed": 9,
+        }
+    )
     again = RunConfig.from_flat(yaml.safe_load(config.to_yaml()))
     assert asdict(again) == asdict(config)
     assert again.model.name == "some/model"

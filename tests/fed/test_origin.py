@@ -29,30 +29,57 @@ PLAN = plan_for(get_method("dp-lora"), TRAINING)
 TINY = {"clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 # Another value of every option, with what else it takes to be one.
 OTHERS: dict[str, dict[str, Any]] = {
-    "method": {"method": "deer"}, "method_options": {"method": "lora-fair", "method_options": {"objective": "cosine"}},
-    "clients": {"clients": 6}, "clients_per_round": {"clients_per_round": 3}, "rounds": {"rounds": 21},
-    "local_steps": {"local_steps": 11}, "batch_size": {"batch_size": 65}, "partition": {"partition": "dirichlet"},
-    "dirichlet_alpha": {"dirichlet_alpha": 0.5}, "weighting": {"weighting": "equal"},
-    "ranks": {"method": "flora", "ranks": [4, 4, 4, 4, 3]}, "min_clients": {"min_clients": 2},
-    "client_timeout": {"client_timeout": 60.0}, "fault_norm": {"fault_norm": 10.0}, "engine": {"engine": "flower"},
-    "epsilon": {"epsilon": 7.0}, "delta": {"delta": 1e-6}, "unit": {"unit": "client"},
-    "noise_by": {"unit": "client", "noise_by": "client"}, "max_grad_norm": {"max_grad_norm": 2.0},
-    "max_update_norm": {"unit": "client", "max_update_norm": 2.0}, "clipping": {"clipping": "flat"},
-    "accountant": {"accountant": "rdp"}, "mechanism": {"mechanism": "as-released"},
-    "optimizer": {"optimizer": "adamw"}, "lr": {"lr": 0.25}, "lr_ratio": {"lr_ratio": 3.0},
-    "low_pass": {"low_pass": "none"}, "low_pass_strength": {"low_pass_strength": 0.125},
-    "dataset": {"dataset": "elsewhere"}, "subset": {"dataset": "elsewhere", "subset": "sst2"},
+    "method": {"method": "deer"},
+    "method_options": {"method": "lora-fair", "method_options": {"objective": "cosine"}},
+    "clients": {"clients": 6},
+    "clients_per_round": {"clients_per_round": 3},
+    "rounds": {"rounds": 21},
+    "local_steps": {"local_steps": 11},
+    "batch_size": {"batch_size": 65},
+    "partition": {"partition": "dirichlet"},
+    "dirichlet_alpha": {"dirichlet_alpha": 0.5},
+    "weighting": {"weighting": "equal"},
+    "ranks": {"method": "flora", "ranks": [4, 4, 4, 4, 3]},
+    "min_clients": {"min_clients": 2},
+    "client_timeout": {"client_timeout": 60.0},
+    "fault_norm": {"fault_norm": 10.0},
+    "engine": {"engine": "flower"},
+    "epsilon": {"epsilon": 7.0},
+    "delta": {"delta": 1e-6},
+    "unit": {"unit": "client"},
+    "noise_by": {"unit": "client", "noise_by": "client"},
+    "max_grad_norm": {"max_grad_norm": 2.0},
+    "max_update_norm": {"unit": "client", "max_update_norm": 2.0},
+    "clipping": {"clipping": "flat"},
+    "accountant": {"accountant": "rdp"},
+    "mechanism": {"mechanism": "as-released"},
+    "optimizer": {"optimizer": "adamw"},
+    "lr": {"lr": 0.25},
+    "lr_ratio": {"lr_ratio": 3.0},
+    "low_pass": {"low_pass": "none"},
+    "low_pass_strength": {"low_pass_strength": 0.125},
+    "dataset": {"dataset": "elsewhere"},
+    "subset": {"dataset": "elsewhere", "subset": "sst2"},
     "input_column": {"dataset": "elsewhere", "input_column": "a"},
     "pair_column": {"dataset": "elsewhere", "pair_column": "b"},
     "label_column": {"dataset": "elsewhere", "label_column": "c"},
     "validation_split": {"dataset": "elsewhere", "validation_split": "test"},
-    "validation_fraction": {"validation_fraction": 0.3}, "split_seed": {"split_seed": 1},
+    "validation_fraction": {"validation_fraction": 0.3},
+    "split_seed": {"split_seed": 1},
     "max_length": {"max_length": 64},
-    "model": {"model": "other"}, "r": {"r": 3}, "alpha": {"alpha": 2.0}, "dropout": {"dropout": 0.1},
-    "target_modules": {"target_modules": ["qkv"]}, "precision": {"precision": "bf16"},
-    "pretrained": {"pretrained": False}, "seed": {"seed": 1}, "reproducible": {"reproducible": True},
-    "evaluate_every": {"evaluate_every": 2}, "checkpoint_every": {"checkpoint_every": 2},
-    "output": {"output": Path("other")}, "device": {"device": "cpu"},
+    "model": {"model": "other"},
+    "r": {"r": 3},
+    "alpha": {"alpha": 2.0},
+    "dropout": {"dropout": 0.1},
+    "target_modules": {"target_modules": ["qkv"]},
+    "precision": {"precision": "bf16"},
+    "pretrained": {"pretrained": False},
+    "seed": {"seed": 1},
+    "reproducible": {"reproducible": True},
+    "evaluate_every": {"evaluate_every": 2},
+    "checkpoint_every": {"checkpoint_every": 2},
+    "output": {"output": Path("other")},
+    "device": {"device": "cpu"},
 }
 
 
@@ -270,8 +297,13 @@ def test_a_run_whose_configuration_was_edited_is_refused_before_anything_is_done
     text = (folder / "config.yaml").read_text()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for options in (
-        {"seed": "77"}, {"split_seed": "77"}, {"partition": "dirichlet"}, {"validation_fraction": "0.25"},
-        {"max_grad_norm": "2.0"}, {"lr": "0.01"}, {"dropout": "0.1"},
+        {"seed": "77"},
+        {"split_seed": "77"},
+        {"partition": "dirichlet"},
+        {"validation_fraction": "0.25"},
+        {"max_grad_norm": "2.0"},
+        {"lr": "0.01"},
+        {"dropout": "0.1"},
     ):
         edit(folder, **options)
         [name] = options
@@ -279,8 +311,16 @@ def test_a_run_whose_configuration_was_edited_is_refused_before_anything_is_done
             resume(folder, quiet())
         (folder / "config.yaml").write_text(text)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    edit(folder, min_clients="2", client_timeout="600", fault_norm="500", evaluate_every="3", checkpoint_every="2",
-         weighting="equal", device="auto")
+    edit(
+        folder,
+        min_clients="2",
+        client_timeout="600",
+        fault_norm="500",
+        evaluate_every="3",
+        checkpoint_every="2",
+        weighting="equal",
+        device="auto",
+    )
     assert resume(folder, quiet()).summary["status"] == "finished"
 
 

@@ -5,13 +5,26 @@ import pytest
 from lora_dp.fed.safe_text import described, harmless
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("", ""), ("abcdefghij", "abcdefghij"), ("äöü é 漢字", "äöü é 漢字"),
-    ("abcdefghijk", "abcdefghi…"), ("abcdefghij" * 100, "abcdefghi…"),
-    ("abcdefgh\n", r"abcdefgh\n"), ("abcdefghi\n", "abcdefghi…"), ("abcdefgh\nk", "abcdefgh…"),
-    ("abcdef\0", r"abcdef\x00"), ("abcdef\0k", "abcdef…"), ("abcdefg\0", "abcdefg…"),
-    ("ab\u202ec", r"ab\u202ec"), ("a\ud800", r"a\ud800"), ("\U000e0001", r"\U000e0001"), ("\x1b\x1b\x1b", r"\x1b\x1b…"),
-])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("", ""),
+        ("abcdefghij", "abcdefghij"),
+        ("äöü é 漢字", "äöü é 漢字"),
+        ("abcdefghijk", "abcdefghi…"),
+        ("abcdefghij" * 100, "abcdefghi…"),
+        ("abcdefgh\n", r"abcdefgh\n"),
+        ("abcdefghi\n", "abcdefghi…"),
+        ("abcdefgh\nk", "abcdefgh…"),
+        ("abcdef\0", r"abcdef\x00"),
+        ("abcdef\0k", "abcdef…"),
+        ("abcdefg\0", "abcdefg…"),
+        ("ab\u202ec", r"ab\u202ec"),
+        ("a\ud800", r"a\ud800"),
+        ("\U000e0001", r"\U000e0001"),
+        ("\x1b\x1b\x1b", r"\x1b\x1b…"),
+    ],
+)
 def test_what_fits_is_shown_whole_and_what_does_not_ends_in_a_sign_of_it(text, shown):
     assert harmless(text, 10) == shown and harmless(shown, 10) == shown
 

@@ -95,8 +95,9 @@ def test_absolute_positions_of_left_padded_texts_are_refused():
     model = inject_lora(tf.GPT2LMHeadModel(config), LoRAConfig(r=2, target_modules=["c_attn"]))
     nn.init.normal_(model.transformer.h[0].attn.c_attn.lora_B)
     engine = PrivacyEngine("rdp")
-    assert_refuses(IsolationError, "changes with the padding",
-                   lambda: engine.check_isolation(model, texts(9, 4, 3, 6, left=True)))
+    assert_refuses(
+        IsolationError, "changes with the padding", lambda: engine.check_isolation(model, texts(9, 4, 3, 6, left=True))
+    )
     engine.check_isolation(model, texts(9, 4, 3, 6))
 
 
@@ -105,11 +106,19 @@ def test_answers_found_among_padding_are_refused():
     import transformers as tf
 
     torch.manual_seed(0)
-    model = inject_lora(tf.BertForQuestionAnswering(tf.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)),
-        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]))
-    batch = {**texts(9, 4, 3, 6), "start_positions": torch.tensor([1, 0, 2, 3]),
-             "end_positions": torch.tensor([2, 3, 2, 5])}
+    model = inject_lora(
+        tf.BertForQuestionAnswering(
+            tf.BertConfig(
+                vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+            )
+        ),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]),
+    )
+    batch = {
+        **texts(9, 4, 3, 6),
+        "start_positions": torch.tensor([1, 0, 2, 3]),
+        "end_positions": torch.tensor([2, 3, 2, 5]),
+    }
     engine = PrivacyEngine("rdp")
     make_private(model.train(), batch_size=4, engine=engine)
     assert_refuses(IsolationError, "changes with the padding", lambda: engine.check_isolation(model, batch))
@@ -122,9 +131,19 @@ def classifier() -> nn.Module:
     import transformers as tf
 
     torch.manual_seed(0)
-    return inject_lora(tf.BertForSequenceClassification(tf.BertConfig(
-        vocab_size=VOCABULARY, num_labels=3, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=20)), LoRAConfig(r=2, target_modules=["query"], trainable_modules=["classifier"]))
+    return inject_lora(
+        tf.BertForSequenceClassification(
+            tf.BertConfig(
+                vocab_size=VOCABULARY,
+                num_labels=3,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=20,
+            )
+        ),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["classifier"]),
+    )
 
 
 def labelled(*labels: int) -> dict[str, Tensor]:
@@ -142,9 +161,14 @@ def refuse_an_answer_beyond(n: int, place: int) -> None:
     import transformers as tf
 
     torch.manual_seed(0)
-    model = inject_lora(tf.BertForQuestionAnswering(tf.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)),
-        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]))
+    model = inject_lora(
+        tf.BertForQuestionAnswering(
+            tf.BertConfig(
+                vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+            )
+        ),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["qa_outputs"]),
+    )
     inside = {**texts(*[5] * n), "start_positions": torch.arange(n) % 4, "end_positions": torch.arange(n) % 3 + 2}
     beyond = {**inside, "start_positions": torch.where(torch.arange(n) == place, 99, inside["start_positions"])}
     with pytest.raises(IsolationError, match="The loss mixes examples"):
@@ -174,12 +198,16 @@ class Patches(nn.Module):
 
 def images(*sizes: tuple[int, int]) -> dict[str, Tensor]:
     counts = torch.tensor(sizes)
-    return {"input_ids": torch.ones(len(sizes), 3, dtype=torch.long), "counts": counts,
-            "patches": torch.randn(int(counts.prod(1).sum()), 6, generator=torch.Generator().manual_seed(0))}
+    return {
+        "input_ids": torch.ones(len(sizes), 3, dtype=torch.long),
+        "counts": counts,
+        "patches": torch.randn(int(counts.prod(1).sum()), 6, generator=torch.Generator().manual_seed(0)),
+    }
 
 
-@pytest.mark.parametrize("later", [
-    ((1, 2), (2, 5), (1, 2), (1, 2)), ((2, 2), (2, 2), (1, 2), (2, 3)), ((2, 4), (1, 2), (2, 2), (2, 1))])
+@pytest.mark.parametrize(
+    "later", [((1, 2), (2, 5), (1, 2), (1, 2)), ((2, 2), (2, 2), (1, 2), (2, 3)), ((2, 4), (1, 2), (2, 2), (2, 1))]
+)
 def test_unequal_groups_of_a_later_batch_are_refused(later):
     with pytest.raises(IsolationError, match="attributed to other examples"):
         run(Patches(), images((2, 2), (2, 2), (2, 2), (2, 2)), images(*later))
@@ -228,12 +256,18 @@ class Switched(nn.Module):
         self.inner = DPLinear(6, 3)
 
     def forward(self, x: Tensor, long: Any, harmless: Any = None) -> Tensor:
-        return self.inner(x if long == "yes" or long is True or (isinstance(long, Tensor) and bool(long)) else x * (
-            torch.arange(6) < 3))
+        return self.inner(
+            x
+            if long == "yes" or long is True or (isinstance(long, Tensor) and bool(long))
+            else x * (torch.arange(6) < 3)
+        )
 
 
-@pytest.mark.parametrize(("short", "long"), [
-    (False, True), ("no", "yes"), (torch.tensor(False), torch.tensor(True))], ids=["bool", "str", "tensor"])
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [(False, True), ("no", "yes"), (torch.tensor(False), torch.tensor(True))],
+    ids=["bool", "str", "tensor"],
+)
 def test_what_is_switched_from_batch_to_batch_must_change_nothing(short, long):
     model = Switched().train()
     optimizer = make_private(model, batch_size=4)
@@ -297,8 +331,9 @@ def test_every_loss_that_a_model_returns_is_tried_when_it_is_used():
 
 def count_trials(monkeypatch: pytest.MonkeyPatch, batches: list[dict[str, Any]]) -> int:
     calls, check = [], lora_dp.engine.hooks.check_isolation
-    monkeypatch.setattr(lora_dp.engine.hooks, "check_isolation",
-                        lambda *args, **options: calls.append(1) or check(*args, **options))
+    monkeypatch.setattr(
+        lora_dp.engine.hooks, "check_isolation", lambda *args, **options: calls.append(1) or check(*args, **options)
+    )
     monkeypatch.setattr(lora_dp.engine.hooks, "drawn_for_test", lambda: False)
     run(Pooling(masked=True), *batches)
     return len(calls)
@@ -335,6 +370,7 @@ def test_later_batches_are_tried_in_secret(monkeypatch):
 @pytest.mark.parametrize(("share", "refused"), [(1e-5, False), (1e-3, True), (3e-3, True)])
 def test_a_small_share_of_the_others_is_seen(share, refused):
     """Above a ten-thousandth of an example's own values, in float32."""
+
     class Leaky(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + share * x.roll(1, 0)
@@ -368,20 +404,31 @@ def test_padding_is_cut_where_it_is():
     batch = texts(9, 4, 3, 6)
     found = list(narrowed(batch, 4))
     assert [(part.rows, part.tokens, part.kept) for part in found[0]] == [
-        ([1, 2], 9, slice(0, 4)), ([1, 2], 9, slice(0, 8))]  # the second for models that work on blocks
+        ([1, 2], 9, slice(0, 4)),
+        ([1, 2], 9, slice(0, 8)),
+    ]  # the second for models that work on blocks
     assert found[0][0].call["input_ids"].shape == (2, 4) and found[0][0].mask.sum(1).tolist() == [4, 3]
     assert not list(narrowed(texts(5, 5, 5), 3))
 
 
 def test_structures_tell_what_matters_apart():
-    kinds = [structure(batch, 4) for batch in (
-        labelled(0, 1, 2, 0), labelled(2, 2, 1, 1), labelled(0, -100, 1, 1), texts(5, 5, 5, 5), texts(9, 5, 5, 5))]
+    kinds = [
+        structure(batch, 4)
+        for batch in (
+            labelled(0, 1, 2, 0),
+            labelled(2, 2, 1, 1),
+            labelled(0, -100, 1, 1),
+            texts(5, 5, 5, 5),
+            texts(9, 5, 5, 5),
+        )
+    ]
     assert kinds[0] == kinds[1] and len(set(kinds)) == 4
 
 
 @pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError])
 def test_a_model_of_one_size_is_left_alone(error):
     """Images with a border: less of them is no batch that the model takes, whatever it says to that."""
+
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -525,10 +572,19 @@ def test_padding_is_tried_in_full_precision_under_autocast(looks):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, num_labels=2,
-        max_position_embeddings=64, initializer_range=0.2)
-    model = inject_lora(transformers.BertForSequenceClassification(config), LoRAConfig(
-        r=2, target_modules=["query"], trainable_modules=["classifier"])).train()
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_labels=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    model = inject_lora(
+        transformers.BertForSequenceClassification(config),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["classifier"]),
+    ).train()
     optimizer = make_private(model, batch_size=4)
     optimizer.recorder.expect_padding()
     mask = (torch.arange(48) < torch.tensor([[15], [39], [7], [30]])).long()

@@ -117,8 +117,7 @@ def test_batch_mixing_is_refused_by_the_name_of_the_module(between):
     both_ways(frozen, x, "the first module where this is seen is '1'")
 
 
-@pytest.mark.parametrize(("dtype", "share"), [
-    (torch.float64, 1e-7), (torch.float32, 3e-3), (torch.bfloat16, 0.3)])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1e-7), (torch.float32, 3e-3), (torch.bfloat16, 0.3)])
 def test_a_small_share_of_the_others_is_refused(dtype, share):
     """A few times what the arithmetic itself may change; a share of zero passes."""
     torch.manual_seed(0)
@@ -145,15 +144,18 @@ def test_a_small_share_of_the_others_in_the_loss_is_refused(dtype, share):
 def test_running_statistics_are_refused_too():
     """Forwards of torch's own BatchNorm; the set-up refuses it before."""
     model = mixed(nn.BatchNorm1d(6))
-    assert_refuses(
-        IsolationError, "'0'", lambda: PrivacyEngine("rdp").check_isolation(model, examples(4)[0]))
+    assert_refuses(IsolationError, "'0'", lambda: PrivacyEngine("rdp").check_isolation(model, examples(4)[0]))
     assert not model[1].running_mean.any()
 
 
-@pytest.mark.parametrize(("n", "words"), [
-    (3, "'position' works on (8, 6) in a batch of 3 examples"),  # not divisible
-    (4, "rows of 'position' that are attributed to other examples"),  # divisible, which is worse
-    (8, "rows of 'position' that are attributed to other examples")])
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (3, "'position' works on (8, 6) in a batch of 3 examples"),  # not divisible
+        (4, "rows of 'position' that are attributed to other examples"),  # divisible, which is worse
+        (8, "rows of 'position' that are attributed to other examples"),
+    ],
+)
 def test_table_shared_by_the_batch_is_refused(n, words):
     torch.manual_seed(0)
     both_ways(Positions(batched=False), torch.randn(n, 8, 6), words)
@@ -183,8 +185,11 @@ def test_rows_that_n_does_not_divide_are_refused_by_name_in_a_later_batch(monkey
     with torch.no_grad():
         model(examples(3)[0])
     model(examples(2)[0])
-    assert_refuses(ValueError, "'inner.weight' received an input of shape (2, 6) in a batch of 3 examples",
-                   lambda: model(examples(3)[0]))
+    assert_refuses(
+        ValueError,
+        "'inner.weight' received an input of shape (2, 6) in a batch of 3 examples",
+        lambda: model(examples(3)[0]),
+    )
 
 
 # Losses
@@ -221,8 +226,11 @@ def test_contrastive_loss_is_refused():
 def test_token_mean_with_unequal_lengths_is_refused():
     torch.manual_seed(0)
     engine, batch = PrivacyEngine("rdp"), tagging_batch()
-    assert_refuses(IsolationError, "average over each example's tokens first",
-                   lambda: engine.check_isolation(mlp(), batch, token_mean))
+    assert_refuses(
+        IsolationError,
+        "average over each example's tokens first",
+        lambda: engine.check_isolation(mlp(), batch, token_mean),
+    )
     passes(mlp(), batch, example_mean)
     passes(mlp(), (batch[0], batch[1].abs() % 3), token_mean)  # equal lengths: a mean of example means
 
@@ -231,9 +239,21 @@ def tagger() -> nn.Module:
     import transformers as tf
 
     torch.manual_seed(0)
-    return inject_lora(tf.RobertaForTokenClassification(tf.RobertaConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, max_position_embeddings=20,
-        vocab_size=40, num_labels=3, pad_token_id=0)), LoRAConfig(r=2, trainable_modules=["classifier"]))
+    return inject_lora(
+        tf.RobertaForTokenClassification(
+            tf.RobertaConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=20,
+                max_position_embeddings=20,
+                vocab_size=40,
+                num_labels=3,
+                pad_token_id=0,
+            )
+        ),
+        LoRAConfig(r=2, trainable_modules=["classifier"]),
+    )
 
 
 def test_the_models_own_token_mean_is_refused():
@@ -254,8 +274,17 @@ def swin() -> tuple[nn.Module, Any]:
     import timm
 
     model = timm.models.swin_transformer.SwinTransformer(
-        img_size=16, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depths=(2, 2), num_heads=(2, 2),
-        window_size=4, drop_path_rate=0.3, proj_drop_rate=0.1)
+        img_size=16,
+        patch_size=2,
+        in_chans=1,
+        num_classes=3,
+        embed_dim=8,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        window_size=4,
+        drop_path_rate=0.3,
+        proj_drop_rate=0.1,
+    )
     assert any(getattr(block, "shift_size", (0, 0))[0] for block in model.layers[0].blocks)
     return inject_lora(model, LoRAConfig(r=2, dropout=0.1, trainable_modules=["head"])), torch.randn(3, 1, 16, 16)
 
@@ -263,24 +292,48 @@ def swin() -> tuple[nn.Module, Any]:
 def vit() -> tuple[nn.Module, Any]:
     import transformers as tf
 
-    model = tf.ViTForImageClassification(tf.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8, patch_size=4,
-        num_channels=1, num_labels=3, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
-    return (inject_lora(model, LoRAConfig(r=2, dropout=0.1, trainable_modules=["classifier", "layernorm_before"])),
-            {"pixel_values": torch.randn(3, 1, 8, 8), "labels": torch.tensor([0, 1, 2])})
+    model = tf.ViTForImageClassification(
+        tf.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=20,
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            num_labels=3,
+            hidden_dropout_prob=0.1,
+            attention_probs_dropout_prob=0.1,
+        )
+    )
+    return (
+        inject_lora(model, LoRAConfig(r=2, dropout=0.1, trainable_modules=["classifier", "layernorm_before"])),
+        {"pixel_values": torch.randn(3, 1, 8, 8), "labels": torch.tensor([0, 1, 2])},
+    )
 
 
 def roberta() -> tuple[nn.Module, Any]:
     import transformers as tf
 
-    model = tf.RobertaForSequenceClassification(tf.RobertaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, max_position_embeddings=20,
-        vocab_size=40, num_labels=3, pad_token_id=0))
+    model = tf.RobertaForSequenceClassification(
+        tf.RobertaConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=20,
+            max_position_embeddings=20,
+            vocab_size=40,
+            num_labels=3,
+            pad_token_id=0,
+        )
+    )
     ids = torch.randint(3, 40, (3, 7))
     mask = torch.ones_like(ids)
     ids[1, 4:], mask[1, 4:] = 0, 0
-    return (inject_lora(model, LoRAConfig(r=2, dropout=0.1, trainable_modules=["classifier"])),
-            {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])})
+    return (
+        inject_lora(model, LoRAConfig(r=2, dropout=0.1, trainable_modules=["classifier"])),
+        {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 2])},
+    )
 
 
 def checkpointed_vit() -> tuple[nn.Module, Any]:

@@ -52,8 +52,10 @@ def train(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize(("way", "n"), [
-    ("all", 3), ("all", 12), ("all, without", 3), ("all, without", 12), ("all, zero", 3), ("all, zero, without", 3)])
+@pytest.mark.parametrize(
+    ("way", "n"),
+    [("all", 3), ("all", 12), ("all, without", 3), ("all, without", 12), ("all, zero", 3), ("all, zero, without", 3)],
+)
 def test_a_layer_that_one_example_calls_or_leaves_out_for_all_is_refused(way: str, n: int, none_drawn: None) -> None:
     model = Missing(way).train()
     optimizer = make_private(model, batch_size=n)
@@ -131,8 +133,11 @@ class Scored(Frequencies):
 
 
 def test_so_is_one_that_shows_in_the_outputs_alone() -> None:
-    assert_refuses(IsolationError, "The output of an example changes where the others are noise",
-                   lambda: check_isolation(Scored().train(), (alike(N),), {}, N))
+    assert_refuses(
+        IsolationError,
+        "The output of an example changes where the others are noise",
+        lambda: check_isolation(Scored().train(), (alike(N),), {}, N),
+    )
 
 
 class Loud(Frequencies):
@@ -145,8 +150,11 @@ class Loud(Frequencies):
 def test_so_is_one_that_shows_in_what_a_layer_is_given_alone() -> None:
     model = Loud().train()
     nn.init.zeros_(model.head.weight)
-    assert_refuses(IsolationError, "The input of 'head' of an example changes where the others are noise",
-                   lambda: check_isolation(model, (alike(N),), {}, N))
+    assert_refuses(
+        IsolationError,
+        "The input of 'head' of an example changes where the others are noise",
+        lambda: check_isolation(model, (alike(N),), {}, N),
+    )
 
 
 def test_noise_stands_beside_the_first_example() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLinear, IsolationError
 from lora_dp.isolation.check import Passed, check_isolation
-from tests.models import examples, mlp
 from tests.isolation.test_edges import Tokens, padded, refused
+from tests.models import examples, mlp
 
 Function = Callable[[Tensor], Tensor]
 
@@ -37,15 +37,19 @@ def passes(model: nn.Module, n: int, *args: Any, **options: Any) -> Passed:
 
 
 TAKEN: dict[str, Function] = {
-    "plain": lambda other: other, "a constant": lambda other: other.detach(),
-    "a gradient": lambda other: other - other.detach()}
+    "plain": lambda other: other,
+    "a constant": lambda other: other.detach(),
+    "a gradient": lambda other: other - other.detach(),
+}
 
 
 def neighbourly(place: int, other: int, kind: str, share: float = 1.0) -> Function:
     """One example takes something of another one: only a trial of this very example shows it."""
+
     def taking(out: Tensor) -> Tensor:
         alone = (torch.arange(len(out)) == place).view(-1, *[1] * (out.dim() - 1))
         return out + share * alone * TAKEN[kind](out[other % len(out)])
+
     return taking
 
 
@@ -53,8 +57,12 @@ def neighbourly(place: int, other: int, kind: str, share: float = 1.0) -> Functi
 @pytest.mark.parametrize("kind", TAKEN)
 def test_what_the_first_or_the_last_takes_of_one_other_is_refused(kind, n):
     for place, other in ((0, 1), (0, n - 1), (n - 1, n - 2), (n - 1, 0)):
-        refused("attributed to other examples" if kind == "a gradient" else f"example {place}",
-                Made(neighbourly(place, other, kind)), n, examples(n)[0])
+        refused(
+            "attributed to other examples" if kind == "a gradient" else f"example {place}",
+            Made(neighbourly(place, other, kind)),
+            n,
+            examples(n)[0],
+        )
 
 
 def test_under_autocast_what_its_rounding_would_hide_is_refused():
@@ -69,6 +77,7 @@ def test_under_autocast_what_its_rounding_would_hide_is_refused():
 @pytest.mark.parametrize("kind", TAKEN)
 def test_examples_of_unequal_groups_are_held_to_it_too(kind, place, other):
     """Rows of all examples lie in one tensor; neither the least nor the largest group takes something."""
+
     class Pooled(Made):
         def forward(self, x: Tensor, counts: Tensor) -> Any:  # type: ignore[override]
             return super().forward(torch.stack([part.mean(0) for part in x.split(counts.tolist())]))
@@ -107,8 +116,9 @@ def test_a_difference_of_one_sign_is_seen_and_rounding_of_that_sign_is_none(sign
 def test_outputs_of_one_number_are_held_to_it_too(after):
     for place, other in ((0, 1), (3, 2)):
         taking = neighbourly(place, other, "a constant")
-        refused(f"The output for example {place}", Made(lambda out, taking=taking: taking(after(out))), 4,
-                examples(4)[0])
+        refused(
+            f"The output for example {place}", Made(lambda out, taking=taking: taking(after(out))), 4, examples(4)[0]
+        )
     refused("changes with the number of examples", Made(lambda out: after(out) / len(out)), 4, examples(4)[0])
     passes(Made(after), 4)
 
@@ -116,20 +126,26 @@ def test_outputs_of_one_number_are_held_to_it_too(after):
 @pytest.mark.parametrize("n", [2, 4])
 def test_what_a_layer_without_effect_yet_is_given_is_tried(n):
     """With weights of zero its output tells nothing, and its gradient all the same."""
+
     def of(before: Function) -> nn.Module:
         model = Made(before=before)
         nn.init.zeros_(model.inner.weight)
         nn.init.zeros_(model.inner.bias)
         return model
 
-    refused("What 'inner' is given of example 0 changes with the other examples", of(
-        lambda x: x + x.mean(0)), n, examples(n)[0])
+    refused(
+        "What 'inner' is given of example 0 changes with the other examples",
+        of(lambda x: x + x.mean(0)),
+        n,
+        examples(n)[0],
+    )
     refused("What 'inner' is given of example . changes with the number", of(lambda x: x / len(x)), n, examples(n)[0])
     passes(of(lambda x: x.tanh()), n)
 
 
 def test_tokens_that_follow_other_examples_are_seen_where_they_are_looked_up():
     """Before what comes after lets anything through."""
+
     class Looked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -144,6 +160,7 @@ def test_tokens_that_follow_other_examples_are_seen_where_they_are_looked_up():
 @pytest.mark.parametrize("n", [2, 4])
 def test_tokens_that_an_empty_table_is_given_are_tried(n):
     """A table of zeros, as an adapter begins, looks up the same for all: by its gradient they differ."""
+
     class Empty(nn.Module):
         def __init__(self, given: Callable[..., Tensor]) -> None:
             super().__init__()
@@ -158,8 +175,10 @@ def test_tokens_that_an_empty_table_is_given_are_tried(n):
     refused("What 'table' is given of example . changes with the number", Empty(lambda x, _: x + len(x)), n, ids, mask)
     for row in range(1, n):
         mask[row, : 1 + row] = 0
-    by_mask, by_place = Empty(lambda x, mask: mask.cumsum(1)), Empty(lambda x, mask: torch.arange(
-        mask.shape[1]).expand(len(mask), -1))
+    by_mask, by_place = (
+        Empty(lambda x, mask: mask.cumsum(1)),
+        Empty(lambda x, mask: torch.arange(mask.shape[1]).expand(len(mask), -1)),
+    )
     with pytest.raises(IsolationError, match="input of 'table' of example . changes with the padding"):
         check_isolation(by_place, (ids,), {"attention_mask": mask}, n)
     assert check_isolation(by_mask, (ids,), {"attention_mask": mask}, n).padding
@@ -179,6 +198,7 @@ def test_a_layer_that_the_batch_does_not_use_mixes_nothing():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_layer_of_a_small_gradient_is_held_to_it_until_rounding_is_all_of_it(sign, share):
     """Below a thousandth of the rounding in the largest gradient, or 1e-7 of it in float32, nothing is told."""
+
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -200,9 +220,14 @@ def test_a_layer_of_a_small_gradient_is_held_to_it_until_rounding_is_all_of_it(s
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e12])
 @pytest.mark.parametrize("place", [0, 1, 3])
-@pytest.mark.parametrize("loss", [
-    lambda out: (out - out.mean(0)).square().mean(), lambda out: (out * out.roll(1, 0)).mean(),
-    lambda out: out[:, 0].mean() + 1e-3 * (out[:, 1:] - out[:, 1:].roll(1, 0)).tanh().mean()])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out: (out - out.mean(0)).square().mean(),
+        lambda out: (out * out.roll(1, 0)).mean(),
+        lambda out: out[:, 0].mean() + 1e-3 * (out[:, 1:] - out[:, 1:].roll(1, 0)).tanh().mean(),
+    ],
+)
 def test_an_extreme_example_hides_no_loss_that_mixes(loss, place, value):
     """Nor does what it makes of its own gradients fake one."""
     x = examples(4)[0]
@@ -222,11 +247,17 @@ def test_an_example_whose_own_gradient_is_nan_takes_nothing_of_others():
 
 
 @pytest.mark.parametrize("n", [3, 4, 8])
-@pytest.mark.parametrize(("second", "kept"), [
-    (lambda out: out.square().mean(), True), (lambda out: out.square().sum(), False),
-    (lambda out: (out * out.roll(1, 0)).mean(), False), (lambda out: out.mean(0).square().sum(), False),
-    # In pairs, so that half of a batch has the same company.
-    (lambda out: (out[: len(out) // 2 * 2].view(-1, 2, 6).prod(1).sum() / len(out)), False)])
+@pytest.mark.parametrize(
+    ("second", "kept"),
+    [
+        (lambda out: out.square().mean(), True),
+        (lambda out: out.square().sum(), False),
+        (lambda out: (out * out.roll(1, 0)).mean(), False),
+        (lambda out: out.mean(0).square().sum(), False),
+        # In pairs, so that half of a batch has the same company.
+        (lambda out: out[: len(out) // 2 * 2].view(-1, 2, 6).prod(1).sum() / len(out), False),
+    ],
+)
 def test_a_second_loss_of_the_model_is_taken_only_if_every_trial_finds_it_apart(second, kept, n):
     """Of three examples, all doubled, a statistic scales as a mean does: nothing is told of a second loss."""
     model = Made(lambda out: {"loss": out.square().mean(), "second": second(out)})
@@ -263,10 +294,13 @@ def test_a_buffer_whose_size_follows_the_examples_is_refused():
 
 
 @pytest.mark.parametrize("over", ["own", "all"])
-@pytest.mark.parametrize(("join", "reduction"), [
-    (Tensor.mean, "mean"), (Tensor.sum, "sum"), (Tensor.clone, "mean"), (Tensor.clone, "sum"), (Tensor.clone, None)])
+@pytest.mark.parametrize(
+    ("join", "reduction"),
+    [(Tensor.mean, "mean"), (Tensor.sum, "sum"), (Tensor.clone, "mean"), (Tensor.clone, "sum"), (Tensor.clone, None)],
+)
 def test_a_criterion_is_held_to_padding(over, join, reduction):
     """Though no output that the model returned shows it."""
+
     class Logits(Tokens):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
             return super().forward(x, attention_mask)["logits"]
@@ -288,18 +322,21 @@ def test_a_criterion_is_held_to_padding(over, join, reduction):
 @pytest.mark.parametrize("left", [False, True])
 def test_a_sum_over_padding_too_is_refused(left):
     """At an example's own tokens nothing changes; what padding adds to its gradient grows with the longest."""
+
     def criterion(out: Any, mask: Tensor) -> Tensor:
         return out["logits"].square().sum((1, 2))
 
     for n in (2, 4):
         with pytest.raises(IsolationError, match="gradient at 'inner' of example . changes with the padding"):
-            check_isolation(Tokens().train(), (), padded(n, left), n, targets=padded(n, left)["attention_mask"],
-                            criterion=criterion)
+            check_isolation(
+                Tokens().train(), (), padded(n, left), n, targets=padded(n, left)["attention_mask"], criterion=criterion
+            )
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(masked):
     """Beside a table with as many rows as a batch has tokens, which fits no other batch."""
+
     class Pooled(Tokens):
         def __init__(self) -> None:
             super().__init__()
@@ -309,8 +346,11 @@ def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(maske
             self.extra(torch.ones(len(x) if len(x) == 4 else 3, 6))
             weights = attention_mask if masked else torch.ones_like(attention_mask)
             pooled = (self.inner(x) * weights.unsqueeze(2)).sum(1) / weights.sum(1, keepdim=True)
-            return {"table": torch.ones(4 * x.shape[1] if len(x) == 4 else 28, 3), "odd": torch.ones(
-                6, 1), "pooled": pooled.repeat_interleave(2, 0)}
+            return {
+                "table": torch.ones(4 * x.shape[1] if len(x) == 4 else 28, 3),
+                "odd": torch.ones(6, 1),
+                "pooled": pooled.repeat_interleave(2, 0),
+            }
 
     if masked:
         assert check_isolation(Pooled().train(), (), padded(4), 4).padding
@@ -319,9 +359,14 @@ def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(maske
             check_isolation(Pooled().train(), (), padded(4), 4)
 
 
-@pytest.mark.parametrize(("second", "words"), [
-    (lambda out, own: own.square().mean(), None), (lambda out, own: out.mean((0, 1)).square().sum(), ""),
-    (lambda out, own: out.square().sum((1, 2)).mean(), "changes with the padding")])
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (lambda out, own: own.square().mean(), None),
+        (lambda out, own: out.mean((0, 1)).square().sum(), ""),
+        (lambda out, own: out.square().sum((1, 2)).mean(), "changes with the padding"),
+    ],
+)
 def test_of_a_second_loss_only_what_keeps_examples_apart_is_held_to_padding(second, words):
     class Two(Tokens):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
@@ -343,9 +388,13 @@ def test_a_loss_that_was_not_said_to_be_a_mean_or_a_sum_may_be_either(reduction)
     assert check_isolation(model, (), padded(4), 4).losses == {0}
 
 
-@pytest.mark.parametrize("draw", [
-    lambda x: torch.from_numpy(np.random.rand(*x.shape[::-1])).t().to(x),
-    lambda x: torch.tensor([[random.random() for _ in range(len(x))] for _ in range(6)]).t()])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.from_numpy(np.random.rand(*x.shape[::-1])).t().to(x),
+        lambda x: torch.tensor([[random.random() for _ in range(len(x))] for _ in range(6)]).t(),
+    ],
+)
 def test_what_numpy_and_python_draw_is_compared_in_batches_of_one_shape(draw):
     """Masks of another shape are others: neither the number of examples nor their padding can be tried."""
     model = Made(before=lambda x: x * draw(x) if x.dim() == 2 else x)
@@ -355,8 +404,9 @@ def test_what_numpy_and_python_draw_is_compared_in_batches_of_one_shape(draw):
 
     class Drawn(Tokens):
         def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-            return super().forward(x * draw(x[:, :, 0].flatten().unsqueeze(1))[:, :1].view(*x.shape[:2], 1),
-                                   attention_mask)
+            return super().forward(
+                x * draw(x[:, :, 0].flatten().unsqueeze(1))[:, :1].view(*x.shape[:2], 1), attention_mask
+            )
 
     passed = check_isolation(Drawn().train(), (), padded(4), 4, reduction="mean", padding_varies=True)
     assert passed.losses == {0} and not passed.padding
@@ -372,8 +422,13 @@ def test_what_is_taken_from_another_row_with_one_sign_is_refused():
 def test_a_random_order_of_the_batch_is_refused(n):
     """Without chance everybody would be his own partner."""
     # One order in twelve leaves the first and the last example of four where they are.
-    refused("attributed to other examples", Made(lambda out: out + out[torch.randperm(len(out))]), n, examples(n)[0],
-            draws=9)
+    refused(
+        "attributed to other examples",
+        Made(lambda out: out + out[torch.randperm(len(out))]),
+        n,
+        examples(n)[0],
+        draws=9,
+    )
 
 
 def test_the_passes_of_a_trial_draw_the_same_those_of_another_do_not_and_nothing_is_left_of_it():
@@ -430,6 +485,7 @@ def test_a_batch_of_one_passes_without_having_shown_anything():
 
 def test_an_error_of_the_model_is_told():
     """Where every example stands by itself, each trial is one that the model must take."""
+
     class Fails(Made):
         def forward(self, x: Tensor) -> Any:
             if bool((x == x[0]).all()):
@@ -449,6 +505,7 @@ def test_an_error_of_the_model_is_told():
 
 def test_rows_of_all_examples_that_fit_no_other_batch_are_tried_as_they_are():
     """Nothing is then told of how losses are reduced."""
+
     class Fixed(Made):
         def forward(self, x: Tensor, mixing: bool) -> Any:  # type: ignore[override]
             if len(x) != 8:
@@ -482,6 +539,7 @@ class Kept(nn.Module):
 
 def test_modules_whose_weights_nobody_trains_may_see_the_batch():
     """A frozen one, given what belongs to all; one whose rows are no examples; one that is called without gradients."""
+
     class Watched(Made):
         def __init__(self) -> None:
             super().__init__()
@@ -510,8 +568,12 @@ def test_a_block_that_mixes_by_itself_is_named():
         def forward(self, x: Tensor) -> Any:
             return super().forward(x).sub(x.mean(0))
 
-    refused("the first module where this is seen is '0'", nn.Sequential(
-        Block().requires_grad_(False), nn.Tanh(), DPLinear(6, 3)), 4, examples(4)[0])
+    refused(
+        "the first module where this is seen is '0'",
+        nn.Sequential(Block().requires_grad_(False), nn.Tanh(), DPLinear(6, 3)),
+        4,
+        examples(4)[0],
+    )
 
 
 def test_a_module_that_gives_one_number_is_passed_over_where_the_first_that_mixes_is_named():
@@ -536,5 +598,13 @@ def test_a_buffer_that_is_no_number_and_stays_as_it_is_is_taken():
 
 def test_outputs_without_rows_and_of_other_rows_belong_to_nobody():
     for rows in (0, 1, 3, 6, 8):
-        passes(Made(lambda out, rows=rows: {  # type: ignore[misc]
-            "table": 0 * out.mean() * torch.ones(rows, 5), "logits": out, "kept": Kept()(out)}), 4)
+        passes(
+            Made(
+                lambda out, rows=rows: {  # type: ignore[misc]
+                    "table": 0 * out.mean() * torch.ones(rows, 5),
+                    "logits": out,
+                    "kept": Kept()(out),
+                }
+            ),
+            4,
+        )

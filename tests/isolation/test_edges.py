@@ -79,8 +79,10 @@ def test_reductions_are_told_apart_in_every_batch(n):
             else:
                 refused(f"is a {own} over the examples, but was declared a {declared}", mlp(), n, x, **options)
     refused("neither a mean nor a sum", mlp(), n, x, targets=y, criterion=loss(0.5))
-    vector: dict[str, Any] = {"targets": y, "criterion": lambda out, labels: F.cross_entropy(
-        out, labels, reduction="none")}
+    vector: dict[str, Any] = {
+        "targets": y,
+        "criterion": lambda out, labels: F.cross_entropy(out, labels, reduction="none"),
+    }
     assert check_isolation(mlp(), (x,), {}, n, reduction="mean", **vector).losses == {0}
     vector["criterion"] = lambda out, labels: F.cross_entropy(out, labels, reduction="none") / len(out)
     refused("declared a sum", mlp(), n, x, reduction="mean", **vector)
@@ -162,9 +164,14 @@ class Flattened(nn.Module):
 
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize(("words", "after"), [
-    ("attributed to other examples", lambda out: out - out.mean(0)), ("the other examples", lambda out: (
-        out - out.detach().mean(0))), ("the number of examples", lambda out: out / len(out))])
+@pytest.mark.parametrize(
+    ("words", "after"),
+    [
+        ("attributed to other examples", lambda out: out - out.mean(0)),
+        ("the other examples", lambda out: out - out.detach().mean(0)),
+        ("the number of examples", lambda out: out / len(out)),
+    ],
+)
 def test_examples_that_meet_in_flattened_outputs_are_refused(words, after, table, n):
     x = torch.randn(n, 5, 6, generator=torch.Generator().manual_seed(0))
     refused(words, Flattened(after, table), n, x)
@@ -196,8 +203,7 @@ class Tokens(nn.Module):
             out = out + out.mean(1, keepdim=True)
         elif self.leak == "own":
             out = out + (out * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        own = (out * weights).square().sum((1, 2)) / (
-            weights.sum((1, 2)) if self.over == "own" else float(x.shape[1]))
+        own = (out * weights).square().sum((1, 2)) / (weights.sum((1, 2)) if self.over == "own" else float(x.shape[1]))
         loss = {"mean": own.mean, "sum": own.sum, "none": lambda: own}[self.reduction]()
         return {"loss": loss, "logits": out.flatten(0, 1) if self.flat else out}
 
@@ -225,10 +231,8 @@ def test_tokens_that_take_something_of_padding_are_refused(flat, left, n):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_loss_that_counts_padding_is_refused(reduction, left, n):
     with pytest.raises(IsolationError, match="gradient at 'inner' of example .* changes with the padding"):
-        check_isolation(
-            Tokens(over="all", reduction=reduction).train(), (), padded(n, left), n, reduction=reduction)  # type: ignore[arg-type]
-    passed = check_isolation(
-        Tokens(reduction=reduction).train(), (), padded(n, left), n, reduction=reduction)  # type: ignore[arg-type]
+        check_isolation(Tokens(over="all", reduction=reduction).train(), (), padded(n, left), n, reduction=reduction)  # type: ignore[arg-type]
+    passed = check_isolation(Tokens(reduction=reduction).train(), (), padded(n, left), n, reduction=reduction)  # type: ignore[arg-type]
     assert passed.losses == {0} and passed.padding
 
 

@@ -28,8 +28,11 @@ def larger(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of examples of those batches."""
     found: list[int] = []
     check = lora_dp.engine.hooks.check_larger
-    monkeypatch.setattr(lora_dp.engine.hooks, "check_larger", lambda *args, **options: (
-        found.append(args[3]), check(*args, **options))[1])
+    monkeypatch.setattr(
+        lora_dp.engine.hooks,
+        "check_larger",
+        lambda *args, **options: (found.append(args[3]), check(*args, **options))[1],
+    )
     return found
 
 
@@ -129,8 +132,11 @@ def test_nothing_is_compared_where_sizes_are_fixed_or_a_model_draws_elsewhere(la
 
 def test_the_last_to_come_is_always_compared() -> None:
     for _ in range(4):
-        assert_refuses(IsolationError, "example 11", functools.partial(private(Model(
-            lambda out, y: out * (torch.arange(len(out)) < 11).unsqueeze(1))), 12))
+        assert_refuses(
+            IsolationError,
+            "example 11",
+            functools.partial(private(Model(lambda out, y: out * (torch.arange(len(out)) < 11).unsqueeze(1))), 12),
+        )
 
 
 class Parted(nn.Module):

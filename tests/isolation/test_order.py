@@ -52,6 +52,7 @@ def no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shown", ["nowhere", "additive", "of attention"])
 def test_a_layer_between_sorting_and_putting_back_is_refused_once_a_text_is_short(shown: str, short: int) -> None:
     """In batches of full texts the order is as it was."""
+
     def batch(ids: Tensor) -> tuple[Tensor, ...]:
         mask = torch.where(ids > 0, 0.0, -1e9)
         return {"nowhere": (ids,), "additive": (ids, mask), "of attention": (ids, mask[:, None, None])}[shown]

@@ -32,15 +32,18 @@ class Capacity(nn.Module):
         out = self.inner(x)
         result = torch.zeros_like(out)
         for number, expert in enumerate(self.experts):
-            own = ((out[:, 0] > 0).long() == number).nonzero()[:, 0][:self.capacity]
+            own = ((out[:, 0] > 0).long() == number).nonzero()[:, 0][: self.capacity]
             result = result.index_add(0, own, expert(out[own]))
         return result
 
 
 def test_a_capacity_that_many_fill_together_is_refused():
     """Four examples of a trial fill no expert."""
-    assert_refuses(IsolationError, "changes with the number of examples in the batch", lambda: check_isolation(
-        Capacity(5).train(), (examples(N)[0],), {}, N))
+    assert_refuses(
+        IsolationError,
+        "changes with the number of examples in the batch",
+        lambda: check_isolation(Capacity(5).train(), (examples(N)[0],), {}, N),
+    )
     check_isolation(Capacity(None).train(), (examples(N)[0],), {}, N)
 
 
@@ -89,8 +92,11 @@ class Filled(nn.Module):
 
 
 def test_what_a_layer_is_given_of_many_is_compared_where_its_weights_are_zero():
-    assert_refuses(IsolationError, "What 'head' is given of example", lambda: check_isolation(
-        Filled(10).train(), (examples(N)[0],), {}, N))
+    assert_refuses(
+        IsolationError,
+        "What 'head' is given of example",
+        lambda: check_isolation(Filled(10).train(), (examples(N)[0],), {}, N),
+    )
     check_isolation(Filled(None).train(), (examples(N)[0],), {}, N)
 
 
@@ -113,8 +119,11 @@ def test_groups_of_rows_that_are_counted_are_refused(n):
     """They cannot be taken apart: each comes twice."""
     offsets = torch.arange(n + 1) * 2
     rows = torch.randn(2 * n, 6, generator=torch.Generator().manual_seed(1))
-    assert_refuses(IsolationError, "changes with the number of examples in the batch", lambda: check_isolation(
-        Grouped(True).train(), (rows, offsets), {}, n))
+    assert_refuses(
+        IsolationError,
+        "changes with the number of examples in the batch",
+        lambda: check_isolation(Grouped(True).train(), (rows, offsets), {}, n),
+    )
     check_isolation(Grouped(False).train(), (rows, offsets), {}, n)
 
 
@@ -131,8 +140,11 @@ class Limited(nn.Module):
 
 
 def test_a_layer_that_has_rows_of_some_of_many_examples_is_refused():
-    assert_refuses(IsolationError, "'side' works on 10 rows in a batch of 24 examples and on 6 in one of 6",
-                   lambda: check_isolation(Limited(10).train(), (examples(N)[0],), {}, N))
+    assert_refuses(
+        IsolationError,
+        "'side' works on 10 rows in a batch of 24 examples and on 6 in one of 6",
+        lambda: check_isolation(Limited(10).train(), (examples(N)[0],), {}, N),
+    )
     model = Limited(None).train()
     check_isolation(model, (examples(N)[0],), {}, N)
     model.side.register_forward_hook(lambda module, given, output: (output,))  # whose rows nobody counts
@@ -152,8 +164,11 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize(("n", "most"), [(4, 0), (N, 8)])
 def test_a_masked_score_hides_no_count(n, most):
-    assert_refuses(IsolationError, "changes with the number of examples in the batch",
-                   lambda: check_isolation(Counted(most).train(), (examples(n)[0],), {}, n))
+    assert_refuses(
+        IsolationError,
+        "changes with the number of examples in the batch",
+        lambda: check_isolation(Counted(most).train(), (examples(n)[0],), {}, n),
+    )
     check_isolation(Counted(n).train(), (examples(n)[0],), {}, n)
 
 
@@ -171,8 +186,11 @@ class Widened(nn.Module):
 
 def test_a_masked_score_hides_no_padding():
     x, mask = texts(8, 4, 2, 4)
-    assert_refuses(IsolationError, "The output of example", lambda: check_isolation(
-        Widened(1.0).train(), (x, mask), {}, 4, padding_varies=True))
+    assert_refuses(
+        IsolationError,
+        "The output of example",
+        lambda: check_isolation(Widened(1.0).train(), (x, mask), {}, 4, padding_varies=True),
+    )
     check_isolation(Widened(0.0).train(), (x, mask), {}, 4, padding_varies=True)
 
 
@@ -195,8 +213,11 @@ def test_a_maximum_that_padding_decides_for_one_example_alone_is_refused(below):
     x = x.abs()
     check_isolation(Largest().train(), (x, mask), {}, 4, padding_varies=True)
     x[below + 1] *= -1
-    assert_refuses(IsolationError, f"The output of example {below + 1} changes with the padding", lambda: (
-        check_isolation(Largest().train(), (x, mask), {}, 4, padding_varies=True)))
+    assert_refuses(
+        IsolationError,
+        f"The output of example {below + 1} changes with the padding",
+        lambda: check_isolation(Largest().train(), (x, mask), {}, 4, padding_varies=True),
+    )
 
 
 def test_without_padding_none_is_said_to_be_tried():
@@ -270,8 +291,11 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, 0.0])
 def test_a_masked_score_hides_nothing_beside_it(value):
-    assert_refuses(IsolationError, "The output for example 0 changes with the other examples", lambda: check_isolation(
-        Masked(value).train(), (examples(4)[0],), {}, 4))
+    assert_refuses(
+        IsolationError,
+        "The output for example 0 changes with the other examples",
+        lambda: check_isolation(Masked(value).train(), (examples(4)[0],), {}, 4),
+    )
 
 
 # Backward
@@ -294,8 +318,11 @@ class Normalised(nn.Module):
 
 
 def test_a_backward_that_looks_at_the_whole_batch_is_refused():
-    assert_refuses(IsolationError, "changes with the other examples of the batch: something in the model's backward",
-                   lambda: check_isolation(Normalised("batch").train(), (examples(4)[0],), {}, 4))
+    assert_refuses(
+        IsolationError,
+        "changes with the other examples of the batch: something in the model's backward",
+        lambda: check_isolation(Normalised("batch").train(), (examples(4)[0],), {}, 4),
+    )
     check_isolation(Normalised("example").train(), (examples(4)[0],), {}, 4)
 
 
@@ -328,6 +355,7 @@ def test_a_module_that_is_switched_back_to_training_is_tried_again():
 
 def test_layers_that_are_unfrozen_later_are_tried_again():
     """Rows of one position of all examples one after another."""
+
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -405,13 +433,17 @@ def test_a_buffer_that_takes_up_the_examples_is_refused_however_slowly(momentum)
             self.centre = torch.lerp(self.centre, 100 * out.detach().mean(0), momentum)
             return out
 
-    assert_refuses(IsolationError, "The buffer 'centre' takes up statistics", lambda: check_isolation(
-        Slow().train(), (examples(4)[0],), {}, 4))
+    assert_refuses(
+        IsolationError,
+        "The buffer 'centre' takes up statistics",
+        lambda: check_isolation(Slow().train(), (examples(4)[0],), {}, 4),
+    )
 
 
 @pytest.mark.parametrize("kind", ["labels", "flags"])
 def test_an_output_of_whole_numbers_is_compared_too(kind):
     """Made of the whole batch, it comes back as a label."""
+
     class Clustered(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -422,8 +454,9 @@ def test_an_output_of_whole_numbers_is_compared_too(kind):
             above = x[:, 0] > x[:, 0].mean()
             return out, above.long() if kind == "labels" else above
 
-    assert_refuses(IsolationError, "The output for example", lambda: check_isolation(
-        Clustered().train(), (examples(4)[0],), {}, 4))
+    assert_refuses(
+        IsolationError, "The output for example", lambda: check_isolation(Clustered().train(), (examples(4)[0],), {}, 4)
+    )
 
 
 class Augmented(nn.Module):
@@ -441,10 +474,14 @@ class Augmented(nn.Module):
 
 def test_a_model_that_draws_by_numpy_while_it_trains_is_tried_with_other_padding():
     x, mask = texts(8, 4, 2, 4)
-    assert_refuses(IsolationError, "changes with the padding", lambda: check_isolation(
-        Augmented(False).train(), (x, mask), {}, 4, padding_varies=True))
-    assert_refuses(IsolationError, "changes with the number", lambda: check_isolation(
-        Augmented(None).train(), (x, mask), {}, 4))
+    assert_refuses(
+        IsolationError,
+        "changes with the padding",
+        lambda: check_isolation(Augmented(False).train(), (x, mask), {}, 4, padding_varies=True),
+    )
+    assert_refuses(
+        IsolationError, "changes with the number", lambda: check_isolation(Augmented(None).train(), (x, mask), {}, 4)
+    )
     model = Augmented(True).train()
     check_isolation(model, (x, mask), {}, 4, padding_varies=True)
     assert model.training and model.inner.training
@@ -472,8 +509,11 @@ def test_a_loss_of_the_models_own_is_tried_again_once_some_tokens_do_not_count(b
     y, used = torch.ones(4, 8, dtype=torch.long), torch.ones(4, 8)
     model(x, y, used if by != "flags" else used.bool())
     _, mask = texts(8, 2, 8, 8)
-    later = (torch.where(mask == 1, y, -100), used) if by == "labels" else (
-        y, mask.float() if by == "marks" else mask.bool())
+    later = (
+        (torch.where(mask == 1, y, -100), used)
+        if by == "labels"
+        else (y, mask.float() if by == "marks" else mask.bool())
+    )
     assert_refuses(IsolationError, "The loss mixes examples", lambda: model(x, *later))
 
 
@@ -483,6 +523,7 @@ def test_a_loss_of_the_models_own_is_tried_again_once_some_tokens_do_not_count(b
 @pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), np.random.rand, random.random])
 def test_a_model_that_mixes_in_half_of_its_passes_is_refused(draw):
     """Each check draws anew, so that many together miss it no more often than (1/2)^24."""
+
     class Sometimes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -493,8 +534,9 @@ def test_a_model_that_mixes_in_half_of_its_passes_is_refused(draw):
             return self.head((out + out.flip(0)) / 2 if draw() < 0.5 else out)
 
     model = Sometimes().train()
-    assert_refuses(IsolationError, "example", lambda: [
-        check_isolation(model, (examples(4)[0],), {}, 4, draws=4) for _ in range(6)])
+    assert_refuses(
+        IsolationError, "example", lambda: [check_isolation(model, (examples(4)[0],), {}, 4, draws=4) for _ in range(6)]
+    )
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -540,6 +582,7 @@ def test_a_part_of_what_is_private_or_what_is_around_it_is_not_made_private(oute
 @pytest.mark.parametrize("draw", [lambda x: torch.empty_like(x).uniform_(-1, 1), torch.randn_like])
 def test_noise_whose_size_follows_the_width_of_a_batch_is_refused(follows, draw):
     """As NEFTune's does: the longest example of a batch decides how much noise all others get."""
+
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -609,19 +652,27 @@ def test_no_width_is_warned_of_where_padding_is_passed_over_or_may_be_a_border(b
 
 
 def quiet(outputs: list[list[float]], given: list[list[float]], rows: int) -> Quiet:
-    return Quiet([[torch.tensor(row) for row in outputs]], [("inner", LayerRows(
-        rows, [torch.tensor(row) for row in given]))], {}, {})
+    return Quiet(
+        [[torch.tensor(row) for row in outputs]],
+        [("inner", LayerRows(rows, [torch.tensor(row) for row in given]))],
+        {},
+        {},
+    )
 
 
-@pytest.mark.parametrize(("outputs", "given", "refused"), [
-    (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[4.0]]), None),
-    (([[1.0], [2.0]], [[1.0]]), ([[3.0], [4.0]], [[4.0]]), "The output for example 7"),
-    (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[3.0]]), "What 'inner' is given of example 7"),
-    (([[1.0], [2.0]], [[2.0, 1.0]]), ([[3.0], [4.0]], [[4.0]]), None),  # cut to the longest, say
-    (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[4.0, 1.0]]), "What 'inner' is given of example 7"),
-    (([], [[2.0]]), ([], [[4.0]]), None),  # not of each as many
-    (([[1.0, -1e9], [2.0, -1e9]], [[2.002, -1e9]]), ([[3.0], [4.0]], [[4.0]]), "The output for example 7"),
-    (([[1.0], [2.0]], [[2.0]]), ([[3.0, -1e9], [4.0, -1e9]], [[4.004, -1e9]]), None)])
+@pytest.mark.parametrize(
+    ("outputs", "given", "refused"),
+    [
+        (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[4.0]]), None),
+        (([[1.0], [2.0]], [[1.0]]), ([[3.0], [4.0]], [[4.0]]), "The output for example 7"),
+        (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[3.0]]), "What 'inner' is given of example 7"),
+        (([[1.0], [2.0]], [[2.0, 1.0]]), ([[3.0], [4.0]], [[4.0]]), None),  # cut to the longest, say
+        (([[1.0], [2.0]], [[2.0]]), ([[3.0], [4.0]], [[4.0, 1.0]]), "What 'inner' is given of example 7"),
+        (([], [[2.0]]), ([], [[4.0]]), None),  # not of each as many
+        (([[1.0, -1e9], [2.0, -1e9]], [[2.002, -1e9]]), ([[3.0], [4.0]], [[4.0]]), "The output for example 7"),
+        (([[1.0], [2.0]], [[2.0]]), ([[3.0, -1e9], [4.0, -1e9]], [[4.004, -1e9]]), None),
+    ],
+)
 def test_a_part_of_a_batch_is_compared_with_the_whole(outputs, given, refused):
     whole, part = (quiet(outputs[k], given[k], (10, 5)[k]) for k in (0, 1))
 

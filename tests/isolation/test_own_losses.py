@@ -28,23 +28,38 @@ class Tokens(nn.Module):
         losses = F.cross_entropy(self.inner(x).transpose(1, 2), y, reduction="none", ignore_index=-100)
         divided, used = losses / self.count, (y >= 0).float()
         return {
-            "tokens": lambda: divided.sum(), "rows": lambda: (losses.sum(1) / self.count).sum(),
-            "rows of tokens": lambda: divided.sum(1).sum(), "before a mask": lambda: (divided * used).sum(),
-            "times": lambda: (losses * (1 / self.count)).sum(), "a tensor": lambda: (
-                losses / torch.tensor(self.count)).sum(), "a mean of rows": lambda: divided.sum(1).mean(),
-            "a vector": lambda: divided.sum(1), "a vector before a mask": lambda: (divided * used).sum(1),
+            "tokens": lambda: divided.sum(),
+            "rows": lambda: (losses.sum(1) / self.count).sum(),
+            "rows of tokens": lambda: divided.sum(1).sum(),
+            "before a mask": lambda: (divided * used).sum(),
+            "times": lambda: (losses * (1 / self.count)).sum(),
+            "a tensor": lambda: (losses / torch.tensor(self.count)).sum(),
+            "a mean of rows": lambda: divided.sum(1).mean(),
+            "a vector": lambda: divided.sum(1),
+            "a vector before a mask": lambda: (divided * used).sum(1),
         }[self.way]()
 
 
-WAYS = {"tokens": "sum", "rows": "sum", "rows of tokens": "sum", "before a mask": "sum", "times": "sum",
-        "a tensor": "sum", "a mean of rows": "mean", "a vector": "mean", "a vector before a mask": "mean"}
+WAYS = {
+    "tokens": "sum",
+    "rows": "sum",
+    "rows of tokens": "sum",
+    "before a mask": "sum",
+    "times": "sum",
+    "a tensor": "sum",
+    "a mean of rows": "mean",
+    "a vector": "mean",
+    "a vector before a mask": "mean",
+}
 
 
 def tokens(*lengths: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths))
     labels = torch.randint(3, (len(lengths), 8), generator=generator)
-    return (torch.randn(len(lengths), 8, 4, generator=generator),
-            labels.where(torch.arange(8) < torch.tensor(lengths).unsqueeze(1), -100))
+    return (
+        torch.randn(len(lengths), 8, 4, generator=generator),
+        labels.where(torch.arange(8) < torch.tensor(lengths).unsqueeze(1), -100),
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -66,8 +81,11 @@ def test_a_count_by_which_a_models_own_losses_are_divided_before_they_are_joined
     first, second = tokens(5, 5, 5, 5, 5, 5), tokens(2, 8, 5, 6, 3)
     for batch in (first, second, first):  # a constant, in batches of other sizes
         step(batch, 40.0)
-    assert_refuses(IsolationError, "by 0.0416667 in this batch, by 0.025 in an earlier one",
-                   lambda: step(second, float((second[1] >= 0).sum())))
+    assert_refuses(
+        IsolationError,
+        "by 0.0416667 in this batch, by 0.025 in an earlier one",
+        lambda: step(second, float((second[1] >= 0).sum())),
+    )
 
 
 # What only many do to each other
@@ -98,9 +116,11 @@ def mined(out: Tensor, y: Tensor) -> Tensor:
 
 CHOOSING = {"hardest": hardest, "of a class": of_a_class, "mined": mined}
 HARMLESS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "each": each, "focal": lambda out, y: each(out, y) * (1 - (-each(out, y)).exp()).square(),
+    "each": each,
+    "focal": lambda out, y: each(out, y) * (1 - (-each(out, y)).exp()).square(),
     "above a threshold": lambda out, y: each(out, y) * (each(out, y).detach() > 1),
-    "its own hardest class": lambda out, y: out.topk(1, dim=1).values[:, 0].square()}
+    "its own hardest class": lambda out, y: out.topk(1, dim=1).values[:, 0].square(),
+}
 
 
 class Own(nn.Module):
@@ -142,8 +162,9 @@ def test_a_loss_of_the_models_own_by_which_each_example_decides_for_itself_is_ta
 def test_the_last_to_be_chosen_is_found_whichever_examples_are_drawn():
     x, y = examples(17)
     for _ in range(8):
-        assert_refuses(IsolationError, "is another in a batch of 17", lambda: check_isolation(
-            Own(hardest).train(), (x, y), {}, 17))
+        assert_refuses(
+            IsolationError, "is another in a batch of 17", lambda: check_isolation(Own(hardest).train(), (x, y), {}, 17)
+        )
 
 
 @pytest.mark.parametrize("declared", ["mean", "sum", None])
@@ -172,8 +193,9 @@ def test_a_scalar_criterion_that_chooses_among_many_is_refused(reduction, n):
         check_isolation(mlp(), (x,), {}, n, targets=y, criterion=joined(losses), reduction=reduction)
 
     check(each)
-    assert_refuses(IsolationError, "The loss mixes examples: what example", lambda: check(
-        lambda out, y: hardest(out, y, kept=4)))
+    assert_refuses(
+        IsolationError, "The loss mixes examples: what example", lambda: check(lambda out, y: hardest(out, y, kept=4))
+    )
 
 
 class Two(nn.Module):
@@ -196,14 +218,18 @@ def test_a_further_loss_that_chooses_among_many_is_refused_once_it_is_used():
     optimizer.step()
     optimizer.zero_grad()
     assert check_isolation(model, (x, y), {}, MANY, reduction="mean").losses == {0}
-    assert_refuses(IsolationError, "was not found to be a mean or sum over examples",
-                   lambda: model(x, y)[1].backward())
+    assert_refuses(IsolationError, "was not found to be a mean or sum over examples", lambda: model(x, y)[1].backward())
 
 
 def test_a_values_difference_without_a_gradient_is_seen_in_a_criterion():
     x, y = examples(MANY)
-    assert_refuses(IsolationError, "The loss mixes examples: what example", lambda: check_isolation(
-        mlp(), (x,), {}, MANY, targets=y, criterion=lambda out, y: each(out, y) + float(len(y) > 8)))
+    assert_refuses(
+        IsolationError,
+        "The loss mixes examples: what example",
+        lambda: check_isolation(
+            mlp(), (x,), {}, MANY, targets=y, criterion=lambda out, y: each(out, y) + float(len(y) > 8)
+        ),
+    )
 
 
 def test_without_a_loss_no_gradient_of_many_is_taken():

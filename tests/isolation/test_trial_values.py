@@ -9,12 +9,20 @@ from torch import Tensor
 from lora_dp.isolation.trial_values import _lengths, differ, is_another
 
 
-@pytest.mark.parametrize(("left", "right", "expected"), [
-    ([1.0, -1e9], [1.0 + 1e-5, -1e9], False), ([1.0, -1e9], [1.001, -1e9], True),
-    ([1.0, -1e4], [1.0, -1e4 - 2], True), ([1.0, -1e4], [1.0, -1e4 - 0.1], False),
-    ([5e5, 2e3], [5e5, 2e3 + 1], True), ([100.0, 1e-3], [100.0, 2e-3], False),
-    ([-math.inf, 1.0], [-math.inf, 1.0], False), ([5.0, -1e4], [5.1, -1e4], True),
-    ([5.0, -1e9], [5.001, -1e9], True)])
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ([1.0, -1e9], [1.0 + 1e-5, -1e9], False),
+        ([1.0, -1e9], [1.001, -1e9], True),
+        ([1.0, -1e4], [1.0, -1e4 - 2], True),
+        ([1.0, -1e4], [1.0, -1e4 - 0.1], False),
+        ([5e5, 2e3], [5e5, 2e3 + 1], True),
+        ([100.0, 1e-3], [100.0, 2e-3], False),
+        ([-math.inf, 1.0], [-math.inf, 1.0], False),
+        ([5.0, -1e4], [5.1, -1e4], True),
+        ([5.0, -1e9], [5.001, -1e9], True),
+    ],
+)
 def test_large_scores_are_compared_with_themselves(left, right, expected):
     assert differ(torch.tensor(left), torch.tensor(right), masked=True) is expected
 

@@ -1,4 +1,4 @@
-"""Coefficients and clipped sums against lora_dp.privacy.clipping in float64: rules, masks, scales, layouts, NaN, overflow."""
+"""Coefficients and clipped sums against the clip rules in float64: rules, masks, scales, layouts, NaN, overflow."""
 
 import dataclasses
 import math
@@ -42,21 +42,35 @@ class Case:
 
     def run(self, rule: str, bound: float, scale: float = 1.0, **others) -> tuple[Tensor, list[Tensor]]:
         return clip_sum(
-            self.gradients, self.rows, self.sq_norms, self.layers, self.layer_count, rule, bound, 0.01, self.mask,
-            scale, **others)
+            self.gradients,
+            self.rows,
+            self.sq_norms,
+            self.layers,
+            self.layer_count,
+            rule,
+            bound,
+            0.01,
+            self.mask,
+            scale,
+            **others,
+        )
 
     def expected(self, rule: str, bound: float, scale: float = 1.0) -> tuple[Tensor, list[Tensor]]:
-        coefficients = RULES[rule](bound).coefficients(
-            self.sq_norms * scale**2, self.layers.long(), self.layer_count) * scale
+        coefficients = (
+            RULES[rule](bound).coefficients(self.sq_norms * scale**2, self.layers.long(), self.layer_count) * scale
+        )
         if self.mask is not None:
             coefficients = torch.where(self.mask, coefficients, 0.0)
         return coefficients, self.sums_by(coefficients)
 
     def sums_by(self, coefficients: Tensor) -> list[Tensor]:
         return [
-            sum((c * g.double() for c, g in zip(coefficients[row], gradient, strict=True) if c != 0),
-                torch.zeros(gradient.shape[1:], dtype=torch.float64, device=gradient.device))
-            for row, gradient in zip(self.rows, self.gradients, strict=True)]
+            sum(
+                (c * g.double() for c, g in zip(coefficients[row], gradient, strict=True) if c != 0),
+                torch.zeros(gradient.shape[1:], dtype=torch.float64, device=gradient.device),
+            )
+            for row, gradient in zip(self.rows, self.gradients, strict=True)
+        ]
 
     def agrees(self, rule: str, bound: float, scale: float = 1.0, **others) -> None:
         coefficients, sums = self.run(rule, bound, scale, **others)
@@ -78,17 +92,26 @@ def make_case(device, sizes, n, kept_elsewhere=1, masked=False, seed=0) -> Case:
     parameters = len(sizes) + kept_elsewhere
     return Case(
         [torch.randn(n, *size, device=device) for size in sizes],
-        torch.randperm(parameters)[:len(sizes)].tolist(),
+        torch.randperm(parameters)[: len(sizes)].tolist(),
         torch.randn(parameters, n, dtype=torch.float64, device=device).square(),
-        torch.randint(0, 3, (parameters,), device=device), 3,
-        torch.rand(n, device=device) < 0.5 if masked else None)
+        torch.randint(0, 3, (parameters,), device=device),
+        3,
+        torch.rand(n, device=device) < 0.5 if masked else None,
+    )
 
 
 @examples
 @given(
-    sizes=shapes, n=st.integers(0, 7), kept_elsewhere=st.integers(0, 3), masked=st.booleans(),
-    rule=st.sampled_from(list(RULES)), bound=st.floats(1e-3, 1e3), scale=st.sampled_from([1.0, 7.0, 0.3]),
-    config=st.sampled_from([TINY, None]), seed=st.integers(0, 2**16))
+    sizes=shapes,
+    n=st.integers(0, 7),
+    kept_elsewhere=st.integers(0, 3),
+    masked=st.booleans(),
+    rule=st.sampled_from(list(RULES)),
+    bound=st.floats(1e-3, 1e3),
+    scale=st.sampled_from([1.0, 7.0, 0.3]),
+    config=st.sampled_from([TINY, None]),
+    seed=st.integers(0, 2**16),
+)
 def test_agrees_with_the_definition(device, sizes, n, kept_elsewhere, masked, rule, bound, scale, config, seed):
     make_case(device, sizes, n, kept_elsewhere, masked, seed).agrees(rule, bound, scale, config=config)
 
@@ -212,28 +235,36 @@ def test_no_examples_give_zeros_without_a_launch(device, monkeypatch):
     assert [total.tolist() for total in sums] == [[[0, 0]] * 3, 0]
 
 
-@pytest.mark.parametrize("change, error, match", [
-    ({"gradients": [torch.ones(3, 2, device="meta")]}, ValueError, r"gradients\[0\] must be on"),
-    ({"gradients": [torch.ones(3, 2).half()]}, TypeError, r"gradients\[0\] must be float32"),
-    ({"gradients": [torch.ones(4, 2)]}, ValueError, r"gradients\[0\] must have the shape \(3, 2\)"),
-    ({"gradients": [torch.ones(3, 2, 2).mT]}, ValueError, r"gradients\[0\] must be contiguous after its first"),
-    ({"gradients": [torch.tensor(1.0)]}, ValueError, r"gradients\[0\] must have the shape"),
-    ({"gradients": [None]}, TypeError, r"gradients\[0\] must be a tensor"),
-    ({"rows": [2]}, ValueError, "rows must name one of the 2 rows"),
-    ({"rows": [0, 1]}, ValueError, "rows must name"),
-    ({"sq_norms": torch.ones(2, 3)}, TypeError, "sq_norms must be float64, got float32"),
-    ({"sq_norms": torch.ones(2, 3, dtype=torch.float64, device="meta")}, ValueError, "sq_norms must be on"),
-    ({"layers": torch.zeros(3, dtype=torch.int64)}, ValueError, r"layers must have the shape \(2\)"),
-    ({"layers": torch.zeros(2)}, TypeError, "layers must be int64 or int32"),
-    ({"mask": torch.ones(3)}, TypeError, "mask must be bool"),
-    ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"mask must have the shape \(3\)"),
-    ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, ValueError, "mask must be on"),
-    ({"layer_count": 0}, ValueError, "layer_count must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"gradients": [torch.ones(3, 2, device="meta")]}, ValueError, r"gradients\[0\] must be on"),
+        ({"gradients": [torch.ones(3, 2).half()]}, TypeError, r"gradients\[0\] must be float32"),
+        ({"gradients": [torch.ones(4, 2)]}, ValueError, r"gradients\[0\] must have the shape \(3, 2\)"),
+        ({"gradients": [torch.ones(3, 2, 2).mT]}, ValueError, r"gradients\[0\] must be contiguous after its first"),
+        ({"gradients": [torch.tensor(1.0)]}, ValueError, r"gradients\[0\] must have the shape"),
+        ({"gradients": [None]}, TypeError, r"gradients\[0\] must be a tensor"),
+        ({"rows": [2]}, ValueError, "rows must name one of the 2 rows"),
+        ({"rows": [0, 1]}, ValueError, "rows must name"),
+        ({"sq_norms": torch.ones(2, 3)}, TypeError, "sq_norms must be float64, got float32"),
+        ({"sq_norms": torch.ones(2, 3, dtype=torch.float64, device="meta")}, ValueError, "sq_norms must be on"),
+        ({"layers": torch.zeros(3, dtype=torch.int64)}, ValueError, r"layers must have the shape \(2\)"),
+        ({"layers": torch.zeros(2)}, TypeError, "layers must be int64 or int32"),
+        ({"mask": torch.ones(3)}, TypeError, "mask must be bool"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"mask must have the shape \(3\)"),
+        ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, ValueError, "mask must be on"),
+        ({"layer_count": 0}, ValueError, "layer_count must be at least 1"),
+    ],
+)
 def test_wrong_tensors_are_refused(device, change, error, match):
     right = {
-        "gradients": [torch.ones(3, 2)], "rows": [0], "sq_norms": torch.ones(2, 3, dtype=torch.float64),
-        "layers": torch.zeros(2, dtype=torch.int64), "layer_count": 1, "mask": None}
+        "gradients": [torch.ones(3, 2)],
+        "rows": [0],
+        "sq_norms": torch.ones(2, 3, dtype=torch.float64),
+        "layers": torch.zeros(2, dtype=torch.int64),
+        "layer_count": 1,
+        "mask": None,
+    }
     with pytest.raises(error, match="clip_sum: " + match):
         Case(**{key: _to(value, device) for key, value in {**right, **change}.items()}).run("flat", 1.0)
 
@@ -244,12 +275,17 @@ def _to(value, device):
     return value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
 
 
-@pytest.mark.parametrize("arguments, match", [
-    (("other", 1.0, 0.01, None, 1.0), "rule must be"), (("flat", 0.0, 0.01, None, 1.0), "max_grad_norm must be above"),
-    (("flat", math.nan, 0.01, None, 1.0), "max_grad_norm must be above 0"),
-    (("per_layer", math.inf, 0.01, None, 1.0), "max_grad_norm must be above 0, and finite"),
-    (("automatic", 1.0, 0.0, None, 1.0), "gamma must be above 0"),
-    (("flat", 1.0, 0.01, None, math.inf), "scale must be finite")])
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (("other", 1.0, 0.01, None, 1.0), "rule must be"),
+        (("flat", 0.0, 0.01, None, 1.0), "max_grad_norm must be above"),
+        (("flat", math.nan, 0.01, None, 1.0), "max_grad_norm must be above 0"),
+        (("per_layer", math.inf, 0.01, None, 1.0), "max_grad_norm must be above 0, and finite"),
+        (("automatic", 1.0, 0.0, None, 1.0), "gamma must be above 0"),
+        (("flat", 1.0, 0.01, None, math.inf), "scale must be finite"),
+    ],
+)
 def test_wrong_numbers_are_refused(device, arguments, match):
     case = make_case(device, [(2,)], 3)
     with pytest.raises(ValueError, match="clip_sum: " + match):

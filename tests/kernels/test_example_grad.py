@@ -34,7 +34,7 @@ def transposed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 def sliced(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every other column of a wider tensor, beside NaNs that must not enter."""
     storage = torch.full((*shape[:-1], 2 * shape[-1] + 3), float("nan"), dtype=dtype, device=device)
-    view = storage[..., 1:1 + 2 * shape[-1]:2]
+    view = storage[..., 1 : 1 + 2 * shape[-1] : 2]
     return view.copy_(contiguous(shape, dtype, device))
 
 
@@ -46,7 +46,7 @@ DRAWS: tuple[Draw, ...] = (contiguous, transposed, sliced, expanded)
 
 
 def check_found(
-    found: ExampleGrad, wide: Tensor, skinny: Tensor, factor: Tensor | None, keep: bool = True, wide_first: bool = True,
+    found: ExampleGrad, wide: Tensor, skinny: Tensor, factor: Tensor | None, keep: bool = True, wide_first: bool = True
 ) -> None:
     n, tokens, width = wide.shape
     r = skinny.shape[2]
@@ -87,14 +87,20 @@ shapes = {"n": st.integers(1, 3), "tokens": st.integers(1, 40), "width": st.inte
 
 
 @examples
-@given(**shapes, dtype=st.sampled_from(DTYPES), draws=st.tuples(*[st.sampled_from(DRAWS)] * 3),
-       config=st.sampled_from([None, SMALL]), with_u=st.booleans(), keep=st.booleans(), wide_first=st.booleans())
+@given(
+    **shapes,
+    dtype=st.sampled_from(DTYPES),
+    draws=st.tuples(*[st.sampled_from(DRAWS)] * 3),
+    config=st.sampled_from([None, SMALL]),
+    with_u=st.booleans(),
+    keep=st.booleans(),
+    wide_first=st.booleans(),
+)
 def test_gradients_norms_and_u(device, n, tokens, width, r, dtype, draws, config, with_u, keep, wide_first):
     torch.manual_seed(0)
     wide, skinny = draws[0]((n, tokens, width), dtype, device), draws[1]((n, tokens, r), dtype, device)
     factor = draws[2]((width, r), dtype, device) if with_u else None
-    found = example_grad(
-        wide, skinny, SCALE, factor=factor, keep=keep, wide_first=wide_first, config=config)
+    found = example_grad(wide, skinny, SCALE, factor=factor, keep=keep, wide_first=wide_first, config=config)
     check_found(found, wide, skinny, factor, keep, wide_first)
 
 
@@ -130,7 +136,8 @@ def test_blocks_and_splits_give_the_same(device, wide_first, multiprocessors):
     """Small whole numbers add up exactly in any order."""
     torch.manual_seed(0)
     wide, skinny, factor = (
-        torch.randint(-3, 4, shape).to(device, torch.float32) for shape in [(2, 60, 70), (2, 60, 20), (70, 20)])
+        torch.randint(-3, 4, shape).to(device, torch.float32) for shape in [(2, 60, 70), (2, 60, 20), (70, 20)]
+    )
     whole = example_grad(wide, skinny, 0.5, factor=factor, wide_first=wide_first, config=WHOLE)
     with mock.patch.object(module, "multiprocessors", lambda device: multiprocessors):
         parts = example_grad(wide, skinny, 0.5, factor=factor, wide_first=wide_first, config=SMALL)
@@ -139,8 +146,7 @@ def test_blocks_and_splits_give_the_same(device, wide_first, multiprocessors):
 
 
 def test_the_same_inputs_give_the_same_bits(device):
-    wide, skinny, factor = (
-        contiguous(shape, torch.bfloat16, device) for shape in [(1, 60, 40), (1, 60, 20), (40, 20)])
+    wide, skinny, factor = (contiguous(shape, torch.bfloat16, device) for shape in [(1, 60, 40), (1, 60, 20), (40, 20)])
     first, second = (example_grad(wide, skinny, SCALE, factor=factor, config=SMALL) for _ in range(2))
     assert all(torch.equal(mine, its) for mine, its in zip(first, second, strict=True))
     kept, norm_only = (example_grad(wide, skinny, SCALE, keep=keep, config=SMALL) for keep in (True, False))
@@ -160,14 +166,12 @@ def test_windows_of_an_image(device):
 @pytest.mark.parametrize("where", ["wide", "skinny"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_example_keeps_to_itself(device, bad, where, config):
-    wide, skinny, factor = (
-        contiguous(shape, torch.float32, device) for shape in [(3, 20, 40), (3, 20, 5), (40, 5)])
+    wide, skinny, factor = (contiguous(shape, torch.float32, device) for shape in [(3, 20, 40), (3, 20, 5), (40, 5)])
     (wide if where == "wide" else skinny)[1, -1, -1] = bad
     found = example_grad(wide, skinny, SCALE, factor=factor, config=config)
     assert torch.isfinite(found.sq_norms).tolist() == [True, False, True]
     rest = [0, 2]
-    check_found(
-        ExampleGrad(*[tensor[rest].contiguous() for tensor in found]), wide[rest], skinny[rest], factor)
+    check_found(ExampleGrad(*[tensor[rest].contiguous() for tensor in found]), wide[rest], skinny[rest], factor)
     finite = torch.isfinite(found.u).all(2)
     assert finite.sum() == (59 if where == "wide" else 60)
 

@@ -28,8 +28,15 @@ def check(actual: Tensor, reference: Tensor) -> None:
 
 
 @examples
-@given(n=st.integers(1, 3), tokens=st.integers(1, 40), p=st.integers(1, 40), q=st.integers(1, 40),
-       dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1.0, 0.25]), name=st.sampled_from(sorted(CONFIGS)))
+@given(
+    n=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    p=st.integers(1, 40),
+    q=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1.0, 0.25]),
+    name=st.sampled_from(sorted(CONFIGS)),
+)
 def test_norms(device, n, tokens, p, q, dtype, scale, name):
     torch.manual_seed(0)
     left, right = factors(n, tokens, p, q, dtype, device)
@@ -66,7 +73,7 @@ def test_terms_that_cancel(device):
 def test_zero_is_not_below_zero(device):
     """Three tokens whose gradients add up to exactly nothing: without a bound, rounding goes either way."""
     torch.manual_seed(0)
-    a, b = torch.randint(-2**20, 2**20, (2, 32, 1, 64)).float()
+    a, b = torch.randint(-(2**20), 2**20, (2, 32, 1, 64)).float()
     left, right = torch.cat([a, b, -(a + b)], 1).to(device), torch.randn(32, 1, 48).expand(32, 3, 48).to(device)
     assert (gram_sq_norm(left, right, 1.0) >= 0).all()
 

@@ -1,4 +1,4 @@
-"""Philox against its known answers; noise, filter and optimizers against NumPy, lora_dp.privacy.filtering and torch.optim."""
+"""Philox against its known answers; noise, filter and optimizers against NumPy, our filters and torch.optim."""
 
 import math
 
@@ -31,8 +31,11 @@ shapes = st.builds(lambda matrix, more: [matrix, *more], matrices, st.lists(othe
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 LOW = np.uint64(0xFFFFFFFF)
 
@@ -53,7 +56,8 @@ def normals(seed: int, elements, parameter: int, step: int) -> Tensor:
     """The noise by its definition, float64."""
     elements = np.asarray(elements, dtype=np.uint64)
     words = philox(
-        (elements & LOW, elements >> np.uint64(32), parameter, step % 2**32), (seed % 2**32, seed % 2**64 >> 32))
+        (elements & LOW, elements >> np.uint64(32), parameter, step % 2**32), (seed % 2**32, seed % 2**64 >> 32)
+    )
     u1, u2 = ((word.astype(np.float64) + 0.5) * 2.0**-32 for word in words[:2])
     return torch.from_numpy(np.sqrt(-2 * np.log(u1)) * np.cos(2 * np.pi * u2))
 
@@ -63,8 +67,12 @@ def _words_kernel(counter, key, out):
     low = tl.load(key).to(tl.uint64)
     high = tl.load(key + 1).to(tl.uint64)
     words = tl.philox(
-        low | (high << 32), tl.load(counter).to(tl.uint32), tl.load(counter + 1).to(tl.uint32),
-        tl.load(counter + 2).to(tl.uint32), tl.load(counter + 3).to(tl.uint32))
+        low | (high << 32),
+        tl.load(counter).to(tl.uint32),
+        tl.load(counter + 1).to(tl.uint32),
+        tl.load(counter + 2).to(tl.uint32),
+        tl.load(counter + 3).to(tl.uint32),
+    )
     for i in tl.static_range(4):
         tl.store(out + i, words[i].to(tl.int64))
 
@@ -94,8 +102,10 @@ def test_known_answers(device, counter, key, answer):
     assert tuple(out.tolist()) == answer
 
 
-@pytest.mark.parametrize("seed, first, parameter, step", [
-    (0, 0, 0, 0), (-1, 2**32 - 50, 3, 2**40 + 5), (2**63 - 1, 2**40, 511, -1), (0x299F31D0A4093822, 7, 1, 12345)])
+@pytest.mark.parametrize(
+    "seed, first, parameter, step",
+    [(0, 0, 0, 0), (-1, 2**32 - 50, 3, 2**40 + 5), (2**63 - 1, 2**40, 511, -1), (0x299F31D0A4093822, 7, 1, 12345)],
+)
 def test_normals_are_those_of_the_definition(device, seed, first, parameter, step):
     elements = torch.arange(first, first + 2000)
     want = normals(seed, elements.numpy(), parameter, step)
@@ -118,9 +128,18 @@ def test_noise_differs_by_seed_parameter_step_and_element(device):
     n = 4000
     at = torch.arange(n)
     draws = [
-        drawn(device, seed, at + first, parameter, step) for seed, first, parameter, step in (
-            (1, 0, 0, 0), (2, 0, 0, 0), (1 + 2**32, 0, 0, 0), (1, 2**32, 0, 0), (1, n, 0, 0), (1, 0, 1, 0),
-            (1, 0, 0, 1), (0, 0, 1, 1))]
+        drawn(device, seed, at + first, parameter, step)
+        for seed, first, parameter, step in (
+            (1, 0, 0, 0),
+            (2, 0, 0, 0),
+            (1 + 2**32, 0, 0, 0),
+            (1, 2**32, 0, 0),
+            (1, n, 0, 0),
+            (1, 0, 1, 0),
+            (1, 0, 0, 1),
+            (0, 0, 1, 1),
+        )
+    ]
     for i, one in enumerate(draws):
         assert len(one.unique()) > 0.99 * n
         for other in draws[:i]:
@@ -129,14 +148,13 @@ def test_noise_differs_by_seed_parameter_step_and_element(device):
 
 
 class Run:
-    """The kernel beside its definition: lora_dp.privacy.filtering and torch.optim on float64 noise, over several steps."""
+    """The kernel beside its definition: our filters and torch.optim on float64 noise, over several steps."""
 
     def __init__(self, device, sizes, optimizer, arguments, dtypes=(torch.float32,), strength=0.0, std=0.0, seed=0):
         torch.manual_seed(seed)
         self.device, self.optimizer, self.arguments = device, optimizer, dict(arguments)
         self.strength, self.std, self.seed, self.steps = strength, std, seed, 0
-        self.parameters = [
-            torch.randn(size).to(device, dtypes[p % len(dtypes)]) for p, size in enumerate(sizes)]
+        self.parameters = [torch.randn(size).to(device, dtypes[p % len(dtypes)]) for p, size in enumerate(sizes)]
         # Odd ones stay unfiltered, so that filtered and others meet in one launch.
         self.filtered = [len(size) == 2 and p % 2 == 0 for p, size in enumerate(sizes)]
         self.rng = torch.tensor([seed, 0], device=device)
@@ -154,12 +172,25 @@ class Run:
     def step(self, config=None) -> None:
         sums = [torch.randn(parameter.shape, device=self.device) for parameter in self.parameters]
         self.rng[1] = self.steps
-        row = (sgd_row(**self.arguments, first_step=self.steps == 0) if self.optimizer == "sgd"
-               else adam_row(**self.arguments, step=self.steps + 1))
+        row = (
+            sgd_row(**self.arguments, first_step=self.steps == 0)
+            if self.optimizer == "sgd"
+            else adam_row(**self.arguments, step=self.steps + 1)
+        )
         noise_update(
-            self.parameters, sums, self.first, self.second, torch.tensor([row] * len(sums), device=self.device),
-            self.rng, std=self.std, expected_batch_size=3.0, filter_strength=self.strength, filtered=self.filtered,
-            optimizer=self.optimizer, config=config)
+            self.parameters,
+            sums,
+            self.first,
+            self.second,
+            torch.tensor([row] * len(sums), device=self.device),
+            self.rng,
+            std=self.std,
+            expected_batch_size=3.0,
+            filter_strength=self.strength,
+            filtered=self.filtered,
+            optimizer=self.optimizer,
+            config=config,
+        )
         for p, (wanted, total) in enumerate(zip(self.wanted, sums, strict=True)):
             z = normals(self.seed, np.arange(total.numel()), p, self.steps).view(total.shape).to(self.device)
             gradient = (total.double() + self.std * z) / 3.0
@@ -182,14 +213,16 @@ class Run:
             for values, name in zip((self.first, self.second), names[self.optimizer], strict=False):
                 pairs += [(values[p], state[name])] if values else []
             for got, want in pairs:
-                torch.testing.assert_close(
-                    got.double(), want.double(), rtol=slack + 2 * unit, atol=slack + unit)
+                torch.testing.assert_close(got.double(), want.double(), rtol=slack + 2 * unit, atol=slack + unit)
 
 
 SGD = [
-    {"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.1, "momentum": 0.9},
+    {"lr": 0.1},
+    {"lr": 0.1, "weight_decay": 0.2},
+    {"lr": 0.1, "momentum": 0.9},
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "dampening": 0.3},
-    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True}]
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "nesterov": True},
+]
 ADAM = [{"lr": 0.01, "weight_decay": 0.0}, {"lr": 0.01, "weight_decay": 0.3, "betas": (0.8, 0.99), "eps": 1e-5}]
 OPTIMIZERS = [("sgd", row) for row in SGD] + [(name, row) for name in ("adam", "adamw") for row in ADAM]
 
@@ -201,7 +234,8 @@ def test_without_noise_the_native_update_is_the_same(device, optimizer, argument
     sizes, strength = [(3, 40), (17,), (50, 3), ()], 0.7
     generator = torch.Generator().manual_seed(0)
     theta, sums, first, second = (
-        [torch.randn(size, generator=generator).to(device) for size in sizes] for _ in range(4))
+        [torch.randn(size, generator=generator).to(device) for size in sizes] for _ in range(4)
+    )
     second = [state.square() for state in second]
     theta = [each.to(dtype) for each in theta]
     row = sgd_row(**arguments) if optimizer == "sgd" else adam_row(**arguments, step=3)
@@ -211,15 +245,30 @@ def test_without_noise_the_native_update_is_the_same(device, optimizer, argument
     mine = [each.clone() for each in theta]
     options = {"expected_batch_size": 3.0, "filter_strength": strength, "filtered": [len(size) == 2 for size in sizes]}
     private_update_(
-        mine, sums, [state.to(dtype, copy=True) for state in first] if has_first else [],
-        [state.to(dtype, copy=True) for state in second] if has_second else [], [], [row] * len(sizes),
-        optimizer="momentum" if optimizer == "sgd" and has_first else optimizer, key=0, draw=0, scale=0.0, step=1.0,
-        **options)
+        mine,
+        sums,
+        [state.to(dtype, copy=True) for state in first] if has_first else [],
+        [state.to(dtype, copy=True) for state in second] if has_second else [],
+        [],
+        [row] * len(sizes),
+        optimizer="momentum" if optimizer == "sgd" and has_first else optimizer,
+        key=0,
+        draw=0,
+        scale=0.0,
+        step=1.0,
+        **options,
+    )
     noise_update(
-        theta, sums, [state.clone() for state in first] if has_first else [],
+        theta,
+        sums,
+        [state.clone() for state in first] if has_first else [],
         [state.clone() for state in second] if has_second else [],
-        torch.tensor([row] * len(sizes), device=device), torch.tensor([0, 0], device=device), std=0.0,
-        optimizer=optimizer, **options)
+        torch.tensor([row] * len(sizes), device=device),
+        torch.tensor([0, 0], device=device),
+        std=0.0,
+        optimizer=optimizer,
+        **options,
+    )
     # The kernel rounds the gradient to the parameter's dtype first, and Triton's interpreter cuts bfloat16 off.
     unit = torch.finfo(dtype).eps if dtype != torch.float32 else 2e-6
     for left, right in zip(mine, theta, strict=True):
@@ -236,8 +285,11 @@ def test_optimizers_are_those_of_torch(device, optimizer, arguments):
 
 @examples
 @given(
-    sizes=shapes, strength=st.sampled_from([1e-30, 0.3, 1.0, 2.7]), config=st.sampled_from([TINY, None]),
-    seed=st.integers(0, 2**16))
+    sizes=shapes,
+    strength=st.sampled_from([1e-30, 0.3, 1.0, 2.7]),
+    config=st.sampled_from([TINY, None]),
+    seed=st.integers(0, 2**16),
+)
 def test_filter(device, sizes, strength, config, seed):
     """Tall and wide matrices, square ones and those shorter than the filter; every second one unfiltered."""
     run = Run(device, sizes, "sgd", {"lr": 1.0}, strength=strength, seed=seed)
@@ -247,8 +299,13 @@ def test_filter(device, sizes, strength, config, seed):
 
 @examples
 @given(
-    sizes=shapes, strength=st.sampled_from([0.8, 0.0]), std=st.sampled_from([0.5, 30.0]),
-    which=st.sampled_from(OPTIMIZERS), config=st.sampled_from([TINY, None]), seed=st.integers(0, 2**16))
+    sizes=shapes,
+    strength=st.sampled_from([0.8, 0.0]),
+    std=st.sampled_from([0.5, 30.0]),
+    which=st.sampled_from(OPTIMIZERS),
+    config=st.sampled_from([TINY, None]),
+    seed=st.integers(0, 2**16),
+)
 def test_noise_filter_and_optimizer(device, sizes, strength, std, which, config, seed):
     run = Run(device, sizes, *which, strength=strength, std=std, seed=seed)
     for _ in range(2):
@@ -311,40 +368,56 @@ def test_nothing_to_update_is_no_launch(device, monkeypatch):
 ONES = torch.ones(3, 2)
 
 
-@pytest.mark.parametrize("change, error, match", [
-    ({"parameters": [ONES.to("meta")]}, ValueError, r"parameters\[0\] must be on"),
-    ({"parameters": [ONES.double()]}, TypeError, r"parameters\[0\] must be float32 or bfloat16 or float16"),
-    ({"parameters": [torch.ones(2, 3).T]}, ValueError, r"parameters\[0\] must be contiguous"),
-    ({"parameters": [None]}, TypeError, r"parameters\[0\] must be a tensor"),
-    ({"parameters": [ONES, ONES]}, ValueError, r"hyper must have the shape \(2, 6\)"),
-    ({"sums": []}, ValueError, "sums must have an entry for each of the 1 parameters"),
-    ({"sums": [torch.ones(2, 3)]}, ValueError, r"sums\[0\] must have the shape \(3, 2\)"),
-    ({"sums": [ONES.half()]}, TypeError, r"sums\[0\] must be float32"),
-    ({"sums": [ONES.to("meta")]}, ValueError, r"sums\[0\] must be on"),
-    ({"sums": [torch.ones(2, 3).T]}, ValueError, r"sums\[0\] must be contiguous"),
-    ({"first": [torch.ones(3)]}, ValueError, r"first\[0\] must have the shape"),
-    ({"first": [ONES, ONES]}, ValueError, "first must have an entry"),
-    ({"optimizer": "adam", "hyper": torch.ones(1, 8)}, ValueError, "first must have an entry"),
-    ({"optimizer": "adamw", "hyper": torch.ones(1, 8), "first": [ONES]}, ValueError, "second must have an entry"),
-    ({"optimizer": "rmsprop"}, ValueError, "optimizer must be"),
-    ({"hyper": torch.ones(1, 8)}, ValueError, r"hyper must have the shape \(1, 6\)"),
-    ({"hyper": torch.ones(1, 6, dtype=torch.float64)}, TypeError, "hyper must be float32"),
-    ({"hyper": torch.ones(1, 12)[:, ::2]}, ValueError, "hyper must be contiguous"),
-    ({"rng": torch.zeros(2)}, TypeError, "rng must be int64"),
-    ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, r"rng must have the shape \(2\)"),
-    ({"filtered": []}, ValueError, "filtered must have an entry"),
-    ({"filtered": [True], "parameters": [torch.ones(6)], "sums": [torch.ones(6)]}, ValueError, r"filtered\[0\] takes"),
-    ({"std": -1.0}, ValueError, "std must be 0 or a finite"),
-    ({"std": math.nan}, ValueError, "std must be 0 or a finite"),
-    ({"filter_strength": math.inf}, ValueError, "filter_strength must be 0 or"),
-    ({"expected_batch_size": 0.0}, ValueError, "expected_batch_size must be"),
-])
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"parameters": [ONES.to("meta")]}, ValueError, r"parameters\[0\] must be on"),
+        ({"parameters": [ONES.double()]}, TypeError, r"parameters\[0\] must be float32 or bfloat16 or float16"),
+        ({"parameters": [torch.ones(2, 3).T]}, ValueError, r"parameters\[0\] must be contiguous"),
+        ({"parameters": [None]}, TypeError, r"parameters\[0\] must be a tensor"),
+        ({"parameters": [ONES, ONES]}, ValueError, r"hyper must have the shape \(2, 6\)"),
+        ({"sums": []}, ValueError, "sums must have an entry for each of the 1 parameters"),
+        ({"sums": [torch.ones(2, 3)]}, ValueError, r"sums\[0\] must have the shape \(3, 2\)"),
+        ({"sums": [ONES.half()]}, TypeError, r"sums\[0\] must be float32"),
+        ({"sums": [ONES.to("meta")]}, ValueError, r"sums\[0\] must be on"),
+        ({"sums": [torch.ones(2, 3).T]}, ValueError, r"sums\[0\] must be contiguous"),
+        ({"first": [torch.ones(3)]}, ValueError, r"first\[0\] must have the shape"),
+        ({"first": [ONES, ONES]}, ValueError, "first must have an entry"),
+        ({"optimizer": "adam", "hyper": torch.ones(1, 8)}, ValueError, "first must have an entry"),
+        ({"optimizer": "adamw", "hyper": torch.ones(1, 8), "first": [ONES]}, ValueError, "second must have an entry"),
+        ({"optimizer": "rmsprop"}, ValueError, "optimizer must be"),
+        ({"hyper": torch.ones(1, 8)}, ValueError, r"hyper must have the shape \(1, 6\)"),
+        ({"hyper": torch.ones(1, 6, dtype=torch.float64)}, TypeError, "hyper must be float32"),
+        ({"hyper": torch.ones(1, 12)[:, ::2]}, ValueError, "hyper must be contiguous"),
+        ({"rng": torch.zeros(2)}, TypeError, "rng must be int64"),
+        ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, r"rng must have the shape \(2\)"),
+        ({"filtered": []}, ValueError, "filtered must have an entry"),
+        (
+            {"filtered": [True], "parameters": [torch.ones(6)], "sums": [torch.ones(6)]},
+            ValueError,
+            r"filtered\[0\] takes",
+        ),
+        ({"std": -1.0}, ValueError, "std must be 0 or a finite"),
+        ({"std": math.nan}, ValueError, "std must be 0 or a finite"),
+        ({"filter_strength": math.inf}, ValueError, "filter_strength must be 0 or"),
+        ({"expected_batch_size": 0.0}, ValueError, "expected_batch_size must be"),
+    ],
+)
 def test_wrong_arguments_are_refused_before_anything_changes(device, monkeypatch, change, error, match):
     monkeypatch.setattr(module, "_noise_update_kernel", None)
     right = {
-        "parameters": [ONES], "sums": [ONES], "first": [], "second": [], "hyper": torch.ones(1, 6),
-        "rng": torch.zeros(2, dtype=torch.int64), "std": 1.0, "expected_batch_size": 1.0, "filter_strength": 1.0,
-        "filtered": [True], "optimizer": "sgd"}
+        "parameters": [ONES],
+        "sums": [ONES],
+        "first": [],
+        "second": [],
+        "hyper": torch.ones(1, 6),
+        "rng": torch.zeros(2, dtype=torch.int64),
+        "std": 1.0,
+        "expected_batch_size": 1.0,
+        "filter_strength": 1.0,
+        "filtered": [True],
+        "optimizer": "sgd",
+    }
     with pytest.raises(error, match="noise_update: " + match):
         noise_update(**{key: _to(value, device) for key, value in {**right, **change}.items()})
 

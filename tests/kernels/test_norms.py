@@ -22,9 +22,11 @@ powers = st.floats(-149, 127)
 @pytest.mark.skipif(not INTERPRETED, reason="the layers of these paths are on the CPU")
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "transposed"])
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(case=st.one_of(
-           drawn(largest_batch=3, largest_tokens=3), drawn(largest_batch=60, largest_tokens=2, hardest=True)),
-       rule=rules, reduction=st.sampled_from(["mean", "sum"]))
+@given(
+    case=st.one_of(drawn(largest_batch=3, largest_tokens=3), drawn(largest_batch=60, largest_tokens=2, hardest=True)),
+    rule=rules,
+    reduction=st.sampled_from(["mean", "sum"]),
+)
 def test_one_example_adds_no_more_than_the_bound(path, case, rule, reduction):
     assert contribution(case, PATHS[path], rule, reduction) <= case.bound
 
@@ -60,14 +62,18 @@ def test_ghost_norms(device, left, right, tokens, scale):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    power=st.floats(-150, 128), bound=st.sampled_from([LEAST_BOUND, 1e-7, 1.0, 3.7e5, LARGEST_BOUND]), rule=rules,
-    scale=st.sampled_from([1.0, 7.0, 65_537.0]))
+    power=st.floats(-150, 128),
+    bound=st.sampled_from([LEAST_BOUND, 1e-7, 1.0, 3.7e5, LARGEST_BOUND]),
+    rule=rules,
+    scale=st.sampled_from([1.0, 7.0, 65_537.0]),
+)
 def test_clipped_sums(device, power, bound, rule, scale):
     torch.manual_seed(0)
     gradients = [sized((1, 30), power, torch.float32, device), sized((1, 7, 3), power - 1, torch.float32, device)]
     sq_norms = torch.stack([each.double().square().flatten(1).sum(1) for each in gradients])
     coefficients, sums = clip_sum(
-        gradients, [0, 1], sq_norms, torch.tensor([0, 1], device=device), 3, rule, bound, 0.01, None, scale)
+        gradients, [0, 1], sq_norms, torch.tensor([0, 1], device=device), 3, rule, bound, 0.01, None, scale
+    )
     whole = norm([each * scale for each in gradients])
     assert coefficients.dtype == torch.float64 and bool((coefficients > 0).all())
     assert norm(sums) <= bound

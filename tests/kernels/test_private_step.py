@@ -52,8 +52,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     from lora_dp.kernels import adapted_product, clip_sum, example_grad, gram, low_rank_update, noise_update
 
-    for module, name in ((adapted_product, "adapted_product"), (clip_sum, "clip_sum"), (example_grad, "example_grad"),
-                         (gram, "gram_sq_norm"), (low_rank_update, "add_low_rank_"), (noise_update, "noise_update")):
+    for module, name in (
+        (adapted_product, "adapted_product"),
+        (clip_sum, "clip_sum"),
+        (example_grad, "example_grad"),
+        (gram, "gram_sq_norm"),
+        (low_rank_update, "add_low_rank_"),
+        (noise_update, "noise_update"),
+    ):
         monkeypatch.setattr(module, name, noting(getattr(module, name), name, seen))
     return seen
 
@@ -82,13 +88,22 @@ def test_both_norm_methods(device, launches, method):
 @pytest.mark.parametrize("kind", ["roberta", "timm_swin", "gpt2"])
 def test_step_of_a_model(device, launches, kind):
     """Swin's windows are grouped by example; GPT-2's weights are stored transposed."""
+
     def model() -> nn.Module:
-        return randomise(inject_lora(build(kind), LoRAConfig(
-            r=3, target_modules=TARGETS[kind], trainable_modules=[HEADS[kind]]))).train().to(device)
+        return (
+            randomise(
+                inject_lora(build(kind), LoRAConfig(r=3, target_modules=TARGETS[kind], trainable_modules=[HEADS[kind]]))
+            )
+            .train()
+            .to(device)
+        )
 
     generator = torch.Generator().manual_seed(1)
-    x = (torch.randn(3, 1, 16, 16, generator=generator) if kind in IMAGES
-         else torch.randint(1, 40, (3, 7), generator=generator)).to(device)
+    x = (
+        torch.randn(3, 1, 16, 16, generator=generator)
+        if kind in IMAGES
+        else torch.randint(1, 40, (3, 7), generator=generator)
+    ).to(device)
     y = torch.tensor([0, 1, 2], device=device)
     ours = released(model(), x, y, phases="AB", norm_method="direct")
     assert {"adapted_product", "example_grad", "clip_sum"} <= set(launches)
@@ -115,8 +130,9 @@ def test_the_kernels_noise_is_that_of_all_parameters_together(device, launches, 
     sizes, std = [], Mechanism.noise_std
     monkeypatch.setattr(Mechanism, "noise_std", lambda own, size: (sizes.append(size), std(own, size))[1])
     model = mlp().to(device)
-    optimizer = make_private(model, batch_size=6, noise_multiplier=1.0, phases="AB",
-                             engine=PrivacyEngine("rdp", reproducible_seed=0))
+    optimizer = make_private(
+        model, batch_size=6, noise_multiplier=1.0, phases="AB", engine=PrivacyEngine("rdp", reproducible_seed=0)
+    )
     optimizer.step_on_empty_batch()
     assert "noise_update" in launches
     assert set(sizes) == {sum(p.numel() for p in model.parameters() if p.requires_grad)}
@@ -150,6 +166,7 @@ def test_update_in_one_launch(device, launches, without_native, make, strength):
 
 def test_noise_of_the_launch(device, launches, without_native):
     """Its deviation; the same seed repeats it, another step or seed does not; a resumed source goes on."""
+
     def run(seed: int, resume: bool = False) -> Tensor:
         model, engine = mlp().to(device), PrivacyEngine("rdp", reproducible_seed=seed)
         optimizer = make_private(model, batch_size=1, engine=engine, noise_multiplier=2.0, max_grad_norm=3.0, lr=1.0)
@@ -280,10 +297,14 @@ def test_ops(device, dtype, r):
     for call in (
         lambda: lora_forward(x, weight, bias, a, b, 0.5),
         lambda: lora_forward(x, weight.t().contiguous().t(), None, a, b, 0.5),
-        lambda: lora_forward(x, None, None, a, b, 0.5), lambda: lora_backward(g, weight, a, b, 0.5),
-        lambda: lora_backward(g, None, a, b, 0.5), lambda: lora_backward(g, weight, a, b, 0.5, u),
-        lambda: per_example_grad(wide, skinny, 0.5), lambda: per_example_grad(skinny, wide, 0.5),
-        lambda: per_example_grad_and_u(wide, skinny, b, 0.5), lambda: (ghost_sq_norm(wide, skinny, 0.5),),
+        lambda: lora_forward(x, None, None, a, b, 0.5),
+        lambda: lora_backward(g, weight, a, b, 0.5),
+        lambda: lora_backward(g, None, a, b, 0.5),
+        lambda: lora_backward(g, weight, a, b, 0.5, u),
+        lambda: per_example_grad(wide, skinny, 0.5),
+        lambda: per_example_grad(skinny, wide, 0.5),
+        lambda: per_example_grad_and_u(wide, skinny, b, 0.5),
+        lambda: (ghost_sq_norm(wide, skinny, 0.5),),
     ):
         ours = call()
         with reference_only():

@@ -91,15 +91,25 @@ def check_lora(
     shift = torch.zeros(weight.shape[0], device=x.device).double() if bias is None else bias.double()
     # The rounded h meets b.
     expected = x.double() @ weight.double().t() + shift + scaling * (h.double() @ b.double().t())
-    magnitude = (x.double().abs() @ weight.double().abs().t() + shift.abs()
-                 + abs(scaling) * (h.double().abs() @ b.double().abs().t()))
+    magnitude = (
+        x.double().abs() @ weight.double().abs().t()
+        + shift.abs()
+        + abs(scaling) * (h.double().abs() @ b.double().abs().t())
+    )
     assert_near(y, expected, magnitude)
 
 
 @examples
 @given(
-    m=sizes, k=sizes, r=wide_ranks, dtype=st.sampled_from(DTYPES), x_layout=layouts, a_layout=layouts,
-    config=st.sampled_from(TINY_SKINNY), seed=seeds)
+    m=sizes,
+    k=sizes,
+    r=wide_ranks,
+    dtype=st.sampled_from(DTYPES),
+    x_layout=layouts,
+    a_layout=layouts,
+    config=st.sampled_from(TINY_SKINNY),
+    seed=seeds,
+)
 def test_skinny_product(m, k, r, dtype, x_layout, a_layout, config, seed, device):
     torch.manual_seed(seed)
     check_skinny(random((m, k), x_layout, dtype, device), random((r, k), a_layout, dtype, device), config)
@@ -107,19 +117,36 @@ def test_skinny_product(m, k, r, dtype, x_layout, a_layout, config, seed, device
 
 @examples
 @given(
-    m=sizes, n=sizes, r=wide_ranks, dtype=st.sampled_from(DTYPES), y_layout=own_layouts, h_layout=layouts,
-    b_layout=layouts, scaling=scalings, seed=seeds)
+    m=sizes,
+    n=sizes,
+    r=wide_ranks,
+    dtype=st.sampled_from(DTYPES),
+    y_layout=own_layouts,
+    h_layout=layouts,
+    b_layout=layouts,
+    scaling=scalings,
+    seed=seeds,
+)
 def test_low_rank_update(m, n, r, dtype, y_layout, h_layout, b_layout, scaling, seed, device):
     torch.manual_seed(seed)
     y = random((m, n), y_layout, dtype, device)
     check_update(
-        y, random((m, r), h_layout, dtype, device), random((n, r), b_layout, dtype, device), scaling, TINY_UPDATE)
+        y, random((m, r), h_layout, dtype, device), random((n, r), b_layout, dtype, device), scaling, TINY_UPDATE
+    )
 
 
 @examples
 @given(
-    m=sizes, n=sizes, k=sizes, r=ranks, dtype=st.sampled_from(DTYPES), layout=st.tuples(*[layouts] * 4),
-    bias_layout=st.sampled_from(["none", "contiguous", "stepped", "expanded"]), scaling=scalings, seed=seeds)
+    m=sizes,
+    n=sizes,
+    k=sizes,
+    r=ranks,
+    dtype=st.sampled_from(DTYPES),
+    layout=st.tuples(*[layouts] * 4),
+    bias_layout=st.sampled_from(["none", "contiguous", "stepped", "expanded"]),
+    scaling=scalings,
+    seed=seeds,
+)
 def test_lora_product(m, n, k, r, dtype, layout, bias_layout, scaling, seed, device):
     torch.manual_seed(seed)
     shapes = [(m, k), (n, k), (r, k), (n, r)]
@@ -135,8 +162,7 @@ def test_every_skinny_configuration(name, device):
     m, k = config["BLOCK_M"] + 5, config["BLOCK_K"] * config["SPLIT_K"] + 7
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     for r in (5, 200):
-        check_skinny(
-            random((m, k), "contiguous", dtype, device), random((r, k), "transposed", dtype, device), config)
+        check_skinny(random((m, k), "contiguous", dtype, device), random((r, k), "transposed", dtype, device), config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,8 +173,12 @@ def test_every_update_configuration(name, dtype, device):
     m, n = config["BLOCK_M"] + 5, config["BLOCK_N"] + 7
     for r in (5, 200):
         check_update(
-            random((m, n), "contiguous", dtype, device), random((m, r), "contiguous", dtype, device),
-            random((n, r), "contiguous", dtype, device), 0.5, config)
+            random((m, n), "contiguous", dtype, device),
+            random((m, r), "contiguous", dtype, device),
+            random((n, r), "contiguous", dtype, device),
+            0.5,
+            config,
+        )
 
 
 @pytest.mark.parametrize("name", sorted(lora.CONFIGS.keys() - {"tf32"}))
@@ -183,7 +213,8 @@ def test_groups_of_row_blocks(device):
     """More blocks of rows than one group has, the last group short, and several blocks of columns."""
     torch.manual_seed(0)
     x, weight, a, b = (
-        random(shape, "contiguous", torch.float32, device) for shape in [(185, 5), (70, 5), (3, 5), (70, 3)])
+        random(shape, "contiguous", torch.float32, device) for shape in [(185, 5), (70, 5), (3, 5), (70, 3)]
+    )
     check_lora(x, weight, None, a, b, 1.0, TINY_LORA)
 
 
@@ -192,7 +223,8 @@ def test_backward_to_the_input(dtype, device):
     """dx = g W + s (g B) A and u = g B, from transposed views."""
     torch.manual_seed(0)
     g, weight, lora_a, lora_b = (
-        random(shape, "contiguous", dtype, device) for shape in [(37, 21), (21, 50), (6, 50), (21, 6)])
+        random(shape, "contiguous", dtype, device) for shape in [(37, 21), (21, 50), (6, 50), (21, 6)]
+    )
     check_lora(g, weight.t(), None, lora_b.t(), lora_a.t(), 0.5, None)
     check_skinny(g, lora_b.t(), None)
 
@@ -200,8 +232,7 @@ def test_backward_to_the_input(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_agrees_with_two_steps(dtype, device):
     torch.manual_seed(0)
-    x, weight, a, b = (
-        random(shape, "contiguous", dtype, device) for shape in [(37, 50), (21, 50), (6, 50), (21, 6)])
+    x, weight, a, b = (random(shape, "contiguous", dtype, device) for shape in [(37, 50), (21, 50), (6, 50), (21, 6)])
     bias = random((21,), "contiguous", dtype, device)
     y, h = lora_product(x, weight, bias, a, b, 0.5)
     two_step_h = skinny_product(x, a)
@@ -277,7 +308,8 @@ def test_nan_beside_the_views_stays_out(dtype, device):
     torch.manual_seed(0)
     m, n, k, r = 19, 37, 21, 3
     x, weight, a, b, y, h = (
-        random(shape, "stepped", dtype, device) for shape in [(m, k), (n, k), (r, k), (n, r), (m, n), (m, r)])
+        random(shape, "stepped", dtype, device) for shape in [(m, k), (n, k), (r, k), (n, r), (m, n), (m, r)]
+    )
     for config in TINY_SKINNY:
         check_skinny(x, a, config)
     check_update(y, h, b, 0.5, TINY_UPDATE)
@@ -336,29 +368,32 @@ X, W, BIAS, A, B = (torch.zeros(shape) for shape in [(4, 6), (5, 6), (5,), (2, 6
 Y, H = torch.zeros(4, 5), torch.zeros(4, 2)
 
 
-@pytest.mark.parametrize("launcher, arguments, position, bad, error, message", [
-    (skinny_product, (X, A), 0, X.double(), TypeError, "x must be float32 or bfloat16 or float16, got float64"),
-    (skinny_product, (X, A), 0, X[0], ValueError, "x must have the shape"),
-    (skinny_product, (X, A), 0, X.to("meta"), ValueError, "x must be on"),
-    (skinny_product, (X, A), 0, None, TypeError, "x must be a tensor"),
-    (skinny_product, (X, A), 1, A[:, :5], ValueError, "a must have the shape"),
-    (skinny_product, (X, A), 1, A.half(), TypeError, "a must be float32, got float16"),
-    (skinny_product, (X, A), 1, A.to("meta"), ValueError, "a must be on"),
-    (skinny_product, (X, A), 1, X.new_zeros(257, 6), ValueError, "rank must be from 1 to 256, got 257"),
-    (skinny_product, (X, A), 1, A[:0], ValueError, "rank must be from 1 to 256, got 0"),
-    (add_low_rank_, (Y, H, B, 1.0), 0, Y.long(), TypeError, "y must be"),
-    (add_low_rank_, (Y, H, B, 1.0), 1, H[:3], ValueError, "h must have the shape"),
-    (add_low_rank_, (Y, H, B, 1.0), 1, H.to("meta"), ValueError, "h must be on"),
-    (add_low_rank_, (Y, H, B, 1.0), 2, B[:, :1], ValueError, "b must have the shape"),
-    (add_low_rank_, (Y, H, B, 1.0), 2, B.half(), TypeError, "b must be float32"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 0, X.double(), TypeError, "x must be"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 1, W[:, :5], ValueError, "weight must have the shape"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 1, W.half(), TypeError, "weight must be float32"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 2, BIAS[:4], ValueError, "bias must have the shape"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 2, BIAS.to("meta"), ValueError, "bias must be on"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 3, A[:, :5], ValueError, "a must have the shape"),
-    (lora_product, (X, W, BIAS, A, B, 1.0), 4, B[:, :1], ValueError, "b must have the shape"),
-])
+@pytest.mark.parametrize(
+    "launcher, arguments, position, bad, error, message",
+    [
+        (skinny_product, (X, A), 0, X.double(), TypeError, "x must be float32 or bfloat16 or float16, got float64"),
+        (skinny_product, (X, A), 0, X[0], ValueError, "x must have the shape"),
+        (skinny_product, (X, A), 0, X.to("meta"), ValueError, "x must be on"),
+        (skinny_product, (X, A), 0, None, TypeError, "x must be a tensor"),
+        (skinny_product, (X, A), 1, A[:, :5], ValueError, "a must have the shape"),
+        (skinny_product, (X, A), 1, A.half(), TypeError, "a must be float32, got float16"),
+        (skinny_product, (X, A), 1, A.to("meta"), ValueError, "a must be on"),
+        (skinny_product, (X, A), 1, X.new_zeros(257, 6), ValueError, "rank must be from 1 to 256, got 257"),
+        (skinny_product, (X, A), 1, A[:0], ValueError, "rank must be from 1 to 256, got 0"),
+        (add_low_rank_, (Y, H, B, 1.0), 0, Y.long(), TypeError, "y must be"),
+        (add_low_rank_, (Y, H, B, 1.0), 1, H[:3], ValueError, "h must have the shape"),
+        (add_low_rank_, (Y, H, B, 1.0), 1, H.to("meta"), ValueError, "h must be on"),
+        (add_low_rank_, (Y, H, B, 1.0), 2, B[:, :1], ValueError, "b must have the shape"),
+        (add_low_rank_, (Y, H, B, 1.0), 2, B.half(), TypeError, "b must be float32"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 0, X.double(), TypeError, "x must be"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 1, W[:, :5], ValueError, "weight must have the shape"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 1, W.half(), TypeError, "weight must be float32"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 2, BIAS[:4], ValueError, "bias must have the shape"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 2, BIAS.to("meta"), ValueError, "bias must be on"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 3, A[:, :5], ValueError, "a must have the shape"),
+        (lora_product, (X, W, BIAS, A, B, 1.0), 4, B[:, :1], ValueError, "b must have the shape"),
+    ],
+)
 def test_faults(launcher, arguments, position, bad, error, message, device):
     given = [value.to(device) if isinstance(value, Tensor) else value for value in arguments]
     given[position] = bad.to(device) if isinstance(bad, Tensor) and not bad.is_meta else bad
@@ -378,14 +413,17 @@ def test_rank_above_the_fused_one(device):
         lora_product(x, weight, None, a, b, 1.0)
 
 
-@pytest.mark.parametrize("m, k, n, r, narrow, fused", [
-    (100_352, 128, 128, 8, "tall", "square"),
-    (12_544, 512, 512, 8, "rows", "square"),
-    (4_096, 768, 768, 64, "short", "small"),
-    (4_096, 768, 768, 8, "short", "wide"),
-    (32, 4_096, 768, 8, "split", "small"),
-    (16_384, 2_048, 2_048, 64, "rows", "square_k32"),
-])
+@pytest.mark.parametrize(
+    "m, k, n, r, narrow, fused",
+    [
+        (100_352, 128, 128, 8, "tall", "square"),
+        (12_544, 512, 512, 8, "rows", "square"),
+        (4_096, 768, 768, 64, "short", "small"),
+        (4_096, 768, 768, 8, "short", "wide"),
+        (32, 4_096, 768, 8, "split", "small"),
+        (16_384, 2_048, 2_048, 64, "rows", "square_k32"),
+    ],
+)
 def test_default_configurations(m, k, n, r, narrow, fused, monkeypatch):
     """Without measurements, on a device of 132 multiprocessors."""
     monkeypatch.setattr("lora_dp.kernels.launching._table", dict)

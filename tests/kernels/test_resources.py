@@ -32,11 +32,14 @@ def test_every_configuration_is_built():
 
     for name in resources.modules():
         module = importlib.import_module(name)
-        built = [{**build.constexprs, "num_warps": build.num_warps, "num_stages": build.num_stages}
-                 for build in module.builds()]
+        built = [
+            {**build.constexprs, "num_warps": build.num_warps, "num_stages": build.num_stages}
+            for build in module.builds()
+        ]
         for label, config in module.CONFIGS.items():
-            assert any(all(build.get(key, value) == value for key, value in config.launch.items())
-                       for build in built), f"{name}: {label}"
+            assert any(
+                all(build.get(key, value) == value for key, value in config.launch.items()) for build in built
+            ), f"{name}: {label}"
 
 
 def test_a_spill_or_too_much_memory_does_not_fit():

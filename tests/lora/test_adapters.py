@@ -23,7 +23,8 @@ def adapted(model: nn.Module) -> set[str]:
 
 def linear(model: nn.Module) -> set[str]:
     return {
-        name for name, module in model.named_modules()
+        name
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
 
@@ -47,7 +48,8 @@ def test_injection_changes_nothing_but_what_is_trained(kind):
     model = copy.deepcopy(plain)
     assert inject_lora(model, LoRAConfig(r=2, target_modules=TARGETS[kind], trainable_modules=[HEADS[kind]])) is model
     assert adapted(model) == {
-        name for name in linear(plain) if name.endswith(tuple(f".{target}" for target in TARGETS[kind]))}
+        name for name in linear(plain) if name.endswith(tuple(f".{target}" for target in TARGETS[kind]))
+    }
     before, after = plain.state_dict(), model.state_dict()
     factors = {f"{name}.{factor}" for name in adapted(model) for factor in ("lora_A", "lora_B")}
     assert set(after) == set(before) | factors
@@ -88,11 +90,13 @@ def test_all_linear_leaves_the_output_head_frozen(kind):
 
 
 def test_all_linear_leaves_output_embeddings_frozen_as_peft_does():
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=40))
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=40)
+    )
     assert "lm_head" not in adapted(inject_lora(model, LoRAConfig(r=2)))
     assert adapted(inject_lora(tf.LlamaForCausalLM(model.config), LoRAConfig(r=2, target_modules=["lm_head"]))) == {
-        "lm_head"}
+        "lm_head"
+    }
 
 
 def test_a_regular_expression_is_matched_against_the_whole_name():
@@ -103,7 +107,8 @@ def test_a_regular_expression_is_matched_against_the_whole_name():
 def test_a_name_matches_from_dot_to_dot():
     model = inject_lora(build("roberta"), LoRAConfig(r=2, target_modules=["output.dense"]))
     assert adapted(model) == {
-        f"roberta.encoder.layer.{i}.{part}" for i in (0, 1) for part in ("attention.output.dense", "output.dense")}
+        f"roberta.encoder.layer.{i}.{part}" for i in (0, 1) for part in ("attention.output.dense", "output.dense")
+    }
 
 
 def test_a_trained_module_is_never_adapted():
@@ -120,8 +125,14 @@ def test_a_convolution_of_the_same_name_is_left_alone():
 
 @pytest.mark.parametrize(
     ("kind", "name", "private"),
-    [("timm_vit", "norm", DPLayerNorm), ("vit", "vit.layernorm", DPLayerNorm), ("gpt2", "wte", DPEmbedding),
-     ("roberta", "word_embeddings", DPEmbedding), ("gpt2", "h.0.mlp.c_fc", DPLinear)])
+    [
+        ("timm_vit", "norm", DPLayerNorm),
+        ("vit", "vit.layernorm", DPLayerNorm),
+        ("gpt2", "wte", DPEmbedding),
+        ("roberta", "word_embeddings", DPEmbedding),
+        ("gpt2", "h.0.mlp.c_fc", DPLinear),
+    ],
+)
 def test_trained_modules_become_private_and_compute_the_same(kind, name, private):
     model = build(kind)
     plain = logits(model, kind)
@@ -129,7 +140,8 @@ def test_trained_modules_become_private_and_compute_the_same(kind, name, private
     roots = [n for n, m in model.named_modules() if f".{n}".endswith(f".{name}") and not isinstance(m, nn.Identity)]
     assert roots and all(isinstance(model.get_submodule(root), private) for root in roots)
     assert trainable(model) - of(model, "lora_A", "lora_B") == {
-        n for n, _ in model.named_parameters() if n.rpartition(".")[0] in roots}
+        n for n, _ in model.named_parameters() if n.rpartition(".")[0] in roots
+    }
     torch.testing.assert_close(logits(model, kind), plain, rtol=1e-5, atol=1e-6)
 
 
@@ -228,12 +240,23 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"r": 0}, "r must be a whole number of at least 1, got 0"), ({"r": -2}, "at least 1, got -2"),
-     ({"r": 1.5}, "whole number"), ({"alpha": 0}, "alpha must be above 0, got 0"), ({"alpha": -1.0}, "alpha must be"),
-     ({"alpha": float("nan")}, "alpha must be"), ({"dropout": 1}, r"dropout must lie in \[0, 1\), got 1"),
-     ({"dropout": -0.1}, "dropout must"), ({"bias": "some"}, "'none', 'all' or 'lora_only', got 'some'"),
-     ({"target_modules": []}, "is empty"), ({"target_modules": ""}, "is empty"), ({"target_modules": [""]}, "is empty"),
-     ({"trainable_modules": [""]}, "is empty"), ({"target_modules": "("}, "no regular expression")])
+    [
+        ({"r": 0}, "r must be a whole number of at least 1, got 0"),
+        ({"r": -2}, "at least 1, got -2"),
+        ({"r": 1.5}, "whole number"),
+        ({"alpha": 0}, "alpha must be above 0, got 0"),
+        ({"alpha": -1.0}, "alpha must be"),
+        ({"alpha": float("nan")}, "alpha must be"),
+        ({"dropout": 1}, r"dropout must lie in \[0, 1\), got 1"),
+        ({"dropout": -0.1}, "dropout must"),
+        ({"bias": "some"}, "'none', 'all' or 'lora_only', got 'some'"),
+        ({"target_modules": []}, "is empty"),
+        ({"target_modules": ""}, "is empty"),
+        ({"target_modules": [""]}, "is empty"),
+        ({"trainable_modules": [""]}, "is empty"),
+        ({"target_modules": "("}, "no regular expression"),
+    ],
+)
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)
@@ -259,21 +282,38 @@ def test_trainable_modules_is_a_list():
 
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
-    [("roberta", {"target_modules": ["query", "vaule"]}, r"no Linear or Conv1D is named 'vaule'; did you mean 'value'"),
-     ("roberta", {"target_modules": ["self.qerry"]}, r"'self\.qerry'; did you mean 'self\.query'"),
-     ("roberta", {"target_modules": "query"}, r"regular expression for full names; for a name write \['query'\]"),
-     ("gpt2", {"target_modules": ["blocks"]}, r"'blocks'; there are 'c_attn', 'c_fc', 'c_proj', 'score'\."),
-     ("vit", {"target_modules": ["projection"]}, r"no Linear or Conv1D is named 'projection'; did you mean '._proj'"),
-     ("vit", {"trainable_modules": ["clasifier"]}, r"no module is named 'clasifier'; did you mean 'classifier'"),
-     ("roberta", {"trainable_modules": ["dropout"]}, "'dropout' has no parameters to train"),
-     ("roberta", {"target_modules": ["out_proj"], "trainable_modules": ["classifier"]},
-      "'out_proj' lies within trainable_modules"),
-     ("vit", {"trainable_modules": ["projection"]}, r"'vit.*projection' cannot.*covers weight, bias of a Conv2d"),
-     ("vit", {"trainable_modules": ["embeddings"]}, r"'vit\.embeddings'.*covers cls_token, position_embeddings"),
-     ("llama", {"trainable_modules": ["norm"]}, r"'model\.norm'.*covers weight of a LlamaRMSNorm"),
-     ("llama", {"r": 9, "target_modules": ["q_proj", "k_proj"]},
-      r"Rank 9 is above the size of 'model\.layers\.0\.self_attn\.k_proj' \(16 → 8\): choose r ≤ 8"),
-     ("roberta", {"r": 17}, "Rank 17 is above the size of 'roberta")])
+    [
+        (
+            "roberta",
+            {"target_modules": ["query", "vaule"]},
+            r"no Linear or Conv1D is named 'vaule'; did you mean 'value'",
+        ),
+        ("roberta", {"target_modules": ["self.qerry"]}, r"'self\.qerry'; did you mean 'self\.query'"),
+        ("roberta", {"target_modules": "query"}, r"regular expression for full names; for a name write \['query'\]"),
+        ("gpt2", {"target_modules": ["blocks"]}, r"'blocks'; there are 'c_attn', 'c_fc', 'c_proj', 'score'\."),
+        (
+            "vit",
+            {"target_modules": ["projection"]},
+            r"no Linear or Conv1D is named 'projection'; did you mean '._proj'",
+        ),
+        ("vit", {"trainable_modules": ["clasifier"]}, r"no module is named 'clasifier'; did you mean 'classifier'"),
+        ("roberta", {"trainable_modules": ["dropout"]}, "'dropout' has no parameters to train"),
+        (
+            "roberta",
+            {"target_modules": ["out_proj"], "trainable_modules": ["classifier"]},
+            "'out_proj' lies within trainable_modules",
+        ),
+        ("vit", {"trainable_modules": ["projection"]}, r"'vit.*projection' cannot.*covers weight, bias of a Conv2d"),
+        ("vit", {"trainable_modules": ["embeddings"]}, r"'vit\.embeddings'.*covers cls_token, position_embeddings"),
+        ("llama", {"trainable_modules": ["norm"]}, r"'model\.norm'.*covers weight of a LlamaRMSNorm"),
+        (
+            "llama",
+            {"r": 9, "target_modules": ["q_proj", "k_proj"]},
+            r"Rank 9 is above the size of 'model\.layers\.0\.self_attn\.k_proj' \(16 → 8\): choose r ≤ 8",
+        ),
+        ("roberta", {"r": 17}, "Rank 17 is above the size of 'roberta"),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name_and_leaves_the_model_alone(kind, settings, message):
     model = build(kind)
     before = fingerprint(model)
@@ -310,8 +350,11 @@ def test_layers_whose_forward_is_not_a_linear_layer_are_passed_over_or_refused()
     inject_lora(model, LoRAConfig(r=2))
     assert adapted(model) == {"0", "1"}
     torch.testing.assert_close(model[:5](x), plain)
-    for number, reason in (("2", "Scaled has a forward of its own"), ("3", "Linear has a forward of its own"),
-                           ("4", "computed by a parametrization")):
+    for number, reason in (
+        ("2", "Scaled has a forward of its own"),
+        ("3", "Linear has a forward of its own"),
+        ("4", "computed by a parametrization"),
+    ):
         with pytest.raises(ValueError, match=f"'{number}' cannot carry an adapter, since .*{reason}"):
             inject_lora(make(), LoRAConfig(r=2, target_modules=[number]))
         with pytest.raises(ValueError, match=f"'{number}' cannot be trained in private, since .*{reason}"):
@@ -349,5 +392,6 @@ def test_transformers_is_not_imported_for_a_model_without_it():
     code = (
         "import sys; from torch import nn; from lora_dp import LoRAConfig, inject_lora; "
         "inject_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2)); "
-        "sys.exit('transformers' in sys.modules or 'timm' in sys.modules)")
+        "sys.exit('transformers' in sys.modules or 'timm' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

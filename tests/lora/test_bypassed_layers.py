@@ -33,14 +33,24 @@ def falcon_mamba() -> nn.Module:
 
 
 def mamba2() -> nn.Module:
-    return tf.Mamba2ForCausalLM(tf.Mamba2Config(
-        vocab_size=40, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4, **SMALL))
+    return tf.Mamba2ForCausalLM(
+        tf.Mamba2Config(vocab_size=40, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4, **SMALL)
+    )
 
 
 def wavlm() -> nn.Module:
-    return tf.WavLMModel(tf.WavLMConfig(
-        num_attention_heads=2, intermediate_size=20, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3),
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **SMALL))
+    return tf.WavLMModel(
+        tf.WavLMConfig(
+            num_attention_heads=2,
+            intermediate_size=20,
+            conv_dim=(8, 8),
+            conv_stride=(2, 2),
+            conv_kernel=(3, 3),
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            **SMALL,
+        )
+    )
 
 
 def adapted(model: nn.Module) -> set[str]:
@@ -49,14 +59,22 @@ def adapted(model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize(
     ("build", "left_alone", "kept"),
-    [(mamba, {"dt_proj", "x_proj", "out_proj"}, {"in_proj"}),
-     (falcon_mamba, {"dt_proj", "x_proj", "out_proj"}, {"in_proj"}), (mamba2, {"out_proj"}, {"in_proj"}),
-     (wavlm, {"q_proj", "k_proj", "v_proj", "out_proj"}, {"projection", "intermediate_dense", "output_dense"}),
-     (lambda: BeitAttention(16, num_heads=2, qkv_bias=True), {"qkv"}, {"proj"}),
-     (lambda: BeitAttention(16, num_heads=2, qkv_bias=False), set(), {"qkv", "proj"}),
-     (lambda: EvaAttention(16, num_heads=2, qkv_bias=True, norm_layer=nn.LayerNorm), {"qkv"}, {"proj"}),
-     (lambda: WindowAttention(16, window_size=(4, 4), num_heads=2), {"qkv"}, {"proj"}),
-     (lambda: nn.ModuleList([ShiftedWindowAttention(16, [4, 4], [0, 0], 2), nn.Linear(4, 4)]), {"qkv", "proj"}, {"1"})])
+    [
+        (mamba, {"dt_proj", "x_proj", "out_proj"}, {"in_proj"}),
+        (falcon_mamba, {"dt_proj", "x_proj", "out_proj"}, {"in_proj"}),
+        (mamba2, {"out_proj"}, {"in_proj"}),
+        (wavlm, {"q_proj", "k_proj", "v_proj", "out_proj"}, {"projection", "intermediate_dense", "output_dense"}),
+        (lambda: BeitAttention(16, num_heads=2, qkv_bias=True), {"qkv"}, {"proj"}),
+        (lambda: BeitAttention(16, num_heads=2, qkv_bias=False), set(), {"qkv", "proj"}),
+        (lambda: EvaAttention(16, num_heads=2, qkv_bias=True, norm_layer=nn.LayerNorm), {"qkv"}, {"proj"}),
+        (lambda: WindowAttention(16, window_size=(4, 4), num_heads=2), {"qkv"}, {"proj"}),
+        (
+            lambda: nn.ModuleList([ShiftedWindowAttention(16, [4, 4], [0, 0], 2), nn.Linear(4, 4)]),
+            {"qkv", "proj"},
+            {"1"},
+        ),
+    ],
+)
 def test_all_linear_passes_over_what_is_known(build, left_alone, kept):
     found = adapted(inject_lora(build(), LoRAConfig(r=2)))
     assert kept <= found and not found & left_alone
@@ -64,8 +82,12 @@ def test_all_linear_passes_over_what_is_known(build, left_alone, kept):
 
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
-    [(mamba, "dt_proj", "MambaMixer reads"), (wavlm, "v_proj", "WavLMAttention reads"),
-     (lambda: BeitAttention(16, num_heads=2, qkv_bias=True), "qkv", "Attention reads")])
+    [
+        (mamba, "dt_proj", "MambaMixer reads"),
+        (wavlm, "v_proj", "WavLMAttention reads"),
+        (lambda: BeitAttention(16, num_heads=2, qkv_bias=True), "qkv", "Attention reads"),
+    ],
+)
 def test_named_ones_are_refused(build, name, reason):
     for settings in ({"target_modules": [name]}, {"trainable_modules": [name]}):
         with pytest.raises(ValueError, match=f"{name}' cannot .*{reason} its weight without calling it"):
@@ -77,34 +99,78 @@ SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "n
 
 
 def deberta(share: bool, relative: bool = True) -> nn.Module:
-    return tf.DebertaV2ForSequenceClassification(tf.DebertaV2Config(
-        vocab_size=40, num_attention_heads=2, intermediate_size=20, relative_attention=relative, position_buckets=8,
-        pos_att_type=["p2c", "c2p"], share_att_key=share, position_biased_input=False, **SMALL))
+    return tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(
+            vocab_size=40,
+            num_attention_heads=2,
+            intermediate_size=20,
+            relative_attention=relative,
+            position_buckets=8,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=share,
+            position_biased_input=False,
+            **SMALL,
+        )
+    )
 
 
 def old_deberta() -> nn.Module:
-    return tf.DebertaForSequenceClassification(tf.DebertaConfig(
-        vocab_size=40, num_attention_heads=2, intermediate_size=20, relative_attention=True,
-        pos_att_type=["p2c", "c2p"], max_relative_positions=8, position_biased_input=False, **SMALL))
+    return tf.DebertaForSequenceClassification(
+        tf.DebertaConfig(
+            vocab_size=40,
+            num_attention_heads=2,
+            intermediate_size=20,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            max_relative_positions=8,
+            position_biased_input=False,
+            **SMALL,
+        )
+    )
 
 
 BLOCKS = {"depths": (1, 1), "embed_dim": 16, "num_heads": (2, 2)}
 
 
-@pytest.mark.parametrize(("build", "left_alone", "kept"), [
-    (lambda: timm.create_model("swinv2_tiny_window8_256", window_size=4, **IMAGES, **BLOCKS), {"0", "2"}, {"fc1"}),
-    (lambda: timm.create_model("swinv2_cr_tiny_224", patch_size=2, window_size=4, **IMAGES, **BLOCKS), set(), {"qkv"}),
-    (lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**SWIN)), {"0", "2"}, {"query", "key", "value"}),
-    (lambda: SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=3, block=SwinTransformerBlockV2),
-     {"qkv", "proj"}, {"reduction"}),
-    (lambda: timm.create_model("vit_relpos_small_patch16_rpn_224", patch_size=8, embed_dim=16, depth=1, num_heads=2,
-                               **IMAGES), set(), {"qkv", "proj"}),
-    (lambda: deberta(True), {"query_proj", "key_proj"}, {"value_proj", "dense"}),
-    (lambda: deberta(False), {"pos_key_proj", "pos_query_proj"}, {"query_proj", "key_proj", "value_proj"}),
-    (lambda: deberta(True, relative=False), set(), {"query_proj", "key_proj", "value_proj"}),
-    (old_deberta, {"pos_proj", "pos_q_proj"}, {"in_proj", "dense"})],
-    ids=["timm-swinv2", "timm-swinv2-cr", "swinv2", "torchvision", "timm-relpos", "deberta-v2", "deberta-v2-apart",
-         "deberta-v2-plain", "deberta"])
+@pytest.mark.parametrize(
+    ("build", "left_alone", "kept"),
+    [
+        (lambda: timm.create_model("swinv2_tiny_window8_256", window_size=4, **IMAGES, **BLOCKS), {"0", "2"}, {"fc1"}),
+        (
+            lambda: timm.create_model("swinv2_cr_tiny_224", patch_size=2, window_size=4, **IMAGES, **BLOCKS),
+            set(),
+            {"qkv"},
+        ),
+        (lambda: tf.Swinv2ForImageClassification(tf.Swinv2Config(**SWIN)), {"0", "2"}, {"query", "key", "value"}),
+        (
+            lambda: SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=3, block=SwinTransformerBlockV2),
+            {"qkv", "proj"},
+            {"reduction"},
+        ),
+        (
+            lambda: timm.create_model(
+                "vit_relpos_small_patch16_rpn_224", patch_size=8, embed_dim=16, depth=1, num_heads=2, **IMAGES
+            ),
+            set(),
+            {"qkv", "proj"},
+        ),
+        (lambda: deberta(True), {"query_proj", "key_proj"}, {"value_proj", "dense"}),
+        (lambda: deberta(False), {"pos_key_proj", "pos_query_proj"}, {"query_proj", "key_proj", "value_proj"}),
+        (lambda: deberta(True, relative=False), set(), {"query_proj", "key_proj", "value_proj"}),
+        (old_deberta, {"pos_proj", "pos_q_proj"}, {"in_proj", "dense"}),
+    ],
+    ids=[
+        "timm-swinv2",
+        "timm-swinv2-cr",
+        "swinv2",
+        "torchvision",
+        "timm-relpos",
+        "deberta-v2",
+        "deberta-v2-apart",
+        "deberta-v2-plain",
+        "deberta",
+    ],
+)
 def test_what_runs_on_a_table_of_positions_is_left_out_and_the_rest_trains(build, left_alone, kept):
     """One private step: a layer whose rows belong to no example would stop it."""
     torch.manual_seed(0)
@@ -132,16 +198,20 @@ def module_of(origin: str, kind: str, child: str, **attributes: Any) -> nn.Modul
     return made
 
 
-@pytest.mark.parametrize(("origin", "kind", "child", "attributes", "left_alone"), [
-    ("timm.models.old", "Attention", "qkv", {"q_bias": 1.0}, True),
-    ("timm.models.old", "Attention", "qkv", {"q_bias": 1.0, "qkv_bias_separate": True}, False),
-    ("own.models", "Attention", "qkv", {"q_bias": 1.0}, False),
-    ("transformers.models", "WavLMAttention", "q_proj", {}, True),
-    ("own.models", "WavLMAttention", "q_proj", {}, False),
-    ("transformers.models", "Attention", "key_proj", {"share_att_key": True, "relative_attention": True}, True),
-    ("own.models", "Attention", "key_proj", {"share_att_key": True, "relative_attention": True}, False),
-    ("transformers.models", "Attention", "key_proj", {"share_att_key": True}, False),
-    ("transformers.models", "Attention", "key_proj", {"relative_attention": True}, False)])
+@pytest.mark.parametrize(
+    ("origin", "kind", "child", "attributes", "left_alone"),
+    [
+        ("timm.models.old", "Attention", "qkv", {"q_bias": 1.0}, True),
+        ("timm.models.old", "Attention", "qkv", {"q_bias": 1.0, "qkv_bias_separate": True}, False),
+        ("own.models", "Attention", "qkv", {"q_bias": 1.0}, False),
+        ("transformers.models", "WavLMAttention", "q_proj", {}, True),
+        ("own.models", "WavLMAttention", "q_proj", {}, False),
+        ("transformers.models", "Attention", "key_proj", {"share_att_key": True, "relative_attention": True}, True),
+        ("own.models", "Attention", "key_proj", {"share_att_key": True, "relative_attention": True}, False),
+        ("transformers.models", "Attention", "key_proj", {"share_att_key": True}, False),
+        ("transformers.models", "Attention", "key_proj", {"relative_attention": True}, False),
+    ],
+)
 def test_what_is_known_of_a_packages_modules_is_not_said_of_others(origin, kind, child, attributes, left_alone):
     model = nn.ModuleList([module_of(origin, kind, child, **attributes)])
     assert adapted(inject_lora(model, LoRAConfig(r=2))) == {"beside"} | (set() if left_alone else {child})
@@ -149,7 +219,9 @@ def test_what_is_known_of_a_packages_modules_is_not_said_of_others(origin, kind,
 
 def test_one_that_some_kernels_bypass_may_be_named():
     assert adapted(inject_lora(mamba(), LoRAConfig(r=2, target_modules=["out_proj", "x_proj"]))) == {
-        "out_proj", "x_proj"}
+        "out_proj",
+        "x_proj",
+    }
 
 
 @pytest.mark.parametrize("build", [mamba, mamba2, wavlm])

@@ -22,9 +22,16 @@ def base(family: str = "llama", vocabulary: int = 44, tied: bool = False) -> nn.
     if family == "gpt2":
         model: Any = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=20))
     else:
-        model = tf.LlamaForCausalLM(tf.LlamaConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
-            tie_word_embeddings=tied))
+        model = tf.LlamaForCausalLM(
+            tf.LlamaConfig(
+                vocab_size=40,
+                hidden_size=16,
+                intermediate_size=20,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                tie_word_embeddings=tied,
+            )
+        )
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     return model.eval()
 
@@ -47,12 +54,16 @@ def by_peft(folder: Path, family: str = "llama", tied: bool = False, embeddings:
 
 @pytest.mark.parametrize(
     ("family", "tied", "settings"),
-    [("llama", False, {"target_modules": ["q_proj"]}), ("llama", True, {"target_modules": ["q_proj"]}),
-     ("gpt2", True, {"target_modules": ["c_attn"]}),
-     ("llama", False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-     ("llama", False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
-     ("llama", False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
-     ("llama", False, {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["lm_head"]})])
+    [
+        ("llama", False, {"target_modules": ["q_proj"]}),
+        ("llama", True, {"target_modules": ["q_proj"]}),
+        ("gpt2", True, {"target_modules": ["c_attn"]}),
+        ("llama", False, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama", False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+        ("llama", False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("llama", False, {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["lm_head"]}),
+    ],
+)
 def test_loaded_with_the_adapter_and_saved_on(family, tied, settings, tmp_path):
     expected = by_peft(tmp_path / "theirs", family, tied, **settings)
     model = load_adapter(base(family), tmp_path / "theirs")
@@ -95,8 +106,11 @@ def test_a_vocabulary_of_another_size_is_named_with_the_remedy(whole, tmp_path):
     by_peft(tmp_path, target_modules=["q_proj"], modules_to_save=whole)
     model = base(vocabulary=40)
     names = list(model.state_dict())
-    with pytest.raises(ValueError, match=r"carries '(model\.embed_tokens|lm_head)\.weight' with shape \(44, 16\) where "
-                                         r"the model has \(40, 16\): call model\.resize_token_embeddings\(44\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"carries '(model\.embed_tokens|lm_head)\.weight' with shape \(44, 16\) where "
+        r"the model has \(40, 16\): call model\.resize_token_embeddings\(44\)",
+    ):
         load_adapter(model, tmp_path)
     assert list(model.state_dict()) == names
     model.resize_token_embeddings(44, mean_resizing=False)

@@ -58,8 +58,12 @@ def scores(model: nn.Module, x: Tensor) -> Tensor:
 def test_a_model_that_was_converted_after_its_adapters_is_warned_of(dtype):
     def made(model: nn.Module) -> None:
         PrivacyEngine("rdp").make_private(
-            model=model, optimizer=torch.optim.SGD(trained(model).values(), lr=0.1), data_loader=loader_of(8, 4),
-            noise_multiplier=1.0, max_grad_norm=1.0)
+            model=model,
+            optimizer=torch.optim.SGD(trained(model).values(), lr=0.1),
+            data_loader=loader_of(8, 4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
 
     with pytest.warns(UserWarning, match=r"trained parameters are in half precision, '.*lora_A' the first") as caught:
         made(half("roberta").to(dtype=torch.float32).to(dtype))
@@ -79,7 +83,8 @@ def test_trains_and_evaluates_in_the_models_dtype(kind, dtype):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
     optimizer = torch.optim.AdamW(list(trained(model).values()), lr=1e-4)
     model, private, loader = PrivacyEngine("rdp").make_private(
-        model=model, optimizer=optimizer, data_loader=loader_of(8, 4), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model, optimizer=optimizer, data_loader=loader_of(8, 4), noise_multiplier=1.0, max_grad_norm=1.0
+    )
     x = inputs(kind, 64, dtype)
     model.train()
     for _, y in loader:
@@ -120,8 +125,12 @@ def test_per_example_gradients(method, dtype):
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(torch.tanh(self.body(self.norm(self.table(ids)))).mean(1))
 
-    model = randomise(inject_lora(Net().to(dtype), LoRAConfig(
-        r=2, target_modules=["body"], trainable_modules=["table", "norm", "head"], bias="all")))
+    model = randomise(
+        inject_lora(
+            Net().to(dtype),
+            LoRAConfig(r=2, target_modules=["body"], trainable_modules=["table", "norm", "head"], bias="all"),
+        )
+    )
     kinds = {type(module) for module in model.children()}
     assert {DPEmbedding, DPLayerNorm, DPLinear} < kinds
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -164,8 +173,11 @@ def test_a_models_own_cast_is_obeyed(dtype):
 
 def test_what_peft_saved_in_float32_is_taken_whole(tmp_path):
     plain = build("roberta").to(torch.bfloat16)
-    theirs = randomise(peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(
-        r=2, target_modules=["query"], modules_to_save=["classifier"])).eval())
+    theirs = randomise(
+        peft.get_peft_model(
+            copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+        ).eval()
+    )
     theirs.save_pretrained(tmp_path)
     model = load_adapter(copy.deepcopy(plain), tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")

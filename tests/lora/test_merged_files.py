@@ -221,8 +221,11 @@ def test_copies_and_pickles(kind, merged, tmp_path):
         merge_adapters(model)
     expected = logits(model, kind)
     torch.save(model, tmp_path / "whole.pt")
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
-                   torch.load(tmp_path / "whole.pt", weights_only=False)):
+    for copied in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(tmp_path / "whole.pt", weights_only=False),
+    ):
         assert torch.equal(logits(copied, kind), expected)
         unmerge_adapters(copied)
         torch.testing.assert_close(logits(copied, kind), expected, rtol=1e-4, atol=1e-5)
@@ -231,7 +234,8 @@ def test_copies_and_pickles(kind, merged, tmp_path):
                 parameter.data.mul_(0.9)
             copied.save_pretrained(tmp_path / "copy")
             torch.testing.assert_close(
-                logits(opened(kind, tmp_path / "copy"), kind), logits(copied, kind), rtol=1e-4, atol=1e-5)
+                logits(opened(kind, tmp_path / "copy"), kind), logits(copied, kind), rtol=1e-4, atol=1e-5
+            )
     assert torch.equal(logits(model, kind), expected)
 
 
@@ -243,7 +247,8 @@ def test_an_adapter_is_saved_from_a_merged_model(tmp_path):
     expected = logits(model, "llama")
     for folder in ("before", "after"):
         torch.testing.assert_close(
-            logits(load_adapter(build("llama"), tmp_path / folder), "llama"), expected, rtol=1e-4, atol=1e-5)
+            logits(load_adapter(build("llama"), tmp_path / folder), "llama"), expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_tied_weights_are_saved_unmerged(tmp_path):

@@ -78,8 +78,7 @@ def test_peft_opens_ours(kind, named, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_we_open_pefts(kind, tmp_path):
     plain = build(kind)
-    theirs = saved_by_peft(
-        plain, tmp_path, lora_alpha=3, target_modules=TARGETS[kind], modules_to_save=[HEADS[kind]])
+    theirs = saved_by_peft(plain, tmp_path, lora_alpha=3, target_modules=TARGETS[kind], modules_to_save=[HEADS[kind]])
     model = load_adapter(copy.deepcopy(plain), tmp_path)
     assert_same(theirs, model, kind, plain)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -105,8 +104,11 @@ def test_biases_both_ways(kind, bias, tmp_path):
 
 
 def test_biases_of_an_adapter_with_a_name_of_its_own(plain, tmp_path):
-    theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(
-        r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"]), adapter_name="mine").eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(plain),
+        peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"]),
+        adapter_name="mine",
+    ).eval()
     randomise(theirs).save_pretrained(tmp_path)
     assert_same(theirs, load_adapter(copy.deepcopy(plain), tmp_path / "mine"), "roberta", plain)
 
@@ -117,7 +119,8 @@ def test_scaling_both_ways(alpha, rslora, plain, tmp_path):
     save_adapter(model, tmp_path / "ours")
     assert_same(model, opened_by_peft(plain, tmp_path / "ours"), "roberta", plain)
     theirs = saved_by_peft(
-        plain, tmp_path / "theirs", target_modules=r".*\.(query|key)", lora_alpha=alpha, use_rslora=rslora)
+        plain, tmp_path / "theirs", target_modules=r".*\.(query|key)", lora_alpha=alpha, use_rslora=rslora
+    )
     assert_same(theirs, load_adapter(copy.deepcopy(plain), tmp_path / "theirs"), "roberta", plain)
 
 
@@ -131,8 +134,9 @@ def test_a_task_of_pefts_that_adds_modules_to_save(plain, tmp_path):
 def test_a_head_whose_name_ends_another_modules(targets, tmp_path):
     """DistilBERT has 'classifier' and 'pre_classifier', which PEFT takes for one name."""
     torch.manual_seed(0)
-    plain = tf.DistilBertForSequenceClassification(tf.DistilBertConfig(
-        dim=16, n_layers=1, n_heads=2, hidden_dim=20, max_position_embeddings=20, **TEXT)).eval()
+    plain = tf.DistilBertForSequenceClassification(
+        tf.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=20, max_position_embeddings=20, **TEXT)
+    ).eval()
     model = ours(plain, target_modules=targets, trainable_modules=["classifier"])
     save_adapter(model, tmp_path / "adapter")
     assert_same(model, opened_by_peft(plain, tmp_path / "adapter"), "distilbert", plain)
@@ -177,7 +181,8 @@ def test_a_shared_layer_is_stored_once_under_its_first_name(tmp_path):
     model = ours(plain)
     save_adapter(model, tmp_path)
     assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == [
-        f"base_model.model.0.lora_{factor}.weight" for factor in "AB"]
+        f"base_model.model.0.lora_{factor}.weight" for factor in "AB"
+    ]
     x = torch.randn(3, 4)
     assert torch.equal(load_adapter(copy.deepcopy(plain), tmp_path)(x), model(x))
 
@@ -188,10 +193,19 @@ def test_what_is_written(tmp_path):
     model = ours(plain, alpha=6, target_modules=["c_fc"], trainable_modules=["score"], dropout=0.1, rslora=True)
     save_adapter(model, tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) == {
-        "base_model_name_or_path": "some/gpt2", "bias": "none", "fan_in_fan_out": True, "inference_mode": True,
-        "lora_alpha": 6, "lora_dropout": 0.1, "modules_to_save": ["score"], "peft_type": "LORA", "r": 2,
-        "target_modules": ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"], "task_type": None,
-        "use_rslora": True}
+        "base_model_name_or_path": "some/gpt2",
+        "bias": "none",
+        "fan_in_fan_out": True,
+        "inference_mode": True,
+        "lora_alpha": 6,
+        "lora_dropout": 0.1,
+        "modules_to_save": ["score"],
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"],
+        "task_type": None,
+        "use_rslora": True,
+    }
     layers = [f"base_model.model.transformer.h.{i}.mlp.c_fc.lora_{factor}.weight" for i in (0, 1) for factor in "AB"]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sorted(tensors) == ["base_model.model.score.weight", *layers]
@@ -211,11 +225,15 @@ def test_an_adapted_model_takes_another_adapter(plain, folder):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"alpha": 4}, r"has alpha = 2\.0 but the model's has 4\.0"), ({"rslora": True}, "has rslora = False"),
-     ({"bias": "all"}, "has bias = none but the model's has all"),
-     ({"target_modules": ["query"]}, r"model's adapters lack: .*value\.lora_A\.weight"),
-     ({"target_modules": ["query", "value", "key"]}, r"lacks .*key\.lora_A\.weight"),
-     ({"trainable_modules": []}, r"model's adapters lack: 'base_model\.model\.classifier\.dense\.bias'")])
+    [
+        ({"alpha": 4}, r"has alpha = 2\.0 but the model's has 4\.0"),
+        ({"rslora": True}, "has rslora = False"),
+        ({"bias": "all"}, "has bias = none but the model's has all"),
+        ({"target_modules": ["query"]}, r"model's adapters lack: .*value\.lora_A\.weight"),
+        ({"target_modules": ["query", "value", "key"]}, r"lacks .*key\.lora_A\.weight"),
+        ({"trainable_modules": []}, r"model's adapters lack: 'base_model\.model\.classifier\.dense\.bias'"),
+    ],
+)
 def test_other_adapters_are_refused(settings, message, plain, folder):
     model = ours(plain, **({"target_modules": ["query", "value"], "trainable_modules": ["classifier"]} | settings))
     before = adapter_state(model)
@@ -239,25 +257,39 @@ def test_a_merged_model_takes_no_adapter(plain, folder):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"peft_type": "IA3"}, "describes a 'IA3' adapter: only 'LORA'"), ({"use_dora": True}, "use_dora=True"),
-     ({"rank_pattern": {"query": 4}}, r"rank_pattern=\{'query': 4\}, which is not supported"),
-     ({"layers_to_transform": [1]}, "layers_to_transform"), ({"layers_to_transform": 0}, "layers_to_transform=0"),
-     ({"lora_bias": True, "alpha_pattern": {"a": 1}}, r"alpha_pattern=\{'a': 1\}, lora_bias=True"),
-     ({"exclude_modules": ["key"]}, "exclude_modules"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-     ({"something_new": 3}, "something_new=3"), ({"target_modules": None}, "names no target_modules"),
-     ({"target_modules": ["nowhere"]}, r"No linear layer of the model answers to \['nowhere'\]"),
-     ({"target_modules": ["query"]}, r"model's adapters lack: .*value\.lora_A"),
-     ({"target_modules": ["query", "value", "key"]}, r"lacks .*key\.lora_A"),
-     ({"modules_to_save": None}, r"model's adapters lack: .*classifier"),
-     ({"r": 4}, r"shape \(2, 16\) where the model needs \(4, 16\)"),
-     ({"r": 0}, "r must be a whole number"), ({"bias": "some"}, "got 'some'"),
-     ({"r": "8"}, "sets r to '8', which is not a whole number"), ({"r": None}, "sets r to None"),
-     ({"r": True}, "sets r to True"), ({"r": 2.0}, r"sets r to 2\.0"), ({"lora_alpha": None}, "lora_alpha to None"),
-     ({"lora_alpha": "x"}, "lora_alpha to 'x', which is not a number"), ({"lora_alpha": float("nan")}, "alpha must be"),
-     ({"lora_dropout": [0.1]}, "lora_dropout"), ({"use_rslora": "yes"}, "use_rslora to 'yes'"),
-     ({"bias": None}, "sets bias to None"),
-     ({"target_modules": 5}, "target_modules to 5"), ({"target_modules": [5]}, "target_modules to .5."),
-     ({"modules_to_save": "classifier"}, "modules_to_save to 'classifier', which is not a list of names")])
+    [
+        ({"peft_type": "IA3"}, "describes a 'IA3' adapter: only 'LORA'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"rank_pattern": {"query": 4}}, r"rank_pattern=\{'query': 4\}, which is not supported"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0"),
+        ({"lora_bias": True, "alpha_pattern": {"a": 1}}, r"alpha_pattern=\{'a': 1\}, lora_bias=True"),
+        ({"exclude_modules": ["key"]}, "exclude_modules"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"something_new": 3}, "something_new=3"),
+        ({"target_modules": None}, "names no target_modules"),
+        ({"target_modules": ["nowhere"]}, r"No linear layer of the model answers to \['nowhere'\]"),
+        ({"target_modules": ["query"]}, r"model's adapters lack: .*value\.lora_A"),
+        ({"target_modules": ["query", "value", "key"]}, r"lacks .*key\.lora_A"),
+        ({"modules_to_save": None}, r"model's adapters lack: .*classifier"),
+        ({"r": 4}, r"shape \(2, 16\) where the model needs \(4, 16\)"),
+        ({"r": 0}, "r must be a whole number"),
+        ({"bias": "some"}, "got 'some'"),
+        ({"r": "8"}, "sets r to '8', which is not a whole number"),
+        ({"r": None}, "sets r to None"),
+        ({"r": True}, "sets r to True"),
+        ({"r": 2.0}, r"sets r to 2\.0"),
+        ({"lora_alpha": None}, "lora_alpha to None"),
+        ({"lora_alpha": "x"}, "lora_alpha to 'x', which is not a number"),
+        ({"lora_alpha": float("nan")}, "alpha must be"),
+        ({"lora_dropout": [0.1]}, "lora_dropout"),
+        ({"use_rslora": "yes"}, "use_rslora to 'yes'"),
+        ({"bias": None}, "sets bias to None"),
+        ({"target_modules": 5}, "target_modules to 5"),
+        ({"target_modules": [5]}, "target_modules to .5."),
+        ({"modules_to_save": "classifier"}, "modules_to_save to 'classifier', which is not a list of names"),
+    ],
+)
 def test_adapters_that_cannot_be_opened_leave_the_model_plain(changes, message, plain, folder):
     edit_config(folder, **changes)
     names = list(plain.state_dict())
@@ -277,11 +309,15 @@ def test_missing_and_misshapen_tensors_are_named(plain, folder):
         load_adapter(plain, folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("nan")), "NaN or infinite numbers in '{}'"),
-    (lambda tensor: tensor / 0, "NaN or infinite numbers in '{}'"),
-    (lambda tensor: tensor.to(torch.bfloat16) / 0, "NaN or infinite numbers in '{}'"),
-    (lambda tensor: tensor.to(torch.int8), "'{}' in torch.int8, which is not floating-point")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.index_fill(0, torch.tensor([1]), float("nan")), "NaN or infinite numbers in '{}'"),
+        (lambda tensor: tensor / 0, "NaN or infinite numbers in '{}'"),
+        (lambda tensor: tensor.to(torch.bfloat16) / 0, "NaN or infinite numbers in '{}'"),
+        (lambda tensor: tensor.to(torch.int8), "'{}' in torch.int8, which is not floating-point"),
+    ],
+)
 @pytest.mark.parametrize("end", ["lora_A.weight", "lora_B.weight"])
 def test_tensors_that_are_not_finite_numbers_are_named(change, message, end, plain, folder):
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -342,7 +378,10 @@ def test_saving_again_replaces_both_files_and_nothing_else(plain, folder):
     model = ours(plain, alpha=7)
     save_adapter(model, folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors"]
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert_same(model, load_adapter(copy.deepcopy(plain), folder), "roberta", plain)
 
@@ -375,5 +414,6 @@ def test_names_that_only_look_alike():
     assert peft_format.matches_target("a.query", ["query"]) and not peft_format.matches_target("a.prequery", ["query"])
     assert peft_format.matches_saved_module("pre_classifier", ["classifier"])
     assert peft_format.modules_to_save_for(["classifier"], ["classifier", "pre_classifier"]) == [
-        "base_model.model.classifier"]
+        "base_model.model.classifier"
+    ]
     assert peft_format.target_modules_for(["a.b"], ["a", "a.b", "c.a.b"]) == r"a\.b"

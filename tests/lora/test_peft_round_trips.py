@@ -64,11 +64,13 @@ class ConvNet(nn.Module):
 def build(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "bert":
-        model: nn.Module = tf.BertForSequenceClassification(tf.BertConfig(
-            vocab_size=40, max_position_embeddings=20, num_labels=3, **SMALL))
+        model: nn.Module = tf.BertForSequenceClassification(
+            tf.BertConfig(vocab_size=40, max_position_embeddings=20, num_labels=3, **SMALL)
+        )
     elif kind == "t5":
-        model = tf.T5ForConditionalGeneration(tf.T5Config(
-            vocab_size=40, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_heads=2, decoder_start_token_id=0))
+        model = tf.T5ForConditionalGeneration(
+            tf.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        )
     elif kind == "llama_lm":
         model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=40, num_key_value_heads=1, **SMALL))
     elif kind in CUSTOM:
@@ -84,10 +86,15 @@ def build(kind: str) -> nn.Module:
 CUSTOM = {"mlp": Mlp, "emb_conv1d": EmbConv1D, "conv_net": ConvNet}
 # Layers to adapt and a module to train whole.
 PLACES: dict[str, tuple[list[str], str]] = {
-    "llama": (["q_proj", "up_proj"], "score"), "llama_lm": (["v_proj", "down_proj"], "lm_head"),
-    "gpt2": (["c_attn", "c_fc"], "score"), "bert": (["query", "dense"], "classifier"),
-    "t5": (["q", "wo", "EncDecAttention.o"], "layer.0.SelfAttention.k"), "vit": (["q_proj", "fc2"], "classifier"),
-    "mlp": (["lin0", "layers.1"], "lin1"), "emb_conv1d": (["conv1d"], "emb"), "conv_net": (["block.conv"], "lin"),
+    "llama": (["q_proj", "up_proj"], "score"),
+    "llama_lm": (["v_proj", "down_proj"], "lm_head"),
+    "gpt2": (["c_attn", "c_fc"], "score"),
+    "bert": (["query", "dense"], "classifier"),
+    "t5": (["q", "wo", "EncDecAttention.o"], "layer.0.SelfAttention.k"),
+    "vit": (["q_proj", "fc2"], "classifier"),
+    "mlp": (["lin0", "layers.1"], "lin1"),
+    "emb_conv1d": (["conv1d"], "emb"),
+    "conv_net": (["block.conv"], "lin"),
 }
 
 
@@ -112,8 +119,13 @@ def assert_same(actual: nn.Module, expected: nn.Module, kind: str) -> None:
 
 
 SETTINGS: list[dict[str, Any]] = [
-    {}, {"whole": True}, {"alpha": 3, "rslora": True}, {"bias": "lora_only"}, {"bias": "all"},
-    {"bias": "all", "whole": True, "alpha": 0.5, "dropout": 0.1}, {"bias": "lora_only", "whole": True, "rslora": True},
+    {},
+    {"whole": True},
+    {"alpha": 3, "rslora": True},
+    {"bias": "lora_only"},
+    {"bias": "all"},
+    {"bias": "all", "whole": True, "alpha": 0.5, "dropout": 0.1},
+    {"bias": "lora_only", "whole": True, "rslora": True},
 ]
 
 
@@ -123,16 +135,27 @@ def test_both_ways(kind, settings, tmp_path: Path):
     settings = dict(settings)
     targets, head = PLACES[kind]
     whole = [head] if settings.pop("whole", False) else []
-    ours = randomise(inject_lora(build(kind), LoRAConfig(
-        r=2, target_modules=targets, trainable_modules=whole, **settings)))
+    ours = randomise(
+        inject_lora(build(kind), LoRAConfig(r=2, target_modules=targets, trainable_modules=whole, **settings))
+    )
     save_adapter(ours, tmp_path / "ours")
     assert_same(peft.PeftModel.from_pretrained(build(kind), tmp_path / "ours").eval(), ours, kind)
     assert_same(load_adapter(build(kind), tmp_path / "ours"), ours, kind)
 
-    theirs = randomise(peft.get_peft_model(build(kind), peft.LoraConfig(
-        r=2, target_modules=targets, modules_to_save=whole or None, lora_alpha=settings.get("alpha", 2),
-        lora_dropout=settings.get("dropout", 0.0), use_rslora=settings.get("rslora", False),
-        bias=settings.get("bias", "none"))).eval())
+    theirs = randomise(
+        peft.get_peft_model(
+            build(kind),
+            peft.LoraConfig(
+                r=2,
+                target_modules=targets,
+                modules_to_save=whole or None,
+                lora_alpha=settings.get("alpha", 2),
+                lora_dropout=settings.get("dropout", 0.0),
+                use_rslora=settings.get("rslora", False),
+                bias=settings.get("bias", "none"),
+            ),
+        ).eval()
+    )
     if kind == "conv_net" and settings.get("bias") == "all":
         assert theirs.base_model.model.conv.bias.requires_grad  # which we keep, frozen
     theirs.save_pretrained(tmp_path / "theirs")
@@ -159,13 +182,18 @@ def test_a_state_round_trip(kind):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"rank_pattern": {"q_proj": 1}}, "rank_pattern={'q_proj': 1}"),
-     ({"alpha_pattern": {"q_proj": 9}}, "alpha_pattern={'q_proj': 9}"), ({"use_dora": True}, "use_dora=True"),
-     ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\]"), ({"lora_bias": True}, "lora_bias=True"),
-     ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "exclude_modules="),
-     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
-     ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters=")])
+    [
+        ({"rank_pattern": {"q_proj": 1}}, "rank_pattern={'q_proj': 1}"),
+        ({"alpha_pattern": {"q_proj": 9}}, "alpha_pattern={'q_proj': 9}"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\]"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "exclude_modules="),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
+        ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters="),
+    ],
+)
 def test_what_peft_wrote_with_an_unknown_option_is_refused_by_its_name(settings, named, tmp_path):
     plain = build("llama")
     theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj"], **settings))
@@ -178,8 +206,9 @@ def test_what_peft_wrote_with_an_unknown_option_is_refused_by_its_name(settings,
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_plain_initialisations(init, tmp_path):
-    theirs = randomise(peft.get_peft_model(build("mlp"), peft.LoraConfig(
-        r=2, target_modules=["lin0"], init_lora_weights=init)).eval())
+    theirs = randomise(
+        peft.get_peft_model(build("mlp"), peft.LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=init)).eval()
+    )
     theirs.save_pretrained(tmp_path)
     assert_same(load_adapter(build("mlp"), tmp_path), theirs, "mlp")
 
@@ -191,12 +220,25 @@ def test_an_adapted_convolution_is_refused_by_name(tmp_path):
         load_adapter(build("conv_net"), tmp_path)
 
 
-@pytest.mark.parametrize(("targets", "expected"), [
-    ("all-linear", {"lin0", "layers.0", "layers.1", "lin1"}), (r"layers\.\d", {"layers.0", "layers.1"}),
-    (r"(lin0|.*\.1)", {"lin0", "layers.1"}), (["0", "lin1"], {"layers.0", "lin1"})])
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", {"lin0", "layers.0", "layers.1", "lin1"}),
+        (r"layers\.\d", {"layers.0", "layers.1"}),
+        (r"(lin0|.*\.1)", {"lin0", "layers.1"}),
+        (["0", "lin1"], {"layers.0", "lin1"}),
+    ],
+)
 def test_ways_to_name_layers_are_pefts(targets, expected):
     ours = inject_lora(build("mlp"), LoRAConfig(r=2, target_modules=targets))
     theirs = peft.get_peft_model(build("mlp"), peft.LoraConfig(r=2, target_modules=targets))
     found = {name for name, module in ours.named_modules() if isinstance(module, DPLoRALinear)}
-    assert found == expected == {
-        name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
+    assert (
+        found
+        == expected
+        == {
+            name.removeprefix("base_model.model.")
+            for name, module in theirs.named_modules()
+            if hasattr(module, "lora_A")
+        }
+    )

@@ -71,16 +71,17 @@ class Record:
         here: Counter[str] = Counter()
         near: Counter[str] = Counter()
         for name, entry in list(self.found.items()):  # one thread reads while another adds
-            if entry["test"] and name.startswith(f"{mutant.path}::") and (
-                    entry["test"].partition("::")[0] in tests_of(mutant, interpreted)):
+            if (
+                entry["test"]
+                and name.startswith(f"{mutant.path}::")
+                and (entry["test"].partition("::")[0] in tests_of(mutant, interpreted))
+            ):
                 (here if name.startswith(f"{mutant.path}::{mutant.function}::") else near)[entry["test"]] += 1
         order = [test for test, _ in here.most_common(_LIKELY)] + [test for test, _ in near.most_common(2)]
         return list(dict.fromkeys(order))
 
 
-def run(
-    mutants: Sequence[Mutant], record: Record, work: Path, jobs: int, until: float
-) -> Iterator[dict[str, Any]]:
+def run(mutants: Sequence[Mutant], record: Record, work: Path, jobs: int, until: float) -> Iterator[dict[str, Any]]:
     """Tries mutants out, in so many copies of the repository, until all are or the time is over."""
     noticed: set[str] = set()
     for interpreted in (False, True):
@@ -133,15 +134,21 @@ def table(mutants: Iterable[Mutant], record: Record, written_down: dict[str, str
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.mutation", description="Puts small mistakes into the code; a test must notice each.")
+        prog="python -m tests.mutation", description="Puts small mistakes into the code; a test must notice each."
+    )
     parser.add_argument("--only", action="append", choices=list(TARGETS), metavar="FILE", help="mutate this file alone")
     parser.add_argument("--match", default="", help="mutants with this in their id alone")
     parser.add_argument("--sample", type=int, help="draw so many (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long (default: never)")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (default: 1)")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the copies and of record.jsonl, what was "
-                        "found; what was noticed there is not run again (default: build/mutation)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=WORK,
+        help="folder of the copies and of record.jsonl, what was "
+        "found; what was noticed there is not run again (default: build/mutation)",
+    )
     parser.add_argument("--list", action="store_true", help="list the mutants, run none")
     chosen = parser.parse_args(arguments)
     everything = [mutant for path in TARGETS for mutant in mutants_of(path)]
@@ -157,13 +164,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(mutant.id for mutant in mutants))
         return int(bool(gone))
     record = Record(chosen.work / "record.jsonl")
-    to_run = [m for m in mutants if m.id not in written_down
-              and record.found.get(m.id, {}).get("status", "survived") == "survived"]
+    to_run = [
+        m
+        for m in mutants
+        if m.id not in written_down and record.found.get(m.id, {}).get("status", "survived") == "survived"
+    ]
     for entry in run(to_run, record, chosen.work, chosen.jobs, time.monotonic() + 60 * chosen.minutes):
         print(f"{entry['status']:>12} {entry['seconds']:6.1f} s  {entry['id']}", flush=True)
     print(table(mutants, record, written_down))
-    survived = [m.id for m in mutants if m.id not in written_down
-                and record.found.get(m.id, {}).get("status") == "survived"]
+    survived = [
+        m.id for m in mutants if m.id not in written_down and record.found.get(m.id, {}).get("status") == "survived"
+    ]
     for name in survived:
         print(f"survived: {name}")
     return int(bool(gone or survived))

@@ -7,19 +7,38 @@ from tests.mutation.mutant import Mutant, numbered
 
 # Operator, what it looks for, what it puts in its place.
 _MISTAKES: tuple[tuple[str, str, str], ...] = (
-    ("compare", r"(?<= )<(?= )", "<="), ("compare", r"(?<= )<=(?= )", "<"), ("compare", r"(?<= )>(?= )", ">="),
-    ("compare", r"(?<= )>=(?= )", ">"), ("compare", r"==", "!="), ("compare", r"!=", "=="),
-    ("arithmetic", r"(?<= )\+(?= )", "-"), ("arithmetic", r"(?<= )-(?= )", "+"), ("arithmetic", r"(?<= )\*(?= )", "/"),
-    ("arithmetic", r"(?<= )/(?= )", "*"), ("arithmetic", r"\+=", "-="), ("arithmetic", r"-=", "+="),
-    ("arithmetic", r"\^=", "|="), ("arithmetic", r"\|=", "&="), ("arithmetic", r"&=", "|="),
-    ("arithmetic", r"(?<= )<<(?= )", ">>"), ("arithmetic", r"(?<= )>>(?= )", "<<"),
-    ("arithmetic", r"(?<= )\|(?= )", "&"), ("arithmetic", r"(?<= )&(?= )", "|"), ("arithmetic", r"(?<= )\^(?= )", "|"),
-    ("and/or", r"&&", "||"), ("and/or", r"\|\|", "&&"), ("negate", r"(?<=[ (])!(?=[\w(])", ""),
-    ("extreme", r"\bmin\b", "max"), ("extreme", r"\bmax\b", "min"), ("constant", r"\btrue\b", "false"),
+    ("compare", r"(?<= )<(?= )", "<="),
+    ("compare", r"(?<= )<=(?= )", "<"),
+    ("compare", r"(?<= )>(?= )", ">="),
+    ("compare", r"(?<= )>=(?= )", ">"),
+    ("compare", r"==", "!="),
+    ("compare", r"!=", "=="),
+    ("arithmetic", r"(?<= )\+(?= )", "-"),
+    ("arithmetic", r"(?<= )-(?= )", "+"),
+    ("arithmetic", r"(?<= )\*(?= )", "/"),
+    ("arithmetic", r"(?<= )/(?= )", "*"),
+    ("arithmetic", r"\+=", "-="),
+    ("arithmetic", r"-=", "+="),
+    ("arithmetic", r"\^=", "|="),
+    ("arithmetic", r"\|=", "&="),
+    ("arithmetic", r"&=", "|="),
+    ("arithmetic", r"(?<= )<<(?= )", ">>"),
+    ("arithmetic", r"(?<= )>>(?= )", "<<"),
+    ("arithmetic", r"(?<= )\|(?= )", "&"),
+    ("arithmetic", r"(?<= )&(?= )", "|"),
+    ("arithmetic", r"(?<= )\^(?= )", "|"),
+    ("and/or", r"&&", "||"),
+    ("and/or", r"\|\|", "&&"),
+    ("negate", r"(?<=[ (])!(?=[\w(])", ""),
+    ("extreme", r"\bmin\b", "max"),
+    ("extreme", r"\bmax\b", "min"),
+    ("constant", r"\btrue\b", "false"),
     ("constant", r"\bfalse\b", "true"),
 )
-_STATEMENT = re.compile(r"^\s+(?!return|throw|using|const|static|auto|else|if|for|while|struct|case)[\w:.>\[\]*()-]+"
-                        r"(?:\(.*\)| [-+*/|&^]?= .*);$")
+_STATEMENT = re.compile(
+    r"^\s+(?!return|throw|using|const|static|auto|else|if|for|while|struct|case)[\w:.>\[\]*()-]+"
+    r"(?:\(.*\)| [-+*/|&^]?= .*);$"
+)
 _NUMBER = re.compile(r"(?<![\w.])(0x[0-9a-fA-F']+|\d+\.\d*(?:e-?\d+)?|\d[\d']*)(?![\w.]*\w{2})")
 _FUNCTION = re.compile(r"^(?: {0,4}(?!return|else|throw)[A-Za-z].*?)?\b([A-Za-z_]\w*)\([^;]*$")
 _LEFT = re.compile(r"^\s*(#|//|static_assert|using |template|typedef|extern|throw )")
@@ -43,14 +62,29 @@ def _find(path: str, source: str) -> Iterator[Mutant]:
         if indent <= 4 and (named := _FUNCTION.match(code)) and named.group(1) not in ("if", "for", "while", "switch"):
             function = named.group(1)
         if "throw " in code:
-            code = code[:code.index("throw ")]
+            code = code[: code.index("throw ")]
             throwing = not line.rstrip().endswith(";")
 
-        def mutant(operator: str, start: int, end: int, after: str, begin: int = begin, line: str = line,
-                   function: str = function) -> Mutant:
+        def mutant(
+            operator: str,
+            start: int,
+            end: int,
+            after: str,
+            begin: int = begin,
+            line: str = line,
+            function: str = function,
+        ) -> Mutant:
             offset = begin + len(line[:start].encode())
-            return Mutant(path, function, operator, offset, offset + len(line[start:end].encode()), line[start:end],
-                          after, line.strip())
+            return Mutant(
+                path,
+                function,
+                operator,
+                offset,
+                offset + len(line[start:end].encode()),
+                line[start:end],
+                after,
+                line.strip(),
+            )
 
         for operator, looked_for, after in _MISTAKES:
             for found in re.finditer(looked_for, code):

@@ -48,9 +48,9 @@ class Mutant:
             ValueError: the file is not the one from which the mutant was made.
         """
         text = source.encode()
-        if text[self.start:self.end].decode() != self.before:
+        if text[self.start : self.end].decode() != self.before:
             raise ValueError(f"{self.path} has changed since '{self.id}' was made: make the mutants again.")
-        return (text[:self.start] + self.after.encode() + text[self.end:]).decode()
+        return (text[: self.start] + self.after.encode() + text[self.end :]).decode()
 
 
 def _short(text: str) -> str:
@@ -61,7 +61,7 @@ def _short(text: str) -> str:
 def line_at(text: bytes, place: int) -> str:
     """The line of a file on which a place lies."""
     begin, end = text.rfind(b"\n", 0, place) + 1, text.find(b"\n", place)
-    return text[begin:end if end >= 0 else len(text)].decode().strip()
+    return text[begin : end if end >= 0 else len(text)].decode().strip()
 
 
 def numbered(mutants: Iterable[Mutant]) -> list[Mutant]:

@@ -11,27 +11,112 @@ from collections.abc import Iterator
 from tests.mutation.mutant import Mutant, line_at, numbered
 
 _COMPARISONS: dict[type[ast.cmpop], tuple[str, tuple[str, ...]]] = {
-    ast.Lt: ("<", ("<=", ">=")), ast.LtE: ("<=", ("<", ">")), ast.Gt: (">", (">=", "<=")), ast.GtE: (">=", (">", "<")),
-    ast.Eq: ("==", ("!=",)), ast.NotEq: ("!=", ("==",)), ast.Is: ("is", ("is not",)), ast.IsNot: ("is not", ("is",)),
-    ast.In: ("in", ("not in",)), ast.NotIn: ("not in", ("in",)),
+    ast.Lt: ("<", ("<=", ">=")),
+    ast.LtE: ("<=", ("<", ">")),
+    ast.Gt: (">", (">=", "<=")),
+    ast.GtE: (">=", (">", "<")),
+    ast.Eq: ("==", ("!=",)),
+    ast.NotEq: ("!=", ("==",)),
+    ast.Is: ("is", ("is not",)),
+    ast.IsNot: ("is not", ("is",)),
+    ast.In: ("in", ("not in",)),
+    ast.NotIn: ("not in", ("in",)),
 }
 _ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {
-    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.Pow: ("**", "*"),
-    ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "//"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"),
-    ast.LShift: ("<<", ">>"), ast.RShift: (">>", "<<"), ast.BitXor: ("^", "&"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.Pow: ("**", "*"),
+    ast.FloorDiv: ("//", "*"),
+    ast.Mod: ("%", "//"),
+    ast.BitAnd: ("&", "|"),
+    ast.BitOr: ("|", "&"),
+    ast.LShift: ("<<", ">>"),
+    ast.RShift: (">>", "<<"),
+    ast.BitXor: ("^", "&"),
 }
-_EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "amin": "amax", "amax": "amin",
-             "floor": "ceil", "ceil": "floor"}
+_EXTREMES = {
+    "min": "max",
+    "max": "min",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "amin": "amax",
+    "amax": "amin",
+    "floor": "ceil",
+    "ceil": "floor",
+}
 # Quantities of which 2 % too much or too little is a wrong ε.
 _QUANTITIES = {
-    "sample_rate", "rate", "client_rate", "noise_multiplier", "std", "sensitivity", "max_grad_norm", "max_update_norm",
-    "delta", "epsilon", "expected_batch_size", "steps", "scale", "bound", "norms", "sq_norms", "_MARGIN", "clients"}
+    "sample_rate",
+    "rate",
+    "client_rate",
+    "noise_multiplier",
+    "std",
+    "sensitivity",
+    "max_grad_norm",
+    "max_update_norm",
+    "delta",
+    "epsilon",
+    "expected_batch_size",
+    "steps",
+    "scale",
+    "bound",
+    "norms",
+    "sq_norms",
+    "_MARGIN",
+    "clients",
+}
 # Calls without which values have another precision, size or sign, or are of somebody else.
 _DROPPED = {
-    "double", "float", "to", "abs", "sqrt", "sqrt_", "square", "square_", "clamp", "clamp_", "round", "round_",
-    "masked_fill_", "nan_to_num", "bitwise_and_", "contiguous", "clone", "detach", "copy", "sum", "all", "any", "t",
-    "transpose", "measured", "restored", "clipped", "dense", "total", "isfinite", "expand_as", "max", "min", "exp",
-    "log", "log1p", "expm1", "ceil", "floor", "sorted", "escape", "sha256", "item", "clear", "reversed", "fsync", "int"}
+    "double",
+    "float",
+    "to",
+    "abs",
+    "sqrt",
+    "sqrt_",
+    "square",
+    "square_",
+    "clamp",
+    "clamp_",
+    "round",
+    "round_",
+    "masked_fill_",
+    "nan_to_num",
+    "bitwise_and_",
+    "contiguous",
+    "clone",
+    "detach",
+    "copy",
+    "sum",
+    "all",
+    "any",
+    "t",
+    "transpose",
+    "measured",
+    "restored",
+    "clipped",
+    "dense",
+    "total",
+    "isfinite",
+    "expand_as",
+    "max",
+    "min",
+    "exp",
+    "log",
+    "log1p",
+    "expm1",
+    "ceil",
+    "floor",
+    "sorted",
+    "escape",
+    "sha256",
+    "item",
+    "clear",
+    "reversed",
+    "fsync",
+    "int",
+}
 
 
 def python_mutants(path: str, source: str) -> list[Mutant]:
@@ -44,11 +129,15 @@ class _Finder:
     def __init__(self, path: str, source: str, tree: ast.Module) -> None:
         self.path, self.text = path, source.encode()
         self.modules = {
-            alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
-            if isinstance(node, ast.Import) for alias in node.names} | {"F", "nn"}
+            alias.asname or alias.name.partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        } | {"F", "nn"}
         # Where a quantity decides what is refused, or is asked for its shape, 2 % more or less matters little.
         conditions: list[ast.AST] = [
-            node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)]
+            node.test for node in ast.walk(tree) if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)
+        ]
         self.unscaled = {inner for condition in conditions for inner in ast.walk(condition)}
         self.unscaled |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         # Whether lengths are compared: they are the same.
@@ -73,13 +162,14 @@ class _Finder:
         line = line_at(self.text, start)
         return Mutant(self.path, function, operator, start, end, self.text[start:end].decode(), after, line)
 
-    def between(self, function: str, operator: str, left: ast.expr, right: ast.expr, old: str, new: str) -> Iterator[
-            Mutant]:
+    def between(
+        self, function: str, operator: str, left: ast.expr, right: ast.expr, old: str, new: str
+    ) -> Iterator[Mutant]:
         """``new`` for the sign ``old`` between two expressions."""
         start, end = self.span(left)[1], self.span(right)[0]
         sign = rf"\b{old}\b".replace(" ", r"\s+") if old[0].isalpha() else re.escape(old)
         if found := re.search(sign, self.text[start:end].decode()):
-            at = start + len(self.text[start:end].decode()[:found.start()].encode())
+            at = start + len(self.text[start:end].decode()[: found.start()].encode())
             yield self.replace(function, operator, at, at + len(found.group().encode()), new)
 
     # Statements
@@ -95,14 +185,19 @@ class _Finder:
             yield from self.of(node.body, inner)
             return
         start, end = self.span(node)
-        dropped = isinstance(node, ast.Raise | ast.AugAssign | ast.Delete) or (
-            isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or (
-            isinstance(node, ast.Assign) and all(isinstance(t, ast.Attribute | ast.Subscript) for t in node.targets)
-            ) or (isinstance(node, ast.Return) and node.value is None)
+        dropped = (
+            isinstance(node, ast.Raise | ast.AugAssign | ast.Delete)
+            or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
+            or (
+                isinstance(node, ast.Assign) and all(isinstance(t, ast.Attribute | ast.Subscript) for t in node.targets)
+            )
+            or (isinstance(node, ast.Return) and node.value is None)
+        )
         if dropped:
             yield self.replace(function, "drop statement", start, end, "pass")
         if isinstance(node, ast.Raise | ast.Assert | ast.Import | ast.ImportFrom) or (
-                isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call)):
+            isinstance(node, ast.Expr) and not isinstance(node.value, ast.Call)
+        ):
             return
         if isinstance(node, ast.AugAssign) and type(node.op) in _ARITHMETIC:
             old, new = _ARITHMETIC[type(node.op)]
@@ -166,11 +261,13 @@ class _Finder:
             case ast.Call():
                 yield from self.call(node, function)
             case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name, ctx=ast.Load()) if (
-                    name in _QUANTITIES and node not in self.unscaled):
+                name in _QUANTITIES and node not in self.unscaled
+            ):
                 yield self.replace(function, "quantity", start, end, f"({text} * 1.02)")
         for name, value in ast.iter_fields(node):
             if (name == "func" and isinstance(value, ast.Name)) or (
-                    name == "slice" and isinstance(value, ast.Constant)):
+                name == "slice" and isinstance(value, ast.Constant)
+            ):
                 continue
             for child in value if isinstance(value, list) else [value]:
                 yield from self.child(child, function)
@@ -189,14 +286,24 @@ class _Finder:
         if name in _DROPPED and method and not on_device:
             assert isinstance(node.func, ast.Attribute)
             yield self.replace(function, "drop call", start, end, self.source(node.func.value))
-        if name in _DROPPED and (not method or name in ("measured", "restored")) and len(node.args) == 1 and plain and (
-                not isinstance(node.args[0], ast.GeneratorExp)):
+        if (
+            name in _DROPPED
+            and (not method or name in ("measured", "restored"))
+            and len(node.args) == 1
+            and plain
+            and (not isinstance(node.args[0], ast.GeneratorExp))
+        ):
             yield self.replace(function, "drop call", start, end, f"({self.source(node.args[0])})")
         if len(node.args) >= 2 and plain and all(isinstance(a, ast.Name | ast.Attribute) for a in node.args[:2]):
             first, second = map(self.source, node.args[:2])
             if name not in ("isinstance", "getattr", "hasattr", "setattr", "zip", "isclose", "equal"):
-                yield self.replace(function, "swap arguments", self.span(node.args[0])[0], self.span(node.args[1])[1],
-                                   f"{second}, {first}")
+                yield self.replace(
+                    function,
+                    "swap arguments",
+                    self.span(node.args[0])[0],
+                    self.span(node.args[1])[1],
+                    f"{second}, {first}",
+                )
         for keyword in node.keywords:
             if keyword.arg in ("min", "max") and name.startswith("clamp"):
                 at = self.span(keyword)[0]
@@ -208,7 +315,6 @@ class _Finder:
                     yield self.replace(function, "drop keyword", at - len(left.group().encode()), until, "")
                 elif right := re.match(r"\s*,?\s*", self.text[until:].decode()):
                     yield self.replace(function, "drop keyword", at, until + len(right.group().encode()), "")
-
 
     def is_module(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) and node.id in self.modules

@@ -20,11 +20,38 @@ import pytest
 
 # Imported before the forks, where they are installed.
 SLOW = (
-    "torch", "torch.testing", "torch.utils.data", "numpy", "scipy.stats", "hypothesis", "dp_accounting.pld",
-    "dp_accounting.rdp", "opacus", "peft", "transformers", "timm", "datasets", "flwr.app", "flwr.clientapp",
-    "flwr.serverapp", "yaml", "sklearn.metrics", "pandas", "matplotlib.pyplot", "mpmath", "jsonargparse", "psutil",
-    "_hypothesis_pytestplugin", "pdb", "torch.utils._pytree", "torch.func", "torch._dynamo", "tabulate", "rich.console",
-    "torch.nn.attention")
+    "torch",
+    "torch.testing",
+    "torch.utils.data",
+    "numpy",
+    "scipy.stats",
+    "hypothesis",
+    "dp_accounting.pld",
+    "dp_accounting.rdp",
+    "opacus",
+    "peft",
+    "transformers",
+    "timm",
+    "datasets",
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.serverapp",
+    "yaml",
+    "sklearn.metrics",
+    "pandas",
+    "matplotlib.pyplot",
+    "mpmath",
+    "jsonargparse",
+    "psutil",
+    "_hypothesis_pytestplugin",
+    "pdb",
+    "torch.utils._pytree",
+    "torch.func",
+    "torch._dynamo",
+    "tabulate",
+    "rich.console",
+    "torch.nn.attention",
+)
 # A test that takes longer, in seconds, hangs.
 LIMIT = 100
 _MEMORY = 24 * 2**30
@@ -65,11 +92,15 @@ def run(tests: list[str], first: list[str], answer: int) -> None:
     # Nor are tests that take minutes: they would pass the limit, and a survivor be taken for an endless loop.
     code = pytest.main(
         ["-x", "--tb=no", "-m", "not long", "--hypothesis-profile=ci", *(f"-pno:{name}" for name in without), *tests],
-        plugins=[plugin])
+        plugins=[plugin],
+    )
     # A test of this name may be gone; a file that cannot be imported is a mistake found.
     gone = code == pytest.ExitCode.USAGE_ERROR and any("::" in test for test in tests)
-    status = "killed" if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not gone else (
-        "passed" if plugin.ran and not gone else "nothing")
+    status = (
+        "killed"
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not gone
+        else ("passed" if plugin.ran and not gone else "nothing")
+    )
     os.write(answer, json.dumps({"status": status, "test": plugin.failed}).encode())
 
 

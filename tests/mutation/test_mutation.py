@@ -42,28 +42,45 @@ def lines(mutants: list[Mutant], source: str) -> set[str]:
 def test_python():
     mutants = python_mutants("bounded.py", SOURCE)
     assert lines(mutants, SOURCE) == {
-        "if not (not values or bound < 0):", "if (values) or bound < 0:", "if not values and bound < 0:",
-        "if not values or bound <= 0:", "if not values or bound >= 0:", "if not values or bound < 1:",
-        "pass", "scale = max(1.0, bound / sum(values, dtype=dtype))",
+        "if not (not values or bound < 0):",
+        "if (values) or bound < 0:",
+        "if not values and bound < 0:",
+        "if not values or bound <= 0:",
+        "if not values or bound >= 0:",
+        "if not values or bound < 1:",
+        "pass",
+        "scale = max(1.0, bound / sum(values, dtype=dtype))",
         "scale = min(1.0, bound / max(values, dtype=dtype))",
-        "scale = min(1.02, bound / sum(values, dtype=dtype))", "scale = min(1.0, bound * sum(values, dtype=dtype))",
-        "scale = min(1.0, (bound * 1.02) / sum(values, dtype=dtype))", "scale = min(1.0, bound / (values))",
-        "scale = min(1.0, bound / sum(values))", "return swap(bound, values).measured(scale).double()",
+        "scale = min(1.02, bound / sum(values, dtype=dtype))",
+        "scale = min(1.0, bound * sum(values, dtype=dtype))",
+        "scale = min(1.0, (bound * 1.02) / sum(values, dtype=dtype))",
+        "scale = min(1.0, bound / (values))",
+        "scale = min(1.0, bound / sum(values))",
+        "return swap(bound, values).measured(scale).double()",
         "return swap(values, (bound * 1.02)).measured(scale).double()",
-        "return swap(values, bound).measured((scale * 1.02)).double()", "return (scale).double()",
-        "return swap(values, bound).double()", "return swap(values, bound).measured(scale)"}
+        "return swap(values, bound).measured((scale * 1.02)).double()",
+        "return (scale).double()",
+        "return swap(values, bound).double()",
+        "return swap(values, bound).measured(scale)",
+    }
     assert all(mutant.function == "bounded" for mutant in mutants)
 
 
 def test_cpp():
     source = (
-        "// a < b\n#define A 1\nint round(int a, int b) {\n    if (a < b && !b) throw Error(\"a < b\");\n"
-        "    a ^= b + 2;  // a + b\n    return a;\n}\n")
+        '// a < b\n#define A 1\nint round(int a, int b) {\n    if (a < b && !b) throw Error("a < b");\n'
+        "    a ^= b + 2;  // a + b\n    return a;\n}\n"
+    )
     mutants = cpp_mutants("round.h", source)
     assert {mutant.applied(source).splitlines()[mutant.line.startswith("a") + 3].strip() for mutant in mutants} == {
-        'if (a <= b && !b) throw Error("a < b");', 'if (a < b || !b) throw Error("a < b");',
-        'if (a < b && b) throw Error("a < b");', "a |= b + 2;  // a + b", "a ^= b - 2;  // a + b",
-        "a ^= b + 3;  // a + b", ";  // a + b"}
+        'if (a <= b && !b) throw Error("a < b");',
+        'if (a < b || !b) throw Error("a < b");',
+        'if (a < b && b) throw Error("a < b");',
+        "a |= b + 2;  // a + b",
+        "a ^= b - 2;  // a + b",
+        "a ^= b + 3;  // a + b",
+        ";  // a + b",
+    }
     assert {mutant.function for mutant in mutants} == {"round"}
 
 
@@ -88,18 +105,22 @@ def test_a_mutant_of_another_source_is_refused():
 @pytest.mark.parametrize("path", TARGETS)
 def test_every_target_and_its_tests_are_there(path):
     assert (ROOT / path).exists() and all(
-        (ROOT / test).exists() for test in (*TARGETS[path].tests, *TARGETS[path].interpreted))
+        (ROOT / test).exists() for test in (*TARGETS[path].tests, *TARGETS[path].interpreted)
+    )
     mutants = mutants_of(path)
     assert len({mutant.id for mutant in mutants}) == len(mutants) > 5
 
 
-@pytest.mark.parametrize("name", [
-    "lora_dp/privacy/sampling.py::PoissonSampler.draw::quantity::self.sample_rate → (self.sample_rate * 1.02)",
-    "lora_dp/fed/rounds/server_noise.py::NoisySum.add::drop call::rule.measured(change[name]) → (change[name])",
-    "lora_dp/fed/rounds/client.py::Trainer._noised::drop call::rules[name].measured(tensor - start[name])",
-    "lora_dp/engine/fused_step.py::_native_step::extreme::sum → max",
-    "lora_dp/isolation/loss_checks/graph.py::::constant::1e-4 → 0.01",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_dp/privacy/sampling.py::PoissonSampler.draw::quantity::self.sample_rate → (self.sample_rate * 1.02)",
+        "lora_dp/fed/rounds/server_noise.py::NoisySum.add::drop call::rule.measured(change[name]) → (change[name])",
+        "lora_dp/fed/rounds/client.py::Trainer._noised::drop call::rules[name].measured(tensor - start[name])",
+        "lora_dp/engine/fused_step.py::_native_step::extreme::sum → max",
+        "lora_dp/isolation/loss_checks/graph.py::::constant::1e-4 → 0.01",
+    ],
+)
 def test_mistakes_that_tests_once_missed_are_among_them(name):
     path = name.partition("::")[0]
     assert any(mutant.id.startswith(name) for mutant in mutants_of(path))
@@ -124,9 +145,21 @@ def test_a_survivor_fails_and_what_was_noticed_is_not_run_again(tmp_path, monkey
     """The second mutant is beside the one test that is run: nobody looks there."""
     from tests.mutation import __main__ as command
 
-    monkeypatch.setitem(command.TARGETS, "lora_dp/privacy/clipping.py", command.TARGETS["lora_dp/privacy/clipping.py"].__class__(
-        ("tests/nn/test_regulator.py",)))
-    words = ["--only", "lora_dp/privacy/clipping.py", "--match", "drop statement", "--sample", "1", "--work", str(tmp_path)]
+    monkeypatch.setitem(
+        command.TARGETS,
+        "lora_dp/privacy/clipping.py",
+        command.TARGETS["lora_dp/privacy/clipping.py"].__class__(("tests/nn/test_regulator.py",)),
+    )
+    words = [
+        "--only",
+        "lora_dp/privacy/clipping.py",
+        "--match",
+        "drop statement",
+        "--sample",
+        "1",
+        "--work",
+        str(tmp_path),
+    ]
     assert main(words) == 1
     assert "survived: lora_dp/privacy/clipping.py" in capsys.readouterr().out
     monkeypatch.undo()
@@ -168,7 +201,10 @@ def test_mistakes_in_native_code(tmp_path):
             pytest.skip(f"nanobind could not be fetched: {error}")
         assert found["status"] == "same code"
         # What leaves an array ends the process, whatever it reads there.
-        (beyond,) = (mutant for mutant in mutants_of("csrc/chacha20.h")
-                     if mutant.operator == "compare" and "block[w] = little_endian" in mutant.line)
+        (beyond,) = (
+            mutant
+            for mutant in mutants_of("csrc/chacha20.h")
+            if mutant.operator == "compare" and "block[w] = little_endian" in mutant.line
+        )
         assert bench.try_out(beyond, ["tests/ops/test_chacha20.py"], [])["status"] == "killed"
     sample(SETTLED_NATIVE, 3, 2, str(tmp_path))

@@ -74,16 +74,25 @@ class Workbench:
         """What the server answers (:mod:`tests.mutation.server`); ``sanitized`` for one under AddressSanitizer."""
         if sanitized not in self._servers:
             environment = {
-                **os.environ, "PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
-                "HF_HUB_OFFLINE": "1"}
+                **os.environ,
+                "PYTHONPATH": str(self.tree),
+                "OMP_NUM_THREADS": "1",
+                "MPLBACKEND": "Agg",
+                "HF_HUB_OFFLINE": "1",
+            }
             environment.pop("PYTEST_ADDOPTS", None)
             environment["TRITON_INTERPRET"] = "1" if self._interpreted else "0"
             if sanitized:  # the interpreter is not, so that the runtimes must be loaded ahead of it
                 environment["LD_PRELOAD"] = " ".join(map(_runtime, ("libasan.so", "libstdc++.so")))
                 environment["ASAN_OPTIONS"] = "detect_leaks=0"
             server = self._servers[sanitized] = subprocess.Popen(
-                [sys.executable, "-m", "tests.mutation.server"], cwd=self.tree, env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                [sys.executable, "-m", "tests.mutation.server"],
+                cwd=self.tree,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
             if _line(server) != "ready":
                 raise RuntimeError("The process that runs tests did not start: see its error above.")
         server = self._servers[sanitized]
@@ -153,17 +162,32 @@ class Workbench:
         """The library that the copy's C++ makes; empty where it is no C++."""
         nanobind, build = self._folder / "nanobind", self._folder / ("sanitized" if sanitized else "build")
         if not nanobind.exists():
-            subprocess.run([
-                sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"],
-                check=True)
+            subprocess.run(
+                [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(nanobind), "nanobind>=2.4"],
+                check=True,
+            )
         if not (build / "build.ninja").exists():
             # Quick to compile rather than quick: the portable kernels alone, which every machine has.
-            subprocess.run([
-                "cmake", "-S", str(self.tree), "-B", str(build), "-G", "Ninja", "-DLORA_DP_CUDA=OFF",
-                "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=generic",
-                "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS=-O1 -DNDEBUG {_STOPPED}{f' {_SANITIZED}' * sanitized}",
-                f"-DPython_EXECUTABLE={sys.executable}",
-                f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}"], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [
+                    "cmake",
+                    "-S",
+                    str(self.tree),
+                    "-B",
+                    str(build),
+                    "-G",
+                    "Ninja",
+                    "-DLORA_DP_CUDA=OFF",
+                    "-DCMAKE_SYSTEM_NAME=Linux",
+                    "-DCMAKE_SYSTEM_PROCESSOR=generic",
+                    "-DCMAKE_BUILD_TYPE=None",
+                    f"-DCMAKE_CXX_FLAGS=-O1 -DNDEBUG {_STOPPED}{f' {_SANITIZED}' * sanitized}",
+                    f"-DPython_EXECUTABLE={sys.executable}",
+                    f"-Dnanobind_DIR={nanobind / 'nanobind' / 'cmake'}",
+                ],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         built = subprocess.run(["ninja", "-C", str(build)], capture_output=True, text=True)
         if built.returncode:
             return b""
@@ -178,7 +202,8 @@ def _line(server: "subprocess.Popen[str]") -> str:
 def _runtime(name: str) -> str:
     compiler = os.environ.get("CXX", "g++")
     return subprocess.run(
-        [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _parses(source: str) -> bool:
@@ -194,5 +219,3 @@ def _installed_library() -> str:
 
     assert _native.__file__ is not None
     return _native.__file__
-
-

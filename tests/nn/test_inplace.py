@@ -34,8 +34,12 @@ def added(y: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": nn.ReLU(inplace=True), "dropout": nn.Dropout(1e-6, inplace=True), "add": added, "tanh": torch.tanh_,
-    "index": zero_first, "mask": masked,
+    "relu": nn.ReLU(inplace=True),
+    "dropout": nn.Dropout(1e-6, inplace=True),
+    "add": added,
+    "tanh": torch.tanh_,
+    "index": zero_first,
+    "mask": masked,
 }
 
 
@@ -48,9 +52,13 @@ def lora(**options: Any) -> DPLoRALinear:
 
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "lora": lora, "lora without bias": lambda: lora(bias=False), "lora with dropout": lambda: lora(dropout=1e-7),
-    "transposed": lambda: lora(fan_in_fan_out=True), "linear": lambda: DPLinear(WIDTH, WIDTH),
-    "norm": lambda: DPLayerNorm(WIDTH), "embedding": lambda: DPEmbedding(9, WIDTH),
+    "lora": lora,
+    "lora without bias": lambda: lora(bias=False),
+    "lora with dropout": lambda: lora(dropout=1e-7),
+    "transposed": lambda: lora(fan_in_fan_out=True),
+    "linear": lambda: DPLinear(WIDTH, WIDTH),
+    "norm": lambda: DPLayerNorm(WIDTH),
+    "embedding": lambda: DPEmbedding(9, WIDTH),
 }
 
 
@@ -80,8 +88,11 @@ class Net(nn.Module):
 def batch_for(layer: str, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (N, tokens) if tokens else (N,)
-    x = (torch.randint(9, shape, generator=generator) if layer == "embedding"
-         else torch.randn(*shape, WIDTH, generator=generator))
+    x = (
+        torch.randint(9, shape, generator=generator)
+        if layer == "embedding"
+        else torch.randn(*shape, WIDTH, generator=generator)
+    )
     return x, torch.randn(*shape, 3, generator=generator)
 
 
@@ -145,6 +156,7 @@ def test_compiled(layer, operation, backend):
 
 def test_the_saved_input_is_guarded():
     """What a backward still reads may not be modified: torch says so, and no wrong gradient comes out."""
+
     class Spoilt(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -170,12 +182,14 @@ def test_no_copy_of_the_output():
     make_private(model, batch_size=N).expect_batch(N)
     product: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
+
         def spy(*inputs: Any) -> tuple[Tensor, Tensor]:
             y, h = plain(*inputs)
             product.append(y)
             return y, h
 
         from lora_dp.nn import functional
+
         plain = functional.lora_forward
         patch.setattr(functional, "lora_forward", spy)
         y = model(batch_for("lora")[0])
@@ -185,13 +199,22 @@ def test_no_copy_of_the_output():
 def test_falcon_trains():
     """Its decoder adds attention to the MLP's output in place."""
     torch.manual_seed(0)
-    model = inject_lora(tf.FalconForSequenceClassification(tf.FalconConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=3, pad_token_id=0)),
-        LoRAConfig(r=2, trainable_modules=["score"]))
+    model = inject_lora(
+        tf.FalconForSequenceClassification(
+            tf.FalconConfig(
+                vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=3, pad_token_id=0
+            )
+        ),
+        LoRAConfig(r=2, trainable_modules=["score"]),
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     model, optimizer, loader = PrivacyEngine("rdp").make_private(
-        model=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        data_loader=loader_of(16, 8), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=loader_of(16, 8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     model.train()
     ids = torch.randint(1, 40, (64, 7))
     for x, y in loader:

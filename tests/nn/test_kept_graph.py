@@ -65,10 +65,13 @@ def test_both_count_as_one_gradient(name: str, method: NormMethod, bound: float,
     def both(model: nn.Module, example: Tensor) -> Tensor:
         return (1 + part) * loss(model, example)
 
-    expected = brute_force(layer, both, [x[i : i + 1] for i in range(N)] if name == "lookup" else
-                           [x[i : i + 1].double() for i in range(N)], trained)
-    optimizer = make_private(
-        layer, batch_size=N, max_grad_norm=bound, loss_reduction="sum", norm_method=method)
+    expected = brute_force(
+        layer,
+        both,
+        [x[i : i + 1] for i in range(N)] if name == "lookup" else [x[i : i + 1].double() for i in range(N)],
+        trained,
+    )
+    optimizer = make_private(layer, batch_size=N, max_grad_norm=bound, loss_reduction="sum", norm_method=method)
     optimizer.expect_batch(N)
     value = loss(layer, x)
     value.backward(retain_graph=True)
@@ -78,7 +81,10 @@ def test_both_count_as_one_gradient(name: str, method: NormMethod, bound: float,
     whole = [sum(float(g.square().sum()) for g in each.values()) ** 0.5 for each in expected]
     alone = [norm / abs(1 + part) if part != -1 else 1.0 for norm in whole]
     for key in trained:
-        summed = torch.stack([
-            min(1.0, bound / norm if norm > 1e-9 else 1.0) * each[key]
-            for each, norm in zip(expected, whole, strict=True)]).sum(0)
+        summed = torch.stack(
+            [
+                min(1.0, bound / norm if norm > 1e-9 else 1.0) * each[key]
+                for each, norm in zip(expected, whole, strict=True)
+            ]
+        ).sum(0)
         assert_close(released[key], summed, 1e-4, scale=sum(min(bound, norm) for norm in alone))

@@ -79,8 +79,9 @@ def test_from_conv1d():
     assert close(layer(x), conv(x) + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t(), torch.float32)
 
 
-@pytest.mark.parametrize(("options", "scaling"), [
-    ({"r": 4}, 1.0), ({"r": 4, "alpha": 8}, 2.0), ({"r": 4, "alpha": 8, "rslora": True}, 4.0)])
+@pytest.mark.parametrize(
+    ("options", "scaling"), [({"r": 4}, 1.0), ({"r": 4, "alpha": 8}, 2.0), ({"r": 4, "alpha": 8, "rslora": True}, 4.0)]
+)
 def test_scaling(options, scaling):
     assert DPLoRALinear(7, 5, **options).scaling == scaling
 
@@ -128,8 +129,10 @@ def test_first_and_second_derivatives():
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
 
-    inputs = tuple(t.detach().clone().requires_grad_() for t in (
-        torch.randn(2, 3, 7, dtype=torch.float64), layer.lora_A, layer.lora_B))
+    inputs = tuple(
+        t.detach().clone().requires_grad_()
+        for t in (torch.randn(2, 3, 7, dtype=torch.float64), layer.lora_A, layer.lora_B)
+    )
     assert gradcheck(forward, inputs)
     assert gradgradcheck(forward, inputs)
 
@@ -214,11 +217,19 @@ def test_recorder_is_no_part_of_the_state():
     assert list(model.state_dict()) == names
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"r": 0}, "choose r from 1 to 5"), ({"r": -1}, "choose r from 1 to 5"), ({"r": 6}, "choose r from 1 to 5"),
-    ({"r": 2, "alpha": 0}, "alpha must be above 0"), ({"r": 2, "alpha": -1}, "alpha must be above 0"),
-    ({"r": 2, "alpha": math.nan}, "alpha must be above 0"), ({"r": 2, "dropout": 1.0}, "dropout must be in [0, 1)"),
-    ({"r": 2, "dropout": -0.1}, "dropout must be in [0, 1)")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"r": 0}, "choose r from 1 to 5"),
+        ({"r": -1}, "choose r from 1 to 5"),
+        ({"r": 6}, "choose r from 1 to 5"),
+        ({"r": 2, "alpha": 0}, "alpha must be above 0"),
+        ({"r": 2, "alpha": -1}, "alpha must be above 0"),
+        ({"r": 2, "alpha": math.nan}, "alpha must be above 0"),
+        ({"r": 2, "dropout": 1.0}, "dropout must be in [0, 1)"),
+        ({"r": 2, "dropout": -0.1}, "dropout must be in [0, 1)"),
+    ],
+)
 def test_bad_options_are_refused(options, words):
     assert_refuses(ValueError, words, lambda: DPLoRALinear(7, 5, **options))
     assert_refuses(ValueError, words, lambda: DPLoRALinear.from_linear(nn.Linear(7, 5), **options))
@@ -244,8 +255,10 @@ def test_linear_is_a_drop_in(plain):
     assert close(layer(x), plain(x), torch.float32)
 
 
-@pytest.mark.parametrize("plain", [nn.LayerNorm(7), nn.LayerNorm(7, bias=False), nn.LayerNorm(7, eps=0.1),
-                                   nn.LayerNorm(7, elementwise_affine=False)])
+@pytest.mark.parametrize(
+    "plain",
+    [nn.LayerNorm(7), nn.LayerNorm(7, bias=False), nn.LayerNorm(7, eps=0.1), nn.LayerNorm(7, elementwise_affine=False)],
+)
 def test_layer_norm_is_a_drop_in(plain):
     layer = DPLayerNorm.from_layer_norm(plain)
     assert set(layer.state_dict()) == set(plain.state_dict())

@@ -88,7 +88,7 @@ def test_several_uses_of_one_parameter_add_up(method, case):
     model = Twice(DPLinear(24, 20, bias=False))
     optimizer = make_private(model, batch_size=1, max_grad_norm=case.bound, norm_method=method)
     power = math.log2(case.bound) + case.excess + 20
-    x, g = torch.ones(1, 2, 24), torch.full((1, 2, 20), min(2.0**min(power, 127), LARGEST))
+    x, g = torch.ones(1, 2, 24), torch.full((1, 2, 20), min(2.0 ** min(power, 127), LARGEST))
     assert norm_of_sums(optimizer, record(model, optimizer, x, g)) <= case.bound
 
 
@@ -113,8 +113,14 @@ def test_the_least_bound_where_squares_vanish_in_float32(tokens, clipping):
     n = 300
     model = OneLayer(DPLinear(256, 64, bias=False))
     optimizer = make_private(
-        model, batch_size=n, max_grad_norm=LEAST_BOUND, clipping=clipping, norm_method="direct", lr=0.0,
-        engine=PrivacyEngine("rdp"))
+        model,
+        batch_size=n,
+        max_grad_norm=LEAST_BOUND,
+        clipping=clipping,
+        norm_method="direct",
+        lr=0.0,
+        engine=PrivacyEngine("rdp"),
+    )
     x = torch.zeros(n, tokens, 256)
     x[0] = 1.0
     optimizer.take(optimizer.clip(record(model, optimizer, x, torch.full((n, tokens, 64), 2.5e-23 * n)), None), n, n)
@@ -158,8 +164,11 @@ def test_a_value_that_is_not_finite_shows_in_its_own_norm(bad, size):
 
 @deterministic
 @given(
-    rule=rules, power=st.floats(-20, 20), norms=st.lists(st.floats(-48, 45), min_size=4, max_size=4),
-    layer_count=st.integers(3, 9))
+    rule=rules,
+    power=st.floats(-20, 20),
+    norms=st.lists(st.floats(-48, 45), min_size=4, max_size=4),
+    layer_count=st.integers(3, 9),
+)
 def test_the_rules_keep_any_bound_at_any_norm(rule, power, norms, layer_count):
     bound = min(max(10.0**power, LEAST_BOUND), LARGEST_BOUND)
     sq_norms = (10.0 ** torch.tensor(norms, dtype=torch.float64)).square().unsqueeze(1)
@@ -170,7 +179,8 @@ def test_the_rules_keep_any_bound_at_any_norm(rule, power, norms, layer_count):
 
 @deterministic
 @given(
-    left=st.floats(-300, 300), right=st.floats(-300, 300), tokens=st.integers(1, 3), scale=st.sampled_from([1.0, 1e-3]))
+    left=st.floats(-300, 300), right=st.floats(-300, 300), tokens=st.integers(1, 3), scale=st.sampled_from([1.0, 1e-3])
+)
 def test_ghost_norms_of_float64_factors_whose_squares_leave_its_range(left, right, tokens, scale):
     factors = torch.ones(1, tokens, 3).double() * 10.0**left, torch.ones(1, tokens, 2).double() * 10.0**right
     clipped = torch.tensor([1.0], dtype=torch.float64)
@@ -218,8 +228,11 @@ def test_the_paths_are_those_that_a_gradient_can_take():
     import lora_dp.nn.layers
 
     private = lora_dp.nn.layers.PrivateModule
-    kinds = {kind for kind in vars(lora_dp.nn.layers).values()
-             if isinstance(kind, type) and issubclass(kind, private) and kind is not private}
+    kinds = {
+        kind
+        for kind in vars(lora_dp.nn.layers).values()
+        if isinstance(kind, type) and issubclass(kind, private) and kind is not private
+    }
     assert kinds == {type(path.layer()) for path in PATHS.values()}
 
 

@@ -92,8 +92,11 @@ def test_what_a_sum_is_made_of_by_ghost_and_directly(uses):
         for left, right in pairs:
             give(slot, left, right)
         norms, *parts = slot.by_example()
-        expected = [torch.cat(side, 1) for side in zip(*pairs, strict=True)] if method == "ghost" else [
-            sum(outer(left, right) for left, right in pairs)]
+        expected = (
+            [torch.cat(side, 1) for side in zip(*pairs, strict=True)]
+            if method == "ghost"
+            else [sum(outer(left, right) for left, right in pairs)]
+        )
         assert len(parts) == len(expected)
         for part, value in zip(parts, expected, strict=True):
             assert_close(part, value)
@@ -300,6 +303,7 @@ def test_sums_are_exact_whatever_products_torch_allows(api):
 @pytest.mark.parametrize("uses", ["ghost", "ghost ghost", "ghost direct", "direct direct", "lookup lookup"])
 def test_the_order_in_which_a_slot_is_asked_does_not_matter(uses):
     """Whether norms, what is kept, or the sum come first."""
+
     def fresh() -> Slot:
         generator = torch.Generator().manual_seed(0)
         slot = slot_of((3, 6), 4, "auto")
@@ -375,8 +379,10 @@ def test_all_leaves_are_known():
     leaves = [slot.leaf]
     for slot.method in ("direct", "ghost"):
         leaves += slot.receive(torch.zeros(4, 2, 3), 3, 6)[1:]
-    leaves += [slot.receive_whole(torch.zeros(4, 2, 6)),
-               slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32)[1]]
+    leaves += [
+        slot.receive_whole(torch.zeros(4, 2, 6)),
+        slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32)[1],
+    ]
     assert {id(leaf) for leaf in leaves} == recorder.leaves() and len(recorder.leaves()) == 5
 
 
@@ -422,12 +428,17 @@ def test_what_a_graph_cannot_hold(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     slot = slot_of((3, 6), 4, "ghost")
     assert slot.receive(torch.zeros(4, 2, 3), 3, 6)[:2] == (False, slot.leaf)
-    assert_refuses(NotImplementedError, "'layer.weight' is a trainable embedding",
-                   lambda: slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32))
+    assert_refuses(
+        NotImplementedError,
+        "'layer.weight' is a trainable embedding",
+        lambda: slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32),
+    )
 
 
-@pytest.mark.parametrize(("shape", "grouped"), [
-    ((4, 5), (4, 1, 5)), ((4, 3, 5), (4, 3, 5)), ((4, 2, 3, 5), (4, 6, 5)), ((8, 3, 5), (4, 6, 5))])
+@pytest.mark.parametrize(
+    ("shape", "grouped"),
+    [((4, 5), (4, 1, 5)), ((4, 3, 5), (4, 3, 5)), ((4, 2, 3, 5), (4, 6, 5)), ((8, 3, 5), (4, 6, 5))],
+)
 def test_rows_are_grouped_by_example(shape, grouped):
     rows = torch.arange(4).repeat_interleave(shape[0] // 4).view(-1, *[1] * (len(shape) - 1)).expand(shape)
     actual = slot_of((2, 5), 4, "auto").group(rows)
@@ -437,8 +448,7 @@ def test_rows_are_grouped_by_example(shape, grouped):
 
 def test_no_examples():
     assert slot_of((2, 5), 0, "auto").group(torch.zeros(0, 3, 5)).shape[0] == 0
-    assert_refuses(ValueError, "in a batch of 0 examples",
-                   lambda: slot_of((2, 5), 0, "auto").group(torch.zeros(3, 5)))
+    assert_refuses(ValueError, "in a batch of 0 examples", lambda: slot_of((2, 5), 0, "auto").group(torch.zeros(3, 5)))
 
 
 def test_a_leaf_takes_no_memory():

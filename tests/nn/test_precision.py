@@ -20,13 +20,15 @@ def test_model_in_half_precision(dtype, phases):
     """The release is the clipped sum of this model's own gradients, near float64's; factors and theirs are float32."""
     model, batch, bound = mlp(dtype=dtype), examples(6), 0.3
     trained = {name for name, p in model.named_parameters() if p.requires_grad} - {
-        {"A": "0.lora_B", "B": "0.lora_A"}.get(phases)}
+        {"A": "0.lora_B", "B": "0.lora_A"}.get(phases)
+    }
     expected = clip_and_sum(brute_force(model, cross_entropy, one_by_one(batch), trained), "flat", bound, str)
     optimizer = make_private(model, batch_size=6, max_grad_norm=bound, phases=phases, lr=0.1)
     before = snapshot(model)
     released = take_step(model, optimizer, batch)
     assert {name: g.dtype for name, g in released.items()} == {
-        name: torch.float32 if "lora" in name else dtype for name in released}
+        name: torch.float32 if "lora" in name else dtype for name in released
+    }
     assert_close(flat(released), flat(expected), 3e-2 if dtype == torch.bfloat16 else 4e-3)
     assert moved(model, before)
 
@@ -35,7 +37,8 @@ def test_model_in_half_precision(dtype, phases):
 def test_autocast(phases):
     model, (x, y), bound = mlp(), examples(6), 0.3
     trained = {name for name, p in model.named_parameters() if p.requires_grad} - {
-        {"A": "0.lora_B", "B": "0.lora_A"}[phases]}
+        {"A": "0.lora_B", "B": "0.lora_A"}[phases]
+    }
     expected = clip_and_sum(brute_force(model, cross_entropy, one_by_one((x, y)), trained), "flat", bound, str)
     optimizer = make_private(model, batch_size=6, max_grad_norm=bound, phases=phases)
 

@@ -11,8 +11,10 @@ from tests.support import brute_force, clip_and_sum, make_private
 
 def factors(r: int = 3, d_in: int = 10, d_out: int = 8, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(r)
-    return (torch.randn(r, d_in, generator=generator, dtype=dtype) * torch.tensor([3.0, 1.0, 0.2][:r]).unsqueeze(1),
-            torch.randn(d_out, r, generator=generator, dtype=dtype))
+    return (
+        torch.randn(r, d_in, generator=generator, dtype=dtype) * torch.tensor([3.0, 1.0, 0.2][:r]).unsqueeze(1),
+        torch.randn(d_out, r, generator=generator, dtype=dtype),
+    )
 
 
 def model_with(lora_A: Tensor, lora_B: Tensor) -> nn.Module:
@@ -104,8 +106,16 @@ def test_a_step_clips_by_the_product(rule, phases, dtype, method):
     total = clip_and_sum(measured, rule, bound, lambda key: key.rpartition(".")[0])[name]
     expected = total @ root.inverse() if phases == "B" else root.inverse() @ total
     optimizer = make_private(
-        model, batch_size=4, size=6, max_grad_norm=bound, clipping=rule, phases=phases, norm_method=method,
-        regulate_noise=True, loss_reduction="sum")
+        model,
+        batch_size=4,
+        size=6,
+        max_grad_norm=bound,
+        clipping=rule,
+        phases=phases,
+        norm_method=method,
+        regulate_noise=True,
+        loss_reduction="sum",
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer.expect_batch(6)
     square_loss(model, torch.cat(examples)).backward()
@@ -125,7 +135,8 @@ def test_the_clipped_sum_never_exceeds_the_bound_in_the_measured_norm():
         for count in (3, 4):
             model = model_with(lora_A * scale, lora_B)
             optimizer = make_private(
-                model, batch_size=1, size=4, max_grad_norm=0.5, phases="B", regulate_noise=True, loss_reduction="sum")
+                model, batch_size=1, size=4, max_grad_norm=0.5, phases="B", regulate_noise=True, loss_reduction="sum"
+            )
             x = torch.randn(4, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
             x[3] *= 1e4
             before = model[0].lora_B.detach().clone()
@@ -142,7 +153,8 @@ def test_the_noise_has_the_regulated_covariance():
     lora_A, lora_B = factors()
     model = model_with(lora_A, lora_B)
     optimizer = make_private(
-        model, batch_size=1, size=2, noise_multiplier=2.0, max_grad_norm=0.5, phases="B", regulate_noise=True)
+        model, batch_size=1, size=2, noise_multiplier=2.0, max_grad_norm=0.5, phases="B", regulate_noise=True
+    )
     rows = []
     for _ in range(1500):
         before = model[0].lora_B.detach().clone()
@@ -153,8 +165,12 @@ def test_the_noise_has_the_regulated_covariance():
     gram = lora_A @ lora_A.t()
     expected = (gram + RIDGE * gram.diagonal().mean() * torch.eye(3, dtype=torch.float64)).inverse()
     deviation = expected.diagonal().sqrt()
-    torch.testing.assert_close(found / deviation / deviation[:, None], expected / deviation / deviation[:, None],
-                               rtol=0, atol=5 * (2 / len(drawn)) ** 0.5)
+    torch.testing.assert_close(
+        found / deviation / deviation[:, None],
+        expected / deviation / deviation[:, None],
+        rtol=0,
+        atol=5 * (2 / len(drawn)) ** 0.5,
+    )
 
 
 def test_a_cycle_of_phases_regulates_each_by_the_other():

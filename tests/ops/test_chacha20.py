@@ -95,8 +95,7 @@ def written(n_bytes: int, offset: int, write: Callable[[int], None]) -> bytes:
 def native_keystream(
     key: bytes, nonce: bytes, counter: int, n_bytes: int, instructions: str = "", offset: int = 0
 ) -> bytes:
-    return written(
-        n_bytes, offset, lambda out: _native.keystream(key, nonce, counter, out, n_bytes, instructions))
+    return written(n_bytes, offset, lambda out: _native.keystream(key, nonce, counter, out, n_bytes, instructions))
 
 
 # RFC 8439, 2.3.2 and appendix A.1, test vectors 1 to 5: key, nonce, block counter, block.
@@ -206,7 +205,8 @@ def test_last_block_is_reachable_and_nothing_beyond_it(instructions: str) -> Non
         refuses(
             f"the block counter would pass 2**32: {n_bytes} bytes from block {counter}; "
             "draw less, or use another nonce",
-            lambda c=counter, n=n_bytes: _native.keystream(KEY, NONCE, c, buffer.ctypes.data, n, instructions))
+            lambda c=counter, n=n_bytes: _native.keystream(KEY, NONCE, c, buffer.ctypes.data, n, instructions),
+        )
     assert not buffer.any()
 
 
@@ -231,11 +231,16 @@ def test_bad_values_are_refused(key: bytes, nonce: bytes, counter: int, n_bytes:
 
 
 def test_null_address_and_wrong_types_are_refused(instructions: str) -> None:
-    refuses("out is null: pass the address of its data",
-            lambda: _native.keystream(KEY, NONCE, 0, 0, 8, instructions))
+    refuses("out is null: pass the address of its data", lambda: _native.keystream(KEY, NONCE, 0, 0, 8, instructions))
     _native.keystream(KEY, NONCE, 0, 0, 0, instructions)  # an empty tensor has no address
-    for arguments in (("k" * 32, NONCE, 0, 0, 8), (KEY, NONCE, 0.0, 0, 8), (KEY, NONCE, 2**63, 0, 8),
-                      (bytearray(KEY), NONCE, 0, 0, 8), (KEY, NONCE, 0, -1, 8), (KEY, NONCE, 0, 0, 8, None)):
+    for arguments in (
+        ("k" * 32, NONCE, 0, 0, 8),
+        (KEY, NONCE, 0.0, 0, 8),
+        (KEY, NONCE, 2**63, 0, 8),
+        (bytearray(KEY), NONCE, 0, 0, 8),
+        (KEY, NONCE, 0, -1, 8),
+        (KEY, NONCE, 0, 0, 8, None),
+    ):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             _native.keystream(*arguments)
 
@@ -255,7 +260,8 @@ def test_sampling_bits_are_the_keystream_of_their_draw(draw: int, key: int) -> N
 
 @settings(max_examples=40, deadline=None)
 @given(
-    secret=st.binary(min_size=32, max_size=32).filter(any), draw=st.integers(0, 2**63 - 1), n_bytes=st.integers(0, 700))
+    secret=st.binary(min_size=32, max_size=32).filter(any), draw=st.integers(0, 2**63 - 1), n_bytes=st.integers(0, 700)
+)
 def test_sampling_bits_under_any_key(secret: bytes, draw: int, n_bytes: int) -> None:
     key = _native.key_from(secret)
     actual = written(n_bytes, 0, lambda out: _native.sampling_bits(key, draw, out, n_bytes))
@@ -267,8 +273,7 @@ def test_sampling_bits_under_any_key(secret: bytes, draw: int, n_bytes: int) -> 
 @given(parameter=st.integers(0, 2**24 - 1), draw=st.integers(0, 2**63 - 1), n_bytes=st.integers(0, 700))
 def test_mask_bits_are_a_keystream_of_their_own(parameter: int, draw: int, n_bytes: int) -> None:
     key, purpose = _native.key_from(KEY), 3
-    nonce = b"".join(
-        word.to_bytes(4, "little") for word in (purpose << 24 | parameter, draw % 2**32, draw >> 32))
+    nonce = b"".join(word.to_bytes(4, "little") for word in (purpose << 24 | parameter, draw % 2**32, draw >> 32))
     actual = written(n_bytes, 0, lambda out: _native.mask_bits(key, parameter, draw, out, n_bytes))
     assert actual == reference_keystream(KEY, nonce, 0, n_bytes)
     refuses(f"parameter must lie in [0, 2**24), got {2**24}", lambda: _native.mask_bits(key, 2**24, draw, 0, 0))
@@ -286,8 +291,10 @@ def test_bad_sampling_draws_are_refused(key: int) -> None:
         ((key, -1, out, 8), "draw must not be negative, got -1"),
         ((key, 0, out, -8), "n_bytes must not be negative, got -8"),
         ((key, 0, 0, 8), "out is null: pass the address of its data"),
-        ((key, 0, out, 2**38 + 1), "the block counter would pass 2**32: 274877906945 bytes from block 0; "
-                                   "draw less, or use another nonce"),
+        (
+            (key, 0, out, 2**38 + 1),
+            "the block counter would pass 2**32: 274877906945 bytes from block 0; draw less, or use another nonce",
+        ),
     ):
         refuses(message, lambda given=arguments: _native.sampling_bits(*given))
     with pytest.raises(TypeError, match="incompatible function arguments"):
@@ -307,12 +314,21 @@ def test_the_op_fills_a_tensor_with_sampling_bits(shape: tuple[int, ...], key: i
     assert sampling_bits_(meta, -1, 2**40) is meta  # -1 is no key: the native library is not asked
 
 
-@pytest.mark.parametrize("out", [
-    torch.zeros(4), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.uint64),
-    torch.zeros(4, 3, dtype=torch.int64).T, torch.zeros(8, dtype=torch.int64)[::2]])
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(4),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.uint64),
+        torch.zeros(4, 3, dtype=torch.int64).T,
+        torch.zeros(8, dtype=torch.int64)[::2],
+    ],
+)
 def test_the_op_refuses_other_dtypes_and_layouts(out: torch.Tensor, key: int) -> None:
-    refuses(f"sampling_bits_: out must be contiguous and int64, got {out.dtype} {out.stride()}.",
-            lambda: sampling_bits_(out, key, 0))
+    refuses(
+        f"sampling_bits_: out must be contiguous and int64, got {out.dtype} {out.stride()}.",
+        lambda: sampling_bits_(out, key, 0),
+    )
     assert not out.any()
 
 

@@ -12,8 +12,11 @@ COMPILER = shutil.which("g++")
 WIDE = platform.machine().lower() in ("x86_64", "amd64")
 # By CMakeLists.txt.
 SOURCES = {
-    "kernels.cpp": [], "secret_key.cpp": [], "kernels_avx2.cpp": ["-DLORA_DP_X86_KERNELS", "-mavx2"],
-    "kernels_avx512.cpp": ["-DLORA_DP_X86_KERNELS", "-mavx512f", "-mprefer-vector-width=512"]}
+    "kernels.cpp": [],
+    "secret_key.cpp": [],
+    "kernels_avx2.cpp": ["-DLORA_DP_X86_KERNELS", "-mavx2"],
+    "kernels_avx512.cpp": ["-DLORA_DP_X86_KERNELS", "-mavx512f", "-mprefer-vector-width=512"],
+}
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs g++")
@@ -23,6 +26,20 @@ def test_native_code_compiles_without_a_warning(source: str, level: str) -> None
     if SOURCES[source] and not WIDE:
         pytest.skip("needs a compiler for x86-64")
     built = subprocess.run(
-        [str(COMPILER), "-std=c++17", level, *SOURCES[source], "-Wall", "-Wextra", "-Werror", "-c", str(CSRC / source),
-         "-o", "/dev/null"], capture_output=True, text=True)
+        [
+            str(COMPILER),
+            "-std=c++17",
+            level,
+            *SOURCES[source],
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-c",
+            str(CSRC / source),
+            "-o",
+            "/dev/null",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0, built.stderr

@@ -33,8 +33,12 @@ def test_keystream(emulated, n_bytes):
     nonce = bytes(range(100, 112))
     ours, theirs = np.zeros(n_bytes, np.uint8), np.zeros(n_bytes, np.uint8)
     native.keystream(KEY_BYTES, nonce, 2**32 - 1000, ours.ctypes.data, n_bytes)
-    assert emulated.emulated_keystream(
-        KEY_BYTES, nonce, ctypes.c_uint32(2**32 - 1000), address(theirs.ctypes.data), ctypes.c_int64(n_bytes)) == 0
+    assert (
+        emulated.emulated_keystream(
+            KEY_BYTES, nonce, ctypes.c_uint32(2**32 - 1000), address(theirs.ctypes.data), ctypes.c_int64(n_bytes)
+        )
+        == 0
+    )
     assert np.array_equal(ours, theirs)
 
 
@@ -43,9 +47,17 @@ def test_rounded_gaussians(emulated, n):
     scale = 1.7 * 2**32
     ours, theirs = np.zeros(n, np.int64), np.zeros(n, np.int64)
     native.rounded_gaussians(KEY, 3, 11, scale, ours.ctypes.data, n)
-    assert emulated.emulated_gaussians(
-        KEY_BYTES, ctypes.c_uint32(3), ctypes.c_uint64(11), ctypes.c_double(scale), ctypes.c_int64(n),
-        address(theirs.ctypes.data)) == 0
+    assert (
+        emulated.emulated_gaussians(
+            KEY_BYTES,
+            ctypes.c_uint32(3),
+            ctypes.c_uint64(11),
+            ctypes.c_double(scale),
+            ctypes.c_int64(n),
+            address(theirs.ctypes.data),
+        )
+        == 0
+    )
     assert np.array_equal(ours, theirs)
 
 
@@ -54,10 +66,22 @@ def test_rounded_gaussians(emulated, n):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_private_update(emulated, optimizer, examples, strength, monkeypatch):
     def update(key, draw, rows, hyper, count, number, noisy, scale, step, expected_batch_size, weights, *_):
-        assert emulated.emulated_update(
-            KEY_BYTES, ctypes.c_uint64(draw), address(rows), address(hyper), ctypes.c_int64(count),
-            ctypes.c_int64(number), ctypes.c_int(noisy), ctypes.c_double(scale), ctypes.c_double(step),
-            ctypes.c_double(expected_batch_size), address(weights)) == 0
+        assert (
+            emulated.emulated_update(
+                KEY_BYTES,
+                ctypes.c_uint64(draw),
+                address(rows),
+                address(hyper),
+                ctypes.c_int64(count),
+                ctypes.c_int64(number),
+                ctypes.c_int(noisy),
+                ctypes.c_double(scale),
+                ctypes.c_double(step),
+                ctypes.c_double(expected_batch_size),
+                address(weights),
+            )
+            == 0
+        )
 
     for dtype in DTYPES:
         for noisy in (True, False):
@@ -77,13 +101,26 @@ def test_a_filter_beyond_the_shared_memory_is_refused(emulated):
     problem = Problem("sgd", torch.float32, [(300, 16)], strength=33.0)  # 132 entries of 16 numbers
     from lora_dp.ops import private_update
 
-    rows = torch.tensor(private_update._table(
-        problem.parameters, problem.sums, [None], [], [], [], [True], 33.0), dtype=torch.int64)
+    rows = torch.tensor(
+        private_update._table(problem.parameters, problem.sums, [None], [], [], [], [True], 33.0), dtype=torch.int64
+    )
     hyper = torch.zeros(8, dtype=torch.float64)
     weights = torch.ones(133, dtype=torch.float64)
     before = problem.parameters[0].clone()
-    assert emulated.emulated_update(
-        KEY_BYTES, ctypes.c_uint64(0), address(rows.data_ptr()), address(hyper.data_ptr()), ctypes.c_int64(1),
-        ctypes.c_int64(0), ctypes.c_int(0), ctypes.c_double(0), ctypes.c_double(1), ctypes.c_double(1),
-        address(weights.data_ptr())) == 1
+    assert (
+        emulated.emulated_update(
+            KEY_BYTES,
+            ctypes.c_uint64(0),
+            address(rows.data_ptr()),
+            address(hyper.data_ptr()),
+            ctypes.c_int64(1),
+            ctypes.c_int64(0),
+            ctypes.c_int(0),
+            ctypes.c_double(0),
+            ctypes.c_double(1),
+            ctypes.c_double(1),
+            address(weights.data_ptr()),
+        )
+        == 1
+    )
     assert torch.equal(problem.parameters[0], before)

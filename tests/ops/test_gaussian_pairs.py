@@ -76,13 +76,20 @@ def test_pairs_of_words_of_zeros_and_ones():
 
 
 words = st.one_of(
-    st.integers(0, ONES), st.sampled_from([0, 1, ONES, ONES - 1, 2**63, 2**63 - 1]),
-    st.integers(0, 63).map(lambda bit: 1 << bit))
+    st.integers(0, ONES),
+    st.sampled_from([0, 1, ONES, ONES - 1, 2**63, 2**63 - 1]),
+    st.integers(0, 63).map(lambda bit: 1 << bit),
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(u_high=words, u_low=words, v_high=words, v_low=words,
-       scale=st.one_of(st.sampled_from(SCALES), st.floats(1.0, 2.0**33, exclude_max=True)))
+@given(
+    u_high=words,
+    u_low=words,
+    v_high=words,
+    v_low=words,
+    scale=st.one_of(st.sampled_from(SCALES), st.floats(1.0, 2.0**33, exclude_max=True)),
+)
 def test_pairs_of_any_bits_and_scale(u_high, u_low, v_high, v_low, scale):
     check_pair(u_high << 64 | u_low, v_high << 64 | v_low, [scale])
 
@@ -127,16 +134,20 @@ def margin(scale: float, radius: float) -> float:
 def losses(generator: np.random.Generator, n: int) -> np.ndarray:
     """Values of −ln u over the whole range of the fast path: two thirds even in ln u, a third in ln(−ln u)."""
     low, high = 2.0**-12, 14 * math.log(2)
-    return np.concatenate([
-        generator.uniform(low, high, n - n // 3), np.exp(generator.uniform(math.log(low), math.log(high), n // 3))])
+    return np.concatenate(
+        [generator.uniform(low, high, n - n // 3), np.exp(generator.uniform(math.log(low), math.log(high), n // 3))]
+    )
 
 
 def u_words(loss: np.ndarray) -> np.ndarray:
     """e^-loss in units of 2⁻⁶⁴, to 53 bits of the smaller of itself and its complement."""
     small, complement = np.rint(np.ldexp(np.exp(-loss), 64)), np.rint(np.ldexp(-np.expm1(-loss), 64))
     near_zero = loss > 0.7
-    return np.where(near_zero, np.where(near_zero, small, 0).astype(np.uint64),
-                    np.uint64(0) - np.where(near_zero, 0, complement).astype(np.uint64))
+    return np.where(
+        near_zero,
+        np.where(near_zero, small, 0).astype(np.uint64),
+        np.uint64(0) - np.where(near_zero, 0, complement).astype(np.uint64),
+    )
 
 
 def v_words(turn: np.ndarray) -> np.ndarray:
@@ -238,8 +249,11 @@ def test_errors_of_the_exact_path_stay_below_their_bound():
     generator, probes = random.Random(6), 0
     for attempt in range(450):
         scale, which = SCALES[1:][attempt % 4], generator.randrange(2)
-        u = [generator.getrandbits(128), generator.getrandbits(128 - attempt % 100),
-             2**128 - generator.getrandbits(128 - attempt % 50)][attempt % 3] % 2**128 | 1
+        u = [
+            generator.getrandbits(128),
+            generator.getrandbits(128 - attempt % 100),
+            2**128 - generator.getrandbits(128 - attempt % 50),
+        ][attempt % 3] % 2**128 | 1
         with mpmath.workprec(400):
             z = true_pair(u, generator.getrandbits(128))
             radius = mpmath.sqrt(z[0] ** 2 + z[1] ** 2)
@@ -254,8 +268,11 @@ def test_errors_of_the_exact_path_stay_below_their_bound():
         if not reach < v < 2**128 - reach:
             continue
         before = pair_of(u, v - reach, scale)[1][which]
-        edge = bisect(v - reach, v + reach,
-                      lambda w, u=u, scale=scale, i=which, before=before: pair_of(u, w, scale)[1][i] != before)
+        edge = bisect(
+            v - reach,
+            v + reach,
+            lambda w, u=u, scale=scale, i=which, before=before: pair_of(u, w, scale)[1][i] != before,
+        )
         for w in edge:
             with mpmath.workprec(400):
                 assert abs(scale * true_pair(u, w)[which] - half) < bound

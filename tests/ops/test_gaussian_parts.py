@@ -44,8 +44,15 @@ def halves(value: int) -> ctypes.Array:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     # What C++ leaves undefined, such as a shift by too much, ends the process.
-    return Parts(opened("gaussian_parts", tmp_path_factory.mktemp("parts"), "-std=c++17", "-fsanitize=undefined",
-                        "-fsanitize-undefined-trap-on-error"))
+    return Parts(
+        opened(
+            "gaussian_parts",
+            tmp_path_factory.mktemp("parts"),
+            "-std=c++17",
+            "-fsanitize=undefined",
+            "-fsanitize-undefined-trap-on-error",
+        )
+    )
 
 
 def wides(seed: int, n: int, bits: int = 128) -> Iterator[int]:

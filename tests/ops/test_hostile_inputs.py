@@ -33,7 +33,10 @@ BEYOND_64_BITS = st.one_of(st.integers(2**64, 2**200), st.integers(-(2**200), -(
 NEGATIVE = st.one_of(st.integers(-3, -1), st.integers(-(2**63), -1))
 HOSTILE_FLOATS = st.one_of(
     st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, -5e-324, 1e308, -1.0, 0.999, 2.0**33]),
-    st.floats(), NO_NUMBERS, st.just(10**400))
+    st.floats(),
+    NO_NUMBERS,
+    st.just(10**400),
+)
 SCALES = st.floats(1, 2.0**33, exclude_max=True)
 
 
@@ -102,31 +105,73 @@ BITS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 1, 2**50 - 1, 2*
 # Of every function, what its arguments may be and what not.
 FILLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "keystream": (
-        {"key": st.binary(min_size=32, max_size=32), "nonce": st.binary(min_size=12, max_size=12),
-         "counter": st.integers(0, MOST_COUNTER), "out": st.just(OUT), "n_bytes": SIZES, "instructions": st.just("")},
-        {"key": BAD_BYTES, "nonce": BAD_BYTES, "counter": hostile(2**32 - 1), "out": BAD_ADDRESSES,
-         "n_bytes": hostile(2**38), "instructions": BAD_INSTRUCTIONS}),
+        {
+            "key": st.binary(min_size=32, max_size=32),
+            "nonce": st.binary(min_size=12, max_size=12),
+            "counter": st.integers(0, MOST_COUNTER),
+            "out": st.just(OUT),
+            "n_bytes": SIZES,
+            "instructions": st.just(""),
+        },
+        {
+            "key": BAD_BYTES,
+            "nonce": BAD_BYTES,
+            "counter": hostile(2**32 - 1),
+            "out": BAD_ADDRESSES,
+            "n_bytes": hostile(2**38),
+            "instructions": BAD_INSTRUCTIONS,
+        },
+    ),
     "sampling_bits": (
         {"key": st.just(KEY), "draw": DRAWS, "out": st.just(OUT), "n_bytes": SIZES},
-        {"key": BAD_KEYS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES, "n_bytes": hostile(2**38)}),
+        {"key": BAD_KEYS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES, "n_bytes": hostile(2**38)},
+    ),
     "mask_bits": (
-        {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "out": st.just(OUT),
-         "n_bytes": SIZES},
-        {"key": BAD_KEYS, "parameter": BAD_PARAMETERS, "draw": BAD_DRAWS, "out": BAD_ADDRESSES,
-         "n_bytes": hostile(2**38)}),
+        {
+            "key": st.just(KEY),
+            "parameter": st.integers(0, 2**24 - 1),
+            "draw": DRAWS,
+            "out": st.just(OUT),
+            "n_bytes": SIZES,
+        },
+        {
+            "key": BAD_KEYS,
+            "parameter": BAD_PARAMETERS,
+            "draw": BAD_DRAWS,
+            "out": BAD_ADDRESSES,
+            "n_bytes": hostile(2**38),
+        },
+    ),
     "rounded_gaussians": (
-        {"key": st.just(KEY), "parameter": st.integers(0, 2**24 - 1), "draw": DRAWS, "scale": SCALES,
-         "out": st.just(OUT), "n": SIZES, "instructions": st.just("")},
-        {"key": BAD_KEYS, "parameter": BAD_PARAMETERS, "draw": BAD_DRAWS, "scale": HOSTILE_FLOATS,
-         "out": BAD_ADDRESSES, "n": hostile(2**35), "instructions": BAD_INSTRUCTIONS}),
+        {
+            "key": st.just(KEY),
+            "parameter": st.integers(0, 2**24 - 1),
+            "draw": DRAWS,
+            "scale": SCALES,
+            "out": st.just(OUT),
+            "n": SIZES,
+            "instructions": st.just(""),
+        },
+        {
+            "key": BAD_KEYS,
+            "parameter": BAD_PARAMETERS,
+            "draw": BAD_DRAWS,
+            "scale": HOSTILE_FLOATS,
+            "out": BAD_ADDRESSES,
+            "n": hostile(2**35),
+            "instructions": BAD_INSTRUCTIONS,
+        },
+    ),
 }
 PAIR = (
     {**{name: BITS for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": SCALES},
-    {**{name: hostile(2**64 - 1) for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": HOSTILE_FLOATS})
+    {**{name: hostile(2**64 - 1) for name in ("u_high", "u_low", "v_high", "v_low")}, "scale": HOSTILE_FLOATS},
+)
 
 
 @pytest.mark.parametrize(
-    ("function", "name"), [(function, name) for function, (_, bad) in FILLING.items() for name in ["", *bad]])
+    ("function", "name"), [(function, name) for function, (_, bad) in FILLING.items() for name in ["", *bad]]
+)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_functions_that_fill_a_buffer(function: str, name: str, data: st.DataObject) -> None:
@@ -176,8 +221,19 @@ def test_keys(content: Any, number: Any) -> None:
         native.rounded_gaussians(key, 0, 0, 1.0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["keystream", "sampling_bits", "mask_bits", "rounded_gaussians", "gaussian_pair",
-                                  "private_update", "key_from", "drop_key"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keystream",
+        "sampling_bits",
+        "mask_bits",
+        "rounded_gaussians",
+        "gaussian_pair",
+        "private_update",
+        "key_from",
+        "drop_key",
+    ],
+)
 def test_wrong_numbers_of_arguments(name: str) -> None:
     for values, named in [((), {}), ((0,) * 20, {}), ((), {"nothing": 0}), ((), {"key": 0, "bytes": 0})]:
         with pytest.raises(TypeError):
@@ -185,13 +241,30 @@ def test_wrong_numbers_of_arguments(name: str) -> None:
 
 
 # The columns of struct Row in csrc/update_math.h.
-COLUMNS = ["theta", "sum", "coefficients", "first", "second", "gradient", "size", "examples", "theta_dtype",
-           "sum_dtype", "stride", "length", "reach", "first_tile"]
+COLUMNS = [
+    "theta",
+    "sum",
+    "coefficients",
+    "first",
+    "second",
+    "gradient",
+    "size",
+    "examples",
+    "theta_dtype",
+    "sum_dtype",
+    "stride",
+    "length",
+    "reach",
+    "first_tile",
+]
 CHANGED = ["theta", "first", "second", "gradient"]
 WEIGHTS, EXAMPLES = 40, 3
 BYTES_OF_DTYPE = [4, 2, 2, 8]
-INT64 = st.one_of(st.integers(-3, 70), st.integers(-(2**63), 2**63 - 1),
-                  st.sampled_from([2**20, 2**20 + 1, 2**24, 2**24 + 1, 2**35, 2**35 + 1, 2**62, 2**63 - 1, -(2**63)]))
+INT64 = st.one_of(
+    st.integers(-3, 70),
+    st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from([2**20, 2**20 + 1, 2**24, 2**24 + 1, 2**35, 2**35 + 1, 2**62, 2**63 - 1, -(2**63)]),
+)
 
 
 class Rows:
@@ -225,9 +298,15 @@ class Rows:
             **{name: buffer.address for name, buffer in self.outputs[-1].items()},
             "sum": self.input(numbers.astype(np.float32 if sum_dtype == 0 else np.float64)),
             "coefficients": self.input(self.random.standard_normal(examples)) if with_examples else 0,
-            "size": size, "examples": examples, "theta_dtype": draw(st.integers(0, 3)), "sum_dtype": sum_dtype,
-            "stride": stride, "length": length, "reach": draw(st.sampled_from([0, 1, 2, WEIGHTS - 1])),
-            "first_tile": draw(INT64)}
+            "size": size,
+            "examples": examples,
+            "theta_dtype": draw(st.integers(0, 3)),
+            "sum_dtype": sum_dtype,
+            "stride": stride,
+            "length": length,
+            "reach": draw(st.sampled_from([0, 1, 2, WEIGHTS - 1])),
+            "first_tile": draw(INT64),
+        }
 
     def damage(self, draw: Any, name: str) -> None:
         """Makes one entry of this column hostile. What would be accepted still fits the buffers."""
@@ -252,34 +331,75 @@ def is_lawful(row: dict[str, int], optimizer: int, weights: int, n_weights: int)
     size, stride, length, reach = (row[name] for name in ("size", "stride", "length", "reach"))
     needed = ["theta", *(["first"] if optimizer > 0 else []), *(["second"] if optimizer > 1 else [])]
     return (
-        0 <= size <= 2**35 and 0 <= row["examples"] <= 2**35 and 0 <= row["theta_dtype"] <= 3
-        and row["sum_dtype"] in (0, 3) and stride >= 1 and length >= 1 and reach >= 0
+        0 <= size <= 2**35
+        and 0 <= row["examples"] <= 2**35
+        and 0 <= row["theta_dtype"] <= 3
+        and row["sum_dtype"] in (0, 3)
+        and stride >= 1
+        and length >= 1
+        and reach >= 0
         and (not reach or size % stride == 0 and size // stride % length == 0 and reach * stride <= 2**24)
         and (not reach or bool(weights) and reach < n_weights)
         and (not size or all(row[name] for name in needed))
-        and (not size or bool(row["sum"]) or bool(row["coefficients"]) and not row["examples"]))
+        and (not size or bool(row["sum"]) or bool(row["coefficients"]) and not row["examples"])
+    )
 
 
 def update_arguments(rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
     count = len(rows.rows)
     table = np.array([[row[name] for name in COLUMNS] for row in rows.rows], np.int64)
     return (
-        {"key": st.just(KEY), "draw": DRAWS, "rows": st.just(rows.input(table)),
-         "hyper": st.just(rows.input(rows.random.standard_normal((count, 8)))), "count": st.just(count),
-         "optimizer": st.integers(0, 3), "noisy": st.booleans(), "scale": SCALES,
-         "step": st.integers(-1022, 1023).map(lambda power: 2.0**power), "expected_batch_size": st.floats(0.5, 1e6),
-         "weights": st.just(rows.input(rows.random.random(WEIGHTS))), "n_weights": st.just(WEIGHTS),
-         "threads": st.integers(1, 4), "instructions": st.just("")},
-        {"key": BAD_KEYS, "draw": BAD_DRAWS, "rows": BAD_ADDRESSES, "hyper": BAD_ADDRESSES,
-         "count": st.one_of(st.integers(0, count), hostile(2**24 - 1)), "optimizer": hostile(3),
-         "noisy": st.one_of(NO_INTEGERS, st.sampled_from([0, 1, 2])), "scale": HOSTILE_FLOATS, "step": HOSTILE_FLOATS,
-         "expected_batch_size": HOSTILE_FLOATS, "weights": BAD_ADDRESSES,
-         "n_weights": st.one_of(NEGATIVE, st.integers(0, WEIGHTS), BEYOND_64_BITS, NO_INTEGERS),
-         "threads": st.one_of(st.sampled_from([0, 1024]), hostile(1024)), "instructions": BAD_INSTRUCTIONS})
+        {
+            "key": st.just(KEY),
+            "draw": DRAWS,
+            "rows": st.just(rows.input(table)),
+            "hyper": st.just(rows.input(rows.random.standard_normal((count, 8)))),
+            "count": st.just(count),
+            "optimizer": st.integers(0, 3),
+            "noisy": st.booleans(),
+            "scale": SCALES,
+            "step": st.integers(-1022, 1023).map(lambda power: 2.0**power),
+            "expected_batch_size": st.floats(0.5, 1e6),
+            "weights": st.just(rows.input(rows.random.random(WEIGHTS))),
+            "n_weights": st.just(WEIGHTS),
+            "threads": st.integers(1, 4),
+            "instructions": st.just(""),
+        },
+        {
+            "key": BAD_KEYS,
+            "draw": BAD_DRAWS,
+            "rows": BAD_ADDRESSES,
+            "hyper": BAD_ADDRESSES,
+            "count": st.one_of(st.integers(0, count), hostile(2**24 - 1)),
+            "optimizer": hostile(3),
+            "noisy": st.one_of(NO_INTEGERS, st.sampled_from([0, 1, 2])),
+            "scale": HOSTILE_FLOATS,
+            "step": HOSTILE_FLOATS,
+            "expected_batch_size": HOSTILE_FLOATS,
+            "weights": BAD_ADDRESSES,
+            "n_weights": st.one_of(NEGATIVE, st.integers(0, WEIGHTS), BEYOND_64_BITS, NO_INTEGERS),
+            "threads": st.one_of(st.sampled_from([0, 1024]), hostile(1024)),
+            "instructions": BAD_INSTRUCTIONS,
+        },
+    )
 
 
-UPDATE_ARGUMENTS = ["key", "draw", "rows", "hyper", "count", "optimizer", "noisy", "scale", "step",
-                    "expected_batch_size", "weights", "n_weights", "threads", "instructions"]
+UPDATE_ARGUMENTS = [
+    "key",
+    "draw",
+    "rows",
+    "hyper",
+    "count",
+    "optimizer",
+    "noisy",
+    "scale",
+    "step",
+    "expected_batch_size",
+    "weights",
+    "n_weights",
+    "threads",
+    "instructions",
+]
 
 
 @pytest.mark.parametrize("name", ["", *UPDATE_ARGUMENTS, *(f"{column} of a row" for column in COLUMNS)])
@@ -310,15 +430,34 @@ def test_private_update(name: str, data: st.DataObject) -> None:
 
 # Rows without an element, for which nothing is read or written: (column, value, others, whether it is taken).
 EDGES: list[tuple[str, int, dict[str, int], bool]] = [
-    ("size", -1, {}, False), ("size", 2**35 + 1, {}, False), ("examples", -1, {}, False),
-    ("examples", 2**35, {}, True), ("examples", 2**35 + 1, {}, False), ("theta_dtype", -1, {}, False),
-    ("theta_dtype", 0, {}, True), ("theta_dtype", 3, {}, True), ("theta_dtype", 4, {}, False),
-    ("sum_dtype", 0, {}, True), ("sum_dtype", 1, {}, False), ("sum_dtype", 2, {}, False), ("sum_dtype", 3, {}, True),
-    ("stride", 0, {}, False), ("length", 0, {}, False), ("reach", -1, {}, False), ("reach", 0, {}, True),
-    ("stride", 2**35, {}, True), ("stride", 2**35 + 1, {}, False), ("length", 2**35, {}, True),
-    ("length", 2**35 + 1, {}, False), ("reach", 1, {"stride": 2**24}, True),
-    ("reach", 1, {"stride": 2**24 + 1}, False), ("reach", 2, {"stride": 2**23}, True),
-    ("reach", 2, {"stride": 2**23 + 1}, False), ("reach", 2**20, {}, True), ("reach", 2**20 + 1, {}, False)]
+    ("size", -1, {}, False),
+    ("size", 2**35 + 1, {}, False),
+    ("examples", -1, {}, False),
+    ("examples", 2**35, {}, True),
+    ("examples", 2**35 + 1, {}, False),
+    ("theta_dtype", -1, {}, False),
+    ("theta_dtype", 0, {}, True),
+    ("theta_dtype", 3, {}, True),
+    ("theta_dtype", 4, {}, False),
+    ("sum_dtype", 0, {}, True),
+    ("sum_dtype", 1, {}, False),
+    ("sum_dtype", 2, {}, False),
+    ("sum_dtype", 3, {}, True),
+    ("stride", 0, {}, False),
+    ("length", 0, {}, False),
+    ("reach", -1, {}, False),
+    ("reach", 0, {}, True),
+    ("stride", 2**35, {}, True),
+    ("stride", 2**35 + 1, {}, False),
+    ("length", 2**35, {}, True),
+    ("length", 2**35 + 1, {}, False),
+    ("reach", 1, {"stride": 2**24}, True),
+    ("reach", 1, {"stride": 2**24 + 1}, False),
+    ("reach", 2, {"stride": 2**23}, True),
+    ("reach", 2, {"stride": 2**23 + 1}, False),
+    ("reach", 2**20, {}, True),
+    ("reach", 2**20 + 1, {}, False),
+]
 MANY = 2**20 + 2  # weights, of which none is read
 
 
@@ -327,24 +466,67 @@ def test_the_edges_of_a_row(column: str, value: int, others: dict[str, int], tak
     row = {**dict.fromkeys(COLUMNS, 0), "stride": 1, "length": 1, **others, column: value}
     table, weights = np.array([row[name] for name in COLUMNS], np.int64), np.ones(1)
     assert taken is accepts(
-        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, True, 2.0, 0.5, 1.0,
-        weights.ctypes.data, MANY, 1)
+        native.private_update,
+        KEY,
+        0,
+        table.ctypes.data,
+        np.zeros(8).ctypes.data,
+        1,
+        0,
+        True,
+        2.0,
+        0.5,
+        1.0,
+        weights.ctypes.data,
+        MANY,
+        1,
+    )
 
 
-@pytest.mark.parametrize(("size", "stride", "length", "taken"), [
-    (6, 2, 3, True), (7, 2, 3, False), (8, 2, 3, False), (12, 2, 3, True), (3, 1, 3, True), (4, 4, 1, True),
-    (4, 3, 1, False), (8, 2, 8, False)])
+@pytest.mark.parametrize(
+    ("size", "stride", "length", "taken"),
+    [
+        (6, 2, 3, True),
+        (7, 2, 3, False),
+        (8, 2, 3, False),
+        (12, 2, 3, True),
+        (3, 1, 3, True),
+        (4, 4, 1, True),
+        (4, 3, 1, False),
+        (8, 2, 8, False),
+    ],
+)
 @pytest.mark.parametrize("reach", [0, 1])
 def test_a_filtered_dimension_divides_the_parameter(
     size: int, stride: int, length: int, taken: bool, reach: int
 ) -> None:
     theta, sums = np.ones(12, np.float32), np.ones(12, np.float32)
-    row = {**dict.fromkeys(COLUMNS, 0), "size": size, "stride": stride, "length": length, "reach": reach,
-           "theta": theta.ctypes.data, "sum": sums.ctypes.data}
+    row = {
+        **dict.fromkeys(COLUMNS, 0),
+        "size": size,
+        "stride": stride,
+        "length": length,
+        "reach": reach,
+        "theta": theta.ctypes.data,
+        "sum": sums.ctypes.data,
+    }
     table = np.array([row[name] for name in COLUMNS], np.int64)
     assert (taken or not reach) is accepts(
-        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, False, 2.0, 0.5, 1.0,
-        np.ones(2).ctypes.data, 2, 1)
+        native.private_update,
+        KEY,
+        0,
+        table.ctypes.data,
+        np.zeros(8).ctypes.data,
+        1,
+        0,
+        False,
+        2.0,
+        0.5,
+        1.0,
+        np.ones(2).ctypes.data,
+        2,
+        1,
+    )
 
 
 @pytest.mark.parametrize("optimizer", [0, 1, 2, 3])
@@ -353,69 +535,152 @@ def test_what_an_optimizer_needs_is_no_null(optimizer: int, missing: str) -> Non
     arrays = {name: np.ones(8) for name in (*CHANGED, "sum", "coefficients", "weights", "hyper")}
     before = {name: array.copy() for name, array in arrays.items()}
     given = {name: 0 if name == missing else array.ctypes.data for name, array in arrays.items()}
-    row = {**dict.fromkeys(COLUMNS, 0), **{name: given[name] for name in (*CHANGED, "sum", "coefficients")},
-           "size": 4, "examples": 2, "theta_dtype": 3, "sum_dtype": 3, "stride": 1, "length": 4, "reach": 1}
+    row = {
+        **dict.fromkeys(COLUMNS, 0),
+        **{name: given[name] for name in (*CHANGED, "sum", "coefficients")},
+        "size": 4,
+        "examples": 2,
+        "theta_dtype": 3,
+        "sum_dtype": 3,
+        "stride": 1,
+        "length": 4,
+        "reach": 1,
+    }
     table = np.array([row[name] for name in COLUMNS], np.int64)
-    taken = accepts(native.private_update, KEY, 0, table.ctypes.data, given["hyper"], 1, optimizer, False, 2.0, 0.5,
-                    1.0, given["weights"], 2, 1)
+    taken = accepts(
+        native.private_update,
+        KEY,
+        0,
+        table.ctypes.data,
+        given["hyper"],
+        1,
+        optimizer,
+        False,
+        2.0,
+        0.5,
+        1.0,
+        given["weights"],
+        2,
+        1,
+    )
     needed = {"theta", "sum", "weights", "hyper", *["first"] * (optimizer > 0), *["second"] * (optimizer > 1)}
     assert taken is (missing not in needed)
     assert taken or all(np.array_equal(arrays[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize(("coefficients", "examples", "taken"), [
-    (False, 0, False), (False, 2, False), (True, 0, True), (True, 1, False), (True, 2, False)])
+@pytest.mark.parametrize(
+    ("coefficients", "examples", "taken"),
+    [(False, 0, False), (False, 2, False), (True, 0, True), (True, 1, False), (True, 2, False)],
+)
 def test_of_no_example_no_sum_is_read(coefficients: bool, examples: int, taken: bool) -> None:
     theta, weights = np.ones(4), np.ones(2)
-    row = {**dict.fromkeys(COLUMNS, 0), "theta": theta.ctypes.data, "size": 4, "examples": examples, "theta_dtype": 3,
-           "sum_dtype": 3, "stride": 1, "length": 4, "coefficients": weights.ctypes.data if coefficients else 0}
+    row = {
+        **dict.fromkeys(COLUMNS, 0),
+        "theta": theta.ctypes.data,
+        "size": 4,
+        "examples": examples,
+        "theta_dtype": 3,
+        "sum_dtype": 3,
+        "stride": 1,
+        "length": 4,
+        "coefficients": weights.ctypes.data if coefficients else 0,
+    }
     table = np.array([row[name] for name in COLUMNS], np.int64)
     assert taken is accepts(
-        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, False, 2.0, 0.5, 1.0, 0, 0, 1)
+        native.private_update, KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, False, 2.0, 0.5, 1.0, 0, 0, 1
+    )
 
 
 # (argument, value, whether it is taken) of an update of nothing.
 UPDATES: list[tuple[str, Any, bool]] = [
-    ("count", -1, False), ("count", 2**24, False), ("optimizer", -1, False), ("optimizer", 3, True),
-    ("optimizer", 4, False), ("draw", -1, False), ("draw", 2**63 - 1, True), ("scale", 1.0, True),
-    ("scale", math.nextafter(1, 0), False), ("scale", math.nextafter(2.0**33, 0), True), ("scale", 2.0**33, False),
-    ("scale", math.nan, False), ("step", 2.0**-1022, True), ("step", 2.0**-1023, False), ("step", 2.0**1023, True),
-    ("step", 0.0, False), ("step", -0.5, False), ("step", 0.75, False), ("step", math.inf, False),
-    ("step", math.nan, False), ("expected_batch_size", 5e-324, True), ("expected_batch_size", 0.0, False),
-    ("expected_batch_size", -1.0, False), ("expected_batch_size", math.inf, False),
-    ("expected_batch_size", math.nan, False), ("threads", 0, False), ("threads", 1, True), ("threads", 1024, True),
-    ("threads", 1025, False)]
+    ("count", -1, False),
+    ("count", 2**24, False),
+    ("optimizer", -1, False),
+    ("optimizer", 3, True),
+    ("optimizer", 4, False),
+    ("draw", -1, False),
+    ("draw", 2**63 - 1, True),
+    ("scale", 1.0, True),
+    ("scale", math.nextafter(1, 0), False),
+    ("scale", math.nextafter(2.0**33, 0), True),
+    ("scale", 2.0**33, False),
+    ("scale", math.nan, False),
+    ("step", 2.0**-1022, True),
+    ("step", 2.0**-1023, False),
+    ("step", 2.0**1023, True),
+    ("step", 0.0, False),
+    ("step", -0.5, False),
+    ("step", 0.75, False),
+    ("step", math.inf, False),
+    ("step", math.nan, False),
+    ("expected_batch_size", 5e-324, True),
+    ("expected_batch_size", 0.0, False),
+    ("expected_batch_size", -1.0, False),
+    ("expected_batch_size", math.inf, False),
+    ("expected_batch_size", math.nan, False),
+    ("threads", 0, False),
+    ("threads", 1, True),
+    ("threads", 1024, True),
+    ("threads", 1025, False),
+]
 
 
 @pytest.mark.parametrize("noisy", [True, False])
 @pytest.mark.parametrize(("name", "value", "taken"), UPDATES)
 def test_the_edges_of_an_update(name: str, value: Any, taken: bool, noisy: bool) -> None:
-    chosen = {"key": KEY, "draw": 0, "rows": 0, "hyper": 0, "count": 0, "optimizer": 0, "noisy": noisy, "scale": 2.0,
-              "step": 0.5, "expected_batch_size": 1.0, "weights": 0, "n_weights": 0, "threads": 1, name: value}
+    chosen = {
+        "key": KEY,
+        "draw": 0,
+        "rows": 0,
+        "hyper": 0,
+        "count": 0,
+        "optimizer": 0,
+        "noisy": noisy,
+        "scale": 2.0,
+        "step": 0.5,
+        "expected_batch_size": 1.0,
+        "weights": 0,
+        "n_weights": 0,
+        "threads": 1,
+        name: value,
+    }
     unused = not noisy and name in ("scale", "step")
     assert (taken or unused) is accepts(native.private_update, **chosen)
 
 
-@pytest.mark.parametrize(("function", "named", "taken"), [
-    ("keystream", {"counter": 2**32 - 1, "n_bytes": 64}, True),
-    ("keystream", {"counter": 2**32 - 1, "n_bytes": 65}, False),
-    ("keystream", {"counter": 2**32, "n_bytes": 0}, False), ("keystream", {"counter": -1, "n_bytes": 0}, False),
-    ("keystream", {"counter": 2**32 - 2, "n_bytes": 128}, True), ("keystream", {"counter": 0, "n_bytes": -1}, False),
-    ("keystream", {"counter": 0, "n_bytes": 2**38 + 1}, False), ("sampling_bits", {"n_bytes": 2**38 + 1}, False),
-    ("sampling_bits", {"n_bytes": 1}, True), ("mask_bits", {"parameter": 2**24 - 1, "n_bytes": 1}, True),
-    ("mask_bits", {"parameter": 2**24, "n_bytes": 0}, False), ("mask_bits", {"parameter": -1, "n_bytes": 0}, False),
-    ("mask_bits", {"parameter": 0, "n_bytes": 2**38 + 1}, False),
-    ("rounded_gaussians", {"n": 2**35 + 1}, False), ("rounded_gaussians", {"n": -1}, False),
-    ("rounded_gaussians", {"n": 1, "scale": 1.0}, True), ("rounded_gaussians", {"n": 0, "scale": 2.0**33}, False),
-    ("rounded_gaussians", {"n": 0, "scale": math.nextafter(2.0**33, 0)}, True),
-    ("rounded_gaussians", {"n": 0, "scale": math.nextafter(1, 0)}, False)])
+@pytest.mark.parametrize(
+    ("function", "named", "taken"),
+    [
+        ("keystream", {"counter": 2**32 - 1, "n_bytes": 64}, True),
+        ("keystream", {"counter": 2**32 - 1, "n_bytes": 65}, False),
+        ("keystream", {"counter": 2**32, "n_bytes": 0}, False),
+        ("keystream", {"counter": -1, "n_bytes": 0}, False),
+        ("keystream", {"counter": 2**32 - 2, "n_bytes": 128}, True),
+        ("keystream", {"counter": 0, "n_bytes": -1}, False),
+        ("keystream", {"counter": 0, "n_bytes": 2**38 + 1}, False),
+        ("sampling_bits", {"n_bytes": 2**38 + 1}, False),
+        ("sampling_bits", {"n_bytes": 1}, True),
+        ("mask_bits", {"parameter": 2**24 - 1, "n_bytes": 1}, True),
+        ("mask_bits", {"parameter": 2**24, "n_bytes": 0}, False),
+        ("mask_bits", {"parameter": -1, "n_bytes": 0}, False),
+        ("mask_bits", {"parameter": 0, "n_bytes": 2**38 + 1}, False),
+        ("rounded_gaussians", {"n": 2**35 + 1}, False),
+        ("rounded_gaussians", {"n": -1}, False),
+        ("rounded_gaussians", {"n": 1, "scale": 1.0}, True),
+        ("rounded_gaussians", {"n": 0, "scale": 2.0**33}, False),
+        ("rounded_gaussians", {"n": 0, "scale": math.nextafter(2.0**33, 0)}, True),
+        ("rounded_gaussians", {"n": 0, "scale": math.nextafter(1, 0)}, False),
+    ],
+)
 @pytest.mark.parametrize("null", [False, True])
 def test_the_edges_of_what_fills_a_buffer(function: str, named: dict[str, Any], taken: bool, null: bool) -> None:
     buffer = Buffer(bytes(1024))
     chosen = {
-        "keystream": {"key": bytes(32), "nonce": bytes(12)}, "sampling_bits": {"key": KEY, "draw": 0},
+        "keystream": {"key": bytes(32), "nonce": bytes(12)},
+        "sampling_bits": {"key": KEY, "draw": 0},
         "mask_bits": {"key": KEY, "draw": 0},
-        "rounded_gaussians": {"key": KEY, "parameter": 0, "draw": 0, "scale": 1.0}}[function]
+        "rounded_gaussians": {"key": KEY, "parameter": 0, "draw": 0, "scale": 1.0},
+    }[function]
     written = named.get("n_bytes", 8 * named.get("n", 0))
     accepted = accepts(getattr(native, function), **{**chosen, **named, "out": 0 if null else buffer.address})
     assert accepted is (taken and not (null and written))
@@ -457,12 +722,20 @@ class Step:
             "coefficients": [random(*n, dtype=torch.float64) for _ in shapes] if examples else [],
             "first": [] if optimizer == "sgd" else [random(*shape) for shape in shapes],
             "second": [random(*shape) for shape in shapes] if optimizer.startswith("adam") else [],
-            "gradients": [random(*shape) for shape in shapes]}
+            "gradients": [random(*shape) for shape in shapes],
+        }
         row = adam_row(0.1, step=2, weight_decay=0.1) if optimizer.startswith("adam") else sgd_row(0.1, momentum=0.9)
         self.hyper: Any = [list(row) for _ in shapes]
         self.options: dict[str, Any] = {
-            "optimizer": optimizer, "key": KEY, "draw": 3, "scale": 2.0**31 if noisy else 0.0, "step": 2.0**-31,
-            "expected_batch_size": 4.0, "filtered": [True, False, True], "filter_strength": strength}
+            "optimizer": optimizer,
+            "key": KEY,
+            "draw": 3,
+            "scale": 2.0**31 if noisy else 0.0,
+            "step": 2.0**-31,
+            "expected_batch_size": 4.0,
+            "filtered": [True, False, True],
+            "filter_strength": strength,
+        }
         self.tensors = [tensor for values in self.lists.values() for tensor in values]
         self.before = [storage_of(tensor).copy() for tensor in self.tensors]
 
@@ -474,8 +747,9 @@ class Step:
         private_update_(*lists.values(), self.hyper, **self.options)
 
     def unchanged(self) -> bool:
-        return all((storage_of(tensor) == before).all()
-                   for tensor, before in zip(self.tensors, self.before, strict=True))
+        return all(
+            (storage_of(tensor) == before).all() for tensor, before in zip(self.tensors, self.before, strict=True)
+        )
 
     def unchanged_outside(self) -> bool:
         """Whether inputs, and what surrounds the other tensors, are as they were."""
@@ -488,8 +762,13 @@ class Step:
 
 
 STEPS = st.builds(
-    Step, st.sampled_from(["sgd", "momentum", "adam", "adamw"]), st.sampled_from(DTYPES), examples=st.booleans(),
-    noisy=st.booleans(), strength=st.sampled_from([0.0, 0.7]))
+    Step,
+    st.sampled_from(["sgd", "momentum", "adam", "adamw"]),
+    st.sampled_from(DTYPES),
+    examples=st.booleans(),
+    noisy=st.booleans(),
+    strength=st.sampled_from([0.0, 0.7]),
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -573,8 +852,13 @@ def test_hyperparameters_that_are_not_finite_change_nothing(value: Any, optimize
 
 
 @settings(max_examples=100, deadline=None)
-@given(step=STEPS, where=st.sampled_from(["sums", "coefficients"]), p=st.integers(0, 2), element=st.integers(0, 3),
-       value=st.sampled_from([math.nan, math.inf, -math.inf]))
+@given(
+    step=STEPS,
+    where=st.sampled_from(["sums", "coefficients"]),
+    p=st.integers(0, 2),
+    element=st.integers(0, 3),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+)
 def test_sums_that_are_not_finite(step: Step, where: str, p: int, element: int, value: float) -> None:
     assume(step.lists[where])
     step.lists[where][p].view(-1)[element] = value
@@ -638,8 +922,22 @@ def test_many_absurd_examples_end_in_a_finite_number() -> None:
     """Each stops at the grid's end, 2⁵¹ steps; so many of them pass 2⁶³."""
     theta = torch.zeros(3)
     total = ExampleSum(torch.full((5000, 3), 1e30), torch.ones(5000, dtype=torch.float64))
-    private_update_([theta], [total], [], [], [], [sgd_row(1.0)], optimizer="sgd", key=KEY, draw=0, scale=2.0**20,
-                    step=2.0**-20, expected_batch_size=1.0, filtered=[False], filter_strength=0.0)
+    private_update_(
+        [theta],
+        [total],
+        [],
+        [],
+        [],
+        [sgd_row(1.0)],
+        optimizer="sgd",
+        key=KEY,
+        draw=0,
+        scale=2.0**20,
+        step=2.0**-20,
+        expected_batch_size=1.0,
+        filtered=[False],
+        filter_strength=0.0,
+    )
     assert theta.isfinite().all()
 
 
@@ -677,8 +975,10 @@ def test_what_is_only_read_may_lie_in_read_only_memory(examples: bool, tmp_path:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), shape=st.sampled_from([(), (0,), (1,), (7,), (3, 5), (600, 3)]))
 def test_rounded_gaussian(name: str, data: st.DataObject, shape: tuple[int, ...]) -> None:
-    of_native = ({each: values[each] for each in ("key", "parameter", "draw", "scale")}
-                 for values in FILLING["rounded_gaussians"])
+    of_native = (
+        {each: values[each] for each in ("key", "parameter", "draw", "scale")}
+        for values in FILLING["rounded_gaussians"]
+    )
     chosen, worst = arguments(data.draw, *of_native, name)
     out = amid(torch.full(shape, 2**62))
     before = storage_of(out).copy()
@@ -694,8 +994,9 @@ def test_rounded_gaussian(name: str, data: st.DataObject, shape: tuple[int, ...]
     assert bool((out != 2**62).all())
 
 
-@pytest.mark.parametrize("damage", sorted(DAMAGES.keys() - {"one less", "a dimension more", "no element", "a number",
-                                                            "meta"}))
+@pytest.mark.parametrize(
+    "damage", sorted(DAMAGES.keys() - {"one less", "a dimension more", "no element", "a number", "meta"})
+)
 def test_rounded_gaussian_refuses_other_tensors(damage: str) -> None:
     out = amid(torch.full((5, 3), 9))
     before = storage_of(out).copy()
@@ -704,18 +1005,28 @@ def test_rounded_gaussian_refuses_other_tensors(damage: str) -> None:
     assert (storage_of(out) == before).all()
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: native.rounded_gaussians(KEY, 0, 0, 1.0, 0, 2**35), "out is null: pass the address of its data"),
-    (lambda: native.keystream(bytes(32), bytes(12), 0, 0, 2**38), "out is null: pass the address of its data"),
-    (lambda: native.sampling_bits(KEY, 0, 0, 2**38), "out is null: pass the address of its data"),
-    (lambda: native.mask_bits(KEY, 0, 0, 0, 2**38), "out is null: pass the address of its data"),
-    (lambda: update_of_one_row(size=2**35), "theta is null: pass the address of its data"),
-    (lambda: update_of_one_row(stride=-5, length=4, reach=7),
-     "stride, length and reach must be at least 1, 1 and 0; the least, got -5"),
-    (lambda: update_of_one_row(stride=9, length=-4, reach=7),
-     "stride, length and reach must be at least 1, 1 and 0; the least, got -4"),
-    (lambda: update_of_one_row(stride=9, length=4, reach=-7),
-     "stride, length and reach must be at least 1, 1 and 0; the least, got -7")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: native.rounded_gaussians(KEY, 0, 0, 1.0, 0, 2**35), "out is null: pass the address of its data"),
+        (lambda: native.keystream(bytes(32), bytes(12), 0, 0, 2**38), "out is null: pass the address of its data"),
+        (lambda: native.sampling_bits(KEY, 0, 0, 2**38), "out is null: pass the address of its data"),
+        (lambda: native.mask_bits(KEY, 0, 0, 0, 2**38), "out is null: pass the address of its data"),
+        (lambda: update_of_one_row(size=2**35), "theta is null: pass the address of its data"),
+        (
+            lambda: update_of_one_row(stride=-5, length=4, reach=7),
+            "stride, length and reach must be at least 1, 1 and 0; the least, got -5",
+        ),
+        (
+            lambda: update_of_one_row(stride=9, length=-4, reach=7),
+            "stride, length and reach must be at least 1, 1 and 0; the least, got -4",
+        ),
+        (
+            lambda: update_of_one_row(stride=9, length=4, reach=-7),
+            "stride, length and reach must be at least 1, 1 and 0; the least, got -7",
+        ),
+    ],
+)
 def test_the_largest_sizes_are_taken_and_the_least_number_is_named(call: Callable[[], None], message: str) -> None:
     """What is as large as may be meets the next check only."""
     with pytest.raises(ValueError) as caught:
@@ -727,12 +1038,18 @@ def update_of_one_row(**columns: int) -> None:
     row = {**dict.fromkeys(COLUMNS, 0), "stride": 1, "length": 1, **columns}
     table = np.array([row[name] for name in COLUMNS], np.int64)
     native.private_update(
-        KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, True, 2.0, 0.5, 1.0, np.ones(1).ctypes.data, 1, 1)
+        KEY, 0, table.ctypes.data, np.zeros(8).ctypes.data, 1, 0, True, 2.0, 0.5, 1.0, np.ones(1).ctypes.data, 1, 1
+    )
 
 
-@pytest.mark.parametrize("draw", [lambda *out: native.sampling_bits(KEY, 3, *out),
-                                  lambda *out: native.mask_bits(KEY, 2, 3, *out),
-                                  lambda *out: native.keystream(bytes(32), bytes(12), 0, *out)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda *out: native.sampling_bits(KEY, 3, *out),
+        lambda *out: native.mask_bits(KEY, 2, 3, *out),
+        lambda *out: native.keystream(bytes(32), bytes(12), 0, *out),
+    ],
+)
 def test_few_bytes_are_the_first_of_many(draw: Callable[[int, int], None]) -> None:
     whole = np.zeros(128, np.uint8)
     draw(whole.ctypes.data, 128)

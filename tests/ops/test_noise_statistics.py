@@ -117,19 +117,27 @@ def measure(values: Values, parameters: int, draws: int, scale: float = WIDE) ->
     edges = np.arange(1, CELLS) / CELLS
     excess = np.cumsum(cells)[:-1] / n - edges
     result = {
-        "mean": two_sided(hermite[0] / math.sqrt(n)), "deviation": two_sided(hermite[1] / math.sqrt(2 * n)),
-        "skewness": two_sided(hermite[2] / math.sqrt(6 * n)), "kurtosis": two_sided(hermite[3] / math.sqrt(24 * n)),
+        "mean": two_sided(hermite[0] / math.sqrt(n)),
+        "deviation": two_sided(hermite[1] / math.sqrt(2 * n)),
+        "skewness": two_sided(hermite[2] / math.sqrt(6 * n)),
+        "kurtosis": two_sided(hermite[3] / math.sqrt(24 * n)),
         "Kolmogorov-Smirnov": float(stats.kstwobign.sf(math.sqrt(n) * np.abs(excess).max())),
         "Anderson-Darling": anderson_darling(n * float((excess**2 / (edges * (1 - edges))).sum()) / CELLS),
-        "lowest byte": float(stats.chisquare(low_bytes).pvalue)}
+        "lowest byte": float(stats.chisquare(low_bytes).pvalue),
+    }
     for bound, count in zip(BOUNDS, beyond.tolist(), strict=True):
         # An integer lies beyond where the value itself is beyond the middle between it and the last one within.
         inside = (math.floor(bound * scale) + 0.5) / scale
         result[f"beyond {bound}"] = binomial(count, n, 2 * float(stats.norm.sf(inside)))
     for lag, correlation in zip(LAGS, lagged, strict=True):
         result |= correlation.p_values(f"at lag {lag}")
-    return (result | in_pairs.p_values("in pairs") | over_parameters.p_values("over parameters")
-            | over_draws.p_values("over draws") | over_both.p_values("over both"))
+    return (
+        result
+        | in_pairs.p_values("in pairs")
+        | over_parameters.p_values("over parameters")
+        | over_draws.p_values("over draws")
+        | over_both.p_values("over both")
+    )
 
 
 def rounded_probabilities(scale: float, n: int) -> tuple[int, np.ndarray]:
@@ -222,32 +230,53 @@ DEFECTS: dict[str, tuple[Callable[[Values], Values], set[str]]] = {
     "cut off at three deviations": (of_standard(lambda z: np.where(np.abs(z) > 3, z / 3, z)), {"beyond 3", "kurtosis"}),
     "far tail too far": (of_standard(lambda z: np.where(np.abs(z) > 4, z * 1.3, z)), {"beyond 5"}),
     "one in a hundred is zero": (
-        each(lambda values: np.where(np.arange(len(values)) % 100, values, 0)), {"Kolmogorov-Smirnov"}),
+        each(lambda values: np.where(np.arange(len(values)) % 100, values, 0)),
+        {"Kolmogorov-Smirnov"},
+    ),
     "lowest bit never set": (each(lambda values: values & ~1), {"lowest byte"}),
     "lowest byte never set": (each(lambda values: values & ~255), {"lowest byte"}),
     "neighbours of one sign": (
-        each(lambda values: with_signs(values, np.repeat(values[::2], 2))), {"values at lag 1", "values in pairs"}),
+        each(lambda values: with_signs(values, np.repeat(values[::2], 2))),
+        {"values at lag 1", "values in pairs"},
+    ),
     "pairs repeat a value": (second_of_pairs(lambda first, second: first), {"values in pairs"}),
     "pairs share a magnitude": (second_of_pairs(with_signs), {"squares in pairs", "squares at lag 1"}),
     "pairs leave out a quarter": (
         second_of_pairs(lambda first, second: with_signs(second, np.where(second < first, first, second))),
-        {"values in pairs"}),
+        {"values in pairs"},
+    ),
     "every block twice": (
-        each(lambda values: values.reshape(-1, 2, 8)[:, [0, 0]].ravel()), {"values at lag 8", "squares at lag 8"}),
+        each(lambda values: values.reshape(-1, 2, 8)[:, [0, 0]].ravel()),
+        {"values at lag 8", "squares at lag 8"},
+    ),
     "two blocks share their signs": (
-        each(lambda values: with_signs(values, values.reshape(-1, 2, 8)[:, [0, 0]].ravel())), {"values at lag 8"}),
+        each(lambda values: with_signs(values, values.reshape(-1, 2, 8)[:, [0, 0]].ravel())),
+        {"values at lag 8"},
+    ),
     "deviation that wanders": (
-        each(lambda values: np.rint(values * np.repeat(np.where(np.arange(len(values) // 100) % 2, 1.1, 0.9), 100))
-             .astype(np.int64)), {f"squares at lag {lag}" for lag in LAGS}),
+        each(
+            lambda values: np.rint(
+                values * np.repeat(np.where(np.arange(len(values) // 100) % 2, 1.1, 0.9), 100)
+            ).astype(np.int64)
+        ),
+        {f"squares at lag {lag}" for lag in LAGS},
+    ),
     "parameter ignored": (
-        lambda values: lambda parameter, draw: values(0, draw), {"values over parameters", "squares over parameters"}),
+        lambda values: lambda parameter, draw: values(0, draw),
+        {"values over parameters", "squares over parameters"},
+    ),
     "draw ignored": (
-        lambda values: lambda parameter, draw: values(parameter, 0), {"values over draws", "squares over draws"}),
+        lambda values: lambda parameter, draw: values(parameter, 0),
+        {"values over draws", "squares over draws"},
+    ),
     "parameter and draw mixed": (
-        lambda values: lambda parameter, draw: values(parameter ^ draw, 0), {"values over both", "squares over both"}),
+        lambda values: lambda parameter, draw: values(parameter ^ draw, 0),
+        {"values over both", "squares over both"},
+    ),
     "parameters differ in sign": (
         lambda values: lambda parameter, draw: with_signs(values(0, draw), values(parameter + 2, draw)),
-        {"squares over parameters"}),
+        {"squares over parameters"},
+    ),
 }
 
 
@@ -262,11 +291,19 @@ def test_planted_defects_are_caught(defect, key):
         check(p_values)
 
 
-@pytest.mark.parametrize("defect", [
-    lambda z: np.floor(3 * z), lambda z: np.trunc(3 * z), lambda z: np.rint(3.03 * z), lambda z: np.rint(2.97 * z),
-    lambda z: np.rint(3 * z + 0.03), lambda z: np.where(np.abs(z) > 3, 0, np.rint(3 * z)),
-    lambda z: np.rint(np.rint(3 * z * 4) / 4)], ids=[
-    "rounded down", "rounded to zero", "too wide", "too narrow", "shifted", "cut off", "rounded twice"])
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda z: np.floor(3 * z),
+        lambda z: np.trunc(3 * z),
+        lambda z: np.rint(3.03 * z),
+        lambda z: np.rint(2.97 * z),
+        lambda z: np.rint(3 * z + 0.03),
+        lambda z: np.where(np.abs(z) > 3, 0, np.rint(3 * z)),
+        lambda z: np.rint(np.rint(3 * z * 4) / 4),
+    ],
+    ids=["rounded down", "rounded to zero", "too wide", "too narrow", "shifted", "cut off", "rounded twice"],
+)
 def test_planted_defects_of_rounding_are_caught(defect):
     z = np.random.default_rng(0).standard_normal(10**6)
     assert chi_square(iter([np.rint(3 * z).astype(np.int64)]), 3.0, 10**6) >= LEVEL

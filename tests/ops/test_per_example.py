@@ -19,8 +19,9 @@ HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALF]
 
 sizes = st.integers(1, 9)
-shapes = st.fixed_dictionaries({
-    "n": st.integers(0, 4), "tokens": st.integers(1, 7), "p": sizes, "q": sizes, "seed": st.integers(0, 2**16)})
+shapes = st.fixed_dictionaries(
+    {"n": st.integers(0, 4), "tokens": st.integers(1, 7), "p": sizes, "q": sizes, "seed": st.integers(0, 2**16)}
+)
 examples = settings(max_examples=40, deadline=None)
 
 
@@ -106,8 +107,7 @@ def test_clipped_sum_of_kept_gradients(shape, dtype):
     actual = clipped_sum_kept(gradients, coefficients)
     assert actual.dtype == torch.float64
     weights = coefficients.double().view(-1, 1, 1)
-    assert_near(
-        actual, (weights * gradients.double()).sum(0), (weights * gradients.double().abs()).sum(0))
+    assert_near(actual, (weights * gradients.double()).sum(0), (weights * gradients.double().abs()).sum(0))
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4)])
@@ -126,7 +126,8 @@ def test_clipped_sum_of_pairs(shape, dtype, scale):
     assert actual.dtype == torch.float64
     weights = coefficients.double().view(-1, 1, 1)
     assert_near(
-        actual, (weights * outer(left, right, scale)).sum(0), (weights * outer(left.abs(), right.abs(), scale)).sum(0))
+        actual, (weights * outer(left, right, scale)).sum(0), (weights * outer(left.abs(), right.abs(), scale)).sum(0)
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -136,16 +137,19 @@ def test_an_excluded_example_adds_exactly_nothing(bad):
     coefficients = torch.tensor([0.5, 0.0, 0.25])
     kept = coefficients != 0
     torch.testing.assert_close(
-        clipped_sum_pairs(left, right, coefficients), clipped_sum_pairs(left[kept], right[kept], coefficients[kept]))
+        clipped_sum_pairs(left, right, coefficients), clipped_sum_pairs(left[kept], right[kept], coefficients[kept])
+    )
     gradients, _ = per_example_grad(left, right)
     torch.testing.assert_close(
-        clipped_sum_kept(gradients, coefficients), clipped_sum_kept(gradients[kept], coefficients[kept]))
+        clipped_sum_kept(gradients, coefficients), clipped_sum_kept(gradients[kept], coefficients[kept])
+    )
     ids = torch.tensor([[0, 1], [1, 1], [2, 0]])
     rows = torch.randn(3, 2, 4)
     rows[1, 0] = bad
     assert torch.equal(
         lookups(ids, rows, 3).weighted_sum(coefficients),
-        lookups(ids[kept], rows[kept], 3).weighted_sum(coefficients[kept]))
+        lookups(ids[kept], rows[kept], 3).weighted_sum(coefficients[kept]),
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -172,21 +176,30 @@ def test_half_types_accumulate_in_float32(dtype):
     assert lookups(ids, ones, 1).weighted_sum(coefficients).item() == 4096
 
 
-lora_shapes = st.fixed_dictionaries({
-    "rows": st.integers(0, 9), "d_in": sizes, "d_out": sizes, "r": st.integers(1, 4), "seed": st.integers(0, 2**16)})
+lora_shapes = st.fixed_dictionaries(
+    {"rows": st.integers(0, 9), "d_in": sizes, "d_out": sizes, "r": st.integers(1, 4), "seed": st.integers(0, 2**16)}
+)
 
 
 def lora_tensors(rows: int, d_in: int, d_out: int, r: int, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     return {
-        "x": torch.randn(rows, d_in), "g": torch.randn(rows, d_out), "weight": torch.randn(d_out, d_in),
-        "bias": torch.randn(d_out), "A": torch.randn(r, d_in), "B": torch.randn(d_out, r)}
+        "x": torch.randn(rows, d_in),
+        "g": torch.randn(rows, d_out),
+        "weight": torch.randn(d_out, d_in),
+        "bias": torch.randn(d_out),
+        "A": torch.randn(r, d_in),
+        "B": torch.randn(d_out, r),
+    }
 
 
 @examples
 @given(
-    shape=lora_shapes, dtype=st.sampled_from([torch.float64, torch.float32]), base=st.booleans(),
-    with_bias=st.booleans())
+    shape=lora_shapes,
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    base=st.booleans(),
+    with_bias=st.booleans(),
+)
 def test_lora_forward(shape, dtype, base, with_bias):
     t = {name: tensor.to(dtype) for name, tensor in lora_tensors(**shape).items()}
     weight = t["weight"] if base else None
@@ -231,8 +244,11 @@ def test_lora_in_half_precision(dtype):
     d = {name: tensor.double() for name, tensor in t.items()}
     expected_h, expected_u = d["x"] @ d["A"].t(), d["g"] @ d["B"]
     expected = {
-        "y": d["x"] @ d["weight"].t() + d["bias"] + 0.5 * expected_h @ d["B"].t(), "h": expected_h,
-        "dx": d["g"] @ d["weight"] + 0.5 * expected_u @ d["A"], "u": expected_u}
+        "y": d["x"] @ d["weight"].t() + d["bias"] + 0.5 * expected_h @ d["B"].t(),
+        "h": expected_h,
+        "dx": d["g"] @ d["weight"] + 0.5 * expected_u @ d["A"],
+        "u": expected_u,
+    }
     for name, actual in {"y": y, "h": h, "dx": dx, "u": u}.items():
         assert actual.dtype == dtype
         relative = (actual.double() - expected[name]).norm() / expected[name].norm()
@@ -241,8 +257,13 @@ def test_lora_in_half_precision(dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(0, 4), tokens=st.integers(1, 9), rows=st.integers(1, 5), d=st.integers(1, 6),
-    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**16))
+    n=st.integers(0, 4),
+    tokens=st.integers(1, 9),
+    rows=st.integers(1, 5),
+    d=st.integers(1, 6),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
 def test_embedding_norms_and_sums(n, tokens, rows, d, dtype, seed):
     """Tokens that repeat within an example add up before the norm."""
     torch.manual_seed(seed)
@@ -251,13 +272,17 @@ def test_embedding_norms_and_sums(n, tokens, rows, d, dtype, seed):
     found = lookups(ids, gradient, rows)
     assert found.norms().dtype == torch.float64
     assert_near(
-        found.norms().square(), outer(one_hot, gradient, 1.0).square().sum((1, 2)),
-        outer(one_hot, gradient.abs(), 1.0).square().sum((1, 2)))
+        found.norms().square(),
+        outer(one_hot, gradient, 1.0).square().sum((1, 2)),
+        outer(one_hot, gradient.abs(), 1.0).square().sum((1, 2)),
+    )
     coefficients = torch.rand(n)
     weights = coefficients.double().view(-1, 1, 1)
     assert_near(
         found.weighted_sum(coefficients),
-        (weights * outer(one_hot, gradient, 1.0)).sum(0), (weights * outer(one_hot, gradient.abs(), 1.0)).sum(0))
+        (weights * outer(one_hot, gradient, 1.0)).sum(0),
+        (weights * outer(one_hot, gradient.abs(), 1.0)).sum(0),
+    )
 
 
 def op_arguments(n: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -290,7 +315,8 @@ def test_opcheck_of_either_orientation(swap):
     left, right = factors(3, 4, 5, 2, 0, torch.float32)
     arguments = (right, left, 0.5, None) if swap else (left, right, 0.5, torch.randn(5, 2))
     torch.library.opcheck(
-        torch.ops.lora_dp.per_example_grad_and_norm.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.ops.lora_dp.per_example_grad_and_norm.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @examples

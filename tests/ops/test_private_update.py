@@ -35,8 +35,16 @@ class Problem:
     """Random parameters, sums and states; ``take`` runs one update, ``tensors`` is all that it may change."""
 
     def __init__(
-        self, optimizer: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]] = SHAPES, *, examples: int = 0,
-        noisy: bool = True, strength: float = 0.0, device: str = "cpu", sum_dtype: torch.dtype | None = None,
+        self,
+        optimizer: str,
+        dtype: torch.dtype,
+        shapes: Sequence[Sequence[int]] = SHAPES,
+        *,
+        examples: int = 0,
+        noisy: bool = True,
+        strength: float = 0.0,
+        device: str = "cpu",
+        sum_dtype: torch.dtype | None = None,
     ):
         generator = torch.Generator().manual_seed(0)
 
@@ -61,25 +69,52 @@ class Problem:
         if self.kind in ("adam", "adamw"):
             self.hyper = [adam_row(0.03, step=3, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3)] * len(shapes)
         else:
-            self.hyper = [sgd_row(0.1, weight_decay=0.05, momentum=0.9, dampening=0.2, nesterov=optimizer == "nesterov",
-                                  first_step=p % 2 == 0) for p in range(len(shapes))]
+            self.hyper = [
+                sgd_row(
+                    0.1,
+                    weight_decay=0.05,
+                    momentum=0.9,
+                    dampening=0.2,
+                    nesterov=optimizer == "nesterov",
+                    first_step=p % 2 == 0,
+                )
+                for p in range(len(shapes))
+            ]
         self.options = {
-            "scale": 1.3 * 2**32 if noisy else 0.0, "step": STEP, "expected_batch_size": 7.0, "key": KEY, "draw": 5,
-            "filtered": [len(shape) == 2 and bool(strength) for shape in shapes], "filter_strength": strength}
+            "scale": 1.3 * 2**32 if noisy else 0.0,
+            "step": STEP,
+            "expected_batch_size": 7.0,
+            "key": KEY,
+            "draw": 5,
+            "filtered": [len(shape) == 2 and bool(strength) for shape in shapes],
+            "filter_strength": strength,
+        }
 
     @property
     def tensors(self) -> list[Tensor]:
         return [*self.parameters, *self.first, *self.second, *self.gradients]
 
     def take(self, **changes: Any) -> list[Tensor]:
-        private_update_(self.parameters, self.sums, self.first, self.second, self.gradients, self.hyper,
-                        optimizer=self.kind, **{**self.options, **changes})
+        private_update_(
+            self.parameters,
+            self.sums,
+            self.first,
+            self.second,
+            self.gradients,
+            self.hyper,
+            optimizer=self.kind,
+            **{**self.options, **changes},
+        )
         return self.tensors
 
 
 def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a.cpu().view(torch.uint8) if a.dim() else a.cpu(), b.cpu().view(torch.uint8) if b.dim()
-                           else b.cpu()) for a, b in zip(left, right, strict=True))
+    return all(
+        torch.equal(
+            a.cpu().view(torch.uint8) if a.dim() else a.cpu(), b.cpu().view(torch.uint8) if b.dim() else b.cpu()
+        )
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 @pytest.mark.parametrize("noisy", [True, False])
@@ -150,8 +185,21 @@ def plain_sgd(
 ) -> None:
     """θ ← θ − lr · (total, noised at this scale)."""
     private_update_(
-        [theta], [total], [], [], gradients, [sgd_row(lr)], optimizer="sgd", key=KEY, draw=0, scale=scale, step=STEP,
-        expected_batch_size=1.0, filtered=[False], filter_strength=0.0)
+        [theta],
+        [total],
+        [],
+        [],
+        gradients,
+        [sgd_row(lr)],
+        optimizer="sgd",
+        key=KEY,
+        draw=0,
+        scale=scale,
+        step=STEP,
+        expected_batch_size=1.0,
+        filtered=[False],
+        filter_strength=0.0,
+    )
 
 
 def plain_optimizers() -> Iterator[Any]:
@@ -185,8 +233,21 @@ def test_steps_are_those_of_torchs_optimizers(kind, options, way):
         gradient = torch.empty_like(theta)
         with reference_only() if way == "reference" else torch.no_grad():
             private_update_(
-                [theta], [total], first, second, [gradient], [row], optimizer=name, key=0, draw=0, scale=0.0, step=1.0,
-                expected_batch_size=8.0, filtered=[True], filter_strength=0.7)
+                [theta],
+                [total],
+                first,
+                second,
+                [gradient],
+                [row],
+                optimizer=name,
+                key=0,
+                draw=0,
+                scale=0.0,
+                step=1.0,
+                expected_batch_size=8.0,
+                filtered=[True],
+                filter_strength=0.7,
+            )
         torch.testing.assert_close(gradient, twin.grad, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(theta, twin.detach(), rtol=1e-12, atol=1e-15)
 
@@ -245,13 +306,26 @@ def test_every_half_precision_number_is_read_and_written_back(dtype):
     # Without a decay that is added infinity stays what it is, and NaN becomes torch's.
     theta, zeros = every.clone(), torch.zeros(2**16, dtype=dtype)
     private_update_(
-        [theta], [torch.zeros(2**16)], [zeros.clone()], [zeros.clone()], [], [adam_row(
-            0.1, step=1, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)], optimizer="adamw", scale=0.0, step=STEP,
-        expected_batch_size=1.0, key=KEY, draw=0, filtered=[False], filter_strength=0.0)
+        [theta],
+        [torch.zeros(2**16)],
+        [zeros.clone()],
+        [zeros.clone()],
+        [],
+        [adam_row(0.1, step=1, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)],
+        optimizer="adamw",
+        scale=0.0,
+        step=STEP,
+        expected_batch_size=1.0,
+        key=KEY,
+        draw=0,
+        filtered=[False],
+        filter_strength=0.0,
+    )
     number = ~every.isnan()
     assert torch.equal(theta[number], every[number])
-    assert torch.equal(theta[~number].abs().view(torch.int16), torch.full_like(
-        every[~number], math.nan).abs().view(torch.int16))
+    assert torch.equal(
+        theta[~number].abs().view(torch.int16), torch.full_like(every[~number], math.nan).abs().view(torch.int16)
+    )
 
 
 def test_sums_that_are_not_finite_are_refused_and_change_nothing():
@@ -296,7 +370,8 @@ def test_nothing_beyond_a_tensor_is_read_or_written(threads, examples):
         setattr(problem, name, [within(tensor) for tensor in getattr(problem, name)])
     problem.sums = [
         ExampleSum(within(part.gradients), within(part.coefficients)) if examples else within(part)
-        for part in problem.sums]
+        for part in problem.sums
+    ]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -375,7 +450,8 @@ def test_the_op_itself_refuses_what_does_not_fit():
     for sums in ([torch.zeros(1)], [torch.zeros(3, dtype=torch.int32)], []):
         with pytest.raises((ValueError, TypeError), match="private_update_: sums"):
             torch.ops.lora_dp.private_update_(
-                [torch.zeros(3)], sums, [None], [], [], [], row, [False], 0.0, "sgd", KEY, 0, 0.0, 1.0, 1.0)
+                [torch.zeros(3)], sums, [None], [], [], [], row, [False], 0.0, "sgd", KEY, 0, 0.0, 1.0, 1.0
+            )
 
 
 def test_tensors_beyond_their_storage_and_odd_addresses_are_refused():
@@ -454,8 +530,22 @@ def test_accumulated_sums_may_be_large():
 def test_the_op_is_one_that_torch_knows():
     problem = Problem("adamw", torch.float32, [(5, 3), (7,)], strength=1.0)
     arguments = (
-        problem.parameters, problem.sums, [None, None], problem.first, problem.second, problem.gradients,
-        torch.tensor(problem.hyper, dtype=torch.float64), [True, False], 1.0, "adamw", KEY, 0, 2.0**32, STEP, 3.0)
+        problem.parameters,
+        problem.sums,
+        [None, None],
+        problem.first,
+        problem.second,
+        problem.gradients,
+        torch.tensor(problem.hyper, dtype=torch.float64),
+        [True, False],
+        1.0,
+        "adamw",
+        KEY,
+        0,
+        2.0**32,
+        STEP,
+        3.0,
+    )
     torch.library.opcheck(torch.ops.lora_dp.private_update_.default, arguments)
     assert private_update.filter_reach(1.0) == 4
 
@@ -470,8 +560,10 @@ def test_cpu_and_gpu_give_the_same_bits(optimizer, dtype, examples, strength):
     if not native.cuda:
         pytest.skip("installed without a CUDA compiler")
     for noisy in (True, False):
-        problems = [Problem(optimizer, dtype, examples=examples, strength=strength, noisy=noisy, device=device)
-                    for device in ("cpu", "cuda")]
+        problems = [
+            Problem(optimizer, dtype, examples=examples, strength=strength, noisy=noisy, device=device)
+            for device in ("cpu", "cuda")
+        ]
         for problem in problems[1:]:
             for p in range(len(SHAPES)):
                 assert can_update(problem.parameters[p], strength if problem.options["filtered"][p] else 0.0)

@@ -14,9 +14,7 @@ from tests.gaussian_oracle import BELOW_MOST, KEY, ONES, SCALES, nearest, pair_o
 from tests.models import assert_refuses
 
 
-def native_values(
-    key: int, parameter: int, draw: int, scale: float, n: int, instructions: str = ""
-) -> list[int]:
+def native_values(key: int, parameter: int, draw: int, scale: float, n: int, instructions: str = "") -> list[int]:
     """What the native library writes, which must be ``n`` values and nothing beside them."""
     margin = 512  # more than the kernels compute at once
     buffer = np.full(n + 2 * margin, 77, np.int64)
@@ -105,8 +103,7 @@ def test_unseen_bits_come_from_their_own_block(key, instructions):
         block, word = element // 8, element % 8
         leading, rest = (stream(purpose, parameter, first + draw, block + 1)[8 * block :] for purpose in (1, 2))
         u, v = leading[word], leading[word + 1]
-        possible = {
-            _native.gaussian_pair(u, u_low, v, v_low, scale)[1] for u_low in (0, ONES) for v_low in (0, ONES)}
+        possible = {_native.gaussian_pair(u, u_low, v, v_low, scale)[1] for u_low in (0, ONES) for v_low in (0, ONES)}
         assert len(possible) > 1, "the leading bits decide this pair"
         z = true_pair(u << 64 | rest[word], v << 64 | rest[word + 1])
         expected = [nearest(scaled_by(scale, value)) for value in z]
@@ -124,7 +121,8 @@ def test_every_parameter_and_draw_has_values_of_its_own(key):
         native_values(which, parameter, draw, BELOW_MOST, 64)
         for which in (key, other)
         for parameter in (0, 1, 2, 255, 256, 65535, 65536, 2**24 - 1)
-        for draw in (0, 1, 2, 2**24, 2**31, 2**32 - 1, 2**32, 2**56, 2**63 - 1)]
+        for draw in (0, 1, 2, 2**24, 2**31, 2**32 - 1, 2**32, 2**56, 2**63 - 1)
+    ]
     _native.drop_key(other)
     values = [value for stream in streams for value in stream]
     # Among 9216 values spread over 2**34, 0.003 repeat.
@@ -148,30 +146,42 @@ def test_any_shape_is_filled_in_the_order_of_its_elements(shape, key):
         assert rounded_gaussian_(torch.empty(shape, dtype=torch.int64), key, 1, 2, 3.0).flatten().tolist() == expected
 
 
-@pytest.mark.parametrize(("out", "words"), [
-    (torch.zeros(4), "got torch.float32 (1,)."), (torch.zeros(4, dtype=torch.int32), "got torch.int32 (1,)."),
-    (torch.zeros(4, dtype=torch.uint64), "got torch.uint64 (1,)."),
-    (torch.zeros(4, 3, dtype=torch.int64).T, "got torch.int64 (1, 3)."),
-    (torch.zeros(8, dtype=torch.int64)[::2], "got torch.int64 (2,)."),
-    (torch.zeros(1, dtype=torch.int64).expand(4), "got torch.int64 (0,).")])
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (torch.zeros(4), "got torch.float32 (1,)."),
+        (torch.zeros(4, dtype=torch.int32), "got torch.int32 (1,)."),
+        (torch.zeros(4, dtype=torch.uint64), "got torch.uint64 (1,)."),
+        (torch.zeros(4, 3, dtype=torch.int64).T, "got torch.int64 (1, 3)."),
+        (torch.zeros(8, dtype=torch.int64)[::2], "got torch.int64 (2,)."),
+        (torch.zeros(1, dtype=torch.int64).expand(4), "got torch.int64 (0,)."),
+    ],
+)
 def test_other_dtypes_and_layouts_are_refused(out, words, key):
-    assert_refuses(ValueError, f"rounded_gaussian_: out must be contiguous and int64, {words}",
-                   lambda: rounded_gaussian_(out, key, 0, 0, 3.0))
+    assert_refuses(
+        ValueError,
+        f"rounded_gaussian_: out must be contiguous and int64, {words}",
+        lambda: rounded_gaussian_(out, key, 0, 0, 3.0),
+    )
     assert not out.any()
 
 
-@pytest.mark.parametrize(("parameter", "draw", "scale", "words"), [
-    (-1, 0, 3.0, "parameter must lie in [0, 2**24), got -1"),
-    (2**24, 0, 3.0, "parameter must lie in [0, 2**24), got 16777216"),
-    (2**32, 0, 3.0, "parameter must lie in [0, 2**24), got 4294967296"),
-    (0, -1, 3.0, "draw must not be negative, got -1"),
-    (0, -(2**63), 3.0, "draw must not be negative, got -9223372036854775808"),
-    (0, 0, 0.0, "scale must lie in [1, 2**33), got 0.000000"),
-    (0, 0, 0.5, "scale must lie in [1, 2**33), got 0.500000"),
-    (0, 0, -3.0, "scale must lie in [1, 2**33), got -3.000000"),
-    (0, 0, 2.0**33, "scale must lie in [1, 2**33), got 8589934592.000000"),
-    (0, 0, math.inf, "scale must lie in [1, 2**33), got inf"),
-    (0, 0, math.nan, "scale must lie in [1, 2**33), got ")])
+@pytest.mark.parametrize(
+    ("parameter", "draw", "scale", "words"),
+    [
+        (-1, 0, 3.0, "parameter must lie in [0, 2**24), got -1"),
+        (2**24, 0, 3.0, "parameter must lie in [0, 2**24), got 16777216"),
+        (2**32, 0, 3.0, "parameter must lie in [0, 2**24), got 4294967296"),
+        (0, -1, 3.0, "draw must not be negative, got -1"),
+        (0, -(2**63), 3.0, "draw must not be negative, got -9223372036854775808"),
+        (0, 0, 0.0, "scale must lie in [1, 2**33), got 0.000000"),
+        (0, 0, 0.5, "scale must lie in [1, 2**33), got 0.500000"),
+        (0, 0, -3.0, "scale must lie in [1, 2**33), got -3.000000"),
+        (0, 0, 2.0**33, "scale must lie in [1, 2**33), got 8589934592.000000"),
+        (0, 0, math.inf, "scale must lie in [1, 2**33), got inf"),
+        (0, 0, math.nan, "scale must lie in [1, 2**33), got "),
+    ],
+)
 def test_numbers_out_of_range_are_refused(parameter, draw, scale, words, key):
     for n in (0, 5):
         out = torch.zeros(n, dtype=torch.int64)
@@ -194,10 +204,14 @@ def test_addresses_and_counts_are_checked(key):
     assert_refuses(ValueError, "out is null: pass the address of its data", lambda: draw(key, 0, 0, 3.0, 0, 1))
     draw(key, 0, 0, 3.0, 0, 0)  # an empty tensor has no address
     for n in (-1, 2**35 + 1, 2**63 - 1):
-        assert_refuses(ValueError, f"n must lie in [0, 2**35], got {n}",
-                       lambda n=n: draw(key, 0, 0, 3.0, out.ctypes.data, n))
-    assert_refuses(ValueError, "this machine runs no kernels called 'sse9'",
-                   lambda: draw(key, 0, 0, 3.0, out.ctypes.data, 8, "sse9"))
+        assert_refuses(
+            ValueError, f"n must lie in [0, 2**35], got {n}", lambda n=n: draw(key, 0, 0, 3.0, out.ctypes.data, n)
+        )
+    assert_refuses(
+        ValueError,
+        "this machine runs no kernels called 'sse9'",
+        lambda: draw(key, 0, 0, 3.0, out.ctypes.data, 8, "sse9"),
+    )
     assert not out.any()
 
 

@@ -56,13 +56,21 @@ def test_clipping_the_batch_is_caught(rule, bug):
 def check_non_finite_examples_contribute_zero(method: str, rule: str) -> None:
     x, y = examples(6)
     clean = mlp()
-    expected = flat(take_step(
-        clean, make_private(clean, batch_size=6, max_grad_norm=0.3, norm_method=method, clipping=rule,
-                            loss_reduction="sum"), (x[2:], y[2:]), lambda m, b: 4 * cross_entropy(m, b)))
+    expected = flat(
+        take_step(
+            clean,
+            make_private(
+                clean, batch_size=6, max_grad_norm=0.3, norm_method=method, clipping=rule, loss_reduction="sum"
+            ),
+            (x[2:], y[2:]),
+            lambda m, b: 4 * cross_entropy(m, b),
+        )
+    )
     x[0], x[1] = math.nan, math.inf
     model = mlp()
     optimizer = make_private(
-        model, batch_size=6, max_grad_norm=0.3, norm_method=method, clipping=rule, loss_reduction="sum")
+        model, batch_size=6, max_grad_norm=0.3, norm_method=method, clipping=rule, loss_reduction="sum"
+    )
     actual = flat(take_step(model, optimizer, (x, y), lambda m, b: 6 * cross_entropy(m, b)))
     assert torch.isfinite(actual).all()
     assert_close(actual, expected)

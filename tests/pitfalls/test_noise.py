@@ -33,13 +33,13 @@ def check_noise_matches_sensitivity(rule: str) -> None:
         model = mlp()  # anew: a loss whose weight differs from batch to batch is refused
         optimizer = make_private(model, batch_size=5, max_grad_norm=bound, clipping=rule, lr=0.0)
         for example in one_by_one(examples(8)):
-            norm = float(flat(take_step(model, optimizer, example,
-                                        lambda m, b, s=magnitude: s * cross_entropy(m, b))).norm())
+            norm = float(
+                flat(take_step(model, optimizer, example, lambda m, b, s=magnitude: s * cross_entropy(m, b))).norm()
+            )
             assert norm <= bound * (1 + 1e-7), f"one example moved the sum by {norm}, C is {bound}"
             largest = max(largest, norm)
     assert largest > 0.95 * bound
-    optimizer = make_private(
-        model, batch_size=5, max_grad_norm=bound, clipping=rule, lr=0.0, noise_multiplier=sigma)
+    optimizer = make_private(model, batch_size=5, max_grad_norm=bound, clipping=rule, lr=0.0, noise_multiplier=sigma)
     check_deviation(pure_noise(model, optimizer, 400), sigma * bound)
 
 
@@ -56,8 +56,7 @@ def test_noise_that_forgets_the_bound_is_caught(rule, bug):
 
 
 def test_noise_divided_among_layers_is_caught(bug):
-    bug.setattr(Mechanism, "noise_std",
-                lambda self, size: self.noise_multiplier * self.rule.sensitivity / math.sqrt(2))
+    bug.setattr(Mechanism, "noise_std", lambda self, size: self.noise_multiplier * self.rule.sensitivity / math.sqrt(2))
     with pytest.raises(AssertionError, match="deviation"):
         check_noise_matches_sensitivity("per_layer")
 
@@ -179,7 +178,7 @@ def check_release_is_on_the_grid(dtype: torch.dtype) -> None:
     for name, value in (("first", first), ("second", second)):
         mechanism = Mechanism(make_clip_rule("flat", 0.9), 1.7, SeededSource(11))
         step, _ = mechanism.grid(20001)
-        released, = mechanism.release([value.clone()])
+        (released,) = mechanism.release([value.clone()])
         assert released.dtype == torch.float64
         steps[name] = released / step
         assert torch.equal(steps[name], steps[name].round())
@@ -195,8 +194,12 @@ def test_release_is_on_the_grid(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_plain_floating_point_noise_is_caught(dtype, bug):
-    bug.setattr(lora_dp.privacy.mechanism, "add_noise",
-                lambda values, std, sensitivity, source: [
-                    value + std * torch.randn_like(value, dtype=torch.float64) for value in values])
+    bug.setattr(
+        lora_dp.privacy.mechanism,
+        "add_noise",
+        lambda values, std, sensitivity, source: [
+            value + std * torch.randn_like(value, dtype=torch.float64) for value in values
+        ],
+    )
     with pytest.raises(AssertionError):
         check_release_is_on_the_grid(dtype)

@@ -22,8 +22,11 @@ def contribution(coefficients: Tensor, sq_norms: Tensor) -> Tensor:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    rule=st.sampled_from(RULES), bound=st.floats(1e-6, 1e6),
-    norms=st.lists(st.one_of(st.just(0.0), st.floats(1e-18, 1e18)), min_size=4, max_size=4), wide=st.booleans())
+    rule=st.sampled_from(RULES),
+    bound=st.floats(1e-6, 1e6),
+    norms=st.lists(st.one_of(st.just(0.0), st.floats(1e-18, 1e18)), min_size=4, max_size=4),
+    wide=st.booleans(),
+)
 def test_no_example_exceeds_the_sensitivity(rule, bound, norms, wide):
     """Also where float32 rounds every square."""
     dtype = torch.float64 if wide else torch.float32
@@ -43,7 +46,7 @@ def test_flat():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_clipped_leaves_the_margin_that_rounding_needs(rule):
-    """A few roundings of float32, and the 4.8e-7 that lora_dp.privacy.noise counts for sums in float64: 1.9e-6 of the bound."""
+    """A few roundings of float32, and the 4.8e-7 that privacy.noise counts for sums in float64: 1.9e-6 of the bound."""
     clip = make_clip_rule(rule, 2.0)
     sq_norms = torch.full((4, 1), 1e20, dtype=torch.float64)
     assert clip.sensitivity == 2.0

@@ -34,8 +34,11 @@ def secret() -> Iterator[None]:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.937, 1e-3])
 def test_bernoulli(dtype: torch.dtype, p: float) -> None:
     n = 200_000
-    for out in (torch.full((n,), 7).to(dtype).bernoulli_(p), torch.zeros(n // 2, 4, dtype=dtype)[:, ::2].bernoulli_(p),
-                torch.zeros(n, dtype=dtype).bernoulli_(torch.full((n,), p, dtype=torch.float64))):
+    for out in (
+        torch.full((n,), 7).to(dtype).bernoulli_(p),
+        torch.zeros(n // 2, 4, dtype=dtype)[:, ::2].bernoulli_(p),
+        torch.zeros(n, dtype=dtype).bernoulli_(torch.full((n,), p, dtype=torch.float64)),
+    ):
         assert out.dtype == dtype and set(out.double().unique().tolist()) == {0.0, 1.0}
         ones = float(out.double().sum())
         assert abs(ones - n * p) < Z_LIMIT * (n * p * (1 - p)) ** 0.5
@@ -55,12 +58,21 @@ def test_bernoulli_takes_a_chance_for_each_element() -> None:
     assert bool(((ones - 1e5 * p).abs() < Z_LIMIT * (1e5 * p * (1 - p)).sqrt()).all())
 
 
-@pytest.mark.parametrize("draw", [
-    lambda: torch.zeros(3).bernoulli_(1.5), lambda: torch.zeros(3).bernoulli_(-0.1),
-    lambda: torch.bernoulli(torch.tensor([0.5, 1.5])), lambda: torch.zeros(3).bernoulli_(float("nan")),
-    lambda: torch.zeros(3).uniform_(2, 1), lambda: torch.zeros(3).exponential_(-1.0),
-    lambda: torch.zeros(3).exponential_(0.0), lambda: torch.zeros(3).bernoulli_(torch.tensor([0, 1, 1])),
-    lambda: torch.empty(3, dtype=torch.float8_e5m2).uniform_(), lambda: torch.zeros(1).expand(4).bernoulli_(0.5)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.zeros(3).bernoulli_(1.5),
+        lambda: torch.zeros(3).bernoulli_(-0.1),
+        lambda: torch.bernoulli(torch.tensor([0.5, 1.5])),
+        lambda: torch.zeros(3).bernoulli_(float("nan")),
+        lambda: torch.zeros(3).uniform_(2, 1),
+        lambda: torch.zeros(3).exponential_(-1.0),
+        lambda: torch.zeros(3).exponential_(0.0),
+        lambda: torch.zeros(3).bernoulli_(torch.tensor([0, 1, 1])),
+        lambda: torch.empty(3, dtype=torch.float8_e5m2).uniform_(),
+        lambda: torch.zeros(1).expand(4).bernoulli_(0.5),
+    ],
+)
 def test_what_torch_refuses_stays_refused(draw: Callable[[], Tensor]) -> None:
     with pytest.raises(RuntimeError):
         draw()
@@ -89,6 +101,7 @@ def test_exponential(rate: float) -> None:
 
 def given_bits(monkeypatch: pytest.MonkeyPatch, *words: int) -> None:
     """The stream under the key is these words from now on, of 32 or 64 bits as they are asked for."""
+
     def mask_bits(key: int, parameter: int, draw: int, pointer: int, size: int) -> None:
         bits = np.array(words, np.int64).astype(np.int32 if size == 4 * len(words) else np.int64)
         ctypes.memmove(pointer, bits.tobytes(), size)
@@ -98,7 +111,7 @@ def given_bits(monkeypatch: pytest.MonkeyPatch, *words: int) -> None:
 
 @pytest.mark.parametrize("dtype, digits", [*zip(FLOATS, [24, 53, 11, 8], strict=True)])
 def test_uniform_is_the_first_bits_of_a_word(dtype: torch.dtype, digits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = -2**63 if dtype == torch.float64 else -2**31
+    half = -(2**63) if dtype == torch.float64 else -(2**31)
     given_bits(monkeypatch, 0, -1, half)
     assert torch.rand(3, dtype=dtype).tolist() == [0.0, 1 - 2.0**-digits, 0.5]
     assert torch.empty(3, dtype=dtype).uniform_(-3, 5)[::2].tolist() == [-3.0, 1.0]
@@ -169,13 +182,23 @@ class _LSTM(nn.LSTM):
 
 
 DROPPING: dict[str, Any] = {
-    "F.dropout": lambda x: F.dropout(x, 0.5), "in place": lambda x: F.dropout(x.clone(), 0.5, inplace=True),
-    "F.dropout1d": lambda x: F.dropout1d(x, 0.5), "nn.Dropout2d": lambda x: nn.Dropout2d(0.5)(x.unsqueeze(0)),
-    "nn.AlphaDropout": nn.AlphaDropout(0.5), "nn.FeatureAlphaDropout": nn.FeatureAlphaDropout(0.5),
-    "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0], "sdpa": _attention, "multihead": _multihead(),
-    "adapter": _lora(), "lstm": _LSTM(8, 8, 2, dropout=0.5, batch_first=True), "rand": _DropPath(),
-    "rand_like": lambda x: x * (torch.rand_like(x) < 0.5), "bernoulli": lambda x: x * torch.bernoulli(x * 0 + 0.5),
-    "gumbel": _gumbel, "timm": lambda x: _timm_drop_path()(x), "torchvision": _torchvision_depth,
+    "F.dropout": lambda x: F.dropout(x, 0.5),
+    "in place": lambda x: F.dropout(x.clone(), 0.5, inplace=True),
+    "F.dropout1d": lambda x: F.dropout1d(x, 0.5),
+    "nn.Dropout2d": lambda x: nn.Dropout2d(0.5)(x.unsqueeze(0)),
+    "nn.AlphaDropout": nn.AlphaDropout(0.5),
+    "nn.FeatureAlphaDropout": nn.FeatureAlphaDropout(0.5),
+    "native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    "sdpa": _attention,
+    "multihead": _multihead(),
+    "adapter": _lora(),
+    "lstm": _LSTM(8, 8, 2, dropout=0.5, batch_first=True),
+    "rand": _DropPath(),
+    "rand_like": lambda x: x * (torch.rand_like(x) < 0.5),
+    "bernoulli": lambda x: x * torch.bernoulli(x * 0 + 0.5),
+    "gumbel": _gumbel,
+    "timm": lambda x: _timm_drop_path()(x),
+    "torchvision": _torchvision_depth,
 }
 
 
@@ -199,10 +222,16 @@ def test_whatever_drops_draws_under_the_secret_key(name: str, monkeypatch: pytes
     check_hangs_on_the_key(DROPPING[name], monkeypatch)
 
 
-@pytest.mark.parametrize("draw", [
-    lambda x: torch.empty(99).exponential_(0.2), lambda x: torch.empty(99).uniform_(0, torch.finfo(torch.float32).max),
-    lambda x: torch.bernoulli(torch.tensor([0, 0.5] * 99)), lambda x: torch.bernoulli(torch.tensor([0.5, 1] * 99)),
-    lambda x: torch.empty(99, dtype=torch.bool).bernoulli_(0.5)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.empty(99).exponential_(0.2),
+        lambda x: torch.empty(99).uniform_(0, torch.finfo(torch.float32).max),
+        lambda x: torch.bernoulli(torch.tensor([0, 0.5] * 99)),
+        lambda x: torch.bernoulli(torch.tensor([0.5, 1] * 99)),
+        lambda x: torch.empty(99, dtype=torch.bool).bernoulli_(0.5),
+    ],
+)
 def test_at_the_edges_too_draws_are_under_the_secret_key(
     draw: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,13 +277,24 @@ def words_taken(draw: Callable[[], Any]) -> int:
     return 5000
 
 
-@pytest.mark.parametrize("draw", [
-    lambda: torch.randn(1000), lambda: torch.randint(9, (1000,)), lambda: torch.empty(1000).random_(),
-    lambda: torch.randperm(1000), lambda: torch.multinomial(torch.ones(1000), 999, replacement=True),
-    lambda: torch.empty(1000).cauchy_(), lambda: torch.empty(1000).geometric_(0.5),
-    lambda: torch.empty(1000).log_normal_(), lambda: F.rrelu(-torch.ones(1000), training=True),
-    lambda: torch.poisson(torch.ones(1000)), lambda: torch.normal(torch.zeros(1000), 1.0),
-    lambda: torch._standard_gamma(torch.ones(1000)), lambda: torch.binomial(torch.ones(1000) * 9, torch.rand(1000))])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.randn(1000),
+        lambda: torch.randint(9, (1000,)),
+        lambda: torch.empty(1000).random_(),
+        lambda: torch.randperm(1000),
+        lambda: torch.multinomial(torch.ones(1000), 999, replacement=True),
+        lambda: torch.empty(1000).cauchy_(),
+        lambda: torch.empty(1000).geometric_(0.5),
+        lambda: torch.empty(1000).log_normal_(),
+        lambda: F.rrelu(-torch.ones(1000), training=True),
+        lambda: torch.poisson(torch.ones(1000)),
+        lambda: torch.normal(torch.zeros(1000), 1.0),
+        lambda: torch._standard_gamma(torch.ones(1000)),
+        lambda: torch.binomial(torch.ones(1000) * 9, torch.rand(1000)),
+    ],
+)
 def test_kernels_that_stay_torchs_take_a_word_for_every_value(draw: Callable[[], Any]) -> None:
     """Else one would have to be replaced too: all that it draws would hang on the few bits that it takes."""
     assert words_taken(draw) >= 999

@@ -95,8 +95,11 @@ def test_what_is_for_other_devices_has_no_kernel_for_this_one(name):
     if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd"):
         # Made of the op without out, or of none.
         base = name.rpartition(".")[0] or name
-        assert name.endswith(".out") and base in FOR_OTHER_DEVICES or name in (
-            "aten::_scaled_dot_product_fused_attention_overrideable", "rngprims::philox_rand")
+        assert (
+            name.endswith(".out")
+            and base in FOR_OTHER_DEVICES
+            or name in ("aten::_scaled_dot_product_fused_attention_overrideable", "rngprims::philox_rand")
+        )
 
 
 def test_attention_without_dropout_alone_has_a_kernel_of_its_own():
@@ -120,14 +123,18 @@ LAYOUTS = "SparseCPU|SparseCsrCPU|NestedTensorCPU|QuantizedCPU|MkldnnCPU|Composi
 NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
 OTHER_LAYOUTS: dict[str, dict[str, Callable[[], Any]]] = {
     "aten::normal_": {
-        "SparseCsrCPU": lambda: torch.eye(3).to_sparse_csr().normal_(), "NestedTensorCPU": lambda: NESTED.normal_()},
+        "SparseCsrCPU": lambda: torch.eye(3).to_sparse_csr().normal_(),
+        "NestedTensorCPU": lambda: NESTED.normal_(),
+    },
     "aten::native_dropout": {"NestedTensorCPU": lambda: torch.native_dropout(NESTED, 0.5, True)},
     "aten::randn_like": {"CompositeImplicitAutogradNestedTensor": lambda: torch.randn_like(NESTED)},
-    "aten::randn_like.generator": {"CompositeImplicitAutogradNestedTensor": lambda: torch.ops.aten.randn_like.generator(
-        NESTED, generator=None)},
+    "aten::randn_like.generator": {
+        "CompositeImplicitAutogradNestedTensor": lambda: torch.ops.aten.randn_like.generator(NESTED, generator=None)
+    },
 }
 CALLS: dict[str, Callable[[], Any]] = {name: call(schema) for name, schema in DRAWING.items()} | {
-    f"{name} {key}": draw for name, layouts in OTHER_LAYOUTS.items() for key, draw in layouts.items()}
+    f"{name} {key}": draw for name, layouts in OTHER_LAYOUTS.items() for key, draw in layouts.items()
+}
 
 
 # Refused
@@ -163,8 +170,9 @@ def test_a_seed_outside_of_a_forward_gives_the_same_values_again(name):
 
     assert all(torch.equal(one, other) for one, other in zip(drawn(1), drawn(1), strict=True))
     # Among 12 numbers or more: of an order of six, five seeds are enough.
-    assert any(not torch.equal(one, other) for seed in range(2, 7)
-               for one, other in zip(drawn(1), drawn(seed), strict=True))
+    assert any(
+        not torch.equal(one, other) for seed in range(2, 7) for one, other in zip(drawn(1), drawn(seed), strict=True)
+    )
 
 
 def test_bernoulli_into_another_tensor_is_that_of_the_secret_key(monkeypatch):
@@ -209,8 +217,11 @@ def test_a_generator_of_the_models_own_stays_where_it_is(name):
 
 def written(schema: Any) -> list[str]:
     """Arguments that an op writes to and returns."""
-    return [argument.name for argument in schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "noise"]
+    return [
+        argument.name
+        for argument in schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "noise"
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, schema in DRAWING.items() if written(schema)])
@@ -253,14 +264,25 @@ def test_what_stands_for_a_draw_is_one_that_could_be():
     assert still(lambda: torch.randperm(4, out=out)) is out and out.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("distribution", [
-    lambda x: torch.distributions.Normal(x, 1.0), lambda x: torch.distributions.Beta(x, 1.0),
-    lambda x: torch.distributions.Gamma(x, 1.0), lambda x: torch.distributions.Dirichlet(x),
-    lambda x: torch.distributions.StudentT(x), lambda x: torch.distributions.Poisson(x),
-    lambda x: torch.distributions.Binomial(5, x / 9), lambda x: torch.distributions.Categorical(x),
-    lambda x: torch.distributions.LogNormal(x, 1.0), lambda x: torch.distributions.Cauchy(x, 1.0),
-    lambda x: torch.distributions.Exponential(x), lambda x: torch.distributions.Geometric(x / 9),
-    lambda x: torch.distributions.VonMises(x, 1.0), lambda x: torch.distributions.Multinomial(3, x)])
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        lambda x: torch.distributions.Normal(x, 1.0),
+        lambda x: torch.distributions.Beta(x, 1.0),
+        lambda x: torch.distributions.Gamma(x, 1.0),
+        lambda x: torch.distributions.Dirichlet(x),
+        lambda x: torch.distributions.StudentT(x),
+        lambda x: torch.distributions.Poisson(x),
+        lambda x: torch.distributions.Binomial(5, x / 9),
+        lambda x: torch.distributions.Categorical(x),
+        lambda x: torch.distributions.LogNormal(x, 1.0),
+        lambda x: torch.distributions.Cauchy(x, 1.0),
+        lambda x: torch.distributions.Exponential(x),
+        lambda x: torch.distributions.Geometric(x / 9),
+        lambda x: torch.distributions.VonMises(x, 1.0),
+        lambda x: torch.distributions.Multinomial(3, x),
+    ],
+)
 def test_distributions_are_still_and_refused(distribution):
     x = torch.arange(1.0, 9.0).view(2, 4)
     with seeded(1):
@@ -273,13 +295,20 @@ def test_distributions_are_still_and_refused(distribution):
             distribution(x).sample()
 
 
-@pytest.mark.parametrize("draw", [
-    lambda x: torch.distributions.Normal(x, 1.0).sample(), lambda x: torch.randint(0, 9, x.shape),
-    lambda x: torch.randint_like(x, 9), lambda x: torch.multinomial(x.abs() + 1, 8, replacement=True),
-    lambda x: torch.bernoulli(x.sigmoid(), out=torch.empty_like(x))])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: torch.distributions.Normal(x, 1.0).sample(),
+        lambda x: torch.randint(0, 9, x.shape),
+        lambda x: torch.randint_like(x, 9),
+        lambda x: torch.multinomial(x.abs() + 1, 8, replacement=True),
+        lambda x: torch.bernoulli(x.sigmoid(), out=torch.empty_like(x)),
+    ],
+)
 def test_a_model_that_draws_so_mixes_no_examples(draw):
     """Its trials with another number of examples compare what is not drawn. (Where the number of draws hangs on what an
     example holds, as in a Poisson sampler, those in batches of one size already tell examples apart, and refuse.)"""
+
     class Net(torch.nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return self[0](x + draw(x.detach()))

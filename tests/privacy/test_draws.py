@@ -50,7 +50,8 @@ def test_threads_never_share_a_draw(source: RandomSource) -> None:
     sys.setswitchinterval(1e-6)
     try:
         threads = [
-            threading.Thread(target=lambda: drawn.extend([source.next_draw() for _ in range(5000)])) for _ in range(4)]
+            threading.Thread(target=lambda: drawn.extend([source.next_draw() for _ in range(5000)])) for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -75,8 +76,10 @@ class Ledger:
         self.calls = 0
         numbers = itertools.count(1)
         takes: dict[str, Callable[..., None]] = {
-            "sampling_bits": self.sampling_bits, "rounded_gaussians": self.rounded_gaussians,
-            "private_update": self.private_update}
+            "sampling_bits": self.sampling_bits,
+            "rounded_gaussians": self.rounded_gaussians,
+            "private_update": self.private_update,
+        }
         for name, take in takes.items():
             answer = getattr(native, name) if answering else None
             monkeypatch.setattr(native, name, take if answer is None else self._both(take, answer))
@@ -142,10 +145,18 @@ def simulate(make: Callable[[], RandomSource], steps: int, monkeypatch: pytest.M
     """A run: in each step up to two sampling draws, and noise for four parameters, one of them empty."""
     generator, ledger = random.Random(0), Ledger(monkeypatch, answering=False)
     # The ops without torch's dispatcher, which takes most of the time.
-    monkeypatch.setattr(randomness, "rounded_gaussian_", lambda out, key, parameter, draw, scale:
-                        native.rounded_gaussians(key, parameter, draw, scale, out.data_ptr(), out.numel()))
-    monkeypatch.setattr(randomness, "sampling_bits_", lambda out, key, draw:
-                        native.sampling_bits(key, draw, out.data_ptr(), 8 * out.numel()))
+    monkeypatch.setattr(
+        randomness,
+        "rounded_gaussian_",
+        lambda out, key, parameter, draw, scale: native.rounded_gaussians(
+            key, parameter, draw, scale, out.data_ptr(), out.numel()
+        ),
+    )
+    monkeypatch.setattr(
+        randomness,
+        "sampling_bits_",
+        lambda out, key, draw: native.sampling_bits(key, draw, out.data_ptr(), 8 * out.numel()),
+    )
     monkeypatch.setattr(randomness, "_forks", randomness._forks)  # put back afterwards
     source, counters = make(), set()
     for _ in range(steps):
@@ -191,16 +202,32 @@ def stand_still(self: SeededSource) -> Draw:
     return Draw(self._key[1], self._next)
 
 
-@pytest.mark.parametrize(("make", "owner", "name", "bug"), [
-    (lambda: SeededSource(5), SeededSource, "load_state_dict", forget_the_place),
-    (lambda: SeededSource(5), SeededSource, "load_state_dict", lag_behind),
-    (lambda: SeededSource(5), SeededSource, "__reduce__", lambda self: (SeededSource, (self.seed,))),
-    (lambda: SeededSource(5), SeededSource, "next_draw", stand_still),
-    (SecureSource, SecureSource, "_new_stream", lambda self: randomness._Stream(
-        (os.getpid(), randomness._forks), native.key_from(b"the same"), itertools.count())),
-    (SecureSource, RandomSource, "rounded_gaussians", lambda self, shapes, scale, device: [
-        randomness.rounded_gaussian_(torch.empty(1), self._stream.key, 0, 0, scale) for _ in shapes]),
-], ids=["place forgotten", "one draw back", "copies begin again", "draw repeated", "one key for all", "one parameter"])
+@pytest.mark.parametrize(
+    ("make", "owner", "name", "bug"),
+    [
+        (lambda: SeededSource(5), SeededSource, "load_state_dict", forget_the_place),
+        (lambda: SeededSource(5), SeededSource, "load_state_dict", lag_behind),
+        (lambda: SeededSource(5), SeededSource, "__reduce__", lambda self: (SeededSource, (self.seed,))),
+        (lambda: SeededSource(5), SeededSource, "next_draw", stand_still),
+        (
+            SecureSource,
+            SecureSource,
+            "_new_stream",
+            lambda self: randomness._Stream(
+                (os.getpid(), randomness._forks), native.key_from(b"the same"), itertools.count()
+            ),
+        ),
+        (
+            SecureSource,
+            RandomSource,
+            "rounded_gaussians",
+            lambda self, shapes, scale, device: [
+                randomness.rounded_gaussian_(torch.empty(1), self._stream.key, 0, 0, scale) for _ in shapes
+            ],
+        ),
+    ],
+    ids=["place forgotten", "one draw back", "copies begin again", "draw repeated", "one key for all", "one parameter"],
+)
 def test_planted_reuse_is_caught(
     make: Callable[[], RandomSource], owner: type, name: str, bug: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

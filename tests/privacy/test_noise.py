@@ -76,13 +76,13 @@ def test_the_grid_of_a_step_is_that_of_a_release(sigma, bound, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_sum_beyond_64_bits_of_steps_keeps_its_sign(dtype):
     """It is cut at 2⁶² steps, here of 2⁻³²: noise added to it does not wrap around."""
-    noisy, = add_noise([torch.tensor([1e30, -1e30, math.inf], dtype=dtype)], 1.0, 1.0, SeededSource(3))
+    (noisy,) = add_noise([torch.tensor([1e30, -1e30, math.inf], dtype=dtype)], 1.0, 1.0, SeededSource(3))
     assert noisy.tolist() == pytest.approx([2.0**30, -(2.0**30), 2.0**30], rel=1e-6)
 
 
 def test_noise_of_deviation_one_is_noise_too():
     value = torch.zeros(10_000, dtype=torch.float64)
-    noisy, = add_noise([value], 1.0, 1.0, SeededSource(3))
+    (noisy,) = add_noise([value], 1.0, 1.0, SeededSource(3))
     check_deviation(noisy, 1.0)
     assert add_noise([], 1.0, 1.0, SeededSource(3)) == []
 
@@ -95,8 +95,9 @@ def test_the_least_noise_has_64_bits_below_it():
     least = sys.float_info.min * 2.0**64
     rule = make_clip_rule("flat", 1.0)
     assert Mechanism(rule, 1.001 * least, SeededSource(0)).noise_std(1) == pytest.approx(1.001 * least)
-    assert_refuses(ValueError, "is noise too small",
-                   lambda: Mechanism(rule, 0.999 * least, SeededSource(0)).noise_std(1))
+    assert_refuses(
+        ValueError, "is noise too small", lambda: Mechanism(rule, 0.999 * least, SeededSource(0)).noise_std(1)
+    )
 
 
 def test_noise_that_underflows_is_refused():
@@ -143,7 +144,7 @@ def test_the_largest_noise_is_accepted():
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
 def test_the_shape_is_kept_and_the_release_in_float64(shape, dtype):
     value = torch.ones(shape, dtype=dtype)
-    noisy, = add_noise([value], 0.5, 1.0, SeededSource(0))
+    (noisy,) = add_noise([value], 0.5, 1.0, SeededSource(0))
     assert noisy.shape == shape and noisy.dtype == torch.float64
     assert torch.equal(value, torch.ones(shape, dtype=dtype))
 
@@ -152,7 +153,7 @@ def test_the_shape_is_kept_and_the_release_in_float64(shape, dtype):
 def test_without_noise_the_value_is_released_as_it_is(dtype):
     value = torch.tensor([0.1, -0.3], dtype=dtype)
     mechanism = Mechanism(make_clip_rule("flat", 1.0), 0.0, SeededSource(0))
-    released, = mechanism.release([value])
+    (released,) = mechanism.release([value])
     assert released.dtype == torch.float64 and torch.equal(released, value.double())
     assert mechanism.noise_std(2) == 0.0
 
@@ -175,13 +176,20 @@ def test_every_tensor_of_a_release_gets_noise_of_its_own():
 def test_mask_zeroes_coefficients():
     mechanism = Mechanism(make_clip_rule("flat", 1.0), 1.0, SeededSource(1))
     coefficients = mechanism.coefficients(
-        torch.full((2, 3), 0.01), torch.tensor([0, 1]), 2, torch.tensor([True, False, True]))
+        torch.full((2, 3), 0.01), torch.tensor([0, 1]), 2, torch.tensor([True, False, True])
+    )
     assert coefficients.tolist() == [[1, 0, 1]] * 2
 
 
-@pytest.mark.parametrize(("sigma", "bound", "words"), [
-    (-1.0, 1.0, "noise_multiplier must be"), (math.nan, 1.0, "noise_multiplier must be"),
-    (math.inf, 1.0, "noise_multiplier must be"), (1.0, math.inf, "set a finite max_grad_norm")])
+@pytest.mark.parametrize(
+    ("sigma", "bound", "words"),
+    [
+        (-1.0, 1.0, "noise_multiplier must be"),
+        (math.nan, 1.0, "noise_multiplier must be"),
+        (math.inf, 1.0, "noise_multiplier must be"),
+        (1.0, math.inf, "set a finite max_grad_norm"),
+    ],
+)
 def test_bad_noise_is_refused(sigma, bound, words):
     assert_refuses(ValueError, words, lambda: Mechanism(make_clip_rule("flat", bound), sigma, SeededSource(0)))
 
@@ -195,9 +203,12 @@ def test_the_last_bits_do_not_tell_whether_a_batch_was_empty(optimizer, hook, ex
     for empty in (True, False):
         model = mlp()
         _, private, _ = PrivacyEngine(reproducible_seed=7).make_private(
-            model=model, optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=0.3),
-            data_loader=DataLoader(TensorDataset(torch.zeros(expected)), batch_size=expected), noise_multiplier=1.0,
-            max_grad_norm=1.0)
+            model=model,
+            optimizer=optimizer([p for p in model.parameters() if p.requires_grad], lr=0.3),
+            data_loader=DataLoader(TensorDataset(torch.zeros(expected)), batch_size=expected),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
         if hook:
             private.register_step_post_hook(lambda *_: None)
         for _ in range(2):

@@ -205,8 +205,14 @@ def test_counters_are_draws_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "copier", [copy.copy, copy.deepcopy, lambda source: pickle.loads(pickle.dumps(source)),
-               lambda source: copy.deepcopy({"inside": source})["inside"]])
+    "copier",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda source: pickle.loads(pickle.dumps(source)),
+        lambda source: copy.deepcopy({"inside": source})["inside"],
+    ],
+)
 def test_a_seeded_source_can_be_copied_and_goes_on(copier: Callable[[SeededSource], SeededSource]) -> None:
     source = SeededSource(7)
     source.uniform(3), gaussians(source, 3)
@@ -256,15 +262,41 @@ def test_a_state_does_not_change_with_its_source() -> None:
     assert int(state["draws"]) == 0 and int(source.state_dict()["draws"]) == 1
 
 
-@pytest.mark.parametrize("state", [
-    {}, {"draws": torch.tensor(-1), "seed": torch.tensor(7)}, {"generator": torch.zeros(5056, dtype=torch.uint8)},
-    {"draws": torch.tensor(3), "seed": torch.tensor(7), "key": torch.tensor(1)}, {"draw": torch.tensor(3)},
-    {"draws": torch.tensor(1.7), "seed": torch.tensor(7)}, {"draws": torch.tensor(True), "seed": torch.tensor(7)},
-    {"draws": None, "seed": torch.tensor(7)}, None, {"draws": 3, "seed": torch.tensor(7)},
-    {"draws": torch.tensor([3]), "seed": torch.tensor(7)}, {"draws": torch.tensor(3), "seed": torch.tensor([7])},
-    {"draws": torch.tensor(3), "seed": torch.tensor(7, dtype=torch.int32)}, ["draws", "seed"],
-], ids=["empty", "negative", "generator", "more", "misspelt", "fraction", "bool", "none", "nothing", "no tensor",
-        "vector", "seeds", "narrow", "list"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"draws": torch.tensor(-1), "seed": torch.tensor(7)},
+        {"generator": torch.zeros(5056, dtype=torch.uint8)},
+        {"draws": torch.tensor(3), "seed": torch.tensor(7), "key": torch.tensor(1)},
+        {"draw": torch.tensor(3)},
+        {"draws": torch.tensor(1.7), "seed": torch.tensor(7)},
+        {"draws": torch.tensor(True), "seed": torch.tensor(7)},
+        {"draws": None, "seed": torch.tensor(7)},
+        None,
+        {"draws": 3, "seed": torch.tensor(7)},
+        {"draws": torch.tensor([3]), "seed": torch.tensor(7)},
+        {"draws": torch.tensor(3), "seed": torch.tensor([7])},
+        {"draws": torch.tensor(3), "seed": torch.tensor(7, dtype=torch.int32)},
+        ["draws", "seed"],
+    ],
+    ids=[
+        "empty",
+        "negative",
+        "generator",
+        "more",
+        "misspelt",
+        "fraction",
+        "bool",
+        "none",
+        "nothing",
+        "no tensor",
+        "vector",
+        "seeds",
+        "narrow",
+        "list",
+    ],
+)
 def test_a_bad_state_is_refused(state: Any) -> None:
     source = SeededSource(7)
     source.uniform(1)

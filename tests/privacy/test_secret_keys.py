@@ -77,8 +77,10 @@ def test_a_child_cannot_use_its_parents_keys() -> None:
 
     def attempt(key: int) -> tuple[list[str], bool]:
         buffer, messages = np.full(16, 77, np.int64), []
-        for call in (lambda: native.sampling_bits(key, 0, buffer.ctypes.data, 64),
-                     lambda: native.rounded_gaussians(key, 0, 0, 3.0, buffer.ctypes.data, 8)):
+        for call in (
+            lambda: native.sampling_bits(key, 0, buffer.ctypes.data, 64),
+            lambda: native.rounded_gaussians(key, 0, 0, 3.0, buffer.ctypes.data, 8),
+        ):
             try:
                 call()
             except ValueError as error:
@@ -274,8 +276,21 @@ def test_threads_leave_no_key_on_their_stacks() -> None:
         torch.set_num_threads(4)
         for draw in range(4):
             private_update_(
-                [theta], [torch.zeros_like(theta)], [], [], [], [sgd_row(1.0)], optimizer="sgd", key=key, draw=draw,
-                scale=WIDE, step=2.0**-31, expected_batch_size=1.0, filtered=[False], filter_strength=0.0)
+                [theta],
+                [torch.zeros_like(theta)],
+                [],
+                [],
+                [],
+                [sgd_row(1.0)],
+                optimizer="sgd",
+                key=key,
+                draw=draw,
+                scale=WIDE,
+                step=2.0**-31,
+                expected_batch_size=1.0,
+                filtered=[False],
+                filter_strength=0.0,
+            )
     finally:
         torch.set_num_threads(threads)
     stacks = stacks_of_threads()
@@ -365,8 +380,10 @@ def test_a_secure_source_hides_its_key() -> None:
     assert len(functions) > 8 and not any("-> bytes" in (function.__doc__ or "") for function in functions)
 
 
-@pytest.mark.parametrize("planted", [
-    b"secret", bytearray(2), memoryview(b"secret"), torch.zeros(2), 2**200, "0" * 32, [np.zeros(2)], {"key": b"x"}])
+@pytest.mark.parametrize(
+    "planted",
+    [b"secret", bytearray(2), memoryview(b"secret"), torch.zeros(2), 2**200, "0" * 32, [np.zeros(2)], {"key": b"x"}],
+)
 def test_a_source_that_holds_a_key_is_caught(planted: Any) -> None:
     aside, within = SecureSource(), SecureSource()
     aside._kept = planted  # type: ignore[attr-defined]

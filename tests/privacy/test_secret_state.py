@@ -74,8 +74,10 @@ def is_of_a_seed() -> bool:
 
 
 MODULES = [
-    lambda: Net(), lambda: Net(lambda x: x),
-    lambda: nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1).requires_grad_(False), DPLinear(4, 2))]
+    lambda: Net(),
+    lambda: Net(lambda x: x),
+    lambda: nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1).requires_grad_(False), DPLinear(4, 2)),
+]
 
 
 @pytest.mark.parametrize("make", MODULES)
@@ -89,7 +91,7 @@ def test_make_private_draws_all_624_words_whatever_the_model_has_in_it(make: Cal
     assert together.max() < 2**32 and len(np.unique(together)) > 1240  # 1248 random words: one repeats rarely
     bits = np.unpackbits(together.astype(np.uint32).view(np.uint8)).reshape(2, -1)
     assert abs(bits.mean() - 0.5) < 5.4 * 0.5 / bits.size**0.5
-    assert abs((bits[0] == bits[1]).mean() - 0.5) < 5.4 * 0.5 / bits[0].size**0.5
+    assert abs((bits[0] == bits[1]).mean() - 0.5) < 5.4 * 0.5 / bits[0].size ** 0.5
 
 
 def test_pythons_and_numpys_generators_are_as_secret() -> None:
@@ -126,9 +128,16 @@ def _by_transformers() -> None:
 _PUBLIC = torch.Generator().manual_seed(9).get_state()
 
 
-@pytest.mark.parametrize("seed", [
-    lambda: torch.manual_seed(0), lambda: torch.random.seed(), _by_transformers,
-    lambda: torch.set_rng_state(_PUBLIC), lambda: torch.default_generator.manual_seed(7)])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        lambda: torch.manual_seed(0),
+        lambda: torch.random.seed(),
+        _by_transformers,
+        lambda: torch.set_rng_state(_PUBLIC),
+        lambda: torch.default_generator.manual_seed(7),
+    ],
+)
 def test_a_pass_after_a_seed_is_refused_until_the_state_is_renewed(seed: Callable[[], Any]) -> None:
     model, engine = Net().train(), PrivacyEngine("rdp")
     optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0)
@@ -522,19 +531,25 @@ def _put_back(x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("function", [
-    _forked, _put_back, lambda x: checkpoint(_forked, x, use_reentrant=False),
-    lambda x: x * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)),
-    lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator()),
-    lambda x: x * torch.randn(x.shape, generator=torch.Generator()),
-    lambda x: x * torch.randint(0, 2, x.shape, generator=torch.Generator()),
-    lambda x: x[:, torch.randperm(4, generator=torch.Generator())],
-    lambda x: x * torch.poisson(x.detach(), torch.Generator()),
-    lambda x: x[:, torch.multinomial(torch.ones(4), 4, generator=torch.Generator())],
-    lambda x: x * torch.normal(x.detach(), 1.0, generator=torch.Generator()),
-    lambda x: x * torch.binomial(x.detach(), x.detach() / 2, torch.Generator()),
-    lambda x: x * torch.empty_like(x).random_(generator=torch.Generator()),
-    lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator(), out=torch.empty(4, 4))])
+@pytest.mark.parametrize(
+    "function",
+    [
+        _forked,
+        _put_back,
+        lambda x: checkpoint(_forked, x, use_reentrant=False),
+        lambda x: x * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)),
+        lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator()),
+        lambda x: x * torch.randn(x.shape, generator=torch.Generator()),
+        lambda x: x * torch.randint(0, 2, x.shape, generator=torch.Generator()),
+        lambda x: x[:, torch.randperm(4, generator=torch.Generator())],
+        lambda x: x * torch.poisson(x.detach(), torch.Generator()),
+        lambda x: x[:, torch.multinomial(torch.ones(4), 4, generator=torch.Generator())],
+        lambda x: x * torch.normal(x.detach(), 1.0, generator=torch.Generator()),
+        lambda x: x * torch.binomial(x.detach(), x.detach() / 2, torch.Generator()),
+        lambda x: x * torch.empty_like(x).random_(generator=torch.Generator()),
+        lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator(), out=torch.empty(4, 4)),
+    ],
+)
 def test_a_model_that_draws_from_a_seed_inside_its_forward_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     """Whatever it puts back afterwards: masks that anyone can work out hide nobody's place in the batch."""
     function(torch.ones(4, 4))  # outside of private training it may
@@ -577,9 +592,17 @@ def test_an_interrupted_forward_is_over_with_the_models_next() -> None:
     torch.rand(3, generator=torch.Generator())
 
 
-@pytest.mark.parametrize("draw", [
-    torch.rand_like, torch.randn_like, lambda x: torch.randint(0, 2, x.shape), lambda x: torch.poisson(x),
-    lambda x: torch.rand(x.shape, generator=torch.default_generator), lambda x: F.rrelu(-x, training=True)])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        torch.rand_like,
+        torch.randn_like,
+        lambda x: torch.randint(0, 2, x.shape),
+        lambda x: torch.poisson(x),
+        lambda x: torch.rand(x.shape, generator=torch.default_generator),
+        lambda x: F.rrelu(-x, training=True),
+    ],
+)
 def test_a_model_that_draws_from_the_default_generator_is_taken(draw: Callable[[Tensor], Tensor]) -> None:
     model = Net(lambda x: x * draw(x.detach()))
     step(model, private(model))

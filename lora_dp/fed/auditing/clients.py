@@ -57,15 +57,18 @@ class ClientCanaries:
     def __post_init__(self) -> None:
         trainer = self.game.job.trainer
         if self.count < 1 or self.count > (most := most_clients(self.game)):
-            raise ValueError(f"count must lie between 1 and {most}, since each canary needs a number of its own, not "
-                             f"{self.count}.")
+            raise ValueError(
+                f"count must lie between 1 and {most}, since each canary needs a number of its own, not {self.count}."
+            )
         state = trainer.workspace.state()
         if trainer.plan.server_adds_noise and any(
-                value is not state.get(name)
-                for name, value in trainer.method.contribution(state, trainer.workspace.layers).items()):
+            value is not state.get(name)
+            for name, value in trainer.method.contribution(state, trainer.workspace.layers).items()
+        ):
             raise ValueError(
                 f"{trainer.method.name} sums products of factors under the server's noise, in which no canary has a "
-                "number of its own: audit it with noise_by client, or another method.")
+                "number of its own: audit it with noise_by client, or another method."
+            )
 
     def play(self, train_fn: Callable[..., object], included: Coins, generator: torch.Generator) -> Played:
         """One run, which ``train_fn`` trains: it is given the federation."""
@@ -82,15 +85,23 @@ class _Run:
         job, plan, count = self._game.job, self._game.job.trainer.plan, canaries.count
         self._game.fresh()
         self._trainer = _CanaryTrainer(
-            **{f.name: getattr(job.trainer, f.name) for f in fields(Trainer)}, planted=self._planted)
+            **{f.name: getattr(job.trainer, f.name) for f in fields(Trainer)}, planted=self._planted
+        )
         self._places: dict[tuple[str, ...], np.ndarray] = {}
         self._rng = rng
         self.scores: Floats = np.zeros(count)
         per_round = None if plan.server_adds_noise else max(1, round(plan.client_rate * count))
         # No fault norm: it is for accidents, and guarantees nothing.
         self.federation = Federation(
-            self._trainer, self, [1] * count, job.validation, ranks=[job.ranks[0]] * count,
-            clients_per_round=per_round, weighting="equal", fault_norm=math.inf)
+            self._trainer,
+            self,
+            [1] * count,
+            job.validation,
+            ranks=[job.ranks[0]] * count,
+            clients_per_round=per_round,
+            weighting="equal",
+            fault_norm=math.inf,
+        )
         self._sigma = plan.turn_noise_multiplier(1)
         self._evidence: Floats = np.zeros(count)
         # The turn under way, and what the server has released of it: nothing yet.
@@ -133,8 +144,9 @@ class _Run:
         rules = regulators(self._trainer.method, task.state, task.round, task.turn)
         for name, part in zip(names, flat.split(sizes), strict=True):
             change = part.view_as(start[name])
-            start[name] = (start[name].double() + (
-                rules[name].restored(change) if name in rules else change)).to(start[name].dtype)
+            start[name] = (start[name].double() + (rules[name].restored(change) if name in rules else change)).to(
+                start[name].dtype
+            )
         return start
 
     def _directions(self, trained: State) -> np.ndarray:
@@ -142,15 +154,18 @@ class _Run:
         names = tuple(trained)
         if names not in self._places:
             size = sum(tensor.numel() for tensor in trained.values())
-            self._places[names] = self._rng.permutation(size)[:self._canaries.count]
+            self._places[names] = self._rng.permutation(size)[: self._canaries.count]
         return self._places[names]
 
     def _projected(self, change: State, task: Task) -> Floats:
         """(m,): a change along each canary's direction, in units of the clip bound: 1 and noise, or noise."""
         rules = regulators(self._trainer.method, task.state, task.round, task.turn)
-        flat = torch.cat([
-            (rules[name].measured(part.double()) if name in rules else part.double()).flatten().cpu()
-            for name, part in change.items()])
+        flat = torch.cat(
+            [
+                (rules[name].measured(part.double()) if name in rules else part.double()).flatten().cpu()
+                for name, part in change.items()
+            ]
+        )
         bound = self._trainer.plan.max_update_norm
         return np.asarray(flat.numpy()[self._directions(change)] / bound, dtype=np.float64)
 
@@ -164,13 +179,15 @@ class _Run:
         self._pending = False
         plan, state = self._trainer.plan, self.federation.server.state
         change = {
-            name: state[name].double() - before.double() for name, before in unchanged(self._game.job, task).items()}
+            name: state[name].double() - before.double() for name, before in unchanged(self._game.job, task).items()
+        }
         self._evidence += self._likelihood(self._projected(change, task) * plan.client_rate * plan.clients)
         if task.turn == self._trainer.method.turns - 1:
             # All turns of a round share its draw.
             self.scores += np.logaddexp(
                 np.log1p(-plan.client_rate) if plan.client_rate < 1 else -np.inf,
-                np.log(plan.client_rate) + self._evidence)
+                np.log(plan.client_rate) + self._evidence,
+            )
             self._evidence = np.zeros(self._canaries.count)
 
 
@@ -180,4 +197,6 @@ def most_clients(game: Game) -> int:
     state = trainer.workspace.state()
     return min(
         sum(tensor.numel() for name, tensor in state.items() if trainer.method.trains(name, index, turn))
-        for index in range(trainer.plan.rounds) for turn in range(trainer.method.turns))
+        for index in range(trainer.plan.rounds)
+        for turn in range(trainer.method.turns)
+    )

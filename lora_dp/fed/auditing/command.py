@@ -90,8 +90,12 @@ def audit_config(options: AuditConfig, console: Console) -> AuditResult:
     what = (WHITE_BOX[config.privacy.unit] if options.canaries == "planted" else BLACK_BOX).format(client=game.client)
     console.print(f"auditing {escape(str(options.target))}: {what}", highlight=False, soft_wrap=True)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total} steps"),
-        TimeRemainingColumn(), console=console, transient=True,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total} steps"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
     ) as progress:
         bar = progress.add_task(options.test, total=_steps(game, options, count))
         game.on_step = lambda: progress.advance(bar)
@@ -99,15 +103,19 @@ def audit_config(options: AuditConfig, console: Console) -> AuditResult:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         report = asdict(result) | {
-            "verdict": result.verdict, "violated": result.violated, "planted": what,
-            "unit": UNITS[config.privacy.unit], "method": config.federation.method,
+            "verdict": result.verdict,
+            "violated": result.violated,
+            "planted": what,
+            "unit": UNITS[config.privacy.unit],
+            "method": config.federation.method,
             "configuration": str(options.target),
         }
         write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False))
         plot_audits({f"{config.federation.method}, {options.test}": [result]}, folder / "audit.png")
     except OSError as error:
         raise ValueError(
-            f"{result}; but cannot write to {folder} ({error.strerror}): choose another --output") from error
+            f"{result}; but cannot write to {folder} ({error.strerror}): choose another --output"
+        ) from error
     console.print(str(result), style="bold red" if result.violated else "bold", highlight=False, soft_wrap=True)
     console.print(f"{escape(str(folder / 'audit.png'))}, audit.json", highlight=False, soft_wrap=True)
     return result
@@ -125,7 +133,8 @@ def _folder(options: AuditConfig) -> Path:
     if options.output is not None:
         raise ValueError(
             f"{folder} is a run's folder, whose files its ε covers; with examples as canaries the results are of "
-            "private losses, without noise: choose another --output, and keep it to yourself.")
+            "private losses, without noise: choose another --output, and keep it to yourself."
+        )
     return folder.with_name(f"{folder.name}-audit")
 
 
@@ -138,16 +147,18 @@ def read_options(path: Path) -> RunConfig:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: name a run's folder, its config.yaml, or a YAML file of options.") \
-            from error
+        raise ValueError(
+            f"{path} cannot be read: name a run's folder, its config.yaml, or a YAML file of options."
+        ) from error
     if not isinstance(options, dict | None):
-        raise ValueError(f"{path} holds no options of a run: write them as \"name: value\", one a line.")
+        raise ValueError(f'{path} holds no options of a run: write them as "name: value", one a line.')
     options = {str(name): value for name, value in (options or {}).items() if name != "output"}
     try:
         return RunConfig.from_flat({**options, "reproducible": False})
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds a value of the wrong kind ({error}): compare it with a run's config.yaml.") \
-            from error
+        raise ValueError(
+            f"{path} holds a value of the wrong kind ({error}): compare it with a run's config.yaml."
+        ) from error
 
 
 def check(config: RunConfig, options: AuditConfig) -> None:
@@ -156,17 +167,20 @@ def check(config: RunConfig, options: AuditConfig) -> None:
     if privacy.mechanism == "as-released":
         raise ValueError(
             "mechanism as-released claims nothing that could be refuted: docs/as-released.md audits the ε that the "
-            "released code prints.")
+            "released code prints."
+        )
     if privacy.target is None:
         raise ValueError("epsilon none claims nothing: there is no ε to audit.")
     if config.federation.engine != "local":
         raise ValueError(
             f"engine {config.federation.engine} trains in other processes, where no canary can be planted: set engine "
-            "local, whose clients do the same.")
+            "local, whose clients do the same."
+        )
     if options.canaries == "examples" and privacy.unit == "client":
         raise ValueError(
             "With the client as unit, examples are not what is protected: leave canaries out, which plants whole "
-            "clients.")
+            "clients."
+        )
 
 
 def _count(game: Game, options: AuditConfig) -> int:
@@ -175,8 +189,11 @@ def _count(game: Game, options: AuditConfig) -> int:
         return options.count or 1
     if options.canaries == "examples":
         return min(EXAMPLES, len(game.job.parts[game.client]) // 2)
-    return min(CLIENTS, most_clients(game)) if game.config.privacy.unit == "client" else \
-        min(GRADIENTS, most_gradients(game))
+    return (
+        min(CLIENTS, most_clients(game))
+        if game.config.privacy.unit == "client"
+        else min(GRADIENTS, most_gradients(game))
+    )
 
 
 def _steps(game: Game, options: AuditConfig, count: int) -> int:
@@ -190,8 +207,14 @@ def _steps(game: Game, options: AuditConfig, count: int) -> int:
 
 def _play(game: Game, options: AuditConfig, count: int) -> AuditResult:
     how: dict[str, Any] = {
-        "delta": game.config.privacy.delta, "claimed_epsilon": game.claim, "confidence": options.confidence,
-        "test": options.test, "assume": options.assume, "runs": options.runs, "seed": options.seed}
+        "delta": game.config.privacy.delta,
+        "claimed_epsilon": game.claim,
+        "confidence": options.confidence,
+        "test": options.test,
+        "assume": options.assume,
+        "runs": options.runs,
+        "seed": options.seed,
+    }
     if options.canaries == "examples":
         examples = MislabelledExamples(game, count, np.random.default_rng(options.seed))
         return audit(examples.train, examples.canaries(), **how)

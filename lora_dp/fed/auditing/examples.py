@@ -34,7 +34,8 @@ class MislabelledExamples:
         if not 1 <= count <= len(own) // 2:
             raise ValueError(
                 f"count must lie between 1 and {len(own) // 2}, half of the {len(own)} examples of the client with the "
-                f"largest ε, not {count}.")
+                f"largest ε, not {count}."
+            )
         if classes < 2:
             raise ValueError("All examples have one label, so that none can have a wrong one: plant gradients instead.")
         self._game = game

@@ -76,5 +76,7 @@ def most_exposed(config: RunConfig, job: Job) -> int:
 def unchanged(job: Job, task: Task) -> State:
     """What a client sends that has changed nothing."""
     return {
-        name: task.state[name] for name in job.trainer.workspace.names
-        if job.trainer.method.trains(name, task.round, task.turn)}
+        name: task.state[name]
+        for name in job.trainer.workspace.names
+        if job.trainer.method.trains(name, task.round, task.turn)
+    }

@@ -131,7 +131,8 @@ def _held(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"Another process is at work in {folder}: wait for it, or choose another --output.") from error
+                f"Another process is at work in {folder}: wait for it, or choose another --output."
+            ) from error
         yield
 
 
@@ -148,7 +149,8 @@ def _check_definition(grid: Grid, folder: Path) -> None:
     if different:
         raise ValueError(
             f"{folder} holds another comparison ({', '.join(different)} differ): choose another --output, or go on "
-            f"with its own {DEFINITION} as --config.")
+            f"with its own {DEFINITION} as --config."
+        )
 
 
 def _placed(config: RunConfig, path: Path) -> RunConfig:
@@ -157,8 +159,10 @@ def _placed(config: RunConfig, path: Path) -> RunConfig:
 
 def _write_failures(folder: Path, failures: Mapping[Cell, Why]) -> None:
     if failures:
-        entries = [{**dataclasses.asdict(cell), "folder": cell.path.as_posix(), "reason": reason.said}
-                   for cell, reason in failures.items()]
+        entries = [
+            {**dataclasses.asdict(cell), "folder": cell.path.as_posix(), "reason": reason.said}
+            for cell, reason in failures.items()
+        ]
         write_atomically(folder / FAILURES, json.dumps(entries, indent=1, ensure_ascii=False))
     else:
         (folder / FAILURES).unlink(missing_ok=True)
@@ -166,8 +170,14 @@ def _write_failures(folder: Path, failures: Mapping[Cell, Why]) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal)
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _say(console: Console, line: str) -> None:

@@ -54,8 +54,10 @@ class CompareConfig:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has {max(values, key=values.count)} twice: leave one out.")
         if self.learning_rates and self.tuning_seed in self.seeds:
-            raise ValueError(f"tuning_seed {self.tuning_seed} is one of seeds: choose another, so that no run of the "
-                             "table has chosen its own learning rate.")
+            raise ValueError(
+                f"tuning_seed {self.tuning_seed} is one of seeds: choose another, so that no run of the "
+                "table has chosen its own learning rate."
+            )
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class Grid:
             raise ValueError("lr and learning_rates were both given: leave one out.")
         self.cells = [Cell(m, e, s) for m in config.methods for e in config.epsilons for s in config.seeds]
         self.trials = [
-            Cell(m, e, config.tuning_seed, rate)
-            for m in config.methods for e in config.epsilons for rate in self.rates]
+            Cell(m, e, config.tuning_seed, rate) for m in config.methods for e in config.epsilons for rate in self.rates
+        ]
         self.common = {**defaults(), **common}
         self._own = {name: getattr(config, name) for name in _OWN}
         for cell in self.trials + self.cells:
@@ -121,7 +123,8 @@ class Grid:
         """
         tuned = {} if rate is None else {"lr": rate}
         return RunConfig.from_flat(
-            {**self.common, "method": cell.method, "epsilon": cell.epsilon, "seed": cell.seed, **tuned})
+            {**self.common, "method": cell.method, "epsilon": cell.epsilon, "seed": cell.seed, **tuned}
+        )
 
     def chosen_rate(self, folder: Path, cell: Cell) -> float | None:
         """What the trials of a cell's method and budget chose, or None: nothing was to be tried, or not all trials
@@ -202,8 +205,7 @@ def _read(grid: Grid, cells: Sequence[Cell], folder: Path) -> DataFrame:
         rate = grid.chosen_rate(folder, cell) if cell.trial is None else cell.trial
         if rate is None and not grid.rates:
             rate = grid.config(cell, None).optimization.lr
-        rows.append(
-            tables.row(cell.method, cell.epsilon, cell.seed, rate, status, reason, cell.path, summary or {}))
+        rows.append(tables.row(cell.method, cell.epsilon, cell.seed, rate, status, reason, cell.path, summary or {}))
     return tables.frame(rows)
 
 
@@ -237,7 +239,8 @@ def read_definition(folder: Path) -> dict[str, Any]:
         given = yaml.safe_load((folder / DEFINITION).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{folder} holds no comparison ({DEFINITION} is missing or cannot be read): name another.") from error
+            f"{folder} holds no comparison ({DEFINITION} is missing or cannot be read): name another."
+        ) from error
     if not isinstance(given, dict):
         raise ValueError(f"{folder / DEFINITION} is no definition of a comparison: restore it from a backup.")
     return given

@@ -20,15 +20,44 @@ from lora_dp.fed.runs.folder import ENDED
 _COLOURS = ("#2f6fde", "#e0702f", "#1f9d74", "#b0489a", "#8a6d1f", "#5b5fc7", "#c23b4b", "#2b8fa8", "#6b7280")
 _MARKERS = "osD^vPX<>*h"
 _NUMBERS = (
-    "rounds", "accuracy_before", "accuracy_after", "loss_before", "loss_after", "target_epsilon", "worst_epsilon",
-    "delta", "bytes_up", "bytes_down", "failed_clients", "seconds",
+    "rounds",
+    "accuracy_before",
+    "accuracy_after",
+    "loss_before",
+    "loss_after",
+    "target_epsilon",
+    "worst_epsilon",
+    "delta",
+    "bytes_up",
+    "bytes_down",
+    "failed_clients",
+    "seconds",
 )
-_LATEX = str.maketrans({
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "ε": r"$\varepsilon$", "δ": r"$\delta$",
-    "∞": r"$\infty$", "–": "--", "σ": r"$\sigma$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': "''",
-})
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "ε": r"$\varepsilon$",
+        "δ": r"$\delta$",
+        "∞": r"$\infty$",
+        "–": "--",
+        "σ": r"$\sigma$",
+        "×": r"$\times$",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': "''",
+    }
+)
 
 
 def mark(index: int) -> tuple[str, str]:
@@ -49,17 +78,30 @@ def are_kept(cells: DataFrame) -> bool:
 
 
 def row(
-    method: str, epsilon: float | Literal["none"], seed: int, rate: float | None, status: str, reason: str | None,
-    path: Path, summary: Mapping[str, Any],
+    method: str,
+    epsilon: float | Literal["none"],
+    seed: int,
+    rate: float | None,
+    status: str,
+    reason: str | None,
+    path: Path,
+    summary: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One cell: what defines it, what became of it, and all numbers of its summary."""
     noise = summary.get("noise_multiplier") or {}
     return {
-        "method": method, "epsilon": epsilon, "seed": seed, "lr": rate, "status": status,
+        "method": method,
+        "epsilon": epsilon,
+        "seed": seed,
+        "lr": rate,
+        "status": status,
         **{name: summary.get(name) for name in _NUMBERS},
-        "noise_multiplier_smallest": noise.get("smallest"), "noise_multiplier_largest": noise.get("largest"),
-        "guarantee": summary.get("guarantee"), "release": summary.get("release"),
-        "folder": path.as_posix(), "reason": reason,
+        "noise_multiplier_smallest": noise.get("smallest"),
+        "noise_multiplier_largest": noise.get("largest"),
+        "guarantee": summary.get("guarantee"),
+        "release": summary.get("release"),
+        "folder": path.as_posix(),
+        "reason": reason,
     }
 
 
@@ -80,9 +122,16 @@ def statistics(cells: DataFrame) -> DataFrame:
         for epsilon in sorted(cells["epsilon"].unique(), key=lambda e: np.inf if e == "none" else e):
             group = cells[(cells["method"] == method) & (cells["epsilon"] == epsilon)]
             ended = 100 * group.loc[group["status"].isin(ENDED), "accuracy_after"].astype(float)
-            found.append({
-                "method": method, "epsilon": epsilon, "mean": ended.mean(), "spread": ended.std(ddof=1),
-                "n": len(ended), "planned": len(group)})
+            found.append(
+                {
+                    "method": method,
+                    "epsilon": epsilon,
+                    "mean": ended.mean(),
+                    "spread": ended.std(ddof=1),
+                    "n": len(ended),
+                    "planned": len(group),
+                }
+            )
     return DataFrame(found)
 
 
@@ -131,8 +180,9 @@ def caption(example: RunConfig, cells: DataFrame, trials: DataFrame, common_rate
         f"Accuracy after the last round, in percent of the validation data of {example.data.dataset}; model "
         f"{example.model.name}, {federation.clients} clients{among}{drawn}, {federation.rounds} rounds of "
         f"{federation.local_steps} local steps.",
-        f"Mean ± sample standard deviation over n = {len(seeds)} seeds ({listed})." if len(seeds) > 1 else
-        f"One run each (n = 1, seed {listed}), so that nothing is known of the spread.",
+        f"Mean ± sample standard deviation over n = {len(seeds)} seeds ({listed})."
+        if len(seeds) > 1
+        else f"One run each (n = 1, seed {listed}), so that nothing is known of the spread.",
     ]
     if cells["method"].nunique() > 1:
         parts.append("Best mean of a column in bold, which says nothing of significance.")
@@ -140,12 +190,14 @@ def caption(example: RunConfig, cells: DataFrame, trials: DataFrame, common_rate
         if privacy.mechanism == "as-released":
             parts.append(
                 "No privacy guarantee (ε = ∞): this is what the authors' released code does; the ε of a column is what "
-                "its noise is set for, and does not keep.")
+                "its noise is set for, and does not keep."
+            )
         else:
             parts.append(f"ε at δ = {privacy.delta:g} for {UNITS[privacy.unit]}, of each run by itself.")
     if example.run.reproducible:
         parts.append(
-            "Research only: batches and noise follow the seed, so that the guarantee does not hold; do not release.")
+            "Research only: batches and noise follow the seed, so that the guarantee does not hold; do not release."
+        )
     before = 100 * cells.loc[cells["status"].isin(ENDED), "accuracy_before"].astype(float)
     if len(before):
         low, high = f"{before.min():.1f}", f"{before.max():.1f}"
@@ -167,9 +219,12 @@ def _rates(cells: DataFrame, trials: DataFrame, common: float | None) -> str:
     chosen = cells.drop_duplicates(["method", "epsilon"])["lr"].dropna()
     words = (
         f"for each method at each ε the best of {', '.join(f'{rate:g}' for rate in tried)} by accuracy on these "
-        f"validation data, one trial each with seed {trials['seed'].iloc[0]}")
-    ends = [f"{int((chosen == rate).sum())} of {len(chosen)} chose the {name}"
-            for rate, name in ((tried[0], "smallest"), (tried[-1], "largest"))]
+        f"validation data, one trial each with seed {trials['seed'].iloc[0]}"
+    )
+    ends = [
+        f"{int((chosen == rate).sum())} of {len(chosen)} chose the {name}"
+        for rate, name in ((tried[0], "smallest"), (tried[-1], "largest"))
+    ]
     return words + (f" ({', '.join(ends)})" if len(tried) > 1 and len(chosen) else "")
 
 
@@ -188,8 +243,13 @@ def latex(cells: DataFrame, words: str) -> str:
     """The table for a paper; needs \\usepackage{booktabs}."""
     shown = table(cells, lambda entry: rf"\textbf{{{entry}}}", _escaped)
     text = shown.reset_index().to_latex(
-        index=False, escape=False, column_format="l" + "c" * shown.shape[1], caption=_escaped(words),
-        label="tab:comparison", position="t")
+        index=False,
+        escape=False,
+        column_format="l" + "c" * shown.shape[1],
+        caption=_escaped(words),
+        label="tab:comparison",
+        position="t",
+    )
     return "% \\usepackage{booktabs}\n" + text.replace("\\begin{table}[t]", "\\begin{table}[t]\n\\centering", 1)
 
 
@@ -226,8 +286,16 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
     before = 100 * cells.loc[cells["status"].isin(ENDED), "accuracy_before"].astype(float)
     axes.axhline(before.mean(), color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        f"before\n{before.mean():.1f} %", (1, before.mean()), xycoords=("axes fraction", "data"), xytext=(4, 0),
-        textcoords="offset points", va="center", color=QUIET, fontsize=9, annotation_clip=True)
+        f"before\n{before.mean():.1f} %",
+        (1, before.mean()),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=QUIET,
+        fontsize=9,
+        annotation_clip=True,
+    )
     step = min(0.1, 0.6 / len(methods))
     places_of: dict[str, np.ndarray] = {}
     for index, method in enumerate(methods):
@@ -236,8 +304,17 @@ def draw(cells: DataFrame, size: tuple[float, float] = (8.0, 4.4)) -> Figure:
         mean, spread = own["mean"].to_numpy(float), np.nan_to_num(own["spread"].to_numpy(float))
         colour, marker = mark(index)
         axes.errorbar(
-            places, mean, spread, color=colour, linestyle="none", marker=marker, markersize=6, markeredgewidth=0,
-            elinewidth=1.6, label=method)
+            places,
+            mean,
+            spread,
+            color=colour,
+            linestyle="none",
+            marker=marker,
+            markersize=6,
+            markeredgewidth=0,
+            elinewidth=1.6,
+            label=method,
+        )
         private = [place for place, budget in enumerate(budgets) if budget != "none"]
         axes.plot(places[private], mean[private], color=colour, linewidth=1.6, alpha=0.75)
     kept = are_kept(cells)
@@ -271,6 +348,13 @@ def _keep_outliers_out(axes: Any, numbers: DataFrame, budgets: list[Any], places
     for each in far.to_dict("records"):
         place = places_of[each["method"]][budgets.index(each["epsilon"])]
         axes.annotate(
-            f"{each['mean']:.0f} ± {np.nan_to_num(each['spread']):.0f}", (place, bottom), xytext=(0, 5),
-            textcoords="offset points", ha="center", va="bottom", color=INK, fontsize=8)
+            f"{each['mean']:.0f} ± {np.nan_to_num(each['spread']):.0f}",
+            (place, bottom),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color=INK,
+            fontsize=8,
+        )
         axes.plot(place, bottom, marker="v", color=INK, markersize=6, clip_on=False)

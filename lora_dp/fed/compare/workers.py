@@ -175,6 +175,7 @@ def _watch(stop: Event) -> None:
 
 def _work(config: RunConfig) -> Result:
     """One job in a process of the pool."""
+
     def once(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the results so far are being written
         raise KeyboardInterrupt

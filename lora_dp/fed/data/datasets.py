@@ -56,9 +56,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self)
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction}: it must lie between 0 and 1"
-            )
+            raise ValueError(f"validation_fraction is {self.validation_fraction}: it must lie between 0 and 1")
         if self.split_seed < 0:
             raise ValueError(f"split_seed is {self.split_seed}: it must not be negative")
         for name in ("subset", "input_column", "pair_column", "label_column", "validation_split"):
@@ -168,19 +166,17 @@ def train_name(names: Sequence[str], config: DataConfig) -> str:
     """The split to train on; ValueError where several are there and none says that it is this."""
     if "train" not in names and len(names) > 1:
         raise ValueError(
-            f"{config.dataset} has the splits {', '.join(names)} but none called train: rename one of them")
+            f"{config.dataset} has the splits {', '.join(names)} but none called train: rename one of them"
+        )
     return "train" if "train" in names else names[0]
 
 
-def _find_splits(
-    opened: datasets.DatasetDict, config: DataConfig
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def _find_splits(opened: datasets.DatasetDict, config: DataConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     names = list(opened)
     train = train_name(names, config)
     wanted = config.validation_split or next((name for name in VALIDATION_NAMES if name in names), None)
     if wanted is not None and wanted not in names:
-        raise ValueError(
-            f"{config.dataset} has no split {wanted}: set validation_split to one of {', '.join(names)}")
+        raise ValueError(f"{config.dataset} has no split {wanted}: set validation_split to one of {', '.join(names)}")
     validation_name = None if wanted == train else wanted
     return opened[train], opened[validation_name] if validation_name else None
 
@@ -204,9 +200,7 @@ def find_label_column(features: Mapping[str, Any], config: DataConfig) -> str:
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     column = _only_or_common(typed or [name for name in features if name in LABEL_NAMES], LABEL_NAMES)
     if column is None:
-        raise ValueError(
-            f"cannot tell the column of labels: set label_column to one of {', '.join(features)}"
-        )
+        raise ValueError(f"cannot tell the column of labels: set label_column to one of {', '.join(features)}")
     return column
 
 
@@ -227,9 +221,7 @@ def find_input_column(features: Mapping[str, Any], labels: str, config: DataConf
         column = _only_or_common(images or texts, INPUT_NAMES)
         if column is None:
             listed = ", ".join(features)
-            raise ValueError(
-                f"cannot tell the column of images or texts: set input_column to one of {listed}"
-            )
+            raise ValueError(f"cannot tell the column of images or texts: set input_column to one of {listed}")
     if _check_column(column, features, "input_column") not in kinds:
         raise ValueError(f"column {column} holds neither images nor texts: set input_column to one that does")
     if pair is not None and kinds[column] != "text":
@@ -245,9 +237,7 @@ def _classes(split: datasets.Dataset, column: str) -> tuple[list[str], dict[Any,
     else:
         dtype = str(getattr(feature, "dtype", feature))
         if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
-            raise ValueError(
-                f"column {column} holds {dtype}, not classes: name integers or strings as label_column"
-            )
+            raise ValueError(f"column {column} holds {dtype}, not classes: name integers or strings as label_column")
         values = sorted({value for value in split[column] if value is not None})
         names, classes = [str(value) for value in values], {value: rank for rank, value in enumerate(values)}
     if len(names) < 2:

@@ -96,7 +96,8 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
     train = encode_split(raw.train_inputs, raw.train_labels)
     return Splits(
         train=train,
-        validation=encode_split(raw.validation_inputs, raw.validation_labels) if len(raw.validation_labels)
+        validation=encode_split(raw.validation_inputs, raw.validation_labels)
+        if len(raw.validation_labels)
         else train.subset([]),
         label_names=raw.label_names,
         kind=raw.kind,

@@ -2,7 +2,8 @@
 
 Which columns there are, what they hold and which classes there are is taken to be public. Where that has to be seen
 from the data, it is what most rows say, so that one row without a label, or with a number for a text, does not change
-it. An example whose label is none of the classes has the class −1, and :mod:`lora_dp.fed.data.unreadable` leaves it out.
+it. An example whose label is none of the classes has the class −1, and :mod:`lora_dp.fed.data.unreadable` leaves it
+out.
 """
 
 import re
@@ -73,7 +74,8 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
 
 def _read(config: DataConfig) -> _Table:
     builder = datasets.load_dataset_builder(
-        local_or_hub(config.dataset), config.subset, data_files=own_files(config.dataset))
+        local_or_hub(config.dataset), config.subset, data_files=own_files(config.dataset)
+    )
     by_split = builder.config.data_files
     check_apart(by_split)
     files = [str(file) for file in by_split[train_name([str(name) for name in by_split], config)]]
@@ -92,11 +94,16 @@ def _read(config: DataConfig) -> _Table:
 def _csv(file: str, config: Any) -> list[Row]:
     # What is no text in this encoding is kept as lone surrogates, which no tokenizer takes.
     with fsspec.open(
-            file, "rt", compression="infer", encoding=config.encoding or "utf-8-sig", errors="surrogateescape",
-            newline="") as lines:
+        file, "rt", compression="infer", encoding=config.encoding or "utf-8-sig", errors="surrogateescape", newline=""
+    ) as lines:
         return csv_rows(
-            lines, delimiter=config.sep, quotechar=config.quotechar, doublequote=config.doublequote,
-            escapechar=config.escapechar, skipinitialspace=config.skipinitialspace)
+            lines,
+            delimiter=config.sep,
+            quotechar=config.quotechar,
+            doublequote=config.doublequote,
+            escapechar=config.escapechar,
+            skipinitialspace=config.skipinitialspace,
+        )
 
 
 def _json(file: str) -> list[Row]:
@@ -147,8 +154,9 @@ def _classes(table: _Table, column: str, classes: Sequence[str] | None) -> tuple
     """Names of the classes, and the class of each row, int64."""
     feature, values = table.features[column], _values(table.columns[column])
     if isinstance(feature, datasets.ClassLabel):
-        values = [feature.names[value] if value is not None and 0 <= value < len(feature.names) else None
-                  for value in values]
+        values = [
+            feature.names[value] if value is not None and 0 <= value < len(feature.names) else None for value in values
+        ]
         classes = feature.names if classes is None else classes
     labels = [_label(value, table.typed) for value in values]
     if classes is None:

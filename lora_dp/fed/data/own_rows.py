@@ -14,9 +14,29 @@ from typing import Any
 Row = dict[str, Any]
 
 # What pandas.read_csv takes for a missing value.
-MISSING = frozenset((
-    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
-    "NULL", "NaN", "None", "n/a", "nan", "null"))
+MISSING = frozenset(
+    (
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    )
+)
 _LONGEST_FIELD = 2**31 - 1
 # Lines that a row may have, so that an open quote does not cost the reading of all that follows.
 _MOST_LINES = 1000

@@ -17,8 +17,17 @@ import yaml
 from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
 _SPLITS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 _PACKED = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"))
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # What datasets writes beside its own files, and what explains data.
@@ -83,7 +92,8 @@ def check_apart(files: Mapping[str, Sequence[str]]) -> None:
                 where = f"twice in {split}" if seen[name] == split else f"in {seen[name]} and in {split}"
                 raise ValueError(
                     f"the file {Path(name).name} is {where}: list the files of each split in the README.md of the data "
-                    "set, or rename folders whose names hold words such as train or test")
+                    "set, or rename folders whose names hold words such as train or test"
+                )
             seen[name] = str(split)
 
 
@@ -122,7 +132,8 @@ class _Folder:
                 train = next(name for name, split in exact.items() if split == "train")
                 raise ValueError(
                     f"the folder {others[0]} stands beside {train}, which is named as a split: put all that is for "
-                    f"training into {train}, and what is not elsewhere")
+                    f"training into {train}, and what is not elsewhere"
+                )
             return _by_split({top / name: split for name, split in exact.items()})
         if len(exact) > 1 and exact.keys() == words.keys():
             return _by_split({top / name: split for name, split in exact.items()})  # none of them for training
@@ -143,8 +154,11 @@ class _Folder:
 
     def _are_classes(self, top: Path, folders: Iterable[str]) -> bool:
         """Whether images lie in these folders themselves, with nothing else that tells their classes."""
-        return self.images and any(self._files(top / name) for name in folders) and not any(
-            (top / name / metadata).exists() for name in folders for metadata in _METADATA)
+        return (
+            self.images
+            and any(self._files(top / name) for name in folders)
+            and not any((top / name / metadata).exists() for name in folders for metadata in _METADATA)
+        )
 
     def _patterns(self, files: list[Path], places: list[Path]) -> list[str]:
         """All files one by one; folders of images, which may be many, whole where nothing in them could be taken for
@@ -179,8 +193,11 @@ def _lists_its_files(root: Path) -> bool:
 
 def _visible(folder: Path) -> list[Path]:
     """All files, at any depth, but for hidden ones."""
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and not any(
-        part.startswith((".", "__")) for part in file.relative_to(folder).parts)]
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    ]
 
 
 def _kind(file: Path) -> str | None:
@@ -197,8 +214,11 @@ def _kind(file: Path) -> str | None:
 
 def _is_copy(file: Path) -> bool:
     """Whether ``datasets`` may take it for data, which it is not."""
-    return _kind(file) is None and file.name not in _NO_DATA and any(
-        f".{part.rstrip('~#').lower()}" in _EXTENSION_TO_MODULE for part in file.name.split(".")[1:])
+    return (
+        _kind(file) is None
+        and file.name not in _NO_DATA
+        and any(f".{part.rstrip('~#').lower()}" in _EXTENSION_TO_MODULE for part in file.name.split(".")[1:])
+    )
 
 
 def _is_packed(file: Path) -> bool:

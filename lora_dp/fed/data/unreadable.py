@@ -81,7 +81,10 @@ def encode_training(raw: RawData, spec: InputSpec) -> Splits:
     else:
         _LOG.error(
             "%d examples have a label that is none of the %d classes, and will contribute nothing: correct them, or "
-            "name all classes in the node-config's classes.", len(labels) - len(known), raw.num_labels)
+            "name all classes in the node-config's classes.",
+            len(labels) - len(known),
+            raw.num_labels,
+        )
     rows = _readable_rows(raw, spec, known)
     train = PartlyReadable(encode(_only(raw, rows), spec).train if rows else None, rows, labels)
     _LOG.error("%d of %d examples cannot be read.", len(labels) - len(rows), len(labels))

@@ -85,8 +85,7 @@ def measure(model: nn.Module, batches: Sequence[Batch], console: Console) -> dic
         batches: public examples, on its device.
     """
     with console.status("intruder dimensions"):
-        found = {
-            name: intruder_dimensions(*weight_and_update(layer)) for name, layer in adapted_layers(model).items()}
+        found = {name: intruder_dimensions(*weight_and_update(layer)) for name, layer in adapted_layers(model).items()}
     with console.status("sharpness: top Hessian eigenvalue"):
         eigenvalue = top_eigenvalue(model, batches)
     with console.status("sharpness: loss along random directions"):
@@ -122,8 +121,7 @@ def read_updates(path: Path) -> dict[str, Any] | None:
 
 
 def _means(line: dict[str, Any]) -> dict[str, Any]:
-    pairs = [
-        value for number, row in enumerate(line["cosine"]) for value in row[:number] if value is not None]
+    pairs = [value for number, row in enumerate(line["cosine"]) for value in row[:number] if value is not None]
     shares = [share for share in line["noise_share"] if share is not None]
     return {
         "round": line["round"],
@@ -143,7 +141,8 @@ def _check_finished(folder: Path) -> None:
         status = None
     if status not in ENDED:
         raise ValueError(
-            f"The run in {folder} has not finished: let it end, or resume it if it was cut short, then inspect it.")
+            f"The run in {folder} has not finished: let it end, or resume it if it was cut short, then inspect it."
+        )
 
 
 def _epsilon(config: RunConfig) -> float | None:
@@ -168,16 +167,21 @@ def _print(report: dict[str, Any], folder: Path, console: Console) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row(
-        "intruder dimensions", f"{intruders['total']} of {intruders['looked_at']}",
+        "intruder dimensions",
+        f"{intruders['total']} of {intruders['looked_at']}",
         f"of the {TOP} strongest directions of each adapted layer, those that the pretrained weight lacks{where}; "
-        "fewer: less is forgotten")
+        "fewer: less is forgotten",
+    )
     table.add_row(
         "top Hessian eigenvalue",
         "not found" if sharpness["top_eigenvalue"] is None else f"{sharpness['top_eigenvalue']:.4g}",
-        "curvature of the loss in its steepest direction; lower: flatter")
+        "curvature of the loss in its steepest direction; lower: flatter",
+    )
     table.add_row(
-        "loss nearby", rise,
-        f"rise of the loss {sharpness['alpha'][-1]:g} filter norms away in random directions; lower: flatter")
+        "loss nearby",
+        rise,
+        f"rise of the loss {sharpness['alpha'][-1]:g} filter norms away in random directions; lower: flatter",
+    )
     if updates is None:
         table.add_row("updates", "none", f"no {UPDATES} here: clients' updates were not recorded, or are secret")
     else:
@@ -188,8 +192,12 @@ def _print(report: dict[str, Any], folder: Path, console: Console) -> None:
             console.print(f"[yellow]{note}[/]", highlight=False, soft_wrap=True)
     used, all_ = report["examples"], report["validation_examples"]
     console.print(
-        f"sharpness on {used} of {all_} validation examples, drawn at random" if used < all_ else
-        f"sharpness on all {all_} validation examples", style="dim", highlight=False)
+        f"sharpness on {used} of {all_} validation examples, drawn at random"
+        if used < all_
+        else f"sharpness on all {all_} validation examples",
+        style="dim",
+        highlight=False,
+    )
     console.print(f"{escape(str(folder / 'inspect.png'))}, inspect.json", highlight=False, soft_wrap=True)
 
 
@@ -197,12 +205,17 @@ def _add_updates(table: Table, rounds: Sequence[dict[str, Any]]) -> None:
     cosine = _mean([entry["mean_cosine"] for entry in rounds])
     share = _mean([entry["noise_share"] for entry in rounds])
     table.add_row(
-        "alignment of updates", "–" if cosine is None else f"{cosine:.3f}",
-        "mean cosine of two clients' updates, over all rounds; 1: they agree, 0: nothing in common")
+        "alignment of updates",
+        "–" if cosine is None else f"{cosine:.3f}",
+        "mean cosine of two clients' updates, over all rounds; 1: they agree, 0: nothing in common",
+    )
     table.add_row(
-        "noise in an update", "none" if share is None else f"{share:.1%}",
-        "no noise was added, or its norm is not known" if share is None else
-        "share of a client's squared update that is privacy noise; an average of K clients has 1/K of its energy")
+        "noise in an update",
+        "none" if share is None else f"{share:.1%}",
+        "no noise was added, or its norm is not known"
+        if share is None
+        else "share of a client's squared update that is privacy noise; an average of K clients has 1/K of its energy",
+    )
     if left_out := sum(entry["left_out"] for entry in rounds):
         table.add_row("not recorded", str(left_out), "updates beyond those that a round keeps")
 

@@ -54,7 +54,8 @@ def intruder_dimensions(
     """
     if weight.ndim != 2 or weight.shape != update.shape:
         raise ValueError(
-            f"Weight and update must be matrices of one shape, not {tuple(weight.shape)} and {tuple(update.shape)}.")
+            f"Weight and update must be matrices of one shape, not {tuple(weight.shape)} and {tuple(update.shape)}."
+        )
     if top < 1 or not 0 <= threshold <= 1:
         raise ValueError(f"top must be at least 1 and threshold from 0 to 1, not {top} and {threshold}.")
     before, after = weight.double(), weight.double() + update.double()
@@ -66,8 +67,7 @@ def intruder_dimensions(
     # A weight of zero has no direction: all of the adapted ones are new.
     products = adapted.t() @ pretrained
     cosines = products.abs().amax(1).clamp(max=1.0) if products.shape[1] else torch.zeros_like(values)
-    return IntruderDimensions(
-        cosines.tolist(), values.tolist(), torch.nonzero(cosines < threshold).flatten().tolist())
+    return IntruderDimensions(cosines.tolist(), values.tolist(), torch.nonzero(cosines < threshold).flatten().tolist())
 
 
 def _left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:

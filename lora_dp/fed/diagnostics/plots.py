@@ -42,7 +42,12 @@ def draw_inspection(report: dict[str, Any], file: BinaryIO) -> None:
             marks.insert(0, "no privacy" if report["epsilon"] is None else f"ε = {report['epsilon']:g}")
         figure.suptitle(
             f"{' · '.join([report['method'], *marks])} · {report['model']} on {report['dataset']} · loss on "
-            f"{report['examples']} validation examples", fontsize=10, color=QUIET, x=0.01, ha="left")
+            f"{report['examples']} validation examples",
+            fontsize=10,
+            color=QUIET,
+            x=0.01,
+            ha="left",
+        )
         figure.savefig(file, format="png")
 
 
@@ -51,10 +56,18 @@ def _draw_directions(axis: Any, found: dict[str, Any]) -> None:
     for row, layer in enumerate(layers.values()):
         cosines = np.asarray(layer["cosines"])
         intruders = cosines < threshold
-        axis.plot(cosines[~intruders], [row] * int((~intruders).sum()), "o", color=BLUE, markersize=4, alpha=0.45,
-                  markeredgewidth=0)
-        axis.plot(cosines[intruders], [row] * int(intruders.sum()), "o", color=ORANGE, markersize=5.5,
-                  markeredgewidth=0)
+        axis.plot(
+            cosines[~intruders],
+            [row] * int((~intruders).sum()),
+            "o",
+            color=BLUE,
+            markersize=4,
+            alpha=0.45,
+            markeredgewidth=0,
+        )
+        axis.plot(
+            cosines[intruders], [row] * int(intruders.sum()), "o", color=ORANGE, markersize=5.5, markeredgewidth=0
+        )
     axis.axvline(threshold, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axis.set_xlim(0, 1.02)
     axis.set_ylim(len(layers) - 0.4, -0.6)
@@ -79,8 +92,7 @@ def _draw_losses(axis: Any, sharpness: dict[str, Any]) -> None:
     axis.set_ylabel("loss (nats)")
     value = sharpness["top_eigenvalue"]
     curvature = "top Hessian eigenvalue not found" if value is None else f"top Hessian eigenvalue {value:.3g}"
-    axis.annotate(
-        curvature, (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", color=BLUE, weight="bold")
+    axis.annotate(curvature, (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", color=BLUE, weight="bold")
     axis.set_title("Loss around the aggregated model")
     axis.tick_params(length=0)
 
@@ -92,8 +104,15 @@ def _draw_matrix(axis: Any, last: dict[str, Any]) -> None:
     if len(clients) <= _MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(cosine):
             if np.isfinite(value):
-                axis.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=8,
-                          color="#ffffff" if abs(value) > 0.6 else INK)
+                axis.text(
+                    column,
+                    row,
+                    f"{value:z.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="#ffffff" if abs(value) > 0.6 else INK,
+                )
     step = max(1, -(-len(clients) // 12))
     axis.set_xticks(range(0, len(clients), step), clients[::step])
     axis.set_yticks(range(0, len(clients), step), clients[::step])

@@ -85,7 +85,8 @@ def top_eigenvalue(
     def product(vector: np.ndarray) -> np.ndarray:
         flat = torch.from_numpy(np.ascontiguousarray(vector, dtype=precision).reshape(-1))
         parts = [
-            part.view(tensor.shape).to(tensor) for part, tensor in zip(flat.split(sizes), start.values(), strict=True)]
+            part.view(tensor.shape).to(tensor) for part, tensor in zip(flat.split(sizes), start.values(), strict=True)
+        ]
         return _hessian_vector_product(loss, start, parts, batches).astype(precision)
 
     drawn = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -96,8 +97,15 @@ def top_eigenvalue(
         operator = LinearOperator((len(first), len(first)), matvec=product, dtype=precision)
         try:
             values = eigsh(
-                operator, k=1, which="LA", v0=first, ncv=min(_KRYLOV, len(first)), maxiter=_RESTARTS, tol=_TOLERANCE,
-                return_eigenvectors=False)
+                operator,
+                k=1,
+                which="LA",
+                v0=first,
+                ncv=min(_KRYLOV, len(first)),
+                maxiter=_RESTARTS,
+                tol=_TOLERANCE,
+                return_eigenvectors=False,
+            )
         except ArpackNoConvergence:
             return None
     return float(values[0])
@@ -105,8 +113,14 @@ def top_eigenvalue(
 
 @torch.no_grad()
 def loss_curves(
-    model: nn.Module, batches: Sequence[Batch], *, directions: int = 5, points: int = 11, reach: float = 0.5,
-    space: Space = "weights", seed: int = 0,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    directions: int = 5,
+    points: int = 11,
+    reach: float = 0.5,
+    space: Space = "weights",
+    seed: int = 0,
 ) -> LossCurves:
     """The mean cross-entropy along filter-normalised random directions (Li et al. 2018, arXiv 1712.09913).
 
@@ -127,7 +141,8 @@ def loss_curves(
     if directions < 1 or points < 3 or points % 2 == 0 or not 0 < reach < math.inf:
         raise ValueError(
             f"Loss curves need at least 1 direction, an odd number of points from 3 on and a positive reach, not "
-            f"{directions}, {points} and {reach}.")
+            f"{directions}, {points} and {reach}."
+        )
     start = _parameters(model, space)
     filters = _filters(model, space)
     generator = torch.Generator().manual_seed(seed)
@@ -136,10 +151,12 @@ def loss_curves(
     with _frozen_in_evaluation(model) as loss:
         for _ in range(directions):
             moves = {name: _direction(start[name], each, generator) for name, each in filters.items()}
-            losses.append([
-                _mean_loss(
-                    loss, {n: t + step * moves[n] if n in moves else t for n, t in start.items()}, batches)
-                for step in alpha])
+            losses.append(
+                [
+                    _mean_loss(loss, {n: t + step * moves[n] if n in moves else t for n, t in start.items()}, batches)
+                    for step in alpha
+                ]
+            )
     return LossCurves(alpha, losses)
 
 
@@ -182,9 +199,13 @@ def _parameters(model: nn.Module, space: Space) -> dict[str, Tensor]:
     """What moves, by name. Adding to a frozen weight moves W = W0 + s·B·A by as much."""
     adapted = {f"{name}.weight" for name in adapted_layers(model)}
     chosen = {
-        name: parameter.detach() for name, parameter in model.named_parameters()
-        if ((name in adapted or (parameter.requires_grad and factor(name) is None)) if space == "weights"
-            else (parameter.requires_grad or factor(name) is not None))
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if (
+            (name in adapted or (parameter.requires_grad and factor(name) is None))
+            if space == "weights"
+            else (parameter.requires_grad or factor(name) is not None)
+        )
     }
     if not chosen:
         raise ValueError("The model has neither adapters nor a head to move: inject adapters with inject_lora first.")
@@ -236,7 +257,8 @@ def _hessian_vector_product(
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in start.items()}
         with torch.enable_grad():
             gradients = torch.autograd.grad(
-                loss(leaves, batch), list(leaves.values()), create_graph=True, materialize_grads=True)
+                loss(leaves, batch), list(leaves.values()), create_graph=True, materialize_grads=True
+            )
             slope = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
             curved = torch.autograd.grad(slope, list(leaves.values()), materialize_grads=True)
         total += torch.cat([part.detach().flatten().double().cpu() for part in curved])

@@ -130,7 +130,8 @@ def _admitted(content: RecordDict, node_config: Mapping[str, Any]) -> ClientLedg
     if ledger is None and policy.private:
         raise Refused(
             "has no ledger, so that nothing would count what it releases: its node-config must name one, or say "
-            "private=false")
+            "private=false"
+        )
     if ledger is not None and not policy.private:
         raise Refused("has a ledger and says private=false: its node-config must leave one of them out")
     config = read_config(messages.unpack_config(content), policy.rules["method"])
@@ -171,7 +172,8 @@ class _Node:
         plan, most = trainer.plan, trainer.workspace.layers.r
         if not (task.round < plan.rounds and task.turn < plan.turns and 1 <= task.rank <= most):
             raise Refused(
-                f"was asked for turn {task.turn} of round {task.round} at rank {task.rank}: the run has no such")
+                f"was asked for turn {task.turn} of round {task.round} at rank {task.rank}: the run has no such"
+            )
         if ledger is not None:
             ledger.spend(plan, plan.event(len(examples)), reproducible=trainer.reproducible)
         device = next(trainer.workspace.model.parameters()).device
@@ -183,8 +185,11 @@ def _node(content: RecordDict, node_config: Mapping[str, Any]) -> _Node:
     columns = tuple(node_config.get(name) for name in _COLUMNS)
     data = own_path(node_config, "data")
     return _opened(
-        messages.unpack_config(content), None if data is None else str(data), columns,
-        _classes(node_config.get("classes")))
+        messages.unpack_config(content),
+        None if data is None else str(data),
+        columns,
+        _classes(node_config.get("classes")),
+    )
 
 
 def _classes(listed: object) -> tuple[str, ...] | None:
@@ -215,11 +220,27 @@ def _opened(
         # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
         inputs, pairs, labels = columns
         data = replace(
-            config.data, dataset=str(folder), subset=None, validation_split=None, input_column=inputs,
-            pair_column=pairs, label_column=labels)
-        alone = replace(config, data=data, federation=replace(
-            federation, clients=1, clients_per_round=None, ranks=None, min_clients=1, partition="iid",
-            dirichlet_alpha=1.0))
+            config.data,
+            dataset=str(folder),
+            subset=None,
+            validation_split=None,
+            input_column=inputs,
+            pair_column=pairs,
+            label_column=labels,
+        )
+        alone = replace(
+            config,
+            data=data,
+            federation=replace(
+                federation,
+                clients=1,
+                clients_per_round=None,
+                ranks=None,
+                min_clients=1,
+                partition="iid",
+                dirichlet_alpha=1.0,
+            ),
+        )
     try:
         raw = open_data(alone.data) if folder is None else open_own(alone.data, classes)
         if not len(raw.train_labels):
@@ -229,6 +250,9 @@ def _opened(
         raise Refused("cannot open its own data: its log says why") from None
     job = open_job(alone, raw=raw, encode=encode_training)
     plan = replace(
-        job.trainer.plan, participations=federation.participations, client_rate=federation.client_rate,
-        clients=federation.clients)
+        job.trainer.plan,
+        participations=federation.participations,
+        client_rate=federation.client_rate,
+        clients=federation.clients,
+    )
     return _Node(replace(job.trainer, plan=plan), job, own=folder is not None)

@@ -37,7 +37,8 @@ def own_path(node_config: Mapping[str, Any], name: str) -> Path | None:
     if not path.is_absolute():
         raise Refused(
             f"cannot tell which {name} is meant: its node-config must name it by an absolute path, since a relative "
-            "one is another in each folder that the node is started from")
+            "one is another in each folder that the node is started from"
+        )
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # Python below 3.13 raises the latter for links in a circle
@@ -139,8 +140,8 @@ class ClientLedger:
             heads.append(state["node"]["digest"])
         if reached is not None:  # a warning, because a SuperNode shows nothing below
             _LOG.warning(
-                "This client's ledger is at ε = %.4g of %g over all runs, at δ = %g.", reached, self.epsilon,
-                self.delta)
+                "This client's ledger is at ε = %.4g of %g over all runs, at δ = %g.", reached, self.epsilon, self.delta
+            )
 
     def _within_budget(self, ledger: Ledger, plan: PrivacyPlan) -> float | None:
         """The ε of a ledger, None without a budget; raises Refused where that is above the budget."""
@@ -154,7 +155,8 @@ class ClientLedger:
             raise Refused(f"has no budget left: this turn would lead above its own ε of {self.epsilon:g}")
         raise Refused(
             f"has no budget left: this turn would lead above ε = {self.epsilon:g} at δ = {self.delta:g}, which its "
-            "policy admits for all runs together: for another budget, write epsilon and delta into its node-config")
+            "policy admits for all runs together: for another budget, write epsilon and delta into its node-config"
+        )
 
     def _within_plan(self, runs: dict[str, int], plan: PrivacyPlan) -> dict[str, int]:
         """The releases of each run with those of one more turn; raises Refused where the plan has no room for them."""
@@ -164,7 +166,8 @@ class ClientLedger:
         if spent > plan.planned_releases:
             raise Refused(
                 "has released all that this run's plan accounts for, and what is repeated counts again: start another "
-                "run, with another seed")
+                "run, with another seed"
+            )
         return {**runs, self.run: spent}
 
     @contextmanager
@@ -212,10 +215,12 @@ class ClientLedger:
         digest = state["node"]["digest"]
         if (held, head) not in ((turns, digest), (turns - 1, before)):
             raise self._broken(
-                f"it has {turns} turns, but {Heads(self.path).path.name} beside it holds {held}, or others")
+                f"it has {turns} turns, but {Heads(self.path).path.name} beside it holds {held}, or others"
+            )
         return ledger, turns, digest, runs
 
     def _broken(self, what: str) -> ValueError:
         return ValueError(
             f"The client's ledger {str(self.path)!r} is not the last one that was written ({what}): restore it and its "
-            ".heads file from a backup of the same moment; a new one would forget what was spent.")
+            ".heads file from a backup of the same moment; a new one would forget what was spent."
+        )

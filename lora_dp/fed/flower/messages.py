@@ -17,9 +17,22 @@ from lora_dp.fed.rounds.privacy_plan import check_size
 from lora_dp.fed.safe_text import harmless
 
 __all__ = [
-    "ANSWER", "CONFIG", "TASK", "TENSORS", "Introduction", "pack_config", "pack_failure",
-    "pack_introduction", "pack_task", "pack_tensors", "pack_update", "unpack_answer", "unpack_config",
-    "unpack_introduction", "unpack_task", "unpack_tensors",
+    "ANSWER",
+    "CONFIG",
+    "TASK",
+    "TENSORS",
+    "Introduction",
+    "pack_config",
+    "pack_failure",
+    "pack_introduction",
+    "pack_task",
+    "pack_tensors",
+    "pack_update",
+    "unpack_answer",
+    "unpack_config",
+    "unpack_introduction",
+    "unpack_task",
+    "unpack_tensors",
 ]
 
 CONFIG, TASK, TENSORS, ANSWER = "config", "task", "tensors", "answer"
@@ -130,8 +143,7 @@ def unpack_introduction(content: RecordDict) -> Introduction | str:
     answer = content.config_records[ANSWER]
     if "failure" in answer:
         return harmless(answer["failure"])
-    return Introduction(
-        answer["client"], answer.get("partitions"), answer.get("examples"))  # type: ignore[arg-type]
+    return Introduction(answer["client"], answer.get("partitions"), answer.get("examples"))  # type: ignore[arg-type]
 
 
 def _integer(value: object, what: str) -> int:

@@ -90,36 +90,71 @@ _BOUND = Between(1e-3, 1e3)
 _SERVERS = dict.fromkeys(("engine", *SERVERS_OWN), Anything())
 # What a node with data of its own does not read either: all of its folder is trained on, by its own columns.
 _OF_SHARED_DATA = (
-    "dataset", "subset", "input_column", "pair_column", "label_column", "validation_split", "validation_fraction",
-    "split_seed", "partition", "dirichlet_alpha")
+    "dataset",
+    "subset",
+    "input_column",
+    "pair_column",
+    "label_column",
+    "validation_split",
+    "validation_fraction",
+    "split_seed",
+    "partition",
+    "dirichlet_alpha",
+)
 RULES: Mapping[str, Rule] = {
     **_SERVERS,
     # Code, weights and files that a node opens: the embedded model and data set, nothing from anywhere else.
-    "model": OneOf(("default",)), "pretrained": OneOf((True,)), "target_modules": OneOf(("all-linear",)),
-    "precision": OneOf(("float32",)), "dataset": OneOf(("digits",)), "subset": OneOf((None,)),
-    "input_column": OneOf((None,)), "pair_column": OneOf((None,)), "label_column": OneOf((None,)),
-    "validation_split": OneOf((None,)), "validation_fraction": Between(0.01, 0.99),
-    "split_seed": Between(0, 2**32 - 1, whole=True), "partition": OneOf(("iid", "dirichlet")),
-    "dirichlet_alpha": Between(1e-6, 1e6), "max_length": _count(512), "r": _count(256),
-    "alpha": Between(1e-6, 1e6, optional=True), "dropout": Between(0, 0.9),
+    "model": OneOf(("default",)),
+    "pretrained": OneOf((True,)),
+    "target_modules": OneOf(("all-linear",)),
+    "precision": OneOf(("float32",)),
+    "dataset": OneOf(("digits",)),
+    "subset": OneOf((None,)),
+    "input_column": OneOf((None,)),
+    "pair_column": OneOf((None,)),
+    "label_column": OneOf((None,)),
+    "validation_split": OneOf((None,)),
+    "validation_fraction": Between(0.01, 0.99),
+    "split_seed": Between(0, 2**32 - 1, whole=True),
+    "partition": OneOf(("iid", "dirichlet")),
+    "dirichlet_alpha": Between(1e-6, 1e6),
+    "max_length": _count(512),
+    "r": _count(256),
+    "alpha": Between(1e-6, 1e6, optional=True),
+    "dropout": Between(0, 0.9),
     # The mechanism. What a ledger is about, it decides itself (flower_ledger).
-    "mechanism": OneOf(("sound",)), "reproducible": OneOf((False,)), "epsilon": Between(1e-6, 8),
-    "delta": Between(1e-15, 1e-5), "unit": OneOf(("example", "client")), "noise_by": OneOf(("server", "client")),
-    "accountant": OneOf(("pld", "rdp")), "clipping": OneOf(("automatic", "flat", "per_layer")),
-    "max_grad_norm": _BOUND, "max_update_norm": _BOUND,
+    "mechanism": OneOf(("sound",)),
+    "reproducible": OneOf((False,)),
+    "epsilon": Between(1e-6, 8),
+    "delta": Between(1e-15, 1e-5),
+    "unit": OneOf(("example", "client")),
+    "noise_by": OneOf(("server", "client")),
+    "accountant": OneOf(("pld", "rdp")),
+    "clipping": OneOf(("automatic", "flat", "per_layer")),
+    "max_grad_norm": _BOUND,
+    "max_update_norm": _BOUND,
     # How long and how training goes: noised steps, whatever these are; bounds are for time and memory.
     "method": OneOf((*METHODS, *(f"flat-lora:{name}" for name in METHODS))),
-    "method_options": OneOf(({},)), "clients": _count(10**6),
-    "clients_per_round": Between(1, 10**6, whole=True, optional=True), "rounds": _count(10**6),
-    "local_steps": _count(10**4), "batch_size": _count(4096), "ranks": Anything(),
-    "optimizer": OneOf(("sgd", "adamw")), "lr": _RATE, "lr_ratio": _RATE,
-    "low_pass": OneOf(("none", "gaussian", "laplacian")), "low_pass_strength": Between(0, 1000),
+    "method_options": OneOf(({},)),
+    "clients": _count(10**6),
+    "clients_per_round": Between(1, 10**6, whole=True, optional=True),
+    "rounds": _count(10**6),
+    "local_steps": _count(10**4),
+    "batch_size": _count(4096),
+    "ranks": Anything(),
+    "optimizer": OneOf(("sgd", "adamw")),
+    "lr": _RATE,
+    "lr_ratio": _RATE,
+    "low_pass": OneOf(("none", "gaussian", "laplacian")),
+    "low_pass_strength": Between(0, 1000),
     "seed": Between(0, 2**63 - 1, whole=True),
 }
 # Where its owner has declared that a node needs no privacy of its own.
 _OPEN: Mapping[str, Rule] = {
-    "epsilon": Between(1e-6, 1e9, optional=True), "delta": Between(1e-300, 0.999),
-    "mechanism": OneOf(("sound", "as-released")), "reproducible": _BOOLS,
+    "epsilon": Between(1e-6, 1e9, optional=True),
+    "delta": Between(1e-300, 0.999),
+    "mechanism": OneOf(("sound", "as-released")),
+    "reproducible": _BOOLS,
 }
 # Where the node's ledger has a budget, which no run can exceed whatever it claims.
 _BUDGETED: Mapping[str, Rule] = {"epsilon": Between(1e-6, 1e6), "delta": Between(1e-300, 0.1)}
@@ -190,7 +225,8 @@ class Policy:
         except ValueError as error:
             raise Refused(
                 "has a ledger without a budget, and a policy without a bound on epsilon or delta: write epsilon and "
-                "delta into its node-config") from error
+                "delta into its node-config"
+            ) from error
         return epsilon, delta
 
     def run_digest(self, config: RunConfig) -> str:

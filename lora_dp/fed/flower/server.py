@@ -48,8 +48,13 @@ _REMINDER = 30.0
 _MOST_WEIGHT = 10
 # What came of a message of which Flower says that it failed, by its error code.
 _FAILURES = {
-    1: "could not load its app", 2: "raised an exception in its app", 3: "gave no answer in time",
-    4: "lost its answer", 5: "is not connected any more", 7: "does not trust the app", 8: "died at work",
+    1: "could not load its app",
+    2: "raised an exception in its app",
+    3: "gave no answer in time",
+    4: "lost its answer",
+    5: "is not connected any more",
+    7: "does not trust the app",
+    8: "died at work",
 }
 
 
@@ -92,8 +97,15 @@ class FlowerEngine:
             if id(task) not in records:
                 records[id(task)] = task, messages.pack_tensors(task.state)
             content = messages.pack_task(self._config, task, records[id(task)][1])
-            batch.append((client, task, Message(
-                content, dst_node_id=node, message_type="train", ttl=self._timeout, group_id=str(task.round + 1))))
+            batch.append(
+                (
+                    client,
+                    task,
+                    Message(
+                        content, dst_node_id=node, message_type="train", ttl=self._timeout, group_id=str(task.round + 1)
+                    ),
+                )
+            )
             if len(batch) == _AT_ONCE:
                 yield from self._push(batch, waiting)
                 batch = []
@@ -138,7 +150,8 @@ class FlowerEngine:
         if len(said) == 1 and (number := said.pop()) not in (None, self._clients) and number == len(self._known):
             raise ValueError(
                 f"Flower has {number} nodes, but the run has {self._clients} clients: set both alike (num-supernodes "
-                "and clients).")
+                "and clients)."
+            )
 
     def _meet(self) -> None:
         """Asks nodes that are new who they are, and hears those that have answered."""
@@ -148,7 +161,7 @@ class FlowerEngine:
         for start in range(0, len(new), _AT_ONCE):
             questions = [
                 Message(RecordDict({messages.CONFIG: self._config}), dst_node_id=node, message_type="query")
-                for node in new[start:start + _AT_ONCE]
+                for node in new[start : start + _AT_ONCE]
             ]
             pushed = set(self._grid.push_messages(questions))
             for question in questions:
@@ -177,9 +190,7 @@ class FlowerEngine:
         """The first connected node that claimed the client's number: no later one takes it away."""
         return next((node for node in self._claims.get(client, []) if node in online), None)
 
-    def _push(
-        self, batch: list[tuple[int, Task, Message]], waiting: dict[str, tuple[int, Task]]
-    ) -> Iterator[Reply]:
+    def _push(self, batch: list[tuple[int, Task, Message]], waiting: dict[str, tuple[int, Task]]) -> Iterator[Reply]:
         """Sends messages; a reply for each that could not be sent."""
         pushed = set(self._grid.push_messages([message for _, _, message in batch])) if batch else set()
         for client, task, message in batch:
@@ -192,7 +203,7 @@ class FlowerEngine:
         """Replies that have come to the messages that are waited for, a few of them in memory at a time."""
         numbers = list(waiting)
         for start in range(0, len(numbers), _AT_ONCE):
-            for reply in self._grid.pull_messages(numbers[start:start + _AT_ONCE]):
+            for reply in self._grid.pull_messages(numbers[start : start + _AT_ONCE]):
                 if reply.metadata.reply_to_message_id in waiting:
                     yield reply
 
@@ -352,7 +363,8 @@ def serve_again(path: Path, grid: Grid, console: Console | None = None) -> Outco
     try:
         if config.federation.engine != "deployed":
             raise ValueError(
-                f"The run in {path} was not deployed: go on with it by python -m lora_dp.fed resume {path}.")
+                f"The run in {path} was not deployed: go on with it by python -m lora_dp.fed resume {path}."
+            )
         return go_on(config, connected(config, grid), folder, console)
     finally:
         folder.close()

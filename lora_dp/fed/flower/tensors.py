@@ -43,7 +43,7 @@ def unpack_tensors(record: ArrayRecord, most_bytes: int = MOST_BYTES, most_tenso
         raise ValueError("the tensors' header is none")
     if len(data) - 8 - length > most_bytes:
         raise ValueError(f"the tensors have {len(data) - 8 - length} bytes, more than {most_bytes}")
-    header = json.loads(bytes(data[8:8 + length]))
+    header = json.loads(bytes(data[8 : 8 + length]))
     if not isinstance(header, dict) or len(header) > most_tensors + 1:
         raise ValueError(f"there are more than {most_tensors} tensors")
     if any(len(name) > _MOST_NAME for name in header):
@@ -59,14 +59,14 @@ def _bytes(data: bytes, most: int) -> memoryview:
     """
     if len(data) > most + 2**10:
         raise ValueError(f"the tensors have {len(data)} bytes, more than {most}")
-    file = BytesIO(data[:2**12])
+    file = BytesIO(data[: 2**12])
     try:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("another version")
         shape, _, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=2**11)
     except (ValueError, TypeError, SyntaxError) as error:
         raise ValueError("the tensors are no array") from error
-    content = memoryview(data)[file.tell():]
+    content = memoryview(data)[file.tell() :]
     if dtype != np.dtype(np.uint8) or shape != (len(content),):
         raise ValueError("the tensors are no array of bytes of that length")
     return content

@@ -53,7 +53,8 @@ def _method_class(name: str) -> type[Method]:
     except Exception as error:
         raise ValueError(
             f"The method {name!r} of {point.value} cannot be loaded ({type(error).__name__}: {error}): mend or "
-            "uninstall its package.") from error
+            "uninstall its package."
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise ValueError(f"The method {name!r} ({point.value}) must be a subclass of lora_dp.fed.methods.Method.")
     if reason := _incomplete(cls, name):
@@ -111,8 +112,9 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
             there = f"it has {', '.join(allowed)}" if allowed else "it has none"
             raise ValueError(f"The method {name} has no option {key!r}: {there}.")
     if dataclasses.is_dataclass(cls):
-        given |= {f.name: _checked(name, f.name, given[f.name], f.default)
-                  for f in dataclasses.fields(cls) if f.name in given}
+        given |= {
+            f.name: _checked(name, f.name, given[f.name], f.default) for f in dataclasses.fields(cls) if f.name in given
+        }
     method: Method = cls(**given)
     return method
 
@@ -120,8 +122,11 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 def _checked(method: str, option: str, value: Any, default: Any) -> Any:
     """An option's value, which must be of the kind of its default."""
     kinds: dict[type, tuple[str, tuple[type, ...]]] = {
-        float: ("a number", (int, float)), int: ("a whole number", (int,)), bool: ("true or false", (bool,)),
-        str: ("a word", (str,))}
+        float: ("a number", (int, float)),
+        int: ("a whole number", (int,)),
+        bool: ("true or false", (bool,)),
+        str: ("a word", (str,)),
+    }
     kind, types = kinds.get(type(default), ("", (object,)))
     number = type(default) in (int, float)
     odd = number and (isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value))
@@ -131,7 +136,27 @@ def _checked(method: str, option: str, value: Any, default: Any) -> Any:
 
 
 __all__ = [
-    "MERGED", "METHODS", "Aggregation", "Contribution", "DEeR", "DPLoRA", "FFALoRA", "FLoRA", "FlatLoRA", "FlexLoRA",
-    "GaLore", "LALoRA", "Layers", "LoRAFAIR", "Method", "Phases", "RACLoRA", "RoLoRA", "State", "WeightedAverage",
-    "available", "factor", "get_method",
+    "MERGED",
+    "METHODS",
+    "Aggregation",
+    "Contribution",
+    "DEeR",
+    "DPLoRA",
+    "FFALoRA",
+    "FLoRA",
+    "FlatLoRA",
+    "FlexLoRA",
+    "GaLore",
+    "LALoRA",
+    "Layers",
+    "LoRAFAIR",
+    "Method",
+    "Phases",
+    "RACLoRA",
+    "RoLoRA",
+    "State",
+    "WeightedAverage",
+    "available",
+    "factor",
+    "get_method",
 ]

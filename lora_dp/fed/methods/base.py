@@ -104,7 +104,8 @@ class WeightedAverage(Aggregation):
         if not self._weight:
             raise RuntimeError("No update was added: a round needs at least one client.")
         return {
-            name: total.value(1 / self._weight) if isinstance(total, LowRankSum)
+            name: total.value(1 / self._weight)
+            if isinstance(total, LowRankSum)
             else (total / self._weight).to(self._dtypes[name])
             for name, total in self._sums.items()
         }

@@ -9,8 +9,8 @@ from lora_dp.fed.methods.base import Method, Phases
 class DEeR(Method):
     """Each round has two turns: B with A frozen, averaged; then A with B frozen, averaged. Averaging is exact.
 
-    Clipping and noise follow what a change does to the product B·A (:mod:`lora_dp.nn.regulator`): the paper's noise hides
-    that, not the plain norm which its released code clips.
+    Clipping and noise follow what a change does to the product B·A (:mod:`lora_dp.nn.regulator`): the paper's noise
+    hides that, not the plain norm which its released code clips.
     """
 
     name = "deer"

@@ -21,8 +21,11 @@ class FLoRA(ByProduct):
     def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
         if round_index == 0:
             return {}
-        return {name: kaiming(tensor.shape, tensor, generator)  # type: ignore[arg-type]
-                for name, tensor in state.items() if factor(name) == "A"}
+        return {
+            name: kaiming(tensor.shape, tensor, generator)  # type: ignore[arg-type]
+            for name, tensor in state.items()
+            if factor(name) == "A"
+        }
 
     def combine(
         self, mean: Contribution, state: State, layers: Layers, round_index: int, turn: int = 0
@@ -32,4 +35,3 @@ class FLoRA(ByProduct):
             combined[layer + MERGED] = mean[f"{layer}.product"]
             combined[f"{layer}.lora_B"] = torch.zeros_like(state[f"{layer}.lora_B"])
         return combined
-

@@ -51,8 +51,9 @@ class LowRankSum:
         if self._dense is None:
             held = self.value(1.0) if self._left else None
             self._left, self._right = [], []
-            self._dense = torch.zeros(term.shape, dtype=torch.float64, device=_device(term)) if held is None \
-                else dense(held)
+            self._dense = (
+                torch.zeros(term.shape, dtype=torch.float64, device=_device(term)) if held is None else dense(held)
+            )
         if isinstance(term, LowRank):
             self._dense.addmm_(term.left.double(), term.right.double(), alpha=weight)
         else:

@@ -59,6 +59,7 @@ def merged(mean: Contribution, state: State, layers: Layers) -> Contribution:
     combined = dict(mean)
     for layer in layers.shapes:
         lora_A, lora_B = (
-            dense(mean.get(name, state[name])).double() for name in (f"{layer}.lora_A", f"{layer}.lora_B"))
+            dense(mean.get(name, state[name])).double() for name in (f"{layer}.lora_A", f"{layer}.lora_B")
+        )
         combined[layer + MERGED] = LowRank(lora_B * layers.scaling(layers.r), lora_A)
     return combined

@@ -134,9 +134,7 @@ def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, li
     return model, spec, ["head"]
 
 
-def _load_timm(
-    name: str, pretrained: bool, num_labels: int, kind: Kind
-) -> tuple[nn.Module, InputSpec, list[str]]:
+def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
     if kind != "image":
         raise ValueError(f"{name} takes images but the data set holds texts: name a language model")
     try:

@@ -156,9 +156,7 @@ def _save(model: nn.Module, raw: RawData, config: PretrainConfig) -> Path:
         "training_images": len(raw.train_labels),
         "validation_images": len(validation),
         "validation_accuracy": round(float(sum(hits)) / len(validation), 4),
-        "settings": {
-            name: value for name, value in asdict(config).items() if name not in ("dataset", "output")
-        },
+        "settings": {name: value for name, value in asdict(config).items() if name not in ("dataset", "output")},
         "command": f"python -m lora_dp.fed pretrain --dataset {dataset}",
     }
     output = Path(config.output)

@@ -35,11 +35,19 @@ def write_page(folder: Path) -> Path:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("lora_dp.fed.page", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True)
+        loader=PackageLoader("lora_dp.fed.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     filters: dict[str, Any] = {
-        "percent": number_format.percent, "number": number_format.number, "epsilon": number_format.epsilon, "size": number_format.size,
-        "duration": number_format.duration}
+        "percent": number_format.percent,
+        "number": number_format.number,
+        "epsilon": number_format.epsilon,
+        "size": number_format.size,
+        "duration": number_format.duration,
+    }
     environment.filters |= filters
     return environment
 

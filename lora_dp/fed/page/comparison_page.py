@@ -43,8 +43,11 @@ def content(folder: Path) -> dict[str, Any]:
         "cells": [_cell(folder, row) for row in cells.to_dict("records")],
         "trials": [_cell(folder, row) for row in trials.to_dict("records")],
         "failures": [
-            {**row, "trial": of is trials} for of in (trials, cells) for row in of.to_dict("records")
-            if row["status"] == "failed"],
+            {**row, "trial": of is trials}
+            for of in (trials, cells)
+            for row in of.to_dict("records")
+            if row["status"] == "failed"
+        ],
         "budget_name": tables.budget_name,
         "settings": yaml.safe_dump(grid.definition(), sort_keys=False, allow_unicode=True),
     }
@@ -58,7 +61,8 @@ def _curves(folder: Path, cells: Any, budgets: list[Any]) -> list[tuple[str, Any
         for method, rows in cells[cells["epsilon"] == budget].groupby("method", sort=False):
             runs = [
                 {result.round: result.accuracy for result in read_results(folder / row) if result.accuracy is not None}
-                for row in rows["folder"]]
+                for row in rows["folder"]
+            ]
             rounds = sorted(set.intersection(*(set(run) for run in runs)))
             lines[str(method)] = rounds, [float(np.mean([run[at] for run in runs])) for at in rounds]
         if any(len(rounds) > 2 for rounds, _ in lines.values()):
@@ -75,7 +79,8 @@ def _table(cells: Any) -> dict[str, Any]:
         "head": list(shown.columns),
         "rows": [
             (method, [(entry.rstrip(mark), entry.endswith(mark)) for entry in row])
-            for method, row in zip(shown.index, shown.to_numpy().tolist(), strict=True)],
+            for method, row in zip(shown.index, shown.to_numpy().tolist(), strict=True)
+        ],
     }
 
 

@@ -20,8 +20,13 @@ _MOST_DOTS = 60
 
 
 def curve(
-    rounds: Sequence[int], values: Sequence[float], *, kind: str = "number", colour: str = BLUE,
-    reference: tuple[float, str] | None = None, name: str,
+    rounds: Sequence[int],
+    values: Sequence[float],
+    *,
+    kind: str = "number",
+    colour: str = BLUE,
+    reference: tuple[float, str] | None = None,
+    name: str,
 ) -> Markup:
     """One quantity by round.
 
@@ -39,9 +44,15 @@ def curve(
             # At the end where the curve is further away.
             right = abs(values[-1] - reference[0]) > abs(values[0] - reference[0])
             axes.annotate(
-                reference[1], (0.98 if right else 0.02, reference[0]), xycoords=("axes fraction", "data"),
-                xytext=(0, 4), textcoords="offset points", color=QUIET, fontsize=9,
-                ha="right" if right else "left")
+                reference[1],
+                (0.98 if right else 0.02, reference[0]),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                color=QUIET,
+                fontsize=9,
+                ha="right" if right else "left",
+            )
         dots = "o" if len(rounds) <= _MOST_DOTS else ""
         axes.plot(rounds, values, color=colour, linewidth=2, marker=dots, markersize=3.5, markeredgewidth=0)
         axes.fill_between(rounds, values, min(values), color=colour, alpha=0.08, linewidth=0)
@@ -70,8 +81,15 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str
         for index, (method, (rounds, values)) in enumerate(lines.items()):
             colour, marker = tables.mark(index)
             axes.plot(
-                rounds, values, color=colour, linewidth=1.6, marker=marker if len(rounds) <= _MOST_DOTS else "",
-                markersize=3.5, markeredgewidth=0, label=method)
+                rounds,
+                values,
+                color=colour,
+                linewidth=1.6,
+                marker=marker if len(rounds) <= _MOST_DOTS else "",
+                markersize=3.5,
+                markeredgewidth=0,
+                label=method,
+            )
         _finish(axes, max((rounds for rounds, _ in lines.values()), key=len), "percent")
         figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
         return _svg(figure, name)
@@ -106,4 +124,4 @@ def _svg(figure: Figure, name: str) -> Markup:
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     opening = Markup('<svg role="img" aria-label="{}"').format(name)
-    return Markup(text[text.index("<svg"):].replace("<svg", opening, 1))
+    return Markup(text[text.index("<svg") :].replace("<svg", opening, 1))

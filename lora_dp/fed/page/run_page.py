@@ -83,17 +83,41 @@ def _curves(results: list[RoundResult], target: float | None) -> list[tuple[str,
         return []
     rounds = [result.round for result in evaluated]
     accuracy = [float(result.accuracy or 0) for result in evaluated]
-    found = [("Accuracy on validation data", figures.curve(
-        rounds, accuracy, kind="percent", name="Accuracy by round",
-        reference=(accuracy[0], f"before: {number_format.percent(accuracy[0])}")))]
+    found = [
+        (
+            "Accuracy on validation data",
+            figures.curve(
+                rounds,
+                accuracy,
+                kind="percent",
+                name="Accuracy by round",
+                reference=(accuracy[0], f"before: {number_format.percent(accuracy[0])}"),
+            ),
+        )
+    ]
     losses = [(result.round, result.loss) for result in results if result.loss is not None]
     if losses:
-        found.append(("Loss on validation data", figures.curve(
-            [at for at, _ in losses], [loss for _, loss in losses], colour=GREEN, name="Loss by round")))
+        found.append(
+            (
+                "Loss on validation data",
+                figures.curve(
+                    [at for at, _ in losses], [loss for _, loss in losses], colour=GREEN, name="Loss by round"
+                ),
+            )
+        )
     if target is not None:
-        found.append(("Worst client's ε", figures.curve(
-            [result.round for result in results], [result.epsilon for result in results], colour=ORANGE,
-            name="Worst client's ε by round", reference=(target, f"budget: {target:g}"))))
+        found.append(
+            (
+                "Worst client's ε",
+                figures.curve(
+                    [result.round for result in results],
+                    [result.epsilon for result in results],
+                    colour=ORANGE,
+                    name="Worst client's ε by round",
+                    reference=(target, f"budget: {target:g}"),
+                ),
+            )
+        )
     return found
 
 
@@ -102,15 +126,18 @@ def _traffic(results: list[RoundResult]) -> Any:
     if not trained:
         return None
     return figures.traffic(
-        [result.round for result in trained], [result.bytes_up for result in trained],
-        [result.bytes_down for result in trained])
+        [result.round for result in trained],
+        [result.bytes_up for result in trained],
+        [result.bytes_down for result in trained],
+    )
 
 
 def _failures(results: list[RoundResult]) -> dict[str, Any]:
     all_of_them = [(result.round, each) for result in results for each in result.failed]
     listed = [
         {"round": at, "client": each.get("client"), "reason": each.get("reason", "")}
-        for at, each in all_of_them[:MOST_FAILURES]]
+        for at, each in all_of_them[:MOST_FAILURES]
+    ]
     return {"count": len(all_of_them), "listed": listed}
 
 
@@ -119,13 +146,17 @@ def _ledger(account: dict[str, Any]) -> dict[str, Any]:
     clients = []
     for each in account.get("clients", []):
         entries = each.get("ledger", {}).get("entries", [])
-        clients.append({
-            "client": each.get("client"), "examples": each.get("examples"), "steps": each.get("steps"),
-            "epsilon": each.get("epsilon"),
-            # One kind of release a client, so far; several are listed one by one.
-            "sigma": [entry.get("noise_multiplier") for entry in entries],
-            "rate": [entry.get("sample_rate") for entry in entries],
-        })
+        clients.append(
+            {
+                "client": each.get("client"),
+                "examples": each.get("examples"),
+                "steps": each.get("steps"),
+                "epsilon": each.get("epsilon"),
+                # One kind of release a client, so far; several are listed one by one.
+                "sigma": [entry.get("noise_multiplier") for entry in entries],
+                "rate": [entry.get("sample_rate") for entry in entries],
+            }
+        )
     if len(clients) > MOST_CLIENTS:
         clients.sort(key=lambda each: float("inf") if each["epsilon"] is None else each["epsilon"], reverse=True)
     return {

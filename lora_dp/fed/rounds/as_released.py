@@ -48,7 +48,11 @@ def claimed_noise_multiplier(plan: PrivacyPlan, method: Method) -> float:
 
 
 def train_la_lora(
-    model: nn.Module, training: LocalTraining, plan: PrivacyPlan, method: Method, examples: Examples,
+    model: nn.Module,
+    training: LocalTraining,
+    plan: PrivacyPlan,
+    method: Method,
+    examples: Examples,
     on_step: Callable[[], None],
 ) -> None:
     """LA-LoRA's local steps, A and B by turns: the *batch* gradient of each tensor is clipped at the median of the

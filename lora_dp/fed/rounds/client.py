@@ -61,9 +61,7 @@ class Trainer:
     reproducible: bool = False
     on_turn: Callable[[int, PrivateOptimizer, PrivateDataLoader], None] | None = None
 
-    def train(
-        self, client: int, examples: Examples, task: Task, on_step: Callable[[], None] = lambda: None
-    ) -> Update:
+    def train(self, client: int, examples: Examples, task: Task, on_step: Callable[[], None] = lambda: None) -> Update:
         """One turn of a client.
 
         Args:
@@ -82,7 +80,8 @@ class Trainer:
         with self._generators(derived_seed(self.seed, Stream.TRAINING, *place)):
             if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
                 as_released.train_la_lora(
-                    self.workspace.model, self.training, self.plan, self.method, examples, on_step)
+                    self.workspace.model, self.training, self.plan, self.method, examples, on_step
+                )
             else:
                 try:
                     self._train_by_engine(examples, task, place, on_step)
@@ -171,7 +170,8 @@ class Trainer:
                     batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
                     # Of the step alone: how many batches before it were empty is secret.
                     perturbation = torch.Generator().manual_seed(
-                        derived_seed(self.seed, Stream.PERTURBATION, *place, step))
+                        derived_seed(self.seed, Stream.PERTURBATION, *place, step)
+                    )
                     with self.method.local_step(model, step, planned, perturbation):
                         scores = logits(model, batch, training.precision)
                         optimizer.backward(classification_loss(scores, batch["labels"]))
@@ -197,9 +197,14 @@ class Trainer:
     def _check_ledger(self, ledger: Ledger, planned: PoissonGaussian) -> None:
         """Raise RuntimeError unless the steps taken are those accounted for, at a rate that is not above theirs."""
         taken = ledger.entries
-        if len(taken) != 1 or taken[0][1] != self.plan.releases_per_turn or not (
+        if (
+            len(taken) != 1
+            or taken[0][1] != self.plan.releases_per_turn
+            or not (
                 taken[0][0].noise_multiplier >= planned.noise_multiplier
-                and taken[0][0].sample_rate <= planned.sample_rate):
+                and taken[0][0].sample_rate <= planned.sample_rate
+            )
+        ):
             raise RuntimeError("The steps that were taken are not those that the budget was planned for.")
 
     def _noised(self, trained: State, task: Task, event: PoissonGaussian, place: tuple[int, int, int]) -> State:
@@ -235,4 +240,3 @@ def _tried(recorder: Recorder, plan: PrivacyPlan) -> Iterator[None]:
 def _moved(start: Tensor, change: Tensor, regulator: Regulator | None) -> Tensor:
     restored = change if regulator is None else regulator.restored(change)
     return (start.double() + restored).to(start.dtype)
-

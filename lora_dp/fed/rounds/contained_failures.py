@@ -64,23 +64,34 @@ class Failures:
         where = f"Client {client}, round {round_index + 1}"
         if self.mixing:
             _LOG.error(
-                "%s: THE MODEL MIXES EXAMPLES, so that each was trained on by itself: choose another model. %s", where,
-                self._mixed)
+                "%s: THE MODEL MIXES EXAMPLES, so that each was trained on by itself: choose another model. %s",
+                where,
+                self._mixed,
+            )
         if self.examples:
             _LOG.error(
-                "%s: training failed %d times on an example, which contributed nothing; the first time: %s", where,
-                self.examples, self._first)
+                "%s: training failed %d times on an example, which contributed nothing; the first time: %s",
+                where,
+                self.examples,
+                self._first,
+            )
 
     @staticmethod
     def tell_whole(client: int, round_index: int, error: Exception) -> None:
         """The same of a turn that was given up as a whole."""
         _LOG.error(
-            "Client %d, round %d: training failed, and its update is that of a client without data: %s", client,
-            round_index + 1, described(error))
+            "Client %d, round %d: training failed, and its update is that of a client without data: %s",
+            client,
+            round_index + 1,
+            described(error),
+        )
 
 
 def accumulate(
-    optimizer: PrivateOptimizer, rows: Sequence[int], backward: Callable[[Sequence[int]], None], failures: Failures,
+    optimizer: PrivateOptimizer,
+    rows: Sequence[int],
+    backward: Callable[[Sequence[int]], None],
+    failures: Failures,
     size: int,
 ) -> None:
     """Adds the clipped gradients of these examples to the logical batch that ``optimizer.release()`` will noise.

@@ -88,9 +88,18 @@ class Federation:
     """
 
     def __init__(
-        self, trainer: Trainer, engine: Engine, sizes: Sequence[int], validation: Examples, *,
-        ranks: Sequence[int] | None = None, clients_per_round: int | None = None, weighting: str = "examples",
-        min_clients: int = 1, fault_norm: float = 1000.0, weights: Sequence[float] | None = None,
+        self,
+        trainer: Trainer,
+        engine: Engine,
+        sizes: Sequence[int],
+        validation: Examples,
+        *,
+        ranks: Sequence[int] | None = None,
+        clients_per_round: int | None = None,
+        weighting: str = "examples",
+        min_clients: int = 1,
+        fault_norm: float = 1000.0,
+        weights: Sequence[float] | None = None,
         origin: Origin | None = None,
     ) -> None:
         self.trainer, self.engine, self.validation = trainer, engine, validation
@@ -126,9 +135,17 @@ class Federation:
         chosen = config.federation
         assert chosen.weighting is not None
         return cls(
-            job.trainer, engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout), job.sizes,
-            job.validation, ranks=job.ranks, clients_per_round=chosen.clients_per_round, weighting=chosen.weighting,
-            min_clients=chosen.min_clients, fault_norm=chosen.fault_norm, weights=weights, origin=job.origin(config),
+            job.trainer,
+            engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout),
+            job.sizes,
+            job.validation,
+            ranks=job.ranks,
+            clients_per_round=chosen.clients_per_round,
+            weighting=chosen.weighting,
+            min_clients=chosen.min_clients,
+            fault_norm=chosen.fault_norm,
+            weights=weights,
+            origin=job.origin(config),
         )
 
     @property
@@ -152,7 +169,10 @@ class Federation:
         return draw_clients(eligible, self._per_round, rng)
 
     def run_round(
-        self, participants: Sequence[int] | None = None, on_step: Callable[[], None] = lambda: None, *,
+        self,
+        participants: Sequence[int] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+        *,
         evaluate: bool = True,
     ) -> RoundResult:
         """One round: every turn of its participants, and the server's combinations.
@@ -174,7 +194,8 @@ class Federation:
         if participants is not None and self.plan.server_adds_noise and self.plan.client_rate < 1:
             raise ValueError(
                 "With noise by the server ε rests on a secret draw of clients: leave participants out, or let "
-                "all clients take part in every round.")
+                "all clients take part in every round."
+            )
         drawn = self.draw() if participants is None else list(participants)
         if spent := set(drawn) - set(self.account.eligible()):
             raise PrivacyBudgetExceeded(f"Client {min(spent)} has spent its budget: it takes part in no more rounds.")
@@ -195,8 +216,16 @@ class Federation:
         seconds = None if secret else time.perf_counter() - begin
         phases = " ".join(dict.fromkeys(self.method.phases(index, turn) for turn in range(self.method.turns)))
         return RoundResult(
-            self.rounds_done, phases, None if self.plan.server_adds_noise else remaining, loss, accuracy,
-            self.account.worst_epsilon(exact=False), up, down, seconds, failed,
+            self.rounds_done,
+            phases,
+            None if self.plan.server_adds_noise else remaining,
+            loss,
+            accuracy,
+            self.account.worst_epsilon(exact=False),
+            up,
+            down,
+            seconds,
+            failed,
         )
 
     def _run_turns(
@@ -221,8 +250,9 @@ class Federation:
         """One exchange; returns bytes down and up, and who was left out."""
         server, plan = self.server, self.plan
         names = [n for n in self.workspace.names if self.method.trains(n, index, turn)]
-        noisy = NoisySum(plan, self.method, server.layers, server.state, index, turn) \
-            if plan.server_adds_noise else None
+        noisy = (
+            NoisySum(plan, self.method, server.layers, server.state, index, turn) if plan.server_adds_noise else None
+        )
         plain: Aggregation | None = None if noisy else self.method.aggregation()
         failed: list[dict[str, Any]] = []
         recorder = UpdateRecorder(drawn)
@@ -266,7 +296,9 @@ class Federation:
                 remedy = "Begin again with a lower lr"
             said, in_full = (
                 f"Round {index + 1} has too few usable updates: {arrived} of {len(drawn)}, min_clients is "
-                f"{self.min_clients} ({'; '.join(words[:3])}). {remedy}." for words in (reasons, details))
+                f"{self.min_clients} ({'; '.join(words[:3])}). {remedy}."
+                for words in (reasons, details)
+            )
             raise TooFewClients(said, in_full)
         if noisy is not None:
             mean = noisy.result(self.trainer.source(Stream.SERVER_NOISE, index, turn))
@@ -333,7 +365,8 @@ class Federation:
         except Exception as error:
             raise ValueError(
                 f"Training fails on validation data ({described(error)}): every client's change would be zero, and the "
-                "run noise alone. Choose another model.") from error
+                "run noise alone. Choose another model."
+            ) from error
 
     def evaluate(self) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""

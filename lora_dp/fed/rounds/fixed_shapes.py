@@ -76,8 +76,13 @@ class OneShape:
     """
 
     def __init__(
-        self, workspace: Workspace, optimizer: PrivateOptimizer, examples: Examples, batch_size: int,
-        precision: Precision, failures: Failures,
+        self,
+        workspace: Workspace,
+        optimizer: PrivateOptimizer,
+        examples: Examples,
+        batch_size: int,
+        precision: Precision,
+        failures: Failures,
     ) -> None:
         self._workspace, self._optimizer, self._examples = workspace, optimizer, examples
         self._precision, self._failures = precision, failures
@@ -97,8 +102,15 @@ class OneShape:
         model = self._workspace.model
         device = next(model.parameters()).device
         ranks = tuple(layer.r for layer in model.modules() if isinstance(layer, DPLoRALinear))
-        kind: Hashable = (self._rows, shape, ranks, self._optimizer.recorder.trained, self._precision, device,
-                          torch.get_num_threads())
+        kind: Hashable = (
+            self._rows,
+            shape,
+            ranks,
+            self._optimizer.recorder.trained,
+            self._precision,
+            device,
+            torch.get_num_threads(),
+        )
         known = self._workspace.rows_apart
         if kind not in known:
             known[kind] = self._try(shape, device)
@@ -121,31 +133,47 @@ class OneShape:
             # What made-up inputs have passed, private ones have not.
             self._optimizer.recorder.tested.clear()
             self._optimizer.activate()
-        _LOG.warning("Batches of %d rows cannot be given to this model, so each example is by itself, which takes "
-                     "longer: %s.", self._rows, reason)
+        _LOG.warning(
+            "Batches of %d rows cannot be given to this model, so each example is by itself, which takes longer: %s.",
+            self._rows,
+            reason,
+        )
         return False
 
     def _stays(self, shape: Shape, device: torch.device, generator: torch.Generator) -> bool:
         embedding = getattr(self._workspace.model, "get_input_embeddings", lambda: None)()
         vocabulary = getattr(embedding, "num_embeddings", 2)
         batch, others = (
-            {name: tensor.to(device) for name, tensor in
-             self._examples.made_up(self._rows, shape, vocabulary, generator).items()} for _ in range(2))
+            {
+                name: tensor.to(device)
+                for name, tensor in self._examples.made_up(self._rows, shape, vocabulary, generator).items()
+            }
+            for _ in range(2)
+        )
         labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
         place = torch.arange(self._rows, device=device)
         moved, even = place.roll(1), place % 2 == 0
-        joined = {name: torch.where(even.view(-1, *[1] * (tensor.dim() - 1)), tensor, _loud(others[name]))
-                  for name, tensor in batch.items()}
+        joined = {
+            name: torch.where(even.view(-1, *[1] * (tensor.dim() - 1)), tensor, _loud(others[name]))
+            for name, tensor in batch.items()
+        }
         companies = (
-            (batch, labels), ({name: tensor[moved] for name, tensor in batch.items()}, labels[moved]),
+            (batch, labels),
+            ({name: tensor[moved] for name, tensor in batch.items()}, labels[moved]),
             (joined, torch.where(even, labels, labels + 1)),
-            ({name: tensor[place * 0] for name, tensor in batch.items()}, labels[place * 0]))
+            ({name: tensor[place * 0] for name, tensor in batch.items()}, labels[place * 0]),
+        )
         with Ops(self._workspace.model, self._optimizer.recorder) as ops:
             found = [(self._found(*company), ops.taken()) for company in companies]
         kept, (_, done) = [tensors for tensors, _ in found], found[0]
-        return not ops.grouped and all(again == done for _, again in found) and all(
-            torch.equal(a[moved], b) and torch.equal(a[even], c[even]) and torch.equal(a[:1], d[:1])
-            for a, b, c, d in zip(*kept, strict=True))
+        return (
+            not ops.grouped
+            and all(again == done for _, again in found)
+            and all(
+                torch.equal(a[moved], b) and torch.equal(a[even], c[even]) and torch.equal(a[:1], d[:1])
+                for a, b, c, d in zip(*kept, strict=True)
+            )
+        )
 
     def _found(self, batch: Batch, labels: Tensor) -> list[Tensor]:
         """All that the private step would keep of each row."""
@@ -171,7 +199,8 @@ class Ops(TorchDispatchMode):
         self._hooks = (
             # Behind the hook that tries isolation.
             model.register_forward_pre_hook(lambda *_: self._set(not recorder.tried)),
-            model.register_forward_hook(lambda *_: self._set(False), prepend=True))
+            model.register_forward_hook(lambda *_: self._set(False), prepend=True),
+        )
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
@@ -184,8 +213,9 @@ class Ops(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._inside:
             given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-            self.grouped |= any(isinstance(value, Tensor) and name in _GROUPS
-                                for name, value in {**given, **(kwargs or {})}.items())
+            self.grouped |= any(
+                isinstance(value, Tensor) and name in _GROUPS for name, value in {**given, **(kwargs or {})}.items()
+            )
             self._done.append((func, *(tensor.shape for tensor in tensors_in((args, kwargs, result)))))
         return result
 

@@ -43,7 +43,10 @@ class Account:
     """
 
     def __init__(
-        self, plan: PrivacyPlan, sizes: Sequence[int], origin: Origin | None = None,
+        self,
+        plan: PrivacyPlan,
+        sizes: Sequence[int],
+        origin: Origin | None = None,
         events: Sequence[PoissonGaussian] | None = None,
     ) -> None:
         for client, size in enumerate(sizes):
@@ -106,14 +109,16 @@ class Account:
         shared = plan.server_adds_noise
         clients = []
         for client in range(1 if shared else len(self.sizes)):
-            clients.append({
-                "client": "all" if shared else client,
-                # With whole clients protected, how many examples one has is not public.
-                "examples": None if plan.unit == "client" and plan.private else int(self.sizes[client]),
-                "steps": self.releases(client),
-                "epsilon": finite(self.epsilon(client)),
-                "ledger": self.ledger(client).state_dict(),
-            })
+            clients.append(
+                {
+                    "client": "all" if shared else client,
+                    # With whole clients protected, how many examples one has is not public.
+                    "examples": None if plan.unit == "client" and plan.private else int(self.sizes[client]),
+                    "steps": self.releases(client),
+                    "epsilon": finite(self.epsilon(client)),
+                    "ledger": self.ledger(client).state_dict(),
+                }
+            )
         return {
             "unit": UNITS[plan.unit] if plan.private else None,
             "delta": plan.delta,
@@ -130,11 +135,17 @@ class Account:
         plan = self.plan
         hidden = plan.unit == "client" and plan.private
         return {
-            "unit": plan.unit, "delta": plan.delta, "epsilon": plan.epsilon, "mechanism": plan.mechanism,
-            "noise_by": plan.noise_by if hidden else None, "rounds": plan.rounds,
-            "releases_per_round": plan.releases_per_round, "planned_releases": plan.planned_releases,
-            "sizes": None if hidden else self.sizes.tolist(), "clients": len(self.sizes),
-            "events": [[e.noise_multiplier, e.sample_rate] for e in self._events.values()][:1 if hidden else None],
+            "unit": plan.unit,
+            "delta": plan.delta,
+            "epsilon": plan.epsilon,
+            "mechanism": plan.mechanism,
+            "noise_by": plan.noise_by if hidden else None,
+            "rounds": plan.rounds,
+            "releases_per_round": plan.releases_per_round,
+            "planned_releases": plan.planned_releases,
+            "sizes": None if hidden else self.sizes.tolist(),
+            "clients": len(self.sizes),
+            "events": [[e.noise_multiplier, e.sample_rate] for e in self._events.values()][: 1 if hidden else None],
             "options": None if self.origin is None else self.origin.options,
         }
 
@@ -180,8 +191,9 @@ class AheadLog:
 
     Args:
         path: of the file, one JSON object a line: the terms on which the rounds release, then the rounds; each with the
-            digest that chains it to those before (:mod:`lora_dp.hash_chain`). Which examples they release of stands in a
-            file beside it, in a digest that follows the terms': it says something of private data, as the log must not.
+            digest that chains it to those before (:mod:`lora_dp.hash_chain`). Which examples they release of stands in
+            a file beside it, in a digest that follows the terms': it says something of private data, as the log must
+            not.
 
     Attributes:
         run: what tells this run from all others, the digest of the log's first line; None before :meth:`begin`. Runs of
@@ -224,8 +236,10 @@ class AheadLog:
         """The terms in the first entry."""
         try:
             if (head["format"], head["version"]) != (_FORMAT, _VERSION):
-                raise LogError(f"The log {self.path} is of format {head['format']!r}, version "
-                               f"{head['version']!r}: go on with this run by the lora-dp that began it.")
+                raise LogError(
+                    f"The log {self.path} is of format {head['format']!r}, version "
+                    f"{head['version']!r}: go on with this run by the lora-dp that began it."
+                )
             return dict(head["terms"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, LogError):
@@ -236,7 +250,8 @@ class AheadLog:
         if different:
             raise LogError(
                 f"The run in {self.path.parent} was begun on other terms ({', '.join(different)} differ), and what it "
-                "has released cannot be counted on these: restore its config.yaml and its data, or begin a new run.")
+                "has released cannot be counted on these: restore its config.yaml and its data, or begin a new run."
+            )
 
     def _held_examples(self) -> str:
         try:
@@ -254,7 +269,8 @@ class AheadLog:
             if self._is_without_digests():
                 raise LogError(
                     f"The log {self.path} was written by an earlier lora-dp, without digests: go on with this run by "
-                    "that one, or begin a new run.") from error
+                    "that one, or begin a new run."
+                ) from error
             raise LogError(self._lost(str(error))) from error
 
     def _is_without_digests(self) -> bool:
@@ -342,5 +358,7 @@ class AheadLog:
             account.add_round(clients)
 
     def _lost(self, what: str) -> str:
-        return (f"The log {self.path} is not whole ({what}): what was released cannot be counted any more. Restore it "
-                "from a backup; do not go on with this run.")
+        return (
+            f"The log {self.path} is not whole ({what}): what was released cannot be counted any more. Restore it "
+            "from a backup; do not go on with this run."
+        )

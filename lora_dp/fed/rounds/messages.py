@@ -73,7 +73,9 @@ class Workspace:
         ranks = {layer.r for layer in self._adapted.values()}
         self.layers = Layers(
             {name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()},
-            max(ranks, default=0), config.alpha if config is not None else None)
+            max(ranks, default=0),
+            config.alpha if config is not None else None,
+        )
         # A change of rank keeps the parameters the same objects.
         self._parameters = exchanged_parameters(model)
         self._loaded: dict[str, Tensor] = {}

@@ -82,7 +82,8 @@ class PrivacyPlan:
         if adding != self.private:  # what claims an ε is noised, once
             raise ValueError(
                 f"unit {self.unit} with noise_by {self.noise_by} has {adding} parties that add noise, but a run "
-                f"{'with' if self.private else 'without'} privacy has {self.private:d}: correct unit and noise_by.")
+                f"{'with' if self.private else 'without'} privacy has {self.private:d}: correct unit and noise_by."
+            )
 
     def check(self, largest: int) -> None:
         """Raises ValueError where δ promises next to nothing.
@@ -94,7 +95,8 @@ class PrivacyPlan:
         if self.private and self.delta * count >= 1:
             raise ValueError(
                 f"delta {self.delta:g} promises nothing to one of {count} {what}, since all of one may be published "
-                f"with that probability: take one well below 1/{count}, for example 1e-5.")
+                f"with that probability: take one well below 1/{count}, for example 1e-5."
+            )
 
     @property
     def private(self) -> bool:
@@ -168,8 +170,9 @@ class PrivacyPlan:
         if not self.private:
             return PoissonGaussian(0.0, rate)
         assert self.epsilon is not None
-        return PoissonGaussian(calibrate_noise_multiplier(
-            self.epsilon, self.delta, rate, self.planned_releases, self.accountant), rate)
+        return PoissonGaussian(
+            calibrate_noise_multiplier(self.epsilon, self.delta, rate, self.planned_releases, self.accountant), rate
+        )
 
 
 def check_size(client: int, examples: object) -> None:
@@ -183,7 +186,8 @@ def check_size(client: int, examples: object) -> None:
         short = isinstance(examples, int | float) and abs(examples) < 10**20
         raise ValueError(
             f"client {client} announces {examples if short else 'another'} as its number of examples, which must be a "
-            f"whole number from 1 to {LARGEST_SIZE}: mend its data, or leave it out.")
+            f"whole number from 1 to {LARGEST_SIZE}: mend its data, or leave it out."
+        )
 
 
 def _rung(examples: int) -> int:

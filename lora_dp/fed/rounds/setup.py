@@ -76,9 +76,24 @@ def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
     """
     privacy, chosen = config.privacy, config.federation
     return PrivacyPlan(
-        privacy.target, privacy.delta, privacy.accountant, privacy.unit, privacy.noise_by, privacy.max_grad_norm,
-        privacy.max_update_norm, privacy.clipping, chosen.batch_size, chosen.local_steps, config.method.turns,
-        chosen.rounds, chosen.participations, chosen.client_rate, chosen.clients, privacy.mechanism, examples)
+        privacy.target,
+        privacy.delta,
+        privacy.accountant,
+        privacy.unit,
+        privacy.noise_by,
+        privacy.max_grad_norm,
+        privacy.max_update_norm,
+        privacy.clipping,
+        chosen.batch_size,
+        chosen.local_steps,
+        config.method.turns,
+        chosen.rounds,
+        chosen.participations,
+        chosen.client_rate,
+        chosen.clients,
+        privacy.mechanism,
+        examples,
+    )
 
 
 def open_job(
@@ -102,22 +117,32 @@ def open_job(
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
     splits = encode(raw, loaded.spec)
     parts = partition(
-        splits.train.labels.numpy(), chosen.clients, chosen.partition, alpha=chosen.dirichlet_alpha, seed=seed,
+        splits.train.labels.numpy(),
+        chosen.clients,
+        chosen.partition,
+        alpha=chosen.dirichlet_alpha,
+        seed=seed,
         # Who is alone has all, however few; that a client has few is not public where whole clients are protected.
-        **({"min_examples": 1} if chosen.clients == 1 else {}))
+        **({"min_examples": 1} if chosen.clients == 1 else {}),
+    )
     method = config.method
     optimization = config.optimization
     assert optimization.lr is not None and optimization.lr_ratio is not None
     assert optimization.low_pass is not None and optimization.low_pass_strength is not None
     training = LocalTraining(
-        optimization.optimizer, optimization.lr, optimization.lr_ratio,
-        None if optimization.low_pass == "none" else optimization.low_pass, optimization.low_pass_strength,
-        chosen.batch_size, chosen.local_steps, config.model.precision)
+        optimization.optimizer,
+        optimization.lr,
+        optimization.lr_ratio,
+        None if optimization.low_pass == "none" else optimization.low_pass,
+        optimization.low_pass_strength,
+        chosen.batch_size,
+        chosen.local_steps,
+        config.model.precision,
+    )
     plan = plan_of(config, len(splits.train))
     plan.check(max(len(part) for part in parts))
     _check_method(method, plan)
-    trainer = Trainer(
-        Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
+    trainer = Trainer(Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
     return Job(trainer, splits.train, parts, splits.validation, ranks)
 
 
@@ -132,13 +157,15 @@ def _check_method(method: Method, plan: PrivacyPlan) -> None:
     if plan.server_adds_noise and type(method.aggregation()) is not WeightedAverage:
         raise ValueError(
             f"{method.name} combines updates in its own way, but noise by the server is for sums: set noise_by client, "
-            "or unit example.")
+            "or unit example."
+        )
     for index in range(plan.rounds if method.regulates_noise and plan.private else 0):
         for turn in range(method.turns):
             if method.phases(index, turn) not in ("A", "B"):
                 raise ValueError(
                     f"{method.name} regulates its noise, which takes turns that train one factor, but turn {turn} of "
-                    f"round {index + 1} trains {method.phases(index, turn)}: switch regulates_noise off.")
+                    f"round {index + 1} trains {method.phases(index, turn)}: switch regulates_noise off."
+                )
 
 
 def _device(name: str) -> torch.device:

@@ -68,8 +68,9 @@ class UpdateRecorder:
         if self._places[client] >= min(MOST_UPDATES, MOST_BYTES // max(size, 1)):
             self._left_out += 1
             return
-        change = torch.cat([
-            (update[name].detach().cpu().double() - start[name].detach().cpu().double()).flatten() for name in names])
+        change = torch.cat(
+            [(update[name].detach().cpu().double() - start[name].detach().cpu().double()).flatten() for name in names]
+        )
         norm = float(change.norm())
         shapes = [(name, update[name].shape) for name in names]
         row = [
@@ -198,8 +199,9 @@ def _impulse_energy(low_pass: Filter, shape: tuple[int, int], patterns: Tensor) 
         radius = math.ceil(4 * low_pass.strength)
         inner = length - 2 * radius
         ends = [*range(radius), *range(length - radius, length)]
-        places, weights = ([radius, *ends], [inner] + [1] * len(ends)) if inner > 0 else (
-            list(range(length)), [1] * length)
+        places, weights = (
+            ([radius, *ends], [inner] + [1] * len(ends)) if inner > 0 else (list(range(length)), [1] * length)
+        )
     total = 0.0
     for place, weight in zip(places, weights, strict=True):
         for pattern in patterns:

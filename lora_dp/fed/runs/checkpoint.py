@@ -66,7 +66,8 @@ def read(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if head.get("format") != _FORMAT or head.get("version") != _VERSION:
             raise DamagedCheckpoint(
                 f"The checkpoint {stem} is of format {head.get('format')!r}, version {head.get('version')!r}: read it "
-                "with the lora-dp that wrote it.")
+                "with the lora-dp that wrote it."
+            )
         if _digest(data, json.dumps(head["numbers"], sort_keys=True)) != head["digest"]:
             raise DamagedCheckpoint(f"The checkpoint {stem} is damaged: its content does not match its digest.")
         return load(data), head["numbers"]
@@ -92,5 +93,6 @@ def newest(folder: Path) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | Non
     if found:
         raise DamagedCheckpoint(
             f"No checkpoint in {folder / FOLDER} is whole ({problems[0]}): restore one from a backup, or run anew with "
-            "another --output.")
+            "another --output."
+        )
     return None, problems

@@ -114,7 +114,8 @@ class RunFolder:
         results = [result for result in read_results(self.path) if result.round <= last]
         if [result.round for result in results] != list(range(last + 1)):
             raise ValueError(
-                f"{self.path / METRICS} lacks rounds before the checkpoint (round {last}): restore it from a backup.")
+                f"{self.path / METRICS} lacks rounds before the checkpoint (round {last}): restore it from a backup."
+            )
         write_atomically(self.path / METRICS, "".join(_line(result) for result in results))
         updates = self.path / UPDATES
         if updates.exists():
@@ -148,7 +149,8 @@ def _check_empty(path: Path) -> None:
     if (path / LOG).exists():
         raise ValueError(
             f"{path} holds the log of a run, which a new one would not count: choose another --output, or restore that "
-            "run's config.yaml and resume it.")
+            "run's config.yaml and resume it."
+        )
 
 
 def read_config(path: Path) -> RunConfig:
@@ -161,7 +163,8 @@ def read_config(path: Path) -> RunConfig:
         options = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{path} holds no run (config.yaml is missing or cannot be read): name a run's folder.") from error
+            f"{path} holds no run (config.yaml is missing or cannot be read): name a run's folder."
+        ) from error
     if not isinstance(options, dict):
         raise ValueError(f"{path / 'config.yaml'} is no configuration of a run: restore it from a backup.")
     return RunConfig.from_flat({**options, "output": path})
@@ -193,8 +196,13 @@ def _line(result: RoundResult) -> str:
 
 def _fresh(config: RunConfig) -> Path:
     target = config.privacy.kept
-    budget = "as-released" if config.privacy.mechanism == "as-released" else "no-privacy" if target is None else \
-        f"eps{target:g}"
+    budget = (
+        "as-released"
+        if config.privacy.mechanism == "as-released"
+        else "no-privacy"
+        if target is None
+        else f"eps{target:g}"
+    )
     method = config.federation.method.replace(":", "-")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{budget}"
     candidates: Sequence[Path] = [Path("runs") / (name + (f"-{i}" if i else "")) for i in range(1000)]

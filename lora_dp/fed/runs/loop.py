@@ -49,7 +49,8 @@ def go_on(config: RunConfig, federation: Federation, folder: RunFolder, console:
         if found is not None and found[1].get("run") not in (None, folder.log.run):  # earlier versions did not say
             raise ValueError(
                 f"The checkpoint of round {done} in {folder.path} is of another run, whose releases this one's log "
-                "does not count: restore one of this run's own, or begin a new run.")
+                "does not count: restore one of this run's own, or begin a new run."
+            )
         results = folder.keep_rounds(done if found is not None else -1)
     return drive(config, federation, folder, report, results)
 

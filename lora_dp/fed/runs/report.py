@@ -64,8 +64,11 @@ def summarise(
         "accountant": config.privacy.accountant,
         "privacy_unit": account["unit"],
         "noise_multiplier": {"smallest": min(noise), "largest": max(noise)} if noise else None,
-        "public": None if config.privacy.kept is None else
-        PUBLIC if config.privacy.unit == "example" else PUBLIC_CLIENTS,
+        "public": None
+        if config.privacy.kept is None
+        else PUBLIC
+        if config.privacy.unit == "example"
+        else PUBLIC_CLIENTS,
         "bytes_up": sum(result.bytes_up for result in results),
         "bytes_down": sum(result.bytes_down for result in results),
         "failed_clients": None if secret else sum(len(result.failed) for result in results),
@@ -97,8 +100,15 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
         accuracy = [result.accuracy for result in results if result.accuracy is not None]
         axes[0].axhline(accuracy[0], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
         axes[0].annotate(
-            f"before: {accuracy[0]:.1%}", (rounds[-1], accuracy[0]), xytext=(0, 3), textcoords="offset points",
-            ha="right", va="bottom", color=QUIET, fontsize=9)
+            f"before: {accuracy[0]:.1%}",
+            (rounds[-1], accuracy[0]),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color=QUIET,
+            fontsize=9,
+        )
         _curve(axes[0], evaluated, accuracy, BLUE, f"{accuracy[-1]:.1%}")
         axes[0].set_title("Accuracy on validation data")
         axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -106,8 +116,15 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
             epsilon = [result.epsilon for result in results]
             axes[1].axhline(target, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
             axes[1].annotate(
-                f"budget: {target:g}", (0, target), xytext=(0, 4),
-                textcoords="offset points", ha="left", va="bottom", color=QUIET, fontsize=9)
+                f"budget: {target:g}",
+                (0, target),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="left",
+                va="bottom",
+                color=QUIET,
+                fontsize=9,
+            )
             _curve(axes[1], rounds, epsilon, ORANGE, f"{epsilon[-1]:.3g}")
             axes[1].set_title(f"Worst client's ε at δ = {config.privacy.delta:g}")
             axes[1].set_ylim(0, max(*epsilon, target) * 1.12)
@@ -119,7 +136,12 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
         marks = "".join(f" · {words}" for words in marks_of(**notes(config)))
         figure.suptitle(
             f"{config.federation.method} · {config.model.name} on {config.data.dataset} · "
-            f"{config.federation.clients} clients{marks}", fontsize=10, color=QUIET, x=0.01, ha="left")
+            f"{config.federation.clients} clients{marks}",
+            fontsize=10,
+            color=QUIET,
+            x=0.01,
+            ha="left",
+        )
         figure.savefig(path)
 
 
@@ -127,7 +149,8 @@ def _curve(axis: Any, x: Sequence[int], y: Sequence[float], colour: str, label: 
     axis.plot(x, y, color=colour, linewidth=2, marker="o", markersize=3.5, markeredgewidth=0)
     axis.fill_between(x, y, min(y), color=colour, alpha=0.08, linewidth=0)
     axis.annotate(
-        label, (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="center", color=colour, weight="bold")
+        label, (x[-1], y[-1]), xytext=(0, 8), textcoords="offset points", ha="center", color=colour, weight="bold"
+    )
 
 
 class ConsoleReport:
@@ -136,8 +159,14 @@ class ConsoleReport:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(compact=True), console=console, transient=True, disable=not console.is_terminal)
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._task: TaskID | None = None
         self._per_round, self._begin = 0, time.monotonic()
 
@@ -147,23 +176,29 @@ class ConsoleReport:
         noise = used_noise(federation)
         target, chosen = config.privacy.target, config.federation
         whole_clients = federation.plan.private and federation.plan.unit == "client"
-        private = f"{len(sizes)} clients" if whole_clients else \
-            f"{sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each)"
+        private = (
+            f"{len(sizes)} clients"
+            if whole_clients
+            else f"{sum(sizes)} private examples at {len(sizes)} clients ({_span(sizes, 'd')} each)"
+        )
         self._print(
             f"[bold]{chosen.method}[/] · {config.model.name}, r = {_span(federation.ranks, 'd')} · "
-            f"{config.data.dataset}: {private}, {len(federation.validation)} to validate on")
+            f"{config.data.dataset}: {private}, {len(federation.validation)} to validate on"
+        )
         if target is None:
             self._print("[yellow]no privacy[/] (ε = ∞): nothing is clipped, no noise is added")
         elif config.privacy.mechanism == "as-released":
             self._print(
                 f"[yellow]{AS_RELEASED}[/]; its noise (σ = {_span(noise, '.3g')}) is set as if for "
-                f"ε = {target:g} at δ = {config.privacy.delta:g}")
+                f"ε = {target:g} at δ = {config.privacy.delta:g}"
+            )
         else:
             privacy = config.privacy
             how = f"{privacy.clipping} clipping" if privacy.unit == "example" else f"added by the {privacy.noise_by}"
             self._print(
                 f"ε = {target:g} at δ = {privacy.delta:g} for {UNITS[privacy.unit]}; noise multiplier "
-                f"{_span(noise, '.3g')}, {how}")
+                f"{_span(noise, '.3g')}, {how}"
+            )
         self._per_round = (chosen.clients_per_round or chosen.clients) * chosen.local_steps * federation.method.turns
         self._task = self.progress.add_task("round 1", total=chosen.rounds * self._per_round)
 

@@ -69,8 +69,11 @@ def is_by_example(leaf: Any, n: int) -> bool:
 
 def of_whole_batch(tree: Any, n: int) -> list[Tensor]:
     """Tensors that hold rows of all examples together: no entry for each example, and no single row to broadcast."""
-    return [leaf for _, leaf in named_leaves(tree)
-            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] not in (n, 1)]
+    return [
+        leaf
+        for _, leaf in named_leaves(tree)
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] not in (n, 1)
+    ]
 
 
 def is_index(leaf: Tensor) -> bool:
@@ -89,8 +92,10 @@ def even(values: Tensor) -> bool:
 
 def take(tree: Any, rows: Sequence[int], n: int) -> Any:
     """The same call for these examples alone, in this order; what is not by example stays."""
+
     def part(leaf: Any) -> Any:
         return leaf[torch.tensor(rows, device=leaf.device)] if is_by_example(leaf, n) else leaf
+
     return pytree.tree_map(part, tree)
 
 
@@ -108,13 +113,17 @@ def doubled(tree: Any, n: int) -> Any:
             if int(leaf.min()) >= -1 and int(leaf.max()) == n - 1:
                 return torch.cat([leaf, torch.where(leaf < 0, leaf, leaf + n)])
         return torch.cat([leaf, leaf])
+
     return pytree.tree_map(twice, tree)
 
 
 def without_nan(values: Tensor) -> Tensor:
     """The same values, NaN as a number that equals itself: padding may be NaN, as any other value."""
-    return values.nan_to_num(torch.finfo(values.dtype).max / 3, torch.inf, -torch.inf) \
-        if values.is_floating_point() else values
+    return (
+        values.nan_to_num(torch.finfo(values.dtype).max / 3, torch.inf, -torch.inf)
+        if values.is_floating_point()
+        else values
+    )
 
 
 def widths(tree: Any, n: int) -> Hashable:
@@ -124,12 +133,14 @@ def widths(tree: Any, n: int) -> Hashable:
 
 def changed(tree: Any, n: int) -> Any:
     """Other examples, as a model would take them: other numbers, and tokens that stand in the batch themselves."""
+
     def other(leaf: Any) -> Any:
         if is_by_example(leaf, n) and leaf.is_floating_point():
             return leaf * 1.5 + 0.25
         if is_by_example(leaf, n) and leaf.dim() == 1 and leaf.dtype != torch.bool:
             return torch.where(leaf > 0, leaf - 1, torch.where(leaf == 0, 1, leaf))  # an id or a label beside it
         return leaf[..., :1].expand_as(leaf) if is_by_example(leaf, n) and leaf.dim() > 1 else leaf
+
     return pytree.tree_map(other, tree)
 
 
@@ -139,8 +150,12 @@ def beside_noise(tree: Any, n: int, seed: int) -> Any:
 
     def other(leaf: Any) -> Any:
         nonlocal found
-        if not is_by_example(leaf, n) or leaf.dim() < 2 or not leaf.is_floating_point() or bool(
-                ((leaf == 0) | (leaf == 1)).all()):
+        if (
+            not is_by_example(leaf, n)
+            or leaf.dim() < 2
+            or not leaf.is_floating_point()
+            or bool(((leaf == 0) | (leaf == 1)).all())
+        ):
             return leaf
         found = True
         noisy = leaf.clone()  # of the same strides, by which kernels are chosen, and so their rounding

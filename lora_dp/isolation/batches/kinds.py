@@ -83,7 +83,8 @@ def _shares(name: str, leaf: Tensor, n: int) -> list[tuple[Tensor, Tensor]]:
 def _marks(name: str, leaf: Tensor) -> bool:
     """Whether it says of each token how much it counts."""
     return any(word in name for word in ("mask", "weight")) or (
-        (leaf.is_floating_point() or leaf.dtype == torch.bool) and bool(((leaf == 0) | (leaf == 1)).all()))
+        (leaf.is_floating_point() or leaf.dtype == torch.bool) and bool(((leaf == 0) | (leaf == 1)).all())
+    )
 
 
 def _has_reach(name: str, leaf: Tensor) -> bool:

@@ -42,10 +42,14 @@ class EntryList:
 
 
 pytree.register_pytree_node(
-    EntryList, lambda node: ([node.places, node.sizes], node.entries),
+    EntryList,
+    lambda node: ([node.places, node.sizes], node.entries),
     lambda tensors, entries: EntryList(entries, *tensors),
     flatten_with_keys_fn=lambda node: (
-        [(pytree.MappingKey("places"), node.places), (pytree.MappingKey("sizes"), node.sizes)], node.entries))
+        [(pytree.MappingKey("places"), node.places), (pytree.MappingKey("sizes"), node.sizes)],
+        node.entries,
+    ),
+)
 
 
 def _copied(leaf: Any) -> Any:
@@ -81,13 +85,18 @@ def _lists_as_tensors(tree: Any, n: int, others: Set[str], above: str, call: Set
             return torch.tensor(node, dtype=torch.int64 if whole else torch.float64).as_subclass(NumberList)
         if name not in others and not _of_whole_batch(node, n):
             entries = list(node.values()) if isinstance(node, dict) else list(node)
-            return EntryList(node, torch.tensor(_first_places(entries)),
-                             torch.tensor([_size(entry) for entry in entries]).as_subclass(EntrySizes))
+            return EntryList(
+                node,
+                torch.tensor(_first_places(entries)),
+                torch.tensor([_size(entry) for entry in entries]).as_subclass(EntrySizes),
+            )
         if isinstance(node, np.ndarray):
             return node
         return pytree.tree_map_with_path(
-            lambda path, part: _lists_as_tensors(part, n, others, name + pytree.keystr(path)), node,
-            is_leaf=lambda part: part is not node)
+            lambda path, part: _lists_as_tensors(part, n, others, name + pytree.keystr(path)),
+            node,
+            is_leaf=lambda part: part is not node,
+        )
 
     return pytree.tree_map_with_path(one, tree, is_leaf=is_entries)
 
@@ -108,14 +117,21 @@ def _is_number(entry: Any) -> bool:
 def _first_places(entries: list[Any]) -> list[int]:
     """For each entry the place of the first that equals it, so that examples of one name are known."""
     firsts: dict[Any, int] = {}
-    return [firsts.setdefault((type(entry), entry), place) if isinstance(entry, str | bytes | int) else place
-            for place, entry in enumerate(entries)]
+    return [
+        firsts.setdefault((type(entry), entry), place) if isinstance(entry, str | bytes | int) else place
+        for place, entry in enumerate(entries)
+    ]
 
 
 def _size(entry: Any) -> int:
     """How much an entry holds, by which a model pads it; -1 for nothing."""
-    return sum(len(part) if isinstance(part, str | bytes) else part.numel() if isinstance(part, Tensor) else 1
-               for part in _parts(entry)) or -1
+    return (
+        sum(
+            len(part) if isinstance(part, str | bytes) else part.numel() if isinstance(part, Tensor) else 1
+            for part in _parts(entry)
+        )
+        or -1
+    )
 
 
 def _parts(tree: Any) -> Iterator[Any]:
@@ -137,17 +153,21 @@ def _of_whole_batch(entries: Any, n: int) -> bool:
 
 def has_lists(tree: Any) -> bool:
     """Whether a call has lists that were made tensors."""
-    return any(isinstance(node, EntryList | NumberList) for node in pytree.tree_leaves(
-        tree, is_leaf=lambda node: isinstance(node, EntryList)))
+    return any(
+        isinstance(node, EntryList | NumberList)
+        for node in pytree.tree_leaves(tree, is_leaf=lambda node: isinstance(node, EntryList))
+    )
 
 
 def _of_another_length(tree: Any, n: int, call: Set[int]) -> set[str]:
     """Names of the lists in a call, taken apart, that have not ``n`` entries."""
+
     def is_other(node: Any) -> bool:
         return id(node) not in call and _is_list(node) and len(node) != n
 
-    return {pytree.keystr(path) for path, node in pytree.tree_flatten_with_path(tree, is_leaf=is_other)[0]
-            if is_other(node)}
+    return {
+        pytree.keystr(path) for path, node in pytree.tree_flatten_with_path(tree, is_leaf=is_other)[0] if is_other(node)
+    }
 
 
 def other_lists(tree: Any, n: int, name: str = "") -> list[str]:
@@ -160,6 +180,7 @@ def other_lists(tree: Any, n: int, name: str = "") -> list[str]:
 
 def as_lists(tree: Any) -> Any:
     """The call as a model takes it."""
+
     def one(node: Any) -> Any:
         if isinstance(node, EntryList):
             return node.chosen()

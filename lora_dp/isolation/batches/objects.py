@@ -32,22 +32,64 @@ class Settings(tuple[Any, ...]):
 
 # What is a setting or code; numbers and texts are looked at elsewhere.
 WHOLE = (
-    str, int, float, types.NoneType, numbers.Number, np.generic, bytes, Enum, Settings, range, datetime.date,
-    datetime.time, datetime.timedelta, datetime.tzinfo, uuid.UUID, os.PathLike, re.Pattern, logging.Logger,
-    types.EllipsisType, types.NotImplementedType, torch.dtype, torch.device, torch.layout, torch.memory_format,
-    np.dtype, torch.Generator, nn.Module, type, types.GenericAlias, types.UnionType, types.ModuleType,
-    types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodDescriptorType,
-    types.ClassMethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, functools.partial,
-    functools._lru_cache_wrapper, operator.attrgetter, operator.itemgetter, operator.methodcaller, np.ufunc,
-    torch._ops.OperatorBase, torch._ops.OpOverloadPacket, weakref.ReferenceType)
+    str,
+    int,
+    float,
+    types.NoneType,
+    numbers.Number,
+    np.generic,
+    bytes,
+    Enum,
+    Settings,
+    range,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    datetime.tzinfo,
+    uuid.UUID,
+    os.PathLike,
+    re.Pattern,
+    logging.Logger,
+    types.EllipsisType,
+    types.NotImplementedType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    np.dtype,
+    torch.Generator,
+    nn.Module,
+    type,
+    types.GenericAlias,
+    types.UnionType,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    functools.partial,
+    functools._lru_cache_wrapper,
+    operator.attrgetter,
+    operator.itemgetter,
+    operator.methodcaller,
+    np.ufunc,
+    torch._ops.OperatorBase,
+    torch._ops.OpOverloadPacket,
+    weakref.ReferenceType,
+)
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 # Arrays whose rows are all that they hold: others have a mask, a unit or another product.
 _ARRAYS = (np.ndarray, np.memmap)
 # How deep objects in objects are taken apart, and how many: those that know each other are met again and again.
 _DEPTH = 8
 _OPENED, _TIMES = 10_000, 100
-_TANGLED = ("The model was given objects, lists or dicts that hold each other, too often to be taken apart by example: "
-            "pass tensors, or lists or dicts of them.")
+_TANGLED = (
+    "The model was given objects, lists or dicts that hold each other, too often to be taken apart by example: "
+    "pass tensors, or lists or dicts of them."
+)
 # Dicts of so many settings, such as a vocabulary, are one: each would be looked at in every pass.
 _MANY = 64
 _SETTINGS = {int, float, complex, bool, str, bytes, types.NoneType}
@@ -98,12 +140,17 @@ def _opened(like: Any, entries: dict[Any, Any]) -> Opened:
 
 
 pytree.register_pytree_node(
-    Opened, lambda node: (list(node.values()), (node.like, list(node))),
+    Opened,
+    lambda node: (list(node.values()), (node.like, list(node))),
     lambda values, context: _opened(context[0], dict(zip(context[1], values, strict=True))),
     flatten_with_keys_fn=lambda node: (
-        [(pytree.MappingKey(key), value) for key, value in node.items()], (node.like, list(node))))
+        [(pytree.MappingKey(key), value) for key, value in node.items()],
+        (node.like, list(node)),
+    ),
+)
 pytree.register_pytree_node(
-    Again, lambda node: ([], node.like), lambda _, like: Again(like), flatten_with_keys_fn=lambda node: ([], node.like))
+    Again, lambda node: ([], node.like), lambda _, like: Again(like), flatten_with_keys_fn=lambda node: ([], node.like)
+)
 
 
 def take_apart(tree: Any) -> Any:
@@ -155,6 +202,7 @@ class _Walk:
             if self.opened > _OPENED + _TIMES * len(self.known):
                 raise IsolationError(_TANGLED)
             return _opened(leaf, self.apart(entries, (*around, id(leaf))))
+
         return pytree.tree_map(one, tree, is_leaf=self.is_one_setting)
 
     def is_one_setting(self, node: Any) -> bool:
@@ -171,8 +219,13 @@ def tensor_of(array: np.ndarray) -> Tensor | None:
     if array.dtype.kind not in "biufc" or type(array) not in _ARRAYS:
         return None
     wide = array.dtype.kind == "u" and array.dtype.itemsize > 1
-    dtype = np.dtype(np.int64) if wide else np.dtype(np.float64) if array.dtype == np.longdouble else (
-        array.dtype.newbyteorder("="))
+    dtype = (
+        np.dtype(np.int64)
+        if wide
+        else np.dtype(np.float64)
+        if array.dtype == np.longdouble
+        else (array.dtype.newbyteorder("="))
+    )
     return torch.from_numpy(array.astype(dtype, order="C"))
 
 
@@ -202,8 +255,11 @@ def _attributes(leaf: Any) -> dict[str, Any] | None:
 
 def _base(like: Any) -> Any:
     """The class of Python that keeps what is no attribute."""
-    return next(base for base in (collections.OrderedDict, collections.defaultdict, dict, types.SimpleNamespace, object)
-                if issubclass(type(like), base))
+    return next(
+        base
+        for base in (collections.OrderedDict, collections.defaultdict, dict, types.SimpleNamespace, object)
+        if issubclass(type(like), base)
+    )
 
 
 def _empty(like: Any) -> Any:
@@ -233,6 +289,7 @@ def _together(tree: Any, made: dict[int, Any]) -> Any:
         if isinstance(node, Again):
             return made.get(id(node.like), node.like)
         return _whole(node, made) if isinstance(node, Opened) else node
+
     return pytree.tree_map(one, tree, is_leaf=lambda node: isinstance(node, Opened | Again))
 
 
@@ -266,7 +323,8 @@ def check_opened(tree: Any) -> None:
         kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
         raise IsolationError(
             f"The model was given a {kind} ({pytree.keystr(path)}), which cannot be taken apart by example, so that "
-            "nobody can try whether examples meet by it: pass tensors, or lists or dicts of them.")
+            "nobody can try whether examples meet by it: pass tensors, or lists or dicts of them."
+        )
 
 
 def _holds_texts(leaf: Any) -> bool:

@@ -50,8 +50,10 @@ def _rooms(tree: Any, n: int, by_runs: bool | Literal["whole numbers"]) -> Itera
     Each by itself: a mask of ones says nothing against the zeros that end the rows beside it.
     """
     # Where a mask knows of padding, it tells all: a text may end in one word twice, an image in black.
-    told = any(is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
-               for name, leaf in named_leaves(tree))
+    told = any(
+        is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
+        for name, leaf in named_leaves(tree)
+    )
     for name, leaf in named_leaves(tree):
         if not is_by_example(leaf, n) or not leaf.numel():
             continue
@@ -183,12 +185,21 @@ def cut(tree: Any, name: str, place: int, size: int, kept: slice, way: Way = "pl
             cut off, as in adjacency (N, T, T); "all" for whatever has that size, in the tensor itself
             if it is a mask.
     """
+
     def one(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, Table):
-            return Table(_kept(leaf.tensor, [
-                dimension for dimension in range(leaf.tensor.dim())
-                if way != "plain" and dimension not in leaf.free and leaf.tensor.shape[dimension] == size], kept),
-                leaf.free)
+            return Table(
+                _kept(
+                    leaf.tensor,
+                    [
+                        dimension
+                        for dimension in range(leaf.tensor.dim())
+                        if way != "plain" and dimension not in leaf.free and leaf.tensor.shape[dimension] == size
+                    ],
+                    kept,
+                ),
+                leaf.free,
+            )
         if not isinstance(leaf, Tensor):
             return leaf
         own, masks = pytree.keystr(path) == name, "mask" in pytree.keystr(path)
@@ -201,9 +212,13 @@ def cut(tree: Any, name: str, place: int, size: int, kept: slice, way: Way = "pl
         same = [dimension for dimension in range(1, leaf.dim()) if leaf.shape[dimension] == size]
         chosen = [dimension for dimension in same if goes_with(dimension)]
         if chosen and way != "plain":
-            chosen += [dimension for dimension in same if dimension not in chosen
-                       and _ends_alike(_kept(leaf, chosen, kept), dimension, kept)]
+            chosen += [
+                dimension
+                for dimension in same
+                if dimension not in chosen and _ends_alike(_kept(leaf, chosen, kept), dimension, kept)
+            ]
         return _kept(leaf, chosen, kept)
+
     return pytree.tree_map_with_path(one, tree)
 
 

@@ -27,8 +27,11 @@ class Keyword(str):
 
 def shared_in(tree: Any, n: int) -> dict[str, Any]:
     """By name, what has no entry for each of ``n`` examples, and no rows of all of them."""
-    return {pytree.keystr(path): leaf.tensor if isinstance(leaf, Table) else leaf
-            for path, leaf in pytree.tree_flatten_with_path(tree)[0] if not _is_rows(leaf, n)}
+    return {
+        pytree.keystr(path): leaf.tensor if isinstance(leaf, Table) else leaf
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+        if not _is_rows(leaf, n)
+    }
 
 
 def _is_rows(leaf: Any, n: int) -> bool:
@@ -38,6 +41,7 @@ def _is_rows(leaf: Any, n: int) -> bool:
 def with_shared(call: Any, values: Mapping[str, Any]) -> Any:
     """The same call (args, kwargs, …) with these in place of its own, by name; or with a :class:`Keyword` more, or
     without one that is to be :data:`ABSENT`."""
+
     def one(path: Any, leaf: Any) -> Any:
         value = values.get(pytree.keystr(path), leaf)
         return Table(value, leaf.free) if isinstance(leaf, Table) and isinstance(value, Tensor) else value
@@ -68,8 +72,10 @@ class SharedArguments:
                 found[name] = before
         if n < 2:
             return found
-        given = {name: _ROWS if any(_is_rows(leaf, n) for leaf in pytree.tree_leaves(value)) else value
-                 for name, value in _given(call[1], "[1]")}
+        given = {
+            name: _ROWS if any(_is_rows(leaf, n) for leaf in pytree.tree_leaves(value)) else value
+            for name, value in _given(call[1], "[1]")
+        }
         if self._given is None:
             self._given, self._keywords = given, set(call[1])
         for name in sorted(given.keys() ^ self._given.keys()):
@@ -78,7 +84,8 @@ class SharedArguments:
                 raise IsolationError(
                     f"The argument {name} is given in some batches and not in others, so that what one example has "
                     "decides for all how the model computes: give it in every batch, with a value of its own (zeros, "
-                    "say) for examples that have none.")
+                    "say) for examples that have none."
+                )
             found |= {Keyword(key): earlier for key in call[1].keys() | self._keywords if name == f"[1][{key!r}]"}
         return found
 

@@ -55,8 +55,11 @@ class Sizes:
 
     def look(self, call: Any, n: int) -> Seen:
         """Take up the sizes of a call with ``n`` examples, which may be none, and say what is known by now."""
-        shapes = {pytree.keystr(path): tuple(leaf.shape) for path, leaf in pytree.tree_flatten_with_path(call)[0]
-                  if isinstance(leaf, Tensor) and leaf.dim()}
+        shapes = {
+            pytree.keystr(path): tuple(leaf.shape)
+            for path, leaf in pytree.tree_flatten_with_path(call)[0]
+            if isinstance(leaf, Tensor) and leaf.dim()
+        }
         tables: dict[str, frozenset[int]] = {}
         if n:
             self._numbers.add(n)
@@ -68,8 +71,12 @@ class Sizes:
                     tables[name] = frozenset(free)
                 elif shape[0] == n:
                     self._compare(name, shape)
-        sideways = {name: place for name, shape in shapes.items() if n and shape[0] != n
-                    for place in self._following(name, shape, n)}
+        sideways = {
+            name: place
+            for name, shape in shapes.items()
+            if n and shape[0] != n
+            for place in self._following(name, shape, n)
+        }
         return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists, sideways)
 
     def _following(self, name: str, shape: tuple[int, ...], n: int) -> set[int]:

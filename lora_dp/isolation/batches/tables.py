@@ -24,9 +24,11 @@ class Table:
 
 def set_apart(tree: Any, tables: Mapping[str, frozenset[int]]) -> Any:
     """The same call with those named as :class:`Table`."""
+
     def one(path: Any, leaf: Any) -> Any:
         free = tables.get(pytree.keystr(path))
         return leaf if free is None or not isinstance(leaf, Tensor) else Table(leaf, free)
+
     return pytree.tree_map_with_path(one, tree) if tables else tree
 
 

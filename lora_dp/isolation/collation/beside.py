@@ -24,26 +24,41 @@ def check_shared(few: Few) -> None:
     some, others, collated, base, twice = few.some, few.others, few.collated, few.base, few.twice
     # With all of them twice, widths stay: what then has another shape are rows, be it of some examples alone.
     m, longer, grown = len(some), values(twice), _grown(base, twice)
-    shared = {name: leaf for name, leaf in values(base).items() if leaf.is_floating_point() and name in longer
-              and leaf.shape == longer[name].shape and grown.isdisjoint(lists_around(name))}
+    shared = {
+        name: leaf
+        for name, leaf in values(base).items()
+        if leaf.is_floating_point()
+        and name in longer
+        and leaf.shape == longer[name].shape
+        and grown.isdisjoint(lists_around(name))
+    }
     if not shared:
         return
     again = values(collated(some))  # what changes by itself, such as a time, tells of nobody
-    steady = {name: close(leaf, again[name]) for name, leaf in shared.items()
-              if name in again and leaf.shape == again[name].shape}
+    steady = {
+        name: close(leaf, again[name])
+        for name, leaf in shared.items()
+        if name in again and leaf.shape == again[name].shape
+    }
     for number in range(max(m, min(len(others), 2 * MOST))):
         place = number % m
         other = others[number % len(others)] if others else some[place - 1]
-        changed = collated([*some[:place], other, *some[place + 1:]])
+        changed = collated([*some[:place], other, *some[place + 1 :]])
         if shapes(changed) != shapes(base):
             continue
         found = values(changed)
-        if moved := [name for name, stays in steady.items() if name in found and found[name].shape == stays.shape
-                     and bool((stays & ~close(shared[name], found[name])).any())]:
+        if moved := [
+            name
+            for name, stays in steady.items()
+            if name in found
+            and found[name].shape == stays.shape
+            and bool((stays & ~close(shared[name], found[name])).any())
+        ]:
             raise IsolationError(
                 f"The collate function joins examples: {moved[0] or 'the batch'}, which has no entry for each example, "
                 "changes with those in the batch (a mean, or weights of its classes). Take it from public data, or "
-                "leave the collate function to stack and pad.")
+                "leave the collate function to stack and pad."
+            )
 
 
 def check_flattened(few: Few) -> None:
@@ -55,8 +70,13 @@ def check_flattened(few: Few) -> None:
     """
     m, base, longer = len(few.some), values(few.base), values(few.twice)
     grown = _grown(few.base, few.twice)
-    rows = {name: leaf for name, leaf in base.items() if name in longer and not few.layout.is_by_example(name)
-            and (leaf.shape != longer[name].shape or not grown.isdisjoint(lists_around(name)))}
+    rows = {
+        name: leaf
+        for name, leaf in base.items()
+        if name in longer
+        and not few.layout.is_by_example(name)
+        and (leaf.shape != longer[name].shape or not grown.isdisjoint(lists_around(name)))
+    }
     if not rows:
         return
     # What is drawn may be drawn for another example; and what is sorted stands in another's place.
@@ -70,7 +90,7 @@ def check_flattened(few: Few) -> None:
         other = _of_one_size(few, place)
         if other is None:
             continue
-        changed = few.collated([*few.some[:place], other, *few.some[place + 1:]])
+        changed = few.collated([*few.some[:place], other, *few.some[place + 1 :]])
         if shapes(changed) != shapes(few.base) or _moves_on(few, changed):
             continue
         found = values(changed)
@@ -78,7 +98,8 @@ def check_flattened(few: Few) -> None:
             if _is_joined(leaf.cpu(), found[name].cpu(), owners[name], longer[name], place):
                 raise IsolationError(
                     f"The collate function joins examples: values in {name or 'the batch'} change with several of "
-                    f"those in the batch {INSTEAD}")
+                    f"those in the batch {INSTEAD}"
+                )
 
 
 def _is_joined(leaf: Tensor, found: Tensor, owners: Tensor, longer: Tensor, place: int) -> bool:

@@ -14,7 +14,8 @@ from lora_dp.isolation.seeding import seeded
 
 INSTEAD = (
     "(mixup, or a statistic of the batch). Change each example by itself, in the data set, and leave the collate "
-    "function to stack and pad.")
+    "function to stack and pad."
+)
 # So many of them.
 MOST = 4
 
@@ -65,9 +66,13 @@ def a_few(dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int], b
 def unusual(batch: Any, n: int) -> set[int]:
     """Examples with the least and the most of anything: one of a rare class, say."""
     layout = Layout(lists=frozenset(name for name, length in lengths(batch).items() if length == n))
-    sums = [rows.double().reshape(n, -1).sum(1).tolist() if isinstance(rows, Tensor) else [
-                0.0 if row is None else float(row.double().sum()) for row in rows]
-            for rows in by_example(batch, n, layout).values() if not isinstance(rows, Tensor) or rows.numel()]
+    sums = [
+        rows.double().reshape(n, -1).sum(1).tolist()
+        if isinstance(rows, Tensor)
+        else [0.0 if row is None else float(row.double().sum()) for row in rows]
+        for rows in by_example(batch, n, layout).values()
+        if not isinstance(rows, Tensor) or rows.numel()
+    ]
     return {place for each in sums for place in (each.index(min(each)), each.index(max(each)))}
 
 

@@ -36,8 +36,16 @@ _DENSE = 2**24
 _NAMED = (os.PathLike, Enum, decimal.Decimal, datetime.date, datetime.time, datetime.timedelta, uuid.UUID)
 _BUFFERS = (bytearray, memoryview, array.array)
 # Code and settings.
-_CLOSED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, nn.Module,
-           logging.Logger, torch.Generator)
+_CLOSED = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    nn.Module,
+    logging.Logger,
+    torch.Generator,
+)
 _TEXT = (str, bytes, *_NAMED)
 
 
@@ -55,7 +63,8 @@ def leaves(batch: Any) -> list[tuple[str, Any]]:
             return list(_leaves(batch, depth, (), Counter()))
     raise IsolationError(
         "The collate function returns objects that lead to each other, so that nobody can tell what belongs to which "
-        "example: return tensors, or lists or dicts of them.")
+        "example: return tensors, or lists or dicts of them."
+    )
 
 
 class _LeadToEachOther(Exception):
@@ -144,8 +153,11 @@ def are_texts(node: Any) -> bool:
 
 
 def _is_table(node: Any) -> bool:
-    return isinstance(node, dict) and len(node) > _MANY and all(
-        entry is None or isinstance(entry, str | bytes | int | float) for entry in node.values())
+    return (
+        isinstance(node, dict)
+        and len(node) > _MANY
+        and all(entry is None or isinstance(entry, str | bytes | int | float) for entry in node.values())
+    )
 
 
 def stands_alone(leaf: Any) -> bool:

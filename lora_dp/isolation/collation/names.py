@@ -36,14 +36,18 @@ def check_names(few: Few) -> None:
     found = {index: few.collated([index] * 2) for index in [*few.others, *few.some][:_TRIED]}
     names = {index: _names(batch) for index, batch in found.items()}
     owners = {name: [index for index in names if name in names[index]] for each in names.values() for name in each}
-    some = {name: (having[0], next(index for index in names if name not in names[index]))
-            for name, having in owners.items() if len(having) < len(names)}
+    some = {
+        name: (having[0], next(index for index in names if name not in names[index]))
+        for name, having in owners.items()
+        if len(having) < len(names)
+    }
     joined = _Joined(few.collated)
     for name, (one, other) in some.items():
         if joined.says(name, one, other):
             raise IsolationError(
                 f"The collate function joins examples: {name}, which has rows of all examples, is there with some "
-                "examples alone. Return it for every batch, with zeros for an example that has none.")
+                "examples alone. Return it for every batch, with zeros for an example that has none."
+            )
     _check_own(few.collated, {name: owners[name][0] for name in some if len(owners[name]) == 1}, found)
 
 
@@ -59,10 +63,13 @@ class _Joined:
             return False
         # Rows of those alone that have it are of another number in one of these; drawn, it is there or not by chance.
         mixed = [[one, other, other], [one, one, other]]
-        return (all(self._is_by_example(name, some) for some in mixed) or not any(
-            name in _names(self._collated(some)) for some in mixed)) and all(
+        return (
+            all(self._is_by_example(name, some) for some in mixed)
+            or not any(name in _names(self._collated(some)) for some in mixed)
+        ) and all(
             name in _names(self._collated([one] * 2, seed)) and name not in _names(self._collated([other] * 2, seed))
-            for seed in range(_SEEDS))
+            for seed in range(_SEEDS)
+        )
 
     def _is_by_example(self, name: str, some: list[int]) -> bool:
         key = tuple(some)
@@ -86,12 +93,16 @@ def _check_own(collated: Callable[..., Any], own: dict[str, int], found: dict[in
 
         def has_it(batch: Any, name: str = name, left: Tensor = left, entries: dict[str, int] = entries) -> bool:
             right, lists = values(batch, alone=True).get(name), lengths(batch)
-            return right is not None and alike(left, right) and all(
-                lists.get(around) == entries[around] for around in lists_around(name))
+            return (
+                right is not None
+                and alike(left, right)
+                and all(lists.get(around) == entries[around] for around in lists_around(name))
+            )
 
         # Rows of all who have it are more of two; what is drawn is other under another seed.
         again = [collated([index] * 4), *(collated([index] * 2, seed) for seed in range(_SEEDS))]
         if all(map(has_it, again)) and not padded_alike(left, together[name]):
             raise IsolationError(
                 f"The collate function joins examples: {name}, which one example alone has, changes with the others in "
-                "its batch. Leave the collate function to stack and pad.")
+                "its batch. Leave the collate function to stack and pad."
+            )

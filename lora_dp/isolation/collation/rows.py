@@ -98,8 +98,11 @@ def by_example(batch: Any, n: int, layout: Layout) -> dict[str, Rows]:
 
 def texts(batch: Any, layout: Layout) -> set[str]:
     """By which of these names examples have texts."""
-    return {name for name, place, leaf in _placed(batch, layout)
-            if place is not None and (are_texts(leaf) or stands_alone(leaf))}
+    return {
+        name
+        for name, place, leaf in _placed(batch, layout)
+        if place is not None and (are_texts(leaf) or stands_alone(leaf))
+    }
 
 
 def _placed(batch: Any, layout: Layout) -> Iterator[tuple[str, int | None, Any]]:
@@ -109,5 +112,8 @@ def _placed(batch: Any, layout: Layout) -> Iterator[tuple[str, int | None, Any]]
             yield from ((f"{name}[…]", place, text) for place, text in enumerate(leaf))
             continue
         entry = next((entry for entry in ENTRY.finditer(name) if name[: entry.start() - 1] in layout.lists), None)
-        yield (name, None, leaf) if entry is None else (
-            f"{name[: entry.start()]}…{name[entry.end():]}", int(entry.group()), leaf)
+        yield (
+            (name, None, leaf)
+            if entry is None
+            else (f"{name[: entry.start()]}…{name[entry.end() :]}", int(entry.group()), leaf)
+        )

@@ -1,11 +1,11 @@
 """Does a loader's batch hold each example by itself? A trial of its collate function.
 
 A few examples of a drawn batch are collated again without the others: their rows must be what they were, but for
-padding. Rows are what :mod:`lora_dp.isolation.collation.rows` finds, in tensors, arrays and lists. Mixup, features normalised over
-the batch and examples joined in any other way give other rows. What comes beside the rows and has one shape in every
-batch, such as a mean, must stay when one example is another; and what has rows may not come and go with examples. Where
-the data set or the collate function draws at random, both times the same seed is used, on batches of one size; then
-only the first example is compared, before which nothing else is drawn.
+padding. Rows are what :mod:`lora_dp.isolation.collation.rows` finds, in tensors, arrays and lists. Mixup, features
+normalised over the batch and examples joined in any other way give other rows. What comes beside the rows and has one
+shape in every batch, such as a mean, must stay when one example is another; and what has rows may not come and go with
+examples. Where the data set or the collate function draws at random, both times the same seed is used, on batches of
+one size; then only the first example is compared, before which nothing else is drawn.
 
 What gives other values under one seed draws from a generator of its own, or remembers what it was given before. Both
 are refused: one example more moves the others. A generator of its own that the operating system seeds would be
@@ -35,14 +35,17 @@ _SEEDS = 8
 _LATER = 1000
 _REMEDY = (
     "draw from the default generators of torch, NumPy or Python, or from a generator that is made anew for each "
-    "example from its index or from such a draw")
+    "example from its index or from such a draw"
+)
 _OWN_GENERATOR = (
     "The data set or collate function draws from a generator of its own ({}), so that one example more shifts the "
-    f"draws of all others, for everybody to see who knows its seed: {_REMEDY}.")
+    f"draws of all others, for everybody to see who knows its seed: {_REMEDY}."
+)
 _CHANGES = (
     "The same examples are others in {} when they are fetched again under one seed, so the data set or collate "
     f"function draws from a generator of its own or remembers other examples: {_REMEDY}, and return nothing that "
-    "changes by itself, such as the time.")
+    "changes by itself, such as the time."
+)
 
 
 def drawn_for_test() -> bool:
@@ -73,8 +76,11 @@ def check_collation(dataset: Any, collate: Callable[[Any], Any], indices: Sequen
         return False
     # Several choices: what joins neighbours may leave the company of an example as it was in one of them; and of two
     # examples, both show that one is drawn for the other.
-    parts = [list(range(1, n)), list(range(n - 1)), list(range(n))] if n <= MOST else [
-        list(range(MOST)), sorted({0, n // 3, 2 * n // 3, n - 1})]
+    parts = (
+        [list(range(1, n)), list(range(n - 1)), list(range(n))]
+        if n <= MOST
+        else [list(range(MOST)), sorted({0, n // 3, 2 * n // 3, n - 1})]
+    )
     few = a_few(dataset, collate, indices, batch)
     found = [_compare_part(dataset, collate, indices, batch, part, few.layout) for part in parts]
     check_names(few)
@@ -114,6 +120,7 @@ def _compare_part(
             raise IsolationError(_CHANGES.format(leaf[0] or "the batch"))
         layout = layout._replace(passed=layout.passed | set(changing))  # a time as text, which no model reads
     if not drew:
+
         def sorts() -> bool:
             few = list(indices[:MOST])
             return _sorts(collated(first, few), collated(first, few[1:] + few[:1]), len(few), layout)
@@ -122,16 +129,21 @@ def _compare_part(
             whole, own = by_example(batch, n, layout)[name], by_example(found, m, layout)[name]
             return all(alike(left, right) for left, right in zip(own, whole, strict=False)) and all(
                 alike(by_example(collated(first, [index] * size), size, layout).get(name), rows)
-                for index in some for size, rows in ((m, own), (n, whole)))
+                for index in some
+                for size, rows in ((m, own), (n, whole))
+            )
 
         places = list(zip(part, range(m), strict=True))
         return _compare(batch, found, places, n, m, layout, sorts=sorts, numbered=numbered)
     # At random: the first example in two companies of one size. What a seed mixes it with may be itself, so several.
     others = [index for index in indices if index != some[0]] * MOST
     alone, company = [some[0]] * MOST, [some[0], *others[: MOST - 1]]
-    return any([
-        _compare(collated(seed, alone), collated(seed, company), [(0, 0)], MOST, MOST, layout, widths_count=False)
-        for seed in range(first, first + _SEEDS)])
+    return any(
+        [
+            _compare(collated(seed, alone), collated(seed, company), [(0, 0)], MOST, MOST, layout, widths_count=False)
+            for seed in range(first, first + _SEEDS)
+        ]
+    )
 
 
 def _same(left: Any, right: Any, n: int, layout: Layout) -> bool:
@@ -152,8 +164,15 @@ def _sorts(batch: Any, rotated: Any, n: int, layout: Layout) -> bool:
 
 
 def _compare(
-    whole: Any, part: Any, places: list[tuple[int, int]], n: int, m: int, layout: Layout, *,
-    widths_count: bool = True, sorts: Callable[[], bool] = lambda: False,
+    whole: Any,
+    part: Any,
+    places: list[tuple[int, int]],
+    n: int,
+    m: int,
+    layout: Layout,
+    *,
+    widths_count: bool = True,
+    sorts: Callable[[], bool] = lambda: False,
     numbered: Callable[[str], bool] = lambda name: False,
 ) -> bool:
     """Whether widths differ; raises where rows do, unless the collate function ``sorts`` and they are elsewhere, or
@@ -183,7 +202,8 @@ def _compare(
         if found is None:
             raise IsolationError(
                 f"The collate function joins examples: an example's rows in {where} change with the others in its "
-                f"batch {INSTEAD}")
+                f"batch {INSTEAD}"
+            )
         free.remove(found)
     return varies
 

@@ -19,8 +19,19 @@ from torch.autograd.graph import GradientEdge, Node
 LossReduction = Literal["mean", "sum"]
 _MEAN, _SUM = 1, 2  # torch's numbers for the reductions of its losses
 # Nodes through which a number passes as it is.
-_PASSED = ("MeanBackward", "SumBackward", "ToCopyBackward", "CloneBackward", "AliasBackward", "ViewBackward",
-           "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "ExpandBackward")
+_PASSED = (
+    "MeanBackward",
+    "SumBackward",
+    "ToCopyBackward",
+    "CloneBackward",
+    "AliasBackward",
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "ReshapeAliasBackward",
+    "SqueezeBackward",
+    "UnsqueezeBackward",
+    "ExpandBackward",
+)
 _RELATIVE = 1e-6
 _LARGEST_PART = 64
 _MOST_WAYS = 64
@@ -103,9 +114,7 @@ def terms(loss: Tensor, n: int, outputs: Outputs) -> list[Term]:
     return list(_terms(loss.grad_fn, loss.output_nr, 1.0, n, outputs, known))
 
 
-def _terms(
-    node: Node, number: int, factor: float, n: int, outputs: Outputs, known: dict[Node, bool]
-) -> Iterator[Term]:
+def _terms(node: Node, number: int, factor: float, n: int, outputs: Outputs, known: dict[Node, bool]) -> Iterator[Term]:
     # A loop over what only passes on, so that long sums of Python's do not exhaust the stack.
     pending = [(node, number, factor)]
     while pending:
@@ -152,7 +161,8 @@ def _joined(node: Node, factor: float, n: int, children: list[tuple[Node, int]],
         if float(saved.get("total_weight")) != rows.numel():
             raise MixingLoss("a mean over the labels that are not ignored, whose number is the batch's")
     return Term(
-        "outside", rows.numel(), "mean" if reduction == _MEAN else "sum", factor, GradientEdge(*children[0]), at=node)
+        "outside", rows.numel(), "mean" if reduction == _MEAN else "sum", factor, GradientEdge(*children[0]), at=node
+    )
 
 
 def shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
@@ -170,8 +180,7 @@ def shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
         return [1 / math.prod(saved.get("self_sym_sizes"))]
     if kind in ("MulBackward", "DivBackward") and len(children) == 1 and node.next_functions[0] == children[0]:
         other = saved.get("other")
-        value = other if isinstance(other, float | int) else (
-            float(other) if is_number(other, children) else None)
+        value = other if isinstance(other, float | int) else (float(other) if is_number(other, children) else None)
         if value:
             return [value if kind == "MulBackward" else 1 / value]
     if kind == "MulBackward" and len(children) == 1:  # constant · number
@@ -185,15 +194,21 @@ def shares(node: Node, children: list[tuple[Node, int]]) -> list[float]:
 
 def _stacked(children: list[tuple[Node, int]]) -> bool:
     """Whether what is joined is single numbers, the losses of several tasks, say."""
-    return len(children) == 1 and kind_of(children[0][0]) == "StackBackward" and _are_numbers(
-        [(child, number) for child, number in children[0][0].next_functions if child is not None])
+    return (
+        len(children) == 1
+        and kind_of(children[0][0]) == "StackBackward"
+        and _are_numbers([(child, number) for child, number in children[0][0].next_functions if child is not None])
+    )
 
 
 def is_number(other: Any, children: list[tuple[Node, int]]) -> bool:
     """Whether this is one number for all that it meets; in a batch of one, a vector holds that example's own."""
-    (node, number), = children
-    return isinstance(other, Tensor) and other.numel() == 1 and (
-        other.dim() == 0 or list(other.shape) != list(node._input_metadata[number].shape))
+    ((node, number),) = children
+    return (
+        isinstance(other, Tensor)
+        and other.numel() == 1
+        and (other.dim() == 0 or list(other.shape) != list(node._input_metadata[number].shape))
+    )
 
 
 def _are_numbers(children: list[tuple[Node, int]]) -> bool:
@@ -316,32 +331,38 @@ def follow(edges: Sequence[tuple[Node, int]], outputs: Outputs) -> Followed:
             # Over tokens or classes; of one example's own rows, in a loop, the mean is a single number.
             share = math.prod(node._input_metadata[0].shape) / max(math.prod(Saved(node).get("self_sym_sizes")), 1)
         products[node] = frozenset(float(f"{share * way:.6g}") for way in found) if len(found) <= _MOST_WAYS else found
-    ways = frozenset().union(*(
-        frozenset({1.0}) if edge in outputs.places else products.get(edge[0], frozenset()) for edge in edges))
+    ways = frozenset().union(
+        *(frozenset({1.0}) if edge in outputs.places else products.get(edge[0], frozenset()) for edge in edges)
+    )
     ends = {*edges, *((c, k) for node in order for c, k in node.next_functions if c is not None)}
     names = tuple(node.name() for node in order)
     return Followed(
-        tuple(linear), tuple(sorted(ways)), hash(names), frozenset(names), leaves,
+        tuple(linear),
+        tuple(sorted(ways)),
+        hash(names),
+        frozenset(names),
+        leaves,
         frozenset(outputs.places[end] for end in ends if end in outputs.places),
         tuple(kind_of(node).removesuffix("Backward") for node in order if isinstance(node, BackwardCFunction)),
-        frozenset(grown for node in order if (grown := _grown(node, outputs, products)) is not None))
+        frozenset(grown for node in order if (grown := _grown(node, outputs, products)) is not None),
+    )
 
 
 # Operations in which a row of one tensor meets several rows, or places, of another.
-_MEETING = frozenset({
-    "Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Cdist", "EuclideanDist", "Index", "IndexSelect", "Gather", "Take"})
+_MEETING = frozenset(
+    {"Mm", "Bmm", "Addmm", "Baddbmm", "Addbmm", "Cdist", "EuclideanDist", "Index", "IndexSelect", "Gather", "Take"}
+)
 
 
-def _grown(
-    node: Node, outputs: Outputs, products: Mapping[Node, frozenset[float]]
-) -> Grown | None:
+def _grown(node: Node, outputs: Outputs, products: Mapping[Node, frozenset[float]]) -> Grown | None:
     """Of the one operand that comes from the outputs, where it was broadcast, or where each of its rows met several of
     another tensor's, as in a product with the keys of all examples."""
-    operands = [(c, k) for c, k in node.next_functions
-                if c is not None and ((c, k) in outputs.places or products.get(c))]
+    operands = [
+        (c, k) for c, k in node.next_functions if c is not None and ((c, k) in outputs.places or products.get(c))
+    ]
     if len(operands) != 1 or not node._input_metadata:
         return None  # where outputs meet outputs, gradients tell
-    (child, number), = operands
+    ((child, number),) = operands
     given, made = (tuple(found._input_metadata[place].shape) for found, place in ((child, number), (node, 0)))
     aligned = (1,) * (len(made) - len(given)) + given
     repeated = math.prod(made) > math.prod(given) and all(a in (1, b) for a, b in zip(aligned, made, strict=True))
@@ -388,14 +409,18 @@ def linear_factors(edge: tuple[Node, int], outputs: Outputs) -> list[float]:
     pending, factors = [(*edge, 1.0)], []
     while pending:
         node, number, factor = pending.pop()
-        children = [] if (node, number) in outputs.places else [
-            (c, k) for c, k in node.next_functions if c is not None and outputs.below(c, k, reached)]
+        children = (
+            []
+            if (node, number) in outputs.places
+            else [(c, k) for c, k in node.next_functions if c is not None and outputs.below(c, k, reached)]
+        )
         single = len(children) == 1 and kind_of(node) not in ("MeanBackward", "SumBackward", "ExpandBackward")
         try:
             if not children or not (single or kind_of(node) in ("AddBackward", "SubBackward")):
                 raise UnknownLoss
-            pending += [(c, k, factor * share)
-                        for (c, k), share in zip(children, _vector_shares(node, children), strict=True)]
+            pending += [
+                (c, k, factor * share) for (c, k), share in zip(children, _vector_shares(node, children), strict=True)
+            ]
         except UnknownLoss:
             factors.append(factor)
     return factors

@@ -32,22 +32,101 @@ _RELATIVE = 1e-5
 # Where the numbers of the losses begin: deeper, a model may have gone on from what a checkpoint computes again.
 _LAYERS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Linear", "Convolution", "Embedding", "NativeLayerNorm")
 # Under these names torch's nodes keep the numbers of their operation; others are sizes, places and dimensions.
-_NAMES = ("alpha", "beta", "delta", "eps", "exponent", "input_scale", "lambd", "lower", "margin", "max",
-          "max_val", "min", "min_val", "negative_slope", "other", "pos_weight", "scale", "self", "tensor1", "tensor2",
-          "threshold", "upper", "value", "weight")
-_UNPACKED = {("ClampBackward", "min"), ("ClampBackward", "max"), ("ClampMinBackward", "min"),
-             ("ClampMaxBackward", "max"), ("PowBackward", "exponent"), ("LerpBackward", "weight")}
+_NAMES = (
+    "alpha",
+    "beta",
+    "delta",
+    "eps",
+    "exponent",
+    "input_scale",
+    "lambd",
+    "lower",
+    "margin",
+    "max",
+    "max_val",
+    "min",
+    "min_val",
+    "negative_slope",
+    "other",
+    "pos_weight",
+    "scale",
+    "self",
+    "tensor1",
+    "tensor2",
+    "threshold",
+    "upper",
+    "value",
+    "weight",
+)
+_UNPACKED = {
+    ("ClampBackward", "min"),
+    ("ClampBackward", "max"),
+    ("ClampMinBackward", "min"),
+    ("ClampMaxBackward", "max"),
+    ("PowBackward", "exponent"),
+    ("LerpBackward", "weight"),
+}
 _MULTIPLIED = ("MulBackward", "DivBackward")
-_MULTIPLIERS = {"Add's alpha", "Sub's alpha", "Rsub's alpha", "Addcmul's value", "Addcdiv's value", "Lerp's weight",
-                "Mul's other", "Div's other"}
+_MULTIPLIERS = {
+    "Add's alpha",
+    "Sub's alpha",
+    "Rsub's alpha",
+    "Addcmul's value",
+    "Addcdiv's value",
+    "Lerp's weight",
+    "Mul's other",
+    "Div's other",
+}
 # Beyond these a place is told by nothing in the graph.
 _MOVED = ("FlipBackward", "RollBackward", "IndexBackward", "IndexSelectBackward", "GatherBackward")
 # What numbers go through that are summed up in the end, each by itself.
-_SUMMED = frozenset({
-    "Add", "Addcmul", "Alias", "Bmm", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Div", "Dot", "Expand", "Gather",
-    "Index", "IndexSelect", "Lerp", "MaskedFill", "MaskedSelect", "Mean", "Mm", "Mul", "Mv", "NanToNum", "Nansum",
-    "Neg", "Permute", "ReshapeAlias", "Rsub", "Select", "Slice", "Split", "Squeeze", "Stack", "Sub", "Sum", "T",
-    "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View", "Where"})
+_SUMMED = frozenset(
+    {
+        "Add",
+        "Addcmul",
+        "Alias",
+        "Bmm",
+        "Cat",
+        "Clamp",
+        "ClampMax",
+        "ClampMin",
+        "Clone",
+        "Div",
+        "Dot",
+        "Expand",
+        "Gather",
+        "Index",
+        "IndexSelect",
+        "Lerp",
+        "MaskedFill",
+        "MaskedSelect",
+        "Mean",
+        "Mm",
+        "Mul",
+        "Mv",
+        "NanToNum",
+        "Nansum",
+        "Neg",
+        "Permute",
+        "ReshapeAlias",
+        "Rsub",
+        "Select",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Stack",
+        "Sub",
+        "Sum",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "Unbind",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+        "Where",
+    }
+)
 
 
 class _Everything(Outputs):
@@ -102,7 +181,8 @@ class OwnLosses:
         if not equal(now, then):
             raise MixingLoss(
                 f"the model weighs each number of its own loss by {listed(now)} in this batch, by {listed(then)} in "
-                "an earlier one: some labels are ignored or weighted, and all share the divisor")
+                "an earlier one: some labels are ignored or weighted, and all share the divisor"
+            )
 
     def check_numbers(self, place: int, losses: Tensor, n: int) -> None:
         """Before anything joins them: no number may follow what the batch holds. One example has nobody to meet.
@@ -117,12 +197,14 @@ class OwnLosses:
         if not equal(now.all_scales, then.all_scales) and not _goes_on(now, then) and not _goes_on(then, now):
             raise MixingLoss(
                 f"the model multiplies the losses that it computes itself by {listed(now.all_scales)} in this batch, "
-                f"by {listed(then.all_scales)} in an earlier one: {_TIED}")
+                f"by {listed(then.all_scales)} in an earlier one: {_TIED}"
+            )
         for name, values in now.bounds.items():
             if not equal(values, earlier := then.bounds.get(name, values)):
                 raise MixingLoss(
                     f"the model bounds or bends the losses that it computes itself by {listed(values)} in this batch "
-                    f"({name}), by {listed(earlier)} in an earlier one: {_TIED}")
+                    f"({name}), by {listed(earlier)} in an earlier one: {_TIED}"
+                )
         self._numbers[place] = then._replace(bounds={**now.bounds, **then.bounds})
 
 
@@ -139,9 +221,12 @@ def own_weights(loss: Tensor, n: int, claimed: LossReduction) -> tuple[float, ..
         UnknownLoss: it is no sum of constants times means and sums over numbers.
     """
     scale = n if claimed == "mean" else 1
-    return tuple(sorted(
-        term.factor * scale / (term.elements if term.reduction == "mean" else 1)
-        for term in terms(loss, n, _EVERYTHING)))
+    return tuple(
+        sorted(
+            term.factor * scale / (term.elements if term.reduction == "mean" else 1)
+            for term in terms(loss, n, _EVERYTHING)
+        )
+    )
 
 
 def own_factors(losses: Tensor) -> tuple[float, ...]:
@@ -162,8 +247,11 @@ def own_numbers(loss: Tensor, n: int) -> OwnNumbers:
     if loss.grad_fn is None:
         return OwnNumbers((), {}, {})
     joins = [] if loss.dim() else terms(loss, n, _EVERYTHING)
-    edges = [(loss.grad_fn, loss.output_nr)] if loss.dim() else [
-        (term.joined.node, term.joined.output_nr) for term in joins if term.joined is not None]
+    edges = (
+        [(loss.grad_fn, loss.output_nr)]
+        if loss.dim()
+        else [(term.joined.node, term.joined.output_nr) for term in joins if term.joined is not None]
+    )
     order = _ordered(edges, _carries_on)
     levels: dict[Node, int] = {}  # how many scales follow one another below a node
     scales: list[dict[float, None]] = []
@@ -182,14 +270,14 @@ def own_numbers(loss: Tensor, n: int) -> OwnNumbers:
             scales += [{} for _ in range(level + 1 - len(scales))]
             scales[level][value] = None
             steps[value] = steps.get(value, frozenset()) | places[node]
-    return OwnNumbers(
-        tuple(map(tuple, scales)), {name: tuple(sorted(found)) for name, found in bounds.items()}, steps)
+    return OwnNumbers(tuple(map(tuple, scales)), {name: tuple(sorted(found)) for name, found in bounds.items()}, steps)
 
 
 def _places(node: Node, below: Mapping[Node, frozenset[int | None]]) -> frozenset[int | None]:
     """Which places along a dimension the numbers of this node come from, None for one that is not known."""
     found: frozenset[int | None] = frozenset().union(
-        *(below.get(child, frozenset()) for child, _ in node.next_functions if child))
+        *(below.get(child, frozenset()) for child, _ in node.next_functions if child)
+    )
     kind = kind_of(node)
     if kind in _MOVED:
         return found | {None}
@@ -219,12 +307,16 @@ def check_outside(now: Sequence[tuple[str, float]], then: Sequence[tuple[str, fl
         IsolationError: they are not the same.
     """
     if [name for name, _ in now] == [name for name, _ in then] and equal(
-            [value for _, value in now], [value for _, value in then]):
+        [value for _, value in now], [value for _, value in then]
+    ):
         return
-    told, before = (" and ".join(f"{value:.6g} ({name})" for name, value in found if (name, value) not in other)
-                    or "nothing" for found, other in ((now, then), (then, now)))
-    raise IsolationError(f"The loss of this batch is bounded or bent by {told}, that of an earlier one by {before}: "
-                         f"{_TIED}.")
+    told, before = (
+        " and ".join(f"{value:.6g} ({name})" for name, value in found if (name, value) not in other) or "nothing"
+        for found, other in ((now, then), (then, now))
+    )
+    raise IsolationError(
+        f"The loss of this batch is bounded or bent by {told}, that of an earlier one by {before}: {_TIED}."
+    )
 
 
 def summed_up(root: Tensor, outputs: Outputs) -> frozenset[int]:
@@ -251,9 +343,15 @@ def _ordered(edges: Sequence[tuple[Node, int]], goes_on: Callable[[Node, int], b
     stack = [node for node, number in edges if goes_on(node, number)]
     while stack:
         node = stack[-1]
-        open_ = [] if node in seen else [
-            child for child, number in node.next_functions
-            if child is not None and child not in seen and goes_on(child, number)]
+        open_ = (
+            []
+            if node in seen
+            else [
+                child
+                for child, number in node.next_functions
+                if child is not None and child not in seen and goes_on(child, number)
+            ]
+        )
         if open_:
             stack += reversed(open_)
             continue
@@ -318,18 +416,27 @@ def _number(node: Node, name: str, children: Sequence[tuple[Node, int]]) -> floa
 def _goes_on(longer: OwnNumbers, shorter: OwnNumbers) -> bool:
     """Whether the longer numbers are the shorter ones, with more of a geometric series that these begin: discounts over
     more steps, each of which is added up with the others. A step keeps the discount that it had."""
+
     def series(more: Sequence[float], fewer: Sequence[float]) -> bool:
-        return _is_longer_series(more, fewer) and (len(more) == len(fewer) or all(
-            len(longer.steps[value]) == 1 and None not in longer.steps[value]
-            and shorter.steps.get(value) == longer.steps[value] for value in more[: _alike(more, fewer)]))
+        return _is_longer_series(more, fewer) and (
+            len(more) == len(fewer)
+            or all(
+                len(longer.steps[value]) == 1
+                and None not in longer.steps[value]
+                and shorter.steps.get(value) == longer.steps[value]
+                for value in more[: _alike(more, fewer)]
+            )
+        )
 
     return len(longer.scales) == len(shorter.scales) and all(map(series, longer.scales, shorter.scales))
 
 
 def _alike(now: Sequence[float], then: Sequence[float]) -> int:
     """How many of these numbers are the same from the first one on."""
-    return next((place for place, (a, b) in enumerate(zip(now, then, strict=False)) if not equal([a], [b])),
-                min(len(now), len(then)))
+    return next(
+        (place for place, (a, b) in enumerate(zip(now, then, strict=False)) if not equal([a], [b])),
+        min(len(now), len(then)),
+    )
 
 
 def _is_longer_series(longer: Sequence[float], shorter: Sequence[float]) -> bool:
@@ -337,14 +444,18 @@ def _is_longer_series(longer: Sequence[float], shorter: Sequence[float]) -> bool
     kept = _alike(longer, shorter)
     if more <= 0:
         return equal(longer, shorter)
-    return kept > 1 and equal(longer[kept + more :], shorter[kept:]) and all(
-        math.isclose(longer[place] * longer[kept - 2], longer[place - 1] * longer[kept - 1], rel_tol=_RELATIVE)
-        for place in range(kept, kept + more))
+    return (
+        kept > 1
+        and equal(longer[kept + more :], shorter[kept:])
+        and all(
+            math.isclose(longer[place] * longer[kept - 2], longer[place - 1] * longer[kept - 1], rel_tol=_RELATIVE)
+            for place in range(kept, kept + more)
+        )
+    )
 
 
 def equal(now: Sequence[float], then: Sequence[float]) -> bool:
-    return len(now) == len(then) and all(
-        math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
+    return len(now) == len(then) and all(math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(now, then, strict=True))
 
 
 def listed(weights: Sequence[float]) -> str:

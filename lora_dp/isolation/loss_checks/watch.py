@@ -1,4 +1,5 @@
-"""What the loss of every backward may do, for one private model: :mod:`lora_dp.isolation.loss_checks.graph` applied batch by batch.
+"""What the loss of every backward may do, for one private model: :mod:`lora_dp.isolation.loss_checks.graph` applied
+batch by batch.
 
 Calls of ``backward`` are seen at ``torch.autograd.backward``, through which ``Tensor.backward`` goes. A gradient that
 reaches a private layer by another way is refused by the step.
@@ -45,8 +46,10 @@ from lora_dp.isolation.loss_checks.own_scales import (
 
 _REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
 _RELATIVE = 1e-5
-_ELSEWHERE = ("The losses do not depend on what the model returned in its last training forward: compute them from its "
-              "outputs, with gradients.")
+_ELSEWHERE = (
+    "The losses do not depend on what the model returned in its last training forward: compute them from its "
+    "outputs, with gradients."
+)
 # Losses of outputs that hold no more numbers are looked through in every batch, others in those that are tried.
 _FEW_NUMBERS = 2**17
 
@@ -107,9 +110,7 @@ class LossWatch:
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
         self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
 
-    def begin(
-        self, n: int, tested: bool, leaves: Callable[[], set[int]], *, looks: bool, per_example: bool
-    ) -> None:
+    def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]], *, looks: bool, per_example: bool) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
         whether gradients may be read (not while a graph is captured), ``per_example`` whether examples must be kept
         apart: else no loss is followed."""
@@ -150,7 +151,8 @@ class LossWatch:
             if gradient is not None:
                 raise IsolationError(
                     "backward(gradient=…) multiplies the gradients of all examples by what cannot be followed: a "
-                    "public schedule is optimizer.backward(losses, weight=…).")
+                    "public schedule is optimizer.backward(losses, weight=…)."
+                )
         before, numbers = self._seen.get(followed.shape), numbers_outside(loss, outputs)
         try:
             found = terms(loss, n, outputs)
@@ -164,7 +166,8 @@ class LossWatch:
                 return
             raise IsolationError(
                 f"It cannot be told that the loss keeps examples apart: {error}. Instead, {_REMEDY}; or let "
-                "engine.check_isolation(model, batch, criterion) test it on a batch first.") from error
+                "engine.check_isolation(model, batch, criterion) test it on a batch first."
+            ) from error
         if not found:
             return
         joined = [term.joined for term in found if term.joined is not None]
@@ -224,7 +227,8 @@ class LossWatch:
         if len(self._taken) > 1 and self._n > 1:
             raise IsolationError(
                 "Two losses of one pass were joined otherwise, one by optimizer.backward and one by its own mean: add "
-                "them up, example by example, and hand them to optimizer.backward once.")
+                "them up, example by example, and hand them to optimizer.backward once."
+            )
 
     def _weight(self, term: Term, before: _Seen | None) -> float:
         n = self._n
@@ -232,7 +236,8 @@ class LossWatch:
             place = self._own.index(term.own) if term.own in self._own else -1
             if place not in self.proven:
                 raise MixingLoss(
-                    "a number that the model returned, which was not found to be a mean or sum over examples")
+                    "a number that the model returned, which was not found to be a mean or sum over examples"
+                )
             loss = self._outputs.tensors[term.own]  # type: ignore[union-attr]
             self._own_losses.check_weights(place, loss, n, self.reduction)
             self._own_losses.check_numbers(term.own, loss, n)
@@ -240,7 +245,8 @@ class LossWatch:
         if before is None and not is_plain(term, value, n, self.reduction):
             raise MixingLoss(
                 f"it is a {term.reduction} of {term.elements} numbers times {term.factor:.6g} in a batch of {n} "
-                f"examples, but was declared a {self.reduction} over the examples (make_private's loss_reduction)")
+                f"examples, but was declared a {self.reduction} over the examples (make_private's loss_reduction)"
+            )
         return value
 
     def _check_own(self, inside: Followed, outputs: Outputs, own: Container[int]) -> None:
@@ -258,14 +264,16 @@ class LossWatch:
         if not self._leaves().isdisjoint(followed.leaves):
             raise IsolationError(
                 "A part of the loss comes to private layers beside what the model returned (by an attribute or a "
-                "hook's features, say), where it cannot be followed: return it from forward.")
+                "hook's features, say), where it cannot be followed: return it from forward."
+            )
         # A loss that does not come from this model is none of its business.
         for leaf in followed.leaves.values() if followed.factors else ():
             if self._may_be_trained(leaf, self._n):
                 raise IsolationError(
                     f"The loss depends on a tensor {tuple(leaf.shape)} that requires a gradient beside the model's "
                     "outputs: nothing clips or noises what trains it. Make it part of the model, as a private layer, "
-                    "or detach it; a penalty on weights is the optimizer's weight_decay.")
+                    "or detach it; a penalty on weights is the optimizer's weight_decay."
+                )
 
     def trained_before(self, tensor: Tensor, n: int) -> bool:
         """Whether a gradient that comes to an argument of the next pass, over ``n`` examples, may train something."""
@@ -303,7 +311,8 @@ class LossWatch:
         if n > 1 and any(math.isclose(abs(factor) * n, 1, rel_tol=_RELATIVE) for factor in factors):
             raise IsolationError(
                 f"The losses were divided by the number of examples, {n}: hand them over as they are, with a "
-                "constant as optimizer.backward(losses, weight=…).")
+                "constant as optimizer.backward(losses, weight=…)."
+            )
         self._check_linear(factors)
 
     def _check_linear(self, factors: Sequence[float]) -> None:
@@ -311,7 +320,8 @@ class LossWatch:
             if not is_constant(factor):
                 raise IsolationError(
                     f"Losses were multiplied by {factor:.6g}, which looks like a count of what the batch holds: hand "
-                    "them over as they are, with a constant as optimizer.backward(losses, weight=…).")
+                    "them over as they are, with a constant as optimizer.backward(losses, weight=…)."
+                )
 
     def _check_inside(self, inside: Followed, outputs: Outputs) -> None:
         """What lies between the examples' losses and the outputs: all of it must be known to keep to one example."""
@@ -319,17 +329,20 @@ class LossWatch:
             if "PrivateLayer" in inside.opaque:
                 raise IsolationError(
                     "The losses depend on another forward pass of the model, or on values within it that it does not "
-                    "return: join several views of an example into one forward pass, and return what the losses need.")
+                    "return: join several views of an example into one forward pass, and return what the losses need."
+                )
             raise IsolationError(
                 "It cannot be told that the losses keep examples apart: no graph shows what "
                 f"{inside.opaque[0]!r} does, a compiled function or one of Python's. Let "
-                "engine.check_isolation(model, batch, criterion) test it on a batch first.")
+                "engine.check_isolation(model, batch, criterion) test it on a batch first."
+            )
         for place in inside.reached if self._n > 1 else ():
             shape = tuple(outputs.tensors[place].shape)
             if not shape or shape[0] % self._n:
                 raise IsolationError(
                     f"The losses depend on an output of the model that is not by example, {shape} in a batch of "
-                    f"{self._n}: it may hold a statistic of the batch. Return rows of one example each, batch first.")
+                    f"{self._n}: it may hold a statistic of the batch. Return rows of one example each, batch first."
+                )
 
     def _check_paired(self, inside: Followed, before: _Seen | None, *, vouched: bool) -> None:
         """Predictions (N, 1) and targets (N,) are broadcast to (N, N): each prediction meets all examples' targets. So
@@ -343,11 +356,16 @@ class LossWatch:
                     f"The losses pair each example with all others: {given} became {made} in a batch of {n}, as where "
                     "predictions (N, 1) meet targets (N,), or the keys of all examples. Bring both to one shape, by "
                     "squeeze(1) or lora_dp.losses.regression_loss. Where there are as many classes by chance, let "
-                    "engine.check_isolation(model, batch, criterion) test it first.")
+                    "engine.check_isolation(model, batch, criterion) test it first."
+                )
 
     def _compare(
-        self, before: _Seen | None, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...],
-        numbers: tuple[tuple[str, float], ...]
+        self,
+        before: _Seen | None,
+        followed: Followed,
+        weights: tuple[float, ...],
+        factors: tuple[float, ...],
+        numbers: tuple[tuple[str, float], ...],
     ) -> None:
         """With earlier batches: no number may have followed what the batch holds."""
         if before is not None:
@@ -367,8 +385,11 @@ class LossWatch:
             raise IsolationError(_differs(factors, others))
 
     def _remember(
-        self, followed: Followed, weights: tuple[float, ...], factors: tuple[float, ...],
-        numbers: tuple[tuple[str, float], ...]
+        self,
+        followed: Followed,
+        weights: tuple[float, ...],
+        factors: tuple[float, ...],
+        numbers: tuple[tuple[str, float], ...],
     ) -> None:
         """A loss that passed. The first one stays what others are compared with; of one example it proves least."""
         if followed.shape not in self._seen or self._seen[followed.shape].n == 1:
@@ -389,17 +410,23 @@ class LossWatch:
         if found is not None:
             raise IsolationError(
                 f"The loss mixes examples: that of example {found} depends on the model's outputs for others. Use a "
-                "loss that is a mean or sum of terms of one example each.")
+                "loss that is a mean or sum of terms of one example each."
+            )
         if self.used is not None and reaches_padding(joined, self.used, outputs):
             raise IsolationError(
                 "The losses depend on the model's outputs at padding, so on the longest example of the batch: leave "
-                "padded tokens out by the attention mask (lora_dp.losses does), or pad all to one public width.")
+                "padded tokens out by the attention mask (lora_dp.losses does), or pad all to one public width."
+            )
 
 
 def _products(inside: Followed, outputs: Outputs, own: Container[int]) -> list[float]:
     """By what the model multiplied those of its outputs that are its own losses in the end."""
-    return [factor for place in inside.reached if place in own and outputs.tensors[place].dim()
-            for factor in own_factors(outputs.tensors[place])]
+    return [
+        factor
+        for place in inside.reached
+        if place in own and outputs.tensors[place].dim()
+        for factor in own_factors(outputs.tensors[place])
+    ]
 
 
 def _in_one_ratio(now: Sequence[float], then: Sequence[float]) -> bool:
@@ -413,9 +440,11 @@ def _distinct(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _differs(now: Sequence[float], then: Sequence[float]) -> str:
-    return (f"The loss of this batch weighs an example by {listed(now)}, that of an earlier one by {listed(then)}: a "
-            f"divisor that counts what a batch holds ties each example to the others; {_REMEDY}. A public schedule is "
-            "optimizer.backward(losses, weight=…).")
+    return (
+        f"The loss of this batch weighs an example by {listed(now)}, that of an earlier one by {listed(then)}: a "
+        f"divisor that counts what a batch holds ties each example to the others; {_REMEDY}. A public schedule is "
+        "optimizer.backward(losses, weight=…)."
+    )
 
 
 _watches: "weakref.WeakSet[LossWatch]" = weakref.WeakSet()

@@ -36,8 +36,11 @@ class KeptBuffers:
     """
 
     def __init__(self, model: nn.Module | None = None):
-        self._held: list[tuple[str, Buffers]] = [] if model is None else [
-            (f"{path}." if path else "", module._buffers) for path, module in model.named_modules()]
+        self._held: list[tuple[str, Buffers]] = (
+            []
+            if model is None
+            else [(f"{path}." if path else "", module._buffers) for path, module in model.named_modules()]
+        )
         self._before: list[dict[str, _Mark]] = []
         self._values: dict[str, Tensor] = {}
         self._known: set[tuple[str, bool | None]] = set()
@@ -47,9 +50,16 @@ class KeptBuffers:
         """A forward begins."""
         written = {name for name, _ in self._known}
         self._before = [{name: _mark(buffer) for name, buffer in held.items()} for _, held in self._held]
-        self._values = {} if not written else {
-            prefix + name: buffer.clone() for prefix, held in self._held for name, buffer in held.items()
-            if buffer is not None and prefix + name in written}
+        self._values = (
+            {}
+            if not written
+            else {
+                prefix + name: buffer.clone()
+                for prefix, held in self._held
+                for name, buffer in held.items()
+                if buffer is not None and prefix + name in written
+            }
+        )
 
     def unknown(self) -> set[tuple[str, bool | None]]:
         """The buffers to which the forward that has ended wrote as none did before: at all (None), to change it, or to
@@ -75,9 +85,14 @@ class KeptBuffers:
         try:
             for (_, held), before in zip(self._held, self._before, strict=False):
                 held.clear()
-                held.update({
-                    name: mark.buffer if fill is None or mark.buffer is None or mark.writes == _mark(mark.buffer).writes
-                    else torch.full_like(mark.buffer, fill) for name, mark in before.items()})
+                held.update(
+                    {
+                        name: mark.buffer
+                        if fill is None or mark.buffer is None or mark.writes == _mark(mark.buffer).writes
+                        else torch.full_like(mark.buffer, fill)
+                        for name, mark in before.items()
+                    }
+                )
             yield
         finally:
             for (_, held), values in zip(self._held, after, strict=True):

@@ -17,7 +17,8 @@ def written(name: str) -> IsolationError:
     """The refusal."""
     return IsolationError(
         f"The model's forward writes to its parameter '{name}', by the examples that it is given: nothing clips that "
-        "or adds noise. Leave it out (an embedding's max_norm, say), or compute it from public data beforehand.")
+        "or adds noise. Leave it out (an embedding's max_norm, say), or compute it from public data beforehand."
+    )
 
 
 class Unwritten(TorchDispatchMode):
@@ -61,9 +62,15 @@ class Versions:
 
     def __init__(self, model: nn.Module | None = None):
         self._parameters = [] if model is None else list(held_parameters(model))
-        self._buffers = [] if model is None else [
-            (name, buffer) for name, buffer in model.named_buffers()
-            if buffer.is_floating_point() and not buffer.is_inference()]  # none can write to those
+        self._buffers = (
+            []
+            if model is None
+            else [
+                (name, buffer)
+                for name, buffer in model.named_buffers()
+                if buffer.is_floating_point() and not buffer.is_inference()
+            ]
+        )  # none can write to those
         self._before: tuple[list[Any], list[int], list[int]] = [], [], []
         self._written: list[int] = []
 
@@ -83,12 +90,16 @@ class Versions:
             IsolationError: it has written to a parameter, or put another in its place.
         """
         (before, *written_before), (found, *written_now) = self._before, self._now()
-        names = [name for (name, *_), one, other in zip(self._parameters, before, found, strict=False)
-                 if one is not other]
+        names = [
+            name for (name, *_), one, other in zip(self._parameters, before, found, strict=False) if one is not other
+        ]
         if not names and written_before != written_now:
             there = [name for (name, *_), held in zip(self._parameters, found, strict=True) if held is not None]
-            names = [name for name, *marks in zip(there, *written_before, *written_now, strict=True)
-                     if marks[:2] != marks[2:]]
+            names = [
+                name
+                for name, *marks in zip(there, *written_before, *written_now, strict=True)
+                if marks[:2] != marks[2:]
+            ]
         if names:
             raise written(names[0])
         self._written = [buffer._version for _, buffer in self._buffers]
@@ -99,10 +110,12 @@ class Versions:
         Raises:
             IsolationError: it has written to a parameter or a buffer, by a hook.
         """
-        names = [name for (name, buffer), mark in zip(self._buffers, self._written, strict=True)
-                 if buffer._version != mark]
+        names = [
+            name for (name, buffer), mark in zip(self._buffers, self._written, strict=True) if buffer._version != mark
+        ]
         if names:
             raise IsolationError(
                 f"The backward writes to the buffer '{names[0]}', by the examples that it is given: nothing clips that "
-                "or adds noise. Leave out the hook that does so.")
+                "or adds noise. Leave out the hook that does so."
+            )
         self.check()

@@ -54,12 +54,17 @@ class Parts:
                 if isinstance(value, str):
                     self._words.append((prefix + name, vars(module), name))
                 elif isinstance(value, bool) or (
-                        isinstance(value, int | float) and not type(module).__module__.startswith("torch.")):
+                    isinstance(value, int | float) and not type(module).__module__.startswith("torch.")
+                ):
                     self._settings.append((vars(module), name))
                 elif name != _RECORDER and not name.startswith("_") and (options := _options(value)) is not None:
                     configurations[id(options)] = options
-        self._settings += [(options, name) for options in configurations.values() for name, value in options.items()
-                           if isinstance(value, str | bool | int | float | None)]
+        self._settings += [
+            (options, name)
+            for options in configurations.values()
+            for name, value in options.items()
+            if isinstance(value, str | bool | int | float | None)
+        ]
         self._before: tuple[list[Any], list[Any]] = [], []
         self._last: tuple[list[Any], tuple[Hashable, ...]] = [], ()
 
@@ -85,11 +90,15 @@ class Parts:
             IsolationError: it has exchanged a module, or a word among the attributes.
         """
         (modules, words), now = self._before, self._now()
-        exchanged = [name for (name, *_), one, other in zip(self._children, modules, now[0], strict=False)
-                     if one is not None and other is not one]
+        exchanged = [
+            name
+            for (name, *_), one, other in zip(self._children, modules, now[0], strict=False)
+            if one is not None and other is not one
+        ]
         changed = [name for (name, *_), one, other in zip(self._words, words, now[1], strict=False) if other != one]
         if exchanged or changed:
             raise IsolationError(
                 f"The model's forward changed its '{(changed + exchanged)[0]}' for good: one batch would decide how "
                 "all later examples are computed with. Settle it before make_private (for BigBird by "
-                "set_attention_type('original_full')).")
+                "set_attention_type('original_full'))."
+            )

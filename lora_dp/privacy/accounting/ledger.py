@@ -31,8 +31,12 @@ def begins(counted: Sequence[tuple[T, int]], earlier: Sequence[tuple[T, int]]) -
         return True
     *before, (what, count) = earlier
     place = len(before)
-    return (list(counted[:place]) == before and len(counted) > place and counted[place][0] == what
-            and counted[place][1] >= count)
+    return (
+        list(counted[:place]) == before
+        and len(counted) > place
+        and counted[place][0] == what
+        and counted[place][1] >= count
+    )
 
 
 class PrivacyBudgetExceeded(RuntimeError):
@@ -66,7 +70,8 @@ class Ledger:
         """
         if not isinstance(event, PoissonGaussian):
             raise TypeError(
-                f"A ledger holds private steps, not {event!r}: append PoissonGaussian(noise_multiplier, sample_rate).")
+                f"A ledger holds private steps, not {event!r}: append PoissonGaussian(noise_multiplier, sample_rate)."
+            )
         count = whole("count", count, "it is a number of steps.")
         if count < 0:
             raise ValueError(f"A ledger only grows: count must be 0 or more, not {count}.")
@@ -101,8 +106,8 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """The ledger as plain numbers, lists and strings.
 
-        Each entry has the ``digest`` that chains it to those before (:mod:`lora_dp.hash_chain`); the last ``digest`` is that
-        of the whole.
+        Each entry has the ``digest`` that chains it to those before (:mod:`lora_dp.hash_chain`); the last ``digest`` is
+        that of the whole.
         """
         entries: list[dict[str, Any]] = []
         digest = START
@@ -139,7 +144,8 @@ class Ledger:
         if not loaded.continues(self):
             raise ValueError(
                 "The saved ledger lacks steps that this one has, which cannot be taken back: load it into a new one, "
-                "or keep this one.")
+                "or keep this one."
+            )
         self._entries = loaded._entries
 
     def save(self, path: str | os.PathLike[str]) -> None:

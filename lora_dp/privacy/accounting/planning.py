@@ -75,7 +75,8 @@ def _smallest_noise(
         if high > _MOST_NOISE:
             raise _OutOfReach(
                 f"No noise keeps epsilon = {target:g} by this accountant, at this delta and these steps: take a larger "
-                "epsilon, or a larger delta that is still well below 1 / (number of examples).")
+                "epsilon, or a larger delta that is still well below 1 / (number of examples)."
+            )
         low, low_epsilon = high, high_epsilon
         high, factor = high * factor, min(factor**2, 2.0**16)
         high_epsilon = epsilon_of(high)
@@ -105,11 +106,7 @@ def _smallest_noise(
 
 
 def max_steps(
-    ledger: Ledger,
-    event: PoissonGaussian,
-    target_epsilon: float,
-    target_delta: float,
-    accountant: Accountant = "pld",
+    ledger: Ledger, event: PoissonGaussian, target_epsilon: float, target_delta: float, accountant: Accountant = "pld"
 ) -> int:
     """How many more of ``event`` fit the budget on top of ``ledger``: that many fit, one more does not.
 
@@ -120,7 +117,8 @@ def max_steps(
         raise TypeError(f"max_steps plans on top of a Ledger, not {ledger!r}: give Ledger() where nothing is spent.")
     if not isinstance(event, PoissonGaussian):
         raise TypeError(
-            f"max_steps plans private steps, not {event!r}: give PoissonGaussian(noise_multiplier, sample_rate).")
+            f"max_steps plans private steps, not {event!r}: give PoissonGaussian(noise_multiplier, sample_rate)."
+        )
     check_epsilon(target_epsilon)
     check_delta(target_delta)
     check_accountant(accountant)
@@ -140,8 +138,7 @@ def max_steps(
         for ahead in _AHEAD:
             beyond = min(math.ceil(steps * (1 + ahead)), _MOST_STEPS)
             if steps < beyond and epsilon_after(beyond, "pld") <= target_epsilon:
-                return _most_steps(
-                    lambda n: epsilon_after(n, "pld"), target_epsilon, beyond, stride=1 + beyond // 1000)
+                return _most_steps(lambda n: epsilon_after(n, "pld"), target_epsilon, beyond, stride=1 + beyond // 1000)
     return steps
 
 

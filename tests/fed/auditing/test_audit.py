@@ -30,6 +30,7 @@ def configuration(tmp_path):
     def write(options):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
         return str(tmp_path)
+
     return write
 
 
@@ -50,9 +51,15 @@ def opened(options):
     return Game(config, job, most_exposed(config, job))
 
 
-@pytest.mark.parametrize("options", [
-    {**SMALL, "method": "deer"}, {**CLIENTS, "method": "deer", "clients": 10, "clients_per_round": 4},
-    {**CLIENTS, "noise_by": "client"}], ids=["gradients", "server", "client"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**SMALL, "method": "deer"},
+        {**CLIENTS, "method": "deer", "clients": 10, "clients_per_round": 4},
+        {**CLIENTS, "noise_by": "client"},
+    ],
+    ids=["gradients", "server", "client"],
+)
 def test_what_is_sound_is_not_violated(configuration, options, tmp_path, capsys):
     assert cli.main(["audit", configuration(options), *SURE, *few(options)]) == 0
     report = json.loads((tmp_path / "audit.json").read_text())
@@ -66,11 +73,16 @@ def test_what_is_sound_is_not_violated(configuration, options, tmp_path, capsys)
 SHORT = {"rounds": 1, "local_steps": 1}
 
 
-@pytest.mark.parametrize(("options", "more"), [
-    ({**SMALL, **SHORT}, []), ({**CLIENTS, **SHORT, "clients": 10, "clients_per_round": 9}, FEW),
-    ({**CLIENTS, **SHORT, "noise_by": "client"}, FEW),
-    ({**SMALL, **SHORT}, ["--canaries", "examples", "--count", "40"]),
-], ids=["gradients", "server", "client", "examples"])
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({**SMALL, **SHORT}, []),
+        ({**CLIENTS, **SHORT, "clients": 10, "clients_per_round": 9}, FEW),
+        ({**CLIENTS, **SHORT, "noise_by": "client"}, FEW),
+        ({**SMALL, **SHORT}, ["--canaries", "examples", "--count", "40"]),
+    ],
+    ids=["gradients", "server", "client", "examples"],
+)
 def test_what_is_sound_is_not_violated_over_20_seeds(configuration, options, more):
     """Noise is secret: at a confidence of 0.999 two false alarms of 20 have a probability of 0.0002."""
     path = configuration(options)
@@ -93,9 +105,15 @@ def test_a_seed_is_kept_and_no_canary_is_refused(configuration, tmp_path, capsys
     assert "count must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [
-    {**SMALL, "method": "la-lora"}, {**CLIENTS, "method": "deer", "clients": 10, "clients_per_round": 9},
-    {**CLIENTS, "noise_by": "client"}], ids=["gradients", "server", "client"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**SMALL, "method": "la-lora"},
+        {**CLIENTS, "method": "deer", "clients": 10, "clients_per_round": 9},
+        {**CLIENTS, "noise_by": "client"},
+    ],
+    ids=["gradients", "server", "client"],
+)
 def test_a_fiftieth_of_the_noise_is_violated(configuration, options, tmp_path, little_noise, capsys):
     assert cli.main(["audit", configuration(options), "--output", str(tmp_path / "out"), *SURE, *few(options)]) == 1
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["violated"]
@@ -126,8 +144,9 @@ def test_mislabelled_examples_that_are_not_protected_are_found(configuration, mo
 def test_losses_of_private_examples_stay_out_of_the_folder_of_a_run(configuration, tmp_path, capsys, monkeypatch):
     """All that lies there is covered by the run's ε; a planted canary's results come out of noised releases."""
     folder = tmp_path / "run"
-    monkeypatch.setattr(MislabelledExamples, "train", lambda self, included: {
-        int(index): float(index % 3) for index in self.indices})
+    monkeypatch.setattr(
+        MislabelledExamples, "train", lambda self, included: {int(index): float(index % 3) for index in self.indices}
+    )
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "rounds": 1, "local_steps": 1}))
     (folder / "ledger.jsonl").touch()
@@ -186,18 +205,21 @@ def test_canaries_have_numbers_of_their_own():
         ClientCanaries(opened(CLIENTS), 10**6)
 
 
-@pytest.mark.parametrize("options, words, message", [
-    ({"epsilon": "none"}, [], "epsilon none claims nothing"),
-    ({"mechanism": "as-released"}, [], "claims nothing that could be refuted"),
-    ({"engine": "flower"}, [], "set engine local"),
-    ({**CLIENTS, "method": "flora"}, [], "audit it with noise_by client"),
-    (CLIENTS, ["--canaries", "examples"], "examples are not what is protected"),
-    (SMALL, ["--test", "two-world", "--count", "5"], "two-world has one canary"),
-    (SMALL, ["--canaries", "examples", "--count", "100000"], "count must lie between 1 and"),
-    (SMALL, ["--count", "100000"], "canaries"),
-    ({"epsilonn": 3}, [], "Unknown options: epsilonn"),
-    (["epsilon"], [], "holds no options"),
-])
+@pytest.mark.parametrize(
+    "options, words, message",
+    [
+        ({"epsilon": "none"}, [], "epsilon none claims nothing"),
+        ({"mechanism": "as-released"}, [], "claims nothing that could be refuted"),
+        ({"engine": "flower"}, [], "set engine local"),
+        ({**CLIENTS, "method": "flora"}, [], "audit it with noise_by client"),
+        (CLIENTS, ["--canaries", "examples"], "examples are not what is protected"),
+        (SMALL, ["--test", "two-world", "--count", "5"], "two-world has one canary"),
+        (SMALL, ["--canaries", "examples", "--count", "100000"], "count must lie between 1 and"),
+        (SMALL, ["--count", "100000"], "canaries"),
+        ({"epsilonn": 3}, [], "Unknown options: epsilonn"),
+        (["epsilon"], [], "holds no options"),
+    ],
+)
 def test_refusals(configuration, options, words, message, capsys):
     assert cli.main(["audit", configuration(options), *words]) == 2
     assert message in capsys.readouterr().err

@@ -31,23 +31,33 @@ from tests.fed.breaking import interrupt_before_round
 
 SMALL = {"clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 ACCURACY = {
-    ("la-lora", 1.0): (0.9011, 0.9123, 0.8876), ("la-lora", 8.0): (0.95, 0.96, 0.97),
-    ("dp-lora", 1.0): (0.7, 0.8, 0.9), ("dp-lora", 8.0): (0.95, 0.97, 0.96),
+    ("la-lora", 1.0): (0.9011, 0.9123, 0.8876),
+    ("la-lora", 8.0): (0.95, 0.96, 0.97),
+    ("dp-lora", 1.0): (0.7, 0.8, 0.9),
+    ("dp-lora", 8.0): (0.95, 0.97, 0.96),
 }
 
 
 def grid_config(folder: Path, **options: Any) -> CompareConfig:
-    return CompareConfig(**{
-        "methods": ["la-lora", "dp-lora"], "epsilons": [1, 8], "seeds": [0, 1, 2], "output": folder, **options})
+    return CompareConfig(
+        **{"methods": ["la-lora", "dp-lora"], "epsilons": [1, 8], "seeds": [0, 1, 2], "output": folder, **options}
+    )
 
 
 def summary(config: RunConfig, accuracy: float) -> dict[str, Any]:
     target = config.privacy.target
     released = config.privacy.mechanism == "as-released"
     return {
-        "status": "finished", "guarantee": AS_RELEASED if released else None, "release": None,
-        "accuracy_before": 0.5, "accuracy_after": accuracy,
-        "rounds": 2, "worst_epsilon": target and target * 0.99, "seconds": 1.5, "delta": 1e-5}
+        "status": "finished",
+        "guarantee": AS_RELEASED if released else None,
+        "release": None,
+        "accuracy_before": 0.5,
+        "accuracy_after": accuracy,
+        "rounds": 2,
+        "worst_epsilon": target and target * 0.99,
+        "seconds": 1.5,
+        "delta": 1e-5,
+    }
 
 
 class Runner:
@@ -100,8 +110,11 @@ def quietly(config: CompareConfig, **common: Any) -> str:
 def test_the_table_has_mean_and_sample_deviation(tmp_path, fake):
     shown = quietly(grid_config(tmp_path / "grid"))
     text = (tmp_path / "grid" / "comparison.md").read_text(encoding="utf-8")
-    rows = {line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[2:-1]]
-            for line in text.splitlines() if line.startswith("|")}
+    rows = {
+        line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    }
     assert rows["method"] == ["ε = 1", "ε = 8"]
     for (method, epsilon), values in ACCURACY.items():
         entry = f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
@@ -110,8 +123,15 @@ def test_the_table_has_mean_and_sample_deviation(tmp_path, fake):
     bold = {method: [cell.startswith("**") for cell in rows[method]] for method in rows}
     assert bold["la-lora"] == [True, True] and bold["dp-lora"] == [False, True]
     for words in (
-        "digits", "model default", "2 clients", "2 rounds", "δ = 1e-05", "one example of one client",
-        "n = 3 seeds (0, 1, 2)", "sample standard deviation", "Before training: 50.0",
+        "digits",
+        "model default",
+        "2 clients",
+        "2 rounds",
+        "δ = 1e-05",
+        "one example of one client",
+        "n = 3 seeds (0, 1, 2)",
+        "sample standard deviation",
+        "Before training: 50.0",
     ):
         assert words in text, words
     assert "90.0 ± 1.2" in shown and len(fake.ran) == 12
@@ -174,8 +194,11 @@ def test_one_seed_has_no_spread(tmp_path, fake):
 
 def test_a_failed_cell_is_a_dash_and_the_others_go_on(tmp_path, fake):
     fake.broken = {
-        "dp-lora/eps1/seed0": RuntimeError("no\nmemory"), "dp-lora/eps8/seed0": ValueError("bad"),
-        "dp-lora/eps8/seed1": ValueError("bad"), "dp-lora/eps8/seed2": ValueError("bad")}
+        "dp-lora/eps1/seed0": RuntimeError("no\nmemory"),
+        "dp-lora/eps8/seed0": ValueError("bad"),
+        "dp-lora/eps8/seed1": ValueError("bad"),
+        "dp-lora/eps8/seed2": ValueError("bad"),
+    }
     shown = quietly(grid_config(tmp_path / "grid"))
     text = (tmp_path / "grid" / "comparison.md").read_text()
     assert re.search(r"`dp-lora` +\| 85.0 ± 7.1 \(n = 2\) +\| – +\|", text)
@@ -364,10 +387,16 @@ def test_all_cells_are_checked_before_the_first_runs(tmp_path, fake):
     assert fake.ran == [] and not (tmp_path / "grid").exists()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"seeds": [1, 1]}, "seeds has 1 twice"), ({"epsilons": [8, 8.0]}, "epsilons has 8.0 twice"),
-    ({"epsilons": ["none", math.inf]}, "epsilons has none twice"), ({"methods": []}, "methods is empty"),
-    ({"processes": 0}, "processes must be at least 1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": [1, 1]}, "seeds has 1 twice"),
+        ({"epsilons": [8, 8.0]}, "epsilons has 8.0 twice"),
+        ({"epsilons": ["none", math.inf]}, "epsilons has none twice"),
+        ({"methods": []}, "methods is empty"),
+        ({"processes": 0}, "processes must be at least 1"),
+    ],
+)
 def test_grids_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         CompareConfig(**options)
@@ -437,7 +466,8 @@ def start(tmp_path: Path, rounds: int, **variables: str) -> subprocess.Popen[str
     words = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "grid"), str(rounds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def test_ctrl_c_with_several_processes_can_be_resumed(tmp_path):

@@ -54,10 +54,13 @@ def images(width: int, mode: str, classes: int, image: str, label: str, **more: 
 def texts(classes: int, *names: str, **splits: str) -> dict[str, datasets.Dataset]:
     generator = np.random.default_rng(0)
     columns: dict[str, list[Any]] = {
-        name: [" ".join(generator.choice(WORDS, generator.integers(3, 12))) for _ in range(ROWS)] for name in names}
+        name: [" ".join(generator.choice(WORDS, generator.integers(3, 12))) for _ in range(ROWS)] for name in names
+    }
     columns |= {"label": [i % classes for i in range(ROWS)], "idx": list(range(ROWS))}
     features = {name: Value("string") for name in names} | {
-        "label": ClassLabel(num_classes=classes), "idx": Value("int32")}
+        "label": ClassLabel(num_classes=classes),
+        "idx": Value("int32"),
+    }
     data = datasets.Dataset.from_dict(columns, features=Features(features))
     return {"train": data, splits.get("validation", "validation"): data}
 
@@ -96,8 +99,14 @@ def write_model(folder: Path, name: str) -> str:
     bpe.train_from_iterator(WORDS, vocab_size=300, special_tokens=list(special.values()))
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, model_max_length=128, **special).save_pretrained(folder)
     sizes = {
-        "vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-        "max_position_embeddings": 132, "pad_token_id": 3}
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 132,
+        "pad_token_id": 3,
+    }
     if "roberta" in name:
         RobertaForSequenceClassification(RobertaConfig(**sizes)).save_pretrained(folder)
     else:
@@ -130,11 +139,43 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: create(name, **more, **sizes))
     data = write_data(tmp_path / "data", DATA[path.stem](), common["subset"])
     model = write_model(tmp_path / "model", common["model"])
-    code = main([
-        "compare", "--config", str(path), "--dataset", str(data), "--model", model, "--methods", "la-lora",
-        "--epsilons", "8", "--seeds", "0", "--learning_rates", "0.01", "--clients", "2", "--partition", "iid",
-        "--rounds", "1", "--local_steps", "2", "--batch_size", "4", "--accountant", "rdp", "--device", "cpu",
-        "--processes", "1", "--output", str(tmp_path / "grid")])
+    code = main(
+        [
+            "compare",
+            "--config",
+            str(path),
+            "--dataset",
+            str(data),
+            "--model",
+            model,
+            "--methods",
+            "la-lora",
+            "--epsilons",
+            "8",
+            "--seeds",
+            "0",
+            "--learning_rates",
+            "0.01",
+            "--clients",
+            "2",
+            "--partition",
+            "iid",
+            "--rounds",
+            "1",
+            "--local_steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--accountant",
+            "rdp",
+            "--device",
+            "cpu",
+            "--processes",
+            "1",
+            "--output",
+            str(tmp_path / "grid"),
+        ]
+    )
     shown = capsys.readouterr().out
     assert code == 0 and "failed" not in shown and "la-lora, ε = 8, seed 0   accuracy" in shown
 

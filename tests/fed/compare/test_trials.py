@@ -21,8 +21,12 @@ from lora_dp.fed.runs.folder import read_config
 COMMON = {"clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 # Accuracy and loss of a trial, by method and rate: dp-lora's two best are equally accurate.
 TRIALS = {
-    ("la-lora", 0.1): (0.7, 0.9), ("la-lora", 0.3): (0.8, 0.9), ("la-lora", 1.0): (0.6, 0.1),
-    ("dp-lora", 0.1): (0.8, 0.7), ("dp-lora", 0.3): (0.8, 0.6), ("dp-lora", 1.0): (0.3, 0.5),
+    ("la-lora", 0.1): (0.7, 0.9),
+    ("la-lora", 0.3): (0.8, 0.9),
+    ("la-lora", 1.0): (0.6, 0.1),
+    ("dp-lora", 0.1): (0.8, 0.7),
+    ("dp-lora", 0.3): (0.8, 0.6),
+    ("dp-lora", 1.0): (0.3, 0.5),
 }
 
 
@@ -45,9 +49,19 @@ class Runs:
         if name in self.broken:
             raise RuntimeError("no memory")
         accuracy, loss = TRIALS[config.federation.method, rate]
-        (path / "summary.json").write_text(json.dumps({
-            "status": "finished", "accuracy_before": 0.5, "accuracy_after": accuracy, "loss_after": loss,
-            "seconds": 1.0, "worst_epsilon": 0.9, "delta": 1e-5}))
+        (path / "summary.json").write_text(
+            json.dumps(
+                {
+                    "status": "finished",
+                    "accuracy_before": 0.5,
+                    "accuracy_after": accuracy,
+                    "loss_after": loss,
+                    "seconds": 1.0,
+                    "worst_epsilon": 0.9,
+                    "delta": 1e-5,
+                }
+            )
+        )
         return loop.Outcome(path, {"status": "finished"}, [])
 
 
@@ -58,9 +72,16 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 def tuned(folder: Path, **options: Any) -> str:
     stream = io.StringIO()
-    config = CompareConfig(**{
-        "methods": ["la-lora", "dp-lora"], "epsilons": [1], "seeds": [0, 1], "learning_rates": [0.1, 0.3, 1.0],
-        "output": folder, **options})
+    config = CompareConfig(
+        **{
+            "methods": ["la-lora", "dp-lora"],
+            "epsilons": [1],
+            "seeds": [0, 1],
+            "learning_rates": [0.1, 0.3, 1.0],
+            "output": folder,
+            **options,
+        }
+    )
     compare(config, COMMON, Console(file=stream, width=200))
     return stream.getvalue()
 
@@ -100,13 +121,18 @@ def test_a_failed_trial_stops_its_cells_only(tmp_path, runs):
     assert "failed: la-lora, ε = 1, trial of lr 0.3: RuntimeError: no memory" in shown
     assert "failed: la-lora, ε = 1, seed 0: a trial of its learning rates failed" in shown
     assert [name for name in runs.rates if name.startswith("cells/")] == [
-        "cells/dp-lora/eps1/seed0", "cells/dp-lora/eps1/seed1"]
+        "cells/dp-lora/eps1/seed0",
+        "cells/dp-lora/eps1/seed1",
+    ]
     assert "trial of lr 0.3</th>" in write_page(tmp_path / "grid").read_text()
     # The next call tries what failed, and what hung on it.
     runs.broken, runs.rates = set(), {}
     tuned(tmp_path / "grid")
     assert runs.rates == {
-        "trials/la-lora/eps1/lr0.3": 0.3, "cells/la-lora/eps1/seed0": 0.3, "cells/la-lora/eps1/seed1": 0.3}
+        "trials/la-lora/eps1/lr0.3": 0.3,
+        "cells/la-lora/eps1/seed0": 0.3,
+        "cells/la-lora/eps1/seed1": 0.3,
+    }
 
 
 def test_a_trial_that_diverged_is_not_chosen_and_stops_nothing(tmp_path, runs, monkeypatch):

@@ -23,7 +23,8 @@ class Words:
         words = [(a.split(), b.split()) for a, b in zip(texts, pairs, strict=True)]
         return {
             "input_ids": [[len(word) for word in a + b][:max_length] for a, b in words],
-            "token_type_ids": [([0] * len(a) + [1] * len(b))[:max_length] for a, b in words]}
+            "token_type_ids": [([0] * len(a) + [1] * len(b))[:max_length] for a, b in words],
+        }
 
 
 def write(folder, features=None, **splits):
@@ -201,8 +202,11 @@ def test_settings_out_of_range(settings):
 
 def test_pairs_of_texts(tmp_path):
     columns = {
-        "premise": ["a man", "two dogs run"], "hypothesis": ["someone", "dogs are running"], "label": [0, 1],
-        "idx": [0, 1]}
+        "premise": ["a man", "two dogs run"],
+        "hypothesis": ["someone", "dogs are running"],
+        "label": [0, 1],
+        "idx": [0, 1],
+    }
     folder = write(tmp_path / "data", train=columns, validation=columns)
     raw = open_data(DataConfig(dataset=folder, input_column="premise", pair_column="hypothesis"))
     assert raw.kind == "text" and raw.train_inputs[1] == ("two dogs run", "dogs are running")
@@ -215,15 +219,20 @@ def test_pairs_of_texts(tmp_path):
     assert all(torch.equal(joined[name], batch[name]) for name in batch)
     # The second column is no candidate for the first.
     renamed = write(tmp_path / "other", train={"one": ["a"] * 4, "two": ["b"] * 4, "label": [0, 0, 1, 1]})
-    assert open_data(DataConfig(dataset=renamed, pair_column="two", validation_fraction=0.5)).train_inputs == [
-        ("a", "b")] * 2
+    assert (
+        open_data(DataConfig(dataset=renamed, pair_column="two", validation_fraction=0.5)).train_inputs
+        == [("a", "b")] * 2
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"pair_column": "nothing"}, "no column nothing in the data set: set pair_column to one of"),
-    ({"pair_column": "label"}, "column label holds no texts: set pair_column"),
-    ({"input_column": "text", "pair_column": "text"}, "pair_column and input_column are both text"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pair_column": "nothing"}, "no column nothing in the data set: set pair_column to one of"),
+        ({"pair_column": "label"}, "column label holds no texts: set pair_column"),
+        ({"input_column": "text", "pair_column": "text"}, "pair_column and input_column are both text"),
+    ],
+)
 def test_pairs_that_cannot_be(tmp_path, options, message):
     folder = write_texts(tmp_path / "data", [0, 1, 0, 1])
     with pytest.raises(ValueError, match=message):

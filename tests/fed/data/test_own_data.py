@@ -92,14 +92,23 @@ def assert_odd_alone(clean: str, odd: str, classes: list[str] | None = None, **c
 
 
 ODD_ROWS = {
-    "label null": {"text": "x", "label": None}, "text null": {"text": None, "label": "ham"},
-    "label a number": {"text": "x", "label": 3}, "label true": {"text": "x", "label": True},
-    "label a fraction": {"text": "x", "label": 0.5}, "label NaN": {"text": "x", "label": float("nan")},
-    "label a list": {"text": "x", "label": ["ham"]}, "label nested": {"text": "x", "label": {"is": {"a": ["ham"]}}},
-    "text a number": {"text": 7, "label": "ham"}, "text a list": {"text": ["x"], "label": "ham"},
-    "text nested": {"text": {"a": [1, {"b": None}]}, "label": "ham"}, "text infinite": {"text": float("inf")},
-    "nothing": {}, "another column": {"title": "x", "label": "ham"}, "surrogate": {"text": "\ud800", "label": "ham"},
-    "label surrogate": {"text": "x", "label": "\ud800"}, "last surrogate": {"text": "x", "label": "\udfff"},
+    "label null": {"text": "x", "label": None},
+    "text null": {"text": None, "label": "ham"},
+    "label a number": {"text": "x", "label": 3},
+    "label true": {"text": "x", "label": True},
+    "label a fraction": {"text": "x", "label": 0.5},
+    "label NaN": {"text": "x", "label": float("nan")},
+    "label a list": {"text": "x", "label": ["ham"]},
+    "label nested": {"text": "x", "label": {"is": {"a": ["ham"]}}},
+    "text a number": {"text": 7, "label": "ham"},
+    "text a list": {"text": ["x"], "label": "ham"},
+    "text nested": {"text": {"a": [1, {"b": None}]}, "label": "ham"},
+    "text infinite": {"text": float("inf")},
+    "nothing": {},
+    "another column": {"title": "x", "label": "ham"},
+    "surrogate": {"text": "\ud800", "label": "ham"},
+    "label surrogate": {"text": "x", "label": "\ud800"},
+    "last surrogate": {"text": "x", "label": "\udfff"},
     "long label": {"text": "x", "label": 10**400},
 }
 
@@ -110,14 +119,24 @@ def test_an_odd_row_of_json(kind, write, tmp_path):
     rows = plain()
     assert_odd_alone(
         folder(tmp_path / "clean", rows, WRITERS[write]),
-        folder(tmp_path / "odd", [*rows[:ODD], ODD_ROWS[kind], *rows[ODD:]], WRITERS[write]))
+        folder(tmp_path / "odd", [*rows[:ODD], ODD_ROWS[kind], *rows[ODD:]], WRITERS[write]),
+    )
 
 
-@pytest.mark.parametrize("line", [
-    b"no json", b'{"text": "x", "label": ', b'["ham"]', b"7", b"null", b"\xff\xfe\x00",
-    b'{"text": "\xff", "label": "ham"}',
-    b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b', "label": "ham"}', b'{"text": "x", "label": ' + b"1" * 10**4 + b"}",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"no json",
+        b'{"text": "x", "label": ',
+        b'["ham"]',
+        b"7",
+        b"null",
+        b"\xff\xfe\x00",
+        b'{"text": "\xff", "label": "ham"}',
+        b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b', "label": "ham"}',
+        b'{"text": "x", "label": ' + b"1" * 10**4 + b"}",
+    ],
+)
 def test_an_odd_line_of_json(line, tmp_path):
     clean = folder(tmp_path / "clean", plain(), as_jsonl)
     lines = (tmp_path / "clean" / "train.jsonl").read_bytes().splitlines()
@@ -134,9 +153,27 @@ def test_an_endless_value_is_an_example_like_others(tmp_path):
     assert examples.batch([30])["input_ids"].tolist() == [[10**7, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("line", [
-    b"x,", b"x", b",ham", b"x,ham,more", b"x,NA", b"nan,ham", b"x,3", b"x,0.5", b"\xff,ham", b"x,\xff", b'"",ham',
-    b'"x,ham', b'"', b'"x,ham,"', b'x,"ham', b'"x"y",z"w,ham'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"x,",
+        b"x",
+        b",ham",
+        b"x,ham,more",
+        b"x,NA",
+        b"nan,ham",
+        b"x,3",
+        b"x,0.5",
+        b"\xff,ham",
+        b"x,\xff",
+        b'"",ham',
+        b'"x,ham',
+        b'"',
+        b'"x,ham,"',
+        b'x,"ham',
+        b'"x"y",z"w,ham',
+    ],
+)
 def test_an_odd_line_of_csv(line, tmp_path):
     """Others have quotes as well, in which an open one might end."""
     rows = plain()
@@ -145,7 +182,7 @@ def test_an_odd_line_of_csv(line, tmp_path):
     lines = (tmp_path / "clean" / "train.csv").read_bytes().splitlines()
     odd = tmp_path / "odd"
     odd.mkdir()
-    (odd / "train.csv").write_bytes(b"\n".join([*lines[:ODD + 1], line, *lines[ODD + 1:]]))
+    (odd / "train.csv").write_bytes(b"\n".join([*lines[: ODD + 1], line, *lines[ODD + 1 :]]))
     assert_odd_alone(clean, str(odd))
 
 
@@ -169,7 +206,8 @@ def test_nulls_of_parquet(odd, tmp_path):
     rows = plain()
     assert_odd_alone(
         folder(tmp_path / "clean", rows, as_parquet),
-        folder(tmp_path / "odd", [*rows[:ODD], odd, *rows[ODD:]], as_parquet))
+        folder(tmp_path / "odd", [*rows[:ODD], odd, *rows[ODD:]], as_parquet),
+    )
 
 
 @pytest.mark.parametrize("column", ["text", "label"])
@@ -179,13 +217,15 @@ def test_bytes_of_parquet_that_are_no_text(column, tmp_path):
     def write(path: Path, rows: list[Row]) -> None:
         columns = {
             name: pa.array([row[name].encode() for row in rows], pa.binary()).view(pa.string())
-            for name in ("text", "label")}
+            for name in ("text", "label")
+        }
         odd = pa.array([b"\xff\xfe" if i == ODD else row[column].encode() for i, row in enumerate(rows)], pa.binary())
         pq.write_table(pa.table({**columns, column: odd.view(pa.string())}), path / "train.parquet")
 
     assert_odd_alone(
         folder(tmp_path / "clean", rows, as_parquet),
-        folder(tmp_path / "odd", [*rows[:ODD], {"text": "x", "label": "ham"}, *rows[ODD:]], write))
+        folder(tmp_path / "odd", [*rows[:ODD], {"text": "x", "label": "ham"}, *rows[ODD:]], write),
+    )
 
 
 @pytest.mark.parametrize("value", [-1, None, 2, 9])
@@ -212,8 +252,11 @@ def test_a_pair_without_its_second_text(tmp_path):
     for i, second in enumerate((None, 3, ["x"], "\ud800")):
         odd = [*rows[:ODD], {"a": "x", "b": second, "label": "ham"}, *rows[ODD:]]
         assert_odd_alone(
-            folder(tmp_path / f"clean{i}", rows, as_jsonl), folder(tmp_path / f"odd{i}", odd, as_jsonl),
-            input_column="a", pair_column="b")
+            folder(tmp_path / f"clean{i}", rows, as_jsonl),
+            folder(tmp_path / f"odd{i}", odd, as_jsonl),
+            input_column="a",
+            pair_column="b",
+        )
 
 
 def test_images(tmp_path):
@@ -254,9 +297,11 @@ def test_damaged_images_of_parquet(tmp_path):
     images = [None if i == 3 else {"bytes": good[:50] if i == 5 else good, "path": None} for i in range(9)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(9)]}, features=features).to_parquet(
-        tmp_path / "own" / "train.parquet")
+        tmp_path / "own" / "train.parquet"
+    )
     examples = encode_training(
-        open_own(DataConfig(dataset=str(tmp_path / "own"))), ImageSpec(8, 8, 1, (0.5,), (0.5,))).train
+        open_own(DataConfig(dataset=str(tmp_path / "own"))), ImageSpec(8, 8, 1, (0.5,), (0.5,))
+    ).train
     pixels = examples.batch([0, 1, 2, 4, 6, 7, 8])["pixel_values"]
     assert len(examples) == 9 and bool((pixels == (9 / 255 - 0.5) / 0.5).all())
     for row in (3, 5):
@@ -267,9 +312,14 @@ def test_damaged_images_of_parquet(tmp_path):
 # Well-kept data are read as everywhere else
 
 
-@pytest.mark.parametrize("write, labels", [
-    *((write, labels) for write in WRITERS for labels in (["b", "a", "c"], [10, 2, -1])),
-    ("jsonl", ["10", "2", "x"]), ("parquet", ["10", "2", "x"])])
+@pytest.mark.parametrize(
+    "write, labels",
+    [
+        *((write, labels) for write in WRITERS for labels in (["b", "a", "c"], [10, 2, -1])),
+        ("jsonl", ["10", "2", "x"]),
+        ("parquet", ["10", "2", "x"]),
+    ],
+)
 def test_data_without_anything_odd_are_those_that_a_run_reads(write, labels, tmp_path):
     rows = [{**row, "label": labels[i % 3], "id": i} for i, row in enumerate(plain())]
     rows[3]["text"] = 'a "quoted" text,\nof two lines'
@@ -299,7 +349,7 @@ def test_compressed_files_and_several(tmp_path):
     rows = plain()
     (tmp_path / "own").mkdir()
     for part in (0, 1):
-        lines = "".join(json.dumps(row) + "\n" for row in rows[15 * part: 15 * part + 15])
+        lines = "".join(json.dumps(row) + "\n" for row in rows[15 * part : 15 * part + 15])
         (tmp_path / "own" / f"train-{part}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     raw = open_own(DataConfig(dataset=str(tmp_path / "own")))
     assert list(raw.train_inputs) == [row["text"] for row in rows]
@@ -313,10 +363,19 @@ def test_what_is_not_trained_on_is_not_read(tmp_path):
     assert len(open_own(DataConfig(dataset=place)).train_labels) == 30
 
 
-@pytest.mark.parametrize(("write", "values", "is_text"), [
-    ("jsonl", ["a", "b", 1, 2], True), ("jsonl", ["a", "b", 1, 2, 3], False), ("jsonl", ["a", None, None], True),
-    ("jsonl", [None, None], False), ("jsonl", [1, 2], False), ("csv", ["a", "1", "b", "2"], True),
-    ("csv", ["a", "1", "b", "2", "3"], False), ("csv", ["1", "2"], False)])
+@pytest.mark.parametrize(
+    ("write", "values", "is_text"),
+    [
+        ("jsonl", ["a", "b", 1, 2], True),
+        ("jsonl", ["a", "b", 1, 2, 3], False),
+        ("jsonl", ["a", None, None], True),
+        ("jsonl", [None, None], False),
+        ("jsonl", [1, 2], False),
+        ("csv", ["a", "1", "b", "2"], True),
+        ("csv", ["a", "1", "b", "2", "3"], False),
+        ("csv", ["1", "2"], False),
+    ],
+)
 def test_a_column_is_one_of_texts_where_at_least_half_of_its_values_are(write, values, is_text, tmp_path):
     rows = [{"words": value, "label": "ab"[i % 2]} for i, value in enumerate(values)]
     config = DataConfig(dataset=folder(tmp_path / "own", rows, WRITERS[write]), input_column="words")
@@ -338,8 +397,11 @@ def test_columns_are_those_that_at_least_half_of_the_rows_have(tmp_path):
 
 
 def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
-    own = folder(tmp_path / "own", plain(), lambda path, rows: pd.DataFrame(rows).to_csv(
-        path / "train.csv", index=False, encoding="utf-8-sig"))
+    own = folder(
+        tmp_path / "own",
+        plain(),
+        lambda path, rows: pd.DataFrame(rows).to_csv(path / "train.csv", index=False, encoding="utf-8-sig"),
+    )
     assert len(open_own(DataConfig(dataset=own, input_column="text")).train_inputs) == 30
 
 
@@ -392,9 +454,15 @@ def test_names_and_numbers_in_one_column_of_csv(tmp_path):
     assert open_own(DataConfig(dataset=place), ["1", "2", "3+"]).train_labels.tolist() == [0, 1, 2] * 3 + [0]
 
 
-@pytest.mark.parametrize(("labels", "found"), [
-    (["a", "b", 1, 2], [0, 1, -1, -1]), ([1, 2, "a", "b"], [-1, -1, 0, 1]), (["a", "b", [1], [2]], [0, 1, -1, -1]),
-    (["a", "b", "a", *[[1]] * 4], None)])
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["a", "b", 1, 2], [0, 1, -1, -1]),
+        ([1, 2, "a", "b"], [-1, -1, 0, 1]),
+        (["a", "b", [1], [2]], [0, 1, -1, -1]),
+        (["a", "b", "a", *[[1]] * 4], None),
+    ],
+)
 def test_classes_are_of_one_kind_that_at_least_half_of_the_labels_have(labels, found, tmp_path):
     """Of two kinds with as many they are names."""
     rows = [{"text": "x", "label": label} for label in labels]
@@ -408,9 +476,14 @@ def test_classes_are_of_one_kind_that_at_least_half_of_the_labels_have(labels, f
 
 
 def test_labels_that_are_no_classes(tmp_path):
-    for i, (labels, words) in enumerate([
-            ([0.5, 1.5, 1.0], "does not hold classes"), ([None] * 3, "does not hold classes"),
-            ([1, 1, 1], "fewer than two classes"), ([[1], [2], [1]], "does not hold classes")]):
+    for i, (labels, words) in enumerate(
+        [
+            ([0.5, 1.5, 1.0], "does not hold classes"),
+            ([None] * 3, "does not hold classes"),
+            ([1, 1, 1], "fewer than two classes"),
+            ([[1], [2], [1]], "does not hold classes"),
+        ]
+    ):
         place = folder(tmp_path / f"{i}", [{"text": "x", "label": label} for label in labels], as_jsonl)
         with pytest.raises(ValueError, match=words):
             open_own(DataConfig(dataset=place))
@@ -439,10 +512,15 @@ def test_nothing_that_can_be_read_is_a_client_with_nothing_to_add(tmp_path):
 
 
 def test_files_whose_rows_cannot_be_told_apart(tmp_path):
-    for i, (name, data) in enumerate([
-            ("train.json", b'[{"text": "x", "label": 0}, {"text": ]'), ("train.json", b"[" * 10**5 + b"]" * 10**5),
-            ("train.jsonl", json.dumps(plain(), indent=1).encode()[1:]), ("train.parquet", b"PAR1"),
-            ("train.jsonl.gz", b"no archive")]):
+    for i, (name, data) in enumerate(
+        [
+            ("train.json", b'[{"text": "x", "label": 0}, {"text": ]'),
+            ("train.json", b"[" * 10**5 + b"]" * 10**5),
+            ("train.jsonl", json.dumps(plain(), indent=1).encode()[1:]),
+            ("train.parquet", b"PAR1"),
+            ("train.jsonl.gz", b"no archive"),
+        ]
+    ):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}" / name).write_bytes(data)
         with pytest.raises(ValueError, match="no data set could be opened in the folder"):
@@ -457,8 +535,12 @@ def test_files_whose_rows_cannot_be_told_apart(tmp_path):
 def test_rows_of_csv():
     lines = ["\n", "text,label\n", "a,b\n", "\n", '"two\n', 'lines",c\n', "d\n", "e,f,g\n", "h,\n"]
     assert csv_rows(lines[1:]) == [
-        {"text": "a", "label": "b"}, {"text": "two\nlines", "label": "c"}, {"text": "d"}, {},
-        {"text": "h", "label": None}]
+        {"text": "a", "label": "b"},
+        {"text": "two\nlines", "label": "c"},
+        {"text": "d"},
+        {},
+        {"text": "h", "label": None},
+    ]
     assert csv_rows([]) == [] and csv_rows(["a;b\n", "1;2\n"], delimiter=";") == [{"a": "1", "b": "2"}]
 
 

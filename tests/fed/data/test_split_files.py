@@ -38,11 +38,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("name", [
-    "data.jsonl", "train.jsonl", "training.jsonl", "train/training.jsonl", "training/train-1.jsonl",
-    "train-training.jsonl", "train_2024_training.jsonl", "data/train/train.jsonl", "training-data/train/a.jsonl",
-    "pre-training/train.jsonl", "2024/training/train/part.jsonl", "data/train-00000-of-00001.jsonl", "test.jsonl",
-    "my-test-set/a.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.jsonl",
+        "train.jsonl",
+        "training.jsonl",
+        "train/training.jsonl",
+        "training/train-1.jsonl",
+        "train-training.jsonl",
+        "train_2024_training.jsonl",
+        "data/train/train.jsonl",
+        "training-data/train/a.jsonl",
+        "pre-training/train.jsonl",
+        "2024/training/train/part.jsonl",
+        "data/train-00000-of-00001.jsonl",
+        "test.jsonl",
+        "my-test-set/a.jsonl",
+    ],
+)
 def test_every_row_of_a_file_comes_once(tmp_path: Path, name: str) -> None:
     write_rows(tmp_path / name)
     config = DataConfig(dataset=str(tmp_path))
@@ -60,9 +74,19 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("within", ["", "train", "data/train"])
-@pytest.mark.parametrize("classes", [
-    ("bus", "train_station"), ("beaker", "test tube"), ("dev_board", "arduino"), ("valid", "invalid"),
-    ("eval", "other"), ("positive test", "negative test"), ("pre-training", "post"), ("train_station", "test_tube")])
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("bus", "train_station"),
+        ("beaker", "test tube"),
+        ("dev_board", "arduino"),
+        ("valid", "invalid"),
+        ("eval", "other"),
+        ("positive test", "negative test"),
+        ("pre-training", "post"),
+        ("train_station", "test_tube"),
+    ],
+)
 def test_the_name_of_a_class_is_no_split(tmp_path: Path, classes: tuple[str, str], within: str) -> None:
     write_images(tmp_path / within, *classes)
     config = DataConfig(dataset=str(tmp_path))
@@ -86,8 +110,9 @@ def test_a_class_named_as_a_split_says_what_to_do(tmp_path: Path) -> None:
             read(DataConfig(dataset=str(tmp_path)))
 
 
-@pytest.mark.parametrize("name", [
-    "img_test_030.png", "test.png", "eval-3.png", "2024-dev-1.png", "train-3.png", "val.PNG"])
+@pytest.mark.parametrize(
+    "name", ["img_test_030.png", "test.png", "eval-3.png", "2024-dev-1.png", "train-3.png", "val.PNG"]
+)
 @pytest.mark.parametrize("within", ["", "train"])
 def test_one_more_image_changes_nothing_of_the_others(tmp_path: Path, name: str, within: str) -> None:
     write_images(tmp_path / within, "cats", "dogs")
@@ -107,50 +132,86 @@ def test_an_image_deeper_than_the_others_is_an_odd_one(tmp_path: Path, name: str
     assert len(raw.train_labels) == 21 and (raw.train_labels < 0).sum() == 1
 
 
-@pytest.mark.parametrize(("files", "expected"), [
-    (["train.csv", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
-    (["train.csv", "dev.csv", "notes.csv"], {"train": ["train.csv"], "validation": ["dev.csv"]}),
-    (["sst_train.csv.gz", "sst_valid.csv.gz"], {"train": ["sst_train.csv.gz"], "validation": ["sst_valid.csv.gz"]}),
-    (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
-     {"train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
-      "test": ["data/test-00000-of-00001.parquet"]}),
-    (["train/a.csv", "val/a.csv", "README.md"], {"train": ["train/a.csv"], "validation": ["val/a.csv"]}),
-    (["Training/x.csv", "Testing/x.csv"], {"train": ["Training/x.csv"], "test": ["Testing/x.csv"]}),
-    (["train_images/a/1.png", "test_images/a/2.png"], {"train": ["train_images/**"], "test": ["test_images/**"]}),
-    (["train2017/1.png", "train2017/metadata.csv", "val2017/2.png"],
-     {"train": ["train2017/**"], "validation": ["val2017/**"]}),
-    (["train/x/1.png", "labels.csv"], {"train": ["**"]}),
-    (["train/x/1.png", "test/x/1.png", "labels.csv"], {"train": ["train/**"], "test": ["test/**"]}),
-    (["train-[1].csv", "test.csv"], {"train": ["train-[[]1].csv"], "test": ["test.csv"]}),
-    (["one.csv", "two.csv"], {"train": ["one.csv", "two.csv"]}),
-    (["train-test.csv", "other.csv"], {"train": ["other.csv", "train-test.csv"]}),
-    (["a/1.png", "b/2.png"], {"train": ["**"]}),
-    (["test/1.csv", "dev/1.csv"], {"validation": ["dev/1.csv"], "test": ["test/1.csv"]}),
-    (["test.csv", "dev.csv"], {"validation": ["dev.csv"], "test": ["test.csv"]}),
-    (["__MACOSX/train/a.csv", ".cache/train.csv", "a.csv"], {"train": ["a.csv"]}),
-    (["README.md"], {"train": ["**"]}), (["LICENSE.txt"], {"train": ["LICENSE.txt"]}),
-    (["a.csv", "a.csv~"], {"train": ["a.csv"]}),
-    (["train.csv", "train.csv.bak", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
-    (["train/a.csv", "train/a.csv.orig", "train/.git/b.csv", "val/a.csv"],
-     {"train": ["train/a.csv"], "validation": ["val/a.csv"]}),
-    (["a/[1].png", "a/[1].png.bak", "b/2.png", "metadata.csv"], {"train": ["a/[[]1].png", "b/2.png", "metadata.csv"]}),
-    (["a/1.png", "b/2.png", "Thumbs.db", "LICENSE"], {"train": ["**"]}),
-    (["images/train/a/1.png", "images/val/a/1.png", "classes.txt"],
-     {"train": ["images/train/**"], "validation": ["images/val/**"]}),
-    (["data/train.csv", "data/test.csv", "LICENSE.txt"], {"train": ["data/train.csv"], "test": ["data/test.csv"]}),
-    (["train/1.jpg", "train/2.jpg", "test/3.jpg", "annotations/x.json"], {"train": ["train/**"], "test": ["test/**"]}),
-    (["train/a.csv", "train/b.csv", "test/c.csv", "figures/plot.png"],
-     {"train": ["train/a.csv", "train/b.csv"], "test": ["test/c.csv"]}),
-    (["train/data-00000.arrow", "train/state.json", "train/dataset_info.json", "test/data-00000.arrow",
-      "test/state.json", "dataset_dict.json"],
-     {"train": ["train/data-00000.arrow"], "test": ["test/data-00000.arrow"]}),
-    (["2023/train.csv", "2024/train.csv", "2024/test.csv"],
-     {"train": ["2023/train.csv", "2024/train.csv"], "test": ["2024/test.csv"]}),
-    (["a.csv", "1.txt", "2.txt", "3.txt"], {"train": ["a.csv"]}),
-    (["a.csv", "test/b.csv"], {"train": ["a.csv", "test/b.csv"]}),
-    (["a.csv", "validation.csv"], {"train": ["a.csv", "validation.csv"]}),
-    (["train/a.csv", "test/b.csv", "classes.csv"], {"train": ["train/a.csv"], "test": ["test/b.csv"]}),
-])
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["train.csv", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
+        (["train.csv", "dev.csv", "notes.csv"], {"train": ["train.csv"], "validation": ["dev.csv"]}),
+        (["sst_train.csv.gz", "sst_valid.csv.gz"], {"train": ["sst_train.csv.gz"], "validation": ["sst_valid.csv.gz"]}),
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/test-00000-of-00001.parquet",
+            ],
+            {
+                "train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+                "test": ["data/test-00000-of-00001.parquet"],
+            },
+        ),
+        (["train/a.csv", "val/a.csv", "README.md"], {"train": ["train/a.csv"], "validation": ["val/a.csv"]}),
+        (["Training/x.csv", "Testing/x.csv"], {"train": ["Training/x.csv"], "test": ["Testing/x.csv"]}),
+        (["train_images/a/1.png", "test_images/a/2.png"], {"train": ["train_images/**"], "test": ["test_images/**"]}),
+        (
+            ["train2017/1.png", "train2017/metadata.csv", "val2017/2.png"],
+            {"train": ["train2017/**"], "validation": ["val2017/**"]},
+        ),
+        (["train/x/1.png", "labels.csv"], {"train": ["**"]}),
+        (["train/x/1.png", "test/x/1.png", "labels.csv"], {"train": ["train/**"], "test": ["test/**"]}),
+        (["train-[1].csv", "test.csv"], {"train": ["train-[[]1].csv"], "test": ["test.csv"]}),
+        (["one.csv", "two.csv"], {"train": ["one.csv", "two.csv"]}),
+        (["train-test.csv", "other.csv"], {"train": ["other.csv", "train-test.csv"]}),
+        (["a/1.png", "b/2.png"], {"train": ["**"]}),
+        (["test/1.csv", "dev/1.csv"], {"validation": ["dev/1.csv"], "test": ["test/1.csv"]}),
+        (["test.csv", "dev.csv"], {"validation": ["dev.csv"], "test": ["test.csv"]}),
+        (["__MACOSX/train/a.csv", ".cache/train.csv", "a.csv"], {"train": ["a.csv"]}),
+        (["README.md"], {"train": ["**"]}),
+        (["LICENSE.txt"], {"train": ["LICENSE.txt"]}),
+        (["a.csv", "a.csv~"], {"train": ["a.csv"]}),
+        (["train.csv", "train.csv.bak", "test.csv"], {"train": ["train.csv"], "test": ["test.csv"]}),
+        (
+            ["train/a.csv", "train/a.csv.orig", "train/.git/b.csv", "val/a.csv"],
+            {"train": ["train/a.csv"], "validation": ["val/a.csv"]},
+        ),
+        (
+            ["a/[1].png", "a/[1].png.bak", "b/2.png", "metadata.csv"],
+            {"train": ["a/[[]1].png", "b/2.png", "metadata.csv"]},
+        ),
+        (["a/1.png", "b/2.png", "Thumbs.db", "LICENSE"], {"train": ["**"]}),
+        (
+            ["images/train/a/1.png", "images/val/a/1.png", "classes.txt"],
+            {"train": ["images/train/**"], "validation": ["images/val/**"]},
+        ),
+        (["data/train.csv", "data/test.csv", "LICENSE.txt"], {"train": ["data/train.csv"], "test": ["data/test.csv"]}),
+        (
+            ["train/1.jpg", "train/2.jpg", "test/3.jpg", "annotations/x.json"],
+            {"train": ["train/**"], "test": ["test/**"]},
+        ),
+        (
+            ["train/a.csv", "train/b.csv", "test/c.csv", "figures/plot.png"],
+            {"train": ["train/a.csv", "train/b.csv"], "test": ["test/c.csv"]},
+        ),
+        (
+            [
+                "train/data-00000.arrow",
+                "train/state.json",
+                "train/dataset_info.json",
+                "test/data-00000.arrow",
+                "test/state.json",
+                "dataset_dict.json",
+            ],
+            {"train": ["train/data-00000.arrow"], "test": ["test/data-00000.arrow"]},
+        ),
+        (
+            ["2023/train.csv", "2024/train.csv", "2024/test.csv"],
+            {"train": ["2023/train.csv", "2024/train.csv"], "test": ["2024/test.csv"]},
+        ),
+        (["a.csv", "1.txt", "2.txt", "3.txt"], {"train": ["a.csv"]}),
+        (["a.csv", "test/b.csv"], {"train": ["a.csv", "test/b.csv"]}),
+        (["a.csv", "validation.csv"], {"train": ["a.csv", "validation.csv"]}),
+        (["train/a.csv", "test/b.csv", "classes.csv"], {"train": ["train/a.csv"], "test": ["test/b.csv"]}),
+    ],
+)
 def test_splits_are_told_at_the_top(tmp_path: Path, files: list[str], expected: dict[str, list[str]]) -> None:
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -158,11 +219,17 @@ def test_splits_are_told_at_the_top(tmp_path: Path, files: list[str], expected: 
     assert split_files(str(tmp_path)) == expected
 
 
-@pytest.mark.parametrize(("name", "text", "listed"), [
-    ("README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n---\n", True),
-    (".huggingface.yaml", "configs: []\n", True),
-    ("README.md", "---\nlicense: mit\n---\n# Data\n", False), ("README.md", "# Data\n---\nconfigs:\n---\n", False),
-    ("README.md", "---\nconfigs: [\n---\n", False), ("README.md", "---\n- configs\n---\n", False)])
+@pytest.mark.parametrize(
+    ("name", "text", "listed"),
+    [
+        ("README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n---\n", True),
+        (".huggingface.yaml", "configs: []\n", True),
+        ("README.md", "---\nlicense: mit\n---\n# Data\n", False),
+        ("README.md", "# Data\n---\nconfigs:\n---\n", False),
+        ("README.md", "---\nconfigs: [\n---\n", False),
+        ("README.md", "---\n- configs\n---\n", False),
+    ],
+)
 def test_what_the_folder_lists_itself_is_left_to_it(tmp_path: Path, name: str, text: str, listed: bool) -> None:
     (tmp_path / name).write_text(text)
     assert (split_files(str(tmp_path)) is None) is listed
@@ -172,7 +239,8 @@ def test_a_file_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl")
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n"
-        "  - split: test\n    path: '*.jsonl'\n---\n")
+        "  - split: test\n    path: '*.jsonl'\n---\n"
+    )
     for read in (open_data, open_own):
         with pytest.raises(ValueError, match=r"the file a.jsonl is in train and in test: list the files of each split"):
             read(DataConfig(dataset=str(tmp_path)))
@@ -196,8 +264,10 @@ def test_a_copy_of_an_image_is_no_data(tmp_path: Path) -> None:
     assert len(raw.train_labels) + len(raw.validation_labels) == len(open_own(config).train_labels) == 20
 
 
-@pytest.mark.parametrize(("first", "copy"), [
-    ("data.jsonl", "data - Copy.jsonl"), ("data.jsonl", "backup/data.jsonl"), ("train/data.jsonl", "train/old.jsonl")])
+@pytest.mark.parametrize(
+    ("first", "copy"),
+    [("data.jsonl", "data - Copy.jsonl"), ("data.jsonl", "backup/data.jsonl"), ("train/data.jsonl", "train/old.jsonl")],
+)
 def test_two_files_of_the_same_bytes_are_refused(tmp_path: Path, first: str, copy: str) -> None:
     write_rows(tmp_path / first)
     write_rows(tmp_path / copy)

@@ -11,7 +11,7 @@ from lora_dp.fed.data.encoding import ImageSpec, RawData, TextSpec, encode
 from lora_dp.fed.data.unreadable import UnreadableExample, encode_training
 from tests.fed.data.test_datasets import Words
 
-TEXTS = [" ".join("xy"[:1 + i % 2] for _ in range(1 + 3 * i)) for i in range(8)]  # of 1, 4, … 22 words
+TEXTS = [" ".join("xy"[: 1 + i % 2] for _ in range(1 + 3 * i)) for i in range(8)]  # of 1, 4, … 22 words
 TOKENS, PIXELS = TextSpec(Words(), 40), ImageSpec(2, 2, 1, (0.5,), (0.5,))
 
 
@@ -85,8 +85,10 @@ def test_an_example_of_no_class_counts_and_contributes_nothing(odd, caplog):
 
 def test_what_examples_are_made_of_is_all_told():
     """A digest of it tells data apart that differ in one text, or in which text cannot be read."""
-    found = [encode_training(raw(with_odd([odd], texts)), TOKENS).train.content() for odd, texts in (
-        (1, TEXTS), (1, TEXTS), (2, TEXTS), (1, [*TEXTS[:-1], "other words"]))]
+    found = [
+        encode_training(raw(with_odd([odd], texts)), TOKENS).train.content()
+        for odd, texts in ((1, TEXTS), (1, TEXTS), (2, TEXTS), (1, [*TEXTS[:-1], "other words"]))
+    ]
 
     def alike(one, other):
         return all(one[name].equal(other[name]) for name in one)

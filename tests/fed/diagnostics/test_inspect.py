@@ -22,7 +22,12 @@ from lora_dp.fed.runs.folder import read_config
 from lora_dp.fed.runs.results import load_result
 
 TINY = {
-    "clients": 2, "rounds": 2, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu",
+    "clients": 2,
+    "rounds": 2,
+    "local_steps": 2,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
     "reproducible": True,
 }
 
@@ -75,12 +80,16 @@ def test_a_run_is_measured(tmp_path):
     assert np.array(report["sharpness"]["losses"]).shape == (5, 11)
     assert (report["examples"], report["epsilon"], report["method"]) == (24, 8.0, "la-lora")
     assert report["updates"]["last"] == lines[-1]
-    assert [entry["mean_cosine"] for entry in report["updates"]["rounds"]] == [
-        line["cosine"][0][1] for line in lines]
+    assert [entry["mean_cosine"] for entry in report["updates"]["rounds"]] == [line["cosine"][0][1] for line in lines]
     # Two steps beside the noise of ε = 8: hardly anything else.
     assert 0.8 < report["updates"]["rounds"][1]["noise_share"] < 1.2
-    for part in ("intruder dimensions", "top Hessian eigenvalue", "alignment of updates", "noise in an update",
-                 "sharpness on 24 of 359 validation examples"):
+    for part in (
+        "intruder dimensions",
+        "top Hessian eigenvalue",
+        "alignment of updates",
+        "noise in an update",
+        "sharpness on 24 of 359 validation examples",
+    ):
         assert part in text
     again, _ = inspected(folder)
     assert again == report
@@ -154,12 +163,19 @@ def test_updates_are_read_up_to_a_torn_line(tmp_path):
 def report_with(updates: dict | None, layers: int = 16, losses: list | None = None) -> dict:
     generator = np.random.default_rng(0)
     found = {
-        f"blocks.{n}.attn.proj": {"count": 0, "cosines": generator.uniform(0.3, 1, 10).tolist()} for n in range(layers)}
+        f"blocks.{n}.attn.proj": {"count": 0, "cosines": generator.uniform(0.3, 1, 10).tolist()} for n in range(layers)
+    }
     return {
         "intruder_dimensions": {"threshold": 0.5, "total": 3, "looked_at": 10 * layers, "layers": found},
         "sharpness": {"top_eigenvalue": None, "alpha": [-0.5, 0.0, 0.5], "losses": losses or [[2.0, 0.1, 1.0]]},
-        "updates": updates, "method": "dp-lora", "epsilon": 8.0, "guarantee": None, "release": None,
-        "model": "default", "dataset": "digits", "examples": 359,
+        "updates": updates,
+        "method": "dp-lora",
+        "epsilon": 8.0,
+        "guarantee": None,
+        "release": None,
+        "model": "default",
+        "dataset": "digits",
+        "examples": 359,
     }
 
 
@@ -187,8 +203,17 @@ def test_the_figure_has_as_many_panels_as_there_is_to_show(tmp_path):
 def test_what_is_missing_leaves_a_gap():
     cosine = [[1.0, None], [None, None]]
     rounds = [
-        {"round": 1, "turn": turn, "mean_cosine": None, "noise_share": share, "least_noise_share": share,
-         "most_noise_share": share, "left_out": 0} for turn, share in ((0, None), (1, 0.9))]
+        {
+            "round": 1,
+            "turn": turn,
+            "mean_cosine": None,
+            "noise_share": share,
+            "least_noise_share": share,
+            "most_noise_share": share,
+            "left_out": 0,
+        }
+        for turn, share in ((0, None), (1, 0.9))
+    ]
     updates = {"rounds": rounds, "last": {"round": 1, "clients": [3, 4], "cosine": cosine}}
     losses = [[None, 0.1, 1.0], [math.pi, 0.1, 2.0]]
     assert painted(report_with(updates, losses=losses))[1] > 50

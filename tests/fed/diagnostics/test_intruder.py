@@ -33,7 +33,7 @@ def test_a_planted_direction_is_found_at_its_rank(strength, place):
     assert found.indices == [place] and found.count == 1
     assert found.singular_values[place] == pytest.approx(strength)
     assert found.cosines[place] == pytest.approx(0, abs=1e-12)
-    assert found.cosines[:place] + found.cosines[place + 1:] == pytest.approx([1.0] * 9)
+    assert found.cosines[:place] + found.cosines[place + 1 :] == pytest.approx([1.0] * 9)
 
 
 def test_only_the_strongest_are_looked_at():
@@ -78,13 +78,16 @@ def test_nothing_new_without_an_update_and_everything_on_a_zero_weight():
     assert found.indices == [0] and found.cosines == [0.0]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((WEIGHT, WEIGHT.T), "one shape"),
-    ((WEIGHT[0], WEIGHT[0]), "one shape"),
-    ((WEIGHT, WEIGHT, 0), "top must be at least 1"),
-    ((WEIGHT, WEIGHT, 10, 1.5), "threshold from 0 to 1"),
-    ((WEIGHT, WEIGHT * float("nan")), "not finite"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((WEIGHT, WEIGHT.T), "one shape"),
+        ((WEIGHT[0], WEIGHT[0]), "one shape"),
+        ((WEIGHT, WEIGHT, 0), "top must be at least 1"),
+        ((WEIGHT, WEIGHT, 10, 1.5), "threshold from 0 to 1"),
+        ((WEIGHT, WEIGHT * float("nan")), "not finite"),
+    ],
+)
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         intruder_dimensions(*arguments)

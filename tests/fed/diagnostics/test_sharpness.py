@@ -33,8 +33,10 @@ def written_out(model: nn.Module) -> tuple[dict[str, torch.Tensor], torch.Tensor
     """The plain weights that the small model computes with, and all its data: no private layer, no dropout."""
     layer, head = model[0], model[3]
     tensors = {
-        "weight": (layer.weight + 1.5 * layer.lora_B @ layer.lora_A).detach(), "bias": layer.bias.detach(),
-        "head": head.weight.detach(), "head_bias": head.bias.detach(),
+        "weight": (layer.weight + 1.5 * layer.lora_B @ layer.lora_A).detach(),
+        "bias": layer.bias.detach(),
+        "head": head.weight.detach(),
+        "head_bias": head.bias.detach(),
     }
     x, y = (torch.cat([batch[name] for batch in small_batches()]) for name in ("pixel_values", "labels"))
     return tensors, x, y
@@ -50,7 +52,8 @@ def whole_hessian(f, tensors: list[torch.Tensor]) -> torch.Tensor:
     shapes = [tensor.shape for tensor in tensors]
     return torch.autograd.functional.hessian(
         lambda flat: f(*[part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]),
-        torch.cat([tensor.flatten() for tensor in tensors]))
+        torch.cat([tensor.flatten() for tensor in tensors]),
+    )
 
 
 def test_the_top_eigenvalue_is_that_of_the_whole_hessian_of_the_adapted_weights():
@@ -58,7 +61,8 @@ def test_the_top_eigenvalue_is_that_of_the_whole_hessian_of_the_adapted_weights(
     tensors, x, y = written_out(model)
     hessian = whole_hessian(
         lambda weight, head, bias: loss_of({**tensors, "weight": weight, "head": head, "head_bias": bias}, x, y),
-        [tensors["weight"], tensors["head"], tensors["head_bias"]])
+        [tensors["weight"], tensors["head"], tensors["head_bias"]],
+    )
     values = torch.linalg.eigvalsh(hessian)
     assert top_eigenvalue(model, small_batches()) == pytest.approx(float(values[-1]), rel=2e-3)
     # Not the largest in absolute value by accident: the smallest is negative here.
@@ -71,8 +75,10 @@ def test_the_top_eigenvalue_of_factors():
     tensors, x, y = written_out(model)
     hessian = whole_hessian(
         lambda a, b, head, bias: loss_of(
-            {**tensors, "weight": layer.weight + 1.5 * b @ a, "head": head, "head_bias": bias}, x, y),
-        [layer.lora_A.detach(), layer.lora_B.detach(), tensors["head"], tensors["head_bias"]])
+            {**tensors, "weight": layer.weight + 1.5 * b @ a, "head": head, "head_bias": bias}, x, y
+        ),
+        [layer.lora_A.detach(), layer.lora_B.detach(), tensors["head"], tensors["head_bias"]],
+    )
     expected = float(torch.linalg.eigvalsh(hessian)[-1])
     assert top_eigenvalue(model, small_batches(), space="factors") == pytest.approx(expected, rel=2e-3)
 
@@ -108,8 +114,8 @@ def test_loss_curves_are_the_loss_at_filter_normalised_moves(transposed):
             for row, filter_ in zip(drawn[name], tensors[name], strict=True):
                 row *= math.sqrt(float((filter_**2).sum())) / math.sqrt(float((row**2).sum()))
         expected = [
-            float(loss_of({**tensors, **{n: tensors[n] + a * d for n, d in drawn.items()}}, x, y))
-            for a in curves.alpha]
+            float(loss_of({**tensors, **{n: tensors[n] + a * d for n, d in drawn.items()}}, x, y)) for a in curves.alpha
+        ]
         assert losses == pytest.approx(expected, rel=1e-9)
     assert curves.losses[0] != curves.losses[1]
 
@@ -141,10 +147,13 @@ def test_a_loss_that_is_not_finite_has_no_eigenvalue():
 def snapshot(model: nn.Module) -> list:
     tensors = [*model.parameters(), *model.buffers()]
     return [
-        [tensor.detach().numpy().tobytes() for tensor in tensors], [id(tensor) for tensor in tensors],
-        [tensor.requires_grad for tensor in tensors], [module.training for module in model.modules()],
+        [tensor.detach().numpy().tobytes() for tensor in tensors],
+        [id(tensor) for tensor in tensors],
+        [tensor.requires_grad for tensor in tensors],
+        [module.training for module in model.modules()],
         [None if p.grad is None else p.grad.numpy().tobytes() for p in model.parameters()],
-        torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(),
+        torch.get_rng_state().numpy().tobytes(),
+        np.random.get_state()[1].tobytes(),
     ]
 
 

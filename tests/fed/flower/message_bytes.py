@@ -24,8 +24,11 @@ from lora_dp.fed.rounds.server import Server
 WIDTH = 768
 LAYERS = [f"roberta.encoder.layer.{i}.attention.self.{part}" for i in range(12) for part in ("query", "value")]
 HEAD = {
-    "classifier.dense.weight": (WIDTH, WIDTH), "classifier.dense.bias": (WIDTH,),
-    "classifier.out_proj.weight": (2, WIDTH), "classifier.out_proj.bias": (2,)}
+    "classifier.dense.weight": (WIDTH, WIDTH),
+    "classifier.dense.bias": (WIDTH,),
+    "classifier.out_proj.weight": (2, WIDTH),
+    "classifier.out_proj.bias": (2,),
+}
 METHODS = ["la-lora", "dp-lora", "flexlora", "lora-fair", "ffa-lora", "rolora", "deer", "flora", "rac-lora", "galore"]
 RANKS = [4, 8, 16]
 CLIENTS = 100
@@ -69,8 +72,10 @@ def rounds(method: str, rank: int, clients: int) -> Iterator[Bytes]:
             news, seen = news + server.news_bytes(seen, rank), server.version
             down += travelling(messages.pack_task(config, task, messages.pack_tensors(task.state)))
             tensors = {
-                name: tensor + 0.01 for name, tensor in task.state.items()
-                if not name.endswith(MERGED) and chosen.trains(name, index, turn)}
+                name: tensor + 0.01
+                for name, tensor in task.state.items()
+                if not name.endswith(MERGED) and chosen.trains(name, index, turn)
+            }
             up += travelling(messages.pack_update(Update(tensors)))
             combined = chosen.aggregation()
             # Stacks grow with the clients that are in them; all other sums are of one size.

@@ -62,10 +62,17 @@ class Carried:
             self.ledgers.mkdir()
 
     def node(self, place: int, number: int) -> dict[str, Any]:
-        kept = {} if self.ledgers is None else {
-            "ledger": str(self.ledgers / f"{number}.json"), "unit": self.config.privacy.unit,
-            # Few clients, audited at a δ that no built-in policy admits; a budget takes the place of its bounds.
-            "epsilon": 1e6, "delta": 0.01}
+        kept = (
+            {}
+            if self.ledgers is None
+            else {
+                "ledger": str(self.ledgers / f"{number}.json"),
+                "unit": self.config.privacy.unit,
+                # Few clients, audited at a δ that no built-in policy admits; a budget takes the place of its bounds.
+                "epsilon": 1e6,
+                "delta": 0.01,
+            }
+        )
         return {"partition-id": place, "num-partitions": self.config.federation.clients, **kept}
 
     def train(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +95,7 @@ class Carried:
             with monkeypatch.context() as patch:
                 patch.setattr(flower_client, "_opened", lambda *_: _Opened(at_the_node))
                 engine = FlowerEngine(LoopbackGrid([self.node(place, number)]), self.config, poll=0.001)
-                reply, = engine.train([(place, task)], on_step)
+                (reply,) = engine.train([(place, task)], on_step)
             assert reply.update is not None, reply.failure
             self.turns += 1
             # Messages have an order of their own; the audit reads tensors in the model's.
@@ -107,6 +114,7 @@ class _Opened:
 @pytest.fixture
 def audited(tmp_path, monkeypatch):
     """Audits a configuration on Flower: the exit code, and what was carried."""
+
     def run(options: dict[str, Any], *words: str, seeds: int = 1) -> tuple[list[int], Carried]:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
         carried = Carried(options, tmp_path)
@@ -116,6 +124,7 @@ def audited(tmp_path, monkeypatch):
             carried.begin()
             codes.append(cli.main(["audit", str(tmp_path), *SURE, *words, "--seed", str(seed)]))
         return codes, carried
+
     return run
 
 

@@ -122,7 +122,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
         at = int(place * len(content))
         if kind in ("flip", "lose", "add"):
             middle = {"flip": bytes([content[at] ^ byte]), "lose": b"", "add": bytes([byte, content[at]])}[kind]
-            return content[:at] + middle + content[at + 1:]
+            return content[:at] + middle + content[at + 1 :]
         if kind in ("end", "front"):
             return content[:at] if kind == "end" else content[at:]
         lines = content.splitlines(keepends=True)
@@ -130,7 +130,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
         if kind == "swap":
             lines[first], lines[second] = lines[second], lines[first]
         else:
-            lines[first:first + 1] = [] if kind == "drop" else [lines[first]] * 2
+            lines[first : first + 1] = [] if kind == "drop" else [lines[first]] * 2
         return b"".join(lines)
 
     return damage
@@ -175,10 +175,16 @@ def test_whole_ones_are_read(ledger):
     assert read(fresh()) == read(fresh()) and sum(read(fresh()).values()) > 0
 
 
-@pytest.mark.parametrize("old, new", [
-    (r'"count": \d+', '"count": 1'), (r'"noise_multiplier": 1.5', '"noise_multiplier": 9.5'),
-    (r'"sample_rate": 0.25', '"sample_rate": 0.05'),
-    (r'"version": 2', '"version": 1'), (r'"version": 2', '"version": 3')])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (r'"count": \d+', '"count": 1'),
+        (r'"noise_multiplier": 1.5', '"noise_multiplier": 9.5'),
+        (r'"sample_rate": 0.25', '"sample_rate": 0.05'),
+        (r'"version": 2', '"version": 1'),
+        (r'"version": 2', '"version": 3'),
+    ],
+)
 @pytest.mark.parametrize("kind", ["own", "saved"])
 def test_an_edited_entry_is_noticed(tmp_path, kind, old, new):
     write, read, names = FILES[kind]
@@ -279,6 +285,7 @@ def test_an_interrupted_append_is_read_again(tmp_path, monkeypatch):
     log = ChainedLog(tmp_path / "log")
     log.append({"a": 1})
     with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+
         def full(*_: Any) -> None:
             raise OSError("disk full")
 
@@ -409,7 +416,7 @@ def test_an_edited_line_is_damaged_whether_it_was_held_or_not(tmp_path, held):
     log.append({"a": 1})
     log.append({"a": 2})
     heads = Heads(log.path).path
-    heads.write_bytes(heads.read_bytes()[:held * 65])
+    heads.write_bytes(heads.read_bytes()[: held * 65])
     assert ChainedLog(log.path).read() == [{"a": 1}, {"a": 2}]
     log.path.write_bytes(log.path.read_bytes().replace(b'"a":2', b'"a":0'))
     with pytest.raises(BrokenChain, match="line 2 is damaged"):

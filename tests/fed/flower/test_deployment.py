@@ -26,9 +26,14 @@ BIN = Path(sys.executable).parent
 PATIENCE = 400.0
 SUPERNODE = BIN / "flower-supernode"
 # A SuperLink gives a node up after two heartbeats: this one has one every 10 s instead of 30, so nobody waits a minute.
-SHORT_OF_BREATH = (sys.executable, "-c", (
-    "import flwr.common.constant as constant; constant.HEARTBEAT_DEFAULT_INTERVAL = 10\n"
-    "from flwr.supernode.cli import flower_supernode; flower_supernode()"))
+SHORT_OF_BREATH = (
+    sys.executable,
+    "-c",
+    (
+        "import flwr.common.constant as constant; constant.HEARTBEAT_DEFAULT_INTERVAL = 10\n"
+        "from flwr.supernode.cli import flower_supernode; flower_supernode()"
+    ),
+)
 
 
 def free_port() -> int:
@@ -45,34 +50,64 @@ class Deployment:
         home = folder / "home"
         home.mkdir()
         self.env = {
-            **os.environ, **QUIET, "FLWR_HOME": str(home), "OMP_NUM_THREADS": "1",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+            **os.environ,
+            **QUIET,
+            "FLWR_HOME": str(home),
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         make_keys(self.keys, ["127.0.0.1"], 4)
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\n'
-            f'root-certificates = "{self.keys / "ca.crt"}"\n')
+            f'root-certificates = "{self.keys / "ca.crt"}"\n'
+        )
 
     def start(self, name: str, *command: object) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [str(part) for part in command], env=self.env, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True)
+                [str(part) for part in command],
+                env=self.env,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def start_node(self, name: str, key: int, client: int, supernode: Sequence[object] = (SUPERNODE,)) -> None:
         self.start(
-            name, *supernode, "--superlink", f"127.0.0.1:{self.port}",
-            "--root-certificates", self.keys / "ca.crt", "--auth-supernode-private-key", self.keys / f"node-{key}",
-            "--host", "127.0.0.1", "--port", free_port(), "--max-retries", 3,
-            "--node-config", f'partition-id={client} ledger="{self.folder / f"{name}.json"}" epsilon=8.0 delta=1e-5')
+            name,
+            *supernode,
+            "--superlink",
+            f"127.0.0.1:{self.port}",
+            "--root-certificates",
+            self.keys / "ca.crt",
+            "--auth-supernode-private-key",
+            self.keys / f"node-{key}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            free_port(),
+            "--max-retries",
+            3,
+            "--node-config",
+            f'partition-id={client} ledger="{self.folder / f"{name}.json"}" epsilon=8.0 delta=1e-5',
+        )
 
     def flwr(self, *commands: Sequence[object]) -> None:
         """Runs flwr with the arguments of each command, all at once."""
         asked = [
             subprocess.Popen(
-                [str(BIN / "flwr"), *map(str, command)], env=self.env, cwd=self.folder, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True)
-            for command in commands]
+                [str(BIN / "flwr"), *map(str, command)],
+                env=self.env,
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for command in commands
+        ]
         for process in asked:
             said, _ = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, said
@@ -127,9 +162,21 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 def test_a_job_ends_though_a_node_is_killed_in_the_middle_of_a_round(deployment: Deployment) -> None:
     there = deployment
     there.start(
-        "superlink", BIN / "flower-superlink", "--host", "127.0.0.1", "--port", there.port, "--enable-supernode-auth",
-        "--disable-runtime-dependency-installation", "--ssl-ca-certfile", there.keys / "ca.crt",
-        "--ssl-certfile", there.keys / "server.crt", "--ssl-keyfile", there.keys / "server.key")
+        "superlink",
+        BIN / "flower-superlink",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        there.port,
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        "--ssl-ca-certfile",
+        there.keys / "ca.crt",
+        "--ssl-certfile",
+        there.keys / "server.crt",
+        "--ssl-keyfile",
+        there.keys / "server.key",
+    )
     there.until(there.answers)
     there.flwr(*(("supernode", "register", there.keys / f"node-{client}.pub", "here") for client in range(3)))
     for client in range(3):
@@ -137,9 +184,15 @@ def test_a_job_ends_though_a_node_is_killed_in_the_middle_of_a_round(deployment:
     there.start_node("stranger", 3, 0)  # nobody has registered its key
 
     output = there.folder / "run"
-    there.flwr((
-        "run", APP, "here", "--run-config",
-        f'rounds=2 local-steps=2 batch-size=16 accountant="rdp" client-timeout=90.0 output="{output}"'))
+    there.flwr(
+        (
+            "run",
+            APP,
+            "here",
+            "--run-config",
+            f'rounds=2 local-steps=2 batch-size=16 accountant="rdp" client-timeout=90.0 output="{output}"',
+        )
+    )
     there.until(lambda: "ROUND 1" in there.log("node-2"))
     there.kill("node-2")
     there.until((output / "summary.json").exists)

@@ -34,9 +34,9 @@ from lora_dp.fed.runs import loop
 from lora_dp.fed.runs.folder import RunFolder
 from lora_dp.fed.runs.report import ConsoleReport
 from lora_dp.fed.safe_text import described, harmless
-from tests.fed.flower.test_server import STATE, TASK, nodes, signed, tiny
-from tests.fed.flower.test_hostile_server import ODD, SPOILT
 from tests.fed.flower.loopback import LoopbackGrid
+from tests.fed.flower.test_hostile_server import ODD, SPOILT
+from tests.fed.flower.test_server import STATE, TASK, nodes, signed, tiny
 
 MARKUP = "[bold red]owned[/] [link=https://evil.example]x[/link] \\"
 
@@ -44,9 +44,22 @@ MARKUP = "[bold red]owned[/] [link=https://evil.example]x[/link] \\"
 # Text
 
 
-@pytest.mark.parametrize("text", [
-    SPOILT, "\x9b2J", "\u202eabc", "a\nb", "\ud800", "x" * 10**7, "\x1b" * 10**6, MARKUP, "", "é ∞ 漢字 (3, 6)",
-    "\u200b\ufeff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        SPOILT,
+        "\x9b2J",
+        "\u202eabc",
+        "a\nb",
+        "\ud800",
+        "x" * 10**7,
+        "\x1b" * 10**6,
+        MARKUP,
+        "",
+        "é ∞ 漢字 (3, 6)",
+        "\u200b\ufeff",
+    ],
+)
 def test_harmless_text_is_one_bounded_line_of_what_can_be_seen(text):
     made = harmless(text)
     assert made.isprintable() and len(made) <= 300 and harmless(made) == made
@@ -67,12 +80,13 @@ def check(text: str) -> None:
 
 def introducing(answer: Any) -> Any:
     """Nodes that introduce themselves as they should, and answer a task with what is given."""
+
     def behave(message: Message, context: Context) -> Message | None:
         if message.metadata.message_type == "query":
             return flower_client.introduce(message, context)
         client = context.node_config["partition-id"]
-        return answer(message) if client == 1 else Message(
-            messages.pack_update(signed(client)), reply_to=message)
+        return answer(message) if client == 1 else Message(messages.pack_update(signed(client)), reply_to=message)
+
     return behave
 
 
@@ -83,18 +97,30 @@ ANSWERS: dict[str, Any] = {
     "bytes": lambda: RecordDict({messages.ANSWER: ConfigRecord({"failure": SPOILT.encode()})}),
     "tensor": lambda: messages.pack_update(Update({SPOILT: torch.zeros(1)})),
     "record": lambda: RecordDict({SPOILT: ConfigRecord({SPOILT: SPOILT})}),
-    "array": lambda: RecordDict({
-        messages.ANSWER: ConfigRecord(), messages.TENSORS: ArrayRecord({SPOILT: Array(np.zeros(3))})}),
-    "type": lambda: RecordDict({messages.ANSWER: ConfigRecord(), messages.TENSORS: ArrayRecord({
-        "safetensors": Array(SPOILT, (3,), SPOILT, b"\x93NUMPY" + SPOILT.encode())})}),
-    "header": lambda: RecordDict({messages.ANSWER: ConfigRecord(), messages.TENSORS: ArrayRecord({
-        "safetensors": Array(np.frombuffer((5).to_bytes(8, "little") + b'{"\x1b[', dtype=np.uint8))})}),
+    "array": lambda: RecordDict(
+        {messages.ANSWER: ConfigRecord(), messages.TENSORS: ArrayRecord({SPOILT: Array(np.zeros(3))})}
+    ),
+    "type": lambda: RecordDict(
+        {
+            messages.ANSWER: ConfigRecord(),
+            messages.TENSORS: ArrayRecord({"safetensors": Array(SPOILT, (3,), SPOILT, b"\x93NUMPY" + SPOILT.encode())}),
+        }
+    ),
+    "header": lambda: RecordDict(
+        {
+            messages.ANSWER: ConfigRecord(),
+            messages.TENSORS: ArrayRecord(
+                {"safetensors": Array(np.frombuffer((5).to_bytes(8, "little") + b'{"\x1b[', dtype=np.uint8))}
+            ),
+        }
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", [*ANSWERS, "error"])
 def test_no_text_of_an_answer_reaches_terminal_log_or_file_as_it_is(kind, tmp_path, caplog):
     """Through a whole run: its console, its folder, the sentence that it ends with, and the server's log."""
+
     def answer(message: Message) -> Message:
         return Message(Error(2, SPOILT) if kind == "error" else ANSWERS[kind](), reply_to=message)
 
@@ -127,15 +153,24 @@ def test_a_reason_is_shown_as_text_and_not_as_markup():
 
 
 INTRODUCTIONS: dict[str, Any] = {
-    "failure": {"failure": SPOILT}, "client": {"client": SPOILT}, "client as list": {"client": [1, 2]},
-    "partitions": {"client": 1, "partitions": SPOILT}, "examples": {"client": 1, "examples": SPOILT},
-    "bytes": {"client": 1, "examples": SPOILT.encode()}, "a key": {SPOILT: SPOILT}}
+    "failure": {"failure": SPOILT},
+    "client": {"client": SPOILT},
+    "client as list": {"client": [1, 2]},
+    "partitions": {"client": 1, "partitions": SPOILT},
+    "examples": {"client": 1, "examples": SPOILT},
+    "bytes": {"client": 1, "examples": SPOILT.encode()},
+    "a key": {SPOILT: SPOILT},
+}
 
 
 @pytest.mark.parametrize("kind", INTRODUCTIONS)
 def test_no_text_of_an_introduction_reaches_the_log_as_it_is(kind, caplog):
-    grid = LoopbackGrid(nodes(2), lambda message, context: Message(
-        RecordDict({messages.ANSWER: ConfigRecord(INTRODUCTIONS[kind])}), reply_to=message))
+    grid = LoopbackGrid(
+        nodes(2),
+        lambda message, context: Message(
+            RecordDict({messages.ANSWER: ConfigRecord(INTRODUCTIONS[kind])}), reply_to=message
+        ),
+    )
     with caplog.at_level(logging.DEBUG, logger="lora_dp"):
         FlowerEngine(grid, tiny(clients=2))._meet()
     assert "is left out" in caplog.text
@@ -156,8 +191,12 @@ def test_a_size_that_no_client_has_is_refused_by_the_nodes_name(size, caplog):
             Account(open_job(tiny()).trainer.plan, [300, size])
     if isinstance(size, int) and abs(size) >= 2**63 or isinstance(size, list) and not size:
         return
-    grid = LoopbackGrid(nodes(2), lambda message, context: Message(
-        RecordDict({messages.ANSWER: ConfigRecord({"client": 0, "examples": size})}), reply_to=message))
+    grid = LoopbackGrid(
+        nodes(2),
+        lambda message, context: Message(
+            RecordDict({messages.ANSWER: ConfigRecord({"client": 0, "examples": size})}), reply_to=message
+        ),
+    )
     engine = FlowerEngine(grid, tiny(clients=2))
     with caplog.at_level(logging.WARNING):
         engine._meet()
@@ -256,11 +295,14 @@ FORGED = {
     "another type": array(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }", b"12345678"),
     "objects": array(b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"cos\nsystem\n(S'true'\ntR."),
     "no numpy": ArrayRecord({"safetensors": Array("uint8", (1,), "numpy.ndarray", b"PK\x03\x04" * 10)}),
-    "nothing": npy(b""), "half a length": npy(b"1234"), "a header that is a list": npy(counted(b"[]")),
+    "nothing": npy(b""),
+    "half a length": npy(b"1234"),
+    "a header that is a list": npy(counted(b"[]")),
     "a header longer than all": npy((10**9).to_bytes(8, "little") + b"{}"),
     "a tensor that claims more than there is": npy(TERABYTES),
     "many tensors": npy(save({f"t{i}": torch.zeros(1) for i in range(200)})),
-    "a long name": npy(save({"n" * 10**4: torch.zeros(1)})), "large": npy(save({"a": torch.zeros(1000)})),
+    "a long name": npy(save({"n" * 10**4: torch.zeros(1)})),
+    "large": npy(save({"a": torch.zeros(1000)})),
 }
 
 
@@ -274,7 +316,8 @@ def test_bytes_that_claim_more_than_they_are_take_no_room(kind):
 
 def test_bytes_that_are_tensors_come_back():
     assert {name: tensor.shape for name, tensor in unpack_tensors(npy(save(STATE))).items()} == {
-        name: tensor.shape for name, tensor in STATE.items()}
+        name: tensor.shape for name, tensor in STATE.items()
+    }
 
 
 def test_an_update_larger_than_the_state_is_not_read():

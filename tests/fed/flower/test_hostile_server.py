@@ -32,8 +32,15 @@ from lora_dp.privacy.accounting import Ledger
 from tests.fed.flower.test_server import own_folder
 
 GOOD: dict[str, Any] = {
-    "clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "method": "dp-lora", "lr": 0.5,
-    "engine": "deployed"}
+    "clients": 2,
+    "rounds": 3,
+    "local_steps": 2,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "method": "dp-lora",
+    "lr": 0.5,
+    "engine": "deployed",
+}
 WHOLE = {"unit": "client", "noise_by": "client"}
 SPOILT = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u2028\r\n\x00z"
 ODD = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u200e\u200f]")
@@ -72,15 +79,44 @@ def test_every_option_of_a_run_has_a_rule_and_the_default_run_keeps_them():
 
 # What a server may try, and the option by whose name a node refuses it.
 HARMFUL: list[dict[str, Any]] = [
-    {"model": "somewhere/else"}, {"model": "/srv/model"}, {"model": "vit_tiny_patch16_224"}, {"pretrained": False},
-    {"target_modules": "(a+)+$"}, {"target_modules": ["head"]}, {"precision": "bf16"}, {"max_length": 10**9},
-    {"r": 10**9}, {"alpha": 1e300}, {"dropout": 0.999}, {"dropout": math.nan}, {"epsilon": 9.0}, {"epsilon": 1e9},
-    {"delta": 0.01}, {"max_grad_norm": 1e-20}, {"max_grad_norm": 1e19}, {"clipping": "none"}, {"accountant": "mine"},
-    {"optimizer": "lbfgs"}, {"lr": 1e300}, {"lr": math.inf}, {"lr_ratio": 1e300}, {"local_steps": 10**9},
-    {"batch_size": 10**9}, {"rounds": 10**12}, {"clients": 10**12}, {"rounds": 2.5}, {"batch_size": True},
-    {"local_steps": 2.0}, {"seed": 1.5}, {"low_pass": "gaussian", "low_pass_strength": 1e300},
-    {"method": "somebody-elses"}, {"method": "flat-lora:dp-lora", "method_options": {"rho": 1e300}},
-    {"r": 4.5}, {"max_length": "128"}, {"pretrained": "yes"}]
+    {"model": "somewhere/else"},
+    {"model": "/srv/model"},
+    {"model": "vit_tiny_patch16_224"},
+    {"pretrained": False},
+    {"target_modules": "(a+)+$"},
+    {"target_modules": ["head"]},
+    {"precision": "bf16"},
+    {"max_length": 10**9},
+    {"r": 10**9},
+    {"alpha": 1e300},
+    {"dropout": 0.999},
+    {"dropout": math.nan},
+    {"epsilon": 9.0},
+    {"epsilon": 1e9},
+    {"delta": 0.01},
+    {"max_grad_norm": 1e-20},
+    {"max_grad_norm": 1e19},
+    {"clipping": "none"},
+    {"accountant": "mine"},
+    {"optimizer": "lbfgs"},
+    {"lr": 1e300},
+    {"lr": math.inf},
+    {"lr_ratio": 1e300},
+    {"local_steps": 10**9},
+    {"batch_size": 10**9},
+    {"rounds": 10**12},
+    {"clients": 10**12},
+    {"rounds": 2.5},
+    {"batch_size": True},
+    {"local_steps": 2.0},
+    {"seed": 1.5},
+    {"low_pass": "gaussian", "low_pass_strength": 1e300},
+    {"method": "somebody-elses"},
+    {"method": "flat-lora:dp-lora", "method_options": {"rho": 1e300}},
+    {"r": 4.5},
+    {"max_length": "128"},
+    {"pretrained": "yes"},
+]
 
 
 @pytest.mark.parametrize("options", HARMFUL, ids=lambda options: "-".join(map(str, options.items())))
@@ -98,11 +134,22 @@ def test_what_could_harm_is_refused_by_name_and_before_any_data_are_read(options
     assert messages.unpack_introduction(introduced) == said
 
 
-@pytest.mark.parametrize(("name", "within", "beyond"), [
-    ("epsilon", 8.0, 8.001), ("delta", 1e-5, 1.01e-5), ("max_grad_norm", 0.001, 0.00099),
-    ("max_grad_norm", 1000.0, 1001.0),
-    ("batch_size", 4096, 4097), ("local_steps", 10**4, 10**4 + 1), ("r", 256, 257), ("max_length", 512, 513),
-    ("dropout", 0.9, 0.91), ("clients", 10**6, 10**6 + 1), ("rounds", 10**6, 10**6 + 1)])
+@pytest.mark.parametrize(
+    ("name", "within", "beyond"),
+    [
+        ("epsilon", 8.0, 8.001),
+        ("delta", 1e-5, 1.01e-5),
+        ("max_grad_norm", 0.001, 0.00099),
+        ("max_grad_norm", 1000.0, 1001.0),
+        ("batch_size", 4096, 4097),
+        ("local_steps", 10**4, 10**4 + 1),
+        ("r", 256, 257),
+        ("max_length", 512, 513),
+        ("dropout", 0.9, 0.91),
+        ("clients", 10**6, 10**6 + 1),
+        ("rounds", 10**6, 10**6 + 1),
+    ],
+)
 def test_bounds_are_where_they_are_said_to_be(name, within, beyond):
     Policy(RULES).check(RunConfig.from_flat({name: within}))
     with pytest.raises(Refused, match=f"no such run: {name} is"):
@@ -120,8 +167,12 @@ def test_a_budget_decides_on_epsilon_in_place_of_the_rule(node, state, tmp_path)
 
 
 UNPROTECTED = [
-    {"epsilon": "none"}, {"reproducible": True}, {"mechanism": "as-released", "method": "la-lora", "engine": "local"},
-    {"unit": "client"}, WHOLE]
+    {"epsilon": "none"},
+    {"reproducible": True},
+    {"mechanism": "as-released", "method": "la-lora", "engine": "local"},
+    {"unit": "client"},
+    WHOLE,
+]
 
 
 @pytest.mark.parametrize("options", UNPROTECTED, ids=lambda options: "-".join(map(str, options.items())))
@@ -159,15 +210,25 @@ def test_nodes_that_ray_simulates_are_told_by_the_process_and_not_by_a_message(m
 
 
 HARMLESS: list[dict[str, Any]] = [
-    {}, {"method": "la-lora"}, {"method": "flat-lora:ffa-lora"}, {"clipping": "per_layer", "max_grad_norm": 0.001},
-    {"clipping": "flat", "max_grad_norm": 1000.0}, {"batch_size": 4096}, {"batch_size": 1}, {"lr": 3.0},
-    {"epsilon": 0.5, "delta": 1e-6, "accountant": "pld", "rounds": 1}, {"seed": 7, "rounds": 1000}, {"dropout": 0.5},
-    {"dataset": "/etc", "label_column": "secret", "partition": "dirichlet"}]
+    {},
+    {"method": "la-lora"},
+    {"method": "flat-lora:ffa-lora"},
+    {"clipping": "per_layer", "max_grad_norm": 0.001},
+    {"clipping": "flat", "max_grad_norm": 1000.0},
+    {"batch_size": 4096},
+    {"batch_size": 1},
+    {"lr": 3.0},
+    {"epsilon": 0.5, "delta": 1e-6, "accountant": "pld", "rounds": 1},
+    {"seed": 7, "rounds": 1000},
+    {"dropout": 0.5},
+    {"dataset": "/etc", "label_column": "secret", "partition": "dirichlet"},
+]
 
 
 @pytest.mark.parametrize("options", HARMLESS, ids=lambda options: "-".join(map(str, options.items())))
 def test_what_it_accepts_is_noised_as_its_ledger_says(options, node, state, monkeypatch):
     """What is sent when training fails on everything is noise alone: its size is that of the ledger's entry."""
+
     def failing(*_: Any) -> None:
         raise IndexError("index out of range in self")
 
@@ -187,7 +248,8 @@ def test_what_it_accepts_is_noised_as_its_ledger_says(options, node, state, monk
     ledger = Ledger()
     ledger.append(event, count * config.federation.rounds)
     assert ledger.epsilon(config.privacy.delta, "rdp") <= config.privacy.epsilon * (1 + 1e-9) + 0.3 * (
-        config.privacy.accountant == "pld")
+        config.privacy.accountant == "pld"
+    )
 
 
 @pytest.mark.parametrize("task", [(3, 0, 4), (0, 1, 4), (0, 0, 0), (0, 0, 5), (0, 0, 10**9), (2**31 - 1, 0, 4)])
@@ -204,9 +266,21 @@ def test_a_tasks_numbers_are_numbers(field, number, node, state):
     assert answer(content, node) in ("raised TypeError", "raised ValueError") and not Path(node["ledger"]).exists()
 
 
-@pytest.mark.parametrize("text", [
-    "a: &a [x, x]\nb: &b [*a, *a]\nrounds: [*b, *b]", "rounds: 3\n" * 10**5, "- 1", "[" * 5000, "\x00", "unknown: 1",
-    "1: 2", "rounds: !!python/object/apply:os.system ['true']", "rounds: [1, 2]", "epsilon: {}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\nb: &b [*a, *a]\nrounds: [*b, *b]",
+        "rounds: 3\n" * 10**5,
+        "- 1",
+        "[" * 5000,
+        "\x00",
+        "unknown: 1",
+        "1: 2",
+        "rounds: !!python/object/apply:os.system ['true']",
+        "rounds: [1, 2]",
+        "epsilon: {}",
+    ],
+)
 def test_a_configuration_that_is_none_is_refused(text, node, state, caplog):
     said = answer(sent(text, state), node)
     assert isinstance(said, str) and not Path(node["ledger"]).exists()
@@ -262,10 +336,19 @@ def test_no_turn_is_repeated_beyond_what_the_runs_plan_accounts_for(options, sam
 
 # The same run for a node with data of its own, whatever else a server writes there.
 REWORDED: list[dict[str, Any]] = [
-    {"seed": 0}, {"alpha": 8}, {"alpha": 8.0}, {"evaluate_every": 7}, {"min_clients": 2, "client_timeout": math.inf},
-    {"device": "cpu", "output": "elsewhere"}, {"engine": "local"}, {"fault_norm": 3.0, "weighting": "equal"},
-    {"dataset": "/etc", "label_column": "other"}, {"partition": "dirichlet", "dirichlet_alpha": math.inf},
-    {"split_seed": 5}, {"checkpoint_every": 4}]
+    {"seed": 0},
+    {"alpha": 8},
+    {"alpha": 8.0},
+    {"evaluate_every": 7},
+    {"min_clients": 2, "client_timeout": math.inf},
+    {"device": "cpu", "output": "elsewhere"},
+    {"engine": "local"},
+    {"fault_norm": 3.0, "weighting": "equal"},
+    {"dataset": "/etc", "label_column": "other"},
+    {"partition": "dirichlet", "dirichlet_alpha": math.inf},
+    {"split_seed": 5},
+    {"checkpoint_every": 4},
+]
 
 
 @pytest.mark.parametrize("options", REWORDED, ids=lambda options: "-".join(map(str, options.items())))
@@ -314,14 +397,16 @@ def test_new_seeds_lead_no_further_than_the_policy_admits(own, limit, node, stat
     said = seeds_answered(node, state, {"epsilon": 3.0, "delta": delta})
     assert said == (
         f"has no budget left: this turn would lead above ε = {limit:g} at δ = {delta:g}, which its policy admits for "
-        "all runs together: for another budget, write epsilon and delta into its node-config")
+        "all runs together: for another budget, write epsilon and delta into its node-config"
+    )
     path = Path(node["ledger"])
     reached = Ledger.load(path).epsilon(delta, "rdp")
     assert limit / 2 < reached <= limit
     assert f"ledger is at ε = {reached:.4g} of {limit:g} over all runs, at δ = {delta:g}." in caplog.text
     # The remedy.
-    assert isinstance(answer(sent({**own, "seed": 99, "rounds": 1}, state), {
-        **node, "epsilon": 30.0, "delta": 1e-5}), Update)
+    assert isinstance(
+        answer(sent({**own, "seed": 99, "rounds": 1}, state), {**node, "epsilon": 30.0, "delta": 1e-5}), Update
+    )
 
 
 @pytest.mark.parametrize("allowed", ["any", {"min": 0.1}, ["none"]])
@@ -333,7 +418,8 @@ def test_a_policy_without_a_bound_needs_a_budget(name, allowed, node, state, tmp
         said = answer(sent({"epsilon": 2.0, "delta": 0.1 if name == "delta" else 1e-5}, state), node)
         assert said == (
             "has a ledger without a budget, and a policy without a bound on epsilon or delta: write epsilon and delta "
-            "into its node-config")
+            "into its node-config"
+        )
     else:
         assert isinstance(answer(sent(ledger, state), node), str)
     assert not Path(node["ledger"]).exists()
@@ -361,10 +447,20 @@ def test_a_runs_config_is_a_policy_that_admits_that_run_alone(node, state, tmp_p
 
 
 def test_allow_says_what_else_may_be(node, tmp_path):
-    node["policy"] = policy(tmp_path / "policy.yaml", {
-        "lr": 0.5, "precision": "bf16",
-        "allow": {"rounds": {"max": 5}, "model": ["default", "/srv/model"], "lr": {"min": 0.1, "max": 1}, "seed": "any",
-                  "epsilon": [1, 3.0]}})
+    node["policy"] = policy(
+        tmp_path / "policy.yaml",
+        {
+            "lr": 0.5,
+            "precision": "bf16",
+            "allow": {
+                "rounds": {"max": 5},
+                "model": ["default", "/srv/model"],
+                "lr": {"min": 0.1, "max": 1},
+                "seed": "any",
+                "epsilon": [1, 3.0],
+            },
+        },
+    )
     rules = Policy.of_node(node, budget=False)
     good = {"epsilon": 3.0, "lr": 0.2, "precision": "bf16", "rounds": 5, "seed": 10**12}
     rules.check(RunConfig.from_flat(good))
@@ -373,9 +469,22 @@ def test_allow_says_what_else_may_be(node, tmp_path):
             rules.check(RunConfig.from_flat({**good, name: value}))
 
 
-@pytest.mark.parametrize("text", [
-    "[", "- 1", "wrong_name: 1", "allow: {wrong_name: any}", "allow: {rounds: some}", "allow: {rounds: []}",
-    "allow: {rounds: {least: 1}}", "allow: [rounds]", "epsilon: -1", "a: &a 1\nb: *a", "private: 0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "- 1",
+        "wrong_name: 1",
+        "allow: {wrong_name: any}",
+        "allow: {rounds: some}",
+        "allow: {rounds: []}",
+        "allow: {rounds: {least: 1}}",
+        "allow: [rounds]",
+        "epsilon: -1",
+        "a: &a 1\nb: *a",
+        "private: 0",
+    ],
+)
 def test_a_policy_that_is_none_stops_the_node(text, node, state, tmp_path):
     node["policy"] = policy(tmp_path / "policy.yaml", text)
     said = answer(sent({}, state), node)
@@ -406,10 +515,18 @@ def asking_model(path: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hiv": 900}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32).save_pretrained(path)
-    BertForSequenceClassification(BertConfig(
-        vocab_size=10, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        num_labels=2)).save_pretrained(path)
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    ).save_pretrained(path)
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=10,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=2,
+        )
+    ).save_pretrained(path)
     return path
 
 
@@ -427,8 +544,12 @@ def test_a_server_that_names_model_and_tokenizer_learns_no_word(options, words, 
     answers, ledgers = [], []
     for name, last in (("without", "patient 39 is well"), ("with", "patient 39 has hiv")):
         node = {
-            "partition-id": 0, "data": str(texts(tmp_path / name, last)), "ledger": str(tmp_path / f"{name}.json"),
-            "unit": options.get("unit", "example"), "policy": policy(tmp_path / "policy.yaml", {"model": str(words)})}
+            "partition-id": 0,
+            "data": str(texts(tmp_path / name, last)),
+            "ledger": str(tmp_path / f"{name}.json"),
+            "unit": options.get("unit", "example"),
+            "policy": policy(tmp_path / "policy.yaml", {"model": str(words)}),
+        }
         shared = RunConfig.from_flat({**GOOD, **options, "dataset": node["data"], "validation_fraction": 0.2})
         start = open_job(shared).trainer.workspace.state()
         flower_client._opened.cache_clear()
@@ -449,8 +570,9 @@ def test_an_example_that_cannot_be_encoded_counts_and_contributes_nothing(node, 
     node["data"] = str(broken)
     flower_client._opened.cache_clear()
     config = messages.pack_config(yaml.safe_dump(GOOD))
-    said = messages.unpack_introduction(flower_client._answered(
-        flower_client._introduce, RecordDict({messages.CONFIG: config}), node))
+    said = messages.unpack_introduction(
+        flower_client._answered(flower_client._introduce, RecordDict({messages.CONFIG: config}), node)
+    )
     assert isinstance(said, messages.Introduction) and said.examples == 40
     assert "1 of 40 examples cannot be read" in caplog.text
     examples = flower_client._node(sent({}, state), node).examples(0)
@@ -473,8 +595,10 @@ def test_code_that_a_model_brings_along_is_never_run(words, tmp_path):
     shutil.copytree(words, model)
     (model / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
     config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {
-        "AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": "evil.Evil"}}
+    config |= {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": "evil.Evil"},
+    }
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="could not load"):
         load_model(ModelConfig(str(model)), 2, "text")
@@ -484,5 +608,8 @@ def test_code_that_a_model_brings_along_is_never_run(words, tmp_path):
 def test_a_policy_is_of_every_option_so_that_a_new_one_cannot_be_forgotten():
     with pytest.raises(KeyError):
         Policy({name: rule for name, rule in RULES.items() if name != "lr"}).check(RunConfig())
-    assert {field.name for group in dataclasses.fields(RunConfig) for field in dataclasses.fields(
-        getattr(RunConfig(), group.name))} - {"name"} | {"model"} == set(RULES)
+    assert {
+        field.name
+        for group in dataclasses.fields(RunConfig)
+        for field in dataclasses.fields(getattr(RunConfig(), group.name))
+    } - {"name"} | {"model"} == set(RULES)

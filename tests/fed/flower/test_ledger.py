@@ -31,6 +31,7 @@ TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accounta
 @pytest.fixture(autouse=True)
 def nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """All nodes answer at once: a server that waits would do so for ever."""
+
     def pause(self: FlowerEngine) -> None:
         raise AssertionError("the server waits")
 
@@ -47,11 +48,15 @@ def grid(ledger: Any, **budget: float) -> LoopbackGrid:
 
 @pytest.mark.parametrize(
     ("node", "words"),
-    [({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
-     ({"ledger": "/x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
-     ({"ledger": "/x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
-     ({"ledger": "/x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
-     ({"ledger": "/x", "unit": "patient"}, "unit as example or client"), ({"unit": "client"}, "must name a ledger")])
+    [
+        ({"epsilon": 8.0, "delta": 1e-5}, "must name ledger, epsilon and delta together"),
+        ({"ledger": "/x", "epsilon": 8.0}, "must name ledger, epsilon and delta together"),
+        ({"ledger": "/x", "epsilon": -1.0, "delta": 1e-5}, "a budget in its node-config that is none"),
+        ({"ledger": "/x", "epsilon": 1.0, "delta": 2.0}, "a budget in its node-config that is none"),
+        ({"ledger": "/x", "unit": "patient"}, "unit as example or client"),
+        ({"unit": "client"}, "must name a ledger"),
+    ],
+)
 def test_half_a_budget_is_none(node, words):
     with pytest.raises(Refused, match=words):
         ClientLedger.of_node(node)
@@ -72,10 +77,16 @@ def test_a_nodes_ledger_and_budget_are_those_of_its_config():
     assert limited == ClientLedger(Path("/x"), "client", 8.0, 1e-5, written=False)
 
 
-@pytest.mark.parametrize(("changes", "reproducible", "words"), [
-    ({}, True, UNPROTECTED), ({"epsilon": None}, False, UNPROTECTED),
-    ({"mechanism": "as-released"}, False, UNPROTECTED), ({"unit": "client"}, False, UNPROTECTED),
-    ({"unit": "client", "noise_by": "client"}, False, "for the unit example, but the run protects the unit client")])
+@pytest.mark.parametrize(
+    ("changes", "reproducible", "words"),
+    [
+        ({}, True, UNPROTECTED),
+        ({"epsilon": None}, False, UNPROTECTED),
+        ({"mechanism": "as-released"}, False, UNPROTECTED),
+        ({"unit": "client"}, False, UNPROTECTED),
+        ({"unit": "client", "noise_by": "client"}, False, "for the unit example, but the run protects the unit client"),
+    ],
+)
 def test_what_noise_of_its_own_does_not_protect_is_not_spent(tmp_path, changes, reproducible, words):
     plan, ledger = plan_for(get_method("dp-lora"), TRAINING, **changes), ClientLedger(tmp_path / "ledger.json")
     for refuse in (ledger.check, lambda plan, **how: ledger.spend(plan, PoissonGaussian(1.5, 0.25), **how)):
@@ -145,8 +156,7 @@ def test_a_server_that_asks_for_more_than_the_clients_own_budget_is_refused(tmp_
     federation = connected(tiny(min_clients=1), grid(path, epsilon=3.0, delta=1e-5))
     result = federation.run_round()
     assert result.participants == [0]
-    assert result.failed == [
-        {"client": 1, "reason": "has no budget left: this turn would lead above its own ε of 3"}]
+    assert result.failed == [{"client": 1, "reason": "has no budget left: this turn would lead above its own ε of 3"}]
     assert not path.exists()
 
 
@@ -168,7 +178,7 @@ def test_without_a_budget_there_is_room_for_a_whole_run_and_not_for_a_second(tmp
     nodes = [{"partition-id": 0}, {"partition-id": 1, "ledger": str(path)}, {"partition-id": 2}]
     for seed, room in ((0, True), (1, False)):
         config = tiny(**options, seed=seed)
-        federation = connected(config, LoopbackGrid(nodes[:config.federation.clients]))
+        federation = connected(config, LoopbackGrid(nodes[: config.federation.clients]))
         for _ in range(federation.plan.participations):
             failed = federation.run_round([0, 1]).failed
             assert [entry["client"] for entry in failed] == ([] if room else [1])
@@ -188,7 +198,8 @@ def test_a_run_that_is_begun_anew_ends_where_its_plan_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"epsilon": "none"}, {"reproducible": True}], ids=["without-privacy", "noise-from-a-public-seed"])
+    "options", [{"epsilon": "none"}, {"reproducible": True}], ids=["without-privacy", "noise-from-a-public-seed"]
+)
 def test_a_client_with_a_ledger_sends_nothing_unprotected(tmp_path, options):
     path = tmp_path / "ledger.json"
     federation = connected(tiny(**options), grid(path))
@@ -264,7 +275,8 @@ def test_keys_and_certificates_are_what_flower_wants(tmp_path):
 
     make_keys(tmp_path / "keys", ["127.0.0.1", "fed.example.org"], 2)
     root, leaf = (
-        x509.load_pem_x509_certificate((tmp_path / "keys" / name).read_bytes()) for name in ("ca.crt", "server.crt"))
+        x509.load_pem_x509_certificate((tmp_path / "keys" / name).read_bytes()) for name in ("ca.crt", "server.crt")
+    )
     policy = PolicyBuilder().store(Store([root])).time(datetime.datetime.now(datetime.UTC))
     for subject in (x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("fed.example.org")):
         assert policy.build_server_verifier(subject).verify(leaf, [])

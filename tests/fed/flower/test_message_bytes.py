@@ -23,7 +23,7 @@ def row(method: str) -> list[float]:
 @pytest.mark.parametrize(("method", "rank"), [("la-lora", 4), ("rolora", 8), ("deer", 16), ("rac-lora", 4)])
 def test_the_page_says_what_messages_weigh(method, rank):
     found, at = message_bytes.usual(method, rank), message_bytes.RANKS.index(rank)
-    said = row(method)[at::len(message_bytes.RANKS)]
+    said = row(method)[at :: len(message_bytes.RANKS)]
     assert [found.up / 1e6, found.down / 1e6, found.news / 1e6] == pytest.approx(said, abs=0.006)
 
 

@@ -41,8 +41,9 @@ def opened(text: str, folder: Path, classes: str | None) -> Any:
 
 
 @pytest.mark.parametrize("classes", [None, "0,1"])
-@pytest.mark.parametrize("odd", [
-    b"patient 39 has hiv,", b"patient 39 has hiv", b",1", b"patient,39,has hiv,1", b"\xff,1", b"x,positive"])
+@pytest.mark.parametrize(
+    "odd", [b"patient 39 has hiv,", b"patient 39 has hiv", b",1", b"patient,39,has hiv,1", b"\xff,1", b"x,positive"]
+)
 def test_an_odd_row_of_a_nodes_own_data_is_no_bit(odd, classes, words, tmp_path, caplog):
     """It counts, contributes nothing, and leaves the others what they are."""
     options = {"model": str(words), "batch_size": 41}
@@ -52,14 +53,22 @@ def test_an_odd_row_of_a_nodes_own_data_is_no_bit(odd, classes, words, tmp_path,
     rows = (own / "train.csv").read_bytes().splitlines()
     (own / "train.csv").write_bytes(b"\n".join([*rows[:7], odd, *rows[7:]]) + b"\n")
     node = {
-        "partition-id": 0, "data": str(own), "ledger": str(tmp_path / "ledger.json"), "epsilon": 8.0, "delta": 1e-5,
-        "policy": policy(tmp_path / "policy.yaml", {"model": str(words)})}
+        "partition-id": 0,
+        "data": str(own),
+        "ledger": str(tmp_path / "ledger.json"),
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "policy": policy(tmp_path / "policy.yaml", {"model": str(words)}),
+    }
     if classes is not None:
         node["classes"] = classes
     flower_client._opened.cache_clear()
     with caplog.at_level(logging.ERROR):
-        said = messages.unpack_introduction(flower_client._answered(
-            flower_client._introduce, RecordDict({messages.CONFIG: messages.pack_config(text)}), node))
+        said = messages.unpack_introduction(
+            flower_client._answered(
+                flower_client._introduce, RecordDict({messages.CONFIG: messages.pack_config(text)}), node
+            )
+        )
         assert isinstance(said, messages.Introduction) and said.examples == 41
         found = opened(text, own, classes)
         examples = found.examples(0)
@@ -91,12 +100,13 @@ def test_a_class_that_one_row_has_changes_nothing_where_the_owner_names_them(wor
 @pytest.mark.parametrize("unit", ["client", "example"])
 def test_a_node_takes_part_however_few_examples_it_has(unit, words, tmp_path):
     """With whole clients protected their number is a secret, so that nothing may hang on it."""
-    text = yaml.safe_dump({**GOOD, "model": str(words), "unit": unit,
-                           **({"noise_by": "client"} if unit == "client" else {})})
+    text = yaml.safe_dump(
+        {**GOOD, "model": str(words), "unit": unit, **({"noise_by": "client"} if unit == "client" else {})}
+    )
     own = texts(tmp_path / "own", "patient 39 is well")
     rows = (own / "train.csv").read_bytes().splitlines()
     for count in (1, 9, 10):
-        (own / "train.csv").write_bytes(b"\n".join(rows[:count + 1]) + b"\n")
+        (own / "train.csv").write_bytes(b"\n".join(rows[: count + 1]) + b"\n")
         assert len(opened(text, own, "0,1").examples(0)) == count
     (own / "train.csv").write_bytes(rows[0] + b"\n")
     with pytest.raises(Refused, match="cannot open its own data: its log says why"):

@@ -58,7 +58,8 @@ def test_a_relative_path_is_refused_whatever_lies_there(tmp_path, monkeypatch, n
     node = {"partition-id": 0, "ledger": str(tmp_path / "ledger.json"), name: path}
     assert refused(node) == {
         f"cannot tell which {name} is meant: its node-config must name it by an absolute path, since a relative one is "
-        "another in each folder that the node is started from"}
+        "another in each folder that the node is started from"
+    }
     assert not list(tmp_path.rglob("*.json*"))
 
 
@@ -92,8 +93,13 @@ def test_all_names_of_a_ledger_are_one_ledger(tmp_path):
     (tmp_path / "other.json").symlink_to(path)
     (tmp_path / "third.json").symlink_to("other.json")
     (tmp_path / "folder").symlink_to(tmp_path / "own")
-    names = [path, tmp_path / "other.json", tmp_path / "third.json", tmp_path / "folder" / "ledger.json",
-             tmp_path / "own" / ".." / "own" / "ledger.json"]
+    names = [
+        path,
+        tmp_path / "other.json",
+        tmp_path / "third.json",
+        tmp_path / "folder" / "ledger.json",
+        tmp_path / "own" / ".." / "own" / "ledger.json",
+    ]
     once = Ledger()
     once.append(EVENT, len(names) * PLAN.releases_per_turn)
     budget = {"epsilon": once.epsilon(1e-5, "rdp"), "delta": 1e-5}

@@ -12,13 +12,29 @@ from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.flower.policy import RULES, Anything, Between, OneOf, Policy, Rule, read_config, read_yaml
 
 WHOLE = {
-    "split_seed": (0, 2**32 - 1), "max_length": (1, 512), "r": (1, 256), "clients": (1, 10**6),
-    "clients_per_round": (1, 10**6), "rounds": (1, 10**6), "local_steps": (1, 10**4), "batch_size": (1, 4096),
-    "seed": (0, 2**63 - 1)}
+    "split_seed": (0, 2**32 - 1),
+    "max_length": (1, 512),
+    "r": (1, 256),
+    "clients": (1, 10**6),
+    "clients_per_round": (1, 10**6),
+    "rounds": (1, 10**6),
+    "local_steps": (1, 10**4),
+    "batch_size": (1, 4096),
+    "seed": (0, 2**63 - 1),
+}
 REAL = {
-    "validation_fraction": (0.01, 0.99), "dirichlet_alpha": (1e-6, 1e6), "alpha": (1e-6, 1e6), "dropout": (0, 0.9),
-    "epsilon": (1e-6, 8), "delta": (1e-15, 1e-5), "max_grad_norm": (1e-3, 1e3), "max_update_norm": (1e-3, 1e3),
-    "lr": (1e-12, 1e6), "lr_ratio": (1e-12, 1e6), "low_pass_strength": (0, 1000)}
+    "validation_fraction": (0.01, 0.99),
+    "dirichlet_alpha": (1e-6, 1e6),
+    "alpha": (1e-6, 1e6),
+    "dropout": (0, 0.9),
+    "epsilon": (1e-6, 8),
+    "delta": (1e-15, 1e-5),
+    "max_grad_norm": (1e-3, 1e3),
+    "max_update_norm": (1e-3, 1e3),
+    "lr": (1e-12, 1e6),
+    "lr_ratio": (1e-12, 1e6),
+    "low_pass_strength": (0, 1000),
+}
 NONE_TOO = {"alpha", "clients_per_round"}
 
 
@@ -52,9 +68,20 @@ def test_a_whole_number_within_its_bounds_is_admitted(name):
 
 def test_code_files_and_mechanism_are_those_of_the_default_run():
     only = {
-        "model": "default", "pretrained": True, "target_modules": "all-linear", "precision": "float32",
-        "dataset": "digits", "subset": None, "input_column": None, "pair_column": None, "label_column": None,
-        "validation_split": None, "mechanism": "sound", "reproducible": False, "method_options": {}}
+        "model": "default",
+        "pretrained": True,
+        "target_modules": "all-linear",
+        "precision": "float32",
+        "dataset": "digits",
+        "subset": None,
+        "input_column": None,
+        "pair_column": None,
+        "label_column": None,
+        "validation_split": None,
+        "mechanism": "sound",
+        "reproducible": False,
+        "method_options": {},
+    }
     for name, value in only.items():
         assert RULES[name].admits(value)
         assert not any(RULES[name].admits(other) for other in (not value, "else", 1, ["head"]))
@@ -70,11 +97,22 @@ def test_every_rule_with_bounds_is_looked_at_here():
     assert {name for name, rule in RULES.items() if isinstance(rule, Between)} == WHOLE.keys() | REAL.keys()
 
 
-@pytest.mark.parametrize(("values", "admitted", "refused"), [
-    ((1,), [1, 1.0], [True, "1", None, 2, [1]]), ((True,), [True], [1, 1.0, False, "yes", None]),
-    ((False, True), [False, True], [0, 1, None]), ((0,), [0, 0.0], [False, None, ""]),
-    (("a", None), ["a", None], ["b", "A", "", 0, "none"]), (({},), [{}], [[], None, {"a": 1}]),
-    (([1, "x"],), [[1, "x"], [1.0, "x"]], [[1], [1, "y"], [2, "x"], [True, "x"], ["x", 1], (1, "x"), 1, [1, "x", 2]])])
+@pytest.mark.parametrize(
+    ("values", "admitted", "refused"),
+    [
+        ((1,), [1, 1.0], [True, "1", None, 2, [1]]),
+        ((True,), [True], [1, 1.0, False, "yes", None]),
+        ((False, True), [False, True], [0, 1, None]),
+        ((0,), [0, 0.0], [False, None, ""]),
+        (("a", None), ["a", None], ["b", "A", "", 0, "none"]),
+        (({},), [{}], [[], None, {"a": 1}]),
+        (
+            ([1, "x"],),
+            [[1, "x"], [1.0, "x"]],
+            [[1], [1, "y"], [2, "x"], [True, "x"], ["x", 1], (1, "x"), 1, [1, "x", 2]],
+        ),
+    ],
+)
 def test_one_of_some_values_is_one_of_the_very_type(values, admitted, refused):
     rule = OneOf(values)
     assert all(rule.admits(value) for value in admitted)
@@ -120,24 +158,33 @@ def test_where_a_node_has_data_of_its_own_it_reads_no_option_of_shared_ones():
         assert len(policy.run_digest(config)) == 64
 
 
-@pytest.mark.parametrize(("said", "admitted", "refused"), [
-    ("lr: {min: 1e-3}", {"lr": [0.001, 1e9]}, {"lr": [0.0009, math.inf, None]}),  # to YAML, 1e-3 is a word
-    ("lr: {max: 5}", {"lr": [5, 0.5, -1e9]}, {"lr": [5.01, -math.inf]}),
-    ("rounds: {min: 2, max: 5}", {"rounds": [2, 5]}, {"rounds": [1, 6, 2.5]}),
-    ("alpha: [none, 4]", {"alpha": [None, 4]}, {"alpha": ["none", 5]}),
-    ("max_grad_norm: [inf, 1]", {"max_grad_norm": [None, 1]}, {"max_grad_norm": ["inf", 2]}),
-    ("low_pass: [none]", {"low_pass": ["none"]}, {"low_pass": [None, "gaussian"]}),
-    ("seed: any", {"seed": [-1, "x"]}, {"lr": [0.0]}), ("", {"lr": [1.0]}, {"lr": [0.0]})])
+@pytest.mark.parametrize(
+    ("said", "admitted", "refused"),
+    [
+        ("lr: {min: 1e-3}", {"lr": [0.001, 1e9]}, {"lr": [0.0009, math.inf, None]}),  # to YAML, 1e-3 is a word
+        ("lr: {max: 5}", {"lr": [5, 0.5, -1e9]}, {"lr": [5.01, -math.inf]}),
+        ("rounds: {min: 2, max: 5}", {"rounds": [2, 5]}, {"rounds": [1, 6, 2.5]}),
+        ("alpha: [none, 4]", {"alpha": [None, 4]}, {"alpha": ["none", 5]}),
+        ("max_grad_norm: [inf, 1]", {"max_grad_norm": [None, 1]}, {"max_grad_norm": ["inf", 2]}),
+        ("low_pass: [none]", {"low_pass": ["none"]}, {"low_pass": [None, "gaussian"]}),
+        ("seed: any", {"seed": [-1, "x"]}, {"lr": [0.0]}),
+        ("", {"lr": [1.0]}, {"lr": [0.0]}),
+    ],
+)
 def test_what_stands_under_allow(said, admitted, refused, tmp_path):
     rules = own(tmp_path, f"allow: {{{said}}}" if said else "allow:").rules
     assert all(rules[name].admits(value) for name, values in admitted.items() for value in values)
     assert not any(rules[name].admits(value) for name, values in refused.items() for value in values)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("b: 1\nallow: {a: any, lr: any}", "it has options that no run has: a, b"),
-    ("lr: 1\nallow: {rounds: {min: 1, least: 2}}", "allow takes a list of values, min and max, or any"),
-    ("allow: {rounds: {}}", "allow takes a list of values, min and max, or any")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("b: 1\nallow: {a: any, lr: any}", "it has options that no run has: a, b"),
+        ("lr: 1\nallow: {rounds: {min: 1, least: 2}}", "allow takes a list of values, min and max, or any"),
+        ("allow: {rounds: {}}", "allow takes a list of values, min and max, or any"),
+    ],
+)
 def test_what_is_wrong_with_a_policy_is_told_to_its_owner(text, words, tmp_path, caplog):
     with caplog.at_level(logging.ERROR), pytest.raises(Refused, match="policy that is none: its log says why"):
         own(tmp_path, text)
@@ -154,10 +201,19 @@ def test_a_policy_that_is_longer_than_what_is_read_is_refused_not_cut(tmp_path, 
     assert "it is longer than 65536 characters" in caplog.text
 
 
-@pytest.mark.parametrize(("said", "budget"), [
-    ("", (8, 1e-5)), ("epsilon: 2.5", (2.5, 1e-5)), ("allow: {epsilon: [1, 3.5, 2], delta: {max: 0.99}}", (3.5, 0.99)),
-    ("allow: {epsilon: [none, true, 0.5]}", (0.5, 1e-5)), ("allow: {epsilon: [true]}", None),
-    ("allow: {epsilon: any}", None), ("allow: {delta: {min: 1e-6}}", None), ('allow: {epsilon: ["8"]}', None)])
+@pytest.mark.parametrize(
+    ("said", "budget"),
+    [
+        ("", (8, 1e-5)),
+        ("epsilon: 2.5", (2.5, 1e-5)),
+        ("allow: {epsilon: [1, 3.5, 2], delta: {max: 0.99}}", (3.5, 0.99)),
+        ("allow: {epsilon: [none, true, 0.5]}", (0.5, 1e-5)),
+        ("allow: {epsilon: [true]}", None),
+        ("allow: {epsilon: any}", None),
+        ("allow: {delta: {min: 1e-6}}", None),
+        ('allow: {epsilon: ["8"]}', None),
+    ],
+)
 def test_the_budget_of_a_policy_is_the_largest_number_that_it_admits(said, budget, tmp_path):
     policy = own(tmp_path, said or "{}")
     if budget is None:
@@ -178,9 +234,17 @@ def test_a_configuration_is_read_by_the_method_that_it_names_and_no_other():
             read_config(text)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("a: &x 1\nb: *x", "aliases"), ("- 1", "no mapping"), ("1: 2", "no mapping"), ("a: 1\n2: 3", "no mapping"),
-    ("", "no mapping"), ("word", "no mapping")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &x 1\nb: *x", "aliases"),
+        ("- 1", "no mapping"),
+        ("1: 2", "no mapping"),
+        ("a: 1\n2: 3", "no mapping"),
+        ("", "no mapping"),
+        ("word", "no mapping"),
+    ],
+)
 def test_only_a_mapping_of_options_is_read(text, words):
     with pytest.raises(ValueError, match=words):
         read_yaml(text)

@@ -25,9 +25,18 @@ QUIET = Console(quiet=True)
 
 
 def config(output: Path) -> Any:
-    return options_of({
-        "clients": 2, "rounds": 3, "local-steps": 1, "batch-size": 16, "accountant": "rdp", "device": "cpu",
-        "reproducible": True, "output": str(output)})
+    return options_of(
+        {
+            "clients": 2,
+            "rounds": 3,
+            "local-steps": 1,
+            "batch-size": 16,
+            "accountant": "rdp",
+            "device": "cpu",
+            "reproducible": True,
+            "output": str(output),
+        }
+    )
 
 
 def grid() -> LoopbackGrid:
@@ -56,9 +65,16 @@ def test_it_ends_as_if_it_had_never_stopped(tmp_path):
     serve(config(tmp_path / "whole"), grid(), QUIET)
     cut_short(tmp_path / "cut")
     # What flwr run starts, with the folder in its configuration; the other options there are not asked.
-    server_app()(grid(), Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(),
-        run_config={"resume": str(tmp_path / "cut"), "rounds": 99, "method": "deer"}))
+    server_app()(
+        grid(),
+        Context(
+            run_id=1,
+            node_id=1,
+            node_config={},
+            state=RecordDict(),
+            run_config={"resume": str(tmp_path / "cut"), "rounds": 99, "method": "deer"},
+        ),
+    )
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")]
     assert weights[0].keys() == weights[1].keys() and all(weights[1][k].equal(v) for k, v in weights[0].items())
     ledgers = [json.loads((tmp_path / name / "ledger.json").read_text()) for name in ("whole", "cut")]
@@ -88,7 +104,7 @@ def test_it_goes_on_with_its_own_options_alone(tmp_path, name, value):
 
 def test_it_goes_on_nowhere_else(tmp_path):
     cut_short(tmp_path / "cut")
-    with pytest.raises(ValueError, match="resume=\"FOLDER\" in its --run-config"):
+    with pytest.raises(ValueError, match='resume="FOLDER" in its --run-config'):
         resume(tmp_path / "cut", QUIET)
     text = (tmp_path / "cut" / "config.yaml").read_text()
     (tmp_path / "cut" / "config.yaml").write_text(text.replace("engine: deployed", "engine: local"))

@@ -32,12 +32,19 @@ from lora_dp.fed.rounds.setup import open_job
 from tests.fed.flower.loopback import LoopbackGrid
 
 TINY = {
-    "clients": 3, "rounds": 2, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu",
+    "clients": 3,
+    "rounds": 2,
+    "local_steps": 2,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
     "reproducible": True,
 }
 STATE = {
-    "layer.lora_A": torch.arange(6.0).reshape(2, 3), "head.bias": torch.ones(1, dtype=torch.float64),
-    "head.weight": torch.tensor([[1.5]], dtype=torch.bfloat16)}
+    "layer.lora_A": torch.arange(6.0).reshape(2, 3),
+    "head.bias": torch.ones(1, dtype=torch.float64),
+    "head.weight": torch.tensor([[1.5]], dtype=torch.bfloat16),
+}
 TASK = Task(3, 1, 2, STATE)
 
 
@@ -136,9 +143,15 @@ FAULTS = {
     "raised an exception in its app": lambda m: Message(Error(2, "quoting data"), reply_to=m),
     "is not connected any more": lambda m: Message(Error(5), reply_to=m),
     "failed (Flower's error 99)": lambda m: Message(Error(99), reply_to=m),
-    "sent an answer that cannot be read": lambda m: Message(RecordDict({
-        messages.ANSWER: ConfigRecord({"examples": 1}),
-        messages.TENSORS: ArrayRecord({"safetensors": Array(np.zeros(9, dtype=np.uint8))})}), reply_to=m),
+    "sent an answer that cannot be read": lambda m: Message(
+        RecordDict(
+            {
+                messages.ANSWER: ConfigRecord({"examples": 1}),
+                messages.TENSORS: ArrayRecord({"safetensors": Array(np.zeros(9, dtype=np.uint8))}),
+            }
+        ),
+        reply_to=m,
+    ),
     "gave no answer within 0.3 s": lambda m: None,
 }
 
@@ -149,8 +162,9 @@ def test_failures_are_replies_and_the_others_count(failure):
         client = context.node_config["partition-id"]
         if message.metadata.message_type == "query":
             return flower_client.introduce(message, context)
-        return FAULTS[failure](message) if client == 1 else Message(
-            messages.pack_update(signed(client)), reply_to=message)
+        return (
+            FAULTS[failure](message) if client == 1 else Message(messages.pack_update(signed(client)), reply_to=message)
+        )
 
     engine = FlowerEngine(LoopbackGrid(nodes(), answer), tiny(client_timeout=0.3), poll=0.01)
     engine.wait_for_clients()
@@ -172,9 +186,14 @@ def test_many_clients_are_asked_and_heard_in_requests_of_a_bounded_size():
             held.append(len(list(numbers)))
             return super().pull_messages(numbers)
 
-    grid = Watched(nodes(150), lambda message, context: (
-        flower_client.introduce(message, context) if message.metadata.message_type == "query"
-        else Message(messages.pack_update(Update(STATE)), reply_to=message)))
+    grid = Watched(
+        nodes(150),
+        lambda message, context: (
+            flower_client.introduce(message, context)
+            if message.metadata.message_type == "query"
+            else Message(messages.pack_update(Update(STATE)), reply_to=message)
+        ),
+    )
     engine = FlowerEngine(grid, tiny(clients=150), poll=0.01)
     assert [said.client for said in engine.wait_for_clients()] == list(range(150))
     replies = list(engine.train([(client, TASK) for client in range(150)], lambda: None))
@@ -192,9 +211,14 @@ def test_messages_expire_with_the_round_so_that_nobody_trains_for_it_later():
 
 
 def test_a_node_that_is_gone_fails_and_is_known_again_when_it_comes_back():
-    grid = LoopbackGrid(nodes(2) + [{"partition-id": 0}], lambda message, context: (
-        flower_client.introduce(message, context) if message.metadata.message_type == "query"
-        else Message(messages.pack_update(signed(context.node_id)), reply_to=message)))
+    grid = LoopbackGrid(
+        nodes(2) + [{"partition-id": 0}],
+        lambda message, context: (
+            flower_client.introduce(message, context)
+            if message.metadata.message_type == "query"
+            else Message(messages.pack_update(signed(context.node_id)), reply_to=message)
+        ),
+    )
     # 102 claims the number of 101, which keeps it as long as it is there.
     engine = FlowerEngine(grid, tiny(clients=2), poll=0.01)
     engine.wait_for_clients()
@@ -275,7 +299,8 @@ def test_a_node_with_a_folder_of_its_own_trains_on_all_of_it(tmp_path):
 def introduced(node: dict[str, Any], **options: Any) -> Any:
     config = messages.pack_config(tiny(clients=2, reproducible=False, **options).to_yaml())
     return messages.unpack_introduction(
-        flower_client._answered(flower_client._introduce, RecordDict({messages.CONFIG: config}), node))
+        flower_client._answered(flower_client._introduce, RecordDict({messages.CONFIG: config}), node)
+    )
 
 
 def test_a_node_tells_the_size_of_its_own_data_and_no_more(tmp_path):
@@ -380,7 +405,8 @@ def test_nothing_is_reported_to_anyone_unless_the_user_says_so():
         "import lora_dp.fed.flower.messages, os\n"
         "from flwr.supercore import telemetry, update_check\n"
         "print(telemetry.FLWR_TELEMETRY_ENABLED, os.environ['RAY_USAGE_STATS_ENABLED'],"
-        " os.environ['FLWR_DISABLE_UPDATE_CHECK'])")
+        " os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
+    )
     switches = ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "FLWR_DISABLE_UPDATE_CHECK")
     environment = {name: value for name, value in os.environ.items() if name not in switches}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

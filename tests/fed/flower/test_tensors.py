@@ -34,9 +34,14 @@ def headed(header: bytes, length: int | None = None) -> ArrayRecord:
 
 
 def test_tensors_of_every_kind_come_back_as_they_were_sent():
-    sent = {"trained": torch.nn.Parameter(torch.randn(3, 5)), "turned": torch.randn(3, 5).t(),
-            "many": torch.randn(100)[::3], "none": torch.zeros(0), "half": torch.randn(7).bfloat16(),
-            "odd": torch.ones(3).bool()}
+    sent = {
+        "trained": torch.nn.Parameter(torch.randn(3, 5)),
+        "turned": torch.randn(3, 5).t(),
+        "many": torch.randn(100)[::3],
+        "none": torch.zeros(0),
+        "half": torch.randn(7).bfloat16(),
+        "odd": torch.ones(3).bool(),
+    }
     found = unpack_tensors(pack_tensors(sent))
     assert found.keys() == sent.keys()
     assert all(found[name].equal(tensor) and found[name].dtype == tensor.dtype for name, tensor in sent.items())
@@ -71,8 +76,16 @@ def test_as_many_tensors_as_may_be_sent_and_no_more():
 def test_the_header_of_tensors_is_a_mapping_of_the_length_that_it_says():
     assert unpack_tensors(headed(b"{}")) == {}
     assert unpack_tensors(headed(b"{}".ljust(2**25)), most_bytes=0) == {}
-    for wrong in (headed(b"{}", 3), headed(b"{}", 1), headed(b"{}", 0), headed(b"{}", 2**63), headed(b"1"), npy(b""),
-                  npy(b"1234"), headed(b"{}".ljust(2**25 + 1))):
+    for wrong in (
+        headed(b"{}", 3),
+        headed(b"{}", 1),
+        headed(b"{}", 0),
+        headed(b"{}", 2**63),
+        headed(b"1"),
+        npy(b""),
+        npy(b"1234"),
+        headed(b"{}".ljust(2**25 + 1)),
+    ):
         with pytest.raises(ValueError, match="the tensors' header is none"):
             unpack_tensors(wrong, most_bytes=0)
     with pytest.raises(ValueError, match="there are more than"):
@@ -82,8 +95,13 @@ def test_the_header_of_tensors_is_a_mapping_of_the_length_that_it_says():
 def test_the_head_of_the_array_is_of_bytes_of_that_length_and_short():
     content = save({"a": torch.zeros(2)})
     assert len(unpack_tensors(npy(content, head=2048))) == 1
-    for wrong in (npy(content, head=2049), npy(content, version=b"\x02\x00"), npy(content, version=b"\x01\x01"),
-                  record(b"PK\x03\x04" * 10), record(b"")):
+    for wrong in (
+        npy(content, head=2049),
+        npy(content, version=b"\x02\x00"),
+        npy(content, version=b"\x01\x01"),
+        record(b"PK\x03\x04" * 10),
+        record(b""),
+    ):
         with pytest.raises(ValueError, match="the tensors are no array$"):
             unpack_tensors(wrong)
     signed = npy(content)["safetensors"].data.replace(b"|u1", b"|i1")

@@ -12,7 +12,9 @@ from lora_dp.fed.methods import METHODS, WeightedAverage, factor, get_method
 from tests.fed.small import make_federation, products
 
 SETTINGS = (
-    {}, {"epsilon": None}, {"unit": "client", "weighting": "equal"},
+    {},
+    {"epsilon": None},
+    {"unit": "client", "weighting": "equal"},
     {"unit": "client", "noise_by": "client", "weighting": "equal"},
 )
 RANKS = {"r": 4, "ranks": (2, 1, 4)}

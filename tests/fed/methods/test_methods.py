@@ -16,9 +16,17 @@ from tests.fed.small import PLAIN, TRAINING, Adapted, make_federation, products,
 @pytest.mark.parametrize(
     ("method", "phases"),
     [
-        ("la-lora", ["BA"] * 3), ("dp-lora", ["AB"] * 3), ("ffa-lora", ["B"] * 3), ("rolora", ["B", "A", "B"]),
-        ("flora", ["AB"] * 3), ("flexlora", ["AB"] * 3), ("lora-fair", ["AB"] * 3), ("rac-lora", ["B"] * 3),
-        ("galore", ["A", "B", "A"]), ("flat-lora", ["AB"] * 3), ("flat-lora:rolora", ["B", "A", "B"]),
+        ("la-lora", ["BA"] * 3),
+        ("dp-lora", ["AB"] * 3),
+        ("ffa-lora", ["B"] * 3),
+        ("rolora", ["B", "A", "B"]),
+        ("flora", ["AB"] * 3),
+        ("flexlora", ["AB"] * 3),
+        ("lora-fair", ["AB"] * 3),
+        ("rac-lora", ["B"] * 3),
+        ("galore", ["A", "B", "A"]),
+        ("flat-lora", ["AB"] * 3),
+        ("flat-lora:rolora", ["B", "A", "B"]),
     ],
 )
 def test_phases_by_round(method, phases):
@@ -49,7 +57,8 @@ def test_la_lora_alternates_through_the_rounds(local_steps):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rolara", "Did you mean rolora"), ("rolora:deer", "There is no method 'rolora:deer'"),
+        ("rolara", "Did you mean rolora"),
+        ("rolora:deer", "There is no method 'rolora:deer'"),
         ("flat-lora:rolara", "Did you mean rolora"),
     ],
 )
@@ -136,8 +145,9 @@ def test_a_turn_sends_what_it_trains_and_nothing_else(method):
         for update in updates(federation, turn):
             phases = federation.method.phases(0, turn)
             assert set(update) == {n for n in federation.server.state if factor(n) is None or factor(n) in phases}
-            assert not any(tensor.equal(federation.server.state[name]) for name, tensor in update.items()
-                           if factor(name) != "A")  # beside a B of zero, A has no gradient but has noise
+            assert not any(
+                tensor.equal(federation.server.state[name]) for name, tensor in update.items() if factor(name) != "A"
+            )  # beside a B of zero, A has no gradient but has noise
 
 
 # Flat-LoRA

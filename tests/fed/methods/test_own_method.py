@@ -23,13 +23,15 @@ DOCS = Path(__file__).parents[3] / "docs" / "methods.md"
 @pytest.fixture
 def install(monkeypatch):
     """Installs a package of one module with one entry point."""
+
     def install(name: str, cls: str, source: str) -> None:
         module = types.ModuleType("warm_up")
         monkeypatch.setitem(sys.modules, "warm_up", module)
         exec(source, module.__dict__)
         point = EntryPoint(name, f"warm_up:{cls}", methods.ENTRY_POINTS)
         monkeypatch.setattr(
-            methods, "entry_points", lambda group, name=point.name: [p for p in [point] if p.name == name])
+            methods, "entry_points", lambda group, name=point.name: [p for p in [point] if p.name == name]
+        )
 
     return install
 
@@ -45,9 +47,20 @@ def test_the_documented_example_runs(install, tmp_path):
     module, cls = place.split(":")
     assert f"{module}.py" in source.splitlines()[0]
     install(name, cls, source)
-    outcome = run(RunConfig.from_flat({
-        "method": name, "method_options": {"until": 1}, "clients": 2, "rounds": 2, "local_steps": 2,
-        "accountant": "rdp", "device": "cpu", "output": tmp_path / "run"}))
+    outcome = run(
+        RunConfig.from_flat(
+            {
+                "method": name,
+                "method_options": {"until": 1},
+                "clients": 2,
+                "rounds": 2,
+                "local_steps": 2,
+                "accountant": "rdp",
+                "device": "cpu",
+                "output": tmp_path / "run",
+            }
+        )
+    )
     assert [result.phases for result in outcome.rounds] == ["", "B", "AB"]
     assert 0 < outcome.summary["worst_epsilon"] <= 8
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -68,7 +81,12 @@ def test_an_installed_package_is_found_from_anywhere(tmp_path):
     asked = "from lora_dp.fed.methods import get_method; print(get_method('warm-up', {'until': 3}))"
     found = subprocess.run(
         [sys.executable, "-c", asked],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=True)
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout.strip() == "WarmUp(until=3)"
 
 
@@ -89,16 +107,27 @@ MISTAKES = {
     "name = 'warm-up'; phases = lambda self, r: 'AB'": r"its phases must take \(self, round_index, turn=0\)",
     "name = 'warm-up'; learning_rates = {8: 0.5}; phases = lambda self, r, turn=0: 'AB'": "its learning_rates need",
     "name = 'warm-up'; learning_rates = {8: 0.5, inf: -1.0}; phases = lambda self, r, turn=0: 'AB'": "a positive rate",
-    "until: int; name: ClassVar[str] = 'warm-up'; phases = lambda self, r, turn=0: 'AB'":
-        "its option until needs a default",
+    "until: int; name: ClassVar[str] = 'warm-up'; phases = lambda s, r, turn=0: 'AB'": "its option until needs a default",
 }
 
 
 @pytest.mark.parametrize("body", MISTAKES)
 def test_what_a_class_lacks_is_said(install, body):
-    install("warm-up", "WarmUp", "\n".join([
-        "from dataclasses import dataclass", "from math import inf", "from typing import ClassVar",
-        "from lora_dp.fed.methods import Method", "@dataclass(frozen=True)", "class WarmUp(Method):", f"    {body}"]))
+    install(
+        "warm-up",
+        "WarmUp",
+        "\n".join(
+            [
+                "from dataclasses import dataclass",
+                "from math import inf",
+                "from typing import ClassVar",
+                "from lora_dp.fed.methods import Method",
+                "@dataclass(frozen=True)",
+                "class WarmUp(Method):",
+                f"    {body}",
+            ]
+        ),
+    )
     with pytest.raises(ValueError, match=f"The method 'warm-up' .* cannot be used: .*{MISTAKES[body]}"):
         methods.get_method("warm-up")
 

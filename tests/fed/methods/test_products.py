@@ -16,8 +16,15 @@ from tests.fed.small import federation_generators, make_federation, products, up
 @pytest.mark.parametrize(
     ("method", "exact"),
     [
-        ("ffa-lora", True), ("rolora", True), ("deer", True), ("rac-lora", True), ("galore", True), ("flora", True),
-        ("la-lora", False), ("dp-lora", False), ("lora-fair", False),
+        ("ffa-lora", True),
+        ("rolora", True),
+        ("deer", True),
+        ("rac-lora", True),
+        ("galore", True),
+        ("flora", True),
+        ("la-lora", False),
+        ("dp-lora", False),
+        ("lora-fair", False),
     ],
 )
 def test_the_average_of_the_products_is_the_product_of_the_averages(method, exact, privacy):
@@ -73,8 +80,13 @@ def ideal_products(federation, sent):
     sizes = federation.account.sizes.tolist()
     return {
         layer: sum(
-            size / sum(sizes) * scaling(len(update[f"{layer}.lora_A"])) * update[f"{layer}.lora_B"]
-            @ update[f"{layer}.lora_A"] for size, update in zip(sizes, sent, strict=True))
+            size
+            / sum(sizes)
+            * scaling(len(update[f"{layer}.lora_A"]))
+            * update[f"{layer}.lora_B"]
+            @ update[f"{layer}.lora_A"]
+            for size, update in zip(sizes, sent, strict=True)
+        )
         for layer in federation.server.layers.shapes
     }
 
@@ -143,8 +155,10 @@ def test_rac_lora_draws_a_fresh_frozen_factor_each_round():
         for index in range(3):
             federation.server.begin(index, federation_generators(3)[index])
             seen.append(federation.server.state[f"1.lora_{frozen}"])
-            assert all(set(update) == {f"1.lora_{trained}", f"3.lora_{trained}", "4.weight", "4.bias"}
-                       for update in updates(federation))
+            assert all(
+                set(update) == {f"1.lora_{trained}", f"3.lora_{trained}", "4.weight", "4.bias"}
+                for update in updates(federation)
+            )
             federation.run_round([0, 1, 2])
             assert not federation.server.state[f"1.lora_{trained}"].any()
         assert not any(a.equal(b) for a, b in itertools.combinations(seen, 2))

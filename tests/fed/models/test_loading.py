@@ -169,16 +169,19 @@ def test_decoder_without_a_padding_token(tmp_path):
 
 def test_xlnet_has_positions_without_limit(tmp_path):
     small_tokenizer(tmp_path)
-    transformers.XLNetModel(transformers.XLNetConfig(
-        vocab_size=4, d_model=16, n_layer=1, n_head=2, d_inner=32)).save_pretrained(tmp_path)
+    transformers.XLNetModel(
+        transformers.XLNetConfig(vocab_size=4, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    ).save_pretrained(tmp_path)
     spec = load_model(ModelConfig(name=str(tmp_path)), 2, "text").spec
     assert isinstance(spec, TextSpec) and spec.max_length == 24
 
 
 def test_t5_begins_its_decoder_with_padding_where_its_configuration_does_not_say(tmp_path):
     small_tokenizer(tmp_path)
-    transformers.T5ForSequenceClassification(transformers.T5Config(
-        vocab_size=4, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=2, eos_token_id=0)
+    transformers.T5ForSequenceClassification(
+        transformers.T5Config(
+            vocab_size=4, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=2, eos_token_id=0
+        )
     ).save_pretrained(tmp_path)
     loaded = load_model(ModelConfig(name=str(tmp_path)), 2, "text")
     ids = torch.tensor([[2, 3, 0], [3, 2, 0]])
@@ -190,10 +193,21 @@ def test_t5_begins_its_decoder_with_padding_where_its_configuration_does_not_say
 def test_a_short_text_does_not_change_how_later_ones_are_attended_to(tmp_path):
     """BigBird gives up sparse attention for good at the first batch that is too short for it."""
     small_tokenizer(tmp_path)
-    transformers.BigBirdModel(transformers.BigBirdConfig(
-        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=4,
-        num_random_blocks=1, max_position_embeddings=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        attention_type="block_sparse")).save_pretrained(tmp_path)
+    transformers.BigBirdModel(
+        transformers.BigBirdConfig(
+            vocab_size=4,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            block_size=4,
+            num_random_blocks=1,
+            max_position_embeddings=128,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attention_type="block_sparse",
+        )
+    ).save_pretrained(tmp_path)
     model = load_model(ModelConfig(name=str(tmp_path)), 2, "text").model
     seen: list[str] = []
     model.bert.encoder.layer[0].attention.register_forward_hook(lambda module, *_: seen.append(module.attention_type))
@@ -206,11 +220,26 @@ def test_a_short_text_does_not_change_how_later_ones_are_attended_to(tmp_path):
 
 def test_so_it_does_where_the_encoder_alone_decides(tmp_path):
     small_tokenizer(tmp_path)
-    transformers.BigBirdPegasusForSequenceClassification(transformers.BigBirdPegasusConfig(
-        vocab_size=4, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, block_size=4, num_random_blocks=1,
-        max_position_embeddings=128, num_labels=2, eos_token_id=2, pad_token_id=0, bos_token_id=1,
-        attention_type="block_sparse")).save_pretrained(tmp_path)
+    transformers.BigBirdPegasusForSequenceClassification(
+        transformers.BigBirdPegasusConfig(
+            vocab_size=4,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            block_size=4,
+            num_random_blocks=1,
+            max_position_embeddings=128,
+            num_labels=2,
+            eos_token_id=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            attention_type="block_sparse",
+        )
+    ).save_pretrained(tmp_path)
     model = load_model(ModelConfig(name=str(tmp_path)), 2, "text").model
     kinds = {module.attention_type for module in model.modules() if hasattr(module, "attention_type")}
     assert kinds == {"original_full"}

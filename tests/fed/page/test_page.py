@@ -13,13 +13,42 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.page import number_format, write_page
 
 ROUNDS = [
-    {"round": 0, "phases": "", "participants": [0, 1], "loss": 0.9, "accuracy": 0.503, "epsilon": 0.0, "bytes_up": 0,
-     "bytes_down": 0, "seconds": 0.5, "failed": []},
-    {"round": 1, "phases": "BA", "participants": [0], "loss": None, "accuracy": None, "epsilon": 4.0,
-     "bytes_up": 1_250_000, "bytes_down": 750_000, "seconds": 60.0,
-     "failed": [{"client": 1, "reason": "sent <script>alert(1)</script>"}]},
-    {"round": 2, "phases": "BA", "participants": [0, 1], "loss": 0.4, "accuracy": 0.817, "epsilon": 7.99961,
-     "bytes_up": 1_250_000, "bytes_down": 750_000, "seconds": 60.0, "failed": []},
+    {
+        "round": 0,
+        "phases": "",
+        "participants": [0, 1],
+        "loss": 0.9,
+        "accuracy": 0.503,
+        "epsilon": 0.0,
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "seconds": 0.5,
+        "failed": [],
+    },
+    {
+        "round": 1,
+        "phases": "BA",
+        "participants": [0],
+        "loss": None,
+        "accuracy": None,
+        "epsilon": 4.0,
+        "bytes_up": 1_250_000,
+        "bytes_down": 750_000,
+        "seconds": 60.0,
+        "failed": [{"client": 1, "reason": "sent <script>alert(1)</script>"}],
+    },
+    {
+        "round": 2,
+        "phases": "BA",
+        "participants": [0, 1],
+        "loss": 0.4,
+        "accuracy": 0.817,
+        "epsilon": 7.99961,
+        "bytes_up": 1_250_000,
+        "bytes_down": 750_000,
+        "seconds": 60.0,
+        "failed": [],
+    },
 ]
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
@@ -63,9 +92,15 @@ class Page(HTMLParser):
 
 def account(clients: int = 2) -> dict:
     rows = [
-        {"client": i, "examples": 700 + i, "steps": 20, "epsilon": 7.5 + 0.4 * i / clients, "ledger": {
-            "format": "", "entries": [{"noise_multiplier": 1.25, "sample_rate": 0.0914, "count": 20}]}}
-        for i in range(clients)]
+        {
+            "client": i,
+            "examples": 700 + i,
+            "steps": 20,
+            "epsilon": 7.5 + 0.4 * i / clients,
+            "ledger": {"format": "", "entries": [{"noise_multiplier": 1.25, "sample_rate": 0.0914, "count": 20}]},
+        }
+        for i in range(clients)
+    ]
     return {"unit": "", "delta": 1e-5, "accountant": "pld", "worst_epsilon": 7.99961, "clients": rows}
 
 
@@ -76,10 +111,22 @@ def make_run(path: Path, *, ended: bool = True, rounds: list[dict] = ROUNDS, led
     (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rounds))
     if ended:
         (path / "ledger.json").write_text(json.dumps(ledger or account()))
-        (path / "summary.json").write_text(json.dumps({
-            "status": "finished", "guarantee": None, "release": None, "accuracy_before": 0.503,
-            "accuracy_after": 0.817, "worst_epsilon": 7.99961, "bytes_up": 2_500_000, "bytes_down": 1_500_000,
-            "public": "Public: sizes.", "something_new": 1}))
+        (path / "summary.json").write_text(
+            json.dumps(
+                {
+                    "status": "finished",
+                    "guarantee": None,
+                    "release": None,
+                    "accuracy_before": 0.503,
+                    "accuracy_after": 0.817,
+                    "worst_epsilon": 7.99961,
+                    "bytes_up": 2_500_000,
+                    "bytes_down": 1_500_000,
+                    "public": "Public: sizes.",
+                    "something_new": 1,
+                }
+            )
+        )
     return path
 
 
@@ -93,13 +140,25 @@ def test_a_finished_run(tmp_path):
     assert page == folder / "report.html" and not list(folder.glob("*.tmp"))
     found = read(page)
     for words_ in (
-        "50.3 → 81.7 %", "8 at δ = 1e-05, of a budget of 8", "one example of one client, added or removed",
-        "Public: sizes.", "4 MB", "2.5 MB up, 1.5 MB down", "2 min 00 s", "1 time", "2 of 2 rounds", "0.0914", "1.25",
-        "701", "la-lora on digits", "torch", "local_steps: 10",
+        "50.3 → 81.7 %",
+        "8 at δ = 1e-05, of a budget of 8",
+        "one example of one client, added or removed",
+        "Public: sizes.",
+        "4 MB",
+        "2.5 MB up, 1.5 MB down",
+        "2 min 00 s",
+        "1 time",
+        "2 of 2 rounds",
+        "0.0914",
+        "1.25",
+        "701",
+        "la-lora on digits",
+        "torch",
+        "local_steps: 10",
     ):
         assert words_ in found.plain, words_
     assert found.tags.count("svg") == 4
-    assert "has not ended" not in found.plain and "role=\"alert\"" not in page.read_text()
+    assert "has not ended" not in found.plain and 'role="alert"' not in page.read_text()
 
 
 def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(tmp_path):
@@ -161,7 +220,7 @@ def test_a_secret_draw_stays_secret(tmp_path):
     folder = make_run(tmp_path / "run", rounds=rounds, ledger=ledger, unit="client", clients=100)
     (folder / "server-only.jsonl").write_text('{"round": 1, "failed": [{"client": 77, "reason": "secret"}]}\n')
     page = read(write_page(folder))
-    assert "who failed would tell who was drawn" in page.plain and "secret\"" not in page.plain
+    assert "who failed would tell who was drawn" in page.plain and 'secret"' not in page.plain
     assert "77" not in page.plain.partition("Configuration")[0] and "Time in rounds" not in page.plain
 
 
@@ -186,15 +245,19 @@ def test_folders_without_a_run_are_refused(tmp_path):
 
 def make_comparison(path: Path) -> Path:
     path.mkdir()
-    (path / "compare.yaml").write_text(yaml.safe_dump({
-        "methods": ["la-lora", "dp-lora"], "epsilons": [1.0, "none"], "seeds": [0, 1], "clients": 2, "rounds": 2}))
+    (path / "compare.yaml").write_text(
+        yaml.safe_dump(
+            {"methods": ["la-lora", "dp-lora"], "epsilons": [1.0, "none"], "seeds": [0, 1], "clients": 2, "rounds": 2}
+        )
+    )
     for method, accuracies in {"la-lora": (0.8, 0.9), "dp-lora": (0.7, 0.7)}.items():
         for seed, accuracy in enumerate(accuracies):
             cell = make_run(path / "cells" / method / "eps1" / f"seed{seed}", method=method, epsilon=1.0, seed=seed)
             summary = json.loads((cell / "summary.json").read_text())
             (cell / "summary.json").write_text(json.dumps({**summary, "accuracy_after": accuracy}))
-    (path / "failures.json").write_text(json.dumps(
-        [{"folder": "cells/dp-lora/epsnone/seed1", "reason": "a < b & no memory"}]))
+    (path / "failures.json").write_text(
+        json.dumps([{"folder": "cells/dp-lora/epsnone/seed1", "reason": "a < b & no memory"}])
+    )
     return path
 
 
@@ -227,10 +290,23 @@ def test_accuracy_by_round_where_rounds_between_were_evaluated(tmp_path):
 
 def test_epsilon_is_rounded_up():
     assert [number_format.epsilon(value) for value in (None, 0.0, 7.99961, 7.99949, 0.99941, 1.0, 12.341, 8.0)] == [
-        "∞", "0", "8", "8", "0.9995", "1", "12.35", "8"]
+        "∞",
+        "0",
+        "8",
+        "8",
+        "0.9995",
+        "1",
+        "12.35",
+        "8",
+    ]
 
 
 def test_sizes_and_times():
     assert [number_format.size(count) for count in (None, 12, 1_250, 5_175_200)] == ["–", "12 B", "1.25 kB", "5.18 MB"]
     assert [number_format.duration(value) for value in (None, 12.53, 59.7, 187, 7500)] == [
-        "–", "12.5 s", "1 min 00 s", "3 min 07 s", "2 h 05 min"]
+        "–",
+        "12.5 s",
+        "1 min 00 s",
+        "3 min 07 s",
+        "2 h 05 min",
+    ]

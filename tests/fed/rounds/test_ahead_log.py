@@ -7,8 +7,8 @@ import pytest
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from tests.fed.chained import forge, forget
-from tests.fed.small import TRAINING, plan_for
 from tests.fed.rounds.test_ledgers import SIZES, account, counts, log, replayed
+from tests.fed.small import TRAINING, plan_for
 
 ROUNDS = ((1, [0, 1]), (2, [0, 2]), (2, [0, 2]), (3, []), (4, [2]))
 SERVER = {"unit": "client", "noise_by": "server", "delta": 0.01}
@@ -73,8 +73,7 @@ def test_where_sizes_are_no_public_matter_one_kind_of_release_is_all_clients(tmp
     assert entries_of(tmp_path)[0]["terms"]["sizes"] is None
     counted = AheadLog(tmp_path / LOG).counted(plan(**privacy))
     assert counts(counted) == expected
-    assert counted.worst_epsilon() == pytest.approx(
-        _replayed_account(tmp_path, **privacy).worst_epsilon(), rel=1e-12)
+    assert counted.worst_epsilon() == pytest.approx(_replayed_account(tmp_path, **privacy).worst_epsilon(), rel=1e-12)
     assert all(entry["examples"] is None for entry in counted.report()["clients"])
 
 
@@ -89,8 +88,10 @@ def test_where_there_is_no_log_nothing_was_released(tmp_path):
     assert AheadLog(tmp_path / LOG).rounds_begun() == 0 and not (tmp_path / LOG).exists()
 
 
-@pytest.mark.parametrize("changes, name", [({"epsilon": 3.0}, "epsilon"), ({"delta": 1e-6}, "delta"),
-                                           ({"rounds": 5}, "rounds"), (CLIENT, "unit")])
+@pytest.mark.parametrize(
+    "changes, name",
+    [({"epsilon": 3.0}, "epsilon"), ({"delta": 1e-6}, "delta"), ({"rounds": 5}, "rounds"), (CLIENT, "unit")],
+)
 def test_a_log_of_other_terms_is_not_counted_on_these(tmp_path, changes, name):
     found = log(tmp_path, (1, [0]))
     with pytest.raises(LogError, match=rf"begun on other terms \(.*{name}.* differ\)"):
@@ -108,8 +109,10 @@ def test_terms_of_which_one_is_missing_are_not_counted_on(tmp_path, lost):
         found.counted(plan())
 
 
-@pytest.mark.parametrize("clients, fits", [([0], True), ([2, 0], True), ([], True), ([-1], False), ([0, 3], False),
-                                           ([3], False), ([-1, 1], False)])
+@pytest.mark.parametrize(
+    "clients, fits",
+    [([0], True), ([2, 0], True), ([], True), ([-1], False), ([0, 3], False), ([3], False), ([-1, 1], False)],
+)
 def test_rounds_are_of_clients_that_there_are(tmp_path, clients, fits):
     found = log(tmp_path, (1, clients))
     for read in (lambda: replayed(found), lambda: counts(found.counted(plan()))):
@@ -120,8 +123,10 @@ def test_rounds_are_of_clients_that_there_are(tmp_path, clients, fits):
                 read()
 
 
-@pytest.mark.parametrize("numbers, line", [
-    ([1, 2, 3], None), ([1, 1, 2, 2, 1, 3], None), ([2], 2), ([0], 2), ([1, 3], 3), ([1, 2, 0], 4), ([1, 2, 1, 4], 5)])
+@pytest.mark.parametrize(
+    "numbers, line",
+    [([1, 2, 3], None), ([1, 1, 2, 2, 1, 3], None), ([2], 2), ([0], 2), ([1, 3], 3), ([1, 2, 0], 4), ([1, 2, 1, 4], 5)],
+)
 def test_a_round_comes_after_the_ones_before_it_or_again(tmp_path, numbers, line):
     found = log(tmp_path, *((number, [0]) for number in numbers))
     for read in (lambda: replayed(found), lambda: counts(found.counted(plan()))):
@@ -132,8 +137,16 @@ def test_a_round_comes_after_the_ones_before_it_or_again(tmp_path, numbers, line
                 read()
 
 
-@pytest.mark.parametrize("entry", [{"round": 1, "clients": ["x"]}, {"round": 1, "clients": [[0]]}, {"round": 1},
-                                   {"clients": [0]}, {"round": None, "clients": [0]}])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"round": 1, "clients": ["x"]},
+        {"round": 1, "clients": [[0]]},
+        {"round": 1},
+        {"clients": [0]},
+        {"round": None, "clients": [0]},
+    ],
+)
 def test_what_is_no_round_is_refused(tmp_path, entry):
     found = log(tmp_path)
     head = entries_of(tmp_path)[0]
@@ -144,9 +157,17 @@ def test_what_is_no_round_is_refused(tmp_path, entry):
             read()
 
 
-@pytest.mark.parametrize("reproducible, done, expected", [
-    (False, 0, [9, 3, 9]), (False, 4, [9, 3, 9]), (True, 0, [0, 0, 0]), (True, 1, [3, 3, 0]), (True, 2, [6, 3, 3]),
-    (True, 4, [6, 3, 6])])
+@pytest.mark.parametrize(
+    "reproducible, done, expected",
+    [
+        (False, 0, [9, 3, 9]),
+        (False, 4, [9, 3, 9]),
+        (True, 0, [0, 0, 0]),
+        (True, 1, [3, 3, 0]),
+        (True, 2, [6, 3, 3]),
+        (True, 4, [6, 3, 6]),
+    ],
+)
 def test_what_a_run_has_released_when_it_goes_on_from_a_checkpoint(tmp_path, reproducible, done, expected):
     """All that was begun; of a reproducible run, what it will not release again."""
     found = log(tmp_path, *ROUNDS, reproducible=reproducible)

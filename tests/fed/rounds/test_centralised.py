@@ -61,7 +61,8 @@ def centralised(method: str, training, examples: ImageExamples, rounds: int) -> 
         for turn in range(made.turns):
             groups = [
                 {"params": [p], "lr": training.learning_rate * (training.lr_ratio if factor(name) == "B" else 1)}
-                for name, p in model.named_parameters() if p.requires_grad
+                for name, p in model.named_parameters()
+                if p.requires_grad
             ]
             optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer](groups)
             phases = made.phases(index, turn)
@@ -119,8 +120,9 @@ def test_one_client_without_privacy_is_the_centralised_optimizer(method, optimiz
     federation.load_global_state()
     model = federation.model
     found = {f"4.{n}": p.detach() for n, p in model[4].named_parameters()}
-    found |= {n: (m.weight + m.lora_B @ m.lora_A).detach()
-              for n, m in model.named_modules() if isinstance(m, DPLoRALinear)}
+    found |= {
+        n: (m.weight + m.lora_B @ m.lora_A).detach() for n, m in model.named_modules() if isinstance(m, DPLoRALinear)
+    }
     start = Adapted()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=name)

@@ -44,7 +44,11 @@ class Wide(nn.Sequential):
 
 
 def trainer_of(
-    model: nn.Module, training: LocalTraining = ONE_STEP, method: str = "dp-lora", *, reproducible: bool = True,
+    model: nn.Module,
+    training: LocalTraining = ONE_STEP,
+    method: str = "dp-lora",
+    *,
+    reproducible: bool = True,
     **privacy: Any,
 ) -> Trainer:
     made = get_method(method)
@@ -109,19 +113,24 @@ def test_what_torch_draws_in_a_reproducible_run_follows_its_seed_and_its_place(m
 
 def test_every_factor_b_has_its_own_learning_rate():
     model = Adapted()
-    rates = {id(p): group["lr"] for group in replace(ONE_STEP, lr_ratio=4.0).make_optimizer(model).param_groups
-             for p in group["params"]}
+    rates = {
+        id(p): group["lr"]
+        for group in replace(ONE_STEP, lr_ratio=4.0).make_optimizer(model).param_groups
+        for p in group["params"]
+    }
     found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert found == {name: 1.2 if name.endswith("lora_B") else 0.3 for name in found} and len(found) == len(rates) == 6
 
 
-@pytest.mark.parametrize("clipping, rule", [
-    ("flat", FlatClipping), ("per_layer", PerLayerClipping), ("automatic", AutomaticClipping)])
+@pytest.mark.parametrize(
+    "clipping, rule", [("flat", FlatClipping), ("per_layer", PerLayerClipping), ("automatic", AutomaticClipping)]
+)
 @pytest.mark.parametrize("privacy", [{}, WHOLE, {"epsilon": None}])
 def test_a_turn_clips_and_noises_examples_as_planned_or_not_at_all(privacy, clipping, rule):
     seen: list[tuple[int, PrivateOptimizer, PrivateDataLoader]] = []
     trainer = replace(
-        trainer_of(Adapted(), clipping=clipping, max_grad_norm=0.7, **privacy), on_turn=lambda *turn: seen.append(turn))
+        trainer_of(Adapted(), clipping=clipping, max_grad_norm=0.7, **privacy), on_turn=lambda *turn: seen.append(turn)
+    )
     turn(trainer, make_examples(COUNT, 1))
     [(client, optimizer, batches)] = seen
     event = trainer.plan.event(COUNT)
@@ -177,10 +186,18 @@ def test_a_change_that_is_not_finite_is_to_the_last_bit_no_change(caplog):
 # What was spent
 
 
-@pytest.mark.parametrize("changed", [
-    lambda asked: asked.update(noise_multiplier=asked["noise_multiplier"] * 0.999),
-    lambda asked: asked.update(data_loader=torch.utils.data.DataLoader(
-        asked["data_loader"].dataset, batch_size=TRAINING.batch_size + 1, collate_fn=list))], ids=["noise", "rate"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda asked: asked.update(noise_multiplier=asked["noise_multiplier"] * 0.999),
+        lambda asked: asked.update(
+            data_loader=torch.utils.data.DataLoader(
+                asked["data_loader"].dataset, batch_size=TRAINING.batch_size + 1, collate_fn=list
+            )
+        ),
+    ],
+    ids=["noise", "rate"],
+)
 def test_a_turn_that_is_less_private_than_its_plan_sends_nothing(changed, monkeypatch):
     make_private = PrivacyEngine.make_private
 

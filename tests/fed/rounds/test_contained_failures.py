@@ -82,8 +82,10 @@ def in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         scores = plain(model, batch, *precision)
         if any(row.equal(mark) for row in batch["pixel_values"]):
+
             def hook(gradient: Tensor) -> Tensor:
                 raise RuntimeError("no gradient for Jane")
+
             scores.register_hook(hook)
         return scores
 
@@ -126,9 +128,14 @@ def dropped(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
 
 Plant = Callable[[pytest.MonkeyPatch, Tensor], None]
 FAILURES: dict[str, tuple[type[Doubles], Plant | None]] = {
-    "fetch": (Unreadable, None), "class": (Unknown, None), "forward": (Doubles, in_forward),
-    "backward": (Doubles, in_backward), "deep": (Doubles, deep_in_backward), "batch": (Doubles, dropped),
-    "twice": (Twice, None)}
+    "fetch": (Unreadable, None),
+    "class": (Unknown, None),
+    "forward": (Doubles, in_forward),
+    "backward": (Doubles, in_backward),
+    "deep": (Doubles, deep_in_backward),
+    "batch": (Doubles, dropped),
+    "twice": (Twice, None),
+}
 
 
 def failing(kind: str, monkeypatch: pytest.MonkeyPatch) -> Doubles:
@@ -175,7 +182,8 @@ def test_an_example_on_which_training_fails_adds_nothing_and_takes_nothing_away(
     for name, tensor in expected[0].items():
         torch.testing.assert_close(found[0][name], tensor, rtol=0, atol=1e-12)
     assert {name: tensor.shape for name, tensor in update.tensors.items()} == {
-        name: tensor.shape for name, tensor in federation.server.state.items() if federation.method.trains(name, 0, 0)}
+        name: tensor.shape for name, tensor in federation.server.state.items() if federation.method.trains(name, 0, 0)
+    }
 
 
 @pytest.mark.parametrize("kind", FAILURES)
@@ -195,6 +203,7 @@ def test_the_steps_and_the_ledger_are_those_of_any_turn(kind, monkeypatch):
 
 def test_where_training_fails_on_all_the_update_is_noise_alone(monkeypatch, caplog):
     """In every step, as for an empty batch: of the size that the plan says."""
+
     def raising(*_: Any) -> Tensor:
         raise IndexError("index out of range in self")
 
@@ -205,8 +214,9 @@ def test_where_training_fails_on_all_the_update_is_noise_alone(monkeypatch, capl
     start = federation.server.state["4.weight"]
     task = Task(0, 0, 2, federation.server.state)
     with caplog.at_level(logging.ERROR):
-        moved = torch.stack([
-            federation.trainer.train(1, make_examples(COUNT, 1), task).tensors["4.weight"] - start for _ in range(200)])
+        moved = torch.stack(
+            [federation.trainer.train(1, make_examples(COUNT, 1), task).tensors["4.weight"] - start for _ in range(200)]
+        )
     deviation = federation.plan.event(COUNT).noise_multiplier * ONE_STEP.learning_rate / COUNT
     assert abs(float(moved.std()) / deviation - 1) < 0.06 and abs(float(moved.mean())) < deviation / 10
     assert "training failed 13 times on an example" in caplog.text and "first time: IndexError" in caplog.text
@@ -334,7 +344,10 @@ def test_examples_may_meet_within_a_client_that_is_protected_as_a_whole(noise_by
     """Its change is clipped as one: nothing is tried for mixing, no loss is followed, and nothing is remembered."""
     plain = lora_dp.fed.rounds.client.classification_loss
     monkeypatch.setattr(
-        lora_dp.fed.rounds.client, "classification_loss", lambda *given: (found := plain(*given)) * found.detach().mean())
+        lora_dp.fed.rounds.client,
+        "classification_loss",
+        lambda *given: (found := plain(*given)) * found.detach().mean(),
+    )
     federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=3), noise_by=noise_by, **WHOLE)
     federation.model[1] = Mixing(federation.model[1])
     federation.check_model()
@@ -366,8 +379,10 @@ def test_a_whole_clients_step_is_that_of_its_batch_whatever_rows_layers_are_give
     trainer = replace(federation.trainer, workspace=type(federation.workspace)(federation.model))
     model, examples = federation.model, make_examples(COUNT, 1)
     generator = torch.Generator().manual_seed(3)
-    start = {name: torch.randn(t.shape, generator=generator, dtype=t.dtype) / 3
-             for name, t in trainer.workspace.state().items()}
+    start = {
+        name: torch.randn(t.shape, generator=generator, dtype=t.dtype) / 3
+        for name, t in trainer.workspace.state().items()
+    }
     with caplog.at_level(logging.ERROR):
         update = trainer.train(1, examples, Task(0, 0, 2, start))
     assert caplog.text == ""
@@ -378,8 +393,7 @@ def test_a_whole_clients_step_is_that_of_its_batch_whatever_rows_layers_are_give
     gradients = torch.autograd.grad(loss, [named[name] for name in start])
     for (name, before), gradient in zip(start.items(), gradients, strict=True):
         assert float(gradient.abs().max()) > 1e-4
-        torch.testing.assert_close(
-            update.tensors[name], before - ONE_STEP.learning_rate * gradient, rtol=0, atol=1e-12)
+        torch.testing.assert_close(update.tensors[name], before - ONE_STEP.learning_rate * gradient, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("privacy", [{}, WHOLE, {"epsilon": None}], ids=["example", "client", "none"])
@@ -407,14 +421,22 @@ def test_what_a_model_was_trained_on_before_a_turn_is_not_remembered_in_it():
     federation, found = make_federation("dp-lora", ONE_STEP), []
     model, examples = federation.model, make_examples(COUNT, 1)
     _, optimizer, _ = PrivacyEngine("rdp", reproducible_seed=0).make_private(
-        model=model, optimizer=ONE_STEP.make_optimizer(model), noise_multiplier=1.0, max_grad_norm=1.0,
-        data_loader=DataLoader(examples, batch_size=4, collate_fn=examples.collate))
+        model=model,
+        optimizer=ONE_STEP.make_optimizer(model),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        data_loader=DataLoader(examples, batch_size=4, collate_fn=examples.collate),
+    )
     batch = examples.batch(range(5))
     optimizer.backward(nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"], reduction="none"))
     optimizer.zero_grad()
     assert optimizer.recorder.tested and optimizer.recorder.widths is not None
-    trainer = replace(federation.trainer, on_turn=lambda client, own, batches: found.append(
-        (own.recorder, dict(own.recorder.tested), own.recorder.widths)))
+    trainer = replace(
+        federation.trainer,
+        on_turn=lambda client, own, batches: found.append(
+            (own.recorder, dict(own.recorder.tested), own.recorder.widths)
+        ),
+    )
     trainer.train(1, examples, Task(0, 0, 2, federation.server.state))
     assert found == [(optimizer.recorder, {}, None)]
 
@@ -452,8 +474,7 @@ def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise
 
 @pytest.mark.parametrize("unit", ["example", "client"])
 def test_a_round_does_not_tell_on_whose_data_training_failed(unit, monkeypatch, caplog):
-    privacy = {} if unit == "example" else {
-        "unit": "client", "noise_by": "client", "delta": 0.01, "weighting": "equal"}
+    privacy = {} if unit == "example" else {"unit": "client", "noise_by": "client", "delta": 0.01, "weighting": "equal"}
     federation = make_federation("dp-lora", **privacy)
     federation.engine.parts = [federation.engine.parts[0], failing("fetch", monkeypatch), federation.engine.parts[2]]
     with caplog.at_level(logging.ERROR):
@@ -503,8 +524,14 @@ def test_what_a_clients_batches_were_does_not_decide_whether_another_one_trains(
     """A model that looks at padding: tried for it, a client would be given up where widths vary."""
     changes = []
     for clients in ([1], [0, 1], [1, 0]):
-        federation = make_federation("dp-lora", replace(TRAINING, batch_size=1000), unit="client", noise_by="server",
-                                     delta=0.01, weighting="equal")
+        federation = make_federation(
+            "dp-lora",
+            replace(TRAINING, batch_size=1000),
+            unit="client",
+            noise_by="server",
+            delta=0.01,
+            weighting="equal",
+        )
         model = federation.model
         model[1] = nn.Sequential(Averages(model[1]))
         task = Task(0, 0, 2, {name: t for name, t in federation.workspace.state().items()})

@@ -21,8 +21,8 @@ from lora_dp.fed.rounds.ledgers import Account
 from lora_dp.fed.rounds.messages import Reply, Update, Workspace
 from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.privacy.accounting import PoissonGaussian, PrivacyBudgetExceeded
-from tests.fed.small import TRAINING, Adapted, federation_generators, make_examples, plan_for
 from tests.fed.rounds.test_contained_failures import Mixing
+from tests.fed.small import TRAINING, Adapted, federation_generators, make_examples, plan_for
 
 NONE = {"epsilon": None}
 WHOLE = {"unit": "client", "delta": 0.01}
@@ -45,21 +45,34 @@ class Told:
             answer = self.answers.get(client, 1.0)
             answer = answer(task) if callable(answer) else answer
             if isinstance(answer, float):
-                names = [n for n in self.federation.workspace.names
-                         if self.federation.method.trains(n, task.round, task.turn)]
+                names = [
+                    n
+                    for n in self.federation.workspace.names
+                    if self.federation.method.trains(n, task.round, task.turn)
+                ]
                 answer = Reply(client, Update({name: task.state[name] + answer for name in names}))
             if answer is not None:
                 yield answer
 
 
 def begun(
-    method="dp-lora", sizes=(10, 30), answers=(), *, privacy=NONE, training=TRAINING, model=None, seed=0,
-    reproducible=True, validation=5, **settings,
+    method="dp-lora",
+    sizes=(10, 30),
+    answers=(),
+    *,
+    privacy=NONE,
+    training=TRAINING,
+    model=None,
+    seed=0,
+    reproducible=True,
+    validation=5,
+    **settings,
 ):
     """A federation with such clients."""
     made = get_method(method)
-    plan = plan_for(made, training, **{"clients": len(sizes), "examples": sum(sizes), "rounds": 20,
-                                       "participations": 20, **privacy})
+    plan = plan_for(
+        made, training, **{"clients": len(sizes), "examples": sum(sizes), "rounds": 20, "participations": 20, **privacy}
+    )
     trainer = Trainer(Workspace(Adapted() if model is None else model), made, training, plan, seed, reproducible)
     federation = Federation(trainer, None, sizes, make_examples(validation, 99), **settings)
     federation.engine = Told(federation, answers)
@@ -161,7 +174,8 @@ def test_a_round_is_in_the_log_before_any_client_is_asked(privacy, shown):
     written = []
     federation = begun(privacy=privacy)
     federation.log = SimpleNamespace(
-        append=lambda *line: written.append((*line, len(federation.engine.asked), federation.account.releases(1))))
+        append=lambda *line: written.append((*line, len(federation.engine.asked), federation.account.releases(1)))
+    )
     federation.run_round([1])
     federation.run_round([1])
     each = federation.plan.releases_per_round
@@ -171,8 +185,7 @@ def test_a_round_is_in_the_log_before_any_client_is_asked(privacy, shown):
 def test_the_epsilon_of_a_round_is_a_quick_bound_where_clients_differ_in_many_ways():
     sizes = range(10, 19)
     federation = begun(sizes=sizes, privacy={**CLIENT, "accountant": "pld"})
-    federation.account = Account(
-        federation.plan, sizes, events=[PoissonGaussian(5.0 + size, 1.0) for size in range(9)])
+    federation.account = Account(federation.plan, sizes, events=[PoissonGaussian(5.0 + size, 1.0) for size in range(9)])
     result = federation.run_round()
     assert result.epsilon == federation.account.worst_epsilon(exact=False) > federation.account.epsilon(0) > 0
 
@@ -191,11 +204,19 @@ def test_a_round_tells_who_took_part_what_was_trained_and_what_it_came_to():
     assert begun("la-lora").run_round().phases == "BA" and begun("deer").run_round().phases == "B A"
 
 
-@pytest.mark.parametrize("privacy, reproducible, told", [
-    (NONE, True, True), (NONE, False, True), ({}, True, True), ({}, False, False), (CLIENT, False, False),
-    (SERVER, True, False), (SERVER, False, False)])
-def test_how_long_a_round_takes_is_told_only_where_it_hangs_on_nothing_secret(
-        privacy, reproducible, told, monkeypatch):
+@pytest.mark.parametrize(
+    "privacy, reproducible, told",
+    [
+        (NONE, True, True),
+        (NONE, False, True),
+        ({}, True, True),
+        ({}, False, False),
+        (CLIENT, False, False),
+        (SERVER, True, False),
+        (SERVER, False, False),
+    ],
+)
+def test_how_long_a_round_takes_is_told_only_where_it_hangs_on_nothing_secret(privacy, reproducible, told, monkeypatch):
     times = iter([100.0, 100.5, 200.0, 200.25])
     monkeypatch.setattr(lora_dp.fed.rounds.federation, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     federation = begun(privacy=privacy, reproducible=reproducible)
@@ -240,7 +261,9 @@ def test_a_round_records_the_updates_of_each_of_its_turns():
     for number in (1, 2):
         federation.run_round()
         assert [(line["round"], line["turn"], line["clients"]) for line in federation.recorded] == [
-            (number, 0, [0, 1]), (number, 1, [0, 1])]
+            (number, 0, [0, 1]),
+            (number, 1, [0, 1]),
+        ]
         for line, count in zip(federation.recorded, (B, A), strict=True):
             assert line["norms"] == pytest.approx([math.sqrt(count), 0.5 * math.sqrt(count)])
     federation.engine.answers = dict.fromkeys((0, 1))
@@ -335,8 +358,9 @@ def test_failures_are_told_by_number_and_not_as_they_came():
 
 
 def test_who_failed_in_a_turn_is_asked_no_more_in_the_round_and_all_failures_are_told():
-    federation = begun("deer", [10] * 3, {0: failing(0, "raised \x1b[2J"), 2: lambda task: 1.0 if task.turn == 0 else
-                                          failing(2)})
+    federation = begun(
+        "deer", [10] * 3, {0: failing(0, "raised \x1b[2J"), 2: lambda task: 1.0 if task.turn == 0 else failing(2)}
+    )
     result = federation.run_round()
     assert federation.engine.asked == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2)]
     assert result.participants == [1]
@@ -345,21 +369,29 @@ def test_who_failed_in_a_turn_is_asked_no_more_in_the_round_and_all_failures_are
 
 
 def test_a_round_of_too_few_says_who_failed_and_only_on_the_console_with_what_words():
-    federation = begun(sizes=[10] * 4, min_clients=3, answers={
-        1: failing(1, detail="disk full"), 2: failing(2, "raised KeyError", "raised KeyError"), 3: failing(3)})
+    federation = begun(
+        sizes=[10] * 4,
+        min_clients=3,
+        answers={1: failing(1, detail="disk full"), 2: failing(2, "raised KeyError", "raised KeyError"), 3: failing(3)},
+    )
     with pytest.raises(TooFewClients) as caught:
         federation.run_round()
     begin = "Round 1 has too few usable updates: 1 of 4, min_clients is 3 (client 1 raised OSError"
-    end = ("; client 2 raised KeyError; client 3 raised OSError). "
-           "Mend these clients, or lower min_clients in config.yaml, and resume.")
+    end = (
+        "; client 2 raised KeyError; client 3 raised OSError). "
+        "Mend these clients, or lower min_clients in config.yaml, and resume."
+    )
     assert str(caught.value) == begin + end and caught.value.in_full == f"{begin}: disk full{end}"
 
 
-@pytest.mark.parametrize("answers, remedy", [
-    ({0: math.nan, 1: math.inf}, "Begin again with a lower lr."),
-    ({0: math.nan, 1: None}, "Mend these clients, and resume."),
-    ({0: None, 1: None}, "Mend these clients, and resume."),
-])
+@pytest.mark.parametrize(
+    "answers, remedy",
+    [
+        ({0: math.nan, 1: math.inf}, "Begin again with a lower lr."),
+        ({0: math.nan, 1: None}, "Mend these clients, and resume."),
+        ({0: None, 1: None}, "Mend these clients, and resume."),
+    ],
+)
 def test_where_no_update_is_usable_the_remedy_hangs_on_why(answers, remedy):
     with pytest.raises(TooFewClients) as caught:
         begun(answers=answers).run_round()
@@ -415,7 +447,8 @@ def test_a_model_that_mixes_is_refused_where_examples_are_protected():
 
 @pytest.mark.parametrize("validation, batch_size, tried", [(3, 8, 3), (5, 8, 4), (5, 2, 2)])
 def test_whole_clients_are_tried_on_a_few_examples_and_refused_where_training_fails(
-        validation, batch_size, tried, monkeypatch):
+    validation, batch_size, tried, monkeypatch
+):
     federation = begun("deer", privacy=CLIENT, validation=validation, training=replace(TRAINING, batch_size=batch_size))
     seen, plain = [], lora_dp.fed.rounds.client.logits
 
@@ -441,7 +474,8 @@ def test_the_global_model_is_evaluated_as_it_is_used_on_all_validation_data():
     federation = begun(model=model, validation=600)
     federation.server.state = {
         name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
-        for name, tensor in federation.server.state.items()}
+        for name, tensor in federation.server.state.items()
+    }
     model.train()
     loss, accuracy = federation.evaluate()
     batch = federation.validation.batch(range(600))
@@ -458,8 +492,13 @@ def test_the_global_model_is_evaluated_as_it_is_used_on_all_validation_data():
 def test_a_federation_of_a_job_has_the_settings_of_its_configuration():
     made = begun(privacy=CLIENT)
     origin = Origin({"seed": 3}, "0" * 64)
-    job = SimpleNamespace(trainer=made.trainer, sizes=[10, 30, 20], validation=made.validation, ranks=[2, 1, 2],
-                          origin=lambda config: origin)
+    job = SimpleNamespace(
+        trainer=made.trainer,
+        sizes=[10, 30, 20],
+        validation=made.validation,
+        ranks=[2, 1, 2],
+        origin=lambda config: origin,
+    )
     chosen = SimpleNamespace(weighting="equal", client_timeout=7, clients_per_round=2, min_clients=2, fault_norm=5.0)
     config = SimpleNamespace(federation=chosen)
     federation = Federation.of_job(config, job)

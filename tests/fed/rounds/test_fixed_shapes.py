@@ -22,8 +22,8 @@ from lora_dp.fed.rounds.fixed_shapes import OneShape, rows_of_a_part
 from lora_dp.fed.rounds.messages import Task, Workspace
 from lora_dp.nn.layers import DPLinear, DPLoRALinear
 from lora_dp.privacy.sampling import PoissonSampler
-from tests.fed.small import make_examples, make_federation
 from tests.fed.rounds.test_contained_failures import ONE_STEP
+from tests.fed.small import make_examples, make_federation
 
 C = 1.0  # the default clip bound
 
@@ -35,8 +35,7 @@ def default() -> Federation:
 
 def on_outputs(model: nn.Module, seen: list[int]) -> None:
     """Notes how many rows each pass gives that is no trial of isolation."""
-    model.register_forward_hook(
-        lambda module, given, output: seen.append(len(output)) if not tried(module) else None)
+    model.register_forward_hook(lambda module, given, output: seen.append(len(output)) if not tried(module) else None)
 
 
 def tried(model: nn.Module) -> bool:
@@ -52,8 +51,9 @@ def amplifying(federation: Federation, factor: float, quiet: float) -> State:
     """A state whose first two logits are rounding alone, times a large number: what the last normalisation returns,
     divided by its weight, sums to a constant. ``quiet`` is the last logit."""
     state = {name: tensor.clone() for name, tensor in federation.server.state.items()}
-    norm = [m for name, m in federation.model.named_modules() if name in ("norm", "fc_norm")
-            and isinstance(m, nn.LayerNorm)][-1]
+    norm = [
+        m for name, m in federation.model.named_modules() if name in ("norm", "fc_norm") and isinstance(m, nn.LayerNorm)
+    ][-1]
     row = 1 / norm.weight.detach().double()
     constant = float((row * norm.bias.detach().double()).sum())
     weight, bias = state["head.weight"].zero_(), state["head.bias"].zero_()
@@ -181,7 +181,8 @@ def test_where_place_or_company_matter_each_example_is_by_itself(planted, method
     examples, seen = make_examples(13, 1), []
     federation.model[2] = nn.Sequential(planted(), federation.model[2])
     federation.model[2].register_forward_hook(
-        lambda module, given, output: seen.append(len(output)) if not tried(federation.model) else None)
+        lambda module, given, output: seen.append(len(output)) if not tried(federation.model) else None
+    )
     with caplog.at_level(logging.WARNING):
         together = sum_of(federation, sent, range(13), examples)
     assert seen[-13:] == 13 * [1] and "each example is by itself" in caplog.text
@@ -285,7 +286,8 @@ def test_a_model_that_mixes_private_examples_alone_is_found_out(caplog):
     examples = make_examples(13, 1)
     examples._pixels[:] = 255 * (examples._pixels > 127)
     federation.model[0] = nn.Sequential(
-        nn.Flatten(), Touchy("mixes", lambda x: len(x) > 2 and bool((x.detach().abs() == 1).all(1).any())))
+        nn.Flatten(), Touchy("mixes", lambda x: len(x) > 2 and bool((x.detach().abs() == 1).all(1).any()))
+    )
     with caplog.at_level(logging.WARNING):
         sum_of(federation, federation.server.state, range(13), examples)
     assert "THE MODEL MIXES EXAMPLES" in caplog.text and "each example is by itself" not in caplog.text
@@ -306,8 +308,9 @@ def test_private_examples_are_tried_as_often_whether_made_up_ones_were_before_or
 def test_in_which_order_shapes_were_drawn_does_not_matter():
     federation, examples = reading(), texts([3, 5, 12, 14, 20, 40, 8, 16])
     state = federation.workspace.state()
-    first, second = (sum_of(federation, state, rows, examples)
-                     for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 2, 3, 0, 1]))
+    first, second = (
+        sum_of(federation, state, rows, examples) for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 2, 3, 0, 1])
+    )
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
@@ -315,7 +318,8 @@ def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():
     federation, seen = make_federation("dp-lora", ONE_STEP), []
     examples = make_examples(20, 1)
     federation.model.register_forward_pre_hook(
-        lambda module, given: seen.append(given[0]) if not tried(module) else None)
+        lambda module, given: seen.append(given[0]) if not tried(module) else None
+    )
     state = federation.server.state
     found = sum_of(federation, state, [3, 7, 11], examples)
     own = examples.batch([3, 7, 11])["pixel_values"]
@@ -339,9 +343,19 @@ def test_the_release_does_not_hang_on_the_number_of_parts(monkeypatch):
     assert all(tensor.equal(found[1][name]) for name, tensor in found[0].items())
 
 
-@pytest.mark.parametrize(("batch_size", "examples", "vary", "rows"), [
-    (64, 287, False, 80), (64, 70, False, 72), (64, 64, False, 64), (1, 1, False, 8), (4, 1000, False, 8),
-    (64, 287, True, 16), (65, 287, True, 24), (256, 1000, True, 64)])
+@pytest.mark.parametrize(
+    ("batch_size", "examples", "vary", "rows"),
+    [
+        (64, 287, False, 80),
+        (64, 70, False, 72),
+        (64, 64, False, 64),
+        (1, 1, False, 8),
+        (4, 1000, False, 8),
+        (64, 287, True, 16),
+        (65, 287, True, 24),
+        (256, 1000, True, 64),
+    ],
+)
 def test_how_many_rows_a_part_has_is_public(batch_size, examples, vary, rows):
     assert rows_of_a_part(batch_size, examples, vary) == rows
 
@@ -422,7 +436,7 @@ def test_others_are_computed_alike_beside_an_example_that_cannot_be_read(kind, c
         if odd is not None:
             found.append((sum_of(federation, state, [*rows, odd], examples), seen))
     (expected, sizes), *others = found
-    assert min(sizes) == 8 and sizes == found[1][1][:len(sizes)]
+    assert min(sizes) == 8 and sizes == found[1][1][: len(sizes)]
     assert all(others[0][0][name].equal(tensor) for name, tensor in expected.items())
     assert apart(others[1][0], expected) < 1e-13
     assert "each example is by itself" not in caplog.text
@@ -430,7 +444,10 @@ def test_others_are_computed_alike_beside_an_example_that_cannot_be_read(kind, c
 
 def test_made_up_inputs_have_the_shapes_of_a_batch_and_nothing_of_the_examples():
     for examples, shape in (
-            (make_examples(9, 1), Shape()), (texts([3, 9, 20]), Shape(16, True)), (texts([3, 8, 20]), Shape(8))):
+        (make_examples(9, 1), Shape()),
+        (texts([3, 9, 20]), Shape(16, True)),
+        (texts([3, 8, 20]), Shape(8)),
+    ):
         generators = [torch.Generator().manual_seed(0) for _ in range(2)]
         made = examples.made_up(32, shape, 50, generators[0])
         real = examples.batch([0, 1])

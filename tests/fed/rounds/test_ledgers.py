@@ -51,8 +51,12 @@ def replayed(found: AheadLog, rounds_done: int = 0, *, reproducible: bool = Fals
 def subsampled_gaussian_rdp(noise: float, rate: float, order: int) -> float:
     """Rényi divergence of one Poisson-subsampled Gaussian step at an integer order (arXiv 1908.10530, section 3.3)."""
     terms = [
-        math.lgamma(order + 1) - math.lgamma(k + 1) - math.lgamma(order - k + 1) + k * math.log(rate)
-        + (order - k) * math.log1p(-rate) + k * (k - 1) / (2 * noise**2)
+        math.lgamma(order + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(order - k + 1)
+        + k * math.log(rate)
+        + (order - k) * math.log1p(-rate)
+        + k * (k - 1) / (2 * noise**2)
         for k in range(order + 1)
     ]
     return float(np.logaddexp.reduce(terms)) / (order - 1)
@@ -61,9 +65,11 @@ def subsampled_gaussian_rdp(noise: float, rate: float, order: int) -> float:
 def oracle(noise: float, rate: float, steps: int, delta: float = 1e-5) -> float:
     """ε from Rényi divergences at integer orders (Canonne, Kamath and Steinke 2020, arXiv 2004.00010, prop. 12)."""
     return min(
-        steps * subsampled_gaussian_rdp(noise, rate, order) + math.log1p(-1 / order)
+        steps * subsampled_gaussian_rdp(noise, rate, order)
+        + math.log1p(-1 / order)
         - math.log(delta * order) / (order - 1)
-        for order in range(2, 200))
+        for order in range(2, 200)
+    )
 
 
 def test_each_clients_epsilon_is_that_of_its_steps():
@@ -165,14 +171,33 @@ def test_what_a_report_and_the_terms_say_is_what_was_planned():
     noise = [found.event(client).noise_multiplier for client in range(3)]
     rates = [found.event(client).sample_rate for client in range(3)]
     assert sorted(found.noise_multipliers()) == sorted(noise) and len(set(noise)) == 3
-    assert found.report().items() >= {
-        "unit": UNITS["example"], "delta": 2e-5, "accountant": "rdp", "target_epsilon": 8.0, "mechanism": "sound",
-        "guarantee": None, "worst_epsilon": 0.0}.items()
+    assert (
+        found.report().items()
+        >= {
+            "unit": UNITS["example"],
+            "delta": 2e-5,
+            "accountant": "rdp",
+            "target_epsilon": 8.0,
+            "mechanism": "sound",
+            "guarantee": None,
+            "worst_epsilon": 0.0,
+        }.items()
+    )
     assert account(epsilon=None).report()["unit"] is None
     assert found.terms() == {
-        "unit": "example", "delta": 2e-5, "epsilon": 8.0, "mechanism": "sound", "noise_by": None, "rounds": 4,
-        "releases_per_round": 3, "planned_releases": 9, "sizes": [12, 20, 9], "clients": 3,
-        "events": [[noise[client], rates[client]] for client in (2, 0, 1)], "options": None}
+        "unit": "example",
+        "delta": 2e-5,
+        "epsilon": 8.0,
+        "mechanism": "sound",
+        "noise_by": None,
+        "rounds": 4,
+        "releases_per_round": 3,
+        "planned_releases": 9,
+        "sizes": [12, 20, 9],
+        "clients": 3,
+        "events": [[noise[client], rates[client]] for client in (2, 0, 1)],
+        "options": None,
+    }
     whole = account(unit="client", noise_by="client").terms()
     assert (whole["noise_by"], whole["sizes"]) == ("client", None)
 
@@ -236,11 +261,18 @@ def test_a_round_done_again_with_the_same_bits_counts_once(tmp_path):
     assert replayed(found, 0, reproducible=True) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("changes, name", [
-    ({"rounds": 40, "participations": 40}, "rounds"), ({"epsilon": 3.0}, "epsilon"), ({"delta": 1e-6}, "delta"),
-    ({"sizes": (12, 21, 9)}, "sizes"), ({"unit": "client"}, "unit"), ({"reproducible": True}, "reproducible"),
-    ({"epsilon": None}, "epsilon"),
-])
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"rounds": 40, "participations": 40}, "rounds"),
+        ({"epsilon": 3.0}, "epsilon"),
+        ({"delta": 1e-6}, "delta"),
+        ({"sizes": (12, 21, 9)}, "sizes"),
+        ({"unit": "client"}, "unit"),
+        ({"reproducible": True}, "reproducible"),
+        ({"epsilon": None}, "epsilon"),
+    ],
+)
 def test_what_was_released_on_other_terms_is_not_counted_on_these(tmp_path, changes, name):
     """More rounds from an edited config.yaml, say: past releases had less noise than the new plan has."""
     found = log(tmp_path, (1, [0, 1]))
@@ -292,8 +324,15 @@ def test_a_torn_last_line_was_no_round_and_spoils_none(tmp_path, length):
 @pytest.mark.parametrize(
     "damaged",
     [
-        b'{"round":2,"clients":[1,2]\x00', b'{"round":2,"clients":[1,', b"\x00" * 27, b'{"round":2}', b"[2, [1, 2]]",
-        b"", b'{"round":2,"clients":7}', b'{"round":"x","clients":[1]}', b'{"round":0,"clients":[1]}',
+        b'{"round":2,"clients":[1,2]\x00',
+        b'{"round":2,"clients":[1,',
+        b"\x00" * 27,
+        b'{"round":2}',
+        b"[2, [1, 2]]",
+        b"",
+        b'{"round":2,"clients":7}',
+        b'{"round":"x","clients":[1]}',
+        b'{"round":0,"clients":[1]}',
     ],
 )
 def test_a_damaged_line_inside_is_refused(tmp_path, damaged):
@@ -306,17 +345,27 @@ def test_a_damaged_line_inside_is_refused(tmp_path, damaged):
             replayed(AheadLog(tmp_path / LOG), reproducible=reproducible)
 
 
-@pytest.mark.parametrize("head", [{}, {"format": "lora-dp log", "version": 3}, {
-    "format": "lora-dp log", "version": 3, "terms": [1]}])
+@pytest.mark.parametrize(
+    "head", [{}, {"format": "lora-dp log", "version": 3}, {"format": "lora-dp log", "version": 3, "terms": [1]}]
+)
 def test_a_whole_chain_that_begins_with_no_terms_is_damaged(tmp_path, head):
     forge(tmp_path / LOG, [head, {"round": 1, "clients": [0]}])
     with pytest.raises(LogError, match="line 1 is damaged.*do not go on"):
         replayed(AheadLog(tmp_path / LOG))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"round": 3, "clients": [0]}, {"round": 0, "clients": [0]}, {"round": "x", "clients": [0]}, {"clients": [0]},
-    {"round": 2, "clients": 7}, {"round": 2, "clients": ["a"]}, {"round": 2, "clients": [None]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"round": 3, "clients": [0]},
+        {"round": 0, "clients": [0]},
+        {"round": "x", "clients": [0]},
+        {"clients": [0]},
+        {"round": 2, "clients": 7},
+        {"round": 2, "clients": ["a"]},
+        {"round": 2, "clients": [None]},
+    ],
+)
 def test_a_whole_chain_with_a_line_that_is_no_round_in_its_turn_is_damaged(tmp_path, wrong):
     log(tmp_path)
     head = json.loads((tmp_path / LOG).read_text())
@@ -397,12 +446,15 @@ def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
     assert events == ["2 lines", "2 held", *["train"] * 6, "3 lines", "3 held", *["train"] * 2]
     rounds = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()[1:]]
     assert [{**entry, "digest": None} for entry in rounds] == [
-        {"round": 1, "clients": [0, 1, 2], "digest": None}, {"round": 2, "clients": [1], "digest": None}]
+        {"round": 1, "clients": [0, 1, 2], "digest": None},
+        {"round": 2, "clients": [1], "digest": None},
+    ]
 
 
 def test_who_was_drawn_in_secret_is_not_in_the_log(tmp_path):
     federation = make_federation(
-        "dp-lora", unit="client", noise_by="server", client_rate=0.5, delta=0.01, weighting="equal")
+        "dp-lora", unit="client", noise_by="server", client_rate=0.5, delta=0.01, weighting="equal"
+    )
     federation.log = AheadLog(tmp_path / LOG)
     federation.log.begin(federation.account, reproducible=False)
     for _ in range(3):

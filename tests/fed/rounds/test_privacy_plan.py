@@ -19,29 +19,50 @@ def plan(method: str = "dp-lora", **changes: Any) -> PrivacyPlan:
     return plan_for(get_method(method), TRAINING, **changes)
 
 
-@pytest.mark.parametrize(("changes", "by"), [
-    ({"unit": "example", "noise_by": "client"}, "step"), ({"unit": "example", "noise_by": "server"}, "step"),
-    ({"unit": "client", "noise_by": "client"}, "client"), ({"unit": "client", "noise_by": "server"}, "server"),
-    *(({"unit": unit, "noise_by": noise_by, **without}, "nobody")
-      for unit in ("example", "client") for noise_by in ("client", "server")
-      for without in ({"epsilon": None}, {"mechanism": "as-released"}))])
+@pytest.mark.parametrize(
+    ("changes", "by"),
+    [
+        ({"unit": "example", "noise_by": "client"}, "step"),
+        ({"unit": "example", "noise_by": "server"}, "step"),
+        ({"unit": "client", "noise_by": "client"}, "client"),
+        ({"unit": "client", "noise_by": "server"}, "server"),
+        *(
+            ({"unit": unit, "noise_by": noise_by, **without}, "nobody")
+            for unit in ("example", "client")
+            for noise_by in ("client", "server")
+            for without in ({"epsilon": None}, {"mechanism": "as-released"})
+        ),
+    ],
+)
 def test_exactly_one_adds_noise_in_a_private_run_and_nobody_else(changes, by):
     found = plan(**changes)
-    adding = {"step": found.examples_are_protected, "client": found.client_adds_noise,
-              "server": found.server_adds_noise}
+    adding = {
+        "step": found.examples_are_protected,
+        "client": found.client_adds_noise,
+        "server": found.server_adds_noise,
+    }
     assert [name for name, adds in adding.items() if adds] == [by] * (by != "nobody")
     assert found.private is (by != "nobody")
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"unit": "client", "noise_by": "Server"}, "noise_by must be client or server, not 'Server'"),
-    ({"unit": "client", "noise_by": ""}, "noise_by must be client or server, not ''"),
-    ({"unit": "client", "noise_by": None}, "noise_by must be client or server, not None"),
-    ({"noise_by": "nobody"}, "noise_by must be"), ({"unit": "Client"}, "unit must be example or client, not 'Client'"),
-    ({"unit": None}, "unit must be"), ({"mechanism": "Sound"}, "mechanism must be sound or as-released, not 'Sound'"),
-    ({"mechanism": "as_released"}, "mechanism must be"), ({"clipping": "Flat"}, "clipping must be"),
-    ({"accountant": "PLD"}, "accountant must be"), ({"epsilon": True}, "epsilon must be a number, not True"),
-    ({"epsilon": "8"}, "epsilon must be a number"), ({"steps": 2.5}, "steps must be a whole number")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"unit": "client", "noise_by": "Server"}, "noise_by must be client or server, not 'Server'"),
+        ({"unit": "client", "noise_by": ""}, "noise_by must be client or server, not ''"),
+        ({"unit": "client", "noise_by": None}, "noise_by must be client or server, not None"),
+        ({"noise_by": "nobody"}, "noise_by must be"),
+        ({"unit": "Client"}, "unit must be example or client, not 'Client'"),
+        ({"unit": None}, "unit must be"),
+        ({"mechanism": "Sound"}, "mechanism must be sound or as-released, not 'Sound'"),
+        ({"mechanism": "as_released"}, "mechanism must be"),
+        ({"clipping": "Flat"}, "clipping must be"),
+        ({"accountant": "PLD"}, "accountant must be"),
+        ({"epsilon": True}, "epsilon must be a number, not True"),
+        ({"epsilon": "8"}, "epsilon must be a number"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+    ],
+)
 def test_a_plan_that_says_something_else_is_refused(changes, words):
     with pytest.raises(ValueError, match=f"^{words}"):
         plan(**changes)
@@ -49,9 +70,14 @@ def test_a_plan_that_says_something_else_is_refused(changes, words):
         replace(plan(unit="client"), **changes)
 
 
-@pytest.mark.parametrize(("who", "adds", "unit", "epsilon"), [
-    ("client_adds_noise", True, "example", 8.0), ("server_adds_noise", False, "client", 8.0),
-    ("server_adds_noise", True, "client", None)])
+@pytest.mark.parametrize(
+    ("who", "adds", "unit", "epsilon"),
+    [
+        ("client_adds_noise", True, "example", 8.0),
+        ("server_adds_noise", False, "client", 8.0),
+        ("server_adds_noise", True, "client", None),
+    ],
+)
 def test_a_private_plan_is_noised_once_and_another_never(who, adds, unit, epsilon):
     """Whoever's rules of who adds noise leave nobody, or two: no ε stands on such a plan."""
     wrong = type("Wrong", (PrivacyPlan,), {who: property(lambda self: adds)})
@@ -59,18 +85,26 @@ def test_a_private_plan_is_noised_once_and_another_never(who, adds, unit, epsilo
         wrong(**asdict(plan(unit=unit, epsilon=epsilon)))
 
 
-@pytest.mark.parametrize(("method", "changes", "turn", "round_", "planned"), [
-    ("dp-lora", {}, 3, 3, 12), ("deer", {}, 3, 6, 24), ("deer", {"epsilon": None}, 3, 6, 24),
-    ("deer", {"unit": "client", "noise_by": "client", "participations": 3}, 1, 2, 6),
-    ("deer", {"unit": "client", "noise_by": "server", "participations": 3}, 1, 1, 4),
-    ("deer", {"unit": "client", "epsilon": None}, 3, 6, 24)])
+@pytest.mark.parametrize(
+    ("method", "changes", "turn", "round_", "planned"),
+    [
+        ("dp-lora", {}, 3, 3, 12),
+        ("deer", {}, 3, 6, 24),
+        ("deer", {"epsilon": None}, 3, 6, 24),
+        ("deer", {"unit": "client", "noise_by": "client", "participations": 3}, 1, 2, 6),
+        ("deer", {"unit": "client", "noise_by": "server", "participations": 3}, 1, 1, 4),
+        ("deer", {"unit": "client", "epsilon": None}, 3, 6, 24),
+    ],
+)
 def test_how_often_a_client_releases(method, changes, turn, round_, planned):
     found = plan(method, **changes)
     assert (found.releases_per_turn, found.releases_per_round, found.planned_releases) == (turn, round_, planned)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"unit": "client", "noise_by": "client"}, {"unit": "client", "noise_by": "server", "client_rate": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"unit": "client", "noise_by": "client"}, {"unit": "client", "noise_by": "server", "client_rate": 0.5}],
+)
 def test_what_the_plan_releases_spends_the_budget_and_no_more(changes):
     found = plan("deer", delta=1e-3, **changes)
     ledger, event = Ledger(), found.event(20)
@@ -82,8 +116,11 @@ def test_what_the_plan_releases_spends_the_budget_and_no_more(changes):
 def test_turns_of_one_draw_share_its_event_and_others_have_their_own():
     """Two releases with √2 times the noise are one."""
     assert plan("deer", unit="client", noise_by="server").turns == 2
-    for changes, factor in (({}, 1), ({"unit": "client", "noise_by": "client"}, 1),
-                            ({"unit": "client", "noise_by": "server"}, math.sqrt(2))):
+    for changes, factor in (
+        ({}, 1),
+        ({"unit": "client", "noise_by": "client"}, 1),
+        ({"unit": "client", "noise_by": "server"}, math.sqrt(2)),
+    ):
         found = plan("deer", **changes)
         assert found.turn_noise_multiplier(20) == found.event(20).noise_multiplier * factor > 0
 
@@ -103,17 +140,35 @@ def test_numbers_of_examples_that_a_client_can_have(size):
     check_size(3, size)
 
 
-@pytest.mark.parametrize(("size", "told"), [
-    (0, "0"), (-5, "-5"), (True, "True"), (1.5, "1.5"), (2.0, "2.0"), (10**8 + 1, str(10**8 + 1)), ("7", "another"),
-    ([7], "another"), (None, "another"), (float("nan"), "another"), (10**400, "another"), (-(10**400), "another"),
-    (10**20, "another"), (10**20 - 1, str(10**20 - 1)), (-(10**20), "another")])
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (0, "0"),
+        (-5, "-5"),
+        (True, "True"),
+        (1.5, "1.5"),
+        (2.0, "2.0"),
+        (10**8 + 1, str(10**8 + 1)),
+        ("7", "another"),
+        ([7], "another"),
+        (None, "another"),
+        (float("nan"), "another"),
+        (10**400, "another"),
+        (-(10**400), "another"),
+        (10**20, "another"),
+        (10**20 - 1, str(10**20 - 1)),
+        (-(10**20), "another"),
+    ],
+)
 def test_numbers_of_examples_that_no_client_has(size, told):
     with pytest.raises(ValueError, match=f"client 3 announces {told} as its number .* from 1 to 100000000: mend"):
         check_size(3, size)
 
 
-@pytest.mark.parametrize(("unit", "least", "refused", "what"), [
-    ("example", 0.0099, 0.01, "100 examples at a client"), ("client", 0.33, 1 / 3, "3 clients")])
+@pytest.mark.parametrize(
+    ("unit", "least", "refused", "what"),
+    [("example", 0.0099, 0.01, "100 examples at a client"), ("client", 0.33, 1 / 3, "3 clients")],
+)
 def test_a_delta_that_promises_nothing_is_refused(unit, least, refused, what):
     plan(unit=unit, delta=least).check(100)
     with pytest.raises(ValueError, match=f"promises nothing to one of {what}"):

@@ -16,9 +16,7 @@ from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Reply, Task, Update
 from tests.fed.small import make_examples, make_federation
 
-SERVER: dict[str, Any] = {
-    "unit": "client", "noise_by": "server", "delta": 0.01, "weighting": "equal", "epsilon": 8.0,
-}
+SERVER: dict[str, Any] = {"unit": "client", "noise_by": "server", "delta": 0.01, "weighting": "equal", "epsilon": 8.0}
 
 
 class Prepared:
@@ -32,8 +30,10 @@ class Prepared:
     def train(self, tasks: Iterable[tuple[int, Task]], on_step: Callable[[], None]) -> Iterator[Reply]:
         for client, task in tasks:
             tensors = {
-                name: tensor + 0.01 * (client % 7) for name, tensor in task.state.items()
-                if not name.endswith(".merged") and self.method.trains(name, task.round, task.turn)}
+                name: tensor + 0.01 * (client % 7)
+                for name, tensor in task.state.items()
+                if not name.endswith(".merged") and self.method.trains(name, task.round, task.turn)
+            }
             self.alive.add(tensors["4.weight"])
             self.most = max(self.most, len(self.alive))
             yield Reply(client, Update(tensors))
@@ -60,9 +60,13 @@ def peak(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [*((method, {}) for method in ("la-lora", "deer", "flora", "flexlora", "lora-fair", "galore")),
-     ("dp-lora", SERVER), ("flora", SERVER)],
-    ids=lambda value: value if isinstance(value, str) else "server noise" if value else "plain")
+    [
+        *((method, {}) for method in ("la-lora", "deer", "flora", "flexlora", "lora-fair", "galore")),
+        ("dp-lora", SERVER),
+        ("flora", SERVER),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "server noise" if value else "plain",
+)
 def test_combining_many_clients_takes_no_more_memory_than_a_few(method, options):
     """Their tensors are added up one by one; stacks of low rank are, too, once they are larger than the matrix.
 

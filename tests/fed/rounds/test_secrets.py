@@ -22,8 +22,14 @@ from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.small import make_federation
 
 TINY = {
-    "clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu",
-    "validation_fraction": 0.05}
+    "clients": 2,
+    "rounds": 2,
+    "local_steps": 1,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
+    "validation_fraction": 0.05,
+}
 WHOLE = {"unit": "client", "delta": 0.01}
 
 
@@ -51,8 +57,10 @@ def test_dropout_masks_are_as_secret_as_the_noise(monkeypatch):
     assert len(set(known)) == 1 and known[0] not in secret
 
 
-@pytest.mark.parametrize("dropping, reproducible, reseeded", [
-    (nn.Dropout(0.1), None, True), (nn.Dropout(0.0), None, True), (nn.Dropout(0.1), 7, False), (None, None, True)])
+@pytest.mark.parametrize(
+    "dropping, reproducible, reseeded",
+    [(nn.Dropout(0.1), None, True), (nn.Dropout(0.0), None, True), (nn.Dropout(0.1), 7, False), (None, None, True)],
+)
 def test_an_engine_of_its_own_hides_the_masks_too(dropping, reproducible, reseeded):
     from lora_dp import LoRAConfig, inject_lora
 
@@ -62,8 +70,12 @@ def test_an_engine_of_its_own_hides_the_masks_too(dropping, reproducible, reseed
     with torch.random.fork_rng():
         torch.manual_seed(3)
         PrivacyEngine(reproducible_seed=reproducible).make_private(
-            model=model, optimizer=torch.optim.SGD(trained, 0.1), noise_multiplier=1.0, max_grad_norm=1.0,
-            data_loader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8, 4)), batch_size=4))
+            model=model,
+            optimizer=torch.optim.SGD(trained, 0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            data_loader=torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8, 4)), batch_size=4),
+        )
         assert (torch.initial_seed() != 3) == reseeded
 
 
@@ -80,6 +92,7 @@ def test_a_perturbation_does_not_tell_how_many_batches_before_it_were_empty(monk
             with inner:
                 found[-1][step] = next(m.weight.clone() for m in model.modules() if hasattr(m, "lora_A"))
                 yield
+
         return around()
 
     monkeypatch.setattr(FlatLoRA, "local_step", watched)
@@ -97,8 +110,10 @@ def test_a_perturbation_does_not_tell_how_many_batches_before_it_were_empty(monk
     found.append({})
     left = [[4], [1, 2], []]
     monkeypatch.setattr(PoissonSampler, "draw", lambda self: left.pop(0))
-    monkeypatch.setattr("lora_dp.fed.rounds.local_training.LocalTraining.make_optimizer", lambda self, model: torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-300))
+    monkeypatch.setattr(
+        "lora_dp.fed.rounds.local_training.LocalTraining.make_optimizer",
+        lambda self, model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-300),
+    )
     federation.trainer.train(1, part, task)
     still = found[-1]
     found.append({})
@@ -151,13 +166,16 @@ class BothAtOnce(DEeR):
         return "AB"
 
 
-@pytest.mark.parametrize("method, options, message", [
-    (OwnWay(), WHOLE, "combines updates in its own way, but noise by the server is for sums"),
-    (BothAtOnce(), {}, "turn 0 of round 1 trains AB: switch regulates_noise off"),
-    (BothAtOnce(), WHOLE, "turn 0 of round 1 trains AB: switch regulates_noise off"),
-    (LALoRA(), {"delta": 0.9}, "delta 0.9 promises nothing to one of .* examples at a client.*for example 1e-5"),
-    (LALoRA(), {"unit": "client", "delta": 0.5}, "delta 0.5 promises nothing to one of 2 clients"),
-])
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        (OwnWay(), WHOLE, "combines updates in its own way, but noise by the server is for sums"),
+        (BothAtOnce(), {}, "turn 0 of round 1 trains AB: switch regulates_noise off"),
+        (BothAtOnce(), WHOLE, "turn 0 of round 1 trains AB: switch regulates_noise off"),
+        (LALoRA(), {"delta": 0.9}, "delta 0.9 promises nothing to one of .* examples at a client.*for example 1e-5"),
+        (LALoRA(), {"unit": "client", "delta": 0.5}, "delta 0.5 promises nothing to one of 2 clients"),
+    ],
+)
 def test_what_cannot_be_kept_is_refused_at_the_start(monkeypatch, method, options, message):
     monkeypatch.setattr(RunConfig, "method", property(lambda self: method))
     with pytest.raises(ValueError, match=message):

@@ -23,8 +23,14 @@ from tests.fed.chained import forge
 from tests.fed.page.test_page import read
 
 TINY = {
-    "clients": 3, "rounds": 6, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu",
-    "method": "dp-lora", "validation_fraction": 0.05,
+    "clients": 3,
+    "rounds": 6,
+    "local_steps": 1,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
+    "method": "dp-lora",
+    "validation_fraction": 0.05,
 }
 SAYING = ("summary.json", "ledger.json", "curves.png", "report.html")
 
@@ -87,7 +93,9 @@ def check_page(folder: Path) -> None:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "examples": {}, "two turns": {"method": "deer"}, "some clients": {"clients_per_round": 2},
+    "examples": {},
+    "two turns": {"method": "deer"},
+    "some clients": {"clients_per_round": 2},
     "one client": {"clients": 1},
     "server noise": {"unit": "client", "clients_per_round": 2, "delta": 0.01},
     "client noise": {"unit": "client", "noise_by": "client", "delta": 0.01},
@@ -179,7 +187,8 @@ def test_a_page_of_other_terms_is_refused(tmp_path, stopping, option, value):
     lines = (folder / "config.yaml").read_text().splitlines()
     assert sum(line.startswith(f"{option}: ") for line in lines) == 1
     (folder / "config.yaml").write_text(
-        "\n".join(f"{option}: {value}" if line.startswith(f"{option}: ") else line for line in lines))
+        "\n".join(f"{option}: {value}" if line.startswith(f"{option}: ") else line for line in lines)
+    )
     with pytest.raises(LogError, match="was begun on other terms"):
         write_page(folder)
 

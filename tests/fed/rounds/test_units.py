@@ -36,10 +36,17 @@ class Scripted:
             trains = self.federation.method.trains
             names = [n for n in self.federation.workspace.state() if trains(n, task.round, task.turn)]
             generator = torch.Generator().manual_seed(client)
-            yield Reply(client, Update({
-                name: task.state[name] + self.changes[client] * torch.randn(
-                    task.state[name].shape, generator=generator, dtype=torch.float64)
-                for name in names}))
+            yield Reply(
+                client,
+                Update(
+                    {
+                        name: task.state[name]
+                        + self.changes[client]
+                        * torch.randn(task.state[name].shape, generator=generator, dtype=torch.float64)
+                        for name in names
+                    }
+                ),
+            )
 
 
 def scripted(method, changes, **options):
@@ -86,7 +93,8 @@ def test_turns_that_share_a_draw_of_clients_are_one_release(rate):
     drawn = (1 - rate) * without + rate * both
     cell = (x[1] - x[0]) ** 2
     deltas = [
-        float(np.maximum(p - math.exp(epsilon) * q, 0).sum() * cell) for p, q in ((drawn, without), (without, drawn))]
+        float(np.maximum(p - math.exp(epsilon) * q, 0).sum() * cell) for p, q in ((drawn, without), (without, drawn))
+    ]
     ledger = Ledger()
     ledger.append(plan.event(1), plan.releases_per_round)
     assert ledger.epsilon(max(deltas), "pld") == pytest.approx(epsilon, rel=2e-3)
@@ -177,8 +185,9 @@ def product_clipped(changes, state, bound):
     """Each client's change, scaled as a whole to the bound, where ΔB counts by ‖ΔB·A‖ (A as good as of full rank)."""
     kept = []
     for change in changes:
-        parts = [c @ Regulator.beside("B", state[n[:-1] + "A"]).root if factor(n) == "B" else c
-                 for n, c in change.items()]
+        parts = [
+            c @ Regulator.beside("B", state[n[:-1] + "A"]).root if factor(n) == "B" else c for n, c in change.items()
+        ]
         norm = math.sqrt(sum(float(part.square().sum()) for part in parts))
         kept.append({n: c * min(1, bound / norm) for n, c in change.items()})
     return kept
@@ -199,7 +208,8 @@ def test_deer_s_changes_keep_their_direction_at_the_server(monkeypatch):
     assert all(torch.equal(kept[0][n], changes[0][n]) and not torch.equal(kept[1][n], changes[1][n]) for n in kept[0])
     for name in kept[0]:
         torch.testing.assert_close(
-            federation.server.state[name] - before[name], (kept[0][name] + kept[1][name]) / 2, rtol=1e-6, atol=1e-9)
+            federation.server.state[name] - before[name], (kept[0][name] + kept[1][name]) / 2, rtol=1e-6, atol=1e-9
+        )
 
 
 def noise_of_empty_rounds(method, rounds, **options):
@@ -261,9 +271,21 @@ def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
     for number, drawn in enumerate(([0], [1, 2])):
         monkeypatch.setattr(federation, "poisson_clients", lambda *_, drawn=drawn: drawn)
         folders.append(tmp_path / str(number))
-        run(RunConfig.from_flat({
-            "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 2, "local_steps": 1, "accountant": "rdp",
-            "device": "cpu", "output": folders[-1]}), Console(file=io.StringIO()))
+        run(
+            RunConfig.from_flat(
+                {
+                    "unit": "client",
+                    "clients": 4,
+                    "clients_per_round": 2,
+                    "rounds": 2,
+                    "local_steps": 1,
+                    "accountant": "rdp",
+                    "device": "cpu",
+                    "output": folders[-1],
+                }
+            ),
+            Console(file=io.StringIO()),
+        )
     names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in folders]
     assert names[0] == names[1] and "server-only.jsonl" not in names[0]
     assert len({(folder / "ledger.jsonl").read_text() for folder in folders}) == 1
@@ -272,7 +294,8 @@ def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
     for first, second in zip(*metrics, strict=True):
         released = {"loss", "accuracy"} | ({"seconds"} if first["round"] == 0 else set())
         assert {n: v for n, v in first.items() if n not in released} == {
-            n: v for n, v in second.items() if n not in released}
+            n: v for n, v in second.items() if n not in released
+        }
         assert first["round"] == 0 or (first["participants"], first["seconds"]) == (None, None)
     numbers = [json.loads((folder / "checkpoints" / "round-000002.json").read_text())["numbers"] for folder in folders]
     assert numbers[0] == numbers[1]
@@ -287,9 +310,21 @@ def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(federation, "poisson_clients", lambda *_: [0, 1, 2])
     monkeypatch.setattr(Trainer, "train", lambda own, client, *a: 1 / 0 if client == 1 else train(own, client, *a))
     screen = io.StringIO()
-    outcome = run(RunConfig.from_flat({
-        "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 1, "local_steps": 1, "accountant": "rdp",
-        "device": "cpu", "output": tmp_path / "run"}), Console(file=screen))
+    outcome = run(
+        RunConfig.from_flat(
+            {
+                "unit": "client",
+                "clients": 4,
+                "clients_per_round": 2,
+                "rounds": 1,
+                "local_steps": 1,
+                "accountant": "rdp",
+                "device": "cpu",
+                "output": tmp_path / "run",
+            }
+        ),
+        Console(file=screen),
+    )
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["failed"] == []
     assert outcome.summary["failed_clients"] is None
     private = tmp_path / "run" / "server-only.jsonl"
@@ -305,9 +340,22 @@ def test_a_run_that_ends_before_it_is_evaluated_keeps_its_draw_secret_too(tmp_pa
     monkeypatch.setattr(Trainer, "train", lambda *_: 1 / 0)
     interrupt_before_round(monkeypatch, 3)
     screen = io.StringIO()
-    outcome = run(RunConfig.from_flat({
-        "unit": "client", "clients": 4, "clients_per_round": 2, "rounds": 5, "evaluate_every": 5, "local_steps": 1,
-        "accountant": "rdp", "device": "cpu", "output": tmp_path / "run"}), Console(file=screen))
+    outcome = run(
+        RunConfig.from_flat(
+            {
+                "unit": "client",
+                "clients": 4,
+                "clients_per_round": 2,
+                "rounds": 5,
+                "evaluate_every": 5,
+                "local_steps": 1,
+                "accountant": "rdp",
+                "device": "cpu",
+                "output": tmp_path / "run",
+            }
+        ),
+        Console(file=screen),
+    )
     assert (outcome.summary["status"], outcome.summary["rounds"]) == ("interrupted", 2)
     assert outcome.summary["failed_clients"] is None and "times a client" not in screen.getvalue()
 
@@ -422,9 +470,20 @@ def test_deer_as_released_clips_each_tensor_by_itself(monkeypatch):
 def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
     from lora_dp.fed.launch import run
 
-    outcome = run(RunConfig.from_flat({
-        "method": method, "mechanism": "as-released", "clients": 2, "rounds": 1, "local_steps": 2, "accountant": "rdp",
-        "device": "cpu", "output": tmp_path / "run"}))
+    outcome = run(
+        RunConfig.from_flat(
+            {
+                "method": method,
+                "mechanism": "as-released",
+                "clients": 2,
+                "rounds": 1,
+                "local_steps": 2,
+                "accountant": "rdp",
+                "device": "cpu",
+                "output": tmp_path / "run",
+            }
+        )
+    )
     assert outcome.summary["worst_epsilon"] is None
     assert "no privacy guarantee (ε = ∞)" in outcome.summary["guarantee"]
     printed = capsys.readouterr().out

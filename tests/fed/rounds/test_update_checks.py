@@ -217,9 +217,14 @@ def test_a_round_goes_on_with_as_many_as_are_needed_and_stops_with_fewer():
     with pytest.raises(TooFewClients) as caught:
         federation.run_round()
     message = str(caught.value)
-    for part in ("Round 2", "1 of 3", "min_clients is 2", "client 0 sent values that are not finite",
-                 "client 2 raised OSError",
-                 "Mend these clients, or lower min_clients in config.yaml, and resume"):
+    for part in (
+        "Round 2",
+        "1 of 3",
+        "min_clients is 2",
+        "client 0 sent values that are not finite",
+        "client 2 raised OSError",
+        "Mend these clients, or lower min_clients in config.yaml, and resume",
+    ):
         assert part in message, message
     assert federation.rounds_done == 1
     assert all(tensor is federation.server.state[name] for name, tensor in before.items())
@@ -229,7 +234,8 @@ def test_a_round_goes_on_with_as_many_as_are_needed_and_stops_with_fewer():
 
 
 @pytest.mark.parametrize(
-    ("kind", "remedy"), [("NaN", "Begin again with a lower lr."), ("failure", "Mend these clients, and resume.")])
+    ("kind", "remedy"), [("NaN", "Begin again with a lower lr."), ("failure", "Mend these clients, and resume.")]
+)
 def test_where_nobody_is_left_the_remedy_is_another(kind, remedy):
     federation = make_federation("dp-lora")
     breaking(federation, dict.fromkeys(range(3), FAULTS[kind][0]))
@@ -257,9 +263,7 @@ def test_nobody_left_is_too_few(method):
 # Whole clients protected
 
 
-SERVER: dict[str, Any] = {
-    "unit": "client", "noise_by": "server", "delta": 0.01, "weighting": "equal", "epsilon": 8.0,
-}
+SERVER: dict[str, Any] = {"unit": "client", "noise_by": "server", "delta": 0.01, "weighting": "equal", "epsilon": 8.0}
 
 
 @pytest.mark.parametrize("fault", ["NaN", "no reply", "shape"])
@@ -311,8 +315,15 @@ def test_a_client_that_noises_itself_is_left_out_like_any_other():
 
 
 TINY = {
-    "clients": 3, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu",
-    "reproducible": True, "method": "dp-lora", "validation_fraction": 0.05,
+    "clients": 3,
+    "rounds": 2,
+    "local_steps": 1,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
+    "reproducible": True,
+    "method": "dp-lora",
+    "validation_fraction": 0.05,
 }
 
 
@@ -360,11 +371,14 @@ def test_a_run_with_too_few_clients_stops_and_can_be_resumed(tmp_path):
 
     with pytest.raises(TooFewClients, match="Round 2 has too few usable updates: 1 of 3"):
         broken_run(folder, {0: in_round_two, 1: in_round_two}, min_clients=2)
-    assert not (folder / "summary.json").exists() or \
-        json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    assert (
+        not (folder / "summary.json").exists()
+        or json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    )
     outcome = resume(folder, Console(file=io.StringIO()))
-    whole = launch.run(RunConfig.from_flat({**TINY, "min_clients": 2, "output": tmp_path / "whole"}),
-                       Console(file=io.StringIO()))
+    whole = launch.run(
+        RunConfig.from_flat({**TINY, "min_clients": 2, "output": tmp_path / "whole"}), Console(file=io.StringIO())
+    )
     assert outcome.summary["status"] == "finished"
     assert [r.loss for r in outcome.rounds] == [r.loss for r in whole.rounds]
     adapters = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in (folder, tmp_path / "whole")]

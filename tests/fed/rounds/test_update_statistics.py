@@ -47,8 +47,7 @@ def test_what_cannot_be_compared_is_null():
     recorder.add(2, other, {**START, "a": torch.zeros(3, 2)}, None)
     recorder.add(3, {"b": START["b"] * math.nan}, START, 1.0)
     summary = recorder.summary()
-    assert summary["cosine"] == [
-        [1.0, None, None, None], [None] * 4, [None, None, 1.0, None], [None] * 4]
+    assert summary["cosine"] == [[1.0, None, None, None], [None] * 4, [None, None, 1.0, None], [None] * 4]
     assert summary["norms"] == [1.0, 0.0, pytest.approx(math.sqrt(6)), None]
     assert summary["noise_share"] == [1.0, None, None, None]
     json.dumps(summary, allow_nan=False)
@@ -81,8 +80,7 @@ def test_no_more_bytes_than_the_limit_are_kept(monkeypatch):
 
 
 def test_nothing_was_added():
-    assert UpdateRecorder([3]).summary() == {
-        "clients": [], "norms": [], "cosine": [], "noise_share": [], "left_out": 0}
+    assert UpdateRecorder([3]).summary() == {"clients": [], "norms": [], "cosine": [], "noise_share": [], "left_out": 0}
 
 
 @pytest.mark.parametrize("wrong", [{}, {"c": torch.ones(1)}, {"a": torch.ones(2, 2)}])
@@ -91,13 +89,15 @@ def test_an_update_that_does_not_fit_is_refused(wrong):
         UpdateRecorder([7]).add(7, wrong, START, None)
 
 
-@pytest.mark.parametrize("low_pass", [
-    GaussianFilter(0.0), GaussianFilter(0.5), GaussianFilter(1.3), LaplacianFilter(0.7)], ids=repr)
+@pytest.mark.parametrize(
+    "low_pass", [GaussianFilter(0.0), GaussianFilter(0.5), GaussianFilter(1.3), LaplacianFilter(0.7)], ids=repr
+)
 @pytest.mark.parametrize("shape", [(3, 40), (40, 3), (1, 9), (4, 5), (6, 6), (2, 13), (3, 4)])
 def test_the_gain_is_that_of_the_whole_matrix(low_pass, shape):
     # F column by column: what becomes of every unit matrix.
-    columns = torch.stack([
-        low_pass(unit.view(shape)).flatten() for unit in torch.eye(math.prod(shape), dtype=torch.float64)])
+    columns = torch.stack(
+        [low_pass(unit.view(shape)).flatten() for unit in torch.eye(math.prod(shape), dtype=torch.float64)]
+    )
     assert filter_gain(low_pass, shape) == pytest.approx(float(columns.square().sum()) / len(columns), rel=1e-12)
 
 
@@ -108,7 +108,13 @@ def test_the_gain_of_a_wide_factor_is_cheap():
 
 NOISE_MULTIPLIER = 1000.0
 BASE = {
-    "clients": 2, "rounds": 4, "local_steps": 5, "batch_size": 16, "accountant": "rdp", "device": "cpu", "lr": 1e-4,
+    "clients": 2,
+    "rounds": 4,
+    "local_steps": 5,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
+    "lr": 1e-4,
     "reproducible": True,
 }
 
@@ -117,8 +123,10 @@ def opened(monkeypatch: pytest.MonkeyPatch, **options) -> Job:
     """A run whose noise is so strong that gradients are a millionth of an update's energy."""
     event = PrivacyPlan.event
     monkeypatch.setattr(
-        PrivacyPlan, "event", lambda plan, n: PoissonGaussian(NOISE_MULTIPLIER, event(replace(plan, epsilon=8.0), n)
-                                                              .sample_rate))
+        PrivacyPlan,
+        "event",
+        lambda plan, n: PoissonGaussian(NOISE_MULTIPLIER, event(replace(plan, epsilon=8.0), n).sample_rate),
+    )
     return open_job(RunConfig.from_flat({**BASE, **options}))
 
 
@@ -126,25 +134,29 @@ def task_of(job: Job, round_index: int, turn: int = 0) -> Task:
     """Factors of common sizes, so that neither is zero."""
     generator = torch.Generator().manual_seed(0)
     state = {
-        name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in job.trainer.workspace.state()
-        .items()}
+        name: 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in job.trainer.workspace.state().items()
+    }
     return Task(round_index, turn, 4, state)
 
 
-@pytest.mark.parametrize(("options", "round_index", "turn"), [
-    ({"method": "la-lora"}, 0, 0),  # B, A, B, A, B and a Gaussian filter
-    ({"method": "la-lora", "low_pass_strength": 2.0}, 1, 0),  # A, B, A, B, A
-    ({"method": "dp-lora", "low_pass": "laplacian", "low_pass_strength": 0.5}, 0, 0),
-    ({"method": "ffa-lora", "clipping": "per_layer", "max_grad_norm": 0.3}, 0, 0),
-    ({"method": "rolora", "lr_ratio": 3.0, "clipping": "flat"}, 1, 0),
-    ({"method": "deer"}, 0, 0),
-    ({"method": "deer"}, 0, 1),
-    ({"method": "deer", "low_pass": "gaussian", "low_pass_strength": 1.0}, 0, 0),
-    ({"method": "deer", "low_pass": "laplacian", "low_pass_strength": 1.0}, 0, 1),
-    ({"method": "dp-lora", "batch_size": 4000}, 0, 0),  # more than a client has
-    ({"method": "dp-lora", "unit": "client", "noise_by": "client", "max_update_norm": 0.2}, 0, 0),
-    ({"method": "deer", "unit": "client", "noise_by": "client"}, 0, 1),
-])
+@pytest.mark.parametrize(
+    ("options", "round_index", "turn"),
+    [
+        ({"method": "la-lora"}, 0, 0),  # B, A, B, A, B and a Gaussian filter
+        ({"method": "la-lora", "low_pass_strength": 2.0}, 1, 0),  # A, B, A, B, A
+        ({"method": "dp-lora", "low_pass": "laplacian", "low_pass_strength": 0.5}, 0, 0),
+        ({"method": "ffa-lora", "clipping": "per_layer", "max_grad_norm": 0.3}, 0, 0),
+        ({"method": "rolora", "lr_ratio": 3.0, "clipping": "flat"}, 1, 0),
+        ({"method": "deer"}, 0, 0),
+        ({"method": "deer"}, 0, 1),
+        ({"method": "deer", "low_pass": "gaussian", "low_pass_strength": 1.0}, 0, 0),
+        ({"method": "deer", "low_pass": "laplacian", "low_pass_strength": 1.0}, 0, 1),
+        ({"method": "dp-lora", "batch_size": 4000}, 0, 0),  # more than a client has
+        ({"method": "dp-lora", "unit": "client", "noise_by": "client", "max_update_norm": 0.2}, 0, 0),
+        ({"method": "deer", "unit": "client", "noise_by": "client"}, 0, 1),
+    ],
+)
 def test_the_noise_is_what_the_engine_adds(monkeypatch, options, round_index, turn):
     job = opened(monkeypatch, **options)
     task, examples = task_of(job, round_index, turn), job.examples(0)
@@ -156,7 +168,8 @@ def test_the_noise_is_what_the_engine_adds(monkeypatch, options, round_index, tu
         # The other factor stays there: a regulator needs it.
         others = {name: t for name, t in task.state.items() if name in part or name not in sent}
         expected = expected_noise_norm(
-            job.trainer, Task(task.round, task.turn, task.rank, others), len(examples), NOISE_MULTIPLIER)
+            job.trainer, Task(task.round, task.turn, task.rank, others), len(examples), NOISE_MULTIPLIER
+        )
         measured = math.sqrt(sum(float((sent[n].double() - task.state[n].double()).square().sum()) for n in part))
         # Five deviations of the norm of that much filtered noise.
         numbers = sum(sent[name].numel() for name in part)
@@ -169,15 +182,17 @@ def test_all_tensors_together_are_the_root_of_the_sum_of_squares(monkeypatch):
     whole = expected_noise_norm(job.trainer, task, 719, 1.5)
     parts = [
         expected_noise_norm(job.trainer, replace(task, state={name: tensor}), 719, 1.5)
-        for name, tensor in task.state.items()]
+        for name, tensor in task.state.items()
+    ]
     assert whole == pytest.approx(math.sqrt(sum(part**2 for part in parts)))
     assert expected_noise_norm(job.trainer, task, 719, 3.0) == pytest.approx(2 * whole)
     merged = {**task.state, "blocks.0.mlp.fc1.merged": torch.zeros(128, 64)}
     assert expected_noise_norm(job.trainer, replace(task, state=merged), 719, 1.5) == whole
 
 
-@pytest.mark.parametrize("options", [
-    {"epsilon": "none"}, {"optimizer": "adamw"}, {"unit": "client"}, {"mechanism": "as-released"}])
+@pytest.mark.parametrize(
+    "options", [{"epsilon": "none"}, {"optimizer": "adamw"}, {"unit": "client"}, {"mechanism": "as-released"}]
+)
 def test_none_where_there_is_no_such_noise(options):
     job = open_job(RunConfig.from_flat({**BASE, **options}))
     assert expected_noise_norm(job.trainer, task_of(job, 0), 719, 1.0) is None

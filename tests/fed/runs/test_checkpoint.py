@@ -24,8 +24,14 @@ from tests.fed.chained import hold
 from tests.fed.small import make_federation
 
 TINY = {
-    "clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu",
-    "reproducible": True, "method": "dp-lora",
+    "clients": 2,
+    "rounds": 4,
+    "local_steps": 1,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
+    "reproducible": True,
+    "method": "dp-lora",
 }
 METHODS = ["la-lora", "deer", "flora", "galore", "lora-fair"]
 
@@ -68,7 +74,8 @@ def test_the_last_two_are_kept(tmp_path):
         checkpoint.write(tmp_path, number, tensors(number), {"round": number})
     assert checkpoint.rounds(tmp_path) == [3, 10]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        f"round-{number:06d}.{kind}" for number in (3, 10) for kind in ("json", "safetensors")]
+        f"round-{number:06d}.{kind}" for number in (3, 10) for kind in ("json", "safetensors")
+    ]
     found, problems = checkpoint.newest(tmp_path)
     assert found is not None and found[1] == {"round": 10} and problems == []
 
@@ -83,7 +90,7 @@ def test_no_bit_can_flip_unseen(tmp_path, kind):
     path = tmp_path / "checkpoints" / f"round-000001.{kind}"
     content = path.read_bytes()
     for place in range(0, len(content), 7):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(DamagedCheckpoint, match="round-000001"):
             checkpoint.read(tmp_path, 1)
 
@@ -297,7 +304,8 @@ def test_a_damaged_log_stops_the_resumption(tmp_path):
     lines = (folder / "ledger.jsonl").read_text().splitlines(keepends=True)
     for content, held, message in (
         (lines[0] + lines[1] + lines[2][:10] + lines[3] + lines[4], 5, "line 3 is damaged"),
-        ("".join(lines[:4]), 5, "ends before line 5 of 5"), ("".join(lines[:4]), 4, "ends before round 4"),
+        ("".join(lines[:4]), 5, "ends before line 5 of 5"),
+        ("".join(lines[:4]), 4, "ends before round 4"),
     ):
         (folder / "ledger.jsonl").write_text(content)
         hold(folder / "ledger.jsonl", held)
@@ -312,9 +320,21 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def round_result(number: int, **changes: Any) -> RoundResult:
-    return RoundResult(**{
-        "round": number, "phases": "AB", "participants": [0], "loss": 0.1 + 1e-17, "accuracy": 1 / 3,
-        "epsilon": float("inf"), "bytes_up": 1, "bytes_down": 2, "seconds": 0.5, "failed": [], **changes})
+    return RoundResult(
+        **{
+            "round": number,
+            "phases": "AB",
+            "participants": [0],
+            "loss": 0.1 + 1e-17,
+            "accuracy": 1 / 3,
+            "epsilon": float("inf"),
+            "bytes_up": 1,
+            "bytes_down": 2,
+            "seconds": 0.5,
+            "failed": [],
+            **changes,
+        }
+    )
 
 
 def test_metrics_come_back_as_they_were(folder):

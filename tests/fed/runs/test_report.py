@@ -19,8 +19,13 @@ def result(index: int, accuracy: float, epsilon: float) -> RoundResult:
 
 
 RESULTS = [result(0, 0.5, 0.0), result(1, 0.7, 4.0), result(2, 0.8, 7.9)]
-ACCOUNT = {"unit": "one example", "worst_epsilon": 7.9, "clients": [
-    {"ledger": {"entries": [{"noise_multiplier": noise, "sample_rate": 0.1, "count": 4}]}} for noise in (1.5, 1.25)]}
+ACCOUNT = {
+    "unit": "one example",
+    "worst_epsilon": 7.9,
+    "clients": [
+        {"ledger": {"entries": [{"noise_multiplier": noise, "sample_rate": 0.1, "count": 4}]}} for noise in (1.5, 1.25)
+    ],
+}
 
 
 def config(**options) -> RunConfig:

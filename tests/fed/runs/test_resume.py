@@ -21,8 +21,14 @@ from tests.fed.crashing import warm_process
 
 SEED, KILLS = 20261123, int(os.environ.get("KILLS", "3"))
 TINY = {
-    "clients": 3, "rounds": 3, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu",
-    "reproducible": True, "validation_fraction": 0.05,
+    "clients": 3,
+    "rounds": 3,
+    "local_steps": 1,
+    "batch_size": 16,
+    "accountant": "rdp",
+    "device": "cpu",
+    "reproducible": True,
+    "validation_fraction": 0.05,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "la-lora": {"method": "la-lora", "clients_per_round": 2},
@@ -124,8 +130,10 @@ def sites(kind: str) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "crash"), [(kind, site) for kind in ("la-lora", "flora") for site in sites(kind)],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)))
+    ("kind", "crash"),
+    [(kind, site) for kind in ("la-lora", "flora") for site in sites(kind)],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
 def test_a_run_killed_at_a_write_ends_with_the_same_bits(work, whole, tmp_path, kind, crash):
     folder, options = tmp_path / "run", {**TINY, **KINDS[kind]}
     assert work(folder, options=options, crash=crash)["status"] == -9

@@ -28,8 +28,7 @@ class Packed(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Any) -> Tensor:
         self.given.append(lengths)
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.words(tokens), lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(self.words(tokens), lengths, batch_first=True, enforce_sorted=False)
         hidden = self.reads(packed)[1][0][0]
         if self.kind == "by the longest":
             hidden = hidden / max(lengths)
@@ -70,10 +69,20 @@ def test_what_lengths_in_a_list_mix_is_refused(kind: str, lengths: tuple[int, ..
 
 
 def test_lists_come_back_as_they_were() -> None:
-    call = ([3, 4, 5], {"scales": [0.1, 2, 3.5], "names": ["a", "b", "c"], "flags": [True, False, True],
-                        "size": [224, 224], "large": [2**70, 1, 2],
-                        "edge": [2**63, 1, 2], "least": [-(2**63), 1, 2], "low": [-(2**70), 1, 2],
-                        "fits": [2**63 - 1, 1 - 2**63, 0]})
+    call = (
+        [3, 4, 5],
+        {
+            "scales": [0.1, 2, 3.5],
+            "names": ["a", "b", "c"],
+            "flags": [True, False, True],
+            "size": [224, 224],
+            "large": [2**70, 1, 2],
+            "edge": [2**63, 1, 2],
+            "least": [-(2**63), 1, 2],
+            "low": [-(2**70), 1, 2],
+            "fits": [2**63 - 1, 1 - 2**63, 0],
+        },
+    )
     assert as_lists(as_tensors(call, 3)) == call
 
 
@@ -134,8 +143,10 @@ class Reader(nn.Module):
 
     def forward(self, x: Tensor, texts: Any) -> Tensor:
         self.given.append(texts)
-        words = [list(map(ord, text)) if isinstance(text, str) else [] if text is None else list(text)
-                 for text in (texts.values() if isinstance(texts, dict) else texts)]
+        words = [
+            list(map(ord, text)) if isinstance(text, str) else [] if text is None else list(text)
+            for text in (texts.values() if isinstance(texts, dict) else texts)
+        ]
         length = max(map(len, words))
         rows = self.words(torch.tensor([word + [0] * (length - len(word)) for word in words]))
         if not self.looks:
@@ -146,15 +157,19 @@ class Reader(nn.Module):
 TEXTS = ("a long text about nothing", "short", "", "of some length", "another", "one", "short")
 # How N texts may be given beside a tensor.
 LISTS: dict[str, Any] = {
-    "texts": list, "a tuple of texts": tuple, "an array of texts": np.array, "an array of objects": lambda texts: (
-        np.array(texts, dtype=object)),
+    "texts": list,
+    "a tuple of texts": tuple,
+    "an array of texts": np.array,
+    "an array of objects": lambda texts: np.array(texts, dtype=object),
     "lists of words": lambda texts: [list(map(ord, text)) for text in texts],
     "tuples of words": lambda texts: [tuple(map(ord, text)) for text in texts],
     "words or nothing": lambda texts: [list(map(ord, text)) or None for text in texts],
     "tensors": lambda texts: [torch.tensor(list(map(ord, text)) + [0, 0], dtype=torch.int64) for text in texts],
-    "a deque": deque, "a dict by number": lambda texts: dict(enumerate(texts)), "a tuple of words": lambda texts: tuple(
-        list(map(ord, text)) for text in texts),
-    "arrays": lambda texts: [np.array(list(map(ord, text)) + [0, 0], np.int64) for text in texts]}
+    "a deque": deque,
+    "a dict by number": lambda texts: dict(enumerate(texts)),
+    "a tuple of words": lambda texts: tuple(list(map(ord, text)) for text in texts),
+    "arrays": lambda texts: [np.array(list(map(ord, text)) + [0, 0], np.int64) for text in texts],
+}
 
 
 def read(model: nn.Module, optimizer: Any, texts: Any) -> None:
@@ -246,7 +261,9 @@ def test_lists_of_other_lengths_are_remembered_by_name() -> None:
     assert [type(part).__name__ for part in (*call[0]["in"], call[0]["z"])] == ["EntryList"] * 3
     others.add("[0]['in'][1]")
     assert [type(part).__name__ for part in as_tensors(({"in": [["a", "b"], ["c", "d"]]},), 2, others)[0]["in"]] == [
-        "EntryList", "list"]
+        "EntryList",
+        "list",
+    ]
 
 
 def test_another_error_of_the_model_is_its_own() -> None:

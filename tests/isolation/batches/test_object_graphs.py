@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation.batches.objects import check_opened, put_together, take_apart
-from tests.support import make_private
 from tests.isolation.batches.test_objects import ByAttribute, Tree
+from tests.support import make_private
 
 
 class Handed(nn.Module):

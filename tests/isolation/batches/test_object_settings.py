@@ -22,9 +22,9 @@ from transformers import BertConfig, DynamicCache
 
 from lora_dp import DPLinear
 from lora_dp.isolation.batches.objects import Settings, check_opened, put_together, take_apart
-from tests.support import make_private
-from tests.isolation.batches.test_objects import Lengths, lengths_of, train
 from tests.isolation.batches.test_object_graphs import Handed
+from tests.isolation.batches.test_objects import Lengths, lengths_of, train
+from tests.support import make_private
 
 
 @functools.lru_cache
@@ -37,15 +37,68 @@ class Several(Enum):
 
 
 HARMLESS: list[Any] = [
-    None, True, 3, 0.5, 1j, "text", b"bytes", np.float32(2), Several.ONE, Path("a"), re.compile("a"),
-    logging.getLogger("a"), torch.float16, torch.device("cpu"), torch.strided, torch.contiguous_format,
-    torch.Generator(), nn.Linear(2, 2), int, len, lengths_of, [].append, np, functools.partial(len), {"a", "b"},
-    frozenset({"a"}), np.array(["a", "b"]), [], {}, datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2),
-    datetime.time(3), datetime.timedelta(1), datetime.UTC, uuid.uuid4(), range(3), slice(1, 2), ..., NotImplemented,
-    object(), Tensor.relu, str.__len__, "a".__len__, dict.fromkeys, np.tanh, remembered, torch.ops.aten.relu,
-    torch.ops.aten.relu.default, vars(dict)["fromkeys"], itemgetter(1), attrgetter("a"), methodcaller("a"),
-    np.dtype("f4"), list[int], int | str, np, threading.Lock(), threading.RLock(),
-    {f"word {i}": i for i in range(100)}, {f"{i}": str(i) for i in range(100)}, Counter("abc")]
+    None,
+    True,
+    3,
+    0.5,
+    1j,
+    "text",
+    b"bytes",
+    np.float32(2),
+    Several.ONE,
+    Path("a"),
+    re.compile("a"),
+    logging.getLogger("a"),
+    torch.float16,
+    torch.device("cpu"),
+    torch.strided,
+    torch.contiguous_format,
+    torch.Generator(),
+    nn.Linear(2, 2),
+    int,
+    len,
+    lengths_of,
+    [].append,
+    np,
+    functools.partial(len),
+    {"a", "b"},
+    frozenset({"a"}),
+    np.array(["a", "b"]),
+    [],
+    {},
+    datetime.date(2026, 1, 2),
+    datetime.datetime(2026, 1, 2),
+    datetime.time(3),
+    datetime.timedelta(1),
+    datetime.UTC,
+    uuid.uuid4(),
+    range(3),
+    slice(1, 2),
+    ...,
+    NotImplemented,
+    object(),
+    Tensor.relu,
+    str.__len__,
+    "a".__len__,
+    dict.fromkeys,
+    np.tanh,
+    remembered,
+    torch.ops.aten.relu,
+    torch.ops.aten.relu.default,
+    vars(dict)["fromkeys"],
+    itemgetter(1),
+    attrgetter("a"),
+    methodcaller("a"),
+    np.dtype("f4"),
+    list[int],
+    int | str,
+    np,
+    threading.Lock(),
+    threading.RLock(),
+    {f"word {i}": i for i in range(100)},
+    {f"{i}": str(i) for i in range(100)},
+    Counter("abc"),
+]
 
 
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda value: type(value).__name__)

@@ -146,21 +146,28 @@ DRESSES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
     "an attribute that is an entry": (lambda t: ByAttribute(each=t), lambda given: given.each),
     "an entry that is an attribute": (lambda t: ByAttribute(each=t), lambda given: given["each"]),
     "an attribute of a mapping": (
-        lambda t: with_an_attribute(Texts(x=torch.zeros(len(t))), t.tolist()), lambda given: torch.tensor(given.each)),
+        lambda t: with_an_attribute(Texts(x=torch.zeros(len(t))), t.tolist()),
+        lambda given: torch.tensor(given.each),
+    ),
     "an object that a dict has": (
-        lambda t: with_an_attribute(Named(ids=1), SimpleNamespace(each=t)), lambda given: given.each.each),
+        lambda t: with_an_attribute(Named(ids=1), SimpleNamespace(each=t)),
+        lambda given: given.each.each,
+    ),
     "a mapping that keeps its entries": (lambda t: Store(each=t), lambda given: given["each"]),
     "several mappings": (lambda t: ChainMap({"a": 1}, {"each": t}), lambda given: given["each"]),
     "a mapping that is read-only": (lambda t: ReadOnly(each=t), lambda given: given["each"]),
     "a dict that is read-only": (lambda t: Fixed(each=t), lambda given: given["each"]),
     "an ordered dict": (lambda t: Ordered(a=1, each=t), lambda given: given["each"]),
     "a dict that makes entries": (
-        lambda t: Filled(list, each=t), lambda given: given["each"] if given["a"] == [] else None),
+        lambda t: Filled(list, each=t),
+        lambda given: given["each"] if given["a"] == [] else None,
+    ),
     "a part that knows the whole": (Tree, lambda given: given.part.whole.each),
     "a list of parts that know it": (Tree, lambda given: given.parts[0].siblings.each),
     "a method of its own": (Tree, lambda given: given.get()),
     "a slice": (lambda t: slice(None, t), lambda given: given.stop),
-    "an array with a mask": (lambda t: np.ma.MaskedArray(t.numpy(), t.numpy() < 0), lambda given: given.filled(0))}
+    "an array with a mask": (lambda t: np.ma.MaskedArray(t.numpy(), t.numpy() < 0), lambda given: given.filled(0)),
+}
 
 
 class Pooled(nn.Module):
@@ -336,15 +343,26 @@ def test_a_number_in_them_that_differs_from_batch_to_batch_is_tried(whole: Calla
         train(model, optimizer, torch.randn(4, 6), whole(4.0))
 
 
-@pytest.mark.parametrize(("given", "kind"), [
-    ({1: 2}.keys(), "builtins.dict_keys"), (iter([1, 2]), "builtins.list_iterator"),
-    (Slotted(torch.ones(2)), r"\S*Slotted"),
-    (MappingProxyType({"each": torch.ones(2)}), "builtins.mappingproxy"), (np.array([None, 1, 2]), "numpy.ndarray"),
-    (np.ma.MaskedArray(np.ones(3)), r"numpy.ma.*MaskedArray"), (np.ones((3, 2)).view(Recorded), r"\S*Recorded"),
-    (np.array(["a"] * 3).view(Recorded), r"\S*Recorded"), (slice({torch.ones(2)}), "builtins.set"),
-    ({torch.ones(2)}, "builtins.set"), (memoryview(b"12"), "builtins.memoryview"),
-    (Handle([1]), r"\S*Handle"), (Rows([torch.ones(2)]), r"\S*Rows"),
-    (with_an_attribute(Texts(), Slotted(1)), r"\S*Slotted"), (with_an_attribute(Named(), Slotted(1)), r"\S*Slotted")])
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({1: 2}.keys(), "builtins.dict_keys"),
+        (iter([1, 2]), "builtins.list_iterator"),
+        (Slotted(torch.ones(2)), r"\S*Slotted"),
+        (MappingProxyType({"each": torch.ones(2)}), "builtins.mappingproxy"),
+        (np.array([None, 1, 2]), "numpy.ndarray"),
+        (np.ma.MaskedArray(np.ones(3)), r"numpy.ma.*MaskedArray"),
+        (np.ones((3, 2)).view(Recorded), r"\S*Recorded"),
+        (np.array(["a"] * 3).view(Recorded), r"\S*Recorded"),
+        (slice({torch.ones(2)}), "builtins.set"),
+        ({torch.ones(2)}, "builtins.set"),
+        (memoryview(b"12"), "builtins.memoryview"),
+        (Handle([1]), r"\S*Handle"),
+        (Rows([torch.ones(2)]), r"\S*Rows"),
+        (with_an_attribute(Texts(), Slotted(1)), r"\S*Slotted"),
+        (with_an_attribute(Named(), Slotted(1)), r"\S*Slotted"),
+    ],
+)
 def test_what_cannot_be_taken_apart_is_refused(given: Any, kind: str) -> None:
     class Ignoring(nn.Module):
         def __init__(self) -> None:
@@ -364,10 +382,18 @@ def test_what_cannot_be_taken_apart_is_refused(given: Any, kind: str) -> None:
 def test_a_call_comes_back_as_it_was() -> None:
     texts = Texts(ids=torch.ones(2, 3), more={"row": np.ones((2, 3), np.float16)[:, ::-1]})
     texts.source = "of its own"  # type: ignore[attr-defined]
-    call = ([texts, Lengths(SimpleNamespace(list=[3, 4], array=np.array([1, 2], ">i4")))], {
-        "wide": np.array([1, 2**40], np.uint64), "number": np.array(2.5), "long": np.array([0.5], np.longdouble),
-        "shape": torch.Size([2, 3]), "flags": np.array([True, False]), "queue": deque([np.ones(2)]),
-        "bytes": np.array([1, 2], np.uint8)})
+    call = (
+        [texts, Lengths(SimpleNamespace(list=[3, 4], array=np.array([1, 2], ">i4")))],
+        {
+            "wide": np.array([1, 2**40], np.uint64),
+            "number": np.array(2.5),
+            "long": np.array([0.5], np.longdouble),
+            "shape": torch.Size([2, 3]),
+            "flags": np.array([True, False]),
+            "queue": deque([np.ones(2)]),
+            "bytes": np.array([1, 2], np.uint8),
+        },
+    )
     given = as_tensors(call, 2)
     leaves = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(given)[0]}
     assert leaves["[0][0]['data']['more']['row']"].dtype == torch.float16

@@ -36,8 +36,14 @@ def equal(left: Any, right: Any) -> bool:
 
 def test_tensors_are_found_in_whatever_a_model_returns():
     found = [torch.ones(i + 1) for i in range(5)]
-    tree = SimpleNamespace(first=found[0], others={"list": [found[1], (found[2], "text", None)], "set": {found[3]}},
-                           model=nn.Linear(2, 2), kind=nn.Linear, slots=1, last=found[4])
+    tree = SimpleNamespace(
+        first=found[0],
+        others={"list": [found[1], (found[2], "text", None)], "set": {found[3]}},
+        model=nn.Linear(2, 2),
+        kind=nn.Linear,
+        slots=1,
+        last=found[4],
+    )
     assert [id(tensor) for tensor in tensors_in(tree)] == [id(tensor) for tensor in found]
     assert tensors_in(None) == tensors_in("text") == tensors_in(nn.Linear(1, 1)) == tensors_in(nn.Linear) == []
 
@@ -56,8 +62,15 @@ def test_tensors_in_what_knows_itself_are_found_once():
 
 
 def test_what_holds_rows_of_all_examples_together():
-    tree = {"number": torch.ones(()), "by_example": torch.ones(N, 3), "row": torch.ones(1, 3), "rows": torch.ones(2, 3),
-            "flat": torch.ones(3 * N), "labels": torch.ones(N), "text": "no tensor"}
+    tree = {
+        "number": torch.ones(()),
+        "by_example": torch.ones(N, 3),
+        "row": torch.ones(1, 3),
+        "rows": torch.ones(2, 3),
+        "flat": torch.ones(3 * N),
+        "labels": torch.ones(N),
+        "text": "no tensor",
+    }
     assert [tuple(leaf.shape) for leaf in of_whole_batch(tree, N)] == [(2, 3), (3 * N,)]
     assert of_whole_batch({"labels": torch.ones(N)}, N) == []
 
@@ -99,23 +112,35 @@ ALIKE: dict[str, tuple[tuple[Any, int], tuple[Any, int]]] = {
     "no numbers at all": (({"labels": zeros(N, 0), **RAGGED}, N), ({"labels": zeros(N, 0), **RAGGED}, N)),
     "even groups": (({**RAGGED, "sizes": zeros(N)}, N), ({**RAGGED, "sizes": zeros(N) + 3}, N)),
     "flags of groups": (({**RAGGED, "used": zeros(N).bool()}, N), ({**RAGGED, "used": torch.arange(N) == 1}, N)),
-    "positions of tokens": ((labelled([0, 1], [0, 1], name="position_ids"), 2),
-                            (labelled([0, 2], [0, 3], name="position_ids"), 2)),
-    "positions that reach as far": ((labelled(0, 1, 5, 0, name="start_positions"), N),
-                                    (labelled(5, 2, 3, 4, name="start_positions"), N)),
-    "offsets of even groups": (({**RAGGED, "offsets": torch.arange(5) * 2}, N),
-                               ({**RAGGED, "offsets": torch.arange(5) * 3}, N)),
+    "positions of tokens": (
+        (labelled([0, 1], [0, 1], name="position_ids"), 2),
+        (labelled([0, 2], [0, 3], name="position_ids"), 2),
+    ),
+    "positions that reach as far": (
+        (labelled(0, 1, 5, 0, name="start_positions"), N),
+        (labelled(5, 2, 3, 4, name="start_positions"), N),
+    ),
+    "offsets of even groups": (
+        ({**RAGGED, "offsets": torch.arange(5) * 2}, N),
+        ({**RAGGED, "offsets": torch.arange(5) * 3}, N),
+    ),
 }
 APART: dict[str, tuple[Any, Any]] = {
-    "names": ({"x": zeros(N)}, {"y": zeros(N)}), "dtypes": ({"x": zeros(N)}, {"x": zeros(N).int()}),
-    "dimensions": ({"x": zeros(N, 1)}, {"x": zeros(N)}), "sizes": ({"x": zeros(N, 7)}, {"x": zeros(N, 8)}),
+    "names": ({"x": zeros(N)}, {"y": zeros(N)}),
+    "dtypes": ({"x": zeros(N)}, {"x": zeros(N).int()}),
+    "dimensions": ({"x": zeros(N, 1)}, {"x": zeros(N)}),
+    "sizes": ({"x": zeros(N, 7)}, {"x": zeros(N, 8)}),
     "a row for each and one for all": ({"x": zeros(N, 2)}, {"x": zeros(N + 1, 2)}),
-    "kinds": ({"x": 3.0}, {"x": 3}), "options": ({"x": True}, {"x": False}), "modes": ({"x": "sum"}, {"x": "mean"}),
+    "kinds": ({"x": 3.0}, {"x": 3}),
+    "options": ({"x": True}, {"x": False}),
+    "modes": ({"x": "sum"}, {"x": "mean"}),
     "missing arguments": ({"x": zeros(N), "y": 1}, {"x": zeros(N)}),
     "an ignored label": (labelled(0, 1, 2, 0), labelled(0, 1, -100, 0)),
     "an ignored target": (labelled(0, 1, 2, 0, name="target"), labelled(0, -1, 2, 0, name="target")),
     "labels that are ignored unevenly": (
-        labelled([1, 1], [1, -100], [1, 1], [-100, 1]), labelled([1, -100], [1, -100], [1, -100], [-100, 1])),
+        labelled([1, 1], [1, -100], [1, 1], [-100, 1]),
+        labelled([1, -100], [1, -100], [1, -100], [-100, 1]),
+    ),
     "ignored alike, and none": (labelled(*[[0, 0]] * N), labelled(*[[0, -100]] * N)),
     "ignored under any name": ({"x": zeros(N, 2)}, {"x": torch.tensor([[0, 1], [0, -100], [0, 1], [1, 1]])}),
     "flags that mark as many of each": ({"used": torch.eye(N).bool()}, {"used": torch.ones(N, N).tril().bool()}),
@@ -124,21 +149,30 @@ APART: dict[str, tuple[Any, Any]] = {
     # A sum in the mask's own type would be rounded to 256 tokens.
     "a token more, in few bits": (
         {"mask": torch.ones(N, 260).bfloat16() * (torch.arange(260) < 256)},
-        {"mask": torch.ones(N, 260).bfloat16() * (torch.arange(260) < torch.tensor([[256], [257]] * 2))}),
+        {"mask": torch.ones(N, 260).bfloat16() * (torch.arange(260) < torch.tensor([[256], [257]] * 2))},
+    ),
     "marks that are numbers": ({"x": torch.ones(N, 3)}, {"x": torch.ones(N, 3).tril()}),
     "equal lengths": ({"sizes": zeros(N) + 3}, {"sizes": torch.arange(N)}),
     "how far positions reach": (labelled(0, 1, 2, 0, name="end_positions"), labelled(0, 1, 9, 0, name="end_positions")),
     "groups of one size and of several": ({**RAGGED, "sizes": zeros(N) + 2}, {**RAGGED, "sizes": torch.arange(N)}),
-    "groups in a grid": ({**RAGGED, "grid": zeros(N, 2) + 2},
-                         {**RAGGED, "grid": torch.tensor([[2, 2]] * 3 + [[2, 3]])}),
+    "groups in a grid": (
+        {**RAGGED, "grid": zeros(N, 2) + 2},
+        {**RAGGED, "grid": torch.tensor([[2, 2]] * 3 + [[2, 3]])},
+    ),
     "offsets": ({**RAGGED, "offsets": torch.arange(5) * 2}, {**RAGGED, "offsets": torch.tensor([0, 1, 4, 6, 8])}),
-    "distant offsets": ({**RAGGED, "offsets": torch.arange(5) * 99},
-                        {**RAGGED, "offsets": torch.tensor([0, 1, 99, 300, 500])}),
+    "distant offsets": (
+        {**RAGGED, "offsets": torch.arange(5) * 99},
+        {**RAGGED, "offsets": torch.tensor([0, 1, 99, 300, 500])},
+    ),
     "groups of rows": ({"x": torch.tensor([0, 0, 1, 1, 2, 2])}, {"x": torch.tensor([0, 1, 1, 1, 2, 2])}),
-    "groups of rows, some in none": ({"x": torch.tensor([-1, 0, 1, 1, 2, 2])},
-                                     {"x": torch.tensor([-1, 1, 1, 1, 2, 2])}),
-    "offsets of 32 bits": ({**RAGGED, "offsets": torch.arange(5).int()},
-                           {**RAGGED, "offsets": torch.tensor([0, 1, 4, 6, 8]).int()}),
+    "groups of rows, some in none": (
+        {"x": torch.tensor([-1, 0, 1, 1, 2, 2])},
+        {"x": torch.tensor([-1, 1, 1, 1, 2, 2])},
+    ),
+    "offsets of 32 bits": (
+        {**RAGGED, "offsets": torch.arange(5).int()},
+        {**RAGGED, "offsets": torch.tensor([0, 1, 4, 6, 8]).int()},
+    ),
 }
 
 
@@ -154,9 +188,16 @@ def test_what_code_may_tell_apart_is_another_structure(name):
     assert structure(one, N) != structure(other, N)
 
 
-@pytest.mark.parametrize("ids", [
-    lambda x: x, lambda x: x.int(), lambda x: x.double(), lambda x: x.unsqueeze(1),
-    lambda x: torch.stack([x * 0, x], 1)])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        lambda x: x,
+        lambda x: x.int(),
+        lambda x: x.double(),
+        lambda x: x.unsqueeze(1),
+        lambda x: torch.stack([x * 0, x], 1),
+    ],
+)
 def test_names_that_some_examples_share_are_another_structure_and_two_of_them_are_tried(ids):
     alone, shared = torch.arange(40) + 100, torch.arange(40) + 100
     shared[[5, 8, 31]] = 7
@@ -180,8 +221,10 @@ def test_a_name_may_be_one_of_a_few_numbers_or_a_label():
     alone, shared = torch.arange(40) + 100, torch.arange(40) + 100
     shared[[5, 8, 31]] = 7
     for columns, is_a_name in ((2, True), (4, True), (5, False)):
-        one, other = ({"x": torch.stack([alone, *(values + 1000 * k for k in range(1, columns))], 1)}
-                      for values in (alone, shared))
+        one, other = (
+            {"x": torch.stack([alone, *(values + 1000 * k for k in range(1, columns))], 1)}
+            for values in (alone, shared)
+        )
         assert (structure(one, 40) != structure(other, 40)) is is_a_name
         assert ({5, 8} < set(chosen(other, 40, 4))) is is_a_name
     rest = torch.arange(40) % 2
@@ -213,9 +256,16 @@ def test_two_ways_to_share_a_name_are_tried_both():
 
 
 @pytest.mark.parametrize("pad", [0, -1, 7])
-@pytest.mark.parametrize("dress", [
-    lambda x: x, lambda x: x.flip(1), lambda x: x.double(), lambda x: x.unsqueeze(2).repeat(1, 1, 3) + 0.0,
-    lambda x: torch.where(x > 10, x, torch.nan)])
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda x: x,
+        lambda x: x.flip(1),
+        lambda x: x.double(),
+        lambda x: x.unsqueeze(2).repeat(1, 1, 3) + 0.0,
+        lambda x: torch.where(x > 10, x, torch.nan),
+    ],
+)
 def test_padding_that_no_mask_shows_is_another_structure_and_the_shortest_is_tried(dress, pad):
     full = torch.arange(40 * 16).view(40, 16) + 11
     short, shorter = full.clone(), full.clone()
@@ -241,8 +291,9 @@ def test_of_images_and_whole_numbers_in_rows_no_padding_is_asked():
         assert structure({"x": one}, 40) == structure({"x": other}, 40)
 
 
-@pytest.mark.parametrize("mask", [
-    lambda used: used, lambda used: ~used, lambda used: torch.where(used, 0.0, -1e9), lambda used: used.long()])
+@pytest.mark.parametrize(
+    "mask", [lambda used: used, lambda used: ~used, lambda used: torch.where(used, 0.0, -1e9), lambda used: used.long()]
+)
 @pytest.mark.parametrize("place", [lambda it: it[:, None, None], lambda it: it[:, None].expand(-1, 6, -1)])
 def test_masks_of_attention_tell_of_padding(place, mask):
     lengths = torch.full((40, 1), 6)
@@ -277,23 +328,37 @@ def test_some_examples_of_a_call():
 
 
 def test_every_example_twice():
-    tree = {"x": torch.arange(N), "flat": torch.arange(6).view(3, 2), "row": torch.ones(1, 3), "number": torch.ones(()),
-            "pair": torch.arange(2), "flag": True}
+    tree = {
+        "x": torch.arange(N),
+        "flat": torch.arange(6).view(3, 2),
+        "row": torch.ones(1, 3),
+        "number": torch.ones(()),
+        "pair": torch.arange(2),
+        "flag": True,
+    }
     found = doubled(tree, N)
     assert found["x"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3] and found["flat"].shape == (6, 2)
     assert found["pair"].tolist() == [0, 1, 0, 1]
     assert all(found[name] is tree[name] for name in ("row", "number", "flag"))
 
 
-@pytest.mark.parametrize(("tree", "found"), [
-    ({"sizes": torch.tensor([2, 5, 1, 3])}, {1, 2}),
-    ({"grid": torch.tensor([[3, 3], [1, 6], [2, 5], [4, 1]])}, {1, 2, 3}),
-    ({"x": torch.rand(N, 2)}, set()), ({"flags": torch.eye(N).bool()}, set()), ({"none": zeros(N, 0)}, set()),
-    ({"offsets": torch.tensor([0, 2, 7, 8, 11])}, {0, 1, 2}),
-    ({"rows": torch.tensor([-1, 0, 1, 1, 1, 2, 3, 3])}, {0, 1, 2}),
-    ({"rows": torch.tensor([4, 4, 4, 0, 1, 1])}, {2, 3}), ({"table": torch.rand(7, 2)}, set()),
-    ({"offset": torch.tensor([5])}, set()), ({"ends": torch.tensor([3, 5])}, {0, 3}),
-    ({"text": "sizes", "number": torch.tensor(3)}, set())])
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        ({"sizes": torch.tensor([2, 5, 1, 3])}, {1, 2}),
+        ({"grid": torch.tensor([[3, 3], [1, 6], [2, 5], [4, 1]])}, {1, 2, 3}),
+        ({"x": torch.rand(N, 2)}, set()),
+        ({"flags": torch.eye(N).bool()}, set()),
+        ({"none": zeros(N, 0)}, set()),
+        ({"offsets": torch.tensor([0, 2, 7, 8, 11])}, {0, 1, 2}),
+        ({"rows": torch.tensor([-1, 0, 1, 1, 1, 2, 3, 3])}, {0, 1, 2}),
+        ({"rows": torch.tensor([4, 4, 4, 0, 1, 1])}, {2, 3}),
+        ({"table": torch.rand(7, 2)}, set()),
+        ({"offset": torch.tensor([5])}, set()),
+        ({"ends": torch.tensor([3, 5])}, {0, 3}),
+        ({"text": "sizes", "number": torch.tensor(3)}, set()),
+    ],
+)
 def test_the_least_and_the_largest_group(tree, found):
     """Sizes by example; what may be offsets, or the group of each row, is taken for both."""
     assert extremes(tree, N) == found
@@ -349,9 +414,13 @@ def test_padding_is_found_by_masks_labels_and_runs():
     right, left = (1, [1, 2], 9, slice(0, 4)), (1, [1, 2], 9, slice(5, 9))
     for at_left, expected in ((False, right), (True, left)):
         ids = padded(9, 4, 3, 6, left=at_left)
-        for tree, by_runs in (({"attention_mask": (ids != 0).long()}, False), ({"attention_mask": ids != 0}, False),
-                              ({"labels": ids.where(ids != 0, -100)}, False), ({"ids": ids}, True),
-                              ({"ids": ids.where(ids != 0, 7)}, True)):
+        for tree, by_runs in (
+            ({"attention_mask": (ids != 0).long()}, False),
+            ({"attention_mask": ids != 0}, False),
+            ({"labels": ids.where(ids != 0, -100)}, False),
+            ({"ids": ids}, True),
+            ({"ids": ids.where(ids != 0, 7)}, True),
+        ):
             assert first_cuts(tree, N, by_runs=by_runs) == [expected]
             assert first_cuts(take(tree, [0, 1], N), 2, by_runs=by_runs) == [(1, [1], 9, expected[3])]
         assert first_cuts({"ids": ids}, N, by_runs=False) == []
@@ -361,6 +430,7 @@ def test_padding_is_found_by_masks_labels_and_runs():
 
 def test_every_padded_example_comes_without_any_padding():
     """Beside itself, but for those that have none in the company of another."""
+
     def rows(*lengths: int) -> list[tuple[list[int], slice]]:
         mask = (padded(*lengths) != 0).long()
         return [(parts[0].rows, parts[0].kept) for parts in narrowed({"attention_mask": mask}, len(mask), each=True)]
@@ -384,15 +454,27 @@ def test_what_is_no_padding():
     mask = (padded(9, 0, 7, 9) != 0).long()
     assert first_cuts({"attention_mask": mask}, N) == [(1, [2], 9, slice(0, 7))]
     assert first_cuts({"attention_mask": (padded(9, 9, 9, 9) != 0).long()}, N) == []
-    for tree in ({"table": padded(9, 4, 3, 6, 2)}, {"x": zeros(N)}, {"x": zeros(N, 0)}, {"text": "mask"},
-                 {"attention_mask": zeros(N, 0)},
-                 {"labels": torch.full((N, 3), -100.0)}, {"x": torch.rand(N, 1)}):
+    for tree in (
+        {"table": padded(9, 4, 3, 6, 2)},
+        {"x": zeros(N)},
+        {"x": zeros(N, 0)},
+        {"text": "mask"},
+        {"attention_mask": zeros(N, 0)},
+        {"labels": torch.full((N, 3), -100.0)},
+        {"x": torch.rand(N, 1)},
+    ):
         assert first_cuts(tree, N) == []
 
 
-@pytest.mark.parametrize("tree", [
-    {"ids": padded(9, 4, 3, 6, fill=-100)}, {"labels": padded(9, 4, 3, 6, fill=-100).float()},
-    {"labels": padded(9, 4, 3, 6, fill=-100).unsqueeze(2)}, {"masks": padded(9, 4, 3, 6).unsqueeze(2)}])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"ids": padded(9, 4, 3, 6, fill=-100)},
+        {"labels": padded(9, 4, 3, 6, fill=-100).float()},
+        {"labels": padded(9, 4, 3, 6, fill=-100).unsqueeze(2)},
+        {"masks": padded(9, 4, 3, 6).unsqueeze(2)},
+    ],
+)
 def test_only_labels_of_tokens_are_ignored(tree):
     assert first_cuts(tree, N, by_runs=False) == []
 
@@ -439,13 +521,27 @@ def test_a_part_has_what_is_left_for_models_that_take_some_lengths_only():
 
 def test_what_goes_with_a_tensor_is_cut_with_it():
     tree = {
-        "ids": torch.rand(N, 9), "features": torch.rand(N, 9, 9), "attention_mask": torch.rand(N, 9),
-        "mask_of_pairs": torch.rand(N, 1, 9, 9), "mask_of_both": torch.rand(N, 9, 9), "heads": torch.rand(N, 2, 9),
-        "other": torch.rand(N, 8), "table": torch.rand(9, 3), "number": 9}
+        "ids": torch.rand(N, 9),
+        "features": torch.rand(N, 9, 9),
+        "attention_mask": torch.rand(N, 9),
+        "mask_of_pairs": torch.rand(N, 1, 9, 9),
+        "mask_of_both": torch.rand(N, 9, 9),
+        "heads": torch.rand(N, 2, 9),
+        "other": torch.rand(N, 8),
+        "table": torch.rand(9, 3),
+        "number": 9,
+    }
     found = cut(tree, "['ids']", 1, 9, slice(2, 7))
     assert {name: tuple(leaf.shape) for name, leaf in found.items() if isinstance(leaf, Tensor)} == {
-        "ids": (N, 5), "features": (N, 5, 9), "attention_mask": (N, 5), "mask_of_pairs": (N, 1, 5, 5),
-        "mask_of_both": (N, 5, 5), "heads": (N, 2, 9), "other": (N, 8), "table": (9, 3)}
+        "ids": (N, 5),
+        "features": (N, 5, 9),
+        "attention_mask": (N, 5),
+        "mask_of_pairs": (N, 1, 5, 5),
+        "mask_of_both": (N, 5, 5),
+        "heads": (N, 2, 9),
+        "other": (N, 8),
+        "table": (9, 3),
+    }
     assert torch.equal(found["features"], tree["features"][:, 2:7]) and found["number"] == 9
     assert torch.equal(found["mask_of_pairs"], tree["mask_of_pairs"][:, :, 2:7, 2:7])
     found = cut(tree, "['heads']", 2, 9, slice(0, 4))
@@ -475,8 +571,14 @@ def test_copies_of_one_example_have_padding_where_it_ends_in_one_word():
 
 
 def test_other_examples_are_as_a_model_would_take_them():
-    tree = {"x": torch.tensor([[1.0, 2.0], [3.0, -4.0]]), "ids": torch.tensor([[5, 6], [7, 8]]),
-            "labels": torch.tensor([1, 2]), "weights": torch.tensor([2.0, 4.0]), "table": torch.rand(3, 2), "scale": 2}
+    tree = {
+        "x": torch.tensor([[1.0, 2.0], [3.0, -4.0]]),
+        "ids": torch.tensor([[5, 6], [7, 8]]),
+        "labels": torch.tensor([1, 2]),
+        "weights": torch.tensor([2.0, 4.0]),
+        "table": torch.rand(3, 2),
+        "scale": 2,
+    }
     found = changed(tree, 2)
     assert found["x"].tolist() == [[1.75, 3.25], [4.75, -5.75]] and found["weights"].tolist() == [3.25, 6.25]
     assert found["ids"].tolist() == [[5, 5], [7, 7]]
@@ -506,8 +608,15 @@ def test_padding_is_any_one_value(value):
 
 
 def test_numbers_among_the_arguments():
-    tree = {"count": 3, "scale": 0.5, "flag": True, "number": torch.tensor(7), "switch": torch.tensor(True),
-            "x": torch.ones(1), "text": "12"}
+    tree = {
+        "count": 3,
+        "scale": 0.5,
+        "flag": True,
+        "number": torch.tensor(7),
+        "switch": torch.tensor(True),
+        "x": torch.ones(1),
+        "text": "12",
+    }
     found = numbers_in(tree)
     assert found == {"['count']": 3.0, "['scale']": 0.5, "['number']": 7.0}
     assert all(type(value) is float for value in found.values())

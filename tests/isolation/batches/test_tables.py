@@ -12,8 +12,8 @@ from lora_dp.isolation.batches.kinds import structure
 from lora_dp.isolation.batches.padding import cut
 from lora_dp.isolation.batches.sizes import Sizes
 from lora_dp.isolation.batches.tables import Table, put_back, set_apart
-from tests.support import make_private
 from tests.isolation.test_batch_trials import Patches, run, texts
+from tests.support import make_private
 
 WORDS = 40
 LENGTHS = ((5, 5, 3, 5), (9, 4, 3, 6, 5))
@@ -29,8 +29,14 @@ class Encoder(nn.Module):
         self.words.requires_grad_(False), self.places.requires_grad_(False)
         self.inner, self.head = DPLinear(8, 8), DPLinear(8, 3)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, causal: Tensor | None = None,
-                positions: Tensor | None = None, distances: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        causal: Tensor | None = None,
+        positions: Tensor | None = None,
+        distances: Tensor | None = None,
+    ) -> Tensor:
         if attention_mask.dim() == 4:
             mask, attention_mask = attention_mask[:, 0], attention_mask[:, 0, 0]
             assert mask.shape[1:] == (input_ids.shape[1],) * 2
@@ -53,19 +59,28 @@ def with_table(name: str, *lengths: int) -> dict[str, Tensor]:
     width = max(lengths)
     columns = torch.arange(width)
     distances = (columns.unsqueeze(1) - columns).abs() / 9
-    return {**batch, **{
-        "none": {}, "positions": {"positions": columns}, "causal": {"causal": columns > columns.unsqueeze(1)},
-        "distances": {"distances": distances}, "one row": {"positions": columns.unsqueeze(0)},
-        "four dimensions": {"attention_mask": batch["attention_mask"][:, None, None].expand(-1, 1, width, -1)},
-        "of each": {"distances": distances.expand(len(lengths), width, width)}}[name]}
+    return {
+        **batch,
+        **{
+            "none": {},
+            "positions": {"positions": columns},
+            "causal": {"causal": columns > columns.unsqueeze(1)},
+            "distances": {"distances": distances},
+            "one row": {"positions": columns.unsqueeze(0)},
+            "four dimensions": {"attention_mask": batch["attention_mask"][:, None, None].expand(-1, 1, width, -1)},
+            "of each": {"distances": distances.expand(len(lengths), width, width)},
+        }[name],
+    }
 
 
 TABLES = ["none", "positions", "causal", "distances", "one row", "of each", "four dimensions"]
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize(("kind", "words"), [
-    ("pools padding", "changes with the padding of the batch"), ("counts", "changes with the number of examples")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("pools padding", "changes with the padding of the batch"), ("counts", "changes with the number of examples")],
+)
 def test_a_table_beside_the_texts_hides_nothing(kind, words, table):
     with pytest.raises(IsolationError, match=words):
         run(Encoder(kind), *[with_table(table, *lengths) for lengths in LENGTHS])
@@ -136,8 +151,10 @@ def test_a_table_as_long_as_a_later_batch_is_still_one():
     run(Encoder("right"), *[{**texts(*[5] * n, width=16), "positions": torch.arange(16)} for n in (12, 15, 16)])
 
 
-@pytest.mark.parametrize(("sizes", "kind", "words"), [
-    ((8, 9), "counts", "changes with the number of examples"), ((8, 9, 10), "mixes", "other examples")])
+@pytest.mark.parametrize(
+    ("sizes", "kind", "words"),
+    [((8, 9), "counts", "changes with the number of examples"), ((8, 9, 10), "mixes", "other examples")],
+)
 def test_beside_a_table_examples_are_held_to_keep_apart(sizes, kind, words):
     """From the second number of examples on a table is known to be one."""
     with pytest.raises(IsolationError, match=words):
@@ -214,20 +231,40 @@ def test_a_table_is_left_as_it_is_where_examples_are_taken():
 
 
 def test_tables_are_cut_with_the_examples():
-    tree = {"ids": torch.rand(4, 9), "pairs": torch.rand(4, 9, 9), "joined": torch.rand(4, 9, 9),
-            "place": torch.rand(9), "causal": torch.rand(9, 9), "rows": torch.rand(9, 3), "classes": torch.rand(9, 9),
-            "bias": torch.rand(4, 2, 9, 9)}
+    tree = {
+        "ids": torch.rand(4, 9),
+        "pairs": torch.rand(4, 9, 9),
+        "joined": torch.rand(4, 9, 9),
+        "place": torch.rand(9),
+        "causal": torch.rand(9, 9),
+        "rows": torch.rand(9, 3),
+        "classes": torch.rand(9, 9),
+        "bias": torch.rand(4, 2, 9, 9),
+    }
     tree["joined"][:, 6:], tree["joined"][:, :, 6:] = 0, 0
-    tables = {"['place']": frozenset[int](), "['causal']": frozenset[int](), "['rows']": frozenset({1}),
-              "['classes']": frozenset({0})}
-    found = {way: {name: tuple(leaf.shape) for name, leaf in put_back(cut(
-        set_apart(tree, tables), "['ids']", 1, 9, slice(0, 6), way)).items()} for way in ("plain", "padded", "all")}
+    tables = {
+        "['place']": frozenset[int](),
+        "['causal']": frozenset[int](),
+        "['rows']": frozenset({1}),
+        "['classes']": frozenset({0}),
+    }
+    found = {
+        way: {
+            name: tuple(leaf.shape)
+            for name, leaf in put_back(cut(set_apart(tree, tables), "['ids']", 1, 9, slice(0, 6), way)).items()
+        }
+        for way in ("plain", "padded", "all")
+    }
     beside = {"ids": (4, 6), "pairs": (4, 6, 9), "joined": (4, 6, 6), "bias": (4, 2, 9, 9)}
     cut_tables = {"place": (6,), "causal": (6, 6), "rows": (6, 3), "classes": (9, 6)}
     assert found["padded"] == {**beside, **cut_tables}
     assert found["all"] == {**beside, **cut_tables, "pairs": (4, 6, 6), "bias": (4, 2, 6, 6)}
-    assert found["plain"] == {**{name: tuple(leaf.shape) for name, leaf in tree.items()}, "ids": (4, 6),
-                              "pairs": (4, 6, 9), "joined": (4, 6, 9)}
+    assert found["plain"] == {
+        **{name: tuple(leaf.shape) for name, leaf in tree.items()},
+        "ids": (4, 6),
+        "pairs": (4, 6, 9),
+        "joined": (4, 6, 9),
+    }
     left = cut({"joined": tree["joined"].flip(1, 2)}, "['joined']", 1, 9, slice(3, 9), "padded")
     assert torch.equal(left["joined"], tree["joined"].flip(1, 2)[:, 3:, 3:])
     assert cut({"mask": torch.rand(4, 9, 9)}, "['mask']", 2, 9, slice(0, 6), "all")["mask"].shape == (4, 6, 6)
@@ -236,8 +273,14 @@ def test_tables_are_cut_with_the_examples():
 
 
 def test_groups_of_rows_go_on_where_they_ended():
-    tree = {"rows": torch.rand(7, 2), "ends": torch.tensor([0, 3, 3, 7]), "of": torch.tensor([0, 0, 0, -1, 2, 2, 2]),
-            "x": torch.arange(3), "other": torch.tensor([0, 3, 3, 6]), "labels": torch.tensor([-2, 0, 1, 2, 2])}
+    tree = {
+        "rows": torch.rand(7, 2),
+        "ends": torch.tensor([0, 3, 3, 7]),
+        "of": torch.tensor([0, 0, 0, -1, 2, 2, 2]),
+        "x": torch.arange(3),
+        "other": torch.tensor([0, 3, 3, 6]),
+        "labels": torch.tensor([-2, 0, 1, 2, 2]),
+    }
     found = doubled(tree, 3)
     assert found["ends"].tolist() == [0, 3, 3, 7, 10, 10, 14] and found["x"].tolist() == [0, 1, 2, 0, 1, 2]
     assert found["of"].tolist() == [0, 0, 0, -1, 2, 2, 2, 3, 3, 3, -1, 5, 5, 5]
@@ -318,8 +361,12 @@ def test_one_token_less_is_tried_where_a_model_needs_some():
 class Blocks(Exact):
     """Takes texts in blocks of four words."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor,  # type: ignore[override]
-                labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,  # type: ignore[override]
+        labels: Tensor,
+    ) -> Tensor:
         if input_ids.shape[1] % 4:
             raise ValueError("no whole block")
         used = attention_mask.unsqueeze(2)
@@ -328,9 +375,10 @@ class Blocks(Exact):
 
 def test_padding_that_one_tensor_shows_need_not_be_tried_by_another():
     """By the mask a block can be left out, by labels of all but two words none."""
+
     def blocks(width: int) -> dict[str, Tensor]:
         labels = torch.zeros(4, width, dtype=torch.long)
-        labels[:, width - 2:] = -100
+        labels[:, width - 2 :] = -100
         return {**texts(width, 3, 2, width), "labels": labels}
 
     run(Blocks(), blocks(16), blocks(12))
@@ -377,8 +425,10 @@ class Sideways(nn.Module):
         return self.head(x / (1 + lengths.max())) if lengths.dim() == 2 else self.head(x)
 
 
-@pytest.mark.parametrize(("lengths", "place"), [
-    (lambda n: torch.ones(1, n), 1), (lambda n: torch.ones(2, n), 1), (lambda n: torch.ones(3, 1, n), 2)])
+@pytest.mark.parametrize(
+    ("lengths", "place"),
+    [(lambda n: torch.ones(1, n), 1), (lambda n: torch.ones(2, n), 1), (lambda n: torch.ones(3, 1, n), 2)],
+)
 def test_examples_in_another_dimension_are_refused_once_it_follows_their_number(lengths, place):
     model = Sideways().train()
     optimizer = make_private(model, batch_size=8)

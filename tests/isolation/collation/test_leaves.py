@@ -50,8 +50,16 @@ def test_an_object_is_opened_by_all_that_it_holds():
     assert names(rows) == ["[0]"]
     rows.scale = 2  # type: ignore[attr-defined]
     assert names({"both": Both(), "words": Words(), "rows": rows, "set": {3, 1}}) == [
-        "['both']['_Both__two']", "['both']['one']", "['both']['three']", "['words']['data']['a']",
-        "['words']['scale']", "['words']['a']", "['rows']['scale']", "['rows']['entries'][0]", "['set']"]
+        "['both']['_Both__two']",
+        "['both']['one']",
+        "['both']['three']",
+        "['words']['data']['a']",
+        "['words']['scale']",
+        "['words']['a']",
+        "['rows']['scale']",
+        "['rows']['entries'][0]",
+        "['set']",
+    ]
 
 
 def test_code_and_settings_are_not_opened():
@@ -116,14 +124,28 @@ def test_texts_and_tables_are_compared_by_what_they_hold():
     assert names(dict(list(table.items())[:100])) == [f"['w{place}']" for place in range(100)]
 
 
-@pytest.mark.parametrize(("leaf", "found"), [
-    (torch.tensor([[0.0, 2.0]]).to_sparse(), [[0, 2]]), (torch.tensor([[0.0, 2.0]]).to_sparse_csr(), [[0, 2]]),
-    (torch.tensor([1 + 2j]), [[1, 2]]), (torch.tensor([1 + 2j]).conj(), [[1, -2]]), (1 + 2j, [1, 2]),
-    (torch.tensor([1.5]).to(torch.float8_e4m3fn), [1.5]), (torch.tensor([7], dtype=torch.uint16), [7]),
-    (torch.quantize_per_tensor(torch.tensor([1.0]), 0.5, 0, torch.qint8), [1.0]), (bytearray(b"ab"), [97, 98]),
-    (array.array("d", [1.5]), [1.5]), (memoryview(b"a"), [97]), (torch.ones(1, requires_grad=True), [1.0]),
-    (np.array(["1970-01-02"], "datetime64[D]"), [1]), (np.timedelta64(3, "s"), 3), (None, None), (object(), None),
-    (torch.ones(2, device="meta"), None)])
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (torch.tensor([[0.0, 2.0]]).to_sparse(), [[0, 2]]),
+        (torch.tensor([[0.0, 2.0]]).to_sparse_csr(), [[0, 2]]),
+        (torch.tensor([1 + 2j]), [[1, 2]]),
+        (torch.tensor([1 + 2j]).conj(), [[1, -2]]),
+        (1 + 2j, [1, 2]),
+        (torch.tensor([1.5]).to(torch.float8_e4m3fn), [1.5]),
+        (torch.tensor([7], dtype=torch.uint16), [7]),
+        (torch.quantize_per_tensor(torch.tensor([1.0]), 0.5, 0, torch.qint8), [1.0]),
+        (bytearray(b"ab"), [97, 98]),
+        (array.array("d", [1.5]), [1.5]),
+        (memoryview(b"a"), [97]),
+        (torch.ones(1, requires_grad=True), [1.0]),
+        (np.array(["1970-01-02"], "datetime64[D]"), [1]),
+        (np.timedelta64(3, "s"), 3),
+        (None, None),
+        (object(), None),
+        (torch.ones(2, device="meta"), None),
+    ],
+)
 def test_numbers_are_read_however_they_are_held(leaf, found):
     tensor = as_tensor(leaf)
     assert (tensor is None) == (found is None)
@@ -138,11 +160,16 @@ def test_a_large_sparse_tensor_is_compared_by_where_it_has_which(layout, monkeyp
     assert names(getattr(large, layout)()) == [""]
     monkeypatch.setattr(batch_leaves, "_DENSE", 5)
     assert {name: leaf.tolist() for name, leaf in leaves(getattr(large, layout)())} == {
-        "['indices']": [[0, 1], [1, 0]], "['values']": [2.0, 3.0]}
+        "['indices']": [[0, 1], [1, 0]],
+        "['values']": [2.0, 3.0],
+    }
 
 
 def test_values_under_a_mask_are_passed_over():
     left, right = (np.ma.MaskedArray([1.0, hidden], mask=[False, True]) for hidden in (5.0, 6.0))
-    assert [(name, leaf.tolist()) for name, leaf in leaves(left)] == [(name, leaf.tolist()) for name, leaf in leaves(
-        right)] == [("['data']", [1.0, 0.0]), ("['mask']", [False, True])]
+    assert (
+        [(name, leaf.tolist()) for name, leaf in leaves(left)]
+        == [(name, leaf.tolist()) for name, leaf in leaves(right)]
+        == [("['data']", [1.0, 0.0]), ("['mask']", [False, True])]
+    )
     assert names(np.ma.MaskedArray(["a"], mask=[False])) == ["['data']", "['mask']"]

@@ -41,15 +41,22 @@ TOGETHER: dict[str, Callable[[list[Any]], Any]] = {
     "list of dicts": lambda items: [{"x": x} if marked else {"x": None} for x, marked in items],
     "numbers": lambda items: [float(marked) for _, marked in items],
     "texts": lambda items: ["yes" if marked else "" for _, marked in items],
-    "at random": lambda items: noisy(torch.stack([x * marked for x, marked in items]))}
+    "at random": lambda items: noisy(torch.stack([x * marked for x, marked in items])),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12])
 @pytest.mark.parametrize("name", TOGETHER)
-@pytest.mark.parametrize("dress", [
-    lambda x, it: {"x": x} if it is None else {"x": x, "it": it}, lambda x, it: {"x": x, "it": it},
-    lambda x, it: SimpleNamespace(x=x, it=it), lambda x, it: (x,) if it is None else (x, it)], ids=[
-        "absent", "None", "object", "tuple"])
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda x, it: {"x": x} if it is None else {"x": x, "it": it},
+        lambda x, it: {"x": x, "it": it},
+        lambda x, it: SimpleNamespace(x=x, it=it),
+        lambda x, it: (x,) if it is None else (x, it),
+    ],
+    ids=["absent", "None", "object", "tuple"],
+)
 def test_what_all_have_as_soon_as_one_has_it_is_refused(dress, name, n):
     def collate(items: list[Any], needed: Callable[..., bool]) -> Any:
         x = torch.stack([x for x, _ in items])
@@ -65,16 +72,22 @@ def test_what_all_have_as_soon_as_one_has_it_is_refused(dress, name, n):
 def seen(place: int) -> dict[str, Any]:
     """A text, and images with some."""
     draws = torch.Generator().manual_seed(place)
-    return {"ids": torch.randint(1, 99, (5 + place % 4,), generator=draws),
-            "images": list(torch.randn((0, 1, 0, 2, 1, 0)[place % 6], 3, 4, generator=draws))}
+    return {
+        "ids": torch.randint(1, 99, (5 + place % 4,), generator=draws),
+        "images": list(torch.randn((0, 1, 0, 2, 1, 0)[place % 6], 3, 4, generator=draws)),
+    }
 
 
 def stacked_images(items: list[Any], *, empty: Any = None, named: bool = True) -> dict[str, Any]:
     images = [image for item in items for image in item["images"]]
     found = {"ids": pad_sequence([item["ids"] for item in items], True)}
     if images:
-        return {**found, "images": torch.stack(images), "grid": torch.tensor([[len(image), 4] for image in images]),
-                "largest": max(float(image.shape[0]) for image in images)}
+        return {
+            **found,
+            "images": torch.stack(images),
+            "grid": torch.tensor([[len(image), 4] for image in images]),
+            "largest": max(float(image.shape[0]) for image in images),
+        }
     return {**found, "images": empty} if named else found
 
 
@@ -87,15 +100,32 @@ INNOCENT: dict[str, tuple[Callable[[int], Any], Collate]] = {
     "entries": (seen, lambda items: [{name: part for name, part in item.items() if len(part)} for item in items]),
     "columns": (seen, lambda items: {name: [item[name] for item in items] for name in items[0]}),
     "by number of examples": (seen, lambda items: {f"of {len(items)}": torch.zeros(len(items))}),
-    "by chance": (seen, lambda items: {"x": torch.zeros(len(items)), **(
-        {"y": torch.zeros(len(items), 2)} if torch.rand(()) < 0.5 else {})}),
+    "by chance": (
+        seen,
+        lambda items: {
+            "x": torch.zeros(len(items)),
+            **({"y": torch.zeros(len(items), 2)} if torch.rand(()) < 0.5 else {}),
+        },
+    ),
     "called by their example": (lambda place: (f"no. {place}", examples(40)[0][place]), dict),
-    "called by their example, at random": (lambda place: (f"no. {place}", examples(40)[0][place]), lambda items: {
-        name: x * torch.rand(()) for name, x in items}),
-    "called by their example, deep": (lambda place: (place, examples(40)[0][place]), lambda items: {"of": {
-        number: {"x": x, "name": f"no. {number}"} for number, x in items}, "x": torch.stack([x for _, x in items])}),
-    "called by their example, padded": (lambda place: (place, torch.ones(3 + place % 4)), lambda items: dict(zip(
-        [number for number, _ in items], pad_sequence([x for _, x in items], True), strict=True)))}
+    "called by their example, at random": (
+        lambda place: (f"no. {place}", examples(40)[0][place]),
+        lambda items: {name: x * torch.rand(()) for name, x in items},
+    ),
+    "called by their example, deep": (
+        lambda place: (place, examples(40)[0][place]),
+        lambda items: {
+            "of": {number: {"x": x, "name": f"no. {number}"} for number, x in items},
+            "x": torch.stack([x for _, x in items]),
+        },
+    ),
+    "called by their example, padded": (
+        lambda place: (place, torch.ones(3 + place % 4)),
+        lambda items: dict(
+            zip([number for number, _ in items], pad_sequence([x for _, x in items], True), strict=True)
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12, 20])
@@ -107,14 +137,22 @@ def test_what_comes_and_goes_with_its_example_is_taken(name, n):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12])
-@pytest.mark.parametrize("own", [
-    lambda x, other: x + other, lambda x, other: {"x": [x.numpy() * other.numpy()]},
-    lambda x, other: (x, f"beside {float(other[0])}"), lambda x, other: other.argsort()])
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda x, other: x + other,
+        lambda x, other: {"x": [x.numpy() * other.numpy()]},
+        lambda x, other: (x, f"beside {float(other[0])}"),
+        lambda x, other: other.argsort(),
+    ],
+)
 def test_entries_that_are_called_by_their_example_may_not_be_joined(own, n):
     items = list(enumerate(examples(n)[0]))
     with pytest.raises(IsolationError, match=r"joins examples: \S*\[\d+\]\S*, which one example alone has, changes"):
-        check(items, lambda items: {"of": {
-            number: own(x, items[place - 1][1]) for place, (number, x) in enumerate(items)}})
+        check(
+            items,
+            lambda items: {"of": {number: own(x, items[place - 1][1]) for place, (number, x) in enumerate(items)}},
+        )
 
 
 @pytest.mark.parametrize("absent", [False, True])
@@ -131,7 +169,8 @@ def test_the_first_batch_with_an_argument_that_others_lack_is_tried(absent, monk
     tried: list[bool] = []
     monkeypatch.setattr(lora_dp.engine.data_loader, "drawn_for_test", lambda: False)
     monkeypatch.setattr(
-        lora_dp.engine.data_loader, "check_collation", lambda *args: bool(tried.append("image" in arguments(args[3]))))
+        lora_dp.engine.data_loader, "check_collation", lambda *args: bool(tried.append("image" in arguments(args[3])))
+    )
     loader = DataLoader(data(100, 7), batch_size=20, collate_fn=collate)  # type: ignore[arg-type]
     list(PrivateDataLoader(loader, SeededSource(0), lambda size: None, lambda: None).take(60))
     assert sorted(tried) == [False, True]

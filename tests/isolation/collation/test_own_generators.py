@@ -137,10 +137,14 @@ def test_one_that_draws_now_and_then_is_found_by_its_state():
         check(dataset)
 
 
-@pytest.mark.parametrize("draw", [
-    lambda index: secrets.SystemRandom().random(), lambda index: float(np.random.default_rng().random()),
-    lambda index: next(unseen),
-])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda index: secrets.SystemRandom().random(),
+        lambda index: float(np.random.default_rng().random()),
+        lambda index: next(unseen),
+    ],
+)
 def test_what_is_not_found_is_refused_by_its_values(draw):
     with pytest.raises(IsolationError, match=rf"are others in the batch .*{OWN} or remembers .*{REMEDY}"):
         check(Augmented(draw))
@@ -217,8 +221,11 @@ def drawn_seed(index: int) -> float:
 
 
 HARMLESS = {
-    "counting": counting, "cached": cached, "reseeded": Reseeded,
-    "index": lambda: Augmented(index_seeded), "drawn seed": lambda: Augmented(drawn_seed),
+    "counting": counting,
+    "cached": cached,
+    "reseeded": Reseeded,
+    "index": lambda: Augmented(index_seeded),
+    "drawn seed": lambda: Augmented(drawn_seed),
     "torch": lambda: Augmented(lambda index: float(torch.rand(()))),
     "numpy": lambda: Augmented(lambda index: float(np.random.rand())),
     "python": lambda: Augmented(lambda index: random.random()),
@@ -280,8 +287,12 @@ def test_a_private_loader_refuses_before_anything_is_released(workers):
     def batches(dataset: Dataset[Any]) -> tuple[PrivacyEngine, Any]:
         engine, model = PrivacyEngine("rdp"), mlp()
         _, _, loader = engine.make_private(
-            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0,
-            data_loader=DataLoader(dataset, batch_size=12, num_workers=workers))
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            data_loader=DataLoader(dataset, batch_size=12, num_workers=workers),
+        )
         return engine, loader
 
     engine, loader = batches(KEPT["RandomState"]())

@@ -73,26 +73,42 @@ def boxed(x: Tensor) -> np.ndarray:
 
 # How rows (N, 2, 6) are returned.
 DRESSES: dict[str, Callable[[Tensor], Any]] = {
-    "array": lambda x: x.numpy(), "array of halves": lambda x: x.numpy().astype(np.float16),
-    "array in a dict": lambda x: {"x": x.numpy()}, "array in an object": lambda x: SimpleNamespace(x=x.numpy()),
-    "array of another library": Array, "array of arrays": boxed, "sequence first": lambda x: x.transpose(0, 1),
-    "examples last": lambda x: x.permute(1, 2, 0), "array with examples last": lambda x: x.permute(1, 2, 0).numpy(),
-    "list": list, "tuple": tuple, "list of arrays": lambda x: [row.numpy() for row in x], "lists": lambda x: x.tolist(),
-    "list of numbers": lambda x: x[:, 0, 0].tolist(), "list of sums": lambda x: list(x.sum((1, 2)).numpy()),
+    "array": lambda x: x.numpy(),
+    "array of halves": lambda x: x.numpy().astype(np.float16),
+    "array in a dict": lambda x: {"x": x.numpy()},
+    "array in an object": lambda x: SimpleNamespace(x=x.numpy()),
+    "array of another library": Array,
+    "array of arrays": boxed,
+    "sequence first": lambda x: x.transpose(0, 1),
+    "examples last": lambda x: x.permute(1, 2, 0),
+    "array with examples last": lambda x: x.permute(1, 2, 0).numpy(),
+    "list": list,
+    "tuple": tuple,
+    "list of arrays": lambda x: [row.numpy() for row in x],
+    "lists": lambda x: x.tolist(),
+    "list of numbers": lambda x: x[:, 0, 0].tolist(),
+    "list of sums": lambda x: list(x.sum((1, 2)).numpy()),
     "list of dicts": lambda x: [{"name": "a", "x": row} for row in x],
     "list of objects": lambda x: [SimpleNamespace(x=row) for row in x],
     "list of dicts of lists": lambda x: [{"x": row.tolist()} for row in x],
-    "list beside another": lambda x: (["a"] * len(x), {"x": list(x)}), "nested": lambda x: torch.nested.nested_tensor(
-        list(x)), "packed": lambda x: pack_sequence(list(x)),
-    "slots": Slots, "list of slots": lambda x: [Slots(row) for row in x], "structured": structured,
-    "list of structured": lambda x: list(structured(x)), "list of its own": Own,
+    "list beside another": lambda x: (["a"] * len(x), {"x": list(x)}),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "packed": lambda x: pack_sequence(list(x)),
+    "slots": Slots,
+    "list of slots": lambda x: [Slots(row) for row in x],
+    "structured": structured,
+    "list of structured": lambda x: list(structured(x)),
+    "list of its own": Own,
     "mask": lambda x: np.ma.MaskedArray(np.zeros(x.shape), mask=((x * 1000).long() % 2 == 0).numpy()),
     "masked": lambda x: np.ma.MaskedArray(x.numpy(), mask=(x > 1e6).numpy()),
-    "sparse": lambda x: x.to_sparse(), "compressed": lambda x: x.flatten(1).to_sparse_csr(),
+    "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.flatten(1).to_sparse_csr(),
     "complex": lambda x: torch.view_as_complex(x.view(len(x), 2, 3, 2)),
     "quantised": lambda x: torch.quantize_per_tensor(x, 0.01, 0, torch.qint32),
-    "eight bits": lambda x: x.to(torch.float8_e5m2), "unsigned": lambda x: (x.abs() * 1000).to(torch.uint16),
-    "frame in a dict": lambda x: {"x": framed(x)}, "series": lambda x: framed(x)["x"],
+    "eight bits": lambda x: x.to(torch.float8_e5m2),
+    "unsigned": lambda x: (x.abs() * 1000).to(torch.uint16),
+    "frame in a dict": lambda x: {"x": framed(x)},
+    "series": lambda x: framed(x)["x"],
     "list of bytes": lambda x: [row.numpy().tobytes() for row in x],
     "list of buffers": lambda x: [bytearray(row.numpy().tobytes()) for row in x],
     "list of texts": lambda x: [f"{float(row.sum()):.3f}" for row in x],
@@ -102,7 +118,8 @@ DRESSES: dict[str, Callable[[Tensor], Any]] = {
     "list of sets": lambda x: [set(row[0].tolist()) for row in x],
     "list of tables": lambda x: [{f"w{place}": int(row.sum() * 100) for place in range(101)} for row in x],
     "list of days": lambda x: [datetime.date.fromordinal(int(row.abs().sum() * 1000) + 1) for row in x],
-    "days": lambda x: (x[:, 0].abs() * 1000).long().numpy().astype("datetime64[D]")}
+    "days": lambda x: (x[:, 0].abs() * 1000).long().numpy().astype("datetime64[D]"),
+}
 
 
 def mixup(x: Tensor) -> Tensor:
@@ -160,8 +177,11 @@ def test_entries_that_change_by_themselves_are_refused(n):
 
 # How the rows of all are returned in one dimension.
 FLATTENED: dict[str, Callable[[Tensor], Any]] = {
-    "of tokens": lambda x: x.flatten(0, 1), "of numbers": lambda x: x.flatten().numpy(), "in a dict": lambda x: {
-        "x": x.flatten(0, 1), "y": torch.zeros(len(x))}, "and last": lambda x: x.flatten(0, 1).t()}
+    "of tokens": lambda x: x.flatten(0, 1),
+    "of numbers": lambda x: x.flatten().numpy(),
+    "in a dict": lambda x: {"x": x.flatten(0, 1), "y": torch.zeros(len(x))},
+    "and last": lambda x: x.flatten(0, 1).t(),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
@@ -170,8 +190,14 @@ def test_rows_of_all_in_one_dimension_are_told_by_what_changes(dress, n):
     for join in (lambda x: 0.7 * x + 0.3 * x.roll(1, 0), normalised, mixup):
         with pytest.raises(IsolationError, match="joins examples: values in .* change with several of those in the"):
             check(data(n), lambda items, join=join: FLATTENED[dress](join(torch.stack(items))))
-    for own in (lambda x: x, lambda x: x + torch.rand(x.shape), lambda x: x * torch.rand(len(x), 1, 1), lambda x: x[
-            x[:, 0, 0].argsort()], lambda x: x / len(x), lambda x: torch.where(x > 1, x, torch.nan)):
+    for own in (
+        lambda x: x,
+        lambda x: x + torch.rand(x.shape),
+        lambda x: x * torch.rand(len(x), 1, 1),
+        lambda x: x[x[:, 0, 0].argsort()],
+        lambda x: x / len(x),
+        lambda x: torch.where(x > 1, x, torch.nan),
+    ):
         assert check(data(n), lambda items, own=own: FLATTENED[dress](own(torch.stack(items)))) is False
 
 
@@ -179,8 +205,13 @@ def test_rows_of_all_in_one_dimension_are_told_by_what_changes(dress, n):
 def test_texts_of_several_lengths_in_one_dimension_are_taken(n):
     def chained(items: list[Tensor]) -> dict[str, Tensor]:  # one part is named by the number of examples
         ends = torch.tensor([0, *map(len, items)]).cumsum(0)
-        return {"x": torch.cat(items).double().sqrt(), "ends": ends, "at": ends.double(), "first": torch.stack(
-            [item[0] for item in items]), f"of {len(items)}": torch.ones(3 * len(items))}
+        return {
+            "x": torch.cat(items).double().sqrt(),
+            "ends": ends,
+            "at": ends.double(),
+            "first": torch.stack([item[0] for item in items]),
+            f"of {len(items)}": torch.ones(3 * len(items)),
+        }
 
     assert check(texts(n), chained) is False
 
@@ -198,13 +229,18 @@ PIECES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
     "whole numbers": (lambda x: whole(x).flatten(), lambda x: (whole(x) + whole(x).roll(1, 0)).flatten()),
     "bytes": (lambda x: whole(x).byte().flatten(), lambda x: (whole(x) + whole(x).roll(1, 0)).byte().flatten()),
     "flags": (lambda x: (x > 1).flatten(), lambda x: ((x > 1) ^ (x > 1).roll(1, 0)).flatten()),
-    "two views, cut out": (lambda x: torch.cat([x, x.flip(1)]), lambda x: torch.cat([torch.cat([
-        x[..., :3], x.roll(1, 0)[..., 3:]], 2), x])),
-    "two texts each": (lambda x: named(x) + named(-x), lambda x: [
-        left + right for left, right in zip(named(x), named(x.roll(1, 0)), strict=True)] + named(-x)),
+    "two views, cut out": (
+        lambda x: torch.cat([x, x.flip(1)]),
+        lambda x: torch.cat([torch.cat([x[..., :3], x.roll(1, 0)[..., 3:]], 2), x]),
+    ),
+    "two texts each": (
+        lambda x: named(x) + named(-x),
+        lambda x: [left + right for left, right in zip(named(x), named(x.roll(1, 0)), strict=True)] + named(-x),
+    ),
     "a text for all": (lambda x: [*named(x), "end"], lambda x: [*named(x), "|".join(named(x))]),
     "chunks": (lambda x: list(x.split(2)), lambda x: [mixup(part) for part in x.split(2)]),
-    "halves": (lambda x: list(x.chunk(2)), lambda x: list(mixup(x).chunk(2)))}
+    "halves": (lambda x: list(x.chunk(2)), lambda x: list(mixup(x).chunk(2))),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
@@ -219,6 +255,7 @@ def test_whole_numbers_texts_and_chunks_are_told_by_what_changes(name, n):
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 14])
 def test_texts_in_one_dimension_that_is_filled_up_are_taken(n):
     """What stands behind a text that is longer moves on, though the whole is as long."""
+
     def filled(items: list[Tensor]) -> Tensor:
         return torch.nn.functional.pad(torch.cat(items), (0, -sum(map(len, items)) % 16))
 
@@ -230,6 +267,7 @@ def test_texts_in_one_dimension_that_is_filled_up_are_taken(n):
 @pytest.mark.parametrize("n", [2, 3, 4, 8, 14])
 def test_graphs_in_one_are_taken(kept, n):
     """Their nodes are counted on; the number of edges is the same for all."""
+
     def graph(place: int) -> tuple[Tensor, Tensor]:
         draws, size = torch.Generator().manual_seed(place), 3 + place % 3
         return torch.randn(size, 4, generator=draws), torch.randint(size, (2, 5), generator=draws)
@@ -237,10 +275,15 @@ def test_graphs_in_one_are_taken(kept, n):
     def joined(items: list[Any]) -> dict[str, Any]:
         sizes = torch.tensor([len(x) for x, _ in items])
         ends = torch.cat([torch.tensor([0]), sizes.cumsum(0)])
-        found = {"x": torch.cat([x for x, _ in items]), "ends": ends, "nodes": int(sizes.sum()),
-                 "edges": torch.cat([edges + at for (_, edges), at in zip(items, ends[:-1], strict=True)], 1),
-                 "of": torch.arange(len(items)).repeat_interleave(sizes), "y": sizes,
-                 "all": torch.block_diag(*[x @ x.t() for x, _ in items]).to_sparse()}
+        found = {
+            "x": torch.cat([x for x, _ in items]),
+            "ends": ends,
+            "nodes": int(sizes.sum()),
+            "edges": torch.cat([edges + at for (_, edges), at in zip(items, ends[:-1], strict=True)], 1),
+            "of": torch.arange(len(items)).repeat_interleave(sizes),
+            "y": sizes,
+            "all": torch.block_diag(*[x @ x.t() for x, _ in items]).to_sparse(),
+        }
         return {name: found[name] for name in kept}
 
     for _ in range(3):
@@ -250,14 +293,17 @@ def test_graphs_in_one_are_taken(kept, n):
 @pytest.mark.parametrize("n", [3, 4, 8, 14])
 def test_graphs_without_nodes_are_taken(n):
     """The number of nodes is no shape, and moves all that comes behind on; by one that is itself counted twice."""
+
     def graph(place: int) -> tuple[int, Tensor]:
         return 3 + place, torch.randint(3, (2, 5), generator=torch.Generator().manual_seed(place))
 
     def joined(items: list[Any], factors: tuple[int, ...]) -> dict[str, Any]:
         ends = np.cumsum([0, *(size for size, _ in items)])
         edges = torch.cat([edges + int(at) for (_, edges), at in zip(items, ends[:-1], strict=True)], 1)
-        return {"edges": torch.cat([edges * factor for factor in factors]), **({"nodes": int(ends[-1])} if len(
-            factors) > 1 else {})}
+        return {
+            "edges": torch.cat([edges * factor for factor in factors]),
+            **({"nodes": int(ends[-1])} if len(factors) > 1 else {}),
+        }
 
     for factors in ((1,), (1, 2)):  # with their number beside them, edges may be anything
         for _ in range(3):
@@ -268,19 +314,29 @@ def test_graphs_without_nodes_are_taken(n):
 def test_what_says_in_which_place_a_row_is_is_taken(n):
     def counted(items: list[Tensor]) -> dict[str, Any]:
         size = len(items)
-        return {"x": torch.stack(items), "at": torch.arange(size), "list": list(range(size)),
-                "starts": torch.arange(0, 2 * size, 2), "names": [f"row {place}" for place in range(size)]}
+        return {
+            "x": torch.stack(items),
+            "at": torch.arange(size),
+            "list": list(range(size)),
+            "starts": torch.arange(0, 2 * size, 2),
+            "names": [f"row {place}" for place in range(size)],
+        }
 
     assert check(data(n), counted) is False
     check(texts(n)[::-1], lambda items: (pad_sequence(sorted(items, key=len), True), torch.arange(len(items))))
 
 
-@pytest.mark.parametrize("told", [
-    lambda x: torch.arange(len(x)) / len(x), lambda x: torch.arange(len(x)) * float(x.mean()),
-    lambda x: torch.where(torch.arange(len(x)) < 5, torch.arange(len(x)), x.sum()),
-    lambda x: x[:, 0, 0].argsort().argsort(),
-    lambda x: [f"row {place} of {len(x)}" for place in range(len(x))]], ids=[
-        "how many", "how large", "sums", "ranks", "names"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda x: torch.arange(len(x)) / len(x),
+        lambda x: torch.arange(len(x)) * float(x.mean()),
+        lambda x: torch.where(torch.arange(len(x)) < 5, torch.arange(len(x)), x.sum()),
+        lambda x: x[:, 0, 0].argsort().argsort(),
+        lambda x: [f"row {place} of {len(x)}" for place in range(len(x))],
+    ],
+    ids=["how many", "how large", "sums", "ranks", "names"],
+)
 def test_what_says_more_than_in_which_place_a_row_is_is_refused(told):
     with pytest.raises(IsolationError, match="joins examples"):
         check(data(8), lambda items: {"x": torch.stack(items), "told": told(torch.stack(items))})
@@ -288,19 +344,37 @@ def test_what_says_more_than_in_which_place_a_row_is_is_refused(told):
 
 # How texts are returned, and whether the longest shows in the others.
 WORDS: dict[str, tuple[Callable[[list[str]], Any], bool]] = {
-    "list": (list, False), "cut": (lambda items: [item[:4] for item in items], False), "words": (lambda items: [
-        item.split() for item in items], False), "array": (np.array, False),
+    "list": (list, False),
+    "cut": (lambda items: [item[:4] for item in items], False),
+    "words": (lambda items: [item.split() for item in items], False),
+    "array": (np.array, False),
     "padded": (lambda items: [item.ljust(max(map(len, items))) for item in items], True),
     "padded left": (lambda items: [item.rjust(max(map(len, items)), "_") for item in items], True),
-    "padded words": (lambda items: [
-        item.split() + ["<pad>"] * (max(len(other.split()) for other in items) - len(item.split())) for item in items],
-        True),
+    "padded words": (
+        lambda items: [
+            item.split() + ["<pad>"] * (max(len(other.split()) for other in items) - len(item.split()))
+            for item in items
+        ],
+        True,
+    ),
     "letters left out": (lambda items: ["".join(c for c in item if random.random() < 0.8) for item in items], False),
     "all names in one": (lambda items: {"x": [float(len(item)) for item in items], "names": ", ".join(items)}, False),
     "all names once": (lambda items: {"x": [float(len(item)) for item in items], "names": set(items)}, False),
-    "notes": (lambda items: [{"path": pathlib.Path("data") / item, "tags": {item, "all"}, "score": decimal.Decimal(2),
-                              "kind": Kind.OTHER, "none": None, "at": datetime.timedelta(len(item))} for item in items],
-              False)}
+    "notes": (
+        lambda items: [
+            {
+                "path": pathlib.Path("data") / item,
+                "tags": {item, "all"},
+                "score": decimal.Decimal(2),
+                "kind": Kind.OTHER,
+                "none": None,
+                "at": datetime.timedelta(len(item)),
+            }
+            for item in items
+        ],
+        False,
+    ),
+}
 
 
 class Kind(Enum):
@@ -328,14 +402,19 @@ def texts(n: int) -> list[Tensor]:
 
 # How texts of several lengths are returned, and whether the longest shows in the others.
 RAGGED: dict[str, tuple[Callable[[list[Tensor]], Any], bool]] = {
-    "list": (list, False), "lists": (lambda items: [item.tolist() for item in items], False),
+    "list": (list, False),
+    "lists": (lambda items: [item.tolist() for item in items], False),
     "with nothing": (lambda items: [item.tolist()[: len(item) % 2 * 3] for item in items], False),
     "dicts": (lambda items: [{"ids": item, "last": int(item[-1])} for item in items], False),
-    "entries that some have": (lambda items: [
-        {"ids": item, **({"odd": item} if len(item) % 2 else {})} for item in items], False),
-    "sequence first": (pad_sequence, True), "array": (lambda items: pad_sequence(items, True).numpy(), True),
+    "entries that some have": (
+        lambda items: [{"ids": item, **({"odd": item} if len(item) % 2 else {})} for item in items],
+        False,
+    ),
+    "sequence first": (pad_sequence, True),
+    "array": (lambda items: pad_sequence(items, True).numpy(), True),
     "padded lists": (lambda items: pad_sequence(items, True).tolist(), True),
-    "packed": (lambda items: pack_sequence(items, enforce_sorted=False), True)}
+    "packed": (lambda items: pack_sequence(items, enforce_sorted=False), True),
+}
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 14])
@@ -360,6 +439,7 @@ def test_several_lengths_hide_no_mixture(name):
 
 def test_an_entry_that_an_example_has_in_some_company_alone_is_refused():
     """That a text is the longest tells of all others."""
+
     def told(items: list[Tensor]) -> Any:
         return [{"ids": item, **({"longest": 1.0} if len(item) == max(map(len, items)) else {})} for item in items]
 
@@ -375,8 +455,10 @@ def masked(items: list[Tensor]) -> dict[str, Any]:
 
 def masked_lists(items: list[Tensor]) -> list[dict[str, Any]]:
     chosen = [torch.rand(item.shape) < 0.3 for item in items]
-    return [{"ids": torch.where(each, 1, item).tolist(), "labels": torch.where(each, item, -100)}
-            for item, each in zip(items, chosen, strict=True)]
+    return [
+        {"ids": torch.where(each, 1, item).tolist(), "labels": torch.where(each, item, -100)}
+        for item, each in zip(items, chosen, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("collate", [masked, masked_lists])
@@ -390,7 +472,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(40)}, unk_token="w1"))
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="w1", mask_token="w2", pad_token="w0", cls_token="w3", sep_token="w4")
+        tokenizer_object=words, unk_token="w1", mask_token="w2", pad_token="w0", cls_token="w3", sep_token="w4"
+    )
 
 
 @pytest.mark.parametrize("kind", ["pt", "np", None])
@@ -400,9 +483,11 @@ def test_collators_of_transformers_are_taken(kind, n):
     words = tokenizer()
     collators: list[Collate] = [lambda items: words.pad(items, return_tensors=kind)]
     if kind:
-        collators += [DataCollatorWithPadding(words, return_tensors=kind),
-                      DataCollatorForLanguageModeling(words, return_tensors=kind),
-                      DataCollatorForLanguageModeling(words, mlm=False, return_tensors=kind)]
+        collators += [
+            DataCollatorWithPadding(words, return_tensors=kind),
+            DataCollatorForLanguageModeling(words, return_tensors=kind),
+            DataCollatorForLanguageModeling(words, mlm=False, return_tensors=kind),
+        ]
     for collate in collators:
         assert check(items, collate)
     if kind:
@@ -412,43 +497,75 @@ def test_collators_of_transformers_are_taken(kind, n):
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 def test_torchs_own_collate_function_is_taken(n):
-    items = [(x, {"name": "abc"[: place % 3], "score": float(x[0]), "y": place % 2}, [place, place + 1.0])
-             for place, x in enumerate(examples(n)[0])]
+    items = [
+        (x, {"name": "abc"[: place % 3], "score": float(x[0]), "y": place % 2}, [place, place + 1.0])
+        for place, x in enumerate(examples(n)[0])
+    ]
     assert check(items, default_collate) is False
 
 
 def test_layouts_are_what_is_twice_as_long():
     def batch(n: int) -> Any:
-        return {"first": torch.zeros(n, 4), "second": np.zeros((4, n, 2)), "both": torch.zeros(n, n),
-                "table": torch.zeros(4), "more": torch.zeros(2 * n), "list": [{"x": 1.0, "names": ["a"]}] * n,
-                "pair": [torch.zeros(n), 2], "four": ["a", "b", "c", "d"], "none": torch.zeros(n) if n == 4 else 3.0}
+        return {
+            "first": torch.zeros(n, 4),
+            "second": np.zeros((4, n, 2)),
+            "both": torch.zeros(n, n),
+            "table": torch.zeros(4),
+            "more": torch.zeros(2 * n),
+            "list": [{"x": 1.0, "names": ["a"]}] * n,
+            "pair": [torch.zeros(n), 2],
+            "four": ["a", "b", "c", "d"],
+            "none": torch.zeros(n) if n == 4 else 3.0,
+        }
 
     layout = layout_of(batch(4), batch(8), 4)
     assert layout.axes == {"['first']": 0, "['second']": 1, "['both']": 0, "['pair'][0]": 0}
     assert layout.lists == {"['list']"}
     assert layout.others == {"['table']", "['none']", "['more']", "['pair'][1]", "['four']", "['list'][0]['x']"} | {
-        f"['list'][{place}]['{part}']" for place in range(4) for part in ("x", "names")}
+        f"['list'][{place}]['{part}']" for place in range(4) for part in ("x", "names")
+    }
     found = by_example(batch(6), 6, layout)
     assert found.pop("['list'][…]['names']")[0].tolist() == [hash("a")]  # type: ignore[union-attr]
     assert {name: [None if row is None else tuple(row.shape) for row in rows][0] for name, rows in found.items()} == {
-        "['first']": (4,), "['second']": (4, 2), "['both']": (6,), "['list'][…]['x']": (), "['pair'][0]": ()}
+        "['first']": (4,),
+        "['second']": (4, 2),
+        "['both']": (6,),
+        "['list'][…]['x']": (),
+        "['pair'][0]": (),
+    }
     assert by_example({"second": np.zeros((6, 5, 2)), "list": [{"x": 1.0}] * 7}, 6, layout) == {}
     rows = by_example([{"x": 1}, {"y": 2.5}], 2, Layout(lists=frozenset([""])))
     assert rows == {"[…]['x']": [torch.tensor(1), None], "[…]['y']": [None, torch.tensor(2.5, dtype=torch.float64)]}
 
 
 def test_values_are_numbers_in_whatever_they_come():
-    batch = {"list": [1, 2.5], "mixed": [1, "a"], "flags": (True, False), "large": 2**70,
-             "texts": np.array(["a"]), "number": np.float32(2), "boxed": boxed(torch.ones(2, 1)), "none": [],
-             "text": "a", "of": [[]], "packed": pack_sequence([torch.ones(2)])}
+    batch = {
+        "list": [1, 2.5],
+        "mixed": [1, "a"],
+        "flags": (True, False),
+        "large": 2**70,
+        "texts": np.array(["a"]),
+        "number": np.float32(2),
+        "boxed": boxed(torch.ones(2, 1)),
+        "none": [],
+        "text": "a",
+        "of": [[]],
+        "packed": pack_sequence([torch.ones(2)]),
+    }
     found = values(batch)
     assert found.pop("['texts']").tolist() == [hash("a")]
     assert {name: (leaf.dtype, leaf.tolist()) for name, leaf in found.items()} == {
-        "['list']": (torch.float64, [1.0, 2.5]), "['mixed'][0]": (torch.int64, 1),
-        "['flags']": (torch.bool, [True, False]), "['number']": (torch.float32, 2.0),
+        "['list']": (torch.float64, [1.0, 2.5]),
+        "['mixed'][0]": (torch.int64, 1),
+        "['flags']": (torch.bool, [True, False]),
+        "['number']": (torch.float32, 2.0),
         "['boxed'][0]": (torch.float32, [1.0]),
-        "['boxed'][1]": (torch.float32, [1.0]), "['none']": (torch.float64, []), "['of'][0]": (torch.float64, []),
-        "['packed'][0]": (torch.float32, [[1.0, 1.0]]), "['packed'][1]": (torch.int64, [2])}
+        "['boxed'][1]": (torch.float32, [1.0]),
+        "['none']": (torch.float64, []),
+        "['of'][0]": (torch.float64, []),
+        "['packed'][0]": (torch.float32, [[1.0, 1.0]]),
+        "['packed'][1]": (torch.int64, [2]),
+    }
     assert lengths(batch) == {"['boxed']": 2, "['mixed']": 2, "['of']": 1, "['packed']": 2, "['texts']": 1}
     assert values(batch, alone=True)["['text']"].tolist() == [97]
     assert pad_packed_sequence(batch["packed"])[1].tolist() == [2]  # type: ignore[arg-type]

@@ -115,8 +115,7 @@ def numbers() -> Dataset[Any]:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("collate", [
-    mixup, random_mixup, python_mixup, centred, in_pairs, last_of_first, counted])
+@pytest.mark.parametrize("collate", [mixup, random_mixup, python_mixup, centred, in_pairs, last_of_first, counted])
 def test_what_joins_examples_is_refused(collate, n):
     with pytest.raises(IsolationError, match="collate function joins examples"):
         check(numbers(), collate, n)
@@ -134,9 +133,15 @@ def test_one_unusual_example_among_equal_ones_is_enough():
 def with_company(items: list[Any]) -> dict[str, Any]:
     """Beside what is stacked, what belongs to the batch; a table as long as a batch of eight; sums that are rounded."""
     x = stacked(items)
-    return {"x": x * len(x) / len(x), "names": ["abcdefgh"] * len(x), "count": torch.tensor(len(x)),
-            "sizes": torch.full((len(x) + 1,), len(x)), "table": torch.arange(8), "n": len(x),
-            "missing": torch.where(x > 0, x, torch.nan)}
+    return {
+        "x": x * len(x) / len(x),
+        "names": ["abcdefgh"] * len(x),
+        "count": torch.tensor(len(x)),
+        "sizes": torch.full((len(x) + 1,), len(x)),
+        "table": torch.arange(8),
+        "n": len(x),
+        "missing": torch.where(x > 0, x, torch.nan),
+    }
 
 
 # What comes beside the rows
@@ -150,22 +155,29 @@ CLOCK = itertools.count()
 
 
 SHARED: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "the mean": lambda x, y: x.mean(0), "the mean of halves": lambda x, y: x.half().mean(0),
-    "as a row": lambda x, y: x.var(0, correction=0, keepdim=True), "one number": lambda x, y: x.abs().mean(),
-    "of NumPy": lambda x, y: x.mean(0).numpy(), "one of NumPy": lambda x, y: x.numpy().mean(),
-    "a plain number": lambda x, y: float(x.abs().mean()), "in an object": lambda x, y: SimpleNamespace(mean=x.mean(0)),
-    "a kernel": lambda x, y: x.t() @ x, "as many as a trial has": lambda x, y: x.mean(0)[:4],
+    "the mean": lambda x, y: x.mean(0),
+    "the mean of halves": lambda x, y: x.half().mean(0),
+    "as a row": lambda x, y: x.var(0, correction=0, keepdim=True),
+    "one number": lambda x, y: x.abs().mean(),
+    "of NumPy": lambda x, y: x.mean(0).numpy(),
+    "one of NumPy": lambda x, y: x.numpy().mean(),
+    "a plain number": lambda x, y: float(x.abs().mean()),
+    "in an object": lambda x, y: SimpleNamespace(mean=x.mean(0)),
+    "a kernel": lambda x, y: x.t() @ x,
+    "as many as a trial has": lambda x, y: x.mean(0)[:4],
     "of each class": lambda x, y: 1 / torch.bincount(y, minlength=3).clamp(min=1).float(),
     "missing at times": lambda x, y: torch.where(x.mean(0) > 0, x.mean(0), torch.nan),
     "beyond float32": lambda x, y: 1e100 * float(x.abs().mean()),
     "in a list with a number that changes": lambda x, y: [float(x.abs().mean()), float(next(CLOCK))],
-    "with a number that changes": lambda x, y: [x.mean(0), float(next(CLOCK))]}
+    "with a number that changes": lambda x, y: [x.mean(0), float(next(CLOCK))],
+}
 
 
 def beside(statistic: Callable[[Tensor, Tensor], Any]) -> Collate:
     def collate(items: list[Any]) -> Any:
         x, y = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
         return {"x": x, "y": y, "it": statistic(x, y)}
+
     return collate
 
 
@@ -177,10 +189,21 @@ def test_a_statistic_beside_the_rows_is_refused(name, n):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("of", [
-    lambda x, y: torch.rand(6), lambda x, y: float(np.random.rand()), lambda x, y: float(next(CLOCK)),
-    lambda x, y: torch.linspace(0, 1, x.shape[1]), lambda x, y: torch.ones(6, 6).triu() * -1e4, lambda x, y: 1 / len(x),
-    lambda x, y: x.reshape(-1), lambda x, y: x.reshape(-1, 3), lambda x, y: x.t(), lambda x, y: len(x) / 4])
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x, y: torch.rand(6),
+        lambda x, y: float(np.random.rand()),
+        lambda x, y: float(next(CLOCK)),
+        lambda x, y: torch.linspace(0, 1, x.shape[1]),
+        lambda x, y: torch.ones(6, 6).triu() * -1e4,
+        lambda x, y: 1 / len(x),
+        lambda x, y: x.reshape(-1),
+        lambda x, y: x.reshape(-1, 3),
+        lambda x, y: x.t(),
+        lambda x, y: len(x) / 4,
+    ],
+)
 def test_what_does_not_follow_the_others_may_come_beside_the_rows(of, n):
     """Drawn once for a batch, a table, its number of examples, the rows of all in one tensor or batch last."""
     assert check(labelled(n), beside(of), n) is False  # type: ignore[arg-type]
@@ -190,9 +213,14 @@ def test_what_follows_the_width_may_come_beside_the_rows():
     def collate(items: list[Tensor]) -> dict[str, Any]:
         ids = pad_sequence(items, True)
         width = ids.shape[1]
-        return {"ids": ids, "scale": torch.tensor(width**-0.5), "width": float(width),
-                "row": torch.full((1, 2), width / 2),
-                "causal": torch.full((width, width), -1e4).triu(1), "places": torch.linspace(0, 1, width).unsqueeze(0)}
+        return {
+            "ids": ids,
+            "scale": torch.tensor(width**-0.5),
+            "width": float(width),
+            "row": torch.full((1, 2), width / 2),
+            "causal": torch.full((width, width), -1e4).triu(1),
+            "places": torch.linspace(0, 1, width).unsqueeze(0),
+        }
 
     for n in (2, 3, 8, 24):
         assert check(Texts(), collate, n)
@@ -203,10 +231,13 @@ def test_what_follows_the_width_may_come_beside_the_rows():
 @pytest.mark.parametrize("n", [2, 3, 8, 24])
 def test_images_that_some_examples_have_may_come_beside_the_rows(n):
     """All in one tensor, which is as large with one text more."""
+
     def collate(items: list[Any]) -> dict[str, Tensor]:
         images = [x for x, y in items if y]
-        return {"y": torch.tensor([y for _, y in items]),
-                "images": torch.stack(images) if images else torch.zeros(0, 6)}
+        return {
+            "y": torch.tensor([y for _, y in items]),
+            "images": torch.stack(images) if images else torch.zeros(0, 6),
+        }
 
     for every in (2, 3):
         data = [(x, int(i % every == 0)) for i, x in enumerate(examples(n)[0])]
@@ -215,11 +246,16 @@ def test_images_that_some_examples_have_may_come_beside_the_rows(n):
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-@pytest.mark.parametrize("collate", [
-    list, lambda items: tuple(zip(*items, strict=True)),
-    lambda items: [{"x": x, "score": float(x[0])} for x, _ in items],
-    lambda items: {"x": stacked(items), "scores": [float(x[0]) for x, _ in items]},
-    lambda items: [SimpleNamespace(x=x) for x, _ in items]])
+@pytest.mark.parametrize(
+    "collate",
+    [
+        list,
+        lambda items: tuple(zip(*items, strict=True)),
+        lambda items: [{"x": x, "score": float(x[0])} for x, _ in items],
+        lambda items: {"x": stacked(items), "scores": [float(x[0]) for x, _ in items]},
+        lambda items: [SimpleNamespace(x=x) for x, _ in items],
+    ],
+)
 def test_lists_with_an_entry_for_each_example_may_come_beside_the_rows(collate, n):
     assert check(labelled(n), collate, n) is False  # type: ignore[arg-type]
     with pytest.raises(IsolationError, match="which has no entry for each example"):
@@ -228,6 +264,7 @@ def test_lists_with_an_entry_for_each_example_may_come_beside_the_rows(collate, 
 
 def test_one_of_a_rare_class_is_among_those_that_are_tried():
     """Weights of classes change with hardly any other example; others are unusual otherwise."""
+
     def weighed(items: list[Any]) -> Any:
         found = beside(SHARED["of each class"])(items)
         return {**found, "first": found["x"][:, 0], "second": found["x"][:, 1]}
@@ -237,20 +274,25 @@ def test_one_of_a_rare_class_is_among_those_that_are_tried():
             check(labelled(40, rare), weighed, 40)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("batch", "found"), [
-    (torch.tensor([1, 1, 0, 1, 2]), {2, 4}),
-    (torch.tensor([[1, 5], [2, 2], [0, 9], [3, 3], [4, 4]]), {1, 2}),  # of their sums
-    ([torch.tensor(row) for row in ([1, 5], [2, 2], [0, 9], [3, 3], [4, 4])], {1, 2}),
-    ([{} if x is None else {"x": torch.tensor(x)} for x in (0.5, 0.7, None, 0.6, 0.6)], {1, 2}),
-    ([torch.tensor([2048, x], dtype=torch.float16) for x in (1, 0, 1, 1, 0.5)], {0, 1}),
-    ({"x": [torch.zeros(2), torch.ones(2), torch.zeros(2)], "y": torch.zeros(5, 0)}, set())], ids=[
-        "labels", "rows", "a list", "missing", "halves", "nothing by example"])
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (torch.tensor([1, 1, 0, 1, 2]), {2, 4}),
+        (torch.tensor([[1, 5], [2, 2], [0, 9], [3, 3], [4, 4]]), {1, 2}),  # of their sums
+        ([torch.tensor(row) for row in ([1, 5], [2, 2], [0, 9], [3, 3], [4, 4])], {1, 2}),
+        ([{} if x is None else {"x": torch.tensor(x)} for x in (0.5, 0.7, None, 0.6, 0.6)], {1, 2}),
+        ([torch.tensor([2048, x], dtype=torch.float16) for x in (1, 0, 1, 1, 0.5)], {0, 1}),
+        ({"x": [torch.zeros(2), torch.ones(2), torch.zeros(2)], "y": torch.zeros(5, 0)}, set()),
+    ],
+    ids=["labels", "rows", "a list", "missing", "halves", "nothing by example"],
+)
 def test_examples_with_the_least_or_the_most_of_something_are_unusual(batch, found):
     assert unusual(batch, 5) == found
 
 
 def test_one_longer_text_is_among_those_that_are_tried():
     """A sum in the mask's own type would be rounded to 256 tokens."""
+
     def counted(items: list[Tensor]) -> dict[str, Any]:
         mask = torch.stack(items)
         return {"mask": mask, "it": 1 / (1 + int((mask[:, 256] > 0).sum()))}
@@ -314,11 +356,17 @@ def padded_and_joined(items: list[Tensor]) -> Tensor:
 
 def padded_with_the_longest(items: list[Tensor]) -> Tensor:
     longest = max(items, key=len)
-    return torch.stack([torch.cat([item, longest[len(item):]]) for item in items])
+    return torch.stack([torch.cat([item, longest[len(item) :]]) for item in items])
 
 
-@pytest.mark.parametrize("collate", [padded_and_joined, padded_with_the_longest, lambda items: (
-    padded_and_joined([item.float() for item in items]).flip(1))])
+@pytest.mark.parametrize(
+    "collate",
+    [
+        padded_and_joined,
+        padded_with_the_longest,
+        lambda items: padded_and_joined([item.float() for item in items]).flip(1),
+    ],
+)
 def test_what_joins_examples_of_several_lengths_is_refused(collate):
     for n in (3, 8):
         with pytest.raises(IsolationError, match="collate function joins examples"):
@@ -328,7 +376,11 @@ def test_what_joins_examples_of_several_lengths_is_refused(collate):
 def test_what_an_example_has_in_one_batch_alone_is_no_padding():
     row = torch.ones(2)
     assert [padded_alike(*pair) for pair in ((row, None), (None, row), (None, None), (row, row))] == [
-        False, False, True, True]
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("collate", [padded, padded_left])
@@ -459,8 +511,12 @@ def test_a_loader_that_mixes_is_refused_before_anything_is_released():
     model = mlp()
     loader = DataLoader(numbers(), batch_size=8, collate_fn=mixup)
     _, optimizer, batches = engine.make_private(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader, noise_multiplier=1.0,
-        max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     assert_refuses(IsolationError, "collate function joins examples", lambda: next(iter(batches)))
     assert engine.ledger.steps == 0
 
@@ -478,8 +534,12 @@ def test_later_batches_are_tried_in_secret(monkeypatch):
     monkeypatch.setattr(lora_dp.engine.data_loader, "drawn_for_test", lambda: len(calls) > 14)
     model = mlp()
     _, optimizer, batches = PrivacyEngine("rdp", reproducible_seed=0).make_private(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(numbers(), batch_size=8, collate_fn=later), noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(numbers(), batch_size=8, collate_fn=later),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
 
     def run() -> None:
         for x in batches.take(20):
@@ -509,8 +569,12 @@ def test_a_loader_tells_once_that_widths_vary(collate, monkeypatch):
     told: list[bool] = []
     monkeypatch.setattr(lora_dp.engine.data_loader, "drawn_for_test", lambda: False)
     batches = lora_dp.engine.data_loader.PrivateDataLoader(
-        DataLoader(Texts(), batch_size=24, collate_fn=collate), SeededSource(0), lambda size: None, lambda: None,
-        on_varying_width=lambda: told.append(True))
+        DataLoader(Texts(), batch_size=24, collate_fn=collate),
+        SeededSource(0),
+        lambda size: None,
+        lambda: None,
+        on_varying_width=lambda: told.append(True),
+    )
     assert len(list(batches.take(2))) == 2
     assert told == ([True] if collate is padded else [])
 
@@ -550,8 +614,11 @@ def test_the_refusal_names_the_mask_as_the_remedy():
     batches = loader.take(2)
     next(batches)
     assert_refuses(
-        RuntimeError, "step every batch once, and leave out a single example by optimizer.step(mask=mask), whose entry "
-        "for an example depends on that example alone", lambda: next(batches))
+        RuntimeError,
+        "step every batch once, and leave out a single example by optimizer.step(mask=mask), whose entry "
+        "for an example depends on that example alone",
+        lambda: next(batches),
+    )
 
 
 def test_the_last_batch_is_noticed_too():
@@ -657,7 +724,8 @@ def test_noise_alone_may_not_stand_for_a_batch():
                 RuntimeError,
                 f"the private loader drew ({len(x)} examples) cannot be left out, since one example would take away "
                 "what all others add: step it, and leave out a single example by optimizer.step(mask=mask)",
-                optimizer.step_on_empty_batch)
+                optimizer.step_on_empty_batch,
+            )
             assert torch.equal(model[2].weight, before) and optimizer.ledger.steps == 1
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()

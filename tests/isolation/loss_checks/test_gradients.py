@@ -19,9 +19,16 @@ def centred(out: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("i", [0, 2, N - 1])
-@pytest.mark.parametrize("join", [
-    centred, lambda out: -centred(out), lambda out: out.cumsum(0).flip(0).cumsum(0),
-    lambda out: torch.cat([centred(out[:, :1]), out[:, 1:]], 1), lambda out: out + out.roll(1, 0)])
+@pytest.mark.parametrize(
+    "join",
+    [
+        centred,
+        lambda out: -centred(out),
+        lambda out: out.cumsum(0).flip(0).cumsum(0),
+        lambda out: torch.cat([centred(out[:, :1]), out[:, 1:]], 1),
+        lambda out: out + out.roll(1, 0),
+    ],
+)
 def test_examples_that_meet_are_seen(join, i, dtype):
     out = model_output(N, 3, dtype=dtype)
     assert meets(edge(join(out)), i, N, Outputs.of([out]))
@@ -105,12 +112,17 @@ def test_two_that_meet_are_found_wherever_they_are(pair, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", [
-    lambda out: F.cross_entropy(out, torch.arange(N) % 3, reduction="none"),
-    lambda out: F.cross_entropy(40 * out, torch.arange(N) % 3, reduction="none"),  # sure of itself: tiny gradients
-    lambda out: F.cross_entropy(1e-4 * out, torch.arange(N) % 3, reduction="none"),
-    lambda out: out.square().sum(1).sqrt(), lambda out: (out.double() * 1e-3).tanh().sum(1),
-    lambda out: out.masked_fill(torch.eye(N, 3).bool(), -torch.inf).logsumexp(1)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out: F.cross_entropy(out, torch.arange(N) % 3, reduction="none"),
+        lambda out: F.cross_entropy(40 * out, torch.arange(N) % 3, reduction="none"),  # sure of itself: tiny gradients
+        lambda out: F.cross_entropy(1e-4 * out, torch.arange(N) % 3, reduction="none"),
+        lambda out: out.square().sum(1).sqrt(),
+        lambda out: (out.double() * 1e-3).tanh().sum(1),
+        lambda out: out.masked_fill(torch.eye(N, 3).bool(), -torch.inf).logsumexp(1),
+    ],
+)
 def test_nobody_is_found_where_all_keep_to_themselves(loss, dtype):
     out, backwards = model_output(N, 3, dtype=dtype), []
     between = out * 1.0
@@ -176,14 +188,20 @@ def test_what_is_infinite_or_nan_hides_nobody():
 USED = torch.arange(5) < torch.tensor([[5], [2], [3], [1], [4], [5]])
 
 
-@pytest.mark.parametrize(("loss", "seen"), [
-    (lambda out: (out * USED).square().sum(1), False), (lambda out: out.square().sum(1), True),
-    (lambda out: out.masked_fill(~USED, -1e9).log_softmax(1)[:, 0], False),
-    (lambda out: out.log_softmax(1)[:, 0], True),
-    (lambda out: (out * USED).sum(1) + 1e-6 * out.sum(1), False),
-    (lambda out: 1e4 * ((out * USED).sum(1) + 1e-6 * out.sum(1)), False),
-    (lambda out: out[:, 0] * math.inf + 1e-8 * out[:, 1:].sum(1), True),
-    (lambda out: out[:, 0] * -math.inf + 1e-8 * out[:, 1:].sum(1), True), (lambda out: out[:, 0] * math.nan, False)])
+@pytest.mark.parametrize(
+    ("loss", "seen"),
+    [
+        (lambda out: (out * USED).square().sum(1), False),
+        (lambda out: out.square().sum(1), True),
+        (lambda out: out.masked_fill(~USED, -1e9).log_softmax(1)[:, 0], False),
+        (lambda out: out.log_softmax(1)[:, 0], True),
+        (lambda out: (out * USED).sum(1) + 1e-6 * out.sum(1), False),
+        (lambda out: 1e4 * ((out * USED).sum(1) + 1e-6 * out.sum(1)), False),
+        (lambda out: out[:, 0] * math.inf + 1e-8 * out[:, 1:].sum(1), True),
+        (lambda out: out[:, 0] * -math.inf + 1e-8 * out[:, 1:].sum(1), True),
+        (lambda out: out[:, 0] * math.nan, False),
+    ],
+)
 def test_losses_that_depend_on_padding_are_told(loss, seen):
     out = model_output(N, 5)
     for _ in range(2):  # the graph is kept

@@ -39,22 +39,30 @@ def edge(tensor: Tensor) -> GradientEdge:
 # Constants on the way from the means to the loss
 
 ONE_TERM: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "itself": (lambda m: m, 1), "negative": (lambda m: -m, -1), "times": (lambda m: m * 3, 3),
-    "times from the left": (lambda m: 3 * m, 3), "times a tensor": (lambda m: m * torch.tensor(3.0), 3),
-    "a tensor times": (lambda m: torch.tensor(3.0) * m, 3), "divided": (lambda m: m / 4, 0.25),
+    "itself": (lambda m: m, 1),
+    "negative": (lambda m: -m, -1),
+    "times": (lambda m: m * 3, 3),
+    "times from the left": (lambda m: 3 * m, 3),
+    "times a tensor": (lambda m: m * torch.tensor(3.0), 3),
+    "a tensor times": (lambda m: torch.tensor(3.0) * m, 3),
+    "divided": (lambda m: m / 4, 0.25),
     "divided by a tensor": (lambda m: m / torch.tensor(4.0), 0.25),
     "by a tensor of one": (lambda m: m * torch.ones(1), 1),
-    "plus a constant": (lambda m: m + 5, 1), "a constant plus": (lambda m: torch.tensor(5.0) + m, 1),
-    "less a constant": (lambda m: m - 5, 1), "a constant less": (lambda m: torch.tensor(5.0) - m, -1),
+    "plus a constant": (lambda m: m + 5, 1),
+    "a constant plus": (lambda m: torch.tensor(5.0) + m, 1),
+    "less a constant": (lambda m: m - 5, 1),
+    "a constant less": (lambda m: torch.tensor(5.0) - m, -1),
     "added to one in parts": (lambda m: torch.add(torch.tensor(5.0), m, alpha=0.5), 0.5),
     "of another dtype": (lambda m: m.double() / 2, 0.5),
     "in other shapes": (lambda m: m.view(1, 1).squeeze(0).clone(), 1),
-    "a mean of one": (lambda m: m.mean(), 1), "a sum of one": (lambda m: m.unsqueeze(0).sum() * 2, 2),
+    "a mean of one": (lambda m: m.mean(), 1),
+    "a sum of one": (lambda m: m.unsqueeze(0).sum() * 2, 2),
     "stacked with a constant": (lambda m: torch.stack([torch.tensor(5.0), m]).sum(), 1),
     "several": (lambda m: -(2 * m / 4) * 3, -1.5),
 }
 TWO_TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]]] = {
-    "sum": (lambda a, b: a + b, (1, 1)), "difference": (lambda a, b: a - b, (1, -1)),
+    "sum": (lambda a, b: a + b, (1, 1)),
+    "difference": (lambda a, b: a - b, (1, -1)),
     "sum with a share": (lambda a, b: torch.add(a, b, alpha=0.25), (1, 0.25)),
     "difference with a share": (lambda a, b: torch.sub(a, b, alpha=3), (1, -3)),
     "sum with nothing": (lambda a, b: torch.add(a, b, alpha=0), (1, 0)),
@@ -63,12 +71,17 @@ TWO_TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, floa
     "nested": (lambda a, b: 2 * (a - 3 * b) + b / 2, (2, -5.5)),
 }
 UNKNOWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "product of two": lambda a, b: a * b, "quotient of two": lambda a, b: a / b,
-    "reciprocal": lambda a, b: torch.tensor(2.0) / a, "times nothing": lambda a, b: a * 0.0,
+    "product of two": lambda a, b: a * b,
+    "quotient of two": lambda a, b: a / b,
+    "reciprocal": lambda a, b: torch.tensor(2.0) / a,
+    "times nothing": lambda a, b: a * 0.0,
     "root": lambda a, b: a.sqrt(),
     "loss of one number": lambda a, b: F.mse_loss(a, torch.zeros(()), reduction="none"),
-    "exponential": lambda a, b: a.exp(), "greater of two": torch.maximum, "several at once": lambda a, b: (
-        torch.stack([a, b]).max()), "by several": lambda a, b: (a * torch.tensor([1.0, 2.0])).max()}
+    "exponential": lambda a, b: a.exp(),
+    "greater of two": torch.maximum,
+    "several at once": lambda a, b: torch.stack([a, b]).max(),
+    "by several": lambda a, b: (a * torch.tensor([1.0, 2.0])).max(),
+}
 
 
 @pytest.mark.parametrize("n", [2, N])
@@ -150,45 +163,58 @@ def test_a_vector_that_is_an_output_is_no_loss():
     assert_refuses(UnknownLoss, "the operation 'Mul'", lambda: terms(out, 2, Outputs.of([out])))
 
 
-@pytest.mark.parametrize(("loss", "elements", "reduction"), [
-    (lambda out: F.nll_loss(out, torch.zeros(N, dtype=torch.long)), N, "mean"),
-    (lambda out: F.nll_loss(out, torch.zeros(N, dtype=torch.long), reduction="sum"), N, "sum"),
-    (lambda out: F.mse_loss(out, torch.zeros(N, 3)), 3 * N, "mean"),
-    (lambda out: F.mse_loss(out, torch.zeros(N, 3), reduction="sum"), 3 * N, "sum"),
-    (lambda out: out.mean((0, 1)), 3 * N, "mean"), (lambda out: out.sum(), 3 * N, "sum"),
-    (lambda out: torch.stack([out, out.exp()]).mean(), 6 * N, "mean"),
-])
+@pytest.mark.parametrize(
+    ("loss", "elements", "reduction"),
+    [
+        (lambda out: F.nll_loss(out, torch.zeros(N, dtype=torch.long)), N, "mean"),
+        (lambda out: F.nll_loss(out, torch.zeros(N, dtype=torch.long), reduction="sum"), N, "sum"),
+        (lambda out: F.mse_loss(out, torch.zeros(N, 3)), 3 * N, "mean"),
+        (lambda out: F.mse_loss(out, torch.zeros(N, 3), reduction="sum"), 3 * N, "sum"),
+        (lambda out: out.mean((0, 1)), 3 * N, "mean"),
+        (lambda out: out.sum(), 3 * N, "sum"),
+        (lambda out: torch.stack([out, out.exp()]).mean(), 6 * N, "mean"),
+    ],
+)
 def test_how_many_numbers_are_joined_and_how(loss, elements, reduction):
     out = model_output(N, 3)
     (found,) = terms(loss(out), N, Outputs.of([out]))
     assert (found.elements, found.reduction, found.factor) == (elements, reduction, 1.0)
 
 
-@pytest.mark.parametrize("loss", [
-    lambda out, y: F.mse_loss(out, 1 - out), lambda out, y: out.mean(0).max(), lambda out, y: out.sum(1).prod()])
+@pytest.mark.parametrize(
+    "loss",
+    [lambda out, y: F.mse_loss(out, 1 - out), lambda out, y: out.mean(0).max(), lambda out, y: out.sum(1).prod()],
+)
 def test_joining_of_another_kind_is_not_guessed(loss):
     out = model_output(N, 3)
     with pytest.raises(UnknownLoss):
         terms(loss(out, None), N, Outputs.of([out]))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"weight": torch.ones(3)}, "weighted by classes"), ({"ignore_index": 0}, "not ignored")])
+@pytest.mark.parametrize(
+    ("options", "words"), [({"weight": torch.ones(3)}, "weighted by classes"), ({"ignore_index": 0}, "not ignored")]
+)
 def test_means_divided_by_what_the_labels_hold_mix(options, words):
     out, labels = model_output(N, 3), torch.tensor([0, 1, 2, 1, 2, 1])
     assert_refuses(MixingLoss, words, lambda: terms(F.nll_loss(out, labels, **options), N, Outputs.of([out])))
     terms(F.nll_loss(out, labels, reduction="sum", **options), N, Outputs.of([out]))
 
 
-@pytest.mark.parametrize(("loss", "weights"), [
-    (F.nll_loss, [1 / 2]), (lambda out, y: 0.5 * F.nll_loss(out, y), [1 / 4]),
-    (lambda out, y: F.nll_loss(out, y) / 2, [1 / 4]),
-    (lambda out, y: F.nll_loss(out, y).clone().view(1).squeeze(), [1 / 2]),
-    (lambda out, y: F.nll_loss(out, y, ignore_index=0), [6 / 9]),
-    (lambda out, y: F.nll_loss(out, y, torch.tensor([1.0, 3.0, 5.0])), [6 / 36]),
-    (lambda out, y: F.nll_loss(out, y, reduction="sum"), [6]), (lambda out, y: F.mse_loss(out, out.detach()), [1 / 6]),
-    (lambda out, y: (out.square() * (y > 0).float()[:, None]).sum() / (y > 0).sum(), [6 / 9]),
-    (lambda out, y: F.nll_loss(out, y) + out.mean(), [1 / 6, 1 / 2])])
+@pytest.mark.parametrize(
+    ("loss", "weights"),
+    [
+        (F.nll_loss, [1 / 2]),
+        (lambda out, y: 0.5 * F.nll_loss(out, y), [1 / 4]),
+        (lambda out, y: F.nll_loss(out, y) / 2, [1 / 4]),
+        (lambda out, y: F.nll_loss(out, y).clone().view(1).squeeze(), [1 / 2]),
+        (lambda out, y: F.nll_loss(out, y, ignore_index=0), [6 / 9]),
+        (lambda out, y: F.nll_loss(out, y, torch.tensor([1.0, 3.0, 5.0])), [6 / 36]),
+        (lambda out, y: F.nll_loss(out, y, reduction="sum"), [6]),
+        (lambda out, y: F.mse_loss(out, out.detach()), [1 / 6]),
+        (lambda out, y: (out.square() * (y > 0).float()[:, None]).sum() / (y > 0).sum(), [6 / 9]),
+        (lambda out, y: F.nll_loss(out, y) + out.mean(), [1 / 6, 1 / 2]),
+    ],
+)
 def test_by_what_a_loss_of_the_models_own_weighs_its_numbers(loss, weights):
     out, labels = model_output(2 * N, 3), torch.tensor([0, 1, 2, 1] * 3)
     means, sums = (list(map(float, own_weights(loss(out, labels), N, claimed))) for claimed in ("mean", "sum"))
@@ -202,10 +228,16 @@ def test_a_loss_of_the_models_own_that_is_no_sum_of_means_is_not_understood():
     assert own_weights(out.detach().mean(), N, "mean") == ()
 
 
-@pytest.mark.parametrize(("losses", "factors"), [
-    (lambda out: out.square().sum(1), [1]), (lambda out: out.square().sum(1) / torch.tensor(4.0), [1 / 4]),
-    (lambda out: out.sum(1) / torch.tensor([8.0]), [1 / 8]), (lambda out: 3 * out.sum(1) + 2 * out.mean(1), [3, 2]),
-    (lambda out: out.sum(1) / torch.arange(1.0, N + 1), [1])])
+@pytest.mark.parametrize(
+    ("losses", "factors"),
+    [
+        (lambda out: out.square().sum(1), [1]),
+        (lambda out: out.square().sum(1) / torch.tensor(4.0), [1 / 4]),
+        (lambda out: out.sum(1) / torch.tensor([8.0]), [1 / 8]),
+        (lambda out: 3 * out.sum(1) + 2 * out.mean(1), [3, 2]),
+        (lambda out: out.sum(1) / torch.arange(1.0, N + 1), [1]),
+    ],
+)
 def test_by_which_single_numbers_losses_of_the_models_own_were_multiplied(losses, factors):
     assert sorted(own_factors(losses(model_output(N, 3)))) == pytest.approx(sorted(factors), rel=1e-6)
     one = own_factors(model_output(1, 3).sum(1) / torch.tensor([8.0]))
@@ -220,38 +252,69 @@ def term(reduction: str, factor: float, elements: int = N) -> Term:
     return Term("outside", elements, reduction, factor)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("found", "claimed", "expected"), [
-    (term("mean", 0.5), "mean", 0.5), (term("mean", 0.5), "sum", 0.5 / N),
-    (term("sum", 0.5), "sum", 0.5), (term("sum", 0.5), "mean", 0.5 * N),
-    (term("mean", 1.0, 3 * N), "mean", 1 / 3), (term("sum", 1.0, 3 * N), "sum", 1.0),
-    (Term("own", 1, "sum", 0.3), "mean", 0.3), (Term("own", 1, "sum", 0.3), "sum", 0.3)])
+@pytest.mark.parametrize(
+    ("found", "claimed", "expected"),
+    [
+        (term("mean", 0.5), "mean", 0.5),
+        (term("mean", 0.5), "sum", 0.5 / N),
+        (term("sum", 0.5), "sum", 0.5),
+        (term("sum", 0.5), "mean", 0.5 * N),
+        (term("mean", 1.0, 3 * N), "mean", 1 / 3),
+        (term("sum", 1.0, 3 * N), "sum", 1.0),
+        (Term("own", 1, "sum", 0.3), "mean", 0.3),
+        (Term("own", 1, "sum", 0.3), "sum", 0.3),
+    ],
+)
 def test_the_weight_of_an_example(found, claimed, expected):
     assert weight(found, N, claimed) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("elements", [1, N - 1, N + 1, 2 * N + 3])
 def test_numbers_that_no_example_has_a_share_of_are_refused(elements):
-    assert_refuses(UnknownLoss, f"joins {elements} numbers in a batch of 6", lambda: weight(
-        term("mean", 1.0, elements), N, "mean"))
+    assert_refuses(
+        UnknownLoss, f"joins {elements} numbers in a batch of 6", lambda: weight(term("mean", 1.0, elements), N, "mean")
+    )
 
 
-@pytest.mark.parametrize(("found", "claimed", "plain"), [
-    # As claimed, with any constant but the one that undoes it.
-    (term("mean", 1.0), "mean", True), (term("mean", 0.123), "mean", True), (term("mean", 1 / N), "mean", True),
-    (term("mean", N), "mean", False), (term("mean", -N), "mean", False),
-    (term("sum", 1.0), "sum", True), (term("sum", N), "sum", True), (term("sum", 2 / N), "sum", True),
-    (term("sum", 1 / N), "sum", False), (term("sum", -1 / N), "sum", False),
-    # A sum divided by hand: by N, or a multiple of it.
-    (term("sum", 1 / N), "mean", True), (term("sum", -1 / N), "mean", True), (term("sum", 1 / (2 * N)), "mean", True),
-    (term("sum", -1 / (2 * N)), "mean", True), (term("sum", (1 + 1e-7) / N), "mean", True),
-    (term("sum", (1 + 2e-5) / N), "mean", False), (term("sum", 1.0), "mean", False),
-    (term("sum", 1 / 19), "mean", False),
-    (term("sum", -1 / 19), "mean", False), (term("sum", 0.0), "mean", False), (term("sum", 0.7 / N), "mean", True),
-    # A mean multiplied by N.
-    (term("mean", N), "sum", True), (term("mean", -N), "sum", True), (term("mean", N / 7), "sum", True),
-    (term("mean", N, 3 * N), "sum", True), (term("mean", 1.0), "sum", False), (term("mean", 0.5), "sum", False),
-    (term("mean", 2.0), "sum", True), (term("mean", 0.0), "sum", False), (term("mean", 0.207 * N), "sum", False),
-    (Term("own", 1, "sum", 0.3), "mean", True)])
+@pytest.mark.parametrize(
+    ("found", "claimed", "plain"),
+    [
+        # As claimed, with any constant but the one that undoes it.
+        (term("mean", 1.0), "mean", True),
+        (term("mean", 0.123), "mean", True),
+        (term("mean", 1 / N), "mean", True),
+        (term("mean", N), "mean", False),
+        (term("mean", -N), "mean", False),
+        (term("sum", 1.0), "sum", True),
+        (term("sum", N), "sum", True),
+        (term("sum", 2 / N), "sum", True),
+        (term("sum", 1 / N), "sum", False),
+        (term("sum", -1 / N), "sum", False),
+        # A sum divided by hand: by N, or a multiple of it.
+        (term("sum", 1 / N), "mean", True),
+        (term("sum", -1 / N), "mean", True),
+        (term("sum", 1 / (2 * N)), "mean", True),
+        (term("sum", -1 / (2 * N)), "mean", True),
+        (term("sum", (1 + 1e-7) / N), "mean", True),
+        (term("sum", (1 + 2e-5) / N), "mean", False),
+        (term("sum", 1.0), "mean", False),
+        (term("sum", 1 / 19), "mean", False),
+        (term("sum", -1 / 19), "mean", False),
+        (term("sum", 0.0), "mean", False),
+        (term("sum", 0.7 / N), "mean", True),
+        # A mean multiplied by N.
+        (term("mean", N), "sum", True),
+        (term("mean", -N), "sum", True),
+        (term("mean", N / 7), "sum", True),
+        (term("mean", N, 3 * N), "sum", True),
+        (term("mean", 1.0), "sum", False),
+        (term("mean", 0.5), "sum", False),
+        (term("mean", 2.0), "sum", True),
+        (term("mean", 0.0), "sum", False),
+        (term("mean", 0.207 * N), "sum", False),
+        (Term("own", 1, "sum", 0.3), "mean", True),
+    ],
+)
 def test_a_term_joins_as_claimed_or_not(found, claimed, plain):
     assert is_plain(found, weight(found, N, claimed), N, claimed) is plain
 
@@ -273,10 +336,19 @@ def test_of_one_example_every_term_is_what_is_claimed():
 # Constants of a vector of losses
 
 
-@pytest.mark.parametrize(("join", "factor"), [
-    (lambda out: out, 1), (lambda out: out / 8, 1 / 8), (lambda out: 3 * out.square() / 8, 3 / 8),
-    (lambda out: (out * 2).exp(), 2), (lambda out: out * torch.arange(1.0, N + 1), 1), (lambda out: out + 1, 1),
-    (lambda out: (out - out.mean()) / 4, 1 / 4), (lambda out: torch.tensor(3.0) * out * torch.tensor(5.0), 15)])
+@pytest.mark.parametrize(
+    ("join", "factor"),
+    [
+        (lambda out: out, 1),
+        (lambda out: out / 8, 1 / 8),
+        (lambda out: 3 * out.square() / 8, 3 / 8),
+        (lambda out: (out * 2).exp(), 2),
+        (lambda out: out * torch.arange(1.0, N + 1), 1),
+        (lambda out: out + 1, 1),
+        (lambda out: (out - out.mean()) / 4, 1 / 4),
+        (lambda out: torch.tensor(3.0) * out * torch.tensor(5.0), 15),
+    ],
+)
 def test_numbers_by_which_all_losses_are_multiplied(join, factor):
     out = model_output(N)
     joined = join(out)
@@ -292,11 +364,16 @@ def test_numbers_before_an_output_and_beside_it_do_not_count():
         assert follow([(joined.grad_fn, joined.output_nr)], outputs).factors == (factor,)
 
 
-@pytest.mark.parametrize(("join", "factors"), [
-    (lambda out, beside: out / 8 + beside.exp(), [1 / 8]), (lambda out, beside: beside.exp() - out / 8, [1 / 8]),
-    (lambda out, beside: (out / 19).unsqueeze(1).expand(N, 2).mean(1) / 8, [1 / 8]),
-    (lambda out, beside: torch.stack([out[0] / 19, out[1] / 19]) / 8, [1 / 8]),
-    (lambda out, beside: (out / 19) * out / 8, [1 / 8])])
+@pytest.mark.parametrize(
+    ("join", "factors"),
+    [
+        (lambda out, beside: out / 8 + beside.exp(), [1 / 8]),
+        (lambda out, beside: beside.exp() - out / 8, [1 / 8]),
+        (lambda out, beside: (out / 19).unsqueeze(1).expand(N, 2).mean(1) / 8, [1 / 8]),
+        (lambda out, beside: torch.stack([out[0] / 19, out[1] / 19]) / 8, [1 / 8]),
+        (lambda out, beside: (out / 19) * out / 8, [1 / 8]),
+    ],
+)
 @pytest.mark.parametrize("added", [False, True])
 def test_numbers_are_followed_down_to_where_losses_are_joined_or_come_from(join, factors, added):
     """Beside them, another way leads to no output."""
@@ -329,7 +406,8 @@ def test_as_many_as_64_ways_are_followed_through_a_product(ways, followed):
     shares = [1 + i / 100 for i in range(ways)]
     joined = sum(out.exp() * share for share in shares) / 8
     assert follow([(joined.grad_fn, 0)], Outputs.of([out])).factors == pytest.approx(
-        [share / 8 if followed else share for share in shares], rel=1e-5)
+        [share / 8 if followed else share for share in shares], rel=1e-5
+    )
 
 
 def test_numbers_below_a_sum_of_vectors_are_found_on_every_way():
@@ -338,8 +416,9 @@ def test_numbers_below_a_sum_of_vectors_are_found_on_every_way():
     edge = joined.grad_fn.next_functions[0]
     assert follow([edge], Outputs.of([out])).linear == pytest.approx((0.3, 1 / 7))
     inside = (out.tanh() * (out.square() / 19)).mean()
-    assert any(value == pytest.approx(1 / 19, rel=1e-5)
-               for value in follow([(inside.grad_fn, 0)], Outputs.of([out])).factors)
+    assert any(
+        value == pytest.approx(1 / 19, rel=1e-5) for value in follow([(inside.grad_fn, 0)], Outputs.of([out])).factors
+    )
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -360,17 +439,36 @@ def test_leaves_beside_the_outputs_are_told():
     assert found.shape != follow([((out + beside).sum().grad_fn, 0)], Outputs.of([out])).shape
 
 
-@pytest.mark.parametrize(("value", "constant"), [
-    (1.0, True), (0.5, True), (-0.3, True), (1e-3, True), (1 / 3, True), (1 / 64, True), (100.0, True),
-    (1 / 63, True), (2.0**-20, True), (-(2.0**-20), True),
-    (1 / 76, False), (-1 / 76, False), (8 / 19, False), (0.12345, False), (1 / 65, False), (1 / 65.5, False)])
+@pytest.mark.parametrize(
+    ("value", "constant"),
+    [
+        (1.0, True),
+        (0.5, True),
+        (-0.3, True),
+        (1e-3, True),
+        (1 / 3, True),
+        (1 / 64, True),
+        (100.0, True),
+        (1 / 63, True),
+        (2.0**-20, True),
+        (-(2.0**-20), True),
+        (1 / 76, False),
+        (-1 / 76, False),
+        (8 / 19, False),
+        (0.12345, False),
+        (1 / 65, False),
+        (1 / 65.5, False),
+    ],
+)
 def test_what_looks_like_a_constant(value, constant):
     assert is_constant(value) == constant
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(("dtype", "apart", "alike"), [
-    (torch.float64, 1e-6, 1e-12), (torch.float32, 1e-2, 1e-6), (torch.bfloat16, 5e-2, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "apart", "alike"),
+    [(torch.float64, 1e-6, 1e-12), (torch.float32, 1e-2, 1e-6), (torch.bfloat16, 5e-2, 1e-2)],
+)
 def test_values_are_compared_as_precisely_as_they_were_computed(dtype, apart, alike, autocast):
     """Those of float32 are made of half ones under autocast."""
     with torch.autocast("cpu", enabled=autocast):

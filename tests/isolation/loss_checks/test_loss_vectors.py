@@ -47,12 +47,17 @@ def test_a_public_weight_multiplies_every_loss():
         assert_close(flat(private_gradients(model)) * N, weight * flat(expected), 1e-5)
 
 
-@pytest.mark.parametrize(("words", "losses"), [
-    ("divided by the number of examples, 6", lambda out, y: F.cross_entropy(out, y, reduction="none") / 6),
-    ("depends on the model's outputs for others", lambda out, y: (out - out.mean(0)).square().sum(1)),
-    ("depends on the model's outputs for others", lambda out, y: F.cross_entropy(
-        out @ out.t(), torch.arange(len(out)), reduction="none")),
-])
+@pytest.mark.parametrize(
+    ("words", "losses"),
+    [
+        ("divided by the number of examples, 6", lambda out, y: F.cross_entropy(out, y, reduction="none") / 6),
+        ("depends on the model's outputs for others", lambda out, y: (out - out.mean(0)).square().sum(1)),
+        (
+            "depends on the model's outputs for others",
+            lambda out, y: F.cross_entropy(out @ out.t(), torch.arange(len(out)), reduction="none"),
+        ),
+    ],
+)
 def test_a_vector_that_joins_examples_is_refused(words, losses):
     model, (x, y) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)
@@ -87,8 +92,9 @@ def test_a_vector_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next
 
     def backward(n: int, turn: bool) -> None:
         out = model(examples(n)[0])
-        one, other = (share * (part - part.sum(0)).square().sum(1) for share, part in (
-            (0.3, out[:, :1]), (0.7, out[:, 1:])))
+        one, other = (
+            share * (part - part.sum(0)).square().sum(1) for share, part in ((0.3, out[:, :1]), (0.7, out[:, 1:]))
+        )
         optimizer.expect_batch(n)
         optimizer.backward(other + one if turn else one + other)
         optimizer.step()
@@ -109,8 +115,9 @@ def test_a_new_loss_is_looked_at_in_whatever_batch_it_comes():
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
     out = model(x)
-    assert_refuses(IsolationError, "outputs for others", lambda: optimizer.backward(
-        (out - out.mean(0)).square().sum(1)))
+    assert_refuses(
+        IsolationError, "outputs for others", lambda: optimizer.backward((out - out.mean(0)).square().sum(1))
+    )
 
 
 def test_a_vector_after_a_forward_that_failed_is_refused():
@@ -133,8 +140,11 @@ def test_a_vector_divided_by_what_is_no_constant_is_refused_at_once():
     optimizer = make_private(model, batch_size=N)
     losses = F.cross_entropy(model(x), y, reduction="none")
     for count in (2899, 76):
-        assert_refuses(IsolationError, f"multiplied by {1 / count:.6g}, which looks like a count",
-                       lambda count=count: optimizer.backward(losses / count, retain_graph=True))
+        assert_refuses(
+            IsolationError,
+            f"multiplied by {1 / count:.6g}, which looks like a count",
+            lambda count=count: optimizer.backward(losses / count, retain_graph=True),
+        )
 
 
 @pytest.mark.parametrize("count", [31])
@@ -149,12 +159,16 @@ def test_a_vector_divided_by_a_count_is_refused_in_the_next_batch(count):
     assert_refuses(IsolationError, f"weighs an example by {1 / (count + 1):.6g}", lambda: optimizer.backward(losses))
 
 
-@pytest.mark.parametrize(("words", "losses"), [
-    ("shape (6,), got ()", lambda out, y: F.cross_entropy(out, y)),
-    ("shape (6,), got (6, 3)", lambda out, y: out),
-    ("shape (6,), got float", lambda out, y: 0.5),
-    ("do not depend on what the model returned", lambda out, y: torch.ones(N, requires_grad=True) * 2),
-    ("do not depend on what the model returned", lambda out, y: torch.ones(N))])
+@pytest.mark.parametrize(
+    ("words", "losses"),
+    [
+        ("shape (6,), got ()", lambda out, y: F.cross_entropy(out, y)),
+        ("shape (6,), got (6, 3)", lambda out, y: out),
+        ("shape (6,), got float", lambda out, y: 0.5),
+        ("do not depend on what the model returned", lambda out, y: torch.ones(N, requires_grad=True) * 2),
+        ("do not depend on what the model returned", lambda out, y: torch.ones(N)),
+    ],
+)
 def test_what_is_no_vector_of_losses_is_refused(words, losses):
     model, (x, y) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)
@@ -192,7 +206,7 @@ def test_examples_that_meet_in_a_later_batch_only_are_refused():
 
     def losses(out: Tensor, groups: Tensor) -> Tensor:
         mates = (groups[:, None] == groups[None]).float() - torch.eye(len(out))
-        return (out.square().sum(1) + (mates * (out[:, None] - out[None]).square().sum(-1)).sum(1))
+        return out.square().sum(1) + (mates * (out[:, None] - out[None]).square().sum(-1)).sum(1)
 
     x, _ = examples(N)
     optimizer.backward(losses(model(x), torch.arange(N)))
@@ -222,8 +236,11 @@ def test_a_count_in_a_loop_whose_graph_is_another_in_every_batch_is_refused(insi
     optimizer.zero_grad()
     optimizer.backward(losses(model(x), [2, 1, 1, 2, 1, 2]))  # as many
     optimizer.zero_grad()
-    assert_refuses(IsolationError, "0.0833333, that of an earlier one by 0.111111",
-                   lambda: optimizer.backward(losses(model(x), [1, 2, 1, 2, 3, 3])))
+    assert_refuses(
+        IsolationError,
+        "0.0833333, that of an earlier one by 0.111111",
+        lambda: optimizer.backward(losses(model(x), [1, 2, 1, 2, 3, 3])),
+    )
 
 
 def test_a_loop_over_examples_is_taken():
@@ -257,8 +274,11 @@ def test_an_output_that_is_not_by_example_is_no_part_of_a_loss(kind, scalar):
     for n in (N, 5, 2):
         out, beside = model(x[:n])
         losses = F.cross_entropy(out, y[:n], reduction="none") + beside.square().sum()
-        assert_refuses(IsolationError, "not by example", (
-            losses.mean().backward if scalar else lambda given=losses: optimizer.backward(given)))
+        assert_refuses(
+            IsolationError,
+            "not by example",
+            (losses.mean().backward if scalar else lambda given=losses: optimizer.backward(given)),
+        )
         optimizer.zero_grad()
     # Of one example alone it is its own.
     out, beside = model(x[:1])
@@ -299,6 +319,7 @@ def test_a_function_of_pythons_is_taken_once_it_was_tested(scalar):
     def criterion(count: float):
         def losses(out: Tensor, y: Tensor) -> Tensor:
             return Counted.apply(F.cross_entropy(out, y, reduction="none"), count or float(len(out)))
+
         return losses
 
     def backward(count: float) -> None:
@@ -319,9 +340,15 @@ def test_a_gradient_given_to_backward_is_refused(way):
     model, (x, y) = mlp(), examples(N)
     make_private(model, batch_size=N)
     loss, factor = F.cross_entropy(model(x), y), torch.tensor(9.0)
-    assert_refuses(IsolationError, "a public schedule is optimizer.backward", lambda: {
-        "tensor": lambda: loss.backward(factor), "list": lambda: torch.autograd.backward([loss], [factor]),
-        "keyword": lambda: torch.autograd.backward(loss, grad_tensors=factor)}[way]())
+    assert_refuses(
+        IsolationError,
+        "a public schedule is optimizer.backward",
+        lambda: {
+            "tensor": lambda: loss.backward(factor),
+            "list": lambda: torch.autograd.backward([loss], [factor]),
+            "keyword": lambda: torch.autograd.backward(loss, grad_tensors=factor),
+        }[way](),
+    )
 
 
 # Beside other losses
@@ -334,8 +361,10 @@ def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first, 
     optimizer = make_private(model, batch_size=6)
     out = model(x)
     vector = F.cross_entropy(out, y, reduction="none")
-    backwards = [lambda: out.square().mean().backward(retain_graph=True),
-                 lambda: optimizer.backward(vector, retain_graph=True)]
+    backwards = [
+        lambda: out.square().mean().backward(retain_graph=True),
+        lambda: optimizer.backward(vector, retain_graph=True),
+    ]
     one, other = backwards if first == "mean" else backwards[::-1]
     one()
     if n == 1:  # of which both are the same
@@ -371,15 +400,18 @@ class Wide(nn.Module):
 WIDTH_LOSSES = {
     "mean over the width": lambda out, mask: (out.square() * mask).mean(1),
     "softmax over the width": lambda out, mask: F.cross_entropy(
-        out, torch.zeros(len(out), dtype=torch.long), reduction="none"),
-    "padding counts": lambda out, mask: out.square().sum(1)}
+        out, torch.zeros(len(out), dtype=torch.long), reduction="none"
+    ),
+    "padding counts": lambda out, mask: out.square().sum(1),
+}
 OWN_LOSSES = {
     "sum": lambda out, mask: (out.square() * mask).sum(1),
     "mean over its own": lambda out, mask: (out.square() * mask).sum(1) / mask.sum(1),
     "softmax over its own": lambda out, mask: F.cross_entropy(
-        out.masked_fill(mask == 0, -1e9), torch.zeros(len(out), dtype=torch.long), reduction="none"),
-    "a loop": lambda out, mask: torch.stack(
-        [out[i, : int(mask[i].sum())].square().mean() for i in range(len(out))])}
+        out.masked_fill(mask == 0, -1e9), torch.zeros(len(out), dtype=torch.long), reduction="none"
+    ),
+    "a loop": lambda out, mask: torch.stack([out[i, : int(mask[i].sum())].square().mean() for i in range(len(out))]),
+}
 
 
 def of_widths(loss, *widths: int) -> None:

@@ -21,48 +21,63 @@ def rows(n: int = N) -> Tensor:
     return torch.randn(n, 3, generator=torch.Generator().manual_seed(0)).requires_grad_() * torch.ones(n, 3)
 
 
-@pytest.mark.parametrize(("loss", "scales"), [
-    (lambda out: (out.square() / 8).sum(1).mean(), [1 / 8]), (lambda out: out.square().sum(1).mean() / 8, []),
-    (lambda out: (3 * (out.square() / 8)).sum(), [1 / 8, 3]),
-    (lambda out: (3 * (out / 5) ** 2 / 3 / 7 * 9).sum(), [1 / 7, 1 / 5, 1 / 3, 3, 9]),
-    (lambda out: (out / 8).exp().sum(1), [1 / 8]),
-    (lambda out: (out * 2).sum(1) / torch.arange(1.0, N + 1), [2]),
-    (lambda out: F.linear(out / 8, torch.ones(2, 3)).square().mean(), []),  # the network's own
-    (lambda out: torch.stack([row.sum() / (i + 2) for i, row in enumerate(out)]), []),  # each example's own
-    (lambda out: torch.stack([out.sum(1) / 3, out.mean(1) / 5]).mean(), [1 / 5, 1 / 3]),
-    (lambda out: torch.add(out.detach(), out, alpha=3), [3]), (lambda out: torch.sub(out, out.exp(), alpha=3), [3]),
-    (lambda out: torch.rsub(out, 5, alpha=3), [3]), (lambda out: out + out.exp() - 5, []),
-    (lambda out: torch.addcmul(out.detach(), out, torch.ones(3), value=1 / 8), [1 / 8]),
-    (lambda out: torch.addcdiv(out.detach(), out, torch.ones(3), value=1 / 8), [1 / 8]),
-    (lambda out: torch.addcmul(out.detach(), out, torch.ones(3)), []),
-    (lambda out: torch.lerp(torch.zeros(N, 3), out, 1 / 8), [1 / 8]),
-    (lambda out: torch.lerp(torch.zeros(N, 3), out, torch.tensor(1 / 8)), [1 / 8]),
-    (lambda out: out * torch.tensor(2.0, requires_grad=True), []),  # learned
-    (lambda out: out.detach().sum(), [])])
+@pytest.mark.parametrize(
+    ("loss", "scales"),
+    [
+        (lambda out: (out.square() / 8).sum(1).mean(), [1 / 8]),
+        (lambda out: out.square().sum(1).mean() / 8, []),
+        (lambda out: (3 * (out.square() / 8)).sum(), [1 / 8, 3]),
+        (lambda out: (3 * (out / 5) ** 2 / 3 / 7 * 9).sum(), [1 / 7, 1 / 5, 1 / 3, 3, 9]),
+        (lambda out: (out / 8).exp().sum(1), [1 / 8]),
+        (lambda out: (out * 2).sum(1) / torch.arange(1.0, N + 1), [2]),
+        (lambda out: F.linear(out / 8, torch.ones(2, 3)).square().mean(), []),  # the network's own
+        (lambda out: torch.stack([row.sum() / (i + 2) for i, row in enumerate(out)]), []),  # each example's own
+        (lambda out: torch.stack([out.sum(1) / 3, out.mean(1) / 5]).mean(), [1 / 5, 1 / 3]),
+        (lambda out: torch.add(out.detach(), out, alpha=3), [3]),
+        (lambda out: torch.sub(out, out.exp(), alpha=3), [3]),
+        (lambda out: torch.rsub(out, 5, alpha=3), [3]),
+        (lambda out: out + out.exp() - 5, []),
+        (lambda out: torch.addcmul(out.detach(), out, torch.ones(3), value=1 / 8), [1 / 8]),
+        (lambda out: torch.addcdiv(out.detach(), out, torch.ones(3), value=1 / 8), [1 / 8]),
+        (lambda out: torch.addcmul(out.detach(), out, torch.ones(3)), []),
+        (lambda out: torch.lerp(torch.zeros(N, 3), out, 1 / 8), [1 / 8]),
+        (lambda out: torch.lerp(torch.zeros(N, 3), out, torch.tensor(1 / 8)), [1 / 8]),
+        (lambda out: out * torch.tensor(2.0, requires_grad=True), []),  # learned
+        (lambda out: out.detach().sum(), []),
+    ],
+)
 def test_by_what_losses_of_the_models_own_are_multiplied_before_they_are_joined(loss, scales):
     assert own_numbers(loss(rows()), N).all_scales == pytest.approx(scales, rel=1e-5)
 
 
-@pytest.mark.parametrize(("loss", "bounds"), [
-    (lambda out: out.clamp(max=7), {"Clamp's max": (7,)}),
-    (lambda out: out.clamp(-1, 7).sum(1), {"Clamp's max": (7,), "Clamp's min": (-1,)}),
-    (lambda out: out.clamp_min(3).mean(), {"ClampMin's min": (3,)}),
-    (lambda out: out.clamp(max=torch.tensor(7.0)).mean(), {"Clamp's max": (7,)}),
-    (lambda out: out.clamp(max=torch.tensor([7.0])).mean(), {"Clamp's max": (7,)}),
-    (lambda out: out.clamp(max=torch.tensor([7.0, 8.0, 9.0])).mean(), {}),
-    (lambda out: (out**16 + out**3).mean(), {"Pow's exponent": (3, 16)}),
-    (lambda out: 3**out, {"Pow's self": (3,)}), (lambda out: torch.tensor(3.0) / out, {"Div's self": (3,)}),
-    (lambda out: F.huber_loss(out, torch.zeros(N, 3), delta=0.3), {"HuberLoss's delta": (0.3,)}),
-    (lambda out: F.huber_loss(out, torch.zeros(N, 3), delta=0.3, reduction="none"), {"HuberLoss's delta": (0.3,)}),
-    (lambda out: F.smooth_l1_loss(out, torch.zeros(N, 3), beta=0.3), {"SmoothL1Loss's beta": (0.3,)}),
-    (lambda out: F.multi_margin_loss(out, torch.arange(N) % 3, margin=3), {"MultiMarginLoss's margin": (3,)}),
-    (lambda out: F.binary_cross_entropy_with_logits(out, torch.zeros(N, 3), pos_weight=torch.tensor([3.0])),
-     {"BinaryCrossEntropyWithLogits's pos_weight": (3,)}),
-    (lambda out: F.leaky_relu(out, 0.3), {"LeakyRelu's negative_slope": (0.3,)}),
-    (lambda out: F.softplus(out, 3), {"Softplus's beta": (3,), "Softplus's threshold": (20,)}),
-    (lambda out: F.cross_entropy(out, torch.arange(N) % 3), {}), (lambda out: F.mse_loss(out, torch.zeros(N, 3)), {}),
-    (lambda out: out[:, :2].softmax(1).sum(1, keepdim=True).transpose(0, 1).expand(4, N).cumsum(0)[1], {}),
-    (lambda out: out.clamp(max=7).matmul(torch.ones(3, 3)), {})])  # the network's own
+@pytest.mark.parametrize(
+    ("loss", "bounds"),
+    [
+        (lambda out: out.clamp(max=7), {"Clamp's max": (7,)}),
+        (lambda out: out.clamp(-1, 7).sum(1), {"Clamp's max": (7,), "Clamp's min": (-1,)}),
+        (lambda out: out.clamp_min(3).mean(), {"ClampMin's min": (3,)}),
+        (lambda out: out.clamp(max=torch.tensor(7.0)).mean(), {"Clamp's max": (7,)}),
+        (lambda out: out.clamp(max=torch.tensor([7.0])).mean(), {"Clamp's max": (7,)}),
+        (lambda out: out.clamp(max=torch.tensor([7.0, 8.0, 9.0])).mean(), {}),
+        (lambda out: (out**16 + out**3).mean(), {"Pow's exponent": (3, 16)}),
+        (lambda out: 3**out, {"Pow's self": (3,)}),
+        (lambda out: torch.tensor(3.0) / out, {"Div's self": (3,)}),
+        (lambda out: F.huber_loss(out, torch.zeros(N, 3), delta=0.3), {"HuberLoss's delta": (0.3,)}),
+        (lambda out: F.huber_loss(out, torch.zeros(N, 3), delta=0.3, reduction="none"), {"HuberLoss's delta": (0.3,)}),
+        (lambda out: F.smooth_l1_loss(out, torch.zeros(N, 3), beta=0.3), {"SmoothL1Loss's beta": (0.3,)}),
+        (lambda out: F.multi_margin_loss(out, torch.arange(N) % 3, margin=3), {"MultiMarginLoss's margin": (3,)}),
+        (
+            lambda out: F.binary_cross_entropy_with_logits(out, torch.zeros(N, 3), pos_weight=torch.tensor([3.0])),
+            {"BinaryCrossEntropyWithLogits's pos_weight": (3,)},
+        ),
+        (lambda out: F.leaky_relu(out, 0.3), {"LeakyRelu's negative_slope": (0.3,)}),
+        (lambda out: F.softplus(out, 3), {"Softplus's beta": (3,), "Softplus's threshold": (20,)}),
+        (lambda out: F.cross_entropy(out, torch.arange(N) % 3), {}),
+        (lambda out: F.mse_loss(out, torch.zeros(N, 3)), {}),
+        (lambda out: out[:, :2].softmax(1).sum(1, keepdim=True).transpose(0, 1).expand(4, N).cumsum(0)[1], {}),
+        (lambda out: out.clamp(max=7).matmul(torch.ones(3, 3)), {}),
+    ],
+)  # the network's own
 def test_by_what_losses_of_the_models_own_are_bounded(loss, bounds):
     found = own_numbers(loss(rows()), N).bounds
     assert set(found) == set(bounds)
@@ -99,15 +114,26 @@ def test_scales_are_told_apart_by_how_many_follow_one_another():
 # Which outputs are losses
 
 
-@pytest.mark.parametrize(("join", "found"), [
-    (lambda out: out.sum(), True), (lambda out: (out * torch.ones(N, 3)).sum(1), True),
-    (lambda out: -(out / 8).mean(1).unsqueeze(0), True), (lambda out: out[torch.arange(3)].mean(), True),
-    (lambda out: torch.stack([out[:, 0], out[:, 1]]).mean(), True), (lambda out: out @ torch.ones(3), True),
-    (lambda out: out.masked_fill(out > 0, 0.0).t().sum(0) - 1, True), (lambda out: out.clamp(max=7), True),
-    (lambda out: out * out.exp(), True), (lambda out: out, True),
-    (lambda out: F.cross_entropy(out, torch.arange(N) % 3), False), (lambda out: out.square().sum(), False),
-    (lambda out: F.nll_loss(out, torch.zeros(N, dtype=torch.long), reduction="none").sum(), False),
-    (lambda out: F.mse_loss(out, torch.zeros(N, 3)), False), (lambda out: out.exp().sum(), False)])
+@pytest.mark.parametrize(
+    ("join", "found"),
+    [
+        (lambda out: out.sum(), True),
+        (lambda out: (out * torch.ones(N, 3)).sum(1), True),
+        (lambda out: -(out / 8).mean(1).unsqueeze(0), True),
+        (lambda out: out[torch.arange(3)].mean(), True),
+        (lambda out: torch.stack([out[:, 0], out[:, 1]]).mean(), True),
+        (lambda out: out @ torch.ones(3), True),
+        (lambda out: out.masked_fill(out > 0, 0.0).t().sum(0) - 1, True),
+        (lambda out: out.clamp(max=7), True),
+        (lambda out: out * out.exp(), True),
+        (lambda out: out, True),
+        (lambda out: F.cross_entropy(out, torch.arange(N) % 3), False),
+        (lambda out: out.square().sum(), False),
+        (lambda out: F.nll_loss(out, torch.zeros(N, dtype=torch.long), reduction="none").sum(), False),
+        (lambda out: F.mse_loss(out, torch.zeros(N, 3)), False),
+        (lambda out: out.exp().sum(), False),
+    ],
+)
 def test_what_is_only_weighed_and_added_up_is_a_loss(join, found):
     out, other = rows(), rows()
     outputs = Outputs.of([other, out])
@@ -125,26 +151,32 @@ class Own(nn.Module):
         self.inner, self.losses, self.number = DPLinear(4, 3), losses, 8.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.losses(F.cross_entropy(self.inner(x).transpose(1, 2), (x[..., 0] > 0).long(), reduction="none"),
-                           self.number)
+        return self.losses(
+            F.cross_entropy(self.inner(x).transpose(1, 2), (x[..., 0] > 0).long(), reduction="none"), self.number
+        )
 
 
 DOORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "a mean": ("mean", lambda losses: losses.mean()), "a sum": ("sum", lambda losses: losses.sum()),
+    "a mean": ("mean", lambda losses: losses.mean()),
+    "a sum": ("sum", lambda losses: losses.sum()),
     "masked": ("sum", lambda losses: (losses * torch.ones(losses.shape[1:])).sum()),
     "by example": ("mean", lambda losses: losses.flatten(1).sum(1) if losses.dim() > 1 else losses),
-    "by example, weighed": ("mean", lambda losses: 0.3 * losses.flatten(1).sum(1) if losses.dim() > 1 else 5 * losses)}
+    "by example, weighed": ("mean", lambda losses: 0.3 * losses.flatten(1).sum(1) if losses.dim() > 1 else 5 * losses),
+}
 FOLLOWING: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "(N,)": lambda losses, c: losses.sum(1) / c, "(N, 1)": lambda losses, c: losses.sum(1, keepdim=True) / c,
-    "(N, T)": lambda losses, c: losses / c, "(N, T, 1)": lambda losses, c: (losses / c).unsqueeze(2),
+    "(N,)": lambda losses, c: losses.sum(1) / c,
+    "(N, 1)": lambda losses, c: losses.sum(1, keepdim=True) / c,
+    "(N, T)": lambda losses, c: losses / c,
+    "(N, T, 1)": lambda losses, c: (losses / c).unsqueeze(2),
     "a product": lambda losses, c: losses * torch.tensor(1 / c),
     "addcmul": lambda losses, c: torch.addcmul(torch.zeros(()), losses, torch.ones(4), value=1 / c),
     "lerp": lambda losses, c: torch.lerp(torch.zeros(len(losses)), losses.sum(1), 1 / c),
     "a difference": lambda losses, c: torch.sub(torch.zeros(len(losses)), losses.sum(1), alpha=1 / c),
     "a power": lambda losses, c: losses.sum(1) ** (16 / c),
-    "a bound": lambda losses, c: losses.sum(1).clamp(max=c), "a bound in a tensor": lambda losses, c: (
-        losses.clamp(max=torch.tensor(c))),
-    "Huber": lambda losses, c: F.huber_loss(losses, torch.zeros_like(losses), reduction="none", delta=c)}
+    "a bound": lambda losses, c: losses.sum(1).clamp(max=c),
+    "a bound in a tensor": lambda losses, c: losses.clamp(max=torch.tensor(c)),
+    "Huber": lambda losses, c: F.huber_loss(losses, torch.zeros_like(losses), reduction="none", delta=c),
+}
 
 
 def steps(model: nn.Module, door: str) -> Callable[[Tensor], None]:
@@ -179,8 +211,9 @@ def test_a_number_of_the_batch_in_a_models_own_losses_is_refused_by_every_door(n
 
 
 @pytest.mark.parametrize("door", ["a mean", "a sum", "masked"])
-@pytest.mark.parametrize(("count", "words"), [
-    (76.0, "looks like a count"), (N, "divided by the number of examples, 6")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(76.0, "looks like a count"), (N, "divided by the number of examples, 6")]
+)
 def test_a_count_in_a_models_own_losses_is_refused_in_the_first_batch(count, words, door):
     model = Own(FOLLOWING["(N, T)"])
     model.number = count
@@ -219,14 +252,17 @@ class Logits(nn.Module):
 
 
 INNOCENT: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "plain": lambda out, _: out.mean(1), "a temperature": lambda out, _: out.mean(1) / 0.07,
+    "plain": lambda out, _: out.mean(1),
+    "a temperature": lambda out, _: out.mean(1) / 0.07,
     "a temperature that falls": lambda out, passes: out.mean(1) * (1 + passes / 10),
     "a mean over the width": lambda out, _: out.sum(1) / out.shape[1],
     "dropout": lambda out, _: F.dropout(out, 0.2).mean(1).clamp(-30, 30),
     "a dropped path": lambda out, _: (out * torch.empty(len(out), 1, 1).bernoulli_(0.8).div_(0.8)).mean(1),
     "a checkpoint": lambda out, _: checkpoint(
-        lambda out: F.dropout(out, 0.2).mean(1).clamp(-30, 30) * torch.tensor(0.7), out, use_reentrant=False),
-    "probabilities": lambda out, passes: (out.mean(1) / (1 + passes / 10)).log_softmax(1)}
+        lambda out: F.dropout(out, 0.2).mean(1).clamp(-30, 30) * torch.tensor(0.7), out, use_reentrant=False
+    ),
+    "probabilities": lambda out, passes: (out.mean(1) / (1 + passes / 10)).log_softmax(1),
+}
 
 
 @pytest.mark.parametrize("by_example", [False, True])
@@ -246,9 +282,13 @@ def test_logits_are_no_losses(name, by_example):
 
 @pytest.mark.parametrize("door", ["a mean", "by example"])
 def test_a_hook_may_keep_what_losses_are_made_of(door):
-    model = Own(lambda losses, c: checkpoint(
-        lambda losses: (losses * torch.tensor([1.0, 1.0, 0.0, 0.0])).clamp(max=9).sum(1) / c, losses,
-        use_reentrant=False))
+    model = Own(
+        lambda losses, c: checkpoint(
+            lambda losses: (losses * torch.tensor([1.0, 1.0, 0.0, 0.0])).clamp(max=9).sum(1) / c,
+            losses,
+            use_reentrant=False,
+        )
+    )
     step = steps(model, door)
     for n in (N, 5):
         with torch.autograd.graph.save_on_cpu():
@@ -273,11 +313,16 @@ def discounted(losses: Sequence[Tensor]) -> Tensor:
     return sum((0.8**t * loss for t, loss in enumerate(losses)), torch.zeros(()))
 
 
-@pytest.mark.parametrize("weigh", [
-    lambda losses: discounted(losses.unbind(1)), lambda losses: discounted(losses.t()),
-    lambda losses: discounted([losses[:, t] for t in range(losses.shape[1])]),
-    lambda losses: torch.stack([0.8**t * losses[:, t] for t in range(losses.shape[1])]).sum(0),
-    lambda losses: discounted(losses.unbind(1)) * 0.5 + 0.1 * losses[:, 0]])
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda losses: discounted(losses.unbind(1)),
+        lambda losses: discounted(losses.t()),
+        lambda losses: discounted([losses[:, t] for t in range(losses.shape[1])]),
+        lambda losses: torch.stack([0.8**t * losses[:, t] for t in range(losses.shape[1])]).sum(0),
+        lambda losses: discounted(losses.unbind(1)) * 0.5 + 0.1 * losses[:, 0],
+    ],
+)
 def test_discounts_over_another_number_of_steps_are_the_same_series(weigh):
     model = Rollout(weigh)
     optimizer = make_private(model.train(), batch_size=N)
@@ -289,14 +334,19 @@ def test_discounts_over_another_number_of_steps_are_the_same_series(weigh):
     assert optimizer.ledger.steps == 5
 
 
-@pytest.mark.parametrize("weigh", [
-    # The first step weighs less where there are more.
-    lambda losses: discounted(losses.unbind(1)[::-1]), lambda losses: discounted(losses.flip(1).unbind(1)),
-    lambda losses: discounted([losses[:, -t - 1] for t in range(losses.shape[1])]),
-    lambda losses: discounted([losses[:, t] + losses[:, 0] for t in range(losses.shape[1])]),
-    lambda losses: discounted(losses.unbind(1)) * 0.8 ** losses.shape[1],
-    lambda losses: discounted(losses.unbind(1)) / losses.shape[1],
-    lambda losses: discounted([loss / (t + 1) for t, loss in enumerate(losses.unbind(1))])])
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        # The first step weighs less where there are more.
+        lambda losses: discounted(losses.unbind(1)[::-1]),
+        lambda losses: discounted(losses.flip(1).unbind(1)),
+        lambda losses: discounted([losses[:, -t - 1] for t in range(losses.shape[1])]),
+        lambda losses: discounted([losses[:, t] + losses[:, 0] for t in range(losses.shape[1])]),
+        lambda losses: discounted(losses.unbind(1)) * 0.8 ** losses.shape[1],
+        lambda losses: discounted(losses.unbind(1)) / losses.shape[1],
+        lambda losses: discounted([loss / (t + 1) for t, loss in enumerate(losses.unbind(1))]),
+    ],
+)
 def test_weights_of_steps_that_may_follow_the_width_are_refused(weigh):
     model = Rollout(weigh)
     optimizer = make_private(model.train(), batch_size=N)
@@ -305,11 +355,21 @@ def test_weights_of_steps_that_may_follow_the_width_are_refused(weigh):
     assert_refuses(IsolationError, "multiplies the losses", lambda: model(batch(N, 5)).backward())
 
 
-@pytest.mark.parametrize(("then", "now", "taken"), [
-    ([1, 0.8, 0.64], [1, 0.8, 0.64, 0.512], True), ([1, 0.8], [1, 0.8, 0.64], True), ([1], [1, 0.8], False),
-    ([], [1 / 8], False), ([1, 0.8, 0.64], [1, 0.8, 0.64, 0.5], False), ([1, 0.8, 3], [1, 0.8, 0.64, 3], True),
-    ([1, 0.8, 3], [1, 0.8, 3, 0.64], False), ([1, 0.8, 3], [1, 0.8, 0.64, 4], False),
-    ([1, 0.8, 0.64], [0.8, 0.64, 0.512], False), ([3, 4], [4, 3], True)])
+@pytest.mark.parametrize(
+    ("then", "now", "taken"),
+    [
+        ([1, 0.8, 0.64], [1, 0.8, 0.64, 0.512], True),
+        ([1, 0.8], [1, 0.8, 0.64], True),
+        ([1], [1, 0.8], False),
+        ([], [1 / 8], False),
+        ([1, 0.8, 0.64], [1, 0.8, 0.64, 0.5], False),
+        ([1, 0.8, 3], [1, 0.8, 0.64, 3], True),
+        ([1, 0.8, 3], [1, 0.8, 3, 0.64], False),
+        ([1, 0.8, 3], [1, 0.8, 0.64, 4], False),
+        ([1, 0.8, 0.64], [0.8, 0.64, 0.512], False),
+        ([3, 4], [4, 3], True),
+    ],
+)
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_longer_series_begins_with_the_shorter_one(then, now, taken, turned):
     def losses(shares: list[float]) -> Tensor:
@@ -343,18 +403,19 @@ def test_what_a_batch_is_compared_with_stays_the_first_one():
     for share in (1.0, 1 + 8e-6):
         known.check_numbers(0, (out * share).clamp(max=share), N)
     assert_refuses(MixingLoss, "multiplies", lambda: known.check_numbers(0, out * (1 + 16e-6), N))
-    assert_refuses(MixingLoss, "bounds or bends", lambda: known.check_numbers(
-        0, out.mul(1.0).clamp(max=1 + 16e-6), N))
+    assert_refuses(MixingLoss, "bounds or bends", lambda: known.check_numbers(0, out.mul(1.0).clamp(max=1 + 16e-6), N))
 
 
 def test_a_bound_that_comes_later_is_held_to_its_first_value():
     out, known = rows(), OwnLosses()
     for losses in (out.exp(), out.clamp(max=3), out.exp(), out.clamp(max=3) ** 2):
         known.check_numbers(0, losses, N)
-    assert_refuses(MixingLoss, r"by 4 in this batch (Clamp's max), by 3 in", lambda: known.check_numbers(
-        0, out.clamp(max=4), N))
-    assert_refuses(MixingLoss, "by 3 in this batch (Pow's exponent), by 2 in", lambda: known.check_numbers(
-        0, out**3, N))
+    assert_refuses(
+        MixingLoss, r"by 4 in this batch (Clamp's max), by 3 in", lambda: known.check_numbers(0, out.clamp(max=4), N)
+    )
+    assert_refuses(
+        MixingLoss, "by 3 in this batch (Pow's exponent), by 2 in", lambda: known.check_numbers(0, out**3, N)
+    )
 
 
 # Outside of the model
@@ -365,9 +426,12 @@ OUTSIDE: dict[str, tuple[Callable[[Tensor, float], Tensor], str]] = {
     "a share": (lambda losses, c: torch.add(torch.zeros(()), losses, alpha=c), "6 (Add's alpha)"),
     "a power": (lambda losses, c: losses.clamp(min=1.0) ** c, "6 (Pow's exponent)"),
     "what the constant is divided by": (lambda losses, c: torch.div(torch.tensor(c), 1 + losses), "6 (Div's self)"),
-    "Huber": (lambda losses, c: F.huber_loss(losses, torch.zeros_like(losses), reduction="none", delta=c),
-              "HuberLoss's delta"),
-    "two": (lambda losses, c: losses.clamp(max=7).clamp(max=c) ** 2, "by 6 (Clamp's max), that of")}
+    "Huber": (
+        lambda losses, c: F.huber_loss(losses, torch.zeros_like(losses), reduction="none", delta=c),
+        "HuberLoss's delta",
+    ),
+    "two": (lambda losses, c: losses.clamp(max=7).clamp(max=c) ** 2, "by 6 (Clamp's max), that of"),
+}
 
 
 def outside(losses: Callable[[Tensor, float], Tensor], by_example: bool) -> Callable[[int, float], None]:
@@ -406,8 +470,9 @@ def test_a_number_outside_of_the_model_is_refused_where_the_criterion_was_tested
     engine.check_isolation(model, (batch(N), torch.zeros(N)), lambda out, y: criterion(out, 5.0))
     criterion(model(batch(N)), 5.0).backward()
     optimizer.zero_grad()
-    assert_refuses(IsolationError, "bounded or bent by 6 (Clamp's max)",
-                   lambda: criterion(model(batch(N)), 6.0).backward())
+    assert_refuses(
+        IsolationError, "bounded or bent by 6 (Clamp's max)", lambda: criterion(model(batch(N)), 6.0).backward()
+    )
 
 
 def test_losses_that_are_bounded_otherwise_by_turns_are_taken():

@@ -19,8 +19,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 MEETING: dict[str, Loss] = {
     "product": lambda o, y, k: F.cross_entropy(o @ k.T, torch.arange(len(o)), reduction="none"),
     "product, other way round": lambda o, y, k: F.cross_entropy((k @ o.T).T, torch.arange(len(o)), reduction="none"),
-    "einsum": lambda o, y, k: F.cross_entropy(
-        torch.einsum("id,jd->ij", o, k), torch.arange(len(o)), reduction="none"),
+    "einsum": lambda o, y, k: F.cross_entropy(torch.einsum("id,jd->ij", o, k), torch.arange(len(o)), reduction="none"),
     "with a bias": lambda o, y, k: F.linear(o, k, y.float()).square().mean(1),
     "by heads": lambda o, y, k: torch.baddbmm(torch.zeros(1, 1), o.unsqueeze(0), k.T.unsqueeze(0))[0].square().sum(1),
     "distances": lambda o, y, k: torch.cdist(o, k).mean(1),

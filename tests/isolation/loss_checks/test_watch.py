@@ -83,8 +83,11 @@ def check_taken(loss: OutsideLoss, reduction: str) -> None:
     (x, y), reference = examples(N), mlp()
     names = {name for name, p in reference.named_parameters() if p.requires_grad}
     gradients = brute_force(
-        reference, lambda m, example: loss(m(example[0].double()), example[1]),
-        [(x[i : i + 1], y[i : i + 1]) for i in range(N)], names)
+        reference,
+        lambda m, example: loss(m(example[0].double()), example[1]),
+        [(x[i : i + 1], y[i : i + 1]) for i in range(N)],
+        names,
+    )
     assert_close(flat(private_gradients(model)) * N, flat(clip_and_sum(gradients, "flat", 0.3, str)))
 
 
@@ -98,29 +101,37 @@ def test_sums_are_taken_for_what_they_are(name):
     check_taken(SUMS[name], "sum")
 
 
-@pytest.mark.parametrize(("words", "reduction", "loss"), [
-    ("declared a mean", "mean", SUMS["cross entropy"]),
-    ("declared a mean", "mean", SUMS["mean times N"]),
-    ("declared a mean", "mean", lambda out, y: out.square().sum() / 19),
-    ("declared a sum", "sum", MEANS["cross entropy"]),
-    ("declared a sum", "sum", MEANS["squares over outputs"]),
-    ("declared a sum", "sum", MEANS["sum by hand"]),
-    ("weighted by classes", "mean", weighted),
-    ("the labels that are not ignored", "mean", ignoring),
-    ("depends on the model's outputs for others", "mean", contrastive),
-    ("depends on the model's outputs for others", "sum", lambda out, y: contrastive(out, y) * len(y)),
-    ("'Max'", "mean", lambda out, y: out.max()),
-    ("'LinalgVectorNorm'", "mean", lambda out, y: out.norm()),
-    ("joins 3 numbers in a batch of 6", "mean", lambda out, y: out.mean(0).square().sum()),
-])
+@pytest.mark.parametrize(
+    ("words", "reduction", "loss"),
+    [
+        ("declared a mean", "mean", SUMS["cross entropy"]),
+        ("declared a mean", "mean", SUMS["mean times N"]),
+        ("declared a mean", "mean", lambda out, y: out.square().sum() / 19),
+        ("declared a sum", "sum", MEANS["cross entropy"]),
+        ("declared a sum", "sum", MEANS["squares over outputs"]),
+        ("declared a sum", "sum", MEANS["sum by hand"]),
+        ("weighted by classes", "mean", weighted),
+        ("the labels that are not ignored", "mean", ignoring),
+        ("depends on the model's outputs for others", "mean", contrastive),
+        ("depends on the model's outputs for others", "sum", lambda out, y: contrastive(out, y) * len(y)),
+        ("'Max'", "mean", lambda out, y: out.max()),
+        ("'LinalgVectorNorm'", "mean", lambda out, y: out.norm()),
+        ("joins 3 numbers in a batch of 6", "mean", lambda out, y: out.mean(0).square().sum()),
+    ],
+)
 def test_losses_that_join_examples_are_refused(words, reduction, loss):
     with pytest.raises(IsolationError, match=words):
         step(loss, reduction=reduction)
 
 
-@pytest.mark.parametrize(("words", "loss"), [
-    ("'Max'", lambda out, y: out.max()), ("depends on the model's outputs for others", contrastive),
-    ("declared a mean", SUMS["cross entropy"])])
+@pytest.mark.parametrize(
+    ("words", "loss"),
+    [
+        ("'Max'", lambda out, y: out.max()),
+        ("depends on the model's outputs for others", contrastive),
+        ("declared a mean", SUMS["cross entropy"]),
+    ],
+)
 def test_two_examples_can_meet_and_one_cannot(words, loss):
     with pytest.raises(IsolationError, match=words):
         step(loss, n=2)
@@ -130,6 +141,7 @@ def test_two_examples_can_meet_and_one_cannot(words, loss):
 @pytest.mark.parametrize("place", [0, N - 1])
 def test_a_single_example_that_depends_on_others_is_seen(place):
     """The first or the last: what is mixed by its place is mostly mixed there."""
+
     def loss(out: Tensor, y: Tensor) -> Tensor:
         alone = torch.arange(N) == place
         return (out.square().sum(1) + alone * out[N // 2].sum()).mean()
@@ -141,6 +153,7 @@ def test_a_single_example_that_depends_on_others_is_seen(place):
 @pytest.mark.parametrize(("n", "place"), [(2, 0), (2, 1), (N, 0), (N, N - 1)])
 def test_a_single_example_of_small_weight_that_depends_on_others_is_seen(n, place):
     """Beside the others' own gradients it is nothing, beside its own it is much."""
+
     def loss(out: Tensor, y: Tensor) -> Tensor:
         weight = torch.where(torch.arange(n) == place, 1e-6, 0.0)
         own = torch.where(weight > 0, weight, 1.0) * out.square().sum(1)
@@ -209,7 +222,8 @@ def test_the_models_own_loss_is_taken_where_it_was_found_right():
     optimizer.step()
     names = {name for name, p in reference.named_parameters() if p.requires_grad}
     gradients = brute_force(
-        reference, lambda m, row: m(row.double()).pow(3).sum(), [x[i : i + 1] for i in range(N)], names)
+        reference, lambda m, row: m(row.double()).pow(3).sum(), [x[i : i + 1] for i in range(N)], names
+    )
     assert_close(flat(private_gradients(model)) * N, flat(clip_and_sum(gradients, "flat", 0.3, str)))
 
 
@@ -231,8 +245,10 @@ class Missing(nn.Module):
             return {"loss": F.cross_entropy(out, y, self.rates, label_smoothing=0.1)}
         if self.way == "areas":
             maps, labels = out.view(len(x), 3, 1, 1).expand(-1, -1, 2, 2), (y - 1).view(-1, 1, 1).expand(-1, 2, 2)
-            return {"loss": F.cross_entropy(maps, labels, ignore_index=-1)
-                    + 0.4 * F.cross_entropy(0.5 * maps, labels, ignore_index=-1)}
+            return {
+                "loss": F.cross_entropy(maps, labels, ignore_index=-1)
+                + 0.4 * F.cross_entropy(0.5 * maps, labels, ignore_index=-1)
+            }
         known = (y > 0).float()
         return {"loss": (out.square().sum(1) * known).sum() / known.sum()}
 
@@ -291,6 +307,7 @@ def test_a_loss_of_the_models_own_in_a_tensor_of_one_number_is_refused_in_a_sent
 
 def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
     """The second of two was found right, the third was not; outputs that are no numbers do not count."""
+
     def three(out: Tensor) -> dict[str, Tensor]:
         third = out.mean(0).square().sum()
         return {"loss": out.square().mean(), "second": out.abs().mean(), "third": third, "boxed": third.view(1)}
@@ -369,6 +386,7 @@ def test_batches_of_one_that_creep_are_held_to_the_first_batch_of_several(first)
 
 def in_a_loop(lengths: list[int], share: float) -> OutsideLoss:
     """Another graph for other lengths; ``share`` of the mean over the examples."""
+
     def loss(out: Tensor, y: Tensor) -> Tensor:
         each = [sum((out[i : i + 1].square().sum(1) for _ in range(k)), torch.zeros(1)) for i, k in enumerate(lengths)]
         return share * torch.cat(each).mean()
@@ -489,13 +507,17 @@ def test_a_count_inside_the_mean_is_refused_at_once():
 
 def test_the_order_in_which_terms_are_added_is_nothing():
     model, optimizer = step(lambda out, y: 0.3 * out[:, :1].square().mean() + 0.7 * out[:, 1:].square().mean())
-    step(lambda out, y: 0.7 * out[:, 1:].square().mean() + 0.3 * out[:, :1].square().mean(), model=model,
-         optimizer=optimizer)
+    step(
+        lambda out, y: 0.7 * out[:, 1:].square().mean() + 0.3 * out[:, :1].square().mean(),
+        model=model,
+        optimizer=optimizer,
+    )
     assert optimizer.ledger.steps == 2
 
 
 def test_a_loss_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next():
     """Though batches of that kind were tried before, with another loss."""
+
     def centred(out: Tensor, y: Tensor) -> Tensor:
         return (out - out.sum(0)).square().mean()
 
@@ -517,6 +539,7 @@ def test_a_mean_over_labels_of_the_models_own_has_as_many_for_each_example_in_ev
 
     model = Tagger().train()
     optimizer = make_private(model, batch_size=4)
+
     def forward(n: int, tokens: int) -> dict[str, Tensor]:
         output: dict[str, Tensor] = model(torch.randn(n, tokens, 6), (torch.arange(tokens) % 3).expand(n, -1))
         return output
@@ -622,7 +645,8 @@ def test_a_gradient_by_another_way_than_backward_is_refused():
     out = model(examples(4)[0])
     nn.Linear(3, 1)(out.detach()).mean().backward()  # a loss that does not depend on the model
     torch.autograd.Variable._execution_engine.run_backward(
-        (out,), (torch.ones_like(out),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        (out,), (torch.ones_like(out),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
     assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
     assert optimizer.ledger.steps == 0
 
@@ -770,10 +794,13 @@ def test_the_deepest_graph_does_not_exhaust_the_stack():
 
 
 PAIRS = {
-    "mse": lambda p, y: F.mse_loss(p, y), "smooth": lambda p, y: F.smooth_l1_loss(p, y),
+    "mse": lambda p, y: F.mse_loss(p, y),
+    "smooth": lambda p, y: F.smooth_l1_loss(p, y),
     "by hand": lambda p, y: (p - y).square().mean(),
-    "vector": lambda p, y: (p - y).square().mean(1), "at rest": lambda p, y: (p - y - 1e3).relu().mean(1),
-    "vector of sums": lambda p, y: F.mse_loss(p, y, reduction="none").sum(1)}
+    "vector": lambda p, y: (p - y).square().mean(1),
+    "at rest": lambda p, y: (p - y - 1e3).relu().mean(1),
+    "vector of sums": lambda p, y: F.mse_loss(p, y, reduction="none").sum(1),
+}
 
 
 @pytest.mark.parametrize("n", [2, N])
@@ -826,6 +853,7 @@ def test_a_dimension_that_is_as_large_as_one_batch_by_chance_is_taken():
 @pytest.mark.parametrize("by_example", [False, True])
 def test_where_a_whole_client_is_protected_losses_may_join_its_examples(by_example):
     """Its change is clipped as one: the step is that of the mean, whatever the examples do to each other."""
+
     def centred(model: nn.Module) -> Tensor:
         out = model(x)
         return F.cross_entropy(out - out.mean(0), y, reduction="none" if by_example else "mean")

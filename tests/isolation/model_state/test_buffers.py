@@ -242,8 +242,17 @@ def test_what_a_forward_wrote_is_filled_and_what_it_took_away_put_back() -> None
     assert int(model.passes) == 3 and not hasattr(model, "centre")
 
 
-@pytest.mark.parametrize(("one", "other", "alike"), [
-    ([0.0, 1.0], [0.0, 1.0], True), ([torch.nan, 1.0], [torch.nan, 1.0], True), ([torch.nan], [0.0], False),
-    ([0.0], [torch.nan], False), ([1.0], [1.0, 1.0], False), ([torch.inf], [3e38], False), ([], [], True)])
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ([0.0, 1.0], [0.0, 1.0], True),
+        ([torch.nan, 1.0], [torch.nan, 1.0], True),
+        ([torch.nan], [0.0], False),
+        ([0.0], [torch.nan], False),
+        ([1.0], [1.0, 1.0], False),
+        ([torch.inf], [3e38], False),
+        ([], [], True),
+    ],
+)
 def test_nan_is_the_same_as_nan_alone(one: list[float], other: list[float], alike: bool) -> None:
     assert same(torch.tensor(one), torch.tensor(other)) is alike

@@ -64,9 +64,16 @@ def test_what_a_forward_that_was_tried_writes_later_is_refused(way):
     assert_refuses(IsolationError, "writes to its parameter 'centre'", lambda: model(x))
 
 
-@pytest.mark.parametrize("write", [
-    lambda p: p.mul_(2), lambda p: torch.abs(torch.ones(3), out=p), lambda p: torch.add(p, 1, out=p),
-    lambda p: torch._foreach_add_([torch.zeros(3), p], 1), lambda p: p[1:].zero_()])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.mul_(2),
+        lambda p: torch.abs(torch.ones(3), out=p),
+        lambda p: torch.add(p, 1, out=p),
+        lambda p: torch._foreach_add_([torch.zeros(3), p], 1),
+        lambda p: p[1:].zero_(),
+    ],
+)
 def test_every_way_to_write_is_seen_before_it_is_done(write):
     model = nn.Linear(3, 2).requires_grad_(False)
     bias = nn.Parameter(torch.ones(3), requires_grad=False)
@@ -143,10 +150,23 @@ def test_what_the_user_changes_between_two_passes_is_taken():
 def test_bigbird_is_refused_where_it_gives_up_sparse_attention():
     """Already in the trial, whose passes differ by it."""
     transformers = pytest.importorskip("transformers")
-    model = inject_lora(transformers.BigBirdForSequenceClassification(transformers.BigBirdConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, block_size=4,
-        num_random_blocks=1, max_position_embeddings=128, attention_type="block_sparse", num_labels=3)), LoRAConfig(
-            r=2, target_modules=["query"], trainable_modules=["classifier"])).train()
+    model = inject_lora(
+        transformers.BigBirdForSequenceClassification(
+            transformers.BigBirdConfig(
+                vocab_size=40,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                block_size=4,
+                num_random_blocks=1,
+                max_position_embeddings=128,
+                attention_type="block_sparse",
+                num_labels=3,
+            )
+        ),
+        LoRAConfig(r=2, target_modules=["query"], trainable_modules=["classifier"]),
+    ).train()
     optimizer = make_private(model, batch_size=2)
     ids = torch.randint(40, (2, 64))
     model(ids)

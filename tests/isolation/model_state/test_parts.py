@@ -26,19 +26,30 @@ class Switched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.inner(x)
-        mixes = (self.epoch >= 4, self.alpha > 0, self.on, self.kind == "mix", self.cfg.mix, self.cfg.name == "mix",
-                 self.cfg.alpha > 0, self.opts["mix"])
+        mixes = (
+            self.epoch >= 4,
+            self.alpha > 0,
+            self.on,
+            self.kind == "mix",
+            self.cfg.mix,
+            self.cfg.name == "mix",
+            self.cfg.alpha > 0,
+            self.opts["mix"],
+        )
         return self.head(hidden - hidden.mean(0) if any(mixes) else hidden)
 
 
 def settings(model: Switched) -> dict[str, Any]:
     return {
-        "epoch": lambda: setattr(model, "epoch", 4), "alpha": lambda: setattr(model, "alpha", 0.5),
-        "switch": lambda: setattr(model, "on", True), "word": lambda: setattr(model, "kind", "mix"),
+        "epoch": lambda: setattr(model, "epoch", 4),
+        "alpha": lambda: setattr(model, "alpha", 0.5),
+        "switch": lambda: setattr(model, "on", True),
+        "word": lambda: setattr(model, "kind", "mix"),
         "switch of a configuration": lambda: setattr(model.cfg, "mix", True),
         "word of a configuration": lambda: setattr(model.cfg, "name", "mix"),
         "number of a configuration": lambda: setattr(model.cfg, "alpha", 0.5),
-        "entry of a dict": lambda: model.opts.update(mix=True)}
+        "entry of a dict": lambda: model.opts.update(mix=True),
+    }
 
 
 @pytest.mark.parametrize("which", list(settings(Switched())))

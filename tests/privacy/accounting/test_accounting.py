@@ -30,14 +30,7 @@ from lora_dp.privacy.accounting.epsilon import ORDERS, composed_epsilon, pld_int
 from lora_dp.privacy.accounting.steps import gathered
 
 DELTA = 1e-5
-RUNS = [
-    (0.01, 1.0, 1000),
-    (0.1, 1.2, 200),
-    (0.02, 0.6, 50),
-    (0.5, 40.0, 300),
-    (0.001, 1.0, 10_000),
-    (1.0, 20.0, 100),
-]
+RUNS = [(0.01, 1.0, 1000), (0.1, 1.2, 200), (0.02, 0.6, 50), (0.5, 40.0, 300), (0.001, 1.0, 10_000), (1.0, 20.0, 100)]
 
 
 def ledger_of(*entries: tuple[float, float, int]) -> Ledger:
@@ -111,8 +104,7 @@ def test_hardly_any_noise_takes_no_minutes():
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 @pytest.mark.parametrize(
-    ("epsilon", "rate", "steps"),
-    [(0.5, 0.01, 500), (1, 1.0, 100), (3, 0.01, 1000), (8, 0.25, 200), (30, 0.1, 20)],
+    ("epsilon", "rate", "steps"), [(0.5, 0.01, 500), (1, 1.0, 100), (3, 0.01, 1000), (8, 0.25, 200), (30, 0.1, 20)]
 )
 def test_calibration_is_tight_and_never_above(accountant, epsilon, rate, steps):
     noise = calibrate_noise_multiplier(epsilon, DELTA, rate, steps, accountant)
@@ -301,8 +293,12 @@ def test_a_ledger_of_the_version_before_has_no_digests_at_all():
     state["version"] = 1
     plain = [{key: value for key, value in entry.items() if key != "digest"} for entry in state["entries"]]
     restored = Ledger()
-    for spoilt in (state, {**state, "entries": plain}, {**state, "digest": ""},
-                   {"format": state["format"], "version": 1, "entries": [plain[0], state["entries"][1]]}):
+    for spoilt in (
+        state,
+        {**state, "entries": plain},
+        {**state, "digest": ""},
+        {"format": state["format"], "version": 1, "entries": [plain[0], state["entries"][1]]},
+    ):
         with pytest.raises(ValueError, match="digests in a version that had none"):
             restored.load_state_dict(spoilt)
     with pytest.raises(ValueError, match="format 'lora-dp log'"):
@@ -415,9 +411,13 @@ def test_numpy_numbers_are_numbers():
     for target, delta, rate in (narrow, [float(value) for value in narrow]):
         planning._calibrate.cache_clear()  # equal numbers are one key
         composed_epsilon.cache_clear()
-        found.append([
-            calibrate_noise_multiplier(target, delta, rate, 20, "rdp"), ledger.epsilon(delta),
-            max_steps(ledger, event, target / 2, delta)])
+        found.append(
+            [
+                calibrate_noise_multiplier(target, delta, rate, 20, "rdp"),
+                ledger.epsilon(delta),
+                max_steps(ledger, event, target / 2, delta),
+            ]
+        )
     assert found[0] == found[1]
     of_a_byte = calibrate_noise_multiplier(*narrow, np.int8(120))
     planning._calibrate.cache_clear()
@@ -427,6 +427,7 @@ def test_numpy_numbers_are_numbers():
 
 def test_an_interrupt_forgets_no_earlier_step():
     """At any line of what appends, as Ctrl-C may come."""
+
     def interrupt(frame: FrameType, kind: str, _: Any) -> Any:
         nonlocal left
         if frame.f_code is not Ledger.append.__code__:

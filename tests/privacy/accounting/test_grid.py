@@ -45,8 +45,12 @@ def drawn(number: int) -> Point:
     rng = random.Random(f"accounting {number}")
     rate = 1.0 if rng.random() < FULL_RATE else 10 ** rng.uniform(-5, 0)
     return Point(
-        math.exp(rng.uniform(math.log(0.2), math.log(20))), rate, int(10 ** rng.uniform(0, 5)),
-        10 ** rng.uniform(-12, -3), 10 ** rng.uniform(-2, math.log10(200)))
+        math.exp(rng.uniform(math.log(0.2), math.log(20))),
+        rate,
+        int(10 ** rng.uniform(0, 5)),
+        10 ** rng.uniform(-12, -3),
+        10 ** rng.uniform(-2, math.log10(200)),
+    )
 
 
 def ledger_of(*entries: tuple[float, float, int]) -> Ledger:
@@ -69,8 +73,12 @@ def check_epsilon_of(point: Point) -> None:
         assert by_pld <= finer.get_epsilon(point.delta - point.rounding) * 1.002 + 1e-5
     # From below: the loss rounded down. δ is what its own transforms may have rounded off larger.
     least = from_gaussian_mechanism(
-        point.noise, pessimistic_estimate=False, sampling_prob=point.rate, use_connect_dots=False,
-        value_discretization_interval=4 * pld_interval(point.ledger.entries)).self_compose(point.steps)
+        point.noise,
+        pessimistic_estimate=False,
+        sampling_prob=point.rate,
+        use_connect_dots=False,
+        value_discretization_interval=4 * pld_interval(point.ledger.entries),
+    ).self_compose(point.steps)
     with contextlib.suppress(OverflowError):  # dp-accounting's, where that bound is 0
         assert by_pld >= least.get_epsilon_for_delta(point.delta + 1e-15 * point.steps) * (1 - 1e-9)
 
@@ -136,7 +144,8 @@ def test_a_pld_where_the_rdp_bound_is_above_a_hundred():
 
 @pytest.mark.parametrize(
     ("target", "rate", "steps"),
-    [(0.01, 0.01, 1000), (20.0, 1e-4, 300), (32.5, 0.01, 1000), (50.0, 0.01, 1000), (99.0, 1.0, 3), (200.0, 1e-4, 300)])
+    [(0.01, 0.01, 1000), (20.0, 1e-4, 300), (32.5, 0.01, 1000), (50.0, 0.01, 1000), (99.0, 1.0, 3), (200.0, 1e-4, 300)],
+)
 def test_calibration_has_no_gap_at_any_epsilon(target, rate, steps):
     noise = calibrate_noise_multiplier(target, 1e-5, rate, steps)
     reached = ledger_of((noise, rate, steps)).epsilon(1e-5)
@@ -162,8 +171,12 @@ def test_the_size_of_a_grid_is_bounded(monkeypatch):
 
     monkeypatch.setattr(PLDAccountant, "compose", watched)
     for runs in (
-        [(0.1, 0.5, 100_000)], [(0.0101, 1.0, 3)], [(0.02, 1e-5, 10**6)], [(20.0, 1e-3, 10), (0.3, 1e-3, 10)],
-        [(1.0, 1.0, 10**6)], [(0.2, 0.9, 1), (100.0, 1e-5, 10**6)],
+        [(0.1, 0.5, 100_000)],
+        [(0.0101, 1.0, 3)],
+        [(0.02, 1e-5, 10**6)],
+        [(20.0, 1e-3, 10), (0.3, 1e-3, 10)],
+        [(1.0, 1.0, 10**6)],
+        [(0.2, 0.9, 1), (100.0, 1e-5, 10**6)],
     ):
         assert ledger_of(*runs).epsilon(1e-5) <= ledger_of(*runs).epsilon(1e-5, "rdp") < math.inf
     assert len(sizes) == 8 and max(sizes) < 2**21
@@ -186,14 +199,20 @@ def test_what_a_fourier_transform_rounds_off_is_not_taken_for_privacy():
     assert unsound  # or there is nothing to be careful of
 
 
-@pytest.mark.parametrize(("runs", "delta", "rounded"), [
-    ([(1.0, 1e-3, 600), (2.0, 1e-2, 400)], 2e-12, 1e-12), ([(20.0, 1.0, 100)], 1e-14, 1e-15),
-    ([(20.0, 1.0, 100), (30.0, 1.0, 100)], 1e-14, 2e-15)])
+@pytest.mark.parametrize(
+    ("runs", "delta", "rounded"),
+    [
+        ([(1.0, 1e-3, 600), (2.0, 1e-2, 400)], 2e-12, 1e-12),
+        ([(20.0, 1.0, 100)], 1e-14, 1e-15),
+        ([(20.0, 1.0, 100), (30.0, 1.0, 100)], 1e-14, 2e-15),
+    ],
+)
 def test_what_is_rounded_off_adds_up(runs, delta, rounded):
     """1e-15 for each step; steps on all examples are one, in closed form."""
     ledger = ledger_of(*runs)
-    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-                               value_discretization_interval=pld_interval(ledger.entries))
+    accountant = PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=pld_interval(ledger.entries)
+    )
     accountant.compose(ledger.dp_event())
     expected = accountant.get_epsilon(delta - rounded)
     assert expected < ledger.epsilon(delta, "rdp")
@@ -202,19 +221,22 @@ def test_what_is_rounded_off_adds_up(runs, delta, rounded):
 
 def true_divergence(order: float, noise: float, rate: float) -> float:
     """Rényi divergence of N(0, σ²) with N(1, σ²) mixed in at ``rate``, from N(0, σ²); by quadrature."""
+
     def integrand(x: float) -> float:
         ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * noise**2))
         return math.exp(order * ratio - x**2 / (2 * noise**2)) / (noise * math.sqrt(2 * math.pi))
 
     middle = noise**2 * math.log(1 / rate - 1) + 0.5
     limits = (-40 * noise, 40 * noise + order)
-    value, _ = quad(integrand, *limits, points=[0, order, min(max(middle, 0), limits[1])], limit=2000, epsabs=0,
-                    epsrel=1e-11)
+    value, _ = quad(
+        integrand, *limits, points=[0, order, min(max(middle, 0), limits[1])], limit=2000, epsabs=0, epsrel=1e-11
+    )
     return math.log(value) / (order - 1)
 
 
 @pytest.mark.parametrize(
-    ("noise", "rate"), [(0.2616, 3.1e-4), (0.3, 0.01), (0.5, 1e-3), (1.0, 0.1), (2.0, 0.5), (5.0, 0.05), (0.4, 0.9)])
+    ("noise", "rate"), [(0.2616, 3.1e-4), (0.3, 0.01), (0.5, 1e-3), (1.0, 0.1), (2.0, 0.5), (5.0, 0.05), (0.4, 0.9)]
+)
 def test_orders_between_whole_ones_are_upper_bounds(noise, rate):
     kept = rdp_of_step(PoissonGaussian(noise, rate))
     assert np.all(np.diff(kept) >= 0)

@@ -27,8 +27,10 @@ def started(steps: int, engine: PrivacyEngine | None = None) -> tuple[PrivacyEng
 
 def without(state: dict[str, Any]) -> dict[str, Any]:
     """As it was saved before runs had names."""
-    groups = [{name: value for name, value in group.items() if name != "ledger_runs"}
-              for group in state.get("param_groups", [])]
+    groups = [
+        {name: value for name, value in group.items() if name != "ledger_runs"}
+        for group in state.get("param_groups", [])
+    ]
     rest = {name: value for name, value in state.items() if name not in ("runs", "ledger_runs")}
     return {**rest, "param_groups": groups} if groups else rest
 
@@ -49,8 +51,11 @@ def test_a_model_of_another_run_is_not_trained_under_this_ledger() -> None:
     before, saved = started(3)
     engine, optimizer = started(5)
     optimizer.load_state_dict(saved.state_dict())
-    assert_refuses(RuntimeError, "gone on from 3 private steps and the engine's ledger has 5, perhaps of another run",
-                   optimizer.step_on_empty_batch)
+    assert_refuses(
+        RuntimeError,
+        "gone on from 3 private steps and the engine's ledger has 5, perhaps of another run",
+        optimizer.step_on_empty_batch,
+    )
     again, optimizer = started(0)
     optimizer.load_state_dict(saved.state_dict())
     again.load_state_dict(before.state_dict())
@@ -65,8 +70,12 @@ def test_nor_where_the_state_was_loaded_before_make_private() -> None:
     plain = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     plain.load_state_dict(saved.state_dict())
     _, optimizer, _ = engine.make_private(
-        model=model, optimizer=plain, data_loader=DataLoader(TensorDataset(torch.zeros(4)), batch_size=4),
-        noise_multiplier=1.0, max_grad_norm=1.0)
+        model=model,
+        optimizer=plain,
+        data_loader=DataLoader(TensorDataset(torch.zeros(4)), batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
     assert_refuses(RuntimeError, "perhaps of another run", optimizer.step_on_empty_batch)
 
 
@@ -87,8 +96,11 @@ def test_two_that_go_on_from_one_state_are_two() -> None:
     assert third.ledger.steps == 7
     optimizer.step_on_empty_batch()
     third.load_state_dict(third.state_dict())
-    assert_refuses(ValueError, "load the model and the optimizer alone, and keep the engine",
-                   lambda: third.load_state_dict(one.state_dict()))
+    assert_refuses(
+        ValueError,
+        "load the model and the optimizer alone, and keep the engine",
+        lambda: third.load_state_dict(one.state_dict()),
+    )
 
 
 def test_an_earlier_point_of_the_same_run_is_gone_back_to_without_the_engine() -> None:
@@ -104,8 +116,9 @@ def test_states_that_were_saved_before_runs_had_names() -> None:
     before, saved = started(3)
     engine, optimizer = started(0)
     optimizer.load_state_dict(without(saved.state_dict()))
-    assert_refuses(RuntimeError, "gone on from 3 private steps and the engine's ledger has 0",
-                   optimizer.step_on_empty_batch)
+    assert_refuses(
+        RuntimeError, "gone on from 3 private steps and the engine's ledger has 0", optimizer.step_on_empty_batch
+    )
     engine.load_state_dict(without(before.state_dict()))
     optimizer.step_on_empty_batch()
     assert engine.ledger.steps == 4
@@ -116,9 +129,17 @@ def test_states_that_were_saved_before_runs_had_names() -> None:
     assert fresh.ledger.steps == 0 and fresh.history.runs == []
 
 
-@pytest.mark.parametrize(("runs", "words"), [
-    ([["a", 2]], "other steps than its 3"), ([["a", 3], ["b", 1]], "other steps than its 3"), ([], "other steps"),
-    ([["a"]], "cannot be read"), (5, "cannot be read"), ([["a", "3"]], "cannot be read")])
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ([["a", 2]], "other steps than its 3"),
+        ([["a", 3], ["b", 1]], "other steps than its 3"),
+        ([], "other steps"),
+        ([["a"]], "cannot be read"),
+        (5, "cannot be read"),
+        ([["a", "3"]], "cannot be read"),
+    ],
+)
 def test_damaged_names_are_refused_and_change_nothing(runs: Any, words: str) -> None:
     before, saved = started(3)
     engine, optimizer = started(0)

@@ -26,6 +26,7 @@ def loss_at(x: np.ndarray | float, noise: float, rate: float) -> np.ndarray:
 
 def fine_enough(noise: float, rate: float) -> float:
     """A twentieth of a step's deviation, which is q·√χ² to first order in q; within 1e-6 and 1e-3."""
+
     def ratio(x: float) -> float:
         return math.exp(-((x - 1) ** 2 - x**2 / 2) / noise**2) / (noise * math.sqrt(2 * math.pi))
 
@@ -44,17 +45,38 @@ def width_of(noise: float, rate: float, steps: int) -> float:
     widths = []
     for mass in (np.exp(-((x / noise) ** 2) / 2), np.exp(loss - (x / noise) ** 2 / 2)):
         mass /= mass.sum()
-        ends = [min((steps * math.log(np.sum(mass * np.exp(sign * k / (most - least) * loss))) + 50)
-                    / (k / (most - least)) for k in range(1, 21)) for sign in (1, -1)]
+        ends = [
+            min(
+                (steps * math.log(np.sum(mass * np.exp(sign * k / (most - least) * loss))) + 50) / (k / (most - least))
+                for k in range(1, 21)
+            )
+            for sign in (1, -1)
+        ]
         widths.append(sum(ends))
     return min(steps * (most - least), max(widths))
 
 
-@pytest.mark.parametrize("runs", [
-    [(1.0, 0.01, 10)], [(3.0, 0.1, 100)], [(20.0, 1e-5, 7)], [(0.5, 0.5, 3)], [(0.5, 1e-6, 4)], [(0.04, 1e-5, 2)],
-    [(0.08, 0.3, 1)], [(20.0, 1e-3, 10), (0.3, 1e-3, 10)], [(0.3, 1e-3, 10), (20.0, 1e-3, 10)],
-    [(4.0, 1.0, 400)], [(1.0, 0.01, 10**6)], [(0.5, 0.2, 10**5)], [(2.0, 0.6, 10**5)], [(1.0, 0.98, 4000)],
-    [(1.0, 1.0, 4), (1.0, 0.01, 10**7)], [(0.5 + i / 1000, 1e-6, 1) for i in range(20)]])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(1.0, 0.01, 10)],
+        [(3.0, 0.1, 100)],
+        [(20.0, 1e-5, 7)],
+        [(0.5, 0.5, 3)],
+        [(0.5, 1e-6, 4)],
+        [(0.04, 1e-5, 2)],
+        [(0.08, 0.3, 1)],
+        [(20.0, 1e-3, 10), (0.3, 1e-3, 10)],
+        [(0.3, 1e-3, 10), (20.0, 1e-3, 10)],
+        [(4.0, 1.0, 400)],
+        [(1.0, 0.01, 10**6)],
+        [(0.5, 0.2, 10**5)],
+        [(2.0, 0.6, 10**5)],
+        [(1.0, 0.98, 4000)],
+        [(1.0, 1.0, 4), (1.0, 0.01, 10**7)],
+        [(0.5 + i / 1000, 1e-6, 1) for i in range(20)],
+    ],
+)
 def test_the_grids_step(runs):
     """As fine as the finest step needs, unless 100,000 points a step or 2²⁰ altogether would not do."""
     ledger = Ledger()
@@ -64,7 +86,8 @@ def test_the_grids_step(runs):
     expected = max(
         min(fine_enough(*step) for step in single),
         max(loss_at(1 + FAR * noise, noise, rate) for noise, rate in single) / 100_000,
-        sum(width_of(*run) for run in runs) / 2**20)
+        sum(width_of(*run) for run in runs) / 2**20,
+    )
     assert pld_interval(ledger.entries) == pytest.approx(expected, rel=1e-3)
 
 
@@ -123,8 +146,9 @@ def test_higher_orders_are_taken_where_they_prove_more(noise, rate, high):
     ledger = Ledger()
     ledger.append(PoissonGaussian(noise, rate))
     orders = [*ORDERS, 2048.0, 4096.0, 8192.0]
-    ordinary, all_of_them = (RdpAccountant(each).compose(ledger.dp_event()).get_epsilon(1e-5)
-                             for each in (ORDERS, orders))
+    ordinary, all_of_them = (
+        RdpAccountant(each).compose(ledger.dp_event()).get_epsilon(1e-5) for each in (ORDERS, orders)
+    )
     assert ledger.epsilon(1e-5, "rdp") == pytest.approx(all_of_them, rel=1e-6)
     assert (all_of_them < 0.5 * ordinary) == high
 

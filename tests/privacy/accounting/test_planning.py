@@ -26,13 +26,15 @@ def counted(function: Callable[[Any], float]) -> tuple[Callable[[Any], float], l
 
 # ε of the noise, and the most evaluations of a search from 1: ordinary ones, one that jumps, and a bound that is void.
 FALLING = {
-    "inverse": (lambda noise: 3 / noise, 6), "square": (lambda noise: 2 / noise**2, 5),
+    "inverse": (lambda noise: 3 / noise, 6),
+    "square": (lambda noise: 2 / noise**2, 5),
     "gaussian": (lambda noise: 1 / (2 * noise**2) + 5 / noise, 8),
     "steep": (lambda noise: math.expm1(1 / noise), 12),
     "void below": (lambda noise: math.inf if noise < 0.7 else 4 / noise, 33),
     "nothing above": (lambda noise: max(4 / noise - 1, 0), 18),
     "stairs": (lambda noise: math.ceil(10 / noise) / 3 if noise < 1000 else 0.0, 42),
-    "cliff": (lambda noise: 100.0 if noise < 3.3 else 1e-3, 46)}
+    "cliff": (lambda noise: 100.0 if noise < 3.3 else 1e-3, 46),
+}
 
 
 @pytest.mark.parametrize("name", FALLING)
@@ -73,11 +75,15 @@ def test_no_noise_is_enough():
 
 # ε of the number of steps, and the most evaluations of a search from 1 step.
 GROWING = {
-    "root": (lambda steps: math.sqrt(steps) / 10, 12), "line": (lambda steps: steps / 100, 15),
-    "square": (lambda steps: steps**2 / 1e6, 20), "logarithm": (math.log1p, 17),
+    "root": (lambda steps: math.sqrt(steps) / 10, 12),
+    "line": (lambda steps: steps / 100, 15),
+    "square": (lambda steps: steps**2 / 1e6, 20),
+    "logarithm": (math.log1p, 17),
     "cliff": (lambda steps: steps / 1000 if steps < 777 else 50.0, 32),
     "void": (lambda steps: math.inf if steps > 500 else steps / 1e4, 18),
-    "stairs": (lambda steps: steps // 100 / 3, 34), "flat": (lambda steps: 0.5, 21)}
+    "stairs": (lambda steps: steps // 100 / 3, 34),
+    "flat": (lambda steps: 0.5, 21),
+}
 
 
 @pytest.mark.parametrize("name", GROWING)
@@ -139,8 +145,10 @@ def test_one_step_is_a_run():
 
 
 def test_another_accountant_is_refused():
-    for call in (lambda: calibrate_noise_multiplier(1.0, 1e-5, 0.1, 10, "gdp"),
-                 lambda: max_steps(Ledger(), EVENT, 1.0, 1e-5, "gdp")):
+    for call in (
+        lambda: calibrate_noise_multiplier(1.0, 1e-5, 0.1, 10, "gdp"),
+        lambda: max_steps(Ledger(), EVENT, 1.0, 1e-5, "gdp"),
+    ):
         with pytest.raises(ValueError, match="Unknown accountant 'gdp'"):
             call()
 
@@ -166,8 +174,9 @@ def epsilon_is(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     return planted
 
 
-@pytest.mark.parametrize(("hole", "expected"), [
-    ((1001, 1004), 1009), ((1001, 1009), 1012), ((1001, 1019), 1022), ((1001, 1030), 1000)])
+@pytest.mark.parametrize(
+    ("hole", "expected"), [((1001, 1004), 1009), ((1001, 1009), 1012), ((1001, 1019), 1022), ((1001, 1030), 1000)]
+)
 def test_max_steps_looks_beyond_a_jump(epsilon_is, hole, expected):
     """Rounding makes ε jump: 0.5, 1 and 2 % more steps are tried, and what fits from there on."""
     asked = epsilon_is(lambda steps: 2.0 if hole[0] <= steps <= hole[1] or steps > expected else steps / 2000)
