@@ -106,6 +106,18 @@ TARGETS: dict[str, Target] = {
             "tests/engine/test_repeated_examples.py",
         )
     ),
+    "lora_dp/engine/data_loader.py": Target(
+        (
+            "tests/engine/test_data_loader.py",
+            "tests/engine/test_unfetched.py",
+            "tests/engine/test_setup_refusals.py",
+            "tests/isolation/collation/test_trial.py",
+            "tests/engine/test_batches.py",
+            "tests/pitfalls/test_batches.py",
+            "tests/engine/test_secret_fetch.py",
+            "tests/engine/test_repeated_examples.py",
+        )
+    ),
     "lora_dp/isolation/collation/trial.py": Target(
         (
             "tests/isolation/collation/test_trial.py",
@@ -260,7 +272,25 @@ TARGETS: dict[str, Target] = {
             "tests/isolation/test_own_losses.py",
         )
     ),
-    "lora_dp/batch_parts.py": Target(
+    "lora_dp/isolation/batches/calls.py": Target(
+        (
+            "tests/isolation/batches/test_parts.py",
+            "tests/isolation/test_order.py",
+            "tests/isolation/test_choices.py",
+            "tests/isolation/batches/test_tables.py",
+            *_TRIALS,
+        )
+    ),
+    "lora_dp/isolation/batches/kinds.py": Target(
+        (
+            "tests/isolation/batches/test_parts.py",
+            "tests/isolation/test_order.py",
+            "tests/isolation/test_choices.py",
+            "tests/isolation/batches/test_tables.py",
+            *_TRIALS,
+        )
+    ),
+    "lora_dp/isolation/batches/padding.py": Target(
         (
             "tests/isolation/batches/test_parts.py",
             "tests/isolation/test_order.py",
@@ -354,6 +384,20 @@ TARGETS: dict[str, Target] = {
         )
     ),
     "lora_dp/nn/per_example.py": Target(
+        (
+            "tests/nn/test_per_example.py",
+            "tests/engine/test_phases.py",
+            "tests/nn/test_kept_graph.py",
+            "tests/nn/test_reentrant.py",
+            "tests/engine/test_ownership.py",
+            "tests/engine/test_training_loops.py",
+            "tests/engine/test_gradients.py",
+            "tests/lora/test_bypassed_layers.py",
+            "tests/isolation/model_state/test_parameters.py",
+            "tests/engine/test_drawn_batches.py",
+        )
+    ),
+    "lora_dp/engine/recorder.py": Target(
         (
             "tests/nn/test_per_example.py",
             "tests/engine/test_phases.py",
@@ -462,6 +506,24 @@ TARGETS: dict[str, Target] = {
     ),
     "lora_dp/fed/origin.py": Target(("tests/fed/test_origin.py", "tests/fed/flower/test_ledger.py")),
     "lora_dp/fed/rounds/client.py": Target(
+        (
+            "tests/fed/rounds/test_client.py",
+            "tests/fed/rounds/test_contained_failures.py",
+            "tests/fed/rounds/test_secrets.py",
+            "tests/fed/rounds/test_units.py",
+            "tests/fed/rounds/test_centralised.py",
+        )
+    ),
+    "lora_dp/fed/rounds/local_training.py": Target(
+        (
+            "tests/fed/rounds/test_client.py",
+            "tests/fed/rounds/test_contained_failures.py",
+            "tests/fed/rounds/test_secrets.py",
+            "tests/fed/rounds/test_units.py",
+            "tests/fed/rounds/test_centralised.py",
+        )
+    ),
+    "lora_dp/fed/rounds/seeds.py": Target(
         (
             "tests/fed/rounds/test_client.py",
             "tests/fed/rounds/test_contained_failures.py",
@@ -604,9 +666,11 @@ SETTLED = (
     "lora_dp/isolation/model_state/parameters.py",
     "lora_dp/privacy/noise.py",
     "lora_dp/privacy/sampling.py",
+    "lora_dp/engine/data_loader.py",
     "lora_dp/isolation/batches/sizes.py",
     "lora_dp/isolation/batches/tables.py",
     "lora_dp/nn/per_example.py",
+    "lora_dp/engine/recorder.py",
     "lora_dp/hash_chain.py",
     "lora_dp/lora/bypassed_layers.py",
     "lora_dp/fed/safe_text.py",
@@ -615,6 +679,8 @@ SETTLED = (
     "lora_dp/fed/rounds/federation.py",
     "lora_dp/fed/flower/policy.py",
     "lora_dp/fed/rounds/client.py",
+    "lora_dp/fed/rounds/local_training.py",
+    "lora_dp/fed/rounds/seeds.py",
     "lora_dp/engine/validation.py",
     "lora_dp/isolation/model_state/buffers.py",
     "lora_dp/isolation/model_state/parts.py",
@@ -625,7 +691,9 @@ SETTLED = (
     "lora_dp/isolation/trials.py",
     "lora_dp/isolation/other_batches.py",
     "lora_dp/isolation/trial_values.py",
-    "lora_dp/batch_parts.py",
+    "lora_dp/isolation/batches/calls.py",
+    "lora_dp/isolation/batches/kinds.py",
+    "lora_dp/isolation/batches/padding.py",
     "lora_dp/isolation/check.py",
     "lora_dp/isolation/batches/shared_arguments.py",
     "lora_dp/engine/drawn_batches.py",

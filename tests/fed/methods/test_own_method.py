@@ -107,7 +107,7 @@ MISTAKES = {
     "name = 'warm-up'; phases = lambda self, r: 'AB'": r"its phases must take \(self, round_index, turn=0\)",
     "name = 'warm-up'; learning_rates = {8: 0.5}; phases = lambda self, r, turn=0: 'AB'": "its learning_rates need",
     "name = 'warm-up'; learning_rates = {8: 0.5, inf: -1.0}; phases = lambda self, r, turn=0: 'AB'": "a positive rate",
-    "until: int; name: ClassVar[str] = 'warm-up'; phases = lambda s, r, turn=0: 'AB'": "its option until needs a default",
+    "until: int; name: ClassVar[str] = 'warm-up'; phases = lambda *_, turn=0: 'AB'": "its option until needs a default",
 }
 
 

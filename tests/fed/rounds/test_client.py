@@ -21,7 +21,6 @@ from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Task, Workspace
-from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.nn.layers import DPLinear, DPLoRALinear
 from lora_dp.privacy.accounting import PoissonGaussian
 from lora_dp.privacy.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
@@ -66,19 +65,7 @@ def turn(trainer: Trainer, examples: Any = None) -> dict[str, Tensor]:
     return trainer.train(1, images() if examples is None else examples, task).tensors
 
 
-# Seeds
-
-
-def test_a_seed_has_63_bits_of_which_every_one_varies():
-    seeds = [derived_seed(0, place) for place in range(2000)]
-    assert len(set(seeds)) == 2000 and all(0 <= seed < 2**63 for seed in seeds)
-    for bit in range(63):
-        assert abs(sum(seed >> bit & 1 for seed in seeds) - 1000) < 5 * 500**0.5
-
-
-def test_no_two_streams_of_a_seed_coincide():
-    """One stream's numbers would else tell of another's: a public perturbation, say, of the noise."""
-    assert len(Stream) == len(Stream.__members__) > 1
+# Noise
 
 
 def test_noise_is_secret_unless_asked_otherwise():
