@@ -152,6 +152,14 @@ APART: dict[str, tuple[Any, Any]] = {
         {"mask": torch.ones(N, 260).bfloat16() * (torch.arange(260) < torch.tensor([[256], [257]] * 2))},
     ),
     "marks that are numbers": ({"x": torch.ones(N, 3)}, {"x": torch.ones(N, 3).tril()}),
+    "marks that are numbers, in the midst": (
+        {"x": torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 1, 0]).expand(N, 10)},
+        {
+            "x": torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0, 1, 0])
+            .repeat(N, 1)
+            .index_put((torch.tensor(0), torch.tensor(4)), torch.tensor(0.0))
+        },
+    ),
     "equal lengths": ({"sizes": zeros(N) + 3}, {"sizes": torch.arange(N)}),
     "how far positions reach": (labelled(0, 1, 2, 0, name="end_positions"), labelled(0, 1, 9, 0, name="end_positions")),
     "groups of one size and of several": ({**RAGGED, "sizes": zeros(N) + 2}, {**RAGGED, "sizes": torch.arange(N)}),
