@@ -5,7 +5,7 @@ import numbers
 import os
 from typing import Any, Generic, NoReturn, TypeVar, overload
 
-from torch import Tensor
+from lora_dp.lazy_torch import torch
 
 T = TypeVar("T")
 
@@ -38,6 +38,22 @@ def check_count(name: str, value: object, least: int | None = 1) -> None:
         raise TypeError(f"{name} must be a whole number, got {_shown(value)}{remedy}.")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Refuse an alpha that scales nothing; None, which stands for the rank, is taken.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not above 0, or infinite.
+    """
+    if alpha is None:
+        return
+    check_number("alpha", alpha)
+    if not alpha > 0:
+        raise ValueError(f"alpha must be above 0, got {alpha}: leave it out for alpha = r.")
+    if alpha == math.inf:
+        raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
 
 
 def check_kind(name: str, value: object, kind: type, remedy: str) -> None:
@@ -87,7 +103,7 @@ def check_tensors(function: str, **given: object) -> None:
         TypeError: one is no tensor.
     """
     for name, value in given.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, torch.Tensor):
             raise TypeError(f"{function} takes tensors, got {name} = {_shown(value)}: torch.as_tensor makes one.")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
 from lora_dp.engine.optimizer import PrivateOptimizer
-from lora_dp.privacy.clipping import LARGEST_BOUND, LEAST_BOUND
+from lora_dp.privacy.clip_bounds import LARGEST_BOUND, LEAST_BOUND
 from lora_dp.privacy.mechanism import total
 from tests.support import RULES, make_private
 

@@ -11,12 +11,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 from rich.console import Console
 
 from lora_dp.errors import IsolationError
-from lora_dp.fed.compare.grid import CompareConfig, read_failures
+from lora_dp.fed.compare.grid import read_failures
+from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
-from lora_dp.fed.data.datasets import DataConfig
+from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.launch import resume, run
-from lora_dp.fed.models.loading import ModelConfig
-from lora_dp.fed.models.pretrain import PretrainConfig, pretrain
+from lora_dp.fed.models.options import ModelConfig, PretrainConfig
+from lora_dp.fed.models.pretrain import pretrain
 from lora_dp.fed.rounds.update_checks import TooFewClients
 
 PROG = "python -m lora_dp.fed"
@@ -168,7 +169,7 @@ def _inspect(options: dict[str, Any]) -> int:
 
 def audit_parser() -> ArgumentParser:
     """Options of audit."""
-    from lora_dp.fed.auditing import AuditConfig
+    from lora_dp.fed.auditing.options import AuditConfig
 
     prog = f"{PROG} audit"
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -181,7 +182,8 @@ def audit_parser() -> ArgumentParser:
 
 
 def _audit(options: dict[str, Any]) -> int:
-    from lora_dp.fed.auditing import AuditConfig, audit_config
+    from lora_dp.fed.auditing.command import audit_config
+    from lora_dp.fed.auditing.options import AuditConfig
 
     return int(audit_config(AuditConfig(**options), Console()).violated)
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
-from lora_dp.fed.data.datasets import DataConfig
+from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.methods import Method, get_method
-from lora_dp.fed.models.loading import ModelConfig
+from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.option_types import check_types
-from lora_dp.privacy.clipping import BOUNDS, LARGEST_BOUND, LEAST_BOUND
+from lora_dp.privacy.clip_bounds import BOUNDS, LARGEST_BOUND, LEAST_BOUND
 
 # A common starting point, not tuned.
 ADAMW_LEARNING_RATE = 1e-3
@@ -118,6 +117,8 @@ class FederationConfig:
             return [default] * self.clients
         if not isinstance(self.ranks, dict):
             return list(self.ranks)
+        import numpy as np  # here alone
+
         ranks = [int(rank) for rank in self.ranks]
         ends = np.cumsum(list(self.ranks.values())) / sum(self.ranks.values())
         places = (np.arange(self.clients) + 0.5) / self.clients

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 # One of a kind, and several.
 _NAMES: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "truth values"),
@@ -41,7 +39,8 @@ def check_types(options: Any, names: dict[str, str] | None = None) -> None:
             name, kinds = (names or {}).get(field.name, field.name), _kinds(hint)
             listed = f"{', '.join(kinds[:-1])} or {kinds[-1]}" if len(kinds) > 1 else kinds[0]
             raise ValueError(f"{name} must be {listed}, not {reprlib.repr(value)}.")
-        if isinstance(value, np.generic):  # which no file of a run's options takes; the dataclass may be frozen
+        # NumPy's numbers, which no file of a run's options takes; the dataclass may be frozen.
+        if hasattr(value, "dtype") and hasattr(value, "item"):
             object.__setattr__(options, field.name, value.item())
 
 

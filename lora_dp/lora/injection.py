@@ -3,7 +3,7 @@
 from torch import nn
 
 from lora_dp.argument_checks import check_kind
-from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.saving import keep_adapters_when_saved
 from lora_dp.lora.targets import (
     Modules,

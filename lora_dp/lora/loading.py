@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_dp.argument_checks import check_kind, check_path
 from lora_dp.lora import peft_format
-from lora_dp.lora.adapters import LoRAConfig, check_tensors, copy_whole, exchanged_parameters
+from lora_dp.lora.adapters import check_tensors, copy_whole, exchanged_parameters
+from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import check_plain, inject_into
 from lora_dp.lora.merging import adapters_of, check_unmerged
 from lora_dp.lora.saving import injected_with, stored_shapes, tensors_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_dp.argument_checks import check_kind, check_path
 from lora_dp.lora import peft_format
-from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.merging import adapters_of
 from lora_dp.nn.layers import DPLoRALinear, linear_features
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from lora_dp.lora import peft_format
 from lora_dp.lora.bypassed_layers import always_bypassed, runs_once, sometimes_bypassed
+from lora_dp.lora.config import ALL_LINEAR
 from lora_dp.nn.layers import DPEmbedding, DPLayerNorm, DPLinear, PrivateModule, linear_features
 
-ALL_LINEAR = "all-linear"
 _HEAD_NAMES = ("score", "classifier", "qa_outputs")  # those that PEFT trains whole for its classification tasks
 # Subclasses with a forward of their own that computes what their base class does.
 _SAME_FORWARD = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dp.argument_checks import check_count, check_flag, check_number
+from lora_dp.argument_checks import check_alpha, check_count, check_flag, check_number
 from lora_dp.nn import functional, merged_state
 from lora_dp.nn.per_example import PassRecorder, Slot
 from lora_dp.nn.regulator import Regulator
@@ -87,22 +87,6 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
 def _check_sizes(**sizes: object) -> None:
     for name, size in sizes.items():
         check_count(name, size, least=0)
-
-
-def check_alpha(alpha: float | None) -> None:
-    """Refuse an alpha that scales nothing; None, which stands for the rank, is taken.
-
-    Raises:
-        TypeError: no number.
-        ValueError: not above 0, or infinite.
-    """
-    if alpha is None:
-        return
-    check_number("alpha", alpha)
-    if not alpha > 0:
-        raise ValueError(f"alpha must be above 0, got {alpha}: leave it out for alpha = r.")
-    if alpha == math.inf:
-        raise ValueError("alpha must be finite, got inf: leave it out for alpha = r.")
 
 
 class DPLoRALinear(PrivateModule):

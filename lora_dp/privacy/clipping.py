@@ -37,12 +37,9 @@ import torch
 from torch import Tensor
 
 from lora_dp.kernels.clip_margin import MARGIN
+from lora_dp.privacy.clip_bounds import BOUNDS, LARGEST_BOUND, LEAST_BOUND
 
 ClippingName = Literal["flat", "per_layer", "automatic"]
-
-# Both derived above.
-LEAST_BOUND, LARGEST_BOUND = 1e-20, 1e20
-BOUNDS = f"{LEAST_BOUND:g} and {LARGEST_BOUND:g}".replace("e+", "e")
 
 
 class ClipRule(Protocol):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from lora_dp.fed.auditing import AuditConfig
+from lora_dp.fed.auditing.options import AuditConfig
 from lora_dp.fed.config import FederationConfig, PrivacyConfig, RunConfig
 from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.flower.policy import read_config
 from lora_dp.fed.flower.server import options_of
-from lora_dp.fed.models.loading import ModelConfig
+from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.option_types import check_types
 from lora_dp.fed.rounds.setup import plan_of
 

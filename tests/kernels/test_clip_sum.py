@@ -12,7 +12,8 @@ from torch import Tensor
 import lora_dp.kernels.clip_sum as module
 from lora_dp.kernels.clip_sum import CONFIGS, clip_sum
 from lora_dp.kernels.launching import INTERPRETED, Config
-from lora_dp.privacy.clipping import LARGEST_BOUND, LEAST_BOUND, AutomaticClipping, FlatClipping, PerLayerClipping
+from lora_dp.privacy.clip_bounds import LARGEST_BOUND, LEAST_BOUND
+from lora_dp.privacy.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
 
 RULES = {"flat": FlatClipping, "per_layer": PerLayerClipping, "automatic": AutomaticClipping}
 # NumPy's name for C / 0 = inf, as it should be.

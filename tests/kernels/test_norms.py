@@ -10,7 +10,7 @@ from lora_dp.kernels.clip_sum import clip_sum
 from lora_dp.kernels.example_grad import example_grad
 from lora_dp.kernels.gram import gram_sq_norm
 from lora_dp.kernels.launching import DTYPES, INTERPRETED, Config
-from lora_dp.privacy.clipping import LARGEST_BOUND, LEAST_BOUND
+from lora_dp.privacy.clip_bounds import LARGEST_BOUND, LEAST_BOUND
 from tests.norm_paths import PATHS, contribution, drawn, norm, rules
 
 # NumPy's names for C / 0 = inf and for what leaves float32's range, as it should.

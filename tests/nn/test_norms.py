@@ -16,7 +16,8 @@ from lora_dp.ops.example_norms import example_norms
 from lora_dp.ops.example_rows import ExampleRows
 from lora_dp.ops.per_example_grad import per_example_grad
 from lora_dp.ops.per_example_norm import ghost_sq_norm
-from lora_dp.privacy.clipping import LARGEST_BOUND, LEAST_BOUND, make_clip_rule
+from lora_dp.privacy.clip_bounds import LARGEST_BOUND, LEAST_BOUND
+from lora_dp.privacy.clipping import make_clip_rule
 from tests.norm_paths import (
     LARGEST,
     PATHS,

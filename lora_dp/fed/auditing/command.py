@@ -1,9 +1,9 @@
 """The command: opens what a configuration describes, audits it, and writes audit.json and audit.png."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -17,59 +17,15 @@ from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
 from lora_dp.fed.auditing.examples import MislabelledExamples
 from lora_dp.fed.auditing.game import Game, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
+from lora_dp.fed.auditing.options import AuditConfig
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.option_types import check_types
 from lora_dp.fed.rounds.ledgers import LOG
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.rounds.setup import match_threads, open_job
 
-GRADIENTS, CLIENTS, EXAMPLES, TRAININGS = 1000, 200, 100, 100
+GRADIENTS, CLIENTS, EXAMPLES = 1000, 200, 100
 WHITE_BOX = {"example": "gradients in every private step of client {client}", "client": "updates of whole clients"}
 BLACK_BOX = "mislabelled examples of client {client}"
-
-
-@dataclass
-class AuditConfig:
-    """The audit
-
-    Attributes:
-        target: the configuration: a run's config.yaml, its folder, or any YAML file of a run's options.
-    """
-
-    target: Path
-    canaries: Literal["planted", "examples"] = "planted"
-    """planted (white box): gradients in every private step of the client with the largest ε, or with whole clients
-    protected, clients' updates. examples (black box): mislabelled examples, scored by the final model's loss."""
-    count: int | None = None
-    """Canaries in each training; by default 1000 gradients, 200 clients or 100 examples (or as many as fit), and one
-    for two-world."""
-    test: Literal["one-run", "two-world"] = "one-run"
-    """one-run: one training with many canaries; two-world: many trainings, with and without one canary."""
-    assume: Literal["nothing", "gaussian", "independent", "independent gaussian"] | None = None
-    """What the bound takes for granted (docs/auditing.md); by default that canaries leak independently where gradients
-    or clients are planted in one run, else nothing."""
-    confidence: float = 0.95
-    """Of the lower bound and of the verdict."""
-    runs: int = TRAININGS
-    """Trainings of two-world, a multiple of 4. A hundred reach ε = 1.8 at most, four hundred 3.3."""
-    seed: int | None = None
-    """Of which canaries take part and where gradients are planted; batches and noise are secret all the same."""
-    output: Path | None = None
-    """Folder for audit.json and audit.png; by default that of the configuration. With examples as canaries they are
-    private, and go beside a run's folder."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        self.target = Path(self.target)
-        if self.target.is_dir():
-            self.target /= "config.yaml"
-        if self.assume is None:
-            sharp = self.canaries == "planted" and self.test == "one-run"
-            self.assume = "independent" if sharp else "nothing"
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count must be at least 1, not {self.count}.")
-        if self.test == "two-world" and self.count not in (None, 1):
-            raise ValueError(f"two-world has one canary, not {self.count}: leave count out, or take one-run.")
 
 
 def audit_config(options: AuditConfig, console: Console) -> AuditResult:

@@ -20,7 +20,6 @@ from lora_dp.fed.compare.grid import (
     DEFINITION,
     FAILURES,
     Cell,
-    CompareConfig,
     Grid,
     caption,
     defaults,
@@ -29,6 +28,7 @@ from lora_dp.fed.compare.grid import (
     read_definition,
     read_trials,
 )
+from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.compare.workers import INTERRUPTED, Why, run_all
 from lora_dp.fed.config import RunConfig
 

@@ -18,7 +18,6 @@ import fsspec
 import numpy as np
 
 from lora_dp.fed.data.datasets import (
-    DataConfig,
     failures_to_open,
     find_input_column,
     find_label_column,
@@ -27,6 +26,7 @@ from lora_dp.fed.data.datasets import (
     train_name,
 )
 from lora_dp.fed.data.encoding import RawData
+from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.data.own_rows import Row, csv_rows, json_rows
 from lora_dp.fed.data.split_files import check_apart
 

@@ -1,22 +1,25 @@
 """The interface of a federated method: what a client trains in a round, and how the server combines the updates."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix
+from lora_dp.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Phases = Literal["B", "A", "AB", "BA"]
-State = dict[str, Tensor]
+State: TypeAlias = "dict[str, Tensor]"
 # What the server sums: tensors, and matrices of low rank that need not be formed.
-Contribution = dict[str, Matrix]
+Contribution: TypeAlias = "dict[str, Matrix]"
 # What methods that merge have added to a layer's frozen weight: its name with this at the end.
 MERGED = ".merged"
 
@@ -96,7 +99,7 @@ class WeightedAverage(Aggregation):
             if isinstance(total, LowRankSum):
                 total.add(value, weight)
             else:
-                assert isinstance(value, Tensor)
+                assert isinstance(value, torch.Tensor)
                 total.add_(value.to(torch.float64), alpha=weight)
         self._weight += weight
 

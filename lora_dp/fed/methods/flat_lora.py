@@ -1,17 +1,21 @@
 """Flat-LoRA: any method with a loss that is smoothed over random changes of the weight (arXiv 2409.14396)."""
 
+from __future__ import annotations
+
 import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_dp.fed.methods.base import Aggregation, Contribution, Layers, Method, Phases, State
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_dp.nn.layers import DPLoRALinear
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def _perturbed(
     model: nn.Module, strength: float, generator: torch.Generator, around: AbstractContextManager[None]
 ) -> Iterator[None]:
     """The adapted weights with ε added, within ``around``; afterwards the very tensors that were there before."""
+    from lora_dp.nn.layers import DPLoRALinear  # and torch with it
+
     originals: list[tuple[DPLoRALinear, torch.Tensor]] = []
     try:
         for layer in model.modules():
@@ -90,11 +96,11 @@ def _perturbed(
             layer.weight.data = frozen
 
 
-@torch.no_grad()
 def _noise(layer: DPLoRALinear, strength: float, generator: torch.Generator) -> torch.Tensor:
     """ε in the layout of ``layer.weight``."""
-    update = layer.scaling * (layer.lora_B @ layer.lora_A)
-    weight = (layer.weight.t() if layer.fan_in_fan_out else layer.weight) + update
-    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
-    noise = drawn * weight.norm(dim=1, keepdim=True) * (strength / math.sqrt(layer.in_features))
-    return noise.t() if layer.fan_in_fan_out else noise
+    with torch.no_grad():
+        update = layer.scaling * (layer.lora_B @ layer.lora_A)
+        weight = (layer.weight.t() if layer.fan_in_fan_out else layer.weight) + update
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
+        noise = drawn * weight.norm(dim=1, keepdim=True) * (strength / math.sqrt(layer.in_features))
+        return noise.t() if layer.fan_in_fan_out else noise

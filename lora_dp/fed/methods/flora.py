@@ -1,12 +1,13 @@
 """FLoRA: the clients' factors are stacked, so that nothing is lost in averaging (arXiv 2409.05976)."""
 
+from __future__ import annotations
+
 from math import inf
 from typing import ClassVar
 
-import torch
-
 from lora_dp.fed.methods.base import MERGED, Contribution, Layers, State, factor, kaiming
 from lora_dp.fed.methods.by_product import ByProduct, without_products
+from lora_dp.lazy_torch import torch
 
 
 class FLoRA(ByProduct):

@@ -1,13 +1,14 @@
 """GaLore: no lasting adapter; the weight itself moves by low-rank gradients (arXiv 2410.23111)."""
 
+from __future__ import annotations
+
 from math import inf
 from typing import ClassVar
-
-import torch
 
 from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State
 from lora_dp.fed.methods.low_rank import dense, orthonormal
 from lora_dp.fed.methods.rac_lora import merged
+from lora_dp.lazy_torch import torch
 
 
 class GaLore(Method):

@@ -1,15 +1,18 @@
 """LoRA-FAIR: the averaged B is corrected so that the product comes near the ideal one (arXiv 2411.14961)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State
 from lora_dp.fed.methods.by_product import products, without_products
 from lora_dp.fed.methods.low_rank import LowRank, Matrix, dense
+from lora_dp.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,6 @@ def _times(matrix: Matrix, other: Tensor) -> Tensor:
     return matrix.double() @ other
 
 
-@torch.enable_grad()
 def _by_cosine(lora_A: Tensor, lora_B: Tensor, ideal: Tensor, ridge: Tensor, start: Tensor) -> Tensor:
     """The minimiser of 1 − cos((B̄ + ΔB)Ā, M) + λ‖ΔB‖² / ‖B̄‖², from the ridge solution."""
     size = lora_B.square().sum() + torch.finfo(torch.float64).tiny
@@ -83,5 +85,6 @@ def _by_cosine(lora_A: Tensor, lora_B: Tensor, ideal: Tensor, ridge: Tensor, sta
         value.backward()
         return value
 
-    search.step(loss)
+    with torch.enable_grad():
+        search.step(loss)
     return correction.detach()

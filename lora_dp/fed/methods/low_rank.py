@@ -1,9 +1,14 @@
 """Weight updates as products of low rank, and their sums in bounded memory."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from lora_dp.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,12 @@ class LowRank:
         return self.left.shape[0], self.right.shape[1]
 
 
-Matrix = LowRank | Tensor
+Matrix: TypeAlias = "LowRank | Tensor"
 
 
 def dense(matrix: Matrix) -> Tensor:
     """The matrix itself, (d_out, d_in)."""
-    return matrix if isinstance(matrix, Tensor) else matrix.left @ matrix.right
+    return matrix if isinstance(matrix, torch.Tensor) else matrix.left @ matrix.right
 
 
 class LowRankSum:
@@ -73,7 +78,7 @@ class LowRankSum:
 
 
 def _device(matrix: Matrix) -> torch.device:
-    return matrix.device if isinstance(matrix, Tensor) else matrix.left.device
+    return matrix.device if isinstance(matrix, torch.Tensor) else matrix.left.device
 
 
 def truncated_svd(matrix: Matrix, rank: int) -> LowRank:
@@ -82,7 +87,7 @@ def truncated_svd(matrix: Matrix, rank: int) -> LowRank:
     Of a low-rank matrix only its factors are decomposed. Where the matrix has a lower rank, the last columns of U·S are
     zero and the rows of Vᵀ go on orthonormally.
     """
-    if isinstance(matrix, Tensor) or matrix.right.shape[0] >= min(matrix.shape):
+    if isinstance(matrix, torch.Tensor) or matrix.right.shape[0] >= min(matrix.shape):
         u, s, vh = torch.linalg.svd(dense(matrix).double(), full_matrices=False)
     else:
         # left @ right = Q₁ (R₁ R₂ᵀ) Q₂ᵀ

@@ -1,13 +1,14 @@
 """RAC-LoRA: a chain of adapters, each with one random frozen factor, merged round by round (arXiv 2410.08305)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal
 
-import torch
-
 from lora_dp.fed.methods.base import MERGED, Contribution, Layers, Method, Phases, State, kaiming
 from lora_dp.fed.methods.low_rank import LowRank, dense
+from lora_dp.lazy_torch import torch
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -16,39 +16,12 @@ from torch import Tensor, nn
 
 from lora_dp.fed.data.encoding import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.data.examples import Batch
-from lora_dp.fed.option_types import check_types
-from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig, Precision
+from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
-
-Precision = Literal["float32", "bf16"]
 
 # Code that a repository brings along is never run, nor is anybody asked whether it should be.
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
-
-
-@dataclass
-class ModelConfig:
-    """The backbone and its adapters."""
-
-    name: str = "default"
-    """"default" (embedded vision transformer), a timm name, or a Transformers hub name or local folder."""
-    r: int = 4
-    """Rank of the adapters."""
-    alpha: float | None = None
-    """LoRA's alpha: the adapters' output is scaled by alpha / r; alpha = r when left out."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
-    target_modules: list[str] | str = "all-linear"
-    """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
-    precision: Precision = "float32"
-    """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
-    pretrained: bool = True
-    """Load a timm model's published weights (a download); false starts it at random."""
-
-    def __post_init__(self) -> None:
-        check_types(self, {"name": "model"})
-        LoRAConfig(r=self.r, alpha=self.alpha, dropout=self.dropout)  # refuses what is out of range
 
 
 @dataclass(frozen=True)

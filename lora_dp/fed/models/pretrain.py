@@ -5,7 +5,7 @@ coarse scans, ink of any contrast), so that the features carry over to other set
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_dp.fed.data.datasets import DataConfig, open_data
+from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, RawData, encode
-from lora_dp.fed.models.loading import DEFAULT_WEIGHTS, build_default, logits
+from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.models.loading import build_default, logits
+from lora_dp.fed.models.options import PretrainConfig
 
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 16,
@@ -33,28 +35,6 @@ ARCHITECTURE: dict[str, Any] = {
 MEAN, STD = 0.5, 0.5
 CANVAS = 28
 COARSE = 8
-
-
-@dataclass
-class PretrainConfig:
-    """How the embedded weights are made; the defaults are how they were made, up to the data set's name."""
-
-    dataset: str = "ylecun/mnist"
-    """Public images of digits: a hub name or a local folder that datasets.load_dataset opens."""
-    output: Path = DEFAULT_WEIGHTS
-    """Weights file to write (safetensors); its description goes beside it (json)."""
-    epochs: int = 80
-    """Passes over the training images."""
-    batch_size: int = 128
-    """Images a step."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW; a tenth of the steps warms up, the rest decays on a cosine."""
-    weight_decay: float = 0.05
-    """AdamW's weight decay."""
-    label_smoothing: float = 0.05
-    """Probability spread over the other classes."""
-    seed: int = 0
-    """Seed of initialisation, shuffling and augmentation."""
 
 
 def pretrain(config: PretrainConfig) -> Path:

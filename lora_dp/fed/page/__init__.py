@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run or of a comparison_page."""
+"""One self-contained HTML page of a run or of a comparison."""
 
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ _PACKAGES = ("lora-dp", "torch", "transformers", "timm", "datasets", "dp-account
 
 
 def write_page(folder: Path) -> Path:
-    """Writes report.html into the folder of a run or of a comparison_page, finished or not, and returns its path.
+    """Writes report.html into the folder of a run or of a comparison, finished or not, and returns its path.
 
     The page loads nothing: images, styles and all are in the file. A former one is replaced as a whole.
 

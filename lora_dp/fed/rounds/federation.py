@@ -14,7 +14,8 @@ from torch import nn
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import Aggregation
-from lora_dp.fed.models.loading import Precision, logits, model_inputs
+from lora_dp.fed.models.loading import logits, model_inputs
+from lora_dp.fed.models.options import Precision
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.engines import Engine

@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Batch, Examples, Shape
-from lora_dp.fed.models.loading import Precision, logits
+from lora_dp.fed.models.loading import logits
+from lora_dp.fed.models.options import Precision
 from lora_dp.fed.rounds.contained_failures import Failures
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.safe_text import described

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_dp.fed.methods import factor
-from lora_dp.fed.models.loading import Precision
+from lora_dp.fed.models.options import Precision
 from lora_dp.privacy.filtering import FilterName
 
 

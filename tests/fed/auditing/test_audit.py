@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from lora_dp.fed import __main__ as cli
-from lora_dp.fed.auditing import AuditConfig, command
+from lora_dp.fed.auditing import command
 from lora_dp.fed.auditing.clients import ClientCanaries
 from lora_dp.fed.auditing.examples import MislabelledExamples
 from lora_dp.fed.auditing.game import Game, largest_ledger, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients
+from lora_dp.fed.auditing.options import AuditConfig
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.federation import Federation

@@ -22,7 +22,8 @@ from rich.console import Console
 from lora_dp.fed import launch
 from lora_dp.fed.compare import grid as module
 from lora_dp.fed.compare import tables, workers
-from lora_dp.fed.compare.comparison import Cell, CompareConfig, Grid, compare
+from lora_dp.fed.compare.comparison import Cell, Grid, compare
+from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.privacy_plan import AS_RELEASED
 from lora_dp.fed.runs import loop

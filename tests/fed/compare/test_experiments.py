@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from lora_dp.fed.__main__ import compare_parser, main
-from lora_dp.fed.compare.comparison import CompareConfig
 from lora_dp.fed.compare.grid import Grid
-from lora_dp.fed.data.datasets import DataConfig, open_data
+from lora_dp.fed.compare.options import CompareConfig
+from lora_dp.fed.data.datasets import open_data
+from lora_dp.fed.data.options import DataConfig
 
 FOLDER = Path(__file__).parents[3] / "experiments"
 CONFIGS = sorted(FOLDER.glob("**/*.yaml"))

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from lora_dp.fed import launch
-from lora_dp.fed.compare.comparison import CompareConfig, compare
+from lora_dp.fed.compare.comparison import compare
 from lora_dp.fed.compare.grid import Grid
+from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.page import write_page
 from lora_dp.fed.rounds.update_checks import TooFewClients

@@ -5,8 +5,9 @@ import torch
 from datasets import ClassLabel, Features, Image, Value
 from PIL import Image as PILImage
 
-from lora_dp.fed.data.datasets import DataConfig, open_data
+from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, TextSpec, encode
+from lora_dp.fed.data.options import DataConfig
 
 SPEC = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_dp.fed.diagnostics.intruder import adapted_layers, intruder_dimensions, weight_and_update
-from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
 from lora_dp.lora.merging import merge_adapters
 from lora_dp.nn.layers import DPLoRALinear

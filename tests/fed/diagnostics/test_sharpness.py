@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_dp.fed.diagnostics.sharpness import LossCurves, loss_curves, top_eigenvalue
-from lora_dp.fed.models.loading import ModelConfig, load_model
-from lora_dp.lora.adapters import LoRAConfig
+from lora_dp.fed.models.loading import load_model
+from lora_dp.fed.models.options import ModelConfig
+from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
 
 

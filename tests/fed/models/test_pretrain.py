@@ -5,11 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_dp.fed.data.datasets import DataConfig, open_data
+from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, encode
+from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.models import loading as models
-from lora_dp.fed.models.loading import DEFAULT_WEIGHTS, ModelConfig, load_model
-from lora_dp.fed.models.pretrain import ARCHITECTURE, PretrainConfig, augment, pretrain
+from lora_dp.fed.models.loading import load_model
+from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig, PretrainConfig
+from lora_dp.fed.models.pretrain import ARCHITECTURE, augment, pretrain
 
 
 @pytest.fixture

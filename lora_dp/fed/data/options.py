@@ -1,0 +1,43 @@
+"""Options of the data: which data set, and where to find things in it."""
+
+from dataclasses import dataclass
+
+from lora_dp.fed.option_types import check_types
+
+
+@dataclass
+class DataConfig:
+    """The data set and where to find things in it."""
+
+    dataset: str = "digits"
+    """"digits" (scikit-learn's 1,797), or a local folder or hub name that datasets.load_dataset opens."""
+    subset: str | None = None
+    """Configuration of a hub data set that has several, e.g. sst2 of nyu-mll/glue."""
+    input_column: str | None = None
+    """Column of images or texts; found by itself when left out."""
+    pair_column: str | None = None
+    """Column of second texts, where an example is a pair as of premise and hypothesis; input_column is the first."""
+    label_column: str | None = None
+    """Column of labels; found by itself when left out."""
+    validation_split: str | None = None
+    """Split to evaluate on; by default validation, valid, val, dev or test, else a part of train."""
+    validation_fraction: float = 0.2
+    """Part of train held out (stratified by label) when the data set has no split to evaluate on."""
+    split_seed: int = 0
+    """Seed of that held-out part: public, and independent of the run's seed."""
+    max_length: int = 128
+    """Longest text in tokens; the rest is cut off."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}: it must lie between 0 and 1")
+        if self.split_seed < 0:
+            raise ValueError(f"split_seed is {self.split_seed}: it must not be negative")
+        for name in ("subset", "input_column", "pair_column", "label_column", "validation_split"):
+            if self.dataset == "digits" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no meaning for the built-in digits: leave it out, or name a --dataset")
+        if self.pair_column is not None and self.pair_column == self.input_column:
+            raise ValueError(f"pair_column and input_column are both {self.pair_column}: name two columns")
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
