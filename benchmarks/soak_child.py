@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds import client, federation, local_engine, server_noise
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.messages import Task, Update
 from lora_dp.fed.rounds.server_noise import NoisySum
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.fed.runs import loop
 
 DONE, ERROR, TOO_FEW = 0, 2, 3

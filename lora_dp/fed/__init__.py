@@ -1,5 +1,13 @@
-"""The main job, ``python -m lora_dp.fed``: a federation that fine-tunes adapters in private.
+"""The federation: clients fine-tune adapters in private, a server combines what they release.
 
-Clients hold real examples and train adapters on a shared frozen backbone with example-level differential
-privacy; a server combines what they release. See ``python -m lora_dp.fed --help``.
+Clients hold real examples and train adapters on a shared frozen backbone, each under an (ε, δ) of its own. On the
+command line it is ``lora-dp``, or ``python -m lora_dp.fed``; in Python:
+
+    from lora_dp.fed import RunConfig, run
+    outcome = run(RunConfig.from_flat({"method": "ffa-lora", "epsilon": 3}))
 """
+
+import lazy_loader
+
+# The names and their homes are in __init__.pyi; each is imported when it is first asked for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

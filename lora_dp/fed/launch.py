@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lora_dp.extras import missing
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.runs.folder import RunFolder
@@ -12,38 +13,50 @@ from lora_dp.fed.runs.loop import Outcome, drive, go_on
 from lora_dp.fed.runs.report import ConsoleReport
 
 
-def run(config: RunConfig, console: Console | None = None) -> Outcome:
+def run(config: RunConfig, console: Console | None = None, began: float | None = None) -> Outcome:
     """Runs a federation and writes its folder (:mod:`lora_dp.fed.runs.folder`).
 
     Ctrl-C ends the run after writing the results so far; :func:`resume` goes on from there.
+
+    Args:
+        config: of the run.
+        console: to print on.
+        began: ``time.monotonic()`` from which the time shown at the end counts; by default now.
 
     Raises:
         ValueError: settings, data and model that do not go together; nothing has been trained.
         TooFewClients: a round had too few usable updates; the run can be resumed.
     """
 
+    report = ConsoleReport(console or Console(), began)
+
     def work(federation: Federation) -> Outcome:
         folder = RunFolder.create(config)
         try:
-            return drive(config, federation, folder, ConsoleReport(console or Console()), [])
+            return drive(config, federation, folder, report, [])
         finally:
             folder.close()
 
     return _with_federation(config, work)
 
 
-def resume(path: Path, console: Console | None = None) -> Outcome:
+def resume(path: Path, console: Console | None = None, began: float | None = None) -> Outcome:
     """Goes on with a run that was killed or interrupted, from its last whole checkpoint.
 
     A reproducible run ends with the same bits as if it had never stopped. With secret noise the rounds after the
     checkpoint were released and count, and their budget is spent.
 
+    Args:
+        path: of the run's folder.
+        console, began: as for :func:`run`.
+
     Raises:
         ValueError: no run there, or one that has ended; every checkpoint damaged.
     """
+    report = ConsoleReport(console or Console(), began)
     folder, config = RunFolder.open(path)
     try:
-        return _with_federation(config, lambda federation: go_on(config, federation, folder, console))
+        return _with_federation(config, lambda federation: go_on(config, federation, folder, report))
     finally:
         folder.close()
 
@@ -60,5 +73,5 @@ def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -
     try:
         from lora_dp.fed.flower.server import simulate
     except ImportError as error:
-        raise ImportError('engine flower needs Flower: pip install "lora-dp[flower]"') from error
+        raise ImportError(missing("engine flower", "Flower", "flower")) from error
     return simulate(config, work)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from lora_dp.fed import __main__ as cli
+from lora_dp.fed import cli
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.runs.loop import Outcome
@@ -22,11 +22,11 @@ def ran(monkeypatch):
     """Configurations that were to be run."""
     seen: list[RunConfig] = []
 
-    def record(config, console):
+    def record(config, console, began):
         seen.append(config)
         return Outcome(None, {"status": "finished"}, [])
 
-    monkeypatch.setattr(cli, "run", record)
+    monkeypatch.setattr("lora_dp.fed.launch.run", record)
     return seen
 
 
@@ -130,7 +130,8 @@ def test_a_wrong_option_is_one_clear_sentence(words, expected, capsys, tmp_path,
     assert code == 2
     assert expected in output.err
     assert output.err.startswith("error: ") and len(output.err.strip().splitlines()) == 1
-    assert output.out == "" and not list(tmp_path.iterdir())
+    # What is wrong with data or model shows once they are opened, which is said.
+    assert re.fullmatch(r"(opening .* …\n)?", output.out) and not list(tmp_path.iterdir())
 
 
 def test_methods_options_ranks_and_units(ran):
@@ -175,7 +176,7 @@ def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
 def test_compare_tells_the_shell_that_a_run_failed(monkeypatch, tmp_path, capsys):
     import lora_dp.fed.launch
 
-    def broken(config, console):
+    def broken(config, console, began=None):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(lora_dp.fed.launch, "run", broken)
@@ -264,6 +265,6 @@ def test_ctrl_c_ends_a_run_with_its_results(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_the_data_load(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "run", lambda config, console: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("lora_dp.fed.launch.run", lambda *_: signal.raise_signal(signal.SIGINT))
     assert cli.main(SMALL) == 130
     assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.launch import run
 from lora_dp.fed.methods import METHODS, Layers, factor, get_method
@@ -19,7 +20,6 @@ from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from lora_dp.fed.rounds.server import Server, draw_clients, nbytes
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded
 
 MERGING = ("flora", "rac-lora", "galore")

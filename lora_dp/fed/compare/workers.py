@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.setup import plan_of
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.fed.runs.folder import RunFolder, read_config
 
 

@@ -1,36 +1,36 @@
-"""Data of the federation: opens a data set and finds its columns.
-
-Two steps, because the model needs the number of classes and the data need the model's input format:
-
-    raw = open_data(config)                                       # nothing encoded yet
-    loaded = load_model(model_config, raw.num_labels, raw.kind)
-    splits = encode(raw, loaded.spec)
-
-The names and number of classes are taken to be public.
-"""
+"""A data set opened by ``datasets``: its splits, its columns and its classes."""
 
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
+from datasets.exceptions import DatasetsError
 
 from lora_dp.fed.data.encoding import Kind, RawData
 from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.data.partition import hold_out
 from lora_dp.fed.data.split_files import check_apart, split_files
+from lora_dp.fed.hub import hub, reachable, unreachable
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "y")
+# What opens a file by itself, and with which options.
+_FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
 INPUT_NAMES = ("image", "img", "text", "sentence", "content", "review", "document", "question")
 
 
-def open_data(config: DataConfig) -> RawData:
-    """Opens the data set and finds its splits, input column, label column and classes.
+def open_dataset(config: DataConfig) -> RawData:
+    """Opens a data set by :mod:`datasets`, and finds its splits, input column, label column and classes.
 
     Integer and string labels become 0, 1, … in sorted order of the train split's values. Where no split is there to
     evaluate on, some of train is held out.
@@ -38,22 +38,18 @@ def open_data(config: DataConfig) -> RawData:
     Raises:
         ValueError: data set, split or column missing or not recognised; no examples; labels not classes.
     """
-    if config.dataset == "digits":
-        return _open_digits(config)
     train_split, validation_split = _find_splits(_load(config), config)
-    label_column = find_label_column(train_split.features, config)
-    input_column, kind = find_input_column(train_split.features, label_column, config)
+    label_column, input_column, kind = find_columns(train_split.features, config)
     names, classes = _classes(train_split, label_column)
     labels = _as_classes(train_split, label_column, classes)
     if validation_split is None:
-        train, held_out = _hold_out(labels, config)
+        train, held_out = hold_out(labels, config)
         validation_split, validation_labels = train_split.select(held_out), labels[held_out]
         train_split, labels = train_split.select(train), labels[train]
     else:
+        wanted = {"label_column": label_column, "input_column": input_column, "pair_column": config.pair_column}
+        _check_columns(wanted, validation_split.features)
         validation_labels = _as_classes(validation_split, label_column, classes)
-        _check_column(input_column, validation_split.features, "input_column")
-        if config.pair_column is not None:
-            _check_column(config.pair_column, validation_split.features, "pair_column")
     return RawData(
         kind=kind,
         label_names=names,
@@ -70,45 +66,39 @@ def _inputs(split: datasets.Dataset, column: str, pair_column: str | None) -> Se
     return inputs if pair_column is None else list(zip(inputs, split[pair_column], strict=True))
 
 
-def _open_digits(config: DataConfig) -> RawData:
-    digits = load_digits()
-    # their grey levels run from 0 to 16
-    images = [Image.fromarray(pixels) for pixels in np.rint(digits.images * (255 / 16)).astype(np.uint8)]
-    train, held_out = _hold_out(digits.target, config)
-    return RawData(
-        kind="image",
-        label_names=[str(name) for name in digits.target_names],
-        train_inputs=[images[row] for row in train],
-        train_labels=digits.target[train],
-        validation_inputs=[images[row] for row in held_out],
-        validation_labels=digits.target[held_out],
-        max_length=config.max_length,
-    )
-
-
 def _load(config: DataConfig) -> datasets.DatasetDict:
-    place, files = local_or_hub(config.dataset), own_files(config.dataset)
     with failures_to_open(config.dataset):
-        builder = datasets.load_dataset_builder(place, config.subset, data_files=files)
+        builder = find_builder(config)
         check_apart(builder.config.data_files or {})
-        builder.download_and_prepare()
+        with hub():
+            builder.download_and_prepare()
         return builder.as_dataset()
 
 
-def own_files(name: str) -> dict[str, list[str]] | None:
-    """The files of each split of a local folder; None for a name on the hub, or where the folder lists them itself."""
-    place = local_or_hub(name)
-    return split_files(place) if Path(place).is_dir() else None
+def find_builder(config: DataConfig) -> datasets.DatasetBuilder:
+    """What opens the data set: a local folder with its splits, one local file to train on, or a name on the hub.
+
+    Raises:
+        ValueError: a path with nothing there, or with a file of a kind that is not taken.
+    """
+    name, path = config.dataset, Path(config.dataset).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in _FILES:
+            raise ValueError(f"{name} is no file of data: give a folder, or a file ending in {', '.join(_FILES)}")
+        module, options = _FILES[path.suffix.lower()]
+        return datasets.load_dataset_builder(module, config.subset, data_files={"train": [str(path)]}, **options)
+    if path.is_dir():
+        return datasets.load_dataset_builder(str(path), config.subset, data_files=split_files(str(path)))
+    if is_path(name):
+        raise ValueError(f"no folder {name}: give a folder or file that datasets.load_dataset opens, or a hub name")
+    with hub():
+        return datasets.load_dataset_builder(name, config.subset)
 
 
-def local_or_hub(name: str) -> str:
-    """Path of a local folder, or a name on the hub; ValueError where it is a path and there is no such folder."""
-    path = Path(name).expanduser()
-    if not (path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        return name
-    if not path.is_dir():
-        raise ValueError(f"no folder {name}: give a folder that datasets.load_dataset opens, or a hub name")
-    return str(path)
+def is_path(name: str) -> bool:
+    """Whether a name is meant as one of a local folder or file, rather than one on the hub."""
+    written_so = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return written_so or Path(name).suffix.lower() in _FILES or Path(name).expanduser().exists()
 
 
 @contextmanager
@@ -116,9 +106,12 @@ def failures_to_open(name: str) -> Iterator[None]:
     """What a library raises over a data set, in one sentence."""
     try:
         yield
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile, datasets.exceptions.DatasetsError) as error:
+    # An empty file of JSON ends in a StopIteration.
+    except (OSError, ValueError, IndexError, StopIteration, zipfile.BadZipFile, DatasetsError) as error:
+        if not is_path(name) and not reachable():
+            raise ValueError(f"no data set could be opened: {unreachable(name)}") from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        where = "on the hub" if local_or_hub(name) == name and not Path(name).exists() else "in the folder"
+        where = ("in" if Path(name).is_file() else "in the folder") if is_path(name) else "on the hub"
         remedy = "check its name, and that every split has rows"
         raise ValueError(f"no data set could be opened {where} {name} ({reason}): {remedy}") from error
 
@@ -142,10 +135,18 @@ def _find_splits(opened: datasets.DatasetDict, config: DataConfig) -> tuple[data
     return opened[train], opened[validation_name] if validation_name else None
 
 
-def _check_column(name: str, features: Mapping[str, Any], option: str) -> str:
-    if name not in features:
-        raise ValueError(f"no column {name} in the data set: set {option} to one of {', '.join(features)}")
-    return name
+def _check_columns(wanted: Mapping[str, str | None], features: Mapping[str, Any]) -> None:
+    """Refuse columns that are not there, all of them at once; ``wanted`` by the option that names each."""
+    missing = {option: name for option, name in wanted.items() if name is not None and name not in features}
+    if missing:
+        which = f"column{'s' if len(missing) > 1 else ''} {' and '.join(missing.values())}"
+        raise ValueError(
+            f"no {which} in the data set: set {' and '.join(missing)} to {_one_of(missing)} {', '.join(features)}"
+        )
+
+
+def _one_of(options: Collection[str]) -> str:
+    return "one of" if len(options) == 1 else "some of"
 
 
 def _only_or_common(candidates: list[str], common: Sequence[str]) -> str | None:
@@ -154,40 +155,53 @@ def _only_or_common(candidates: list[str], common: Sequence[str]) -> str | None:
     return next((name for name in common if name in candidates), None)
 
 
-def find_label_column(features: Mapping[str, Any], config: DataConfig) -> str:
-    """The column of labels that is configured, or else can be told; ValueError where there is none."""
-    if config.label_column is not None:
-        return _check_column(config.label_column, features, "label_column")
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    column = _only_or_common(typed or [name for name in features if name in LABEL_NAMES], LABEL_NAMES)
+def find_columns(features: Mapping[str, Any], config: DataConfig) -> tuple[str, str, Kind]:
+    """The columns of labels and of inputs that are configured, or else can be told; and what the inputs are.
+
+    Raises:
+        ValueError: columns that are not there or cannot be told, all at once; or one that holds something else.
+    """
+    pair = config.pair_column
+    _check_columns(
+        {"label_column": config.label_column, "input_column": config.input_column, "pair_column": pair}, features
+    )
+    kinds = _kinds(features)
+    labels = config.label_column or _label_column(features)
+    column = config.input_column
     if column is None:
-        raise ValueError(f"cannot tell the column of labels: set label_column to one of {', '.join(features)}")
-    return column
+        images = [name for name, kind in kinds.items() if kind == "image" and name != labels]
+        texts = [name for name, kind in kinds.items() if kind == "text" and name not in (labels, pair)]
+        column = _only_or_common(images or texts, INPUT_NAMES)
+    told = {"label_column": (labels, "labels"), "input_column": (column, "images or texts")}
+    if untold := {option: what for option, (found, what) in told.items() if found is None}:
+        raise ValueError(
+            f"cannot tell the column{'s' if len(untold) > 1 else ''} of {' and of '.join(untold.values())}: "
+            f"set {' and '.join(untold)} to {_one_of(untold)} {', '.join(features)}"
+        )
+    assert labels is not None and column is not None
+    if pair is not None and kinds.get(pair) != "text":
+        raise ValueError(f"column {pair} holds no texts: set pair_column to one that does")
+    if column not in kinds:
+        raise ValueError(f"column {column} holds neither images nor texts: set input_column to one that does")
+    if pair is not None and kinds[column] != "text":
+        raise ValueError(f"column {column} holds images, which have no pair_column: leave it out")
+    return labels, column, kinds[column]
 
 
-def find_input_column(features: Mapping[str, Any], labels: str, config: DataConfig) -> tuple[str, Kind]:
-    """The same of inputs, and what they are."""
+def _kinds(features: Mapping[str, Any]) -> dict[str, Kind]:
+    """The columns of images and of texts."""
     kinds: dict[str, Kind] = {}
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
             kinds[name] = "image"
         elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
             kinds[name] = "text"
-    column, pair = config.input_column, config.pair_column
-    if pair is not None and kinds.get(_check_column(pair, features, "pair_column")) != "text":
-        raise ValueError(f"column {pair} holds no texts: set pair_column to one that does")
-    if column is None:
-        images = [name for name, kind in kinds.items() if kind == "image" and name != labels]
-        texts = [name for name, kind in kinds.items() if kind == "text" and name not in (labels, pair)]
-        column = _only_or_common(images or texts, INPUT_NAMES)
-        if column is None:
-            listed = ", ".join(features)
-            raise ValueError(f"cannot tell the column of images or texts: set input_column to one of {listed}")
-    if _check_column(column, features, "input_column") not in kinds:
-        raise ValueError(f"column {column} holds neither images nor texts: set input_column to one that does")
-    if pair is not None and kinds[column] != "text":
-        raise ValueError(f"column {column} holds images, which have no pair_column: leave it out")
-    return column, kinds[column]
+    return kinds
+
+
+def _label_column(features: Mapping[str, Any]) -> str | None:
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return _only_or_common(typed or [name for name in features if name in LABEL_NAMES], LABEL_NAMES)
 
 
 def _classes(split: datasets.Dataset, column: str) -> tuple[list[str], dict[Any, int]]:
@@ -207,7 +221,6 @@ def _classes(split: datasets.Dataset, column: str) -> tuple[list[str], dict[Any,
 
 
 def _as_classes(split: datasets.Dataset, column: str, classes: dict[Any, int]) -> np.ndarray:
-    _check_column(column, split.features, "label_column")
     labels = split[column]
     if unknown := [value for value in labels if value not in classes]:
         raise ValueError(
@@ -215,15 +228,3 @@ def _as_classes(split: datasets.Dataset, column: str, classes: dict[Any, int]) -
             "remove them, or set validation_split to a labelled split"
         )
     return np.array([classes[value] for value in labels], dtype=np.int64)
-
-
-def _hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the part to train on and of the held-out part, stratified by label, both in order."""
-    rng = np.random.default_rng(config.split_seed)
-    held_out: list[int] = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        held_out.extend(members[: round(config.validation_fraction * len(members))])
-    if not 0 < len(held_out) < len(labels):
-        raise ValueError(f"{len(labels)} examples are too few to hold some out: name a validation_split")
-    return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)

@@ -17,14 +17,7 @@ import datasets
 import fsspec
 import numpy as np
 
-from lora_dp.fed.data.datasets import (
-    failures_to_open,
-    find_input_column,
-    find_label_column,
-    local_or_hub,
-    own_files,
-    train_name,
-)
+from lora_dp.fed.data.datasets import failures_to_open, find_builder, find_columns, train_name
 from lora_dp.fed.data.encoding import RawData
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.data.own_rows import Row, csv_rows, json_rows
@@ -61,8 +54,7 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
     """
     with failures_to_open(config.dataset):
         table = _read(config)
-    label_column = find_label_column(table.features, config)
-    input_column, kind = find_input_column(table.features, label_column, config)
+    label_column, input_column, kind = find_columns(table.features, config)
     names, labels = _classes(table, label_column, classes)
     inputs: Sequence[Any] = table.columns[input_column]
     if kind == "text":
@@ -73,9 +65,7 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
 
 
 def _read(config: DataConfig) -> _Table:
-    builder = datasets.load_dataset_builder(
-        local_or_hub(config.dataset), config.subset, data_files=own_files(config.dataset)
-    )
+    builder = find_builder(config)
     by_split = builder.config.data_files
     check_apart(by_split)
     files = [str(file) for file in by_split[train_name([str(name) for name in by_split], config)]]

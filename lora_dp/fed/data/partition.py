@@ -4,6 +4,8 @@ from typing import Literal
 
 import numpy as np
 
+from lora_dp.fed.data.options import DataConfig
+
 MAX_DRAWS = 1000
 
 
@@ -68,3 +70,15 @@ def _dirichlet(labels: np.ndarray, clients: int, alpha: float, rng: np.random.Ge
         for part, piece in zip(parts, np.split(members, cuts), strict=True):
             part.append(piece)
     return [rng.permutation(np.concatenate(part)) for part in parts]
+
+
+def hold_out(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the part to train on and of the held-out part, stratified by label, both in order."""
+    rng = np.random.default_rng(config.split_seed)
+    held_out: list[int] = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held_out.extend(members[: round(config.validation_fraction * len(members))])
+    if not 0 < len(held_out) < len(labels):
+        raise ValueError(f"{len(labels)} examples are too few to hold some out: name a validation_split")
+    return np.setdiff1d(np.arange(len(labels)), held_out), np.sort(held_out)

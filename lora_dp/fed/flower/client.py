@@ -206,7 +206,7 @@ def _opened(
     text: str, folder: str | None, columns: tuple[str | None, ...], classes: tuple[str, ...] | None = None
 ) -> _Node:
     """Data and model of a configuration, opened once in a process."""
-    from lora_dp.fed.data.datasets import open_data
+    from lora_dp.fed.data.opening import open_data
     from lora_dp.fed.data.own_data import open_own
     from lora_dp.fed.data.unreadable import encode_training
     from lora_dp.fed.flower.policy import read_config

@@ -26,6 +26,7 @@ import lora_dp.fed.flower.without_telemetry  # noqa: F401  (before Flower)
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from lora_dp.extras import missing
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower import messages
 from lora_dp.fed.flower.client import client_app
@@ -268,7 +269,7 @@ def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
         Exception: whatever the work raises.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ImportError('engine flower needs Ray to simulate clients: pip install "lora-dp[flower]"')
+        raise ImportError(missing("engine flower", "Ray", "flower"))
     # Ray listens on all interfaces, and does what anyone asks of it who does not have to show a token.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -345,10 +346,11 @@ def server_app() -> ServerApp:
 
 def serve(config: RunConfig, grid: Grid, console: Console | None = None) -> Outcome:
     """A whole run as the server of a Flower federation; its folder is written on this machine."""
+    report = ConsoleReport(console or Console())
     federation = connected(config, grid)
     folder = RunFolder.create(config)
     try:
-        return drive(config, federation, folder, ConsoleReport(console or Console()), [])
+        return drive(config, federation, folder, report, [])
     finally:
         folder.close()
 
@@ -359,13 +361,14 @@ def serve_again(path: Path, grid: Grid, console: Console | None = None) -> Outco
     Raises:
         ValueError: no such run there, or one that has ended or was not deployed; every checkpoint damaged.
     """
+    report = ConsoleReport(console or Console())
     folder, config = RunFolder.open(path)
     try:
         if config.federation.engine != "deployed":
             raise ValueError(
                 f"The run in {path} was not deployed: go on with it by python -m lora_dp.fed resume {path}."
             )
-        return go_on(config, connected(config, grid), folder, console)
+        return go_on(config, connected(config, grid), folder, report)
     finally:
         folder.close()
 

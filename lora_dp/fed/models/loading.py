@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_dp.fed.data.encoding import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.data.examples import Batch
+from lora_dp.fed.hub import hub, reachable, unreachable
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig, Precision
 from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
@@ -111,9 +112,11 @@ def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tupl
     if kind != "image":
         raise ValueError(f"{name} takes images but the data set holds texts: name a language model")
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)
+        with hub():
+            model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"could not load {name}: check name and network ({_first_line(error)})") from error
+        why = _first_line(error) if reachable() else unreachable(name)
+        raise ValueError(f"could not load {name}: check name and network ({why})") from error
     data = timm.data.resolve_model_data_config(model)
     channels, height, width = data["input_size"]
     found = model.get_classifier()
@@ -131,7 +134,7 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
         else transformers.AutoModelForSequenceClassification
     )
     try:
-        with _quiet_transformers():
+        with hub(), _quiet_transformers():
             model = auto.from_pretrained(
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
             )
@@ -142,9 +145,10 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
                         module.set_attention_type("original_full")
             spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
     except (OSError, ValueError) as error:
+        why = _first_line(error) if Path(name).exists() or reachable() else unreachable(name)
         raise ValueError(
             f"could not load {name} as a model that classifies {kind}s: check that it is a timm name, or a "
-            f"Transformers hub name or folder made for {kind}s ({_first_line(error)})"
+            f"Transformers hub name or folder made for {kind}s ({why})"
         ) from error
     # whatever stands beside the backbone was added for classification: classifier, score, pre_classifier, …
     heads = [

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, RawData, encode
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.models.loading import build_default, logits
 from lora_dp.fed.models.options import PretrainConfig

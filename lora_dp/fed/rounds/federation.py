@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import Aggregation
@@ -26,7 +27,7 @@ from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.fed.rounds.server import Server, draw_clients, nbytes, poisson_clients
 from lora_dp.fed.rounds.server_noise import NoisySum
 from lora_dp.fed.rounds.setup import Job, Parts, open_job
-from lora_dp.fed.rounds.update_checks import TooFewClients, fault
+from lora_dp.fed.rounds.update_checks import fault
 from lora_dp.fed.rounds.update_statistics import UpdateRecorder, expected_noise_norm
 from lora_dp.fed.safe_text import described, harmless
 from lora_dp.isolation.check import check_isolation

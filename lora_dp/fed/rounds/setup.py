@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, encode
 from lora_dp.fed.data.examples import Examples
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
 from lora_dp.fed.models.loading import load_model

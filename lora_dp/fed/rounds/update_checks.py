@@ -8,19 +8,6 @@ import torch
 from lora_dp.fed.rounds.messages import Task, Update
 
 
-class TooFewClients(RuntimeError):
-    """So many clients of a round failed that it cannot be combined.
-
-    Attributes:
-        in_full: the message with what clients' exceptions said, which may quote private data: for the console of
-            whoever runs them, and for no file.
-    """
-
-    def __init__(self, message: str, in_full: str | None = None) -> None:
-        super().__init__(message)
-        self.in_full = in_full or message
-
-
 def fault(
     update: Update | None, task: Task, names: Iterable[str], largest_norm: float, noise_norm: float = 0.0
 ) -> str | None:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds import federation as rounds
 from lora_dp.fed.rounds.federation import Federation, RoundResult
 from lora_dp.fed.rounds.setup import match_threads
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.fed.runs import checkpoint
 from lora_dp.fed.runs.folder import RunFolder
 from lora_dp.fed.runs.report import ConsoleReport, draw_curves, summarise, used_noise
@@ -34,9 +32,8 @@ class Outcome:
         return self.summary["status"] == "interrupted"
 
 
-def go_on(config: RunConfig, federation: Federation, folder: RunFolder, console: Console | None = None) -> Outcome:
+def go_on(config: RunConfig, federation: Federation, folder: RunFolder, report: ConsoleReport) -> Outcome:
     """The rounds that an opened folder lacks, by a federation that has just been made."""
-    report = ConsoleReport(console or Console())
     with _resumable(folder.path):
         found, problems = checkpoint.newest(folder.path)
         if found is not None:

@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -91,6 +88,10 @@ def total_seconds(results: Sequence[RoundResult]) -> float | None:
 
 def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
     """Draws accuracy and worst ε by round into a PNG."""
+    import matplotlib  # half a second, at the end of a run alone
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     target = config.privacy.kept
     rounds = [result.round for result in results]
     with matplotlib.rc_context(STYLE):
@@ -154,9 +155,14 @@ def _curve(axis: Any, x: Sequence[int], y: Sequence[float], colour: str, label: 
 
 
 class ConsoleReport:
-    """Lines of a run on the console; the moving bar only where there is a terminal."""
+    """Lines of a run on the console; the moving bar only where there is a terminal.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: to print on.
+        began: ``time.monotonic()`` from which the time at the end counts; by default now.
+    """
+
+    def __init__(self, console: Console, began: float | None = None) -> None:
         self.console = console
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -168,7 +174,7 @@ class ConsoleReport:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._per_round, self._begin = 0, time.monotonic()
+        self._per_round, self._begin = 0, time.monotonic() if began is None else began
 
     def begin(self, config: RunConfig, federation: Federation) -> None:
         """Says what is about to run."""
@@ -198,6 +204,12 @@ class ConsoleReport:
             self._print(
                 f"ε = {target:g} at δ = {privacy.delta:g} for {UNITS[privacy.unit]}; noise multiplier "
                 f"{_span(noise, '.3g')}, {how}"
+            )
+        small = sum(size < chosen.batch_size for size in sizes)
+        if small and not whole_clients:
+            self._print(
+                f"[yellow]{small} of {len(sizes)} clients have fewer examples than batch_size {chosen.batch_size}[/] "
+                f"(the smallest {min(sizes)}): their batches always hold all of them, so that sampling hides nothing"
             )
         self._per_round = (chosen.clients_per_round or chosen.clients) * chosen.local_steps * federation.method.turns
         self._task = self.progress.add_task("round 1", total=chosen.rounds * self._per_round)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lora_dp.fed import __main__ as cli
+from lora_dp.fed import cli
 from lora_dp.fed.auditing import command
 from lora_dp.fed.auditing.clients import ClientCanaries
 from lora_dp.fed.auditing.examples import MislabelledExamples

@@ -237,7 +237,7 @@ def test_what_cannot_be_resumed_is_moved_aside(tmp_path, fake):
 
 def test_what_a_client_s_exception_said_is_in_no_file(tmp_path, monkeypatch):
     """It may quote a patient; it is for the console of whoever runs the client."""
-    from lora_dp.fed.__main__ import main
+    from lora_dp.fed.cli import main
     from lora_dp.fed.rounds.client import Trainer
 
     def failing(*_: Any) -> Any:

@@ -21,10 +21,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from lora_dp.fed.__main__ import compare_parser, main
+from lora_dp.fed.cli import main
+from lora_dp.fed.commands import compare_parser
 from lora_dp.fed.compare.grid import Grid
 from lora_dp.fed.compare.options import CompareConfig
-from lora_dp.fed.data.datasets import open_data
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 
 FOLDER = Path(__file__).parents[3] / "experiments"

@@ -9,13 +9,13 @@ import pandas
 import pytest
 from rich.console import Console
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed import launch
 from lora_dp.fed.compare.comparison import compare
 from lora_dp.fed.compare.grid import Grid
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.page import write_page
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.fed.runs import loop
 from lora_dp.fed.runs.folder import read_config
 

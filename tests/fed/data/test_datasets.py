@@ -5,9 +5,10 @@ import torch
 from datasets import ClassLabel, Features, Image, Value
 from PIL import Image as PILImage
 
-from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, TextSpec, encode
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.data.own_data import open_own
 
 SPEC = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 
@@ -132,8 +133,11 @@ def test_columns_can_be_named(tmp_path):
     raw = open_data(DataConfig(dataset=folder, input_column="title", label_column="votes"))
     assert raw.label_names == ["1", "3"]
     assert set(raw.train_inputs) == {"t"}
-    with pytest.raises(ValueError, match="set label_column to one of title, body, stars, votes"):
+    both = "columns of labels and of images or texts: set label_column and input_column to some of title, body, stars"
+    with pytest.raises(ValueError, match=both):
         open_data(DataConfig(dataset=folder))
+    with pytest.raises(ValueError, match="column of labels: set label_column to one of title, body, stars, votes"):
+        open_data(DataConfig(dataset=folder, input_column="body"))
     with pytest.raises(ValueError, match="set input_column to one of title, body, stars, votes"):
         open_data(DataConfig(dataset=folder, label_column="stars"))
     with pytest.raises(ValueError, match="no column topic in the data set: set input_column to one of"):
@@ -142,6 +146,45 @@ def test_columns_can_be_named(tmp_path):
         open_data(DataConfig(dataset=folder, label_column="score"))
     with pytest.raises(ValueError, match="neither images nor texts"):
         open_data(DataConfig(dataset=folder, label_column="stars", input_column="votes"))
+
+
+def test_all_columns_that_are_missing_are_named_at_once(tmp_path):
+    columns = {"title": ["t"] * 10, "stars": [1, 2] * 5}
+    wrong = DataConfig(
+        dataset=write(tmp_path / "a", train=columns), label_column="s", input_column="t", pair_column="u"
+    )
+    said = "no column s and t and u in the data set: set label_column and input_column and pair_column to some of title"
+    with pytest.raises(ValueError, match=said.replace("column s", "columns s")):
+        open_data(wrong)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "CSV"])
+def test_a_file_is_a_data_set(kind, tmp_path):
+    path, rows = tmp_path / f"test.{kind}", {"text": [f"text, {i}" for i in range(20)], "label": [0, 1] * 10}
+    data = datasets.Dataset.from_dict(rows)
+    if kind.lower() in ("csv", "tsv"):
+        data.to_csv(path, sep="\t" if kind == "tsv" else ",")
+    elif kind == "parquet":
+        data.to_parquet(path)
+    else:
+        data.to_json(path)
+    (tmp_path / "train.csv").write_text("beside it, and another data set")
+    raw = open_data(DataConfig(dataset=str(path)))
+    assert sorted([*raw.train_inputs, *raw.validation_inputs]) == sorted(rows["text"])
+    assert (raw.kind, raw.label_names, len(raw.validation_labels)) == ("text", ["0", "1"], 4)
+    own = open_own(DataConfig(dataset=str(path)))
+    assert [str(text) for text in own.train_inputs] == rows["text"] and own.train_labels.tolist() == rows["label"]
+
+
+def test_a_file_of_another_kind_or_without_rows_is_refused(tmp_path):
+    (tmp_path / "notes.docx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"notes.docx is no file of data: give a folder, or a file ending in .csv"):
+        open_data(DataConfig(dataset=str(tmp_path / "notes.docx")))
+    with pytest.raises(ValueError, match=r"no folder missing.csv: give a folder or file"):
+        open_data(DataConfig(dataset="missing.csv"))
+    (tmp_path / "empty.json").write_text("")
+    with pytest.raises(ValueError, match="no data set could be opened in .*empty.json"):
+        open_data(DataConfig(dataset=str(tmp_path / "empty.json")))
 
 
 def test_refuses_labels_that_are_not_classes(tmp_path):

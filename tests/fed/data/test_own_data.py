@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, TextSpec
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.data.own_data import open_own
 from lora_dp.fed.data.own_rows import MISSING, csv_rows, json_rows

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_dp.fed.data.datasets import open_data
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.data.own_data import open_own
 from lora_dp.fed.data.split_files import check_apart, check_distinct, split_files

@@ -14,7 +14,7 @@ import yaml
 
 pytest.importorskip("flwr")
 
-from lora_dp.fed import __main__ as cli
+from lora_dp.fed import cli
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower import client as flower_client
 from lora_dp.fed.flower.server import FlowerEngine

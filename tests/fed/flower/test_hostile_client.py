@@ -18,6 +18,7 @@ import lora_dp.fed.flower.without_telemetry  # noqa: F401
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from safetensors.torch import save
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed.flower import client as flower_client
 from lora_dp.fed.flower import messages
 from lora_dp.fed.flower import server as flower
@@ -29,7 +30,6 @@ from lora_dp.fed.rounds.ledgers import Account
 from lora_dp.fed.rounds.messages import Reply, Update
 from lora_dp.fed.rounds.privacy_plan import LARGEST_SIZE
 from lora_dp.fed.rounds.setup import open_job
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.fed.runs import loop
 from lora_dp.fed.runs.folder import RunFolder
 from lora_dp.fed.runs.report import ConsoleReport

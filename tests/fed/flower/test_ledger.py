@@ -13,13 +13,13 @@ import pytest
 
 pytest.importorskip("flwr")
 
+from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower.keys import main, make_keys
 from lora_dp.fed.flower.ledger import ClientLedger, Refused
 from lora_dp.fed.flower.server import FlowerEngine, connected
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.client import Trainer
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from tests.fed.flower.loopback import LoopbackGrid
 from tests.fed.small import TRAINING, plan_for

@@ -429,9 +429,9 @@ def test_without_flower_one_sentence_says_what_to_install(monkeypatch):
     from lora_dp.fed.flower import without_telemetry
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'engine flower needs Flower: pip install "lora-dp\[flower\]"'):
+    with pytest.raises(ImportError, match=r"engine flower needs Flower, .*\.\[flower\]"):
         importlib.reload(without_telemetry)
-    with pytest.raises(ImportError, match=r'pip install "lora-dp\[flower\]"'):
+    with pytest.raises(ImportError, match=r"engine flower needs .*\.\[flower\]"):
         flower.simulate(tiny(), lambda federation: None)
 
 

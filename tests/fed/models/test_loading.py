@@ -10,8 +10,8 @@ import tokenizers
 import torch
 import transformers
 
-from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, RawData, TextSpec, encode
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.models.loading import load_model, logits
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig

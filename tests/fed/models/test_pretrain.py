@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_dp.fed.data.datasets import open_data
 from lora_dp.fed.data.encoding import ImageSpec, encode
+from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.models import loading as models
 from lora_dp.fed.models.loading import load_model

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_dp.fed.rounds.client
 import lora_dp.fed.rounds.federation
-from lora_dp.errors import IsolationError
+from lora_dp.errors import IsolationError, TooFewClients
 from lora_dp.fed.methods import WeightedAverage, get_method
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds import server_noise
@@ -19,7 +19,6 @@ from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.federation import Federation, checkpoint, restore
 from lora_dp.fed.rounds.ledgers import Account
 from lora_dp.fed.rounds.messages import Reply, Update, Workspace
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.privacy.accounting import PoissonGaussian, PrivacyBudgetExceeded
 from tests.fed.rounds.test_contained_failures import Mixing
 from tests.fed.small import TRAINING, Adapted, federation_generators, make_examples, plan_for

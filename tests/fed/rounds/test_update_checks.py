@@ -15,14 +15,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lora_dp.errors import IsolationError
+from lora_dp.errors import IsolationError, TooFewClients
 from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.launch import resume
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.local_engine import LocalEngine
 from lora_dp.fed.rounds.messages import Reply, Task, Update
-from lora_dp.fed.rounds.update_checks import TooFewClients
 from lora_dp.fed.runs import loop
 from lora_dp.fed.runs.folder import SERVER_ONLY, RunFolder
 from lora_dp.fed.runs.report import ConsoleReport

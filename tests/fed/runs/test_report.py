@@ -2,6 +2,9 @@
 
 import io
 import math
+import re
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +85,22 @@ def show(federation: Federation, terminal: bool) -> str:
             report.round(each, 2)
             report.step()
     return stream.getvalue()
+
+
+def test_a_batch_size_above_the_examples_of_a_client_is_said(federation):
+    stream = io.StringIO()
+    ConsoleReport(Console(file=stream, width=200)).begin(config(batch_size=720), federation)
+    assert "2 of 2 clients have fewer examples than batch_size 720 (the smallest 719): their" in stream.getvalue()
+    stream = io.StringIO()
+    ConsoleReport(Console(file=stream, width=200)).begin(config(batch_size=719), federation)
+    assert "fewer examples" not in stream.getvalue()
+
+
+def test_the_time_at_the_end_counts_from_the_start_of_the_process(federation):
+    stream = io.StringIO()
+    report = ConsoleReport(Console(file=stream, width=200), began=time.monotonic() - 1000)
+    report.end(summarise(config(), RESULTS, federation.account.report(), "finished", [1.0]), Path("out"))
+    assert re.search(r"time +100\d s", stream.getvalue())
 
 
 def test_lines_without_a_terminal(federation):
