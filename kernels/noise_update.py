@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_dp.kernels.gaussian_filter import filter_reach, filtered_places
 from lora_dp.kernels.launching import DTYPES, Build, Config, check, multiprocessors, on_device, padded, pick
 from lora_dp.kernels.philox import standard_normal
 from lora_dp.kernels.tile_table import first_tiles, owner_of, send
@@ -162,9 +163,9 @@ def _filter_columns(shapes: tuple[torch.Size, ...], filtered: tuple[bool, ...], 
     """Of each parameter: stride and length of the filtered dimension, and how far the filter reaches (0: not)."""
     strides, lengths, reaches = [], [], []
     for shape, wanted in zip(shapes, filtered, strict=True):
-        last = not wanted or shape[1] >= shape[0]
-        strides.append(1 if last else shape[1])
-        lengths.append((shape[1] if last else shape[0]) if wanted else 1)
+        stride, length = filtered_places(shape) if wanted else (1, 1)
+        strides.append(stride)
+        lengths.append(length)
         reaches.append(radius if wanted else 0)
     return [*strides, *lengths, *reaches]
 
@@ -268,7 +269,7 @@ def noise_update(
         addresses += [tensor.data_ptr() for tensor in tensors] if used else [0] * len(sizes)
     shapes = tuple(parameter.shape for parameter in parameters)
     wanted = tuple(bool(filter_strength and each) for each in filtered)
-    columns = _filter_columns(shapes, wanted, math.ceil(4 * filter_strength))
+    columns = _filter_columns(shapes, wanted, filter_reach(filter_strength))
     dtypes = [DTYPES.index(parameter.dtype) for parameter in parameters]
     with on_device(hyper):
         table = send([*addresses, *sizes, *dtypes, *columns, *firsts], hyper.device)

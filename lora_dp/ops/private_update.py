@@ -10,11 +10,12 @@ All arithmetic is in double precision, and rounded to each tensor's dtype at the
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_dp.kernels.gaussian_filter import filter_reach, filtered_dimension, filtered_places
 from lora_dp.ops.native import in_memory, native, native_takes, refuse_capture
 from lora_dp.ops.registry import LIBRARY
 from lora_dp.ops.rounded_gaussian import rounded_gaussian_
@@ -40,25 +41,34 @@ class ExampleSum(NamedTuple):
     coefficients: Tensor
 
 
-def filter_reach(strength: float) -> int:
-    """How many entries to either side a Gaussian of this deviation reaches (0: no filter)."""
-    return math.ceil(4 * strength)
-
-
-def filtered_dimension(shape: Sequence[int]) -> tuple[int, int]:
-    """Stride and length of a contiguous matrix's longer dimension, the last of equal ones: a filter runs along it."""
-    rows, columns = shape
-    return (1, columns) if columns >= rows else (columns, rows)
-
-
 def can_update(parameter: Tensor, filter_strength: float) -> bool:
     """Whether the native update takes this parameter, filtered so (0: not filtered)."""
     if parameter.dtype not in _DTYPES or not parameter.is_contiguous() or not native_takes(parameter.device):
         return False
     if not filter_strength:
         return True
-    halo = filter_reach(filter_strength) * filtered_dimension(parameter.shape)[0]
+    halo = filter_reach(filter_strength) * filtered_places(parameter.shape)[0]
     return halo <= _MOST_HALO[parameter.device.type]
+
+
+class Update(NamedTuple):
+    """The arguments of the op, in the order of its schema; :func:`private_update_` says what each is."""
+
+    parameters: list[Tensor]
+    sums: list[Tensor]
+    coefficients: list[Tensor | None]
+    first: list[Tensor]
+    second: list[Tensor]
+    gradients: list[Tensor]
+    hyper: Tensor
+    filtered: list[bool]
+    filter_strength: float
+    optimizer: str
+    key: int
+    draw: int
+    scale: float
+    step: float
+    expected_batch_size: float
 
 
 @functools.lru_cache(maxsize=64)
@@ -69,8 +79,8 @@ def _weights(strength: float) -> tuple[float, ...]:
 
 
 def _smoothed(gradient: Tensor, strength: float) -> Tensor:
-    stride, length = filtered_dimension(gradient.shape)
-    along_rows = gradient if stride == 1 else gradient.T
+    last, length = filtered_dimension(gradient.shape) == 1, max(gradient.shape)
+    along_rows = gradient if last else gradient.T
     position = torch.arange(length, device=gradient.device)
     (total, *others) = _weights(strength)
     smooth = total * along_rows
@@ -79,7 +89,7 @@ def _smoothed(gradient: Tensor, strength: float) -> Tensor:
         left, right = ((position + offset).clamp(0, length - 1) for offset in (-k, k))
         smooth += weight * (along_rows[:, left] + along_rows[:, right])
     smooth /= total
-    return smooth if stride == 1 else smooth.T
+    return smooth if last else smooth.T
 
 
 def _stepped(
@@ -107,34 +117,22 @@ def _stepped(
     return theta - step_size * mean / (square.sqrt() / root_correction + eps)
 
 
-def _reference(
-    parameters: list[Tensor],
-    sums: list[Tensor],
-    coefficients: list[Tensor | None],
-    first: list[Tensor],
-    second: list[Tensor],
-    gradients: list[Tensor],
-    hyper: Tensor,
-    filtered: list[bool],
-    filter_strength: float,
-    optimizer: str,
-    key: int,
-    draw: int,
-    scale: float,
-    step: float,
-    expected_batch_size: float,
-) -> None:
-    rows = hyper.tolist()
-    for p, parameter in enumerate(parameters):
-        weights = coefficients[p]
+def _reference(update: Update) -> None:
+    rows, scale, step = update.hyper.tolist(), update.scale, update.step
+    for p, parameter in enumerate(update.parameters):
+        weights = update.coefficients[p]
         if weights is None:
-            terms = sums[p].double().unsqueeze(0)
+            terms = update.sums[p].double().unsqueeze(0)
         else:
             used = weights != 0
-            terms = sums[p][used].double() * weights[used].view(-1, *[1] * parameter.dim())
+            terms = update.sums[p][used].double() * weights[used].view(-1, *[1] * parameter.dim())
         if scale:
             noise = rounded_gaussian_(
-                torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device), key, p, draw, scale
+                torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device),
+                update.key,
+                p,
+                update.draw,
+                scale,
             )
             # As the kernels: NaN, or what no clipped gradient is, must not reach an integer.
             most = 2.0**62 if weights is None else min(2.0**51 - 1, 2.0**62 / max(len(weights), 1))
@@ -142,50 +140,34 @@ def _reference(
             gradient = (steps.sum(0) + noise).double() * step
         else:
             gradient = terms.sum(0)
-        gradient = gradient / expected_batch_size
-        if filtered[p] and filter_strength:
-            gradient = _smoothed(gradient, filter_strength)
-        if gradients:
-            gradients[p].copy_(gradient)
-        parameter.copy_(
-            _stepped(
-                optimizer,
-                parameter.double(),
-                gradient,
-                first[p] if first else None,
-                second[p] if second else None,
-                rows[p],
-            )
-        )
+        gradient = gradient / update.expected_batch_size
+        if update.filtered[p] and update.filter_strength:
+            gradient = _smoothed(gradient, update.filter_strength)
+        if update.gradients:
+            update.gradients[p].copy_(gradient)
+        first = update.first[p] if update.first else None
+        second = update.second[p] if update.second else None
+        parameter.copy_(_stepped(update.optimizer, parameter.double(), gradient, first, second, rows[p]))
 
 
-def _table(
-    parameters: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    coefficients: Sequence[Tensor | None],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    filtered: Sequence[bool],
-    filter_strength: float,
-) -> list[int]:
+def _table(update: Update) -> list[int]:
     """The rows of ``struct Row`` in csrc/update_math.h."""
-    table, tiles, reach = [], 0, filter_reach(filter_strength)
-    for p, parameter in enumerate(parameters):
-        weights, size = coefficients[p], parameter.numel()
-        smooth = filtered[p] and filter_strength
-        stride, length = filtered_dimension(parameter.shape) if smooth else (1, 1)
+    table, tiles, reach = [], 0, filter_reach(update.filter_strength)
+    for p, parameter in enumerate(update.parameters):
+        weights, size = update.coefficients[p], parameter.numel()
+        smooth = update.filtered[p] and update.filter_strength
+        stride, length = filtered_places(parameter.shape) if smooth else (1, 1)
         table += [
             parameter.data_ptr(),
-            sums[p].data_ptr(),
+            update.sums[p].data_ptr(),
             0 if weights is None else weights.data_ptr(),
-            first[p].data_ptr() if first else 0,
-            second[p].data_ptr() if second else 0,
-            gradients[p].data_ptr() if gradients else 0,
+            update.first[p].data_ptr() if update.first else 0,
+            update.second[p].data_ptr() if update.second else 0,
+            update.gradients[p].data_ptr() if update.gradients else 0,
             size,
             0 if weights is None else len(weights),
             _DTYPES.index(parameter.dtype),
-            _DTYPES.index(sums[p].dtype),
+            _DTYPES.index(update.sums[p].dtype),
             max(stride, 1),
             max(length, 1),
             reach if smooth and size else 0,
@@ -195,43 +177,23 @@ def _table(
     return table
 
 
-def _native(
-    parameters: list[Tensor],
-    sums: list[Tensor],
-    coefficients: list[Tensor | None],
-    first: list[Tensor],
-    second: list[Tensor],
-    gradients: list[Tensor],
-    hyper: Tensor,
-    filtered: list[bool],
-    filter_strength: float,
-    optimizer: str,
-    key: int,
-    draw: int,
-    scale: float,
-    step: float,
-    expected_batch_size: float,
-) -> None:
-    count, weights = len(parameters), _weights(filter_strength)
-    rows = torch.tensor(
-        _table(parameters, sums, coefficients, first, second, gradients, filtered, filter_strength),
-        dtype=torch.int64,
-        device="cpu",
-    )
+def _native(update: Update) -> None:
+    hyper, count, weights = update.hyper, len(update.parameters), _weights(update.filter_strength)
+    rows = torch.tensor(_table(update), dtype=torch.int64, device="cpu")
     kernel = torch.tensor(weights, dtype=torch.float64, device="cpu")
-    device, number, noisy = parameters[0].device, _OPTIMIZERS.index(optimizer), scale > 0
+    device, number, noisy = update.parameters[0].device, _OPTIMIZERS.index(update.optimizer), update.scale > 0
     if device.type == "cpu":
         native.private_update(
-            key,
-            draw,
+            update.key,
+            update.draw,
             rows.data_ptr(),
             hyper.data_ptr(),
             count,
             number,
             noisy,
-            scale,
-            step,
-            expected_batch_size,
+            update.scale,
+            update.step,
+            update.expected_batch_size,
             kernel.data_ptr(),
             len(weights),
             torch.get_num_threads(),
@@ -242,17 +204,17 @@ def _native(
     at_hyper = sent.data_ptr() + 8 * rows.numel()
     with torch.cuda.device(device):
         native.private_update_cuda(
-            key,
-            draw,
+            update.key,
+            update.draw,
             rows.data_ptr(),
             sent.data_ptr(),
             at_hyper,
             count,
             number,
             noisy,
-            scale,
-            step,
-            expected_batch_size,
+            update.scale,
+            update.step,
+            update.expected_batch_size,
             kernel.data_ptr(),
             at_hyper + 8 * hyper.numel(),
             len(weights),
@@ -260,52 +222,23 @@ def _native(
         )
 
 
-def _run(
-    parameters: list[Tensor],
-    sums: list[Tensor],
-    coefficients: list[Tensor | None],
-    first: list[Tensor],
-    second: list[Tensor],
-    gradients: list[Tensor],
-    hyper: Tensor,
-    filtered: list[bool],
-    filter_strength: float,
-    optimizer: str,
-    key: int,
-    draw: int,
-    scale: float,
-    step: float,
-    expected_batch_size: float,
-) -> None:
-    _check(parameters, sums, coefficients, first, second, gradients, hyper, filtered, filter_strength, optimizer)
-    _check_numbers(scale, step, expected_batch_size)
-    if not parameters:
+def _run(*arguments: Any) -> None:
+    update = Update(*arguments)
+    _check(update)
+    if not update.parameters:
         return
-    refuse_capture("private_update_", parameters[0].device)
-    sums, coefficients = list(sums), list(coefficients)
+    device = update.parameters[0].device
+    refuse_capture("private_update_", device)
+    sums, coefficients = list(update.sums), list(update.coefficients)
     for p, kept in enumerate(coefficients):
         if kept is not None and len(kept) == 0:  # no tensor without elements has an address
-            sums[p], coefficients[p] = torch.zeros_like(parameters[p], dtype=torch.float64), None
-    chosen = _native if native_takes(parameters[0].device) else _reference
-    chosen(
-        parameters,
-        sums,
-        coefficients,
-        first,
-        second,
-        gradients,
-        hyper,
-        filtered,
-        filter_strength if any(filtered) else 0.0,
-        optimizer,
-        key,
-        draw,
-        scale,
-        step,
-        expected_batch_size,
-    )
+            sums[p], coefficients[p] = torch.zeros_like(update.parameters[p], dtype=torch.float64), None
+    strength = update.filter_strength if any(update.filtered) else 0.0
+    update = update._replace(sums=sums, coefficients=coefficients, filter_strength=strength)
+    (_native if native_takes(device) else _reference)(update)
     # What is written through an address, autograd does not see.
-    torch.autograd.graph.increment_version([*parameters, *first, *second, *gradients])
+    written = [*update.parameters, *update.first, *update.second, *update.gradients]
+    torch.autograd.graph.increment_version(written)
 
 
 def _fake(*arguments: object) -> None:
@@ -414,35 +347,17 @@ def _refusal(what: str, must: str, got: object) -> ValueError:
     return ValueError(f"private_update_: {what} must {must}, got {got}.")
 
 
-def _check_numbers(scale: float, step: float, expected_batch_size: float) -> None:
-    if scale and not (1 <= scale < 2**33 and step > 0 and math.frexp(step)[0] == 0.5):
-        raise ValueError(
-            f"private_update_: scale must lie in [1, 2³³) and step be a power of two, got {scale} and {step}."
-        )
-    if not 0 < expected_batch_size < math.inf:
-        raise _refusal("expected_batch_size", "be finite and above 0", expected_batch_size)
-
-
-def _check(
-    parameters: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    hyper: Tensor,
-    filtered: Sequence[bool],
-    filter_strength: float,
-    optimizer: str,
-) -> None:
-    if optimizer not in _OPTIMIZERS:
-        raise _refusal("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(optimizer))
-    if not 0 <= filter_strength < math.inf:
-        raise _refusal("filter_strength", "be 0 or a finite positive number", filter_strength)
-    count = len(parameters)
-    states = [("first", first), ("second", second)][: {"sgd": 0, "momentum": 1}.get(optimizer, 2)]
-    states += [("gradients", gradients)] if gradients else []
-    for name, values in [("sums", sums), ("coefficients", weights), ("hyper", hyper), ("filtered", filtered), *states]:
+def _check(update: Update) -> None:
+    strength, hyper, scale = update.filter_strength, update.hyper, update.scale
+    if update.optimizer not in _OPTIMIZERS:
+        raise _refusal("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(update.optimizer))
+    if not 0 <= strength < math.inf:
+        raise _refusal("filter_strength", "be 0 or a finite positive number", strength)
+    parameters, count = update.parameters, len(update.parameters)
+    states = [("first", update.first), ("second", update.second)][: {"sgd": 0, "momentum": 1}.get(update.optimizer, 2)]
+    states += [("gradients", update.gradients)] if update.gradients else []
+    lists = [(name, getattr(update, name)) for name in ("sums", "coefficients", "hyper", "filtered")]
+    for name, values in [*lists, *states]:
         if len(values) != count:
             raise _refusal(name, f"have an entry for each of the {count} parameters", len(values))
     _check_tensor("hyper", hyper, (count, _COLUMNS), (torch.float64,), torch.device("cpu"))
@@ -451,18 +366,24 @@ def _check(
     check = functools.partial(_check_tensor, device=parameters[0].device if count else None)
     for p, parameter in enumerate(parameters):
         check(f"parameters[{p}]", parameter, parameter.shape, _DTYPES)
-        kept = weights[p]
+        kept = update.coefficients[p]
         n = () if kept is None else (len(kept),)
         if kept is not None:
             check(f"coefficients[{p}]", kept, n, (torch.float64,))
-        check(f"sums[{p}]", sums[p], (*n, *parameter.shape), (torch.float32, torch.float64))
+        check(f"sums[{p}]", update.sums[p], (*n, *parameter.shape), (torch.float32, torch.float64))
         for name, values in states:
             check(f"{name}[{p}]", values[p], parameter.shape, (parameter.dtype,))
-        if filtered[p] and parameter.dim() != 2:
+        if update.filtered[p] and parameter.dim() != 2:
             raise _refusal(f"filtered[{p}]", "be False: a filter takes matrices, not a shape", tuple(parameter.shape))
-        if not can_update(parameter, filter_strength if filtered[p] else 0.0) and native_takes(parameter.device):
+        if not can_update(parameter, strength if update.filtered[p] else 0.0) and native_takes(parameter.device):
             must = f"be smaller for the shape {tuple(parameter.shape)} here"
-            raise _refusal("filter_strength", must, filter_strength)
+            raise _refusal("filter_strength", must, strength)
+    if scale and not (1 <= scale < 2**33 and update.step > 0 and math.frexp(update.step)[0] == 0.5):
+        raise ValueError(
+            f"private_update_: scale must lie in [1, 2³³) and step be a power of two, got {scale} and {update.step}."
+        )
+    if not 0 < update.expected_batch_size < math.inf:
+        raise _refusal("expected_batch_size", "be finite and above 0", update.expected_batch_size)
 
 
 def _check_tensor(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_dp.argument_checks import check_number
+from lora_dp.kernels.gaussian_filter import filter_reach, filtered_dimension
 
 FilterName = Literal["gaussian", "laplacian"]
 
@@ -60,9 +61,9 @@ class GaussianFilter:
         signal = _working_copy(grad)
         if self.strength == 0 or grad.numel() == 0:
             return grad
-        along_rows = grad.shape[1] >= grad.shape[0]
+        along_rows = filtered_dimension(grad.shape) == 1
         signal = signal if along_rows else signal.T
-        radius = math.ceil(4 * self.strength)
+        radius = filter_reach(self.strength)
         offsets = torch.arange(-radius, radius + 1, device=grad.device, dtype=signal.dtype)
         kernel = torch.softmax(-0.5 * (offsets / self.strength) ** 2, dim=0)
         padded = F.pad(signal.unsqueeze(0), (radius, radius), mode="replicate").squeeze(0)

@@ -101,10 +101,11 @@ def test_a_filter_beyond_the_shared_memory_is_refused(emulated):
     problem = Problem("sgd", torch.float32, [(300, 16)], strength=33.0)  # 132 entries of 16 numbers
     from lora_dp.ops import private_update
 
-    rows = torch.tensor(
-        private_update._table(problem.parameters, problem.sums, [None], [], [], [], [True], 33.0), dtype=torch.int64
-    )
     hyper = torch.zeros(8, dtype=torch.float64)
+    update = private_update.Update(
+        problem.parameters, problem.sums, [None], [], [], [], hyper, [True], 33.0, "sgd", 0, 0, 0.0, 1.0, 1.0
+    )
+    rows = torch.tensor(private_update._table(update), dtype=torch.int64)
     weights = torch.ones(133, dtype=torch.float64)
     before = problem.parameters[0].clone()
     assert (

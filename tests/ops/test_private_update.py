@@ -137,6 +137,17 @@ def test_native_update_gives_the_bits_of_the_float64_reference(optimizer, dtype,
         torch.testing.assert_close(left, right, rtol=torch.finfo(dtype).eps, atol=1e-13, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(9, 1), (1, 9), (1, 1), (4, 4)])
+def test_factors_of_rank_one_and_square_ones_are_filtered_along_their_longer_dimension(shape):
+    problem = Problem("sgd", torch.float64, [shape], strength=0.7, noisy=False)
+    expected, gradient = copy.deepcopy(problem), GaussianFilter(0.7)(problem.sums[0] / 7.0)
+    with reference_only():
+        expected.take()
+    problem.take()
+    torch.testing.assert_close(problem.gradients[0], gradient, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(expected.gradients[0], gradient, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("noisy", [True, False])
 def test_the_shortest_filter_looks_at_one_neighbour_on_each_side(noisy):
     strength = 0.2

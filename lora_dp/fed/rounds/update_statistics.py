@@ -15,6 +15,7 @@ from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.privacy_plan import finite
 from lora_dp.fed.rounds.regulators import regulators
+from lora_dp.kernels.gaussian_filter import filter_reach, filtered_dimension
 from lora_dp.privacy.clipping import make_clip_rule
 from lora_dp.privacy.filtering import Filter, GaussianFilter, make_filter
 
@@ -193,10 +194,10 @@ def _impulse_energy(low_pass: Filter, shape: tuple[int, int], patterns: Tensor) 
     Where a filter works alike, one place stands for many: everywhere for the Laplacian filter, which is periodic (in
     both dimensions: all rows give the same), and away from the ends for the Gaussian one.
     """
-    length, along_rows = max(shape), shape[1] >= shape[0]
+    length, along_rows = max(shape), filtered_dimension(shape) == 1
     places, weights = [0], [length]
     if isinstance(low_pass, GaussianFilter):
-        radius = math.ceil(4 * low_pass.strength)
+        radius = filter_reach(low_pass.strength)
         inner = length - 2 * radius
         ends = [*range(radius), *range(length - radius, length)]
         places, weights = (
