@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_flag, check_kind, check_number
+from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.drawn_batches import LEAVE_OUT, Drawn
 from lora_dp.engine.foreign_wrappers import check_one_process, check_plain
 from lora_dp.engine.optimizer import PrivateOptimizer, keep_out_of_graphs
 from lora_dp.engine.phases import PhasesName
 from lora_dp.engine.recorder import Recorder, recorder_of
+from lora_dp.engine.step_options import StepOptions
 from lora_dp.engine.validation import attach, batch_size, cover, frozen_norms
 from lora_dp.isolation.check import check_isolation
 from lora_dp.isolation.loss_checks.graph import LossReduction
@@ -35,7 +36,7 @@ from lora_dp.privacy.accounting import (
 from lora_dp.privacy.accounting.history import History, read_runs
 from lora_dp.privacy.accounting.ledger import begins
 from lora_dp.privacy.clipping import ClippingName, make_clip_rule
-from lora_dp.privacy.filtering import Filter, check_filter
+from lora_dp.privacy.filtering import Filter
 from lora_dp.privacy.mechanism import Mechanism
 from lora_dp.privacy.randomness import SecureSource, SeededSource
 from lora_dp.privacy.secret_state import renew
@@ -159,20 +160,8 @@ class PrivacyEngine:
                 already.
             RuntimeError: torch.distributed runs several processes.
         """
-        return self._make(
-            model,
-            optimizer,
-            data_loader,
-            noise_multiplier,
-            max_grad_norm,
-            clipping,
-            phases,
-            loss_reduction,
-            low_pass,
-            norm_method,
-            regulate_noise,
-            None,
-        )
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise)
+        return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
     def make_private_with_epsilon(
         self,
@@ -205,6 +194,7 @@ class PrivacyEngine:
             ValueError: as above, ε ≤ 0, δ outside (0, 1), or not exactly one of epochs and steps.
             PrivacyBudgetExceeded: by the optimizer, before a step that would overrun the target.
         """
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise)
         check_number("target_epsilon", target_epsilon)
         check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)
@@ -226,20 +216,8 @@ class PrivacyEngine:
         noise_multiplier = calibrate_noise_multiplier(
             target_epsilon, target_delta, probe.sample_rate, steps, self.accountant
         )
-        return self._make(
-            model,
-            optimizer,
-            data_loader,
-            noise_multiplier,
-            max_grad_norm,
-            clipping,
-            phases,
-            loss_reduction,
-            low_pass,
-            norm_method,
-            regulate_noise,
-            (target_epsilon, target_delta, steps),
-        )
+        budget = (target_epsilon, target_delta, steps)
+        return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, budget)
 
     def _make(
         self,
@@ -248,12 +226,7 @@ class PrivacyEngine:
         data_loader: DataLoader[Any],
         noise_multiplier: float,
         max_grad_norm: float,
-        clipping: ClippingName,
-        phases: PhasesName,
-        loss_reduction: LossReduction,
-        low_pass: Filter | None,
-        norm_method: NormMethod,
-        regulate_noise: bool,
+        options: StepOptions,
         budget: tuple[float, float, int] | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         check_one_process()
@@ -261,18 +234,12 @@ class PrivacyEngine:
         check_kind("optimizer", optimizer, torch.optim.Optimizer, "make one of torch.optim over the trained parameters")
         check_number("noise_multiplier", noise_multiplier)
         check_number("max_grad_norm", max_grad_norm, "one bound for all, which clipping='per_layer' shares out")
-        check_filter(low_pass)
-        check_flag("regulate_noise", regulate_noise)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"Unknown loss_reduction '{loss_reduction}': choose 'mean' or 'sum'.")
-        if norm_method not in ("auto", "direct", "ghost"):
-            raise ValueError(f"Unknown norm_method '{norm_method}': choose 'auto', 'direct' or 'ghost'.")
         if hasattr(model, "_orig_mod"):
             raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
         check_plain(model)
         warn_of_half_precision(model)
         parameters = cover(model)
-        mechanism = Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, self.source)
+        mechanism = Mechanism(make_clip_rule(options.clipping, max_grad_norm), noise_multiplier, self.source)
         loader = PrivateDataLoader(
             data_loader,
             self.source,
@@ -303,13 +270,9 @@ class PrivacyEngine:
             event=event,
             history=self.history,
             expected_batch_size=loader.expected_batch_size,
-            phases=phases,
-            loss_reduction=loss_reduction,
-            low_pass=low_pass,
-            norm_method=norm_method,
+            options=options,
             before_release=limit.check if limit else lambda: None,
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
-            regulate_noise=regulate_noise,
             drawn=drawn,
         )
         # Last: a refusal above leaves the model as it was.

@@ -14,19 +14,19 @@ from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
 from lora_dp.engine.phases import Phases, PhasesName
 from lora_dp.engine.recorder import Recorder
+from lora_dp.engine.step_options import StepOptions
 from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.isolation.loss_checks.watch import backward_unseen
 from lora_dp.nn.layers import DPLoRALinear
-from lora_dp.nn.per_example import NormMethod, Pass
+from lora_dp.nn.per_example import Pass
 from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.accounting.history import History, Run, read_runs
-from lora_dp.privacy.filtering import Filter
 from lora_dp.privacy.mechanism import Mechanism, total
 from lora_dp.privacy.secret_state import end_pass
 
@@ -85,13 +85,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         event: PoissonGaussian,
         history: History,
         expected_batch_size: int,
-        phases: PhasesName,
-        loss_reduction: LossReduction,
-        low_pass: Filter | None,
-        norm_method: NormMethod,
+        options: StepOptions,
         before_release: Callable[[], None],
         adapters: Sequence[DPLoRALinear],
-        regulate_noise: bool,
         drawn: Drawn,
     ):
         self.original_optimizer = optimizer
@@ -104,12 +100,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
-        self._phases = Phases(phases)
-        self.loss_reduction, self._low_pass, self._norm_method = loss_reduction, low_pass, norm_method
-        self._before_release = before_release
-        self._adapters, self._regulate_noise = adapters, regulate_noise
+        self._phases = Phases(options.phases)
+        self._options, self.loss_reduction = options, options.loss_reduction
+        self._before_release, self._adapters = before_release, adapters
         self.regulators: dict[int, Regulator] = {}
-        self._check_one_factor(phases)
         self._sums: dict[int, Tensor | ExampleSum] = {}
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
         self._examples = self._kept = 0
@@ -221,20 +215,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder.trained = frozenset(
             key for key, p in self._covered.items() if p.factor is None or p.factor in factors
         )
-        self._recorder.method = self._norm_method
+        self._recorder.method = self._options.norm_method
         self._recorder.losses.reduction = self.loss_reduction
         self._recorder.owner, self._recorder.on_pass = self, self._drawn.give
         self._set_regulators()
-
-    def _check_one_factor(self, phases: PhasesName) -> None:
-        if self._regulate_noise and phases == "AB":
-            raise ValueError("regulate_noise needs steps that train one factor beside a frozen one: not phases 'AB'.")
 
     def _set_regulators(self) -> None:
         self.regulators = {}
         for layer in self._adapters:
             layer.regulator = None  # whatever another optimizer of this model left there
-            if not self._regulate_noise:
+            if not self._options.regulate_noise:
                 continue
             if id(layer.lora_B) in self._recorder.trained:
                 self.regulators[id(layer.lora_B)] = layer.regulator = Regulator.beside("B", layer.lora_A)
@@ -250,7 +240,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
-        self._check_one_factor(phases)
+        self._options.check_phases(phases)
         chosen = Phases(phases)
         check_holds(
             self.original_optimizer,
@@ -522,11 +512,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.original_optimizer.zero_grad(set_to_none=True)
         step = None
         if not self.regulators:
-            step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass)
+            step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._options.low_pass)
         if step is None:
             self._step_by_torch(trained, [total(value) for value in sums])
         else:
-            step(self.original_optimizer, trained, sums, self.mechanism, self._low_pass, self.expected_batch_size)
+            step(
+                self.original_optimizer, trained, sums, self.mechanism, self._options.low_pass, self.expected_batch_size
+            )
         self.steps_taken += 1
         self._recorder.losses.steps += 1
         self._stepped = True
@@ -538,8 +530,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 gradient = noisy.div_(self.expected_batch_size)
                 if (regulator := self.regulators.get(id(p.parameter))) is not None:
                     gradient = regulator.restored(gradient)
-                if self._low_pass is not None and p.factor is not None:
-                    gradient = self._low_pass(gradient)
+                if self._options.low_pass is not None and p.factor is not None:
+                    gradient = self._options.low_pass(gradient)
                 p.parameter.grad = gradient.to(p.parameter)
         self.original_optimizer.step()
 

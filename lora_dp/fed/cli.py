@@ -3,21 +3,16 @@
 It imports the standard library alone, so that help, a version or a typo is answered at once.
 """
 
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 import lora_dp
 from lora_dp.extras import missing
 from lora_dp.fed.did_you_mean import nearest
+from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 
 COMMANDS = ("run", "compare", "resume", "report", "inspect", "audit", "pretrain")
-INTERRUPTED = 130  # the shell's code for Ctrl-C
 # What a process has done before this line is no more than starting Python.
 _BEGAN = time.monotonic()
 
@@ -46,25 +41,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands.main(command, words, began)
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-@contextmanager
-def quiet_interrupts() -> Iterator[None]:
-    """Inside, while modules are imported and nothing has begun, Ctrl-C ends the process without a word.
-
-    An exception would be raised somewhere in a module that is half imported, and come out as another one.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        os._exit(INTERRUPTED)
-
-    in_charge = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if in_charge else None
-    if before is not signal.default_int_handler:  # ignored, or a caller's own
-        yield
-        return
-    signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

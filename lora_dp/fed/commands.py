@@ -18,11 +18,11 @@ from rich.markup import escape
 
 from lora_dp.errors import IsolationError, TooFewClients
 from lora_dp.fed.auditing.options import AuditConfig
-from lora_dp.fed.cli import INTERRUPTED, quiet_interrupts
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.did_you_mean import closest
+from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 from lora_dp.fed.models.options import ModelConfig, PretrainConfig
 
 PROG = "lora-dp" if Path(sys.argv[0]).name == "lora-dp" else "python -m lora_dp.fed"

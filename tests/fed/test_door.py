@@ -12,6 +12,7 @@ import pytest
 
 from lora_dp.fed import cli
 from lora_dp.fed.commands import COMMANDS
+from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 
 HEAVY = ("torch", "numpy", "scipy", "timm", "datasets", "sklearn", "matplotlib", "transformers", "pandas", "flwr")
 ANSWERED_AT_ONCE = {
@@ -152,17 +153,17 @@ def test_the_first_line_comes_before_the_slow_imports(started):
 def test_ctrl_c_while_modules_are_imported_is_quiet(started, tmp_path):
     started.stdout.readline()
     started.send_signal(signal.SIGINT)
-    assert started.wait(60) == cli.INTERRUPTED
+    assert started.wait(60) == INTERRUPTED
     assert started.stderr.read() == "" and not (tmp_path / "out").exists()
 
 
 def test_interrupts_that_a_caller_handles_stay_the_callers():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with cli.quiet_interrupts():
+        with quiet_interrupts():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with cli.quiet_interrupts():
+        with quiet_interrupts():
             assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:

@@ -1,0 +1,46 @@
+"""How a private step is taken, beside its noise and its bound: one object from the engine to the optimizer."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from lora_dp.argument_checks import check_flag
+from lora_dp.engine.phases import PhasesName
+from lora_dp.isolation.loss_checks.graph import LossReduction
+from lora_dp.nn.per_example import NormMethod
+from lora_dp.privacy.clipping import ClippingName
+from lora_dp.privacy.filtering import Filter, check_filter
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What :meth:`lora_dp.PrivacyEngine.make_private` takes by these names, where each is explained.
+
+    Raises:
+        ValueError: a choice that is none, or ``regulate_noise`` with phases "AB".
+        TypeError: a value of another type.
+    """
+
+    clipping: ClippingName = "flat"
+    phases: PhasesName = "AB"
+    loss_reduction: LossReduction = "mean"
+    low_pass: Filter | None = None
+    norm_method: NormMethod = "auto"
+    regulate_noise: bool = False
+
+    def __post_init__(self) -> None:
+        check_filter(self.low_pass)
+        check_flag("regulate_noise", self.regulate_noise)
+        for name, choices in (("loss_reduction", LossReduction), ("norm_method", NormMethod)):
+            if (value := getattr(self, name)) not in (known := get_args(choices)):
+                *others, last = map(repr, known)
+                raise ValueError(f"Unknown {name} '{value}': choose {', '.join(others)} or {last}.")
+        self.check_phases(self.phases)
+
+    def check_phases(self, phases: PhasesName) -> None:
+        """Refuse phases that do not go with the other options.
+
+        Raises:
+            ValueError: noise that is regulated follows one trained factor beside a frozen one.
+        """
+        if self.regulate_noise and phases == "AB":
+            raise ValueError("regulate_noise needs steps that train one factor beside a frozen one: not phases 'AB'.")
