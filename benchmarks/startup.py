@@ -1,4 +1,4 @@
-"""What starting costs: CPU seconds until a command line is answered, of ``import lora_dp``, and until a run's first line.
+"""What starting costs, in CPU seconds: an answer of the command line, ``import lora_dp``, and a run's first line.
 
     python -m benchmarks.startup
 
