@@ -1,7 +1,6 @@
 """Arguments of a wrong type, settings changed afterwards, scalers and wrappers: one clear sentence each."""
 
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -11,37 +10,18 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
-from lora_dp import Ledger, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
 from lora_dp.argument_checks import check_count, check_number
 from lora_dp.engine.cuda_graphs import GraphedStep
 from lora_dp.fed.config import RunConfig
 from lora_dp.losses import causal_lm_loss, classification_loss, masked_lm_loss, question_answering_loss, regression_loss
-from lora_dp.privacy.accounting import PoissonGaussian
-from lora_dp.privacy.accounting.history import History
-from lora_dp.privacy.clipping import FlatClipping
 from lora_dp.privacy.filtering import GaussianFilter, LaplacianFilter
-from lora_dp.privacy.mechanism import Mechanism
-from lora_dp.privacy.randomness import SeededSource
-from tests.models import examples, loader_of, mlp, private_run, seeded, take_step, train
+from tests.chosen_options import make
+from tests.models import examples, mlp, private_run, seeded, take_step
 from tests.support import make_private
 
 NO_NUMBERS = ["8", None, [1.0, 1.0], (1,), True, 1 + 0j, torch.tensor([1.0, 1.0]), np.ones(2), {}]
 NO_COUNTS = [10.0, "8", math.nan, math.inf, [3], True, np.float64(10), torch.tensor(3.0)]
-
-
-def make(**options: Any) -> Any:
-    model = mlp()
-    chosen = {
-        "model": model,
-        "optimizer": torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        "data_loader": loader_of(20, 4),
-        "max_grad_norm": 1.0,
-        **options,
-    }
-    if "target_epsilon" in options:
-        return seeded().make_private_with_epsilon(**chosen)
-    return seeded().make_private(**{"noise_multiplier": 1.0, **chosen})
-
 
 TARGETS = {"target_epsilon": 2.0, "target_delta": 1e-5, "steps": 3}
 
@@ -139,140 +119,6 @@ def test_lora_config(options: dict[str, Any], words: str) -> None:
     assert words in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["noise_multiplier", "max_grad_norm", "sample_rate", "expected_batch_size", "event", "loss_reduction"]
-)
-def test_what_the_optimizer_was_made_for_cannot_be_changed(name: str) -> None:
-    model, private, _ = private_run(seeded(), noise_multiplier=1.5, max_grad_norm=0.5)
-    before = getattr(private, name)
-    with pytest.raises(AttributeError, match=rf"^'{name}' is fixed, .*: call make_private again for another\.$"):
-        setattr(private, name, "sum" if name == "loss_reduction" else 5.0)
-    assert getattr(private, name) is before
-    assert (private.noise_multiplier, private.max_grad_norm, private.sample_rate, private.expected_batch_size) == (
-        1.5,
-        0.5,
-        0.2,
-        8,
-    )
-
-
-def test_nor_what_it_and_the_loader_hold() -> None:
-    _, private, loader = private_run(seeded())
-    for holder, names in (
-        (private.mechanism, ("noise_multiplier", "rule", "source")),
-        (loader, ("sample_rate", "expected_batch_size", "dataset", "source")),
-    ):
-        for name in names:
-            with pytest.raises(AttributeError, match=f"'{name}' is fixed"):
-                setattr(holder, name, getattr(holder, name))
-    with pytest.raises(AttributeError):
-        private.mechanism.rule.max_grad_norm = 5.0
-    with pytest.raises(AttributeError):
-        private.event.noise_multiplier = 5.0
-
-
-ACCOUNT = r"is fixed, for the engine computes ε .*: a saved account is taken up by engine\.load_state_dict\.$"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("ledger", Ledger(), ACCOUNT),
-        ("history", None, ACCOUNT),
-        ("history", History(Ledger()), ACCOUNT),
-        (
-            "mechanism",
-            Mechanism(FlatClipping(1.0), 0.01, SeededSource(1)),
-            r"is fixed, .*: call make_private again for",
-        ),
-    ],
-)
-def test_nor_what_writes_its_account_and_makes_its_noise(name: str, value: Any, words: str) -> None:
-    """Steps that go to another ledger are missing in the printed ε."""
-    engine = seeded()
-    model, private, loader = private_run(engine, noise_multiplier=1.5, max_grad_norm=0.5)
-    before = getattr(private, name)
-    with pytest.raises(AttributeError, match=f"^'{name}' {words}"):
-        setattr(private, name, value)
-    assert getattr(private, name) is before
-    train(model, private, loader.take(4))
-    spent = Ledger()
-    spent.append(PoissonGaussian(1.5, 0.2), 4)
-    assert engine.ledger is private.ledger and engine.ledger.entries == spent.entries
-    assert engine.get_epsilon(1e-3) == spent.epsilon(1e-3, "rdp") > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("source", SeededSource(1), "'source' is fixed, .*: make another PrivacyEngine"),
-        ("history", History(Ledger()), "'history' is fixed, .* taken up by engine.load_state_dict"),
-    ],
-)
-def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> None:
-    engine = seeded()
-    private_run(engine)
-    before = getattr(engine, name)
-    with pytest.raises(AttributeError, match=words):
-        setattr(engine, name, value)
-    assert getattr(engine, name) is before
-
-
-@pytest.mark.parametrize(
-    ("of", "name", "value", "remedy"),
-    [
-        ("engine", "noise_multiplier", 5.0, "call make_private again with another, for the optimizer"),
-        ("engine", "max_grad_norm", 5.0, "call make_private again with another, for the optimizer"),
-        ("engine", "clipping", "flat", "call make_private again with another, for the optimizer"),
-        ("engine", "sample_rate", 0.5, "call make_private again with a DataLoader of another batch size"),
-        ("engine", "expected_batch_size", 4, "call make_private again with a DataLoader of another batch size"),
-        ("engine", "reproducible_seed", 4, "make another PrivacyEngine"),
-        ("optimizer", "clipping", "automatic", "call make_private again with another"),
-        ("optimizer", "low_pass", None, "call make_private again with another"),
-        ("optimizer", "norm_method", "ghost", "call make_private again with another"),
-        ("optimizer", "regulate_noise", True, "call make_private again with another"),
-        ("optimizer", "phases", "B", "call optimizer.set_phases"),
-        ("loader", "batch_size", 5, "call make_private again with a DataLoader that has it"),
-        ("loader", "collate_fn", list, "call make_private again with a DataLoader that has it"),
-        ("loader", "num_workers", 2, "call make_private again with a DataLoader that has it"),
-        ("loader", "sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
-        ("loader", "batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
-        ("loader", "drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset"),
-    ],
-)
-def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: Any, remedy: str) -> None:
-    engine = seeded()
-    _, optimizer, loader = private_run(engine)
-    holder = {"engine": engine, "optimizer": optimizer, "loader": loader}[of]
-    with pytest.raises(AttributeError, match=rf"^'{name}' would be without effect here: {remedy}[^.]*\.$"):
-        setattr(holder, name, value)
-    assert not hasattr(holder, name)
-    with pytest.raises(AttributeError, match=rf"^'{type(holder).__name__}' has no '{name}'\.$"):
-        getattr(holder, name)
-
-
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_a_grad_scaler_is_refused_before_anything_is_released(unscaled: bool) -> None:
-    engine = seeded()
-    model, private, loader = private_run(engine)
-    scaler = torch.amp.GradScaler("cpu", enabled=True)
-    x, y = next(loader.take(1))
-    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
-    if unscaled:
-        scaler.unscale_(private)
-    with pytest.raises(RuntimeError, match="^GradScaler scales losses before clipping .*: leave it out"):
-        scaler.step(private)
-    assert engine.ledger.steps == 0
-    private.zero_grad()
-    train(model, private, [(x, y)])
-    off = torch.amp.GradScaler("cpu", enabled=False)  # as scripts leave it where autocast is in bfloat16
-    x, y = next(loader.take(1))
-    off.scale(nn.functional.cross_entropy(model(x), y)).backward()
-    off.step(private)
-    off.update()
-    assert engine.ledger.steps == 2
-
-
 DATA = TensorDataset(*examples(20))
 
 
@@ -311,74 +157,6 @@ def test_an_order_over_other_examples_is_refused(order: dict[str, Any]) -> None:
 def test_a_plain_order_is_taken_and_so_is_a_subset(options: dict[str, Any]) -> None:
     assert make(data_loader=DataLoader(DATA, batch_size=4, **options))[2].sample_rate == 0.2
     assert make(data_loader=DataLoader(Subset(DATA, range(8)), batch_size=4, shuffle=True))[2].sample_rate == 0.5
-
-
-@pytest.fixture
-def two_processes() -> Iterator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_several_processes_are_refused_at_set_up(two_processes: None) -> None:
-    with pytest.raises(RuntimeError, match=r"^torch\.distributed runs 2 processes, .*: train in one process"):
-        make()
-
-
-def test_and_at_a_step_when_they_came_later(request: pytest.FixtureRequest) -> None:
-    model = mlp()
-    optimizer = make_private(model, batch_size=4)
-    take_step(model, optimizer, examples(4))
-    request.getfixturevalue("two_processes")
-    with pytest.raises(RuntimeError, match="runs 2 processes"):
-        take_step(model, optimizer, examples(4))
-    assert optimizer.ledger.steps == 1
-
-
-def test_one_process_of_a_group_is_taken() -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    try:
-        make()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_wrapped_models_are_refused_by_name(two_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_dp.engine.engine.check_one_process", lambda: None)
-    from torch.distributed.fsdp import fully_shard
-
-    inner = nn.Sequential(mlp())
-    whole = {
-        "DistributedDataParallel": nn.parallel.DistributedDataParallel(mlp()),
-        "DataParallel": nn.DataParallel(mlp()),
-    }
-    inner[0] = nn.DataParallel(inner[0])
-    for name, model in [*whole.items(), ("DataParallel", inner)]:
-        with pytest.raises(ValueError, match=rf"is wrapped in {name}, .*: give the model inside it"):
-            make(model=model)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    with pytest.raises(ValueError, match="is wrapped in FSDPModule"):
-        make(model=fully_shard(mlp(), mesh=mesh))
-    spread = mlp()
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    spread[2].weight = nn.Parameter(distribute_tensor(spread[2].weight.detach(), mesh, [Replicate()]))
-    with pytest.raises(ValueError, match=r"^'2\.weight' is sharded over processes \(DTensor\)"):
-        make(model=spread)
-
-
-def test_a_model_of_pefts_names_the_two_ways() -> None:
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), peft.LoraConfig(target_modules=["0"]))
-    for given in (model, model.base_model.model):
-        with pytest.raises(ValueError, match=r"is PEFT's \w+, .*inject_lora\(base_model.*load_adapter\(base_model"):
-            make(model=given)
-    plain = inject_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), LoRAConfig(r=2, target_modules=["0"]))
-    make(model=plain, optimizer=torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1))
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ FAULTS = [
         (
             "tests/privacy/test_draws.py::test_training_takes_no_block_twice[seeded-AdamW]",
             "tests/privacy/test_draws.py::test_training_takes_no_block_twice[secure-Adagrad]",
-            "tests/privacy/test_noise.py::test_every_tensor_of_a_release_gets_noise_of_its_own",
+            "tests/privacy/test_mechanism.py::test_every_tensor_of_a_release_gets_noise_of_its_own",
         ),
     ),
     Fault(
@@ -263,7 +263,7 @@ FAULTS = [
         "an example twice in a batch",
         "it moves the sum by 2C.",
         twice_in_a_batch,
-        ("tests/engine/test_data_loader.py::test_every_example_has_the_same_rate[SecureSource]",),
+        ("tests/privacy/test_sampling.py::test_every_example_has_the_same_rate[SecureSource]",),
     ),
     Fault(
         "a sampler over other data is passed over",
@@ -373,8 +373,8 @@ FAULTS = [
         "after a crash, what its last round released is forgotten.",
         rounds_logged_late,
         (
-            "tests/fed/test_launch.py::test_the_log_on_disk_counts_a_round_before_it_begins",
-            "tests/fed/rounds/test_ledgers.py::test_a_round_that_ends_in_the_middle_counts",
+            "tests/fed/runs/test_loop.py::test_the_log_on_disk_counts_a_round_before_it_begins",
+            "tests/fed/rounds/test_release_log.py::test_a_round_that_ends_in_the_middle_counts",
         ),
     ),
     Fault(
@@ -391,8 +391,8 @@ FAULTS = [
         "one example changes the gradients of all, which no clipping of each bounds.",
         changing_divisors_taken,
         (
-            "tests/isolation/loss_checks/test_watch.py::test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one",
-            "tests/isolation/loss_checks/test_watch.py::test_a_mean_over_tokens_of_a_batch_of_another_width_is_refused",
+            "tests/isolation/loss_checks/test_divisors.py::test_a_divisor_that_follows_the_batch_is_refused_in_the_next_one",
+            "tests/isolation/loss_checks/test_divisors.py::test_a_mean_over_tokens_of_a_batch_of_another_width_is_refused",
         ),
     ),
     Fault(
@@ -417,7 +417,7 @@ FAULTS = [
         "the longest example of a batch moves all others.",
         losses_at_padding_taken,
         (
-            "tests/isolation/loss_checks/test_loss_vectors.py::test_losses_that_look_at_the_padded_width_are_refused_once_it_varies"
+            "tests/isolation/loss_checks/test_padded_widths.py::test_losses_that_look_at_the_padded_width_are_refused_once_it_varies"
             "[softmax over the width]",
         ),
     ),
@@ -477,7 +477,7 @@ FAULTS = [
         "an even first batch hides that it divides by what later ones hold.",
         own_losses_trusted,
         (
-            "tests/isolation/loss_checks/test_watch.py::test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds[False-weights]",
+            "tests/isolation/loss_checks/test_models_own_losses.py::test_a_loss_of_the_models_own_may_not_divide_by_what_a_batch_holds[False-weights]",
         ),
     ),
     Fault(
@@ -499,7 +499,7 @@ FAULTS = [
         "micro-batches of one example are not tried",
         "they are padded to the longest of the whole batch.",
         single_examples_not_tried,
-        ("tests/isolation/test_batch_trials.py::test_padding_is_tried_in_micro_batches_of_one[False]",),
+        ("tests/isolation/test_single_examples.py::test_padding_is_tried_in_micro_batches_of_one[False]",),
     ),
     Fault(
         "ops of the parts of a client's batch are not compared",
@@ -516,7 +516,9 @@ FAULTS = [
         "a loss that was not seen is taken",
         "whatever it does to the examples.",
         unseen_losses_taken,
-        ("tests/isolation/loss_checks/test_watch.py::test_a_gradient_by_another_way_than_backward_is_refused",),
+        (
+            "tests/isolation/loss_checks/test_ways_to_backward.py::test_a_gradient_by_another_way_than_backward_is_refused",
+        ),
     ),
     Fault(
         "the first batch alone is tried for mixing",
@@ -553,8 +555,8 @@ FAULTS = [
         "who looks at a batch and skips it tells of it by what is missing.",
         skipped_batches_forgotten,
         (
-            "tests/isolation/collation/test_trial.py::test_a_batch_that_is_skipped_is_noticed",
-            "tests/isolation/collation/test_trial.py::test_the_last_batch_is_noticed_too",
+            "tests/engine/test_skipped_batches.py::test_a_batch_that_is_skipped_is_noticed",
+            "tests/engine/test_skipped_batches.py::test_the_last_batch_is_noticed_too",
         ),
     ),
     Fault(
@@ -628,8 +630,8 @@ FAULTS = [
         "a loop that passes over the refusal goes on, and tells of the batch by what is missing.",
         refusals_forgotten,
         (
-            "tests/isolation/collation/test_trial.py::test_a_batch_that_was_not_stepped_is_refused_for_good[False]",
-            "tests/isolation/collation/test_trial.py::test_a_step_on_another_batch_than_was_drawn_is_refused_for_good",
+            "tests/engine/test_skipped_batches.py::test_a_batch_that_was_not_stepped_is_refused_for_good[False]",
+            "tests/engine/test_skipped_batches.py::test_a_step_on_another_batch_than_was_drawn_is_refused_for_good",
         ),
     ),
     Fault(

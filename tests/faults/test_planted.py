@@ -80,7 +80,7 @@ def test_half_of_the_noise_is_found_at_every_seed(options: dict, seed: int) -> N
 
 def test_the_harness_tells_faults_from_mistakes_in_the_fault() -> None:
     """A plant that breaks what it touches makes a test fail, but does not count as caught."""
-    node = "tests/privacy/test_noise.py::test_every_tensor_of_a_release_gets_noise_of_its_own"
+    node = "tests/privacy/test_mechanism.py::test_every_tensor_of_a_release_gets_noise_of_its_own"
     with pytest.MonkeyPatch.context() as patch:
         Planting(patch).replace(Mechanism, "noise_std", lambda std: lambda self: std)
         assert verdicts(node) == {node: TypeError}

@@ -12,7 +12,7 @@ import pytest
 
 from lora_dp.fed import cli
 from lora_dp.fed.commands import COMMANDS
-from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
+from lora_dp.fed.interrupts import INTERRUPTED
 
 HEAVY = ("torch", "numpy", "scipy", "timm", "datasets", "sklearn", "matplotlib", "transformers", "pandas", "flwr")
 ANSWERED_AT_ONCE = {
@@ -72,60 +72,6 @@ def test_version(capsys):
     assert capsys.readouterr().out == "lora-dp 0.1.0\n"
 
 
-# What was meant
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("comapre", "there is no command 'comapre': did you mean compare?"),
-        ("--epslon 1", "unrecognized arguments: --epslon 1, did you mean --epsilon?"),
-        ("--locl-steps 3", "unrecognized arguments: --locl_steps 3, did you mean --local_steps?"),
-        ("compare --mehtods la-lora", "unrecognized arguments: --mehtods la-lora, did you mean --methods?"),
-        ("--method la_lora", "Did you mean la-lora?"),
-        ("--method flat-lora:rolora2", "Did you mean rolora?"),
-    ],
-)
-def test_what_was_meant_is_said(words, said, capsys):
-    try:
-        code = cli.main(words.split())
-    except SystemExit as end:
-        code = end.code
-    assert code == 2 and said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("given", ["--config {}", "--config={}"])
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("epsilon: 1\nlocal-steps: 3\n", "{} has no option 'local-steps', did you mean local_steps?"),
-        ("methd: rolora\n", "{} has no option 'methd', did you mean method?"),
-        ("frobnicate: 1\n", "{} has no option 'frobnicate' ("),
-    ],
-)
-def test_a_wrong_name_in_a_file_names_the_file(given, text, said, tmp_path, capsys):
-    path = tmp_path / "options.yaml"
-    path.write_text(text)
-    with pytest.raises(SystemExit) as end:
-        cli.main(given.format(path).split())
-    assert end.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert said.format(path) in line
-
-
-@pytest.mark.parametrize("package", ["jsonargparse", "rich", "yaml"])
-def test_without_its_extra_it_says_which_to_install(package, tmp_path):
-    code = f"import sys; sys.modules[{package!r}] = None; from lora_dp.fed.cli import main; sys.exit(main(['--help']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ""
-    [line] = done.stderr.splitlines()
-    assert (
-        line.startswith(f"error: lora_dp.fed needs {package}, which is not installed")
-        and "'fed'" in line
-        and ".[fed]" in line
-    )
-
-
 # While the slow imports go on
 
 
@@ -155,16 +101,3 @@ def test_ctrl_c_while_modules_are_imported_is_quiet(started, tmp_path):
     started.send_signal(signal.SIGINT)
     assert started.wait(60) == INTERRUPTED
     assert started.stderr.read() == "" and not (tmp_path / "out").exists()
-
-
-def test_interrupts_that_a_caller_handles_stay_the_callers():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with quiet_interrupts():
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with quiet_interrupts():
-            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)

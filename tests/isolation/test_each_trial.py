@@ -1,9 +1,6 @@
 """What one trial of the isolation check alone tells: each kind of mixing that the other trials do not show."""
 
-import gc
-import math
 import random
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,28 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLinear, IsolationError
-from lora_dp.isolation.check import Passed, check_isolation
-from tests.isolation.test_edges import Tokens, padded, refused
+from lora_dp.isolation.check import check_isolation
+from tests.isolation.checked_models import Function, Made, passes
+from tests.isolation.token_models import Tokens, padded, refused
 from tests.models import examples, mlp
-
-Function = Callable[[Tensor], Tensor]
-
-
-class Made(nn.Module):
-    """A private layer between two functions."""
-
-    def __init__(self, after: Function = lambda out: out, before: Function = lambda x: x, width: int = 6) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.before, self.after, self.inner = before, after, DPLinear(6, width)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.after(self.inner(self.before(x)))
-
-
-def passes(model: nn.Module, n: int, *args: Any, **options: Any) -> Passed:
-    return check_isolation(model.train(), args or (examples(n)[0],), {}, n, **options)
-
 
 TAKEN: dict[str, Function] = {
     "plain": lambda other: other,
@@ -293,101 +272,6 @@ def test_a_buffer_whose_size_follows_the_examples_is_refused():
     refused("The buffer 'kept' takes up statistics", Keeping(), 4, x)
 
 
-@pytest.mark.parametrize("over", ["own", "all"])
-@pytest.mark.parametrize(
-    ("join", "reduction"),
-    [(Tensor.mean, "mean"), (Tensor.sum, "sum"), (Tensor.clone, "mean"), (Tensor.clone, "sum"), (Tensor.clone, None)],
-)
-def test_a_criterion_is_held_to_padding(over, join, reduction):
-    """Though no output that the model returned shows it."""
-
-    class Logits(Tokens):
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
-            return super().forward(x, attention_mask)["logits"]
-
-    def criterion(out: Tensor, mask: Tensor) -> Tensor:
-        total = (out * mask.unsqueeze(2)).square().sum((1, 2))
-        return join(total / (mask.sum(1) if over == "own" else out.shape[1]))
-
-    for n in (3, 4):
-        batch = padded(n)
-        options: Any = {"targets": batch["attention_mask"], "criterion": criterion, "reduction": reduction}
-        if over == "own":
-            assert check_isolation(Logits().train(), (), batch, n, **options).losses == {0}
-        else:
-            with pytest.raises(IsolationError, match="gradient at 'inner' of example . changes with the padding"):
-                check_isolation(Logits().train(), (), batch, n, **options)
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_a_sum_over_padding_too_is_refused(left):
-    """At an example's own tokens nothing changes; what padding adds to its gradient grows with the longest."""
-
-    def criterion(out: Any, mask: Tensor) -> Tensor:
-        return out["logits"].square().sum((1, 2))
-
-    for n in (2, 4):
-        with pytest.raises(IsolationError, match="gradient at 'inner' of example . changes with the padding"):
-            check_isolation(
-                Tokens().train(), (), padded(n, left), n, targets=padded(n, left)["attention_mask"], criterion=criterion
-            )
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_several_rows_of_an_example_that_are_no_tokens_are_held_to_padding(masked):
-    """Beside a table with as many rows as a batch has tokens, which fits no other batch."""
-
-    class Pooled(Tokens):
-        def __init__(self) -> None:
-            super().__init__()
-            self.extra = DPLinear(6, 3)
-
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
-            self.extra(torch.ones(len(x) if len(x) == 4 else 3, 6))
-            weights = attention_mask if masked else torch.ones_like(attention_mask)
-            pooled = (self.inner(x) * weights.unsqueeze(2)).sum(1) / weights.sum(1, keepdim=True)
-            return {
-                "table": torch.ones(4 * x.shape[1] if len(x) == 4 else 28, 3),
-                "odd": torch.ones(6, 1),
-                "pooled": pooled.repeat_interleave(2, 0),
-            }
-
-    if masked:
-        assert check_isolation(Pooled().train(), (), padded(4), 4).padding
-    else:
-        with pytest.raises(IsolationError, match="output of example . changes with the padding"):
-            check_isolation(Pooled().train(), (), padded(4), 4)
-
-
-@pytest.mark.parametrize(
-    ("second", "words"),
-    [
-        (lambda out, own: own.square().mean(), None),
-        (lambda out, own: out.mean((0, 1)).square().sum(), ""),
-        (lambda out, own: out.square().sum((1, 2)).mean(), "changes with the padding"),
-    ],
-)
-def test_of_a_second_loss_only_what_keeps_examples_apart_is_held_to_padding(second, words):
-    class Two(Tokens):
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
-            out = self.inner(x)
-            own = (out * attention_mask.unsqueeze(2)).square().sum((1, 2)) / attention_mask.sum(1)
-            return {"loss": own.mean(), "second": second(out, own)}
-
-    if words:
-        with pytest.raises(IsolationError, match=words):
-            check_isolation(Two().train(), (), padded(4), 4, reduction="mean")
-    else:
-        passed = check_isolation(Two().train(), (), padded(4), 4, reduction="mean")
-        assert passed.padding and passed.losses == ({0, 1} if words is None else {0})
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_loss_that_was_not_said_to_be_a_mean_or_a_sum_may_be_either(reduction):
-    model = Tokens(reduction=reduction).train()
-    assert check_isolation(model, (), padded(4), 4).losses == {0}
-
-
 @pytest.mark.parametrize(
     "draw",
     [
@@ -431,136 +315,7 @@ def test_a_random_order_of_the_batch_is_refused(n):
     )
 
 
-def test_the_passes_of_a_trial_draw_the_same_those_of_another_do_not_and_nothing_is_left_of_it():
-    seen = []
-
-    def drawn(x: Tensor) -> Tensor:
-        seen.append([random.random(), np.random.rand(), float(torch.rand(()))])
-        return x
-
-    model = Made(before=drawn)
-    for seed in (1, 2):
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # type: ignore[func-returns-value]
-        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        passes(model, 4)
-        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
-    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    assert all(drawn[:2] == first[0][:2] for drawn in first) and all(drawn[:2] == second[0][:2] for drawn in second)
-    # A seed that somebody knew would tell what a trial does not see.
-    assert all(a != b for a, b in zip(first[0], second[0], strict=True))
-
-
-@pytest.mark.parametrize("n", [2, 3, 4, 8])
-def test_no_trial_has_a_single_example(n):
-    """A batch of one is a case of its own in many models."""
-    seen: list[int] = []
-    passes(Made(before=lambda x: seen.append(len(x)) or x), n)  # type: ignore[func-returns-value]
-    assert min(seen) >= 2
-
-
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_a_model_that_scales_its_input_in_place_finds_it_as_it_was(n):
-    x = examples(n)[0]
-    before = x.clone()
-    passes(Made(before=lambda x: x.sub_(0.5).div_(0.25)), n, x)
-    assert torch.equal(x, before)
-
-
-def test_an_input_with_a_gradient_is_left_without_one():
-    x = examples(4)[0].requires_grad_()
-    passes(Made(), 4, x, criterion=lambda out, _: out.square().mean())
-    assert x.grad is None
-
-
-def test_the_check_makes_gradients_where_they_are_switched_off():
-    with torch.no_grad():
-        passes(Made(), 4, criterion=lambda out, _: out.square().mean())
-        refused("The loss mixes examples", Made(), 4, examples(4)[0], criterion=lambda out, _: out.mean(0).norm())
-
-
-def test_a_batch_of_one_passes_without_having_shown_anything():
-    passed = passes(Made(), 1)
-    assert (passed.losses, passed.padding, passed.criterion) == (frozenset(), False, None)
-
-
-def test_an_error_of_the_model_is_told():
-    """Where every example stands by itself, each trial is one that the model must take."""
-
-    class Fails(Made):
-        def forward(self, x: Tensor) -> Any:
-            if bool((x == x[0]).all()):
-                raise KeyError("equal rows")
-            return super().forward(x)
-
-    class FailsOfTwo(Made):
-        def forward(self, x: Tensor) -> Any:
-            if len(x) == 2:
-                raise KeyError("two rows")
-            return super().forward(x)
-
-    for model, words in ((Fails(), "equal rows"), (FailsOfTwo(), "two rows")):
-        with pytest.raises(KeyError, match=words):
-            passes(model, 4)
-
-
-def test_rows_of_all_examples_that_fit_no_other_batch_are_tried_as_they_are():
-    """Nothing is then told of how losses are reduced."""
-
-    class Fixed(Made):
-        def forward(self, x: Tensor, mixing: bool) -> Any:  # type: ignore[override]
-            if len(x) != 8:
-                raise KeyError("as many rows as ever")
-            out = self.inner(x).view(4, 2, 6).sum(1)
-            return out - out.mean(0) if mixing else out
-
-    assert not passes(Fixed(), 4, examples(8)[0], False, criterion=lambda out, _: out.square().mean()).losses
-    refused("example 0", Fixed(), 4, examples(8)[0], True)
-
-
 # What the layers of a model are to a trial
-
-
-def test_nothing_of_a_trial_outlives_it():
-    """Hooks on tensors would keep the model alive through the graph."""
-    model = Made()
-    known = weakref.ref(model)
-    passes(model, 4, criterion=lambda out, _: out.square().mean())
-    del model
-    gc.collect()
-    assert known() is None
-
-
-class Kept(nn.Module):
-    """What it returns has another size in another batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, : int((x.mean(0) > 0).sum())]
-
-
-def test_modules_whose_weights_nobody_trains_may_see_the_batch():
-    """A frozen one, given what belongs to all; one whose rows are no examples; one that is called without gradients."""
-
-    class Watched(Made):
-        def __init__(self) -> None:
-            super().__init__()
-            self.monitor, self.frozen = nn.Linear(6, 6), DPLinear(6, 6).requires_grad_(False)
-            self.monitor.requires_grad_(False)
-            self.act, self.memory = nn.Tanh(), nn.GRU(6, 6, batch_first=True).requires_grad_(False)
-            self.error, self.places = nn.MSELoss(), nn.Embedding(7, 6).requires_grad_(False)
-            self.kept = Kept()
-
-        def forward(self, x: Tensor) -> Any:
-            with torch.no_grad():
-                self.error(x, 0 * x), self.places(torch.arange(7)), self.kept(x)
-                self.monitor(x.mean(0).expand(len(x), -1))
-                self.frozen(x.mean(0))
-                self.inner(x)
-            out = self.inner(x=x)
-            remembered, _ = self.memory(out.unsqueeze(1))
-            return self.act(out.t()).t() + remembered.squeeze(1)
-
-    for n in (2, 3, 4):
-        passes(Watched(), n)
 
 
 def test_a_block_that_mixes_by_itself_is_named():
@@ -588,23 +343,3 @@ def test_a_module_that_gives_one_number_is_passed_over_where_the_first_that_mixe
             return self.inner(self.centre(x - x.mean(0)))
 
     refused("the first module where this is seen is 'centre'", Block(), 4, examples(4)[0])
-
-
-def test_a_buffer_that_is_no_number_and_stays_as_it_is_is_taken():
-    model = Made()
-    model.register_buffer("unset", torch.tensor([math.nan, 1.0]))
-    passes(model, 4)
-
-
-def test_outputs_without_rows_and_of_other_rows_belong_to_nobody():
-    for rows in (0, 1, 3, 6, 8):
-        passes(
-            Made(
-                lambda out, rows=rows: {  # type: ignore[misc]
-                    "table": 0 * out.mean() * torch.ones(rows, 5),
-                    "logits": out,
-                    "kept": Kept()(out),
-                }
-            ),
-            4,
-        )

@@ -7,12 +7,18 @@ set -euo pipefail
 
 tests=(
   tests/ops/test_chacha20.py
+  tests/ops/test_sampling_bits.py
+  tests/ops/test_native.py
   tests/ops/test_gaussian_pairs.py
   tests/ops/test_rounded_gaussian.py
   tests/ops/test_noise_statistics.py
   tests/ops/test_private_update.py
-  tests/ops/test_hostile_inputs.py
+  tests/ops/test_update_refusals.py
+  tests/ops/test_hostile_buffers.py
+  tests/ops/test_hostile_tensors.py
+  tests/ops/test_hostile_updates.py
   tests/privacy/test_noise.py
+  tests/privacy/test_mechanism.py
   tests/privacy/test_randomness.py
   tests/privacy/test_draws.py
   tests/privacy/test_secret_keys.py

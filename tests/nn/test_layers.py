@@ -1,42 +1,17 @@
 """Private layers without an engine: drop-ins for torch's own, with ordinary gradients."""
 
-import gc
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
 from tests.models import assert_refuses, mlp
+from tests.nn.lora_layers import adapted, by_hand, close
 from tests.support import make_private
-
-SHAPES = [(7,), (3, 7), (3, 4, 7), (2, 3, 4, 7), (0, 7), (3, 0, 7)]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-def adapted(dtype: torch.dtype = torch.float32, **options: Any) -> DPLoRALinear:
-    torch.manual_seed(0)
-    layer = DPLoRALinear(7, 5, r=2, alpha=3, dtype=dtype, **options)
-    nn.init.normal_(layer.lora_B)
-    return layer
-
-
-def by_hand(layer: DPLoRALinear, x: Tensor) -> Tensor:
-    """The textbook formula from torch's own operations."""
-    weight = layer.weight.t() if layer.fan_in_fan_out else layer.weight
-    return F.linear(x, weight, layer.bias) + layer.scaling * ((x @ layer.lora_A.t()) @ layer.lora_B.t())
-
-
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    if actual.shape != expected.shape:
-        return False
-    scale = expected.abs().max() if expected.numel() else 1.0
-    return bool((actual.double() - expected.double()).abs().le(TOLERANCE[dtype] * scale).all())
 
 
 def test_state_dict_names_are_those_of_linear():
@@ -86,70 +61,6 @@ def test_scaling(options, scaling):
     assert DPLoRALinear(7, 5, **options).scaling == scaling
 
 
-@pytest.mark.parametrize("fan_in_fan_out", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward_of_any_shape_and_dtype(shape, dtype, fan_in_fan_out):
-    layer = adapted(dtype, fan_in_fan_out=fan_in_fan_out)
-    x = torch.randn(shape, dtype=dtype)
-    out = layer(x)
-    assert out.dtype == dtype
-    assert close(out, by_hand(layer.double(), x.double()), dtype)
-
-
-@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 4, 7)])
-def test_gradients_are_those_of_the_formula(shape):
-    layer, x = adapted(torch.float64), torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    wanted = [x, layer.lora_A, layer.lora_B]
-    actual = torch.autograd.grad(layer(x).tanh().sum(), wanted)
-    for left, right in zip(actual, torch.autograd.grad(by_hand(layer, x).tanh().sum(), wanted), strict=True):
-        assert close(left, right, torch.float64)
-        assert right.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_in_half_precision(dtype):
-    """Float32 gradients for float32 factors; products are rounded, so errors are relative to the terms summed."""
-    layer, x = adapted(dtype), torch.randn(6, 7, dtype=dtype)
-    weights = torch.linspace(-1, 1, 5, dtype=dtype)
-    (layer(x) * weights).sum().backward()
-    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
-    actual = layer.lora_A.grad.double(), layer.lora_B.grad.double()
-    layer, x, g = layer.double(), x.double(), weights.double().expand(6, 5)
-    expected = torch.autograd.grad((by_hand(layer, x) * g).sum(), [layer.lora_A, layer.lora_B])
-    with torch.no_grad():
-        terms = ((g.abs() @ layer.lora_B.abs()).t() @ x.abs(), g.abs().t() @ (x.abs() @ layer.lora_A.abs().t()))
-    for left, right, sizes in zip(actual, expected, terms, strict=True):
-        assert (left - right).abs().le(TOLERANCE[dtype] / 2 * layer.scaling * sizes).all()
-
-
-def test_first_and_second_derivatives():
-    layer = adapted(torch.float64)
-
-    def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
-
-    inputs = tuple(
-        t.detach().clone().requires_grad_()
-        for t in (torch.randn(2, 3, 7, dtype=torch.float64), layer.lora_A, layer.lora_B)
-    )
-    assert gradcheck(forward, inputs)
-    assert gradgradcheck(forward, inputs)
-
-
-def test_autocast():
-    layer, x = adapted(), torch.randn(3, 4, 7)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
-        assert out.dtype == torch.bfloat16
-    out.float().tanh().sum().backward()
-    assert layer.lora_A.grad.dtype == torch.float32
-    assert close(out, by_hand(layer, x), torch.bfloat16)
-    expected = torch.autograd.grad(by_hand(layer, x).tanh().sum(), [layer.lora_A, layer.lora_B])
-    for left, right in zip((layer.lora_A.grad, layer.lora_B.grad), expected, strict=True):
-        assert close(left, right, torch.bfloat16)
-
-
 def test_dropout_is_on_the_adapter_input_alone():
     layer, x = adapted(dropout=0.5), torch.ones(200, 7)
     base = F.linear(x, layer.weight, layer.bias)
@@ -187,27 +98,6 @@ def test_merged_layer_is_not_trained_privately():
     assert_refuses(RuntimeError, "call unmerge() first", lambda: model(torch.randn(4, 6)))
     with torch.no_grad():
         assert model(torch.randn(4, 6)).shape == (4, 3)
-
-
-@pytest.mark.parametrize("private", [False, True])
-def test_no_grad_leaves_no_graph_and_no_tensor_but_the_output(private):
-    model = mlp()
-    optimizer = make_private(model, batch_size=4) if private else None
-    x = torch.randn(4, 6)
-
-    def alive() -> int:
-        gc.collect()
-        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-
-    with torch.no_grad():
-        model(x)
-        before = alive()
-        out = model(x)
-        after = alive()
-    assert out.grad_fn is None
-    assert after == before + 1
-    if optimizer is not None:
-        assert optimizer._recorder.current is None and not optimizer._recorder.superseded
 
 
 def test_recorder_is_no_part_of_the_state():
@@ -292,21 +182,6 @@ def test_training_a_part_outside_the_private_model_is_refused():
     model = mlp()
     make_private(model, batch_size=4)
     assert_refuses(RuntimeError, "outside the model that was made private", lambda: model[0](torch.randn(4, 6)))
-
-
-def test_a_merged_layer_saves_what_a_plain_one_would():
-    """Its weight with the adapter in it, and no factors beside: nowhere may the adapter count twice."""
-    torch.manual_seed(0)
-    layer, plain = DPLoRALinear(6, 5, r=2).double(), nn.Linear(6, 5).double()
-    torch.nn.init.normal_(layer.lora_B)
-    x = torch.randn(3, 6, dtype=torch.float64)
-    expected = layer(x)
-    layer.merge()
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(plain(x), expected)
-    layer.load_state_dict(layer.state_dict())
-    assert layer.merged
-    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 9])

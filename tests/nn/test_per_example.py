@@ -1,49 +1,17 @@
 """Slots and passes: norms of what is really summed, by either method, in any dtype."""
 
-import gc
 import itertools
 import math
-import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from lora_dp import DPLinear, IsolationError
-from lora_dp.engine.recorder import Recorder
 from lora_dp.nn.per_example import Slot, prefers_ghost
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.per_example_grad import per_example_grad
-from tests.models import assert_refuses, cross_entropy, examples, mlp, one_by_one
-from tests.support import assert_close, brute_force, make_private, private_gradients
-
-
-def slot_of(shape: tuple[int, ...], n: int, method: str, dtype: torch.dtype = torch.float32) -> Slot:
-    return Slot("layer.weight", nn.Parameter(torch.zeros(shape, dtype=dtype)), n, method)
-
-
-def give(slot: Slot, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """As one use of the parameter in backward would."""
-    ghost, first, second = slot.receive(left, left.shape[2], right.shape[2], scale)
-    found = (left, right) if ghost else per_example_grad(left, right, scale)
-    torch.autograd.backward([first, second], list(found))
-
-
-def weighted_sum(slot: Slot, coefficients: Tensor) -> Tensor:
-    return slot.recomputed_sum(coefficients) if slot.kept is None else clipped_sum_kept(slot.kept, coefficients)
-
-
-def check(slot: Slot, gradients: Tensor, relative: float = 1e-5) -> None:
-    """Norms and weighted sum against the per-example gradients (N, p, q) in float64."""
-    coefficients = torch.linspace(0, 1, slot.n)
-    assert_close(slot.norms().square(), gradients.square().sum((1, 2)), relative)
-    expected = torch.einsum("n,npq->pq", coefficients.double(), gradients)
-    assert_close(weighted_sum(slot, coefficients), expected, relative)
-
-
-def outer(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    return scale * torch.einsum("ntp,ntq->npq", left.double(), right.double())
+from tests.models import assert_refuses
+from tests.nn.slots import check, give, outer, slot_of, weighted_sum
+from tests.support import assert_close
 
 
 @pytest.mark.parametrize("method", ["auto", "direct", "ghost"])
@@ -114,16 +82,6 @@ def test_what_a_sum_of_lookups_is_made_of():
     assert_close(parts[0], found)
     dense = torch.zeros(4, 7, 3).index_put((torch.arange(4).unsqueeze(1), ids), found, accumulate=True)
     assert_close(norms, dense.flatten(1).norm(dim=1))
-
-
-def test_a_backward_that_stopped_between_the_two_factors_of_a_use_leaves_no_half():
-    torch.manual_seed(0)
-    slot, left, right = slot_of((3, 6), 4, "ghost"), torch.randn(4, 5, 3), torch.randn(4, 5, 6)
-    _, first, second = slot.receive(left, 3, 6)
-    first.backward(torch.randn_like(left))
-    assert not slot.filled
-    torch.autograd.backward([first, second], [left, right])
-    check(slot, outer(left, right))
 
 
 @pytest.mark.parametrize("methods", [("ghost", "ghost"), ("ghost", "direct"), ("direct", "direct")])
@@ -209,79 +167,6 @@ def test_embedding_tokens_add_up_before_the_norm():
     check(slot, table)
 
 
-@pytest.mark.parametrize("method", ["direct", "ghost"])
-def test_two_backward_passes_through_one_graph_add_up(method):
-    """And the norm is never below that of what is summed."""
-    torch.manual_seed(0)
-    slot, right = slot_of((3, 6), 4, method), torch.randn(4, 2, 6)
-    lefts = torch.randn(2, 4, 2, 3)
-    ghost, first, second = slot.receive(lefts[0], 3, 6, 1.5)
-    for left in lefts:
-        found = (left, right) if ghost else per_example_grad(left, right, 1.5)
-        torch.autograd.backward([first, second], list(found))
-    total = outer(lefts.sum(0), right, 1.5)
-    ones = torch.eye(4)
-    for i in range(4):
-        assert_close(weighted_sum(slot, ones[i]), total[i], 1e-5)
-    assert (slot.norms().square() >= total.square().sum((1, 2)) * (1 - 1e-6)).all()
-
-
-@pytest.mark.parametrize("method", ["direct", "ghost"])
-def test_of_several_optimizers_the_active_one_says_how_norms_are_computed(method):
-    model, (x, y) = mlp(), examples(4)
-    optimizer = make_private(model, batch_size=4, norm_method=method)
-    make_private(model, batch_size=4, norm_method="ghost" if method == "direct" else "direct")
-    optimizer.activate()
-    F.cross_entropy(model(x), y).backward()
-    head = next(slot for slot in optimizer.recorder.current.slots.values() if slot.name == "2.weight")
-    assert (head.kept is None) == (method == "ghost")
-
-
-def test_a_kept_graph_leaves_the_activations_alone():
-    """Two losses, two backward passes: neither may write into what the graph or the user holds."""
-    model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))
-    optimizer = make_private(model, batch_size=4, norm_method="ghost")
-    x = torch.randn(4, 6)
-    before = x.clone()
-    logits = model(x)
-    logits.square().mean().backward(retain_graph=True)
-    logits.exp().mean().backward()
-    assert torch.equal(x, before)
-    optimizer.expect_batch(4)
-    optimizer.step()
-
-
-def test_a_mean_and_losses_of_single_examples_give_the_same_sum():
-    """What a mean has divided by N is multiplied by it; a vector's sum is not."""
-    batch = examples(4)
-    model = mlp()
-    parts = brute_force(model, cross_entropy, one_by_one(batch), {name for name, _ in model.named_parameters()})
-    for vector in (False, True):
-        model = mlp()
-        optimizer = make_private(model, batch_size=4, max_grad_norm=1e6)
-        optimizer.expect_batch(4)
-        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        optimizer.backward(losses) if vector else losses.mean().backward()
-        optimizer.step()
-        for name, gradient in private_gradients(model).items():
-            assert_close(4 * gradient, torch.stack([part[name] for part in parts]).sum(0))
-
-
-@pytest.mark.parametrize("end", ["step", "zero_grad"])
-def test_a_pass_that_is_over_keeps_nothing_alive(end):
-    """Its outputs, and so its graph, are freed before the next forward takes memory."""
-    model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))
-    optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
-    logits = model(torch.randn(4, 6))
-    held = weakref.ref(logits)
-    logits.square().mean().backward()
-    getattr(optimizer, end)()
-    del logits
-    gc.collect()
-    assert held() is None
-
-
 @pytest.mark.parametrize("api", ["legacy", "new"])
 def test_sums_are_exact_whatever_products_torch_allows(api):
     matmul = torch.backends.cuda.matmul
@@ -328,62 +213,6 @@ def test_the_order_in_which_a_slot_is_asked_does_not_matter(uses):
         assert again.filled
     else:
         assert_close(again.kept, slot.kept)
-
-
-@pytest.mark.parametrize("order", ["oow", "owo", "woo"])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_uses_of_either_way_count_together(order, swapped):
-    """An outer product (o), and what comes whole (w): the norm of one of them alone would be too small."""
-    torch.manual_seed(0)
-    slot, total = slot_of((3, 6), 4, "direct"), torch.zeros(4, 3, 6, dtype=torch.float64)
-    for number, way in enumerate(order):
-        if (way == "w") != swapped:
-            other = torch.randn(4, 3, 6)
-            slot.receive_whole(torch.zeros(4, 2, 6)).backward(other)
-            total += other
-        else:
-            left, right = torch.randn(4, 2, 3), torch.randn(4, 2, 6)
-            give(slot, left, right)
-            total += outer(left, right)
-        if number:
-            check(slot, total)
-
-
-@pytest.mark.parametrize("wholes", [0, 1, 2])
-@pytest.mark.parametrize("products", [1, 2])
-def test_uses_that_one_backward_fills_count_together(products, wholes):
-    torch.manual_seed(0)
-    slot, total = slot_of((3, 6), 4, "direct"), torch.zeros(4, 3, 6, dtype=torch.float64)
-    leaves, found = [], []
-    for _ in range(products):
-        left, right = torch.randn(4, 2, 3), torch.randn(4, 2, 6)
-        leaves += slot.receive(left, 3, 6)[1:]
-        found += per_example_grad(left, right, 1.0)
-        total += outer(left, right)
-    for _ in range(wholes):
-        leaves.append(slot.receive_whole(torch.zeros(4, 2, 6)))
-        found.append(torch.randn(4, 3, 6))
-        total += found[-1]
-    torch.autograd.backward(leaves, found)
-    check(slot, total)
-
-
-def test_all_leaves_are_known():
-    """A loss that comes to one of them beside the model's outputs is refused by them."""
-    parameter = nn.Parameter(torch.zeros(3, 6))
-    recorder = Recorder()
-    assert recorder.leaves() == set()
-    recorder.parameters, recorder.trained = {id(parameter): ("p", parameter)}, frozenset({id(parameter)})
-    recorder.open(4)
-    slot = recorder.slot(parameter)
-    leaves = [slot.leaf]
-    for slot.method in ("direct", "ghost"):
-        leaves += slot.receive(torch.zeros(4, 2, 3), 3, 6)[1:]
-    leaves += [
-        slot.receive_whole(torch.zeros(4, 2, 6)),
-        slot.receive_lookup(torch.zeros(4, 2, dtype=torch.long), torch.float32)[1],
-    ]
-    assert {id(leaf) for leaf in leaves} == recorder.leaves() and len(recorder.leaves()) == 5
 
 
 def test_no_gradient_is_a_norm_of_zero():
@@ -455,78 +284,3 @@ def test_a_leaf_takes_no_memory():
     slot = slot_of((1000, 1000), 1000, "auto")
     assert slot.leaf.shape == (1000, 1000, 1000)
     assert slot.leaf.untyped_storage().nbytes() == 4
-
-
-def test_when_less_padding_is_tried():
-    """Where widths vary, in the first batch that has some and more than one example."""
-    mask = (torch.arange(9) < torch.tensor([9, 4, 3, 6]).unsqueeze(1)).long()
-    padded, whole = {"input_ids": mask.clone(), "attention_mask": mask}, {"x": torch.ones(4, 3)}
-    recorder = Recorder()
-    assert not recorder.padding_untried(padded, 4)
-    recorder.expect_padding()
-    assert recorder.padding_untried(padded, 4) and not recorder.padding_untried(whole, 4)
-    two, alone = ({name: value[:n] for name, value in padded.items()} for n in (2, 1))
-    assert recorder.padding_untried(two, 2) and not recorder.padding_untried(alone, 1)
-    one_padded = {name: value[1:2] for name, value in padded.items()}
-    assert not recorder.padding_untried(one_padded, 1)
-    recorder.padding_tried = True
-    assert not recorder.padding_untried(padded, 4)
-
-
-def test_passes_hand_over_what_was_filled():
-    parameter = nn.Parameter(torch.zeros(2, 5))
-    recorder = Recorder()
-    recorder.parameters, recorder.trained = {id(parameter): ("p", parameter)}, frozenset({id(parameter)})
-    assert recorder.slot(parameter) is None and not recorder.recording
-    recorder.open(2)
-    assert recorder.recording
-    assert recorder.slot(nn.Parameter(torch.zeros(2))) is None
-    give(recorder.slot(parameter), torch.ones(2, 1, 2), torch.ones(2, 1, 5))
-    assert recorder.take().slots[id(parameter)].filled
-    assert recorder.current is None
-    recorder.open(0)
-    assert recorder.take().n == 0
-    recorder.open(2)
-    recorder.discard()
-    assert_refuses(RuntimeError, "No per-example gradient was recorded", recorder.take)
-
-
-def test_what_earlier_losses_were_like_is_forgotten_with_their_batches():
-    model, (x, y) = mlp(), examples(4)
-    recorder = make_private(model, batch_size=4).recorder
-
-    def backward(constant: float) -> None:
-        (constant * F.cross_entropy(model(x), y)).backward()
-        recorder.discard()
-
-    backward(1.0)
-    assert_refuses(IsolationError, "that of an earlier one", lambda: backward(0.5))
-    recorder.discard()
-    recorder.forget_batches()
-    backward(0.5)
-
-
-class Packed(nn.Module):
-    """Gives its layer rows that are not as many of each example."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = DPLinear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(torch.cat([x, x[:3]])).tanh().mean()
-
-
-def test_where_a_whole_client_is_protected_a_batch_is_one_gradient():
-    model, plain, x = Packed().train(), Packed(), torch.randn(4, 3)
-    recorder = make_private(model, batch_size=4).recorder
-    recorder.per_example = False
-    model(x).backward()
-    plain(x).backward()
-    slots = {slot.name: slot for slot in recorder.take().slots.values()}
-    for name, parameter in plain.named_parameters():
-        assert parameter.grad is not None and slots[name].norms().shape == (1,)
-        assert_close(slots[name].norms()[0], parameter.grad.norm())
-    recorder.per_example = True
-    assert_refuses(IsolationError, "works on (7, 2) in a batch of 4 examples", lambda: model(x))

@@ -13,7 +13,7 @@ import torch
 
 from lora_dp.ops.native import native
 from tests.compiled import opened
-from tests.ops.test_private_update import DTYPES, KEY, OPTIMIZERS, Problem, same_bits
+from tests.ops.update_problem import DTYPES, KEY, OPTIMIZERS, Problem, same_bits
 
 KEY_BYTES = bytes(range(32))
 SHAPES = [(), (7,), (5, 3), (0, 4), (1025,), (3, 700), (300, 8)]

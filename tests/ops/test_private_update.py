@@ -3,14 +3,13 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lora_dp.kernels.optimizer_rows import adam_row, sgd_row
 from lora_dp.ops import private_update
@@ -20,101 +19,9 @@ from lora_dp.ops.registry import reference_only
 from lora_dp.ops.rounded_gaussian import rounded_gaussian_
 from lora_dp.ops.sampling_bits import sampling_bits_
 from lora_dp.privacy.filtering import GaussianFilter
-from tests.models import assert_refuses
+from tests.ops.update_problem import DTYPES, KEY, OPTIMIZERS, SHAPES, STEP, Problem, plain_sgd, same_bits
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPTIMIZERS = ["sgd", "momentum", "nesterov", "adam", "adamw"]
-# Tiles have 4096 elements on a CPU and 1024 on a GPU.
-SHAPES = [(), (1,), (7,), (5, 3), (3, 5), (1, 4), (0, 4), (4097,), (16, 700), (1100, 8), (4096,), (1500, 3), (900, 5)]
-KEY = native.key_from(bytes(range(32)))
-STEP = 2.0**-31
 INSTRUCTIONS = ["portable", "avx2", "avx512"]
-
-
-class Problem:
-    """Random parameters, sums and states; ``take`` runs one update, ``tensors`` is all that it may change."""
-
-    def __init__(
-        self,
-        optimizer: str,
-        dtype: torch.dtype,
-        shapes: Sequence[Sequence[int]] = SHAPES,
-        *,
-        examples: int = 0,
-        noisy: bool = True,
-        strength: float = 0.0,
-        device: str = "cpu",
-        sum_dtype: torch.dtype | None = None,
-    ):
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
-
-        wide = sum_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
-        self.parameters = [draw(*shape) for shape in shapes]
-        self.sums: list[Any] = [draw(*shape, dtype=wide) for shape in shapes]
-        if examples:
-            weights = torch.rand(examples, generator=generator, dtype=torch.float64).to(device)
-            weights[0] = 0
-            gradients = [draw(examples, *shape, dtype=wide) for shape in shapes]
-            for gradient in gradients:
-                gradient[0] = math.nan  # an excluded example may hold anything
-            self.sums = [ExampleSum(gradient, weights.clone()) for gradient in gradients]
-        self.kind = {"nesterov": "momentum"}.get(optimizer, optimizer)
-        states = {"sgd": 0, "momentum": 1}.get(self.kind, 2)
-        self.first = [draw(*shape) for shape in shapes] if states else []
-        self.second = [draw(*shape).square() for shape in shapes] if states > 1 else []
-        self.gradients = [draw(*shape) for shape in shapes]
-        if self.kind in ("adam", "adamw"):
-            self.hyper = [adam_row(0.03, step=3, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3)] * len(shapes)
-        else:
-            self.hyper = [
-                sgd_row(
-                    0.1,
-                    weight_decay=0.05,
-                    momentum=0.9,
-                    dampening=0.2,
-                    nesterov=optimizer == "nesterov",
-                    first_step=p % 2 == 0,
-                )
-                for p in range(len(shapes))
-            ]
-        self.options = {
-            "scale": 1.3 * 2**32 if noisy else 0.0,
-            "step": STEP,
-            "expected_batch_size": 7.0,
-            "key": KEY,
-            "draw": 5,
-            "filtered": [len(shape) == 2 and bool(strength) for shape in shapes],
-            "filter_strength": strength,
-        }
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.parameters, *self.first, *self.second, *self.gradients]
-
-    def take(self, **changes: Any) -> list[Tensor]:
-        private_update_(
-            self.parameters,
-            self.sums,
-            self.first,
-            self.second,
-            self.gradients,
-            self.hyper,
-            optimizer=self.kind,
-            **{**self.options, **changes},
-        )
-        return self.tensors
-
-
-def same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
-    return all(
-        torch.equal(
-            a.cpu().view(torch.uint8) if a.dim() else a.cpu(), b.cpu().view(torch.uint8) if b.dim() else b.cpu()
-        )
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 @pytest.mark.parametrize("noisy", [True, False])
@@ -189,28 +96,6 @@ def test_threads_do_not_change_a_bit(threads):
         assert same_bits(several.take(), wanted)
     finally:
         torch.set_num_threads(before)
-
-
-def plain_sgd(
-    theta: Tensor, total: Any, *, gradients: Sequence[Tensor] = (), lr: float = 1.0, scale: float = 0.0
-) -> None:
-    """θ ← θ − lr · (total, noised at this scale)."""
-    private_update_(
-        [theta],
-        [total],
-        [],
-        [],
-        gradients,
-        [sgd_row(lr)],
-        optimizer="sgd",
-        key=KEY,
-        draw=0,
-        scale=scale,
-        step=STEP,
-        expected_batch_size=1.0,
-        filtered=[False],
-        filter_strength=0.0,
-    )
 
 
 def plain_optimizers() -> Iterator[Any]:
@@ -339,59 +224,6 @@ def test_every_half_precision_number_is_read_and_written_back(dtype):
     )
 
 
-def test_sums_that_are_not_finite_are_refused_and_change_nothing():
-    for bad in (math.nan, math.inf, -math.inf):
-        problem = Problem("adamw", torch.float32)
-        problem.sums[7][4000] = bad
-        before = copy.deepcopy(problem.tensors)
-        assert_refuses(ValueError, "the sum of parameter 7 holds NaN or infinity: nothing was changed", problem.take)
-        assert same_bits(problem.tensors, before)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sum_dtype", [torch.float32, torch.float64])
-def test_the_first_sum_that_is_not_finite_is_named_wherever_it_is(sum_dtype, threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for first, last in ((7, 4096), (8, 11_199), (3, 0), (1, 0)):
-            problem = Problem("adamw", torch.float32, sum_dtype=sum_dtype)
-            problem.sums[first].view(-1)[last] = math.inf
-            problem.sums[9][-1, -1] = problem.sums[10][-1] = math.nan
-            assert_refuses(ValueError, f"the sum of parameter {first} holds NaN or infinity", problem.take)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("examples", [0, 3])
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_nothing_beyond_a_tensor_is_read_or_written(threads, examples):
-    """All that goes in lies between NaN: the numbers are those of tensors by themselves, and what is around stays."""
-    problem = Problem("adamw", torch.float32, strength=2.0, examples=examples)
-    wanted = copy.deepcopy(problem).take()
-    buffers = []
-
-    def within(tensor: Tensor) -> Tensor:
-        buffer = torch.full((tensor.numel() + 16,), math.nan, dtype=tensor.dtype)
-        buffers.append(buffer)
-        buffer[8 : 8 + tensor.numel()] = tensor.flatten()
-        return buffer[8 : 8 + tensor.numel()].view(tensor.shape)
-
-    for name in ("parameters", "first", "second", "gradients"):
-        setattr(problem, name, [within(tensor) for tensor in getattr(problem, name)])
-    problem.sums = [
-        ExampleSum(within(part.gradients), within(part.coefficients)) if examples else within(part)
-        for part in problem.sums
-    ]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert same_bits(problem.take(), wanted)
-    finally:
-        torch.set_num_threads(before)
-    assert all(buffer[:8].isnan().all() and buffer[-8:].isnan().all() for buffer in buffers)
-
-
 def test_absurd_gradients_stop_at_the_grids_end():
     for way in (torch.no_grad, reference_only):
         theta = torch.zeros(2, dtype=torch.float64)
@@ -399,83 +231,6 @@ def test_absurd_gradients_stop_at_the_grids_end():
         with way():
             plain_sgd(theta, part, scale=1.0)
         assert (theta.abs() / STEP - 2.0**51).abs().max() < 20 and theta[0] < 0 < theta[1]
-
-
-def refusals() -> Iterator[Any]:
-    yield "optimizer must be one of", {"optimizer": "rprop"}
-    yield "scale must lie in", {"scale": 0.5}
-    yield "scale must lie in", {"scale": math.nan}
-    yield "scale must lie in", {"scale": 2.0**33}
-    yield "step be a power of two", {"step": 0.3}
-    yield "step be a power of two", {"step": -1.0}
-    yield "expected_batch_size must be finite", {"expected_batch_size": 0.0}
-    yield "expected_batch_size must be finite", {"expected_batch_size": math.inf}
-    yield "filter_strength must be 0 or", {"filter_strength": math.nan}
-    yield "filtered must have an entry for each", {"filtered": [False]}
-    yield "there is no key 123456789", {"key": 123456789}
-    yield "draw must not be negative", {"draw": -1}
-    yield "filtered[0] must be False: a filter takes", {"filtered": [True] * len(SHAPES), "filter_strength": 1.0}
-
-
-@pytest.mark.parametrize(("words", "change"), list(refusals()))
-def test_what_is_out_of_range_is_refused(words, change):
-    problem = Problem("adamw", torch.float32)
-    before = copy.deepcopy(problem.tensors)
-    problem.kind = change.get("optimizer", problem.kind)
-    others = {name: value for name, value in change.items() if name != "optimizer"}
-    assert_refuses(ValueError, words, lambda: problem.take(**others))
-    assert same_bits(problem.tensors, before)
-
-
-@pytest.mark.parametrize("name", ["parameters", "sums", "first", "second", "gradients"])
-def test_tensors_that_do_not_fit_are_refused_by_name(name):
-    where, p = f"{name}[8]", 8
-    for bad, kind, words in [
-        (torch.zeros(16, 699), ValueError, f"{where} must have the shape (16, 700), got (16, 699)"),
-        (torch.zeros(700, 16).T, ValueError, f"{where} must be contiguous and on cpu"),
-        (torch.zeros(16, 700, device="meta"), ValueError, f"{where} must be contiguous and on cpu, got strides"),
-        (torch.zeros(16, 700, dtype=torch.int32), TypeError, f"{where} must be float32"),
-        ([1.0], TypeError, f"{where} must be a tensor, got list"),
-    ]:
-        problem = Problem("adamw", torch.float32)
-        if name == "parameters" and kind is ValueError and "shape" in words:
-            continue  # the others are then what does not fit
-        values = getattr(problem, name)
-        before = copy.deepcopy([t for t in problem.tensors])
-        kept, values[p] = values[p], bad
-        assert_refuses(kind, words, problem.take)
-        values[p] = kept
-        assert same_bits(problem.tensors, before)
-
-
-def test_a_filter_that_reaches_too_far_is_left_to_torch():
-    wide = torch.zeros(4, 2**20)
-    assert can_update(wide, 1000.0) and can_update(wide.T.contiguous(), 1000.0)
-    far = torch.zeros(2**13, 2**12 + 2**11)
-    assert not can_update(far, 2000.0)
-
-
-def test_the_op_itself_refuses_what_does_not_fit():
-    """Without the wrapper: it must raise, not read past the end of a tensor."""
-    row = torch.zeros(1, 8, dtype=torch.float64)
-    for sums in ([torch.zeros(1)], [torch.zeros(3, dtype=torch.int32)], []):
-        with pytest.raises((ValueError, TypeError), match="private_update_: sums"):
-            torch.ops.lora_dp.private_update_(
-                [torch.zeros(3)], sums, [None], [], [], [], row, [False], 0.0, "sgd", KEY, 0, 0.0, 1.0, 1.0
-            )
-
-
-def test_tensors_beyond_their_storage_and_odd_addresses_are_refused():
-    short = torch.zeros(1000)
-    short.untyped_storage().resize_(64)
-    odd = torch.frombuffer(bytearray(401), dtype=torch.float32, offset=1)
-    for bad in (short, odd):
-        with pytest.raises(ValueError, match="beyond its storage, or its address is odd"):
-            plain_sgd(bad, torch.zeros(len(bad)))
-    numbers = torch.zeros(1000, dtype=torch.int64)
-    numbers.untyped_storage().resize_(64)
-    with pytest.raises(ValueError, match="beyond its storage"):
-        rounded_gaussian_(numbers, KEY, 0, 0, 2.0**32)
 
 
 @pytest.mark.parametrize("way", [torch.no_grad, reference_only])

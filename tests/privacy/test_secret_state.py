@@ -1,10 +1,8 @@
 """Torch's generators during private training: whole states that nobody can guess, and none that somebody seeded."""
 
-import importlib.util
 import random
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,50 +16,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import lora_dp.engine.hooks
 from lora_dp import DPLinear, PrivacyEngine
 from lora_dp.engine.data_loader import PrivateDataLoader
-from lora_dp.engine.recorder import recorder_of
 from lora_dp.privacy import secret_state
 from lora_dp.privacy.randomness import SecureSource, SeededSource
+from tests.privacy.drawing_models import _PUBLIC, SEEDED, Net, private, step
 from tests.sources import forks
 from tests.support import make_private
 
-SEEDED = "generators were seeded after make_private"
-
-
-@pytest.fixture(autouse=True)
-def callers_state() -> Iterator[None]:
-    """Every test begins with a public seed, and leaves the generators as they were."""
-    by_python, by_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        random.seed(3)
-        np.random.seed(3)
-        yield
-    random.setstate(by_python)
-    np.random.set_state(by_numpy)
-
-
-class Net(nn.Module):
-    """(N, 4) → (N, 2), after a function of one's own on the inputs."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor] = lambda x: F.dropout(x, 0.5)):
-        super().__init__()
-        self.head = DPLinear(4, 2)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.function(x))
-
-
-def private(model: nn.Module, seed: int | None = None) -> Any:
-    model.train()
-    return make_private(model, batch_size=4, engine=PrivacyEngine("rdp", reproducible_seed=seed), noise_multiplier=1.0)
-
-
-def step(model: nn.Module, optimizer: Any) -> None:
-    optimizer.zero_grad()
-    optimizer.expect_batch(4)
-    model(torch.ones(4, 4)).square().sum(1).mean().backward()
-    optimizer.step()
+pytestmark = pytest.mark.usefixtures("callers_state")
 
 
 def words() -> np.ndarray:
@@ -123,9 +84,6 @@ def test_a_reproducible_engine_leaves_the_generators_alone() -> None:
 
 def _by_transformers() -> None:
     pytest.importorskip("transformers").set_seed(42)
-
-
-_PUBLIC = torch.Generator().manual_seed(9).get_state()
 
 
 @pytest.mark.parametrize(
@@ -327,105 +285,6 @@ def test_a_torch_whose_states_are_of_another_size_is_refused(monkeypatch: pytest
     private(Net())
 
 
-class _Philox:
-    """A CUDA generator's state: key, then offset."""
-
-    def __init__(self) -> None:
-        self.state = np.zeros(2, np.uint64)
-
-    def set_state(self, state: Tensor) -> None:
-        assert state.dtype == torch.uint8 and state.device.type == "cpu" and state.shape == (16,)
-        self.state = state.numpy().view(np.uint64).copy()
-
-    def get_state(self) -> Tensor:
-        return torch.from_numpy(self.state.copy().view(np.uint8))
-
-    def manual_seed(self, seed: int) -> None:
-        self.state = np.array([seed, 0], np.uint64)
-
-    def initial_seed(self) -> int:
-        return int(self.state[0])
-
-
-def test_every_cuda_generator_gets_a_key_and_an_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = _Philox(), _Philox()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "default_generators", devices)
-    monkeypatch.setattr(secret_state, "_cuda_renewed", False)
-    found = []
-    for _ in range(3):
-        secret_state.renew()
-        found += [tuple(device.state.tolist()) for device in devices]
-    assert len({key for key, _ in found}) == len({offset for _, offset in found}) == 6
-    assert all(offset % 4 == 0 and offset < 2**62 for _, offset in found)
-    assert max(key for key, _ in found) > 2**60 and max(offset for _, offset in found) > 2**58
-    model = Net()
-    optimizer = private(model)
-    step(model, optimizer)
-    devices[1].state[0] = 42
-    with pytest.raises(RuntimeError, match=SEEDED):
-        step(model, optimizer)
-
-
-def test_cuda_that_starts_after_make_private_is_set_before_its_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secret_state, "_cuda_renewed", False)
-    model, device = Net(), _Philox()
-    optimizer = private(model)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
-    step(model, optimizer)
-    assert device.state.all()
-    device.state[0] = 42
-    with pytest.raises(RuntimeError, match=SEEDED):
-        step(model, optimizer)
-
-
-def test_cuda_has_another_key_in_every_pass_and_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Philox's state, in a checkpoint, tells all that is drawn under it."""
-    model, device, states = Net(), _Philox(), []
-    optimizer = private(model)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
-    inside: list[Any] = []
-    model.register_forward_hook(lambda *_: inside.append(device.state.tolist()))
-    for _ in range(5):
-        step(model, optimizer)
-        states += [inside[-1], device.state.tolist()]  # trials, before it, have their own
-    keys, counters = zip(*states, strict=True)
-    assert len(set(keys)) == len(set(counters)) == 10
-    device.state[0] = keys[1]  # that of a checkpoint
-    step(model, optimizer)
-
-
-def test_a_capture_takes_no_new_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA would refuse; a replay takes what the generator holds by then."""
-    optimizer, device = private(Net()), _Philox()
-    monkeypatch.setattr(secret_state, "_cuda_renewed", False)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
-    secret_state.begin_pass(optimizer)
-    first = device.state.tolist()
-    secret_state.begin_pass(optimizer)
-    before = device.state.tolist()
-    assert before[0] != first[0] and before[1] != first[1]
-    secret_state.begin_pass(optimizer, capturing=True)
-    assert device.state.tolist() == before
-    secret_state.end_pass(optimizer)
-    assert device.state[0] != before[0] and device.state[1] != before[1]
-
-
-def test_the_keys_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secret_state, "_seeds", set())
-    monkeypatch.setattr(secret_state, "_cuda_seeds", deque(maxlen=3))
-    device = _Philox()
-    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
-    keys = []
-    for _ in range(7):
-        secret_state._renew_cuda()
-        keys.append(int(device.state[0]))
-    assert secret_state._seeds == set(keys[-3:])
-
-
 class Noisy(nn.Module):
     """Noise of a normal distribution and choices by NumPy and Python, as some models draw them."""
 
@@ -463,45 +322,12 @@ def test_a_state_that_is_saved_after_a_step_tells_nothing_of_it() -> None:
         assert not torch.equal(told, true)
 
 
-def test_a_process_that_has_just_begun_has_set_no_cuda_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.find_spec("lora_dp.privacy.secret_state")
-    assert spec is not None and spec.loader is not None
-    fresh, device = importlib.util.module_from_spec(spec), _Philox()
-    spec.loader.exec_module(fresh)
-    optimizer = private(Net())
-    try:
-        fresh.renew()
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "default_generators", (device,))
-        fresh.begin_pass(optimizer)
-        assert device.state.all()
-    finally:
-        monkeypatch.undo()
-        secret_state.renew()
-
-
 def test_devices_of_other_kinds_get_a_seed_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
     monkeypatch.setattr(torch.xpu, "manual_seed_all", seeds.append)
     for _ in range(20):
         secret_state.renew()
     assert len(set(seeds)) == 20 and max(seeds) >= 2**58
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_cuda_takes_the_state_and_drops_by_it() -> None:
-    device = torch.device("cuda")
-    torch.zeros(1, device=device)
-    model = Net().to(device).train()
-    optimizer = private(model)
-    masks = [F.dropout(torch.ones(4096, device=device), 0.5) for _ in range(2)]
-    assert not torch.equal(*masks) and 1700 < int((masks[0] > 0).sum()) < 2400
-    optimizer.expect_batch(4)
-    model(torch.ones(4, 4, device=device)).square().sum(1).mean().backward()
-    optimizer.step()
-    torch.cuda.manual_seed(42)
-    with pytest.raises(RuntimeError, match=SEEDED):
-        model(torch.ones(4, 4, device=device))
 
 
 def test_a_source_that_is_not_secure_asks_for_nothing() -> None:
@@ -515,108 +341,3 @@ def test_a_source_that_is_not_secure_asks_for_nothing() -> None:
         torch.manual_seed(0)
         secret_state.begin_pass(None)
         secret_state.begin_fetch(None)
-
-
-def _forked(x: Tensor) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return F.dropout(x, 0.5)
-
-
-def _put_back(x: Tensor) -> Tensor:
-    state = torch.get_rng_state()
-    torch.set_rng_state(_PUBLIC)
-    x = x * (torch.randn(x.shape) > 0)
-    torch.set_rng_state(state)
-    return x
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        _forked,
-        _put_back,
-        lambda x: checkpoint(_forked, x, use_reentrant=False),
-        lambda x: x * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)),
-        lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator()),
-        lambda x: x * torch.randn(x.shape, generator=torch.Generator()),
-        lambda x: x * torch.randint(0, 2, x.shape, generator=torch.Generator()),
-        lambda x: x[:, torch.randperm(4, generator=torch.Generator())],
-        lambda x: x * torch.poisson(x.detach(), torch.Generator()),
-        lambda x: x[:, torch.multinomial(torch.ones(4), 4, generator=torch.Generator())],
-        lambda x: x * torch.normal(x.detach(), 1.0, generator=torch.Generator()),
-        lambda x: x * torch.binomial(x.detach(), x.detach() / 2, torch.Generator()),
-        lambda x: x * torch.empty_like(x).random_(generator=torch.Generator()),
-        lambda x: x * torch.bernoulli(x.detach() / 2, generator=torch.Generator(), out=torch.empty(4, 4)),
-    ],
-)
-def test_a_model_that_draws_from_a_seed_inside_its_forward_is_refused(function: Callable[[Tensor], Tensor]) -> None:
-    """Whatever it puts back afterwards: masks that anyone can work out hide nobody's place in the batch."""
-    function(torch.ones(4, 4))  # outside of private training it may
-    model, engine = Net(function).train(), PrivacyEngine("rdp")
-    optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0)
-    function(torch.ones(4, 4))
-    optimizer.expect_batch(4)
-    # One example: no trial of isolation runs the model before its pass.
-    with pytest.raises(RuntimeError, match="seeds a generator inside its forward.*draw from torch's default generator"):
-        model(torch.ones(1, 4))
-    assert engine.ledger.steps == 0
-    function(torch.ones(4, 4))  # the forward that failed is over
-    model.eval()(torch.ones(4, 4))
-    research = Net(function)
-    private(research, seed=1)
-    research(torch.ones(1, 4))
-
-
-def test_an_interrupted_forward_is_over_with_the_models_next() -> None:
-    def interrupted(x: Tensor) -> Tensor:
-        recorder = recorder_of(model)
-        if recorder is None or not recorder.tried:
-            raise KeyboardInterrupt
-        return x
-
-    model = Net(interrupted)
-    optimizer = private(model)
-    with pytest.raises(KeyboardInterrupt):
-        model(torch.ones(1, 4))
-    with pytest.raises(RuntimeError, match="seeds a generator inside its forward"):
-        torch.rand(3, generator=torch.Generator())  # nobody has told that it is over
-    model.function = lambda x: F.dropout(x, 0.5)
-    step(model, optimizer)  # its first batch of several is tried, which draws from a seed
-    torch.rand(3, generator=torch.Generator())
-    model.function = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        model(torch.ones(1, 4))
-    model.function = torch.tanh
-    model.eval()(torch.ones(1, 4))
-    torch.rand(3, generator=torch.Generator())
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        torch.rand_like,
-        torch.randn_like,
-        lambda x: torch.randint(0, 2, x.shape),
-        lambda x: torch.poisson(x),
-        lambda x: torch.rand(x.shape, generator=torch.default_generator),
-        lambda x: F.rrelu(-x, training=True),
-    ],
-)
-def test_a_model_that_draws_from_the_default_generator_is_taken(draw: Callable[[Tensor], Tensor]) -> None:
-    model = Net(lambda x: x * draw(x.detach()))
-    step(model, private(model))
-
-
-def test_a_seed_of_numpys_or_pythons_between_passes_changes_nothing() -> None:
-    seen: list[tuple[float, float]] = []
-    drawn: list[tuple[float, float]] = []
-    model = Net(lambda x: (seen.append((random.random(), np.random.rand())), x)[1])
-    optimizer = private(model)
-    for _ in range(3):
-        random.seed(0)
-        np.random.seed(42)
-        step(model, optimizer)
-        drawn.append(seen[-1])  # those before it are trials, under a seed of their own
-    drawn += [(random.Random(0).random(), np.random.RandomState(42).rand())]
-    assert all(len(set(values)) == len(drawn) for values in zip(*drawn, strict=True))

@@ -1,12 +1,9 @@
 """A client's own data: one odd example stays in the number of examples, contributes nothing, and changes no other."""
 
-import contextlib
 import gzip
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,17 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image as PILImage
 
-from lora_dp.fed.data.encoding import ImageSpec, TextSpec
+from lora_dp.fed.data.encoding import TextSpec
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.data.own_data import open_own
-from lora_dp.fed.data.own_rows import MISSING, csv_rows, json_rows
 from lora_dp.fed.data.unreadable import UnreadableExample, encode_training
-from tests.fed.data.test_datasets import Words
+from tests.fed.data.own_folders import WRITERS, Row, as_csv, as_jsonl, as_parquet, folder, plain
+from tests.fed.data.word_tokenizer import Words
 
-Row = dict[str, Any]
 ODD = 11  # its place among the rows
 
 
@@ -34,39 +29,6 @@ class Tokens(Words):
     def __call__(self, texts, pairs, **options):
         [text.encode() for text in [*texts, *(pairs or ())]]
         return super().__call__(texts, pairs, **options)
-
-
-def plain(count: int = 30) -> list[Row]:
-    return [{"text": f"some words {'x' * (i + 1)}", "label": ["ham", "spam", "egg"][i % 3]} for i in range(count)]
-
-
-def as_jsonl(path: Path, rows: list[Row]) -> None:
-    (path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def as_array(path: Path, rows: list[Row]) -> None:
-    (path / "train.json").write_text(json.dumps(rows, indent=1))
-
-
-def as_csv(path: Path, rows: list[Row]) -> None:
-    pd.DataFrame(rows).to_csv(path / "train.csv", index=False)
-
-
-def as_tsv(path: Path, rows: list[Row]) -> None:
-    pd.DataFrame(rows).to_csv(path / "train.tsv", index=False, sep="\t")
-
-
-def as_parquet(path: Path, rows: list[Row]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path / "train.parquet")
-
-
-WRITERS = {"jsonl": as_jsonl, "array": as_array, "csv": as_csv, "tsv": as_tsv, "parquet": as_parquet}
-
-
-def folder(path: Path, rows: list[Row], write: Callable[[Path, list[Row]], None]) -> str:
-    path.mkdir()
-    write(path, rows)
-    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -260,56 +222,6 @@ def test_a_pair_without_its_second_text(tmp_path):
         )
 
 
-def test_images(tmp_path):
-    """A file that is no image, one that is cut off, one of too many bits, one in a folder of its own."""
-    own = tmp_path / "own"
-    for i in range(20):
-        place = own / "train" / "abc"[i % 3] / f"{i:02d}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        PILImage.new("L", (8, 8), 12 * i).save(place)
-    spec = ImageSpec(8, 8, 1, (0.5,), (0.5,))
-    before = encode_training(open_own(DataConfig(dataset=str(own))), spec).train
-    good = (own / "train" / "a" / "00.png").read_bytes()
-    (own / "train" / "a" / "99.png").write_bytes(b"no image")
-    (own / "train" / "b" / "99.png").write_bytes(good[:-40])
-    (own / "train" / "b" / "98.png").write_bytes(b"")
-    PILImage.fromarray(np.zeros((8, 8), np.uint16)).save(own / "train" / "c" / "99.png")
-    (own / "train" / "c" / "deep").mkdir()
-    (own / "train" / "c" / "deep" / "00.png").write_bytes(good)
-    raw = open_own(DataConfig(dataset=str(own)))
-    assert raw.label_names == ["a", "b", "c"] and len(raw.train_labels) == 25
-    examples = encode_training(raw, spec).train
-    found = []
-    for row in range(25):
-        with contextlib.suppress(UnreadableExample):
-            found.append(examples.batch([row]))
-    assert len(found) == 20
-    for i, batch in enumerate(found):
-        assert all(torch.equal(batch[name], before.batch([i])[name]) for name in batch)
-    assert sorted(examples.labels.tolist()) == [-1] + [0] * 8 + [1] * 9 + [2] * 7
-
-
-def test_damaged_images_of_parquet(tmp_path):
-    import datasets
-
-    (tmp_path / "own").mkdir()
-    PILImage.new("L", (8, 8), 9).save(tmp_path / "good.png")
-    good = (tmp_path / "good.png").read_bytes()
-    images = [None if i == 3 else {"bytes": good[:50] if i == 5 else good, "path": None} for i in range(9)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(9)]}, features=features).to_parquet(
-        tmp_path / "own" / "train.parquet"
-    )
-    examples = encode_training(
-        open_own(DataConfig(dataset=str(tmp_path / "own"))), ImageSpec(8, 8, 1, (0.5,), (0.5,))
-    ).train
-    pixels = examples.batch([0, 1, 2, 4, 6, 7, 8])["pixel_values"]
-    assert len(examples) == 9 and bool((pixels == (9 / 255 - 0.5) / 0.5).all())
-    for row in (3, 5):
-        with pytest.raises(UnreadableExample):
-            examples.batch([row])
-
-
 # Well-kept data are read as everywhere else
 
 
@@ -332,18 +244,6 @@ def test_data_without_anything_odd_are_those_that_a_run_reads(write, labels, tmp
     assert own.label_names == run.label_names and own.kind == run.kind
     assert list(own.train_inputs) == list(run.train_inputs)
     assert own.train_labels.tolist() == run.train_labels.tolist() and len(own.validation_labels) == 0
-
-
-def test_images_are_those_that_a_run_reads(tmp_path):
-    for split in ("train", "validation"):
-        for i in range(24):
-            place = tmp_path / "own" / split / str(i % 12) / f"{i}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            PILImage.new("RGB", (5, 6), (10 * i, 0, 255)).save(place)
-    config = DataConfig(dataset=str(tmp_path / "own"))
-    run, own = open_data(config), open_own(config)
-    assert own.label_names == run.label_names and own.train_labels.tolist() == run.train_labels.tolist()
-    assert [np.asarray(i).tolist() for i in own.train_inputs] == [np.asarray(i).tolist() for i in run.train_inputs]
 
 
 def test_compressed_files_and_several(tmp_path):
@@ -406,90 +306,6 @@ def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
     assert len(open_own(DataConfig(dataset=own, input_column="text")).train_inputs) == 30
 
 
-def test_images_whose_classes_stand_in_a_file_beside_them(tmp_path):
-    own = tmp_path / "own" / "train"
-    own.mkdir(parents=True)
-    for i in range(4):
-        PILImage.new("L", (8, 8), i).save(own / f"{i}.png")
-    (own / "metadata.csv").write_text("file_name,label\n" + "".join(f"{i}.png,{'yx'[i % 2]}\n" for i in range(4)))
-    raw = open_own(DataConfig(dataset=str(tmp_path / "own")))
-    assert raw.label_names == ["x", "y"] and raw.train_labels.tolist() == [1, 0, 1, 0]
-
-
-def test_where_as_many_images_lie_deeper_the_outer_folders_are_the_classes(tmp_path):
-    for place in ("a/0", "b/1", "a/deep/2", "b/deep/3"):
-        file = tmp_path / "own" / "train" / f"{place}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        PILImage.new("L", (8, 8)).save(file)
-    raw = open_own(DataConfig(dataset=str(tmp_path / "own")))
-    assert raw.label_names == ["a", "b"] and sorted(raw.train_labels.tolist()) == [-1, -1, 0, 1]
-
-
-# Classes
-
-
-def test_classes_that_are_named_are_those_and_no_others(tmp_path):
-    rows = [*plain(), {"text": "x", "label": "fish"}]
-    place = folder(tmp_path / "own", rows, as_jsonl)
-    raw = open_own(DataConfig(dataset=place), ["spam", "ham", "none", "egg"])
-    assert raw.label_names == ["spam", "ham", "none", "egg"]
-    assert raw.train_labels.tolist() == [1, 0, 3] * 10 + [-1]
-    only = folder(tmp_path / "one", [{"text": "x", "label": "ham"}] * 3, as_csv)
-    assert open_own(DataConfig(dataset=only), ["ham", "spam"]).train_labels.tolist() == [0, 0, 0]
-
-
-def test_numbers_are_classes_by_their_value(tmp_path):
-    rows = [{"text": "x", "label": label} for label in (1, 2, 10, None, 2.0, "2")]
-    for write in ("csv", "jsonl"):
-        place = folder(tmp_path / write, rows, WRITERS[write])
-        assert open_own(DataConfig(dataset=place), ["1", "2", "10"]).train_labels.tolist() == [0, 1, 2, -1, 1, 1]
-    place = folder(tmp_path / "texts", [{"text": "x", "label": label} for label in ("01", "1", "01")], as_csv)
-    assert open_own(DataConfig(dataset=place), ["1", "01"]).train_labels.tolist() == [1, 0, 1]
-
-
-def test_names_and_numbers_in_one_column_of_csv(tmp_path):
-    """Most are numbers, so that the others are odd, unless all classes are named."""
-    rows = [{"text": "x", "label": label} for label in ("1", "2", "3+") * 3] + [{"text": "x", "label": "1"}]
-    place = folder(tmp_path / "own", rows, as_csv)
-    assert open_own(DataConfig(dataset=place)).train_labels.tolist() == [0, 1, -1] * 3 + [0]
-    assert open_own(DataConfig(dataset=place), ["1", "2", "3+"]).train_labels.tolist() == [0, 1, 2] * 3 + [0]
-
-
-@pytest.mark.parametrize(
-    ("labels", "found"),
-    [
-        (["a", "b", 1, 2], [0, 1, -1, -1]),
-        ([1, 2, "a", "b"], [-1, -1, 0, 1]),
-        (["a", "b", [1], [2]], [0, 1, -1, -1]),
-        (["a", "b", "a", *[[1]] * 4], None),
-    ],
-)
-def test_classes_are_of_one_kind_that_at_least_half_of_the_labels_have(labels, found, tmp_path):
-    """Of two kinds with as many they are names."""
-    rows = [{"text": "x", "label": label} for label in labels]
-    config = DataConfig(dataset=folder(tmp_path / "own", rows, as_jsonl))
-    if found is None:
-        with pytest.raises(ValueError, match="column label does not hold classes"):
-            open_own(config)
-        return
-    raw = open_own(config)
-    assert raw.label_names == ["a", "b"] and raw.train_labels.tolist() == found
-
-
-def test_labels_that_are_no_classes(tmp_path):
-    for i, (labels, words) in enumerate(
-        [
-            ([0.5, 1.5, 1.0], "does not hold classes"),
-            ([None] * 3, "does not hold classes"),
-            ([1, 1, 1], "fewer than two classes"),
-            ([[1], [2], [1]], "does not hold classes"),
-        ]
-    ):
-        place = folder(tmp_path / f"{i}", [{"text": "x", "label": label} for label in labels], as_jsonl)
-        with pytest.raises(ValueError, match=words):
-            open_own(DataConfig(dataset=place))
-
-
 def test_the_log_says_how_many_and_the_remedy(tmp_path, caplog):
     rows = [*plain(), {"text": "x", "label": "fish"}, {"text": None, "label": "egg"}]
     raw = open_own(DataConfig(dataset=folder(tmp_path / "own", rows, as_jsonl)), ["egg", "ham", "spam"])
@@ -528,66 +344,3 @@ def test_files_whose_rows_cannot_be_told_apart(tmp_path):
             open_own(DataConfig(dataset=str(tmp_path / f"{i}")))
     with pytest.raises(ValueError, match="no folder"):
         open_own(DataConfig(dataset=str(tmp_path / "nowhere")))
-
-
-# Rows
-
-
-def test_rows_of_csv():
-    lines = ["\n", "text,label\n", "a,b\n", "\n", '"two\n', 'lines",c\n', "d\n", "e,f,g\n", "h,\n"]
-    assert csv_rows(lines[1:]) == [
-        {"text": "a", "label": "b"},
-        {"text": "two\nlines", "label": "c"},
-        {"text": "d"},
-        {},
-        {"text": "h", "label": None},
-    ]
-    assert csv_rows([]) == [] and csv_rows(["a;b\n", "1;2\n"], delimiter=";") == [{"a": "1", "b": "2"}]
-
-
-def test_a_quote_that_is_not_closed_is_odd_in_its_line_alone():
-    lines = ["a,b\n", '"open,1\n', "x,2\n", '"y, z",3\n', '"two\n', 'lines",4\n', '"q"r,5\n', '"open,6']
-    rows = [{"a": "x", "b": "2"}, {"a": "y, z", "b": "3"}, {"a": "two\nlines", "b": "4"}, {"a": "qr", "b": "5"}]
-    assert csv_rows(lines) == [{}, *rows, {}]
-    many = ["a\n", '"\n', *["x\n"] * 2000, '"\n']
-    assert len(csv_rows(many)) == 2002
-
-
-def test_a_field_that_cannot_be_read_is_a_row_without_values(monkeypatch):
-    import csv
-
-    monkeypatch.setattr("lora_dp.fed.data.own_rows._LONGEST_FIELD", 5)
-    limit = csv.field_size_limit()
-    assert csv_rows(["a,b\n", "1,2\n", "123456,2\n", "3,4\n"]) == [{"a": "1", "b": "2"}, {}, {"a": "3", "b": "4"}]
-    assert csv.field_size_limit() == limit
-
-
-def test_missing_values_are_those_of_pandas(tmp_path):
-    listed = sorted(MISSING)
-    pd.DataFrame({"text": [*listed, "a", "none", "N"]}).to_csv(tmp_path / "x.csv")
-    assert pd.read_csv(tmp_path / "x.csv")["text"].isna().tolist() == [True] * len(listed) + [False] * 3
-    from pandas._libs.parsers import STR_NA_VALUES
-
-    assert set(STR_NA_VALUES) == MISSING
-
-
-def test_rows_of_json():
-    assert json_rows(b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": [2]}\n3\n') == [{"a": 1}, {"a": [2]}, {}]
-    assert json_rows(b' \n[{"a": 1}, 2]') == [{"a": 1}, {}]
-    with pytest.raises(ValueError, match="write one on each line"):
-        json_rows(b'{"a":\n [1,\n 2]}\n')
-
-
-def test_json_lines_are_those_of_which_more_than_half_are_objects():
-    line, odd = b'{"a": 1}\n', b"{\n"
-    assert json_rows(3 * line + 2 * odd) == 3 * [{"a": 1}] + 2 * [{}]
-    for data in (b"", line + odd, 2 * line + 3 * odd):
-        with pytest.raises(ValueError, match="write one on each line"):
-            json_rows(data)
-
-
-@pytest.mark.parametrize("odd", [b"[[[[[[[[[[", b"[1]", b"[", b"[{"])
-def test_a_first_line_with_a_bracket_is_an_odd_one_as_any_other(odd):
-    lines = [b'{"a": 1}', b'{"a": 2}', b'{"a": 3}']
-    assert json_rows(b"\n".join([odd, *lines])) == [{}, {"a": 1}, {"a": 2}, {"a": 3}]
-    assert json_rows(b"[\n" + b",\n".join(lines) + b"\n]") == [{"a": 1}, {"a": 2}, {"a": 3}]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lora_dp.fed.data.encoding import ImageSpec, RawData, TextSpec, encode
 from lora_dp.fed.data.unreadable import UnreadableExample, encode_training
-from tests.fed.data.test_datasets import Words
+from tests.fed.data.word_tokenizer import Words
 
 TEXTS = [" ".join("xy"[: 1 + i % 2] for _ in range(1 + 3 * i)) for i in range(8)]  # of 1, 4, … 22 words
 TOKENS, PIXELS = TextSpec(Words(), 40), ImageSpec(2, 2, 1, (0.5,), (0.5,))

@@ -2,24 +2,20 @@
 
 import io
 import json
-import math
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from rich.console import Console
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.diagnostics import inspect
 from lora_dp.fed.diagnostics.inspect import inspect_run, read_updates
 from lora_dp.fed.diagnostics.intruder import intruder_dimensions
-from lora_dp.fed.diagnostics.plots import draw_inspection
 from lora_dp.fed.launch import run
 from lora_dp.fed.rounds.setup import open_job
-from lora_dp.fed.rounds.update_statistics import UpdateRecorder
 from lora_dp.fed.runs.folder import read_config
 from lora_dp.fed.runs.results import load_result
+from tests.fed.diagnostics.recorded_updates import write_updates
 
 TINY = {
     "clients": 2,
@@ -40,18 +36,6 @@ def few_examples(monkeypatch):
 def finished(folder, **options):
     run(RunConfig.from_flat({**TINY, "output": folder, **options}), Console(file=io.StringIO()))
     return folder
-
-
-def write_updates(folder, noise: float | None = 1.0) -> list[dict]:
-    lines = []
-    for number in (1, 2):
-        recorder = UpdateRecorder(range(3))
-        for client in range(3):
-            drawn = torch.randn(50, generator=torch.Generator().manual_seed(10 * number + client)) + 0.5
-            recorder.add(client, {"x": drawn}, {"x": torch.zeros(50)}, noise)
-        lines.append({"round": number, "turn": 0, **recorder.summary()})
-    (folder / "updates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
 
 
 def inspected(folder) -> tuple[dict, str]:
@@ -158,63 +142,3 @@ def test_updates_are_read_up_to_a_torn_line(tmp_path):
         assert entry["noise_share"] == pytest.approx(np.mean(share))
         assert (entry["least_noise_share"], entry["most_noise_share"]) == (min(share), max(share))
     assert read_updates(tmp_path / "nothing.jsonl") is None
-
-
-def report_with(updates: dict | None, layers: int = 16, losses: list | None = None) -> dict:
-    generator = np.random.default_rng(0)
-    found = {
-        f"blocks.{n}.attn.proj": {"count": 0, "cosines": generator.uniform(0.3, 1, 10).tolist()} for n in range(layers)
-    }
-    return {
-        "intruder_dimensions": {"threshold": 0.5, "total": 3, "looked_at": 10 * layers, "layers": found},
-        "sharpness": {"top_eigenvalue": None, "alpha": [-0.5, 0.0, 0.5], "losses": losses or [[2.0, 0.1, 1.0]]},
-        "updates": updates,
-        "method": "dp-lora",
-        "epsilon": 8.0,
-        "guarantee": None,
-        "release": None,
-        "model": "default",
-        "dataset": "digits",
-        "examples": 359,
-    }
-
-
-def painted(report: dict) -> tuple[tuple[int, ...], int, int]:
-    """The size of a figure, and its pixels in blue and in orange."""
-    file = io.BytesIO()
-    draw_inspection(report, file)
-    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
-    near = [int((np.abs(pixels - colour).sum(2) < 12).sum()) for colour in ((0x2F, 0x6F, 0xDE), (0xE0, 0x70, 0x2F))]
-    return pixels.shape, *near
-
-
-def test_the_figure_has_as_many_panels_as_there_is_to_show(tmp_path):
-    write_updates(tmp_path)
-    noisy = read_updates(tmp_path / "updates.jsonl")
-    write_updates(tmp_path, noise=None)
-    plain = read_updates(tmp_path / "updates.jsonl")
-    (height, _, _), blue, orange = painted(report_with(noisy))
-    (without_noise, _, _), _, less_orange = painted(report_with(plain))
-    (without_updates, _, _), less_blue, _ = painted(report_with(None))
-    assert height == without_noise > without_updates + 400
-    assert blue > less_blue > 50 and orange > less_orange > 50
-
-
-def test_what_is_missing_leaves_a_gap():
-    cosine = [[1.0, None], [None, None]]
-    rounds = [
-        {
-            "round": 1,
-            "turn": turn,
-            "mean_cosine": None,
-            "noise_share": share,
-            "least_noise_share": share,
-            "most_noise_share": share,
-            "left_out": 0,
-        }
-        for turn, share in ((0, None), (1, 0.9))
-    ]
-    updates = {"rounds": rounds, "last": {"round": 1, "clients": [3, 4], "cosine": cosine}}
-    losses = [[None, 0.1, 1.0], [math.pi, 0.1, 2.0]]
-    assert painted(report_with(updates, losses=losses))[1] > 50
-    assert painted(report_with(updates, layers=200))[1] > 50

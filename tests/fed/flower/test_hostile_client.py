@@ -34,9 +34,9 @@ from lora_dp.fed.runs import loop
 from lora_dp.fed.runs.folder import RunFolder
 from lora_dp.fed.runs.report import ConsoleReport
 from lora_dp.fed.safe_text import described, harmless
+from tests.fed.flower.asking_servers import ODD, SPOILT
 from tests.fed.flower.loopback import LoopbackGrid
-from tests.fed.flower.test_hostile_server import ODD, SPOILT
-from tests.fed.flower.test_server import STATE, TASK, nodes, signed, tiny
+from tests.fed.flower.small_deployments import STATE, TASK, nodes, signed, tiny
 
 MARKUP = "[bold red]owned[/] [link=https://evil.example]x[/link] \\"
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +25,11 @@ from lora_dp.fed.flower import messages
 from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.flower.policy import RULES, Policy, read_yaml
 from lora_dp.fed.origin import flat
-from lora_dp.fed.rounds.messages import Task, Update
-from lora_dp.fed.rounds.setup import open_job, plan_of
+from lora_dp.fed.rounds.messages import Update
+from lora_dp.fed.rounds.setup import open_job
 from lora_dp.privacy.accounting import Ledger
-from tests.fed.flower.test_server import own_folder
-
-GOOD: dict[str, Any] = {
-    "clients": 2,
-    "rounds": 3,
-    "local_steps": 2,
-    "batch_size": 16,
-    "accountant": "rdp",
-    "method": "dp-lora",
-    "lr": 0.5,
-    "engine": "deployed",
-}
-WHOLE = {"unit": "client", "noise_by": "client"}
-SPOILT = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u2028\r\n\x00z"
-ODD = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u200e\u200f]")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own_folder(tmp_path_factory.mktemp("own"), 40)
-
-
-@pytest.fixture
-def node(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    return {"partition-id": 0, "data": str(folder), "ledger": str(tmp_path / "ledger.json")}
-
-
-@pytest.fixture(scope="module")
-def state(folder: Path) -> dict[str, torch.Tensor]:
-    config = RunConfig.from_flat({**GOOD, "dataset": str(folder), "validation_fraction": 0.3})
-    return open_job(config).trainer.workspace.state()
-
-
-def sent(options: dict[str, Any] | str, state: dict[str, torch.Tensor], task: tuple[int, int, int] = (0, 0, 4)) -> Any:
-    """What a server asks for with a configuration, which need not be one that a server of ours would send."""
-    text = options if isinstance(options, str) else yaml.safe_dump({**GOOD, **options})
-    return messages.pack_task(messages.pack_config(text), Task(*task, state), messages.pack_tensors(state))
-
-
-def answer(content: Any, node: dict[str, Any]) -> Update | str:
-    return messages.unpack_answer(flower_client._answered(flower_client._train, content, node))
+from tests.fed.flower.asking_servers import ODD, SPOILT, WHOLE, answer, asking_model, policy, sent, texts
+from tests.fed.flower.node_data import GOOD, own_folder
 
 
 def test_every_option_of_a_run_has_a_rule_and_the_default_run_keeps_them():
@@ -311,230 +271,12 @@ def test_no_text_of_a_server_reaches_the_nodes_log_as_it_is(where, node, state, 
         assert len(record.getMessage()) < 3000 and record.exc_info is None
 
 
-# Again and again
-
-SPENT = "has released all that this run's plan accounts for, and what is repeated counts again"
-
-
-@pytest.mark.parametrize("options", [{}, {"method": "deer"}, WHOLE], ids=["a-turn", "two-turns", "whole-clients"])
-@pytest.mark.parametrize("same", [True, False])
-def test_no_turn_is_repeated_beyond_what_the_runs_plan_accounts_for(options, same, node, state):
-    options = {**options, "epsilon": 2.0}
-    node["unit"] = options.get("unit", "example")
-    plan = plan_of(RunConfig.from_flat({**GOOD, **options}))
-    tasks = [(index, turn, 4) for index in range(plan.rounds) for turn in range(plan.turns)]
-    for task in tasks:
-        assert isinstance(answer(sent(options, state, tasks[0] if same else task), node), Update)
-    ledger = Ledger.load(Path(node["ledger"]))
-    assert ledger.steps == plan.planned_releases and 1.5 < ledger.epsilon(1e-5, "rdp") <= 2.0
-    before = Path(node["ledger"]).read_text()
-    for task in tasks:
-        said = answer(sent(options, state, task), node)
-        assert isinstance(said, str) and said.startswith(SPENT)
-    assert Path(node["ledger"]).read_text() == before
-
-
-# The same run for a node with data of its own, whatever else a server writes there.
-REWORDED: list[dict[str, Any]] = [
-    {"seed": 0},
-    {"alpha": 8},
-    {"alpha": 8.0},
-    {"evaluate_every": 7},
-    {"min_clients": 2, "client_timeout": math.inf},
-    {"device": "cpu", "output": "elsewhere"},
-    {"engine": "local"},
-    {"fault_norm": 3.0, "weighting": "equal"},
-    {"dataset": "/etc", "label_column": "other"},
-    {"partition": "dirichlet", "dirichlet_alpha": math.inf},
-    {"split_seed": 5},
-    {"checkpoint_every": 4},
-]
-
-
-@pytest.mark.parametrize("options", REWORDED, ids=lambda options: "-".join(map(str, options.items())))
-def test_a_run_in_other_words_is_the_same_run(options, node, state):
-    run = {"epsilon": 2.0, "rounds": 1, "alpha": RunConfig().model.alpha}
-    if "alpha" in options:
-        run["alpha"] = 8
-    assert isinstance(answer(sent(run, state), node), Update)
-    said = answer(sent({**run, **options}, state), node)
-    assert isinstance(said, str) and said.startswith(SPENT)
-
-
-def test_a_round_that_is_run_again_after_a_crash_counts_again(node, state):
-    run = {"epsilon": 2.0}
-    for index in (0, 1, 1):
-        assert isinstance(answer(sent(run, state, (index, 0, 4)), node), Update)
-    said = answer(sent(run, state, (2, 0, 4)), node)
-    assert isinstance(said, str) and said.startswith(SPENT)
-    assert Ledger.load(Path(node["ledger"])).epsilon(1e-5, "rdp") <= 2.0
-
-
-def test_runs_are_counted_one_by_one(node, state):
-    for index in range(3):
-        for seed in (1, 2):
-            assert isinstance(answer(sent({"epsilon": 1.0, "seed": seed}, state, (index, 0, 4)), node), Update)
-    for seed in (1, 2):
-        said = answer(sent({"epsilon": 1.0, "seed": seed}, state), node)
-        assert isinstance(said, str) and said.startswith(SPENT)
-    assert isinstance(answer(sent({"epsilon": 1.0, "seed": 3}, state), node), Update)
-
-
-def seeds_answered(node: dict[str, Any], state: dict[str, torch.Tensor], options: dict[str, Any]) -> str:
-    """What a node says in the end to one new run after another."""
-    for seed in range(100):
-        said = answer(sent({"rounds": 1, **options, "seed": seed}, state), node)
-        if isinstance(said, str):
-            return said
-    raise AssertionError("a hundred runs were answered")
-
-
-@pytest.mark.parametrize(("own", "limit"), [({}, 8.0), ({"epsilon": 3.0, "delta": 1e-6}, 3.0)])
-def test_new_seeds_lead_no_further_than_the_policy_admits(own, limit, node, state, tmp_path, caplog):
-    if own:
-        node["policy"] = policy(tmp_path / "policy.yaml", own)
-    delta = own.get("delta", 1e-5)
-    said = seeds_answered(node, state, {"epsilon": 3.0, "delta": delta})
-    assert said == (
-        f"has no budget left: this turn would lead above ε = {limit:g} at δ = {delta:g}, which its policy admits for "
-        "all runs together: for another budget, write epsilon and delta into its node-config"
-    )
-    path = Path(node["ledger"])
-    reached = Ledger.load(path).epsilon(delta, "rdp")
-    assert limit / 2 < reached <= limit
-    assert f"ledger is at ε = {reached:.4g} of {limit:g} over all runs, at δ = {delta:g}." in caplog.text
-    # The remedy.
-    assert isinstance(
-        answer(sent({**own, "seed": 99, "rounds": 1}, state), {**node, "epsilon": 30.0, "delta": 1e-5}), Update
-    )
-
-
-@pytest.mark.parametrize("allowed", ["any", {"min": 0.1}, ["none"]])
-@pytest.mark.parametrize("name", ["epsilon", "delta"])
-def test_a_policy_without_a_bound_needs_a_budget(name, allowed, node, state, tmp_path):
-    node["policy"] = policy(tmp_path / "policy.yaml", {"allow": {name: allowed}})
-    ledger = {"epsilon": 2.0, "delta": 1e-5}
-    if allowed != ["none"]:  # which admits no run that a ledger would
-        said = answer(sent({"epsilon": 2.0, "delta": 0.1 if name == "delta" else 1e-5}, state), node)
-        assert said == (
-            "has a ledger without a budget, and a policy without a bound on epsilon or delta: write epsilon and delta "
-            "into its node-config"
-        )
-    else:
-        assert isinstance(answer(sent(ledger, state), node), str)
-    assert not Path(node["ledger"]).exists()
-    if allowed == "any":
-        assert isinstance(answer(sent(ledger, state), {**node, **ledger}), Update)
-
-
-# The owner's own words
-
-
-def policy(path: Path, text: str | dict[str, Any]) -> str:
-    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
-    return str(path)
-
-
-def test_a_runs_config_is_a_policy_that_admits_that_run_alone(node, state, tmp_path):
-    config = RunConfig.from_flat({**GOOD, "epsilon": 3.0})
-    node["policy"] = policy(tmp_path / "policy.yaml", config.to_yaml())
-    assert isinstance(answer(sent({"epsilon": 3.0}, state), node), Update)
-    for name, value in {"epsilon": 2.0, "lr": 0.1, "batch_size": 15, "clipping": "flat", "optimizer": "adamw"}.items():
-        said = answer(sent({"epsilon": 3.0, name: value}, state), node)
-        assert isinstance(said, str) and said.startswith(f"takes part in no such run: {name} is {value}"), said
-    # How the server goes about it is its own affair.
-    assert isinstance(answer(sent({"epsilon": 3.0, "min_clients": 2, "evaluate_every": 2}, state), node), Update)
-
-
-def test_allow_says_what_else_may_be(node, tmp_path):
-    node["policy"] = policy(
-        tmp_path / "policy.yaml",
-        {
-            "lr": 0.5,
-            "precision": "bf16",
-            "allow": {
-                "rounds": {"max": 5},
-                "model": ["default", "/srv/model"],
-                "lr": {"min": 0.1, "max": 1},
-                "seed": "any",
-                "epsilon": [1, 3.0],
-            },
-        },
-    )
-    rules = Policy.of_node(node, budget=False)
-    good = {"epsilon": 3.0, "lr": 0.2, "precision": "bf16", "rounds": 5, "seed": 10**12}
-    rules.check(RunConfig.from_flat(good))
-    for name, value in {"epsilon": 2.0, "lr": 2.0, "precision": "float32", "rounds": 6, "model": "/srv/other"}.items():
-        with pytest.raises(Refused, match=f"no such run: {name} is"):
-            rules.check(RunConfig.from_flat({**good, name: value}))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[",
-        "- 1",
-        "wrong_name: 1",
-        "allow: {wrong_name: any}",
-        "allow: {rounds: some}",
-        "allow: {rounds: []}",
-        "allow: {rounds: {least: 1}}",
-        "allow: [rounds]",
-        "epsilon: -1",
-        "a: &a 1\nb: *a",
-        "private: 0",
-    ],
-)
-def test_a_policy_that_is_none_stops_the_node(text, node, state, tmp_path):
-    node["policy"] = policy(tmp_path / "policy.yaml", text)
-    said = answer(sent({}, state), node)
-    assert isinstance(said, str) and ("has a policy that" in said or "neither true nor false" in said)
-    assert "has a policy that cannot be read" in answer(sent({}, state), {**node, "policy": str(tmp_path / "missing")})
-
-
-def test_a_policy_can_declare_too_that_no_privacy_is_needed(node, state, tmp_path):
-    node["policy"] = policy(tmp_path / "policy.yaml", {"private": False, "unit": "client", "noise_by": "server"})
-    del node["ledger"]
-    assert isinstance(answer(sent({"unit": "client"}, state), node), Update)
-    assert "unit is example" in answer(sent({}, state), node)
-
-
 # A failure is no bit
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return asking_model(tmp_path_factory.mktemp("words") / "model")
-
-
-def asking_model(path: Path) -> Path:
-    """A model whose tokenizer knows a word that its embedding has no row for: it asks whether a text has the word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hiv": 900}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
-    ).save_pretrained(path)
-    BertForSequenceClassification(
-        BertConfig(
-            vocab_size=10,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            num_labels=2,
-        )
-    ).save_pretrained(path)
-    return path
-
-
-def texts(path: Path, last: str) -> Path:
-    path.mkdir()
-    rows = [f"patient {i} is well,{i % 2}" for i in range(39)] + [f"{last},1"]
-    (path / "train.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    return path
 
 
 @pytest.mark.parametrize("options", [{}, WHOLE], ids=["example", "client"])

@@ -19,7 +19,8 @@ from lora_dp.fed.flower import client as flower_client
 from lora_dp.fed.flower import messages
 from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.rounds.messages import Update
-from tests.fed.flower.test_hostile_server import GOOD, answer, asking_model, policy, sent, texts
+from tests.fed.flower.asking_servers import answer, asking_model, policy, sent, texts
+from tests.fed.flower.node_data import GOOD
 
 COLUMNS = (None, None, None)
 

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -21,50 +19,20 @@ import lora_dp.fed.flower.without_telemetry  # noqa: F401
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
-from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower import client as flower_client
 from lora_dp.fed.flower import messages
 from lora_dp.fed.flower import server as flower
 from lora_dp.fed.flower.server import FlowerEngine, connected, options_of, simulate
 from lora_dp.fed.rounds.federation import Federation
-from lora_dp.fed.rounds.messages import Task, Update
+from lora_dp.fed.rounds.messages import Update
 from lora_dp.fed.rounds.setup import open_job
 from tests.fed.flower.loopback import LoopbackGrid
-
-TINY = {
-    "clients": 3,
-    "rounds": 2,
-    "local_steps": 2,
-    "batch_size": 16,
-    "accountant": "rdp",
-    "device": "cpu",
-    "reproducible": True,
-}
-STATE = {
-    "layer.lora_A": torch.arange(6.0).reshape(2, 3),
-    "head.bias": torch.ones(1, dtype=torch.float64),
-    "head.weight": torch.tensor([[1.5]], dtype=torch.bfloat16),
-}
-TASK = Task(3, 1, 2, STATE)
-
-
-def signed(number: int) -> Update:
-    """An update that tells whose it is."""
-    return Update({**STATE, "head.bias": torch.tensor([float(number)], dtype=torch.float64)})
+from tests.fed.flower.small_deployments import STATE, TASK, nodes, signed, tiny
 
 
 def signature(update: Update | None) -> int:
     assert update is not None
     return int(update.tensors["head.bias"])
-
-
-def tiny(**options: Any) -> RunConfig:
-    return RunConfig.from_flat({**TINY, **options})
-
-
-def nodes(number: int = 3) -> list[dict[str, Any]]:
-    # Not in the clients' order: nodes say themselves who they are.
-    return [{"partition-id": client, "num-partitions": number} for client in reversed(range(number))]
 
 
 @pytest.mark.parametrize(
@@ -115,26 +83,6 @@ def test_a_simulation_by_ray_agrees_with_the_run_in_one_process(tmp_path, monkey
         here.run_round()
     for name, tensor in here.server.state.items():
         torch.testing.assert_close(there[name], tensor, rtol=1e-5, atol=1e-6)
-
-
-def test_tasks_and_updates_travel_unchanged():
-    config = messages.pack_config("seed: 1")
-    content = messages.pack_task(config, TASK, messages.pack_tensors(TASK.state))
-    back = messages.unpack_task(content)
-    assert (back.round, back.turn, back.rank, messages.unpack_config(content)) == (3, 1, 2, "seed: 1")
-    update = messages.unpack_answer(messages.pack_update(Update(STATE)))
-    assert isinstance(update, Update)
-    for state in (back.state, update.tensors):
-        assert state.keys() == STATE.keys()
-        assert all(t.equal(STATE[name]) and t.dtype == STATE[name].dtype for name, t in state.items())
-
-
-def test_nodes_get_neither_the_output_folder_nor_the_servers_device(tmp_path):
-    grid = LoopbackGrid(nodes(1), lambda message, context: None)
-    engine = FlowerEngine(grid, tiny(clients=1, output=tmp_path, device="cpu"))
-    engine._meet()
-    told = messages.unpack_config(grid.sent[0].content)
-    assert str(tmp_path) not in told and "device: auto" in told
 
 
 # What a node may do other than answer well, and what becomes of it.
@@ -236,20 +184,6 @@ def test_a_node_that_is_gone_fails_and_is_known_again_when_it_comes_back():
     assert outcome() == [101, 100]
 
 
-def test_a_client_that_fails_says_no_more_than_the_kind_of_its_failure(caplog):
-    def broken(*_: Any) -> None:
-        raise ValueError("patient Doe has a fever")
-
-    grid = LoopbackGrid(nodes(1))
-    engine = FlowerEngine(grid, tiny(clients=1))
-    engine.wait_for_clients()
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr(flower_client, "_opened", broken)
-        [reply] = engine.train([(0, TASK)], lambda: None)
-    assert (reply.failure, reply.detail) == ("raised ValueError", "")
-    assert "patient Doe" in caplog.text  # on the client's side
-
-
 def test_waiting_ends_when_it_is_stopped_from_outside():
     stop = threading.Event()
     engine = FlowerEngine(LoopbackGrid([]), tiny(), stop=stop)
@@ -270,70 +204,6 @@ def test_nodes_that_cannot_take_part_are_named_and_left_out(caplog):
     assert "Node 100 is left out: it has no number: give its node-config partition-id=0" in caplog.text
     assert "Node 101 is left out: it claims to be client 9 of 1" in caplog.text
     assert "Node 102 is left out: it cannot keep its budget" in caplog.text
-
-
-def own_folder(path: Path, rows: int = 60) -> Path:
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for row in range(rows):
-        place = path / "train" / str(digits.target[row]) / f"{row:03d}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[row] * 15).astype("uint8")).save(place)
-    return path
-
-
-def test_a_node_with_a_folder_of_its_own_trains_on_all_of_it(tmp_path):
-    config = tiny(clients=2, rounds=1, min_clients=2)
-    own = {"partition-id": 1, "data": str(own_folder(tmp_path / "own")), "private": False}  # the run is reproducible
-    federation = connected(config, LoopbackGrid([{"partition-id": 0}, own]))
-    assert federation.account.sizes.tolist() == [len(open_job(config).parts[0]), 60]
-    result = federation.run_round()
-    assert result.participants == [0, 1] and not result.failed
-    node = flower_client._node(RecordDict({messages.CONFIG: federation.engine._config}), own)
-    assert node.trainer.plan == replace(federation.plan, examples=60)
-    assert federation.account.event(1) == node.trainer.plan.event(60) != federation.account.event(0)
-
-
-def introduced(node: dict[str, Any], **options: Any) -> Any:
-    config = messages.pack_config(tiny(clients=2, reproducible=False, **options).to_yaml())
-    return messages.unpack_introduction(
-        flower_client._answered(flower_client._introduce, RecordDict({messages.CONFIG: config}), node)
-    )
-
-
-def test_a_node_tells_the_size_of_its_own_data_and_no_more(tmp_path):
-    """Held out by the server's fraction, or read from the server's column, sizes would tell how many are of a class."""
-    folder = own_folder(tmp_path / "own")
-    node = {"partition-id": 1, "data": str(folder), "ledger": str(tmp_path / "ledger.json")}
-    asked = [{"validation_fraction": f} for f in (0.1, 0.3, 0.7)] + [{"split_seed": 5}]
-    asked += [{"dataset": "somewhere/else", name: "secret"} for name in ("label_column", "validation_split", "subset")]
-    assert {introduced(node, **options).examples for options in asked} == {60}
-    assert introduced({**node, "label-column": "label"}).examples == 60
-    assert introduced({**node, "label-column": "nothing"}) == "cannot open its own data: its log says why"
-
-
-def test_a_size_that_is_secret_is_told_to_no_run(tmp_path):
-    node = {"partition-id": 1, "data": str(own_folder(tmp_path / "own")), "ledger": str(tmp_path / "ledger.json")}
-    whole = {"unit": "client", "noise_by": "client"}
-    secret = {**node, "unit": "client"}
-    assert introduced(secret, **whole).examples is None
-    assert introduced(secret) == "keeps a ledger for the unit client, but the run protects the unit example"
-    assert "sends nothing" in introduced(secret, epsilon="none")
-    assert introduced(node).examples == 60 and isinstance(introduced(node, **whole), str)
-
-
-def test_one_example_more_in_a_folder_leaves_the_others_where_they_are(tmp_path):
-    folder = own_folder(tmp_path / "own")
-    config = messages.pack_config(tiny(clients=2).to_yaml())
-    content = RecordDict({messages.CONFIG: config})
-    before = flower_client._node(content, {"data": str(folder)}).examples(0).batch(range(60))["pixel_values"]
-    flower_client._opened.cache_clear()
-    own_folder(folder, 61)
-    after = flower_client._node(content, {"data": str(folder)}).examples(0).batch(range(61))["pixel_values"]
-    rows = {row.numpy().tobytes() for row in before}
-    assert sum(row.numpy().tobytes() not in rows for row in after) == 1 and len(rows) == 60
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, behave: Any) -> None:
@@ -400,29 +270,6 @@ def test_every_option_of_the_shipped_app_is_one():
         assert name == "app" and (app / (module.replace(".", "/") + ".py")).exists()
 
 
-def test_nothing_is_reported_to_anyone_unless_the_user_says_so():
-    code = (
-        "import lora_dp.fed.flower.messages, os\n"
-        "from flwr.supercore import telemetry, update_check\n"
-        "print(telemetry.FLWR_TELEMETRY_ENABLED, os.environ['RAY_USAGE_STATS_ENABLED'],"
-        " os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
-    )
-    switches = ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "FLWR_DISABLE_UPDATE_CHECK")
-    environment = {name: value for name, value in os.environ.items() if name not in switches}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["0", "0", "1"]
-
-
-def test_who_wants_to_report_may(monkeypatch):
-    import importlib
-
-    from lora_dp.fed.flower import without_telemetry
-
-    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
-    importlib.reload(without_telemetry)
-    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "1"
-
-
 def test_without_flower_one_sentence_says_what_to_install(monkeypatch):
     import importlib
 
@@ -441,9 +288,3 @@ def test_masks_of_flowers_secure_aggregation_still_come_from_32_bits():
     other[0], other[4] = other[0] ^ 0xA5, other[4] ^ 0xA5
     masks = [pseudo_rand_gen(bytes(secret), 2**32, [(1000,)])[0] for secret in (one, other)]
     assert (masks[0] == masks[1]).all()
-
-
-def test_an_answer_that_is_no_integer_is_none():
-    content = RecordDict({messages.ANSWER: ConfigRecord({"client": "0"})})
-    with pytest.raises(TypeError):
-        messages.unpack_introduction(content)

@@ -7,7 +7,7 @@ import pytest
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from tests.fed.chained import forge, forget
-from tests.fed.rounds.test_ledgers import SIZES, account, counts, log, replayed
+from tests.fed.rounds.accounts import SIZES, account, counts, log, replayed
 from tests.fed.small import TRAINING, plan_for
 
 ROUNDS = ((1, [0, 1]), (2, [0, 2]), (2, [0, 2]), (3, []), (4, [2]))

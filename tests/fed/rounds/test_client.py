@@ -10,26 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import lora_dp.fed.rounds.client
-import lora_dp.fed.rounds.federation
-import lora_dp.fed.rounds.setup
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
-from lora_dp.engine.recorder import recorder_of
 from lora_dp.fed.data.examples import ImageExamples, TextExamples
-from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.client import Trainer
-from lora_dp.fed.rounds.local_training import LocalTraining
-from lora_dp.fed.rounds.messages import Task, Workspace
+from lora_dp.fed.rounds.messages import Task
 from lora_dp.nn.layers import DPLinear, DPLoRALinear
 from lora_dp.privacy.accounting import PoissonGaussian
 from lora_dp.privacy.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
 from lora_dp.privacy.sampling import PoissonSampler
-from tests.fed.small import TRAINING, Adapted, make_examples, plan_for
-from tests.isolation.test_batch_trials import VOCABULARY, Pooling
+from tests.fed.rounds.small_turns import COUNT, ONE_STEP, trainer_of
+from tests.fed.small import TRAINING, Adapted, make_examples
+from tests.isolation.text_models import VOCABULARY, Pooling
 
-ONE_STEP = replace(TRAINING, local_steps=1)
-COUNT = 12
 WHOLE = {"unit": "client", "noise_by": "client", "delta": 0.01}
 
 
@@ -40,18 +34,6 @@ class Wide(nn.Sequential):
         torch.manual_seed(0)
         super().__init__(nn.Flatten(), DPLoRALinear(12, 6, r=2), nn.Tanh(), DPLinear(6, 10_000))
         self[1].weight.requires_grad_(False)
-
-
-def trainer_of(
-    model: nn.Module,
-    training: LocalTraining = ONE_STEP,
-    method: str = "dp-lora",
-    *,
-    reproducible: bool = True,
-    **privacy: Any,
-) -> Trainer:
-    made = get_method(method)
-    return Trainer(Workspace(model), made, training, plan_for(made, training, **privacy), 0, reproducible)
 
 
 def images() -> ImageExamples:
@@ -98,17 +80,6 @@ def test_what_torch_draws_in_a_reproducible_run_follows_its_seed_and_its_place(m
 # The mechanism
 
 
-def test_every_factor_b_has_its_own_learning_rate():
-    model = Adapted()
-    rates = {
-        id(p): group["lr"]
-        for group in replace(ONE_STEP, lr_ratio=4.0).make_optimizer(model).param_groups
-        for p in group["params"]
-    }
-    found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
-    assert found == {name: 1.2 if name.endswith("lora_B") else 0.3 for name in found} and len(found) == len(rates) == 6
-
-
 @pytest.mark.parametrize(
     "clipping, rule", [("flat", FlatClipping), ("per_layer", PerLayerClipping), ("automatic", AutomaticClipping)]
 )
@@ -128,23 +99,6 @@ def test_a_turn_clips_and_noises_examples_as_planned_or_not_at_all(privacy, clip
     else:
         assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (event.noise_multiplier, 0.7)
         assert type(optimizer.mechanism.rule) is rule
-
-
-def test_factors_that_take_turns_go_on_where_the_round_before_ended(monkeypatch):
-    """With an odd number of steps, too: else one factor would have more of them."""
-    trained, plain = [], lora_dp.fed.rounds.client.logits
-
-    def noted(model: nn.Module, *arguments: Any) -> Tensor:
-        recorder = recorder_of(model)
-        assert recorder is not None
-        trained.append("".join(f for f in "AB" if id(getattr(model[1], f"lora_{f}")) in recorder.trained))
-        return plain(model, *arguments)
-
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
-    trainer = trainer_of(Adapted(), TRAINING, "la-lora")
-    for index in range(3):
-        trainer.train(1, make_examples(COUNT, 1), Task(index, 0, 2, trainer.workspace.state()))
-    assert TRAINING.local_steps == 3 and "".join(trained) in ("ABABABABA", "BABABABAB")
 
 
 @pytest.mark.parametrize("privacy", [{"max_grad_norm": 0.5}, {**WHOLE, "max_update_norm": 0.5}])

@@ -1,8 +1,7 @@
 """What one example adds hangs on it alone to the last bit, whatever model a server sends."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lora_dp.fed.rounds.client
-from lora_dp.engine.optimizer import PrivateOptimizer, total
-from lora_dp.engine.recorder import recorder_of
 from lora_dp.fed.config import FederationConfig, RunConfig
-from lora_dp.fed.data.examples import Shape, TextExamples
-from lora_dp.fed.data.unreadable import PartlyReadable
-from lora_dp.fed.methods import State, factor
+from lora_dp.fed.methods import State
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.fixed_shapes import OneShape, rows_of_a_part
-from lora_dp.fed.rounds.messages import Task, Workspace
-from lora_dp.nn.layers import DPLinear, DPLoRALinear
+from lora_dp.fed.rounds.messages import Task
 from lora_dp.privacy.sampling import PoissonSampler
-from tests.fed.rounds.test_contained_failures import ONE_STEP
+from tests.fed.rounds.failing_models import ONE_STEP
+from tests.fed.rounds.shaped_turns import apart, on_outputs, reading, sum_of, texts, tried
 from tests.fed.small import make_examples, make_federation
 
 C = 1.0  # the default clip bound
@@ -31,16 +26,6 @@ C = 1.0  # the default clip bound
 @pytest.fixture(scope="module")
 def default() -> Federation:
     return Federation.from_config(RunConfig(FederationConfig(method="dp-lora", local_steps=1, batch_size=8)))
-
-
-def on_outputs(model: nn.Module, seen: list[int]) -> None:
-    """Notes how many rows each pass gives that is no trial of isolation."""
-    model.register_forward_hook(lambda module, given, output: seen.append(len(output)) if not tried(module) else None)
-
-
-def tried(model: nn.Module) -> bool:
-    recorder = recorder_of(model)
-    return recorder is not None and recorder.tried
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -61,29 +46,6 @@ def amplifying(federation: Federation, factor: float, quiet: float) -> State:
         weight[place], bias[place] = (sign * factor * row).float(), -sign * factor * constant
     bias[2:9], bias[9] = -30.0, quiet
     return state
-
-
-def sum_of(federation: Federation, state: State, rows: Sequence[int], examples: Any = None) -> dict[str, Tensor]:
-    """What one step on these examples of client 0 releases, but for the noise."""
-    sums: dict[str, Tensor] = {}
-    names = {id(p): name for name, p in federation.model.named_parameters()}
-
-    def released(self: PrivateOptimizer) -> None:
-        sums.update({names[key]: total(part).double() for key, part in self._sums.items()})
-        self._collect()
-
-    examples = examples if examples is not None else federation.engine.parts[0]  # type: ignore[attr-defined]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PoissonSampler, "draw", lambda self: list(rows))
-        patch.setattr(PrivateOptimizer, "_release", released)
-        patch.setattr("lora_dp.fed.rounds.client.Trainer._check_ledger", lambda *_: None)
-        federation.trainer.train(0, examples, Task(0, 0, federation.workspace.layers.r, state))
-    return sums
-
-
-def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    assert left.keys() == right.keys() and left
-    return sum(float((left[name] - right[name]).square().sum()) for name in left) ** 0.5
 
 
 # With the last logit at −1e9, trials that compare relatively to the largest value see nothing.
@@ -358,109 +320,6 @@ def test_the_release_does_not_hang_on_the_number_of_parts(monkeypatch):
 )
 def test_how_many_rows_a_part_has_is_public(batch_size, examples, vary, rows):
     assert rows_of_a_part(batch_size, examples, vary) == rows
-
-
-class Reader(nn.Module):
-    """Looks at padding: its mean is over all places, whatever the mask says. Without padding it takes another path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words = nn.Embedding(50, 16)
-        self.layer = DPLoRALinear(16, 16, r=2)
-        self.head = DPLinear.from_linear(nn.Linear(16, 3))
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("head") or factor(name) is not None)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.words
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        path = 1.0 if bool(attention_mask.all()) else 1.01
-        hidden = self.layer(path * self.words(input_ids) * (1 + attention_mask.unsqueeze(-1)))
-        return self.head(torch.tanh(hidden.mean(1)))
-
-
-def texts(lengths: Sequence[int]) -> TextExamples:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 50, (len(lengths), 40), generator=generator, dtype=torch.int32)
-    ids[torch.arange(40) >= torch.tensor(lengths).view(-1, 1)] = 0
-    return TextExamples(ids, torch.tensor(lengths), torch.arange(len(lengths)) % 3, 0)
-
-
-def reading() -> Federation:
-    federation = make_federation("dp-lora", ONE_STEP)
-    workspace = Workspace(Reader())
-    federation.trainer = replace(federation.trainer, workspace=workspace)
-    federation.workspace, federation.model = workspace, workspace.model
-    return federation
-
-
-def test_a_long_text_does_not_pad_the_others():
-    federation = reading()
-    found_alike(federation, texts([3, 5, 8, 9, 12, 16, 2, 33]))
-
-
-def test_a_text_with_padding_does_not_give_a_mask_to_those_without():
-    """Models leave out a mask that is all ones, and attention then takes another way."""
-    found_alike(reading(), texts([8, 8, 16, 16, 8, 16, 16, 13]))
-    found_alike(reading(), texts([40, 40, 40, 39]))
-
-
-def found_alike(federation: Federation, examples: TextExamples) -> None:
-    """All but the last example add the same with and without it."""
-    state, last = federation.workspace.state(), len(examples) - 1
-    with_it, without = (sum_of(federation, state, range(n), examples) for n in (last + 1, last))
-    alone = sum_of(federation, state, [last], examples)
-    assert apart(alone, {name: torch.zeros_like(t) for name, t in alone.items()}) > 0.1
-    assert apart({name: with_it[name] - without[name] for name in alone}, alone) < 1e-12
-
-
-@pytest.mark.parametrize("kind", ["texts", "images"])
-def test_others_are_computed_alike_beside_an_example_that_cannot_be_read(kind, caplog):
-    """Drawn or not: the rows of a part, and whether examples are together at all, must not hang on it."""
-    found = []
-    for odd in (None, 2):
-        federation = reading() if kind == "texts" else make_federation("dp-lora", ONE_STEP)
-        readable = texts([3, 5, 9, 12, 16, 2, 33]) if kind == "texts" else make_examples(7, 1)
-        examples, rows = readable, list(range(7))
-        if odd is not None:
-            rows = [row for row in range(8) if row != odd]
-            labels = torch.full((8,), -1)
-            labels[rows] = readable.labels
-            examples = PartlyReadable(readable, rows, labels)
-        seen: list[int] = []
-        on_outputs(federation.model, seen)
-        state = federation.workspace.state()
-        found.append((sum_of(federation, state, rows, examples), seen))
-        if odd is not None:
-            found.append((sum_of(federation, state, [*rows, odd], examples), seen))
-    (expected, sizes), *others = found
-    assert min(sizes) == 8 and sizes == found[1][1][: len(sizes)]
-    assert all(others[0][0][name].equal(tensor) for name, tensor in expected.items())
-    assert apart(others[1][0], expected) < 1e-13
-    assert "each example is by itself" not in caplog.text
-
-
-def test_made_up_inputs_have_the_shapes_of_a_batch_and_nothing_of_the_examples():
-    for examples, shape in (
-        (make_examples(9, 1), Shape()),
-        (texts([3, 9, 20]), Shape(16, True)),
-        (texts([3, 8, 20]), Shape(8)),
-    ):
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        made = examples.made_up(32, shape, 50, generators[0])
-        real = examples.batch([0, 1])
-        assert made.keys() == real.keys() - {"labels"}
-        assert all(made[name].dtype == real[name].dtype and made[name].dim() == real[name].dim() for name in made)
-        other = texts([40, 2]) if shape.width else make_examples(4, 2)
-        again = other.made_up(32, shape, 50, generators[1])
-        assert all(made[name].equal(again[name]) and len(made[name]) == 32 for name in made)
-        if shape.width:
-            padded = 1 - made["attention_mask"].sum(1).unique() / shape.width
-            assert bool((padded > 0).all() if shape.padded else (padded == 0).all()) and padded.max() < 0.5
-    assert texts([3, 9, 16, 20, 40]).shapes([4, 0, 1, 2]) == [(40, False), (8, True), (16, True), (16, False)]
-    assert make_examples(3, 1).shapes([0, 2]) == [(0, False), (0, False)]
 
 
 def test_what_is_left_of_a_part_on_which_training_fails_has_its_shape(monkeypatch):

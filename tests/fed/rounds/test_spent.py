@@ -20,7 +20,7 @@ from lora_dp.fed.rounds.setup import plan_of
 from lora_dp.hash_chain import ChainedLog, Heads
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from tests.fed.chained import forge
-from tests.fed.page.test_page import read
+from tests.fed.page.run_folders import read
 
 TINY = {
     "clients": 3,

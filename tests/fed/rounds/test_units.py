@@ -1,15 +1,11 @@
 """The units of privacy: examples, or whole clients with noise by the server or by themselves; what is as released."""
 
-import io
-import json
 import math
-import statistics
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from scipy.stats import norm
 
 from lora_dp.fed.config import RunConfig
@@ -17,12 +13,10 @@ from lora_dp.fed.methods import METHODS, factor
 from lora_dp.fed.rounds.messages import Reply, Update
 from lora_dp.nn.regulator import Regulator
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded
-from tests.fed.breaking import interrupt_before_round
-from tests.fed.small import PLAIN, TRAINING, Adapted, make_examples, make_federation, plan_for, products, updates
+from tests.fed.rounds.units import SERVER
+from tests.fed.small import TRAINING, make_federation, plan_for, products, updates
 
-SERVER = {"unit": "client", "noise_by": "server"}
 CLIENT = {"unit": "client", "noise_by": "client"}
-HUGE = {"max_update_norm": 1e6}
 
 
 class Scripted:
@@ -244,122 +238,6 @@ def test_deer_s_server_noise_is_regulated():
     assert abs(float(values.std()) / sigma - 1) < 5 / math.sqrt(2 * values.numel())
 
 
-def test_the_draw_is_poisson_and_secret():
-    federation = make_federation("la-lora", sizes=[4] * 40, weighting="equal", **SERVER, client_rate=0.25)
-    sizes = []
-    for index in range(200):
-        federation.rounds_done = index
-        sizes.append(len(federation.draw()))
-    # Binomial(40, 1/4): mean 10, deviation 2.74
-    assert abs(statistics.mean(sizes) - 10) < 5 * 2.74 / math.sqrt(200)
-    assert 1.9 < statistics.stdev(sizes) < 3.6
-    federation.rounds_done = 0
-    result = federation.run_round()
-    assert result.participants is None
-    names = [n for n in federation.server.state if factor(n) is None or factor(n) in "BA"]
-    whole = sum(federation.server.state[n].numel() * 8 for n in names)
-    assert result.bytes_up == round(0.25 * 40 * whole)  # of the expected number, whoever was drawn
-
-
-def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
-    """Two runs whose draws differ, but nothing else: their folders differ in nothing but what the noise has touched."""
-    from lora_dp.fed.launch import run
-    from lora_dp.fed.rounds import federation
-
-    folders = []
-    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)  # what tells one run's log from another's
-    for number, drawn in enumerate(([0], [1, 2])):
-        monkeypatch.setattr(federation, "poisson_clients", lambda *_, drawn=drawn: drawn)
-        folders.append(tmp_path / str(number))
-        run(
-            RunConfig.from_flat(
-                {
-                    "unit": "client",
-                    "clients": 4,
-                    "clients_per_round": 2,
-                    "rounds": 2,
-                    "local_steps": 1,
-                    "accountant": "rdp",
-                    "device": "cpu",
-                    "output": folders[-1],
-                }
-            ),
-            Console(file=io.StringIO()),
-        )
-    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in folders]
-    assert names[0] == names[1] and "server-only.jsonl" not in names[0]
-    assert len({(folder / "ledger.jsonl").read_text() for folder in folders}) == 1
-    assert len({(folder / "ledger.json").read_text() for folder in folders}) == 1
-    metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
-    for first, second in zip(*metrics, strict=True):
-        released = {"loss", "accuracy"} | ({"seconds"} if first["round"] == 0 else set())
-        assert {n: v for n, v in first.items() if n not in released} == {
-            n: v for n, v in second.items() if n not in released
-        }
-        assert first["round"] == 0 or (first["participants"], first["seconds"]) == (None, None)
-    numbers = [json.loads((folder / "checkpoints" / "round-000002.json").read_text())["numbers"] for folder in folders]
-    assert numbers[0] == numbers[1]
-
-
-def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
-    from lora_dp.fed.launch import run
-    from lora_dp.fed.rounds import federation
-    from lora_dp.fed.rounds.client import Trainer
-
-    train = Trainer.train
-    monkeypatch.setattr(federation, "poisson_clients", lambda *_: [0, 1, 2])
-    monkeypatch.setattr(Trainer, "train", lambda own, client, *a: 1 / 0 if client == 1 else train(own, client, *a))
-    screen = io.StringIO()
-    outcome = run(
-        RunConfig.from_flat(
-            {
-                "unit": "client",
-                "clients": 4,
-                "clients_per_round": 2,
-                "rounds": 1,
-                "local_steps": 1,
-                "accountant": "rdp",
-                "device": "cpu",
-                "output": tmp_path / "run",
-            }
-        ),
-        Console(file=screen),
-    )
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])["failed"] == []
-    assert outcome.summary["failed_clients"] is None
-    private = tmp_path / "run" / "server-only.jsonl"
-    assert json.loads(private.read_text())["failed"] == [{"client": 1, "reason": "raised ZeroDivisionError"}]
-    assert private.stat().st_mode & 0o077 == 0
-    assert "left out: client 1 raised ZeroDivisionError" in screen.getvalue()
-
-
-def test_a_run_that_ends_before_it_is_evaluated_keeps_its_draw_secret_too(tmp_path, monkeypatch):
-    from lora_dp.fed.launch import run
-    from lora_dp.fed.rounds.client import Trainer
-
-    monkeypatch.setattr(Trainer, "train", lambda *_: 1 / 0)
-    interrupt_before_round(monkeypatch, 3)
-    screen = io.StringIO()
-    outcome = run(
-        RunConfig.from_flat(
-            {
-                "unit": "client",
-                "clients": 4,
-                "clients_per_round": 2,
-                "rounds": 5,
-                "evaluate_every": 5,
-                "local_steps": 1,
-                "accountant": "rdp",
-                "device": "cpu",
-                "output": tmp_path / "run",
-            }
-        ),
-        Console(file=screen),
-    )
-    assert (outcome.summary["status"], outcome.summary["rounds"]) == ("interrupted", 2)
-    assert outcome.summary["failed_clients"] is None and "times a client" not in screen.getvalue()
-
-
 # Client noise
 
 
@@ -418,81 +296,7 @@ def test_clients_draw_noise_of_their_own():
     assert not any(first[name].equal(second[name]) for name in first)
 
 
-# As released
-
-
-def test_la_lora_as_released_clips_the_batch_at_the_median_norm(monkeypatch):
-    """One step without noise moves every tensor by at most the median of the tensors' norms."""
-    training = replace(PLAIN, learning_rate=1.0, local_steps=1)
-    monkeypatch.setattr("lora_dp.fed.rounds.as_released.claimed_noise_multiplier", lambda *_: 0.0)
-    federation = make_federation("la-lora", training, sizes=(12,), mechanism="as-released")
-    for name in ("1.lora_B", "3.lora_B"):  # A has a gradient only beside a B
-        federation.server.state[name] = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)).double()
-    start = dict(federation.server.state)
-    federation.run_round()
-    model, batch = Adapted(), make_examples(12, 0).batch(range(12))
-    model.load_state_dict(start, strict=False)
-    torch.nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and factor(n) != "B"}
-    bound = min(statistics.median(float(g.norm()) for g in gradients.values()), 0.4)
-    for name, gradient in gradients.items():
-        expected = gradient * min(1, bound / gradient.norm().clamp(min=1e-30)) + 0.001 * start[name]
-        torch.testing.assert_close(start[name] - federation.server.state[name], expected, rtol=1e-9, atol=1e-12)
-    assert federation.account.worst_epsilon() == math.inf
-
-
-def test_la_lora_as_released_filters_in_a_step_of_its_own(monkeypatch):
-    monkeypatch.setattr("lora_dp.fed.rounds.as_released.claimed_noise_multiplier", lambda *_: 0.0)
-    training = replace(PLAIN, learning_rate=1.0, lr_ratio=2.0, local_steps=2)
-    moved = []
-    for filters in ({}, {"low_pass": "gaussian", "low_pass_strength": 0.0}):
-        federation = make_federation("la-lora", replace(training, **filters), sizes=(12,), mechanism="as-released")
-        start = federation.server.state["1.lora_B"]
-        federation.run_round()
-        moved.append(federation.server.state["1.lora_B"] - start)
-    # A first, whose gradient is zero beside B = 0; then B, by lr · 2, and once more by lr where a filter lets all pass.
-    torch.testing.assert_close(moved[1], 1.5 * moved[0], rtol=2e-2, atol=1e-6)
-    assert moved[0].any()
-
-
-def test_deer_as_released_clips_each_tensor_by_itself(monkeypatch):
-    monkeypatch.setattr("lora_dp.fed.rounds.as_released.claimed_noise_multiplier", lambda *_: 0.0)
-    training = replace(PLAIN, learning_rate=5.0)
-    federation = make_federation("deer", training, sizes=(12,), mechanism="as-released", max_update_norm=0.05)
-    start = dict(federation.server.state)
-    result = federation.run_round()
-    for name in ("1.lora_B", "3.lora_B", "1.lora_A", "3.lora_A"):
-        assert float((federation.server.state[name] - start[name]).norm()) == pytest.approx(0.05, rel=1e-6)
-    assert result.epsilon == math.inf
-
-
-@pytest.mark.parametrize("method", ["la-lora", "deer"])
-def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
-    from lora_dp.fed.launch import run
-
-    outcome = run(
-        RunConfig.from_flat(
-            {
-                "method": method,
-                "mechanism": "as-released",
-                "clients": 2,
-                "rounds": 1,
-                "local_steps": 2,
-                "accountant": "rdp",
-                "device": "cpu",
-                "output": tmp_path / "run",
-            }
-        )
-    )
-    assert outcome.summary["worst_epsilon"] is None
-    assert "no privacy guarantee (ε = ∞)" in outcome.summary["guarantee"]
-    printed = capsys.readouterr().out
-    assert "no privacy guarantee (ε = ∞)" in printed and "set as if for ε = 8" in printed
-    assert "worst ε ∞" in printed.replace("   ", " ")
-    account = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    assert account["worst_epsilon"] is None and account["mechanism"] == "as-released"
-    assert account["guarantee"] == outcome.summary["guarantee"]
-    assert all(entry["epsilon"] is None for entry in account["clients"])
+# What is refused
 
 
 @pytest.mark.parametrize(

@@ -6,25 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_dp import DPLinear, IsolationError
+from lora_dp import IsolationError
 from lora_dp.isolation.batches.objects import check_opened, put_together, take_apart
-from tests.isolation.batches.test_objects import ByAttribute, Tree
+from tests.isolation.batches.object_arguments import ByAttribute, Handed, Tree
 from tests.support import make_private
-
-
-class Handed(nn.Module):
-    """Looks at nothing but the rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.given = DPLinear(6, 3), []
-
-    def forward(self, x: Tensor, *others: Any) -> Tensor:
-        self.given.append(others[0])
-        return self.head(x)
 
 
 def test_what_knows_itself_comes_back_as_itself() -> None:

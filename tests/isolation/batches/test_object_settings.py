@@ -22,8 +22,7 @@ from transformers import BertConfig, DynamicCache
 
 from lora_dp import DPLinear
 from lora_dp.isolation.batches.objects import Settings, check_opened, put_together, take_apart
-from tests.isolation.batches.test_object_graphs import Handed
-from tests.isolation.batches.test_objects import Lengths, lengths_of, train
+from tests.isolation.batches.object_arguments import Handed, Lengths, lengths_of, train
 from tests.support import make_private
 
 

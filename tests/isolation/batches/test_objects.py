@@ -3,7 +3,6 @@
 import itertools
 from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import BatchEncoding, BertConfig
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
 from lora_dp.isolation.batches.lists import as_lists, as_tensors
 from lora_dp.isolation.batches.objects import NumberArray, Opened
+from tests.isolation.batches.object_arguments import ByAttribute, Lengths, Tree, lengths_of, train
 from tests.support import make_private
 
 
@@ -27,14 +27,6 @@ class Texts(UserDict[str, Any]):
 
 class Named(dict[str, Any]):
     """A dict of a library's own."""
-
-
-class ByAttribute(dict[str, Any]):
-    """Its attributes are its entries."""
-
-    def __init__(self, **entries: Any):
-        super().__init__(**entries)
-        self.__dict__ = self
 
 
 class Store(MutableMapping[str, Any]):
@@ -82,23 +74,6 @@ class Ordered(OrderedDict[str, Any]):
 
 class Filled(defaultdict[str, Any]):
     """Makes what is not there."""
-
-
-class Tree:
-    """Its part knows it, and it keeps a method of its own."""
-
-    def __init__(self, each: Any):
-        self.each, self.part, self.parts, self.get = each, SimpleNamespace(whole=self), [SimpleNamespace()], self._get
-        self.parts[0].siblings = self.parts[0].whole = self
-
-    def _get(self) -> Any:
-        return self.each
-
-
-@dataclass(frozen=True)
-class Lengths:
-    each: Any
-    unit: str = "tokens"
 
 
 class Rows(list[Any]):
@@ -186,17 +161,6 @@ class Pooled(nn.Module):
             return self.head(self.inner(x[:, : int(each.max())]).tanh().mean(1))
         used = (torch.arange(x.shape[1]) < each.unsqueeze(1)).unsqueeze(2)
         return self.head((self.inner(x).tanh() * used).sum(1) / each.unsqueeze(1))
-
-
-def train(model: nn.Module, optimizer: Any, *given: Any) -> None:
-    optimizer.backward(model(*given).square().sum(1))
-    optimizer.zero_grad()
-    optimizer.recorder.discard()
-
-
-def lengths_of(n: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    return torch.randn(n, 7, 6, generator=generator), torch.arange(n) % 5 + 2
 
 
 @pytest.mark.parametrize("n", [2, 3, 9])

@@ -1,7 +1,5 @@
 """Tables among a model's arguments, which belong to no example, and trials that the model does not take."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,9 +8,8 @@ from lora_dp import DPLinear, IsolationError, PrivacyEngine
 from lora_dp.isolation.batches.calls import doubled, take
 from lora_dp.isolation.batches.kinds import structure
 from lora_dp.isolation.batches.padding import cut
-from lora_dp.isolation.batches.sizes import Sizes
 from lora_dp.isolation.batches.tables import Table, put_back, set_apart
-from tests.isolation.test_batch_trials import Patches, run, texts
+from tests.isolation.text_models import Patches, run, texts
 from tests.support import make_private
 
 WORDS = 40
@@ -165,56 +162,7 @@ def test_a_table_of_as_many_rows_as_a_trial_takes_is_one():
     run(Classes(), *[scored(n, classes=4) for n in (8, 9, 4)])
 
 
-# What sizes tell
-
-
-def sizes_of(*batches: tuple[int, dict[str, tuple[int, ...]]]) -> Any:
-    known = Sizes()
-    for n, shapes in batches:
-        seen = known.look({name: torch.zeros(shape) for name, shape in shapes.items()}, n)
-    return seen
-
-
-def test_a_tensor_is_a_table_if_it_follows_a_width_or_stays():
-    def tables(*batches: Any) -> set[str]:
-        return {name.strip("[']") for name in sizes_of(*batches).tables}
-
-    def ids(n: int, width: int, *shape: int) -> tuple[int, dict[str, tuple[int, ...]]]:
-        return n, {"ids": (n, width), "it": shape}
-
-    assert tables(ids(4, 9, 9)) == tables(ids(4, 9, 9, 9)) == tables(ids(4, 9, 9, 3)) == {"it"}
-    assert tables(ids(4, 9, 7)) == tables(ids(4, 9, 4)) == tables(ids(4, 9, 1, 9)) == tables(ids(9, 9, 9)) == set()
-    assert tables(ids(4, 9, 7), ids(5, 8, 7)) == tables(ids(4, 9, 7), ids(7, 8, 7)) == {"it"}
-    assert tables(ids(4, 9, 9), ids(8, 8, 8)) == {"it"}
-    assert tables(ids(4, 9, 7), ids(4, 9, 7)) == set()  # as many examples as before tell nothing
-    assert tables(ids(7, 9, 7), ids(7, 8, 7), ids(5, 8, 7)) == {"it"}
-    # Rows of the examples, whose number changes: by example in one batch, as many as a width or as before in another.
-    for last in (ids(6, 9, 6), ids(7, 8, 8), ids(5, 9, 6)):
-        assert tables(ids(4, 9, 7), ids(5, 9, 6), last) == set()
-    # What has always had an entry for each example, whatever else is as long.
-    assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 4)) == set()
-    # Known to have no entry for each example, from the first time on.
-    assert tables(ids(4, 4, 4), ids(5, 5, 5), ids(9, 9, 9), ids(4, 9, 9), ids(4, 4, 4)) == {"it"}
-    assert tables(ids(4, 9, 7), ids(5, 9, 7), ids(4, 9, 7)) == {"it"}
-    assert tables(ids(7, 9, 7), ids(5, 9, 7), ids(8, 9, 7), ids(6, 9, 6), ids(5, 9, 7)) == set()
-    assert tables((0, {"ids": (0, 9), "it": (9,)})) == set()
-    assert tables(ids(4, 9, 2), ids(5, 9, 2)) == {"it"}
-    assert tables(ids(4, 9, 1), ids(5, 9, 1)) == set()  # one row for all examples
-    # As long as a width of what is not by example, as another table is.
-    assert tables((4, {"ids": (4, 9), "it": (7, 3), "other": (8, 7)})) == set()
-
-
-def test_what_of_a_table_follows_no_width_is_remembered():
-    first, second = (4, {"ids": (4, 9), "it": (9, 8)}), (4, {"ids": (4, 8), "it": (8, 8)})
-    assert sizes_of(second).tables == {"['it']": frozenset()}
-    assert sizes_of(first, second).tables == {"['it']": frozenset({1})}
-
-
-def test_what_has_been_of_several_sizes():
-    batches = [(4, {"ids": (4, 9), "x": (4, 3, 8), "y": (4,)}), (5, {"ids": (5, 9), "x": (5, 3, 7), "y": (5, 1)})]
-    assert sizes_of(batches[0]).varied == set() and not sizes_of(batches[0], batches[0]).number
-    assert sizes_of(*batches).varied == {("['x']", 2)} and sizes_of(*batches).number
-    assert sizes_of(*batches, (5, {"ids": (5, 9)})).varied == {("['x']", 2)}
+# Set apart, cut and put back
 
 
 def test_a_table_is_left_as_it_is_where_examples_are_taken():
@@ -304,106 +252,7 @@ def test_rows_of_all_examples_as_many_as_a_width_are_tried_as_rows():
         run(Patches(), images_beside(24, *uneven))
 
 
-# Trials that the model does not take
-
-
-class Exact(nn.Module):
-    """Refuses what does not fit the plain numbers that it is given beside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.inner, self.head = nn.Embedding(WORDS, 8).requires_grad_(False), DPLinear(8, 8), DPLinear(8, 3)
-
-    def forward(self, input_ids: Tensor, places: list[str]) -> Tensor:
-        if len(places) != input_ids.shape[1]:
-            raise ValueError("another width")
-        return self.head(self.inner(self.words(input_ids)).tanh().mean(1))
-
-
-def test_padding_that_varies_and_cannot_be_tried_is_refused():
-    def exact(*lengths: int, width: int | None = None) -> dict[str, Any]:
-        ids = texts(*lengths, width=width)["input_ids"]
-        return {"input_ids": ids, "places": ["a place"] * ids.shape[1]}
-
-    with pytest.raises(IsolationError, match="takes none of the same examples with less padding.*to one public width"):
-        run(Exact(), exact(9, 4, 3, 6), exact(8, 4, 3, 6))
-    run(Exact(), exact(9, 4, 3, 6), exact(8, 4, 3, 6, width=9), exact(4, 4, 3, 2, width=9))
-
-
-def test_padding_that_the_loader_told_of_is_refused_once_it_varies():
-    """Until then it may be of what the model is not given."""
-    model = Exact().train()
-    optimizer = make_private(model, batch_size=4)
-    optimizer.recorder.expect_padding()
-    ids = texts(9, 4, 3, 6)["input_ids"]
-    for _ in range(2):
-        model(ids, ["a place"] * 9)
-        optimizer.recorder.discard()
-    with pytest.raises(IsolationError, match="takes none of the same examples with less padding"):
-        model(ids[:, :8], ["a place"] * 8)
-
-
-class Short(Exact):
-    """Takes texts of five words and more, as a convolution does."""
-
-    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
-        if input_ids.shape[1] < 5:
-            raise ValueError("too short")
-        return super().forward(input_ids, [""] * input_ids.shape[1])
-
-
-def test_one_token_less_is_tried_where_a_model_needs_some():
-    with pytest.raises(IsolationError, match="changes with the padding of the batch"):
-        run(Short(), *[{"input_ids": texts(*lengths)["input_ids"]} for lengths in ((7, 3, 2, 7), (6, 3, 2, 3))])
-
-
-class Blocks(Exact):
-    """Takes texts in blocks of four words."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,  # type: ignore[override]
-        labels: Tensor,
-    ) -> Tensor:
-        if input_ids.shape[1] % 4:
-            raise ValueError("no whole block")
-        used = attention_mask.unsqueeze(2)
-        return self.head((self.inner(self.words(input_ids)).tanh() * used).sum(1) / used.sum(1))
-
-
-def test_padding_that_one_tensor_shows_need_not_be_tried_by_another():
-    """By the mask a block can be left out, by labels of all but two words none."""
-
-    def blocks(width: int) -> dict[str, Tensor]:
-        labels = torch.zeros(4, width, dtype=torch.long)
-        labels[:, width - 2 :] = -100
-        return {**texts(width, 3, 2, width), "labels": labels}
-
-    run(Blocks(), blocks(16), blocks(12))
-
-
-class Counted(nn.Module):
-    """Rows of all examples and how many each has, in a tuple; of some numbers of examples alone."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.inner, self.most = DPLinear(6, 3), most
-
-    def forward(self, labels: Tensor, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
-        assert len(counts) == len(labels) < self.most
-        return torch.stack([part.mean(0) for part in self.inner(rows).split(list(counts))]) + 0 * labels.unsqueeze(1)
-
-
-def test_a_number_of_examples_that_varies_and_cannot_be_tried_is_refused():
-    def counted(n: int) -> dict[str, Any]:
-        return {"labels": torch.arange(n), "rows": torch.randn(2 * n, 6), "counts": (2,) * n}
-
-    run(Counted(8), counted(4), counted(4))  # one structure, in which it is wanted from the second number on
-    run(Counted(11), counted(4), counted(5))
-    with pytest.raises(IsolationError, match="does not take every example of this one twice.*whose first dimension is"):
-        run(Counted(8), counted(4), counted(5))
+# Checked by hand
 
 
 def test_the_check_by_hand_knows_tables_by_the_width():
@@ -412,38 +261,3 @@ def test_the_check_by_hand_knows_tables_by_the_width():
     with pytest.raises(IsolationError, match="changes with the padding of the batch"):
         engine.check_isolation(model, with_table("positions", 9, 4, 3, 6))
     engine.check_isolation(Encoder("right"), with_table("causal", 9, 4, 3, 6))
-
-
-class Sideways(nn.Module):
-    """Given something of each example along another dimension than the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = DPLinear(6, 3)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return self.head(x / (1 + lengths.max())) if lengths.dim() == 2 else self.head(x)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "place"),
-    [(lambda n: torch.ones(1, n), 1), (lambda n: torch.ones(2, n), 1), (lambda n: torch.ones(3, 1, n), 2)],
-)
-def test_examples_in_another_dimension_are_refused_once_it_follows_their_number(lengths, place):
-    model = Sideways().train()
-    optimizer = make_private(model, batch_size=8)
-    for n in (8, 8):
-        model(torch.randn(n, 6), lengths(n))
-        optimizer.recorder.discard()
-    with pytest.raises(IsolationError, match=rf"as long as the batch in dimension {place}"):
-        model(torch.randn(9, 6), lengths(9))
-
-
-def test_a_width_that_is_the_number_of_one_batch_alone_follows_nobody():
-    sizes, x = Sizes(), torch.ones(4, 2)
-    for n, width in ((4, 4), (4, 4), (6, 5), (5, 5), (7, 7)):
-        assert not sizes.look({"x": torch.ones(n, 2), "row": torch.ones(1, width)}, n).sideways
-    sizes = Sizes()
-    for n in (1, 0, 4, 4):
-        assert not sizes.look({"x": torch.ones(n, 2), "row": torch.ones(1, n), "square": torch.ones(n, n)}, n).sideways
-    assert sizes.look({"x": x[:3], "row": torch.ones(1, 3), "square": torch.ones(3, 3)}, 3).sideways == {"['row']": 1}

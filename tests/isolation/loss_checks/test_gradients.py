@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_dp.isolation.loss_checks.gradients import _weights, meeting, meets, reaches_padding
 from lora_dp.isolation.loss_checks.graph import Outputs
 from lora_dp.isolation.trial_values import tolerance
-from tests.isolation.loss_checks.test_graph import N, edge, model_output
+from tests.isolation.loss_checks.model_outputs import N, edge, model_output
 
 
 def centred(out: Tensor) -> Tensor:

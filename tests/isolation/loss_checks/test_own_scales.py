@@ -1,6 +1,6 @@
 """By which numbers losses that a model computes itself are multiplied and bounded, whatever is done to them after."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,15 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_dp import DPLinear, IsolationError, PrivacyEngine
 from lora_dp.isolation.loss_checks.graph import MixingLoss, Outputs
-from lora_dp.isolation.loss_checks.own_scales import OwnLosses, numbers_outside, own_numbers, summed_up
+from lora_dp.isolation.loss_checks.own_scales import OwnLosses, own_numbers, summed_up
+from tests.isolation.loss_checks.own_losses import Logits, N, batch, rows
 from tests.models import assert_refuses
 from tests.support import make_private
-
-N = 6
-
-
-def rows(n: int = N) -> Tensor:
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(0)).requires_grad_() * torch.ones(n, 3)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +188,6 @@ def steps(model: nn.Module, door: str) -> Callable[[Tensor], None]:
     return step
 
 
-def batch(n: int, tokens: int = 4) -> Tensor:
-    return torch.randn(n, tokens, 4, generator=torch.Generator().manual_seed(n))
-
-
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_a_number_of_the_batch_in_a_models_own_losses_is_refused_by_every_door(name, door):
@@ -236,19 +227,6 @@ def test_a_number_of_the_batch_is_refused_where_the_criterion_was_tested():
     step()
     model.number = 10.0
     assert_refuses(IsolationError, "by 0.1 in this batch, by 0.125 in an earlier one", step)
-
-
-class Logits(nn.Module):
-    """(N, T, 4) → (N, 3) or (N, T, 3), by what changes from step to step and does not follow the batch."""
-
-    def __init__(self, last: Callable[[Tensor, int], Tensor]):
-        super().__init__()
-        self.inner, self.last, self.passes = DPLinear(4, 3), last, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.passes += 1
-        scores = (x @ x.transpose(1, 2) / 4**0.5).softmax(-1)
-        return self.last(self.inner(F.dropout(F.dropout(scores, 0.1) @ x, 0.1)), self.passes)
 
 
 INNOCENT: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -295,98 +273,6 @@ def test_a_hook_may_keep_what_losses_are_made_of(door):
             step(batch(n))
 
 
-# Discounts over steps
-
-
-class Rollout(nn.Module):
-    """(N, T, 4) → the mean of discounted losses of its T steps."""
-
-    def __init__(self, weigh: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.inner, self.weigh = DPLinear(4, 3), weigh
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weigh(self.inner(x).square().sum(2) / 2).mean()
-
-
-def discounted(losses: Sequence[Tensor]) -> Tensor:
-    return sum((0.8**t * loss for t, loss in enumerate(losses)), torch.zeros(()))
-
-
-@pytest.mark.parametrize(
-    "weigh",
-    [
-        lambda losses: discounted(losses.unbind(1)),
-        lambda losses: discounted(losses.t()),
-        lambda losses: discounted([losses[:, t] for t in range(losses.shape[1])]),
-        lambda losses: torch.stack([0.8**t * losses[:, t] for t in range(losses.shape[1])]).sum(0),
-        lambda losses: discounted(losses.unbind(1)) * 0.5 + 0.1 * losses[:, 0],
-    ],
-)
-def test_discounts_over_another_number_of_steps_are_the_same_series(weigh):
-    model = Rollout(weigh)
-    optimizer = make_private(model.train(), batch_size=N)
-    for n, width in ((N, 4), (5, 3), (9, 6), (N, 5), (5, 2)):
-        model(batch(n, width)).backward()
-        optimizer.expect_batch(n)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert optimizer.ledger.steps == 5
-
-
-@pytest.mark.parametrize(
-    "weigh",
-    [
-        # The first step weighs less where there are more.
-        lambda losses: discounted(losses.unbind(1)[::-1]),
-        lambda losses: discounted(losses.flip(1).unbind(1)),
-        lambda losses: discounted([losses[:, -t - 1] for t in range(losses.shape[1])]),
-        lambda losses: discounted([losses[:, t] + losses[:, 0] for t in range(losses.shape[1])]),
-        lambda losses: discounted(losses.unbind(1)) * 0.8 ** losses.shape[1],
-        lambda losses: discounted(losses.unbind(1)) / losses.shape[1],
-        lambda losses: discounted([loss / (t + 1) for t, loss in enumerate(losses.unbind(1))]),
-    ],
-)
-def test_weights_of_steps_that_may_follow_the_width_are_refused(weigh):
-    model = Rollout(weigh)
-    optimizer = make_private(model.train(), batch_size=N)
-    model(batch(N, 4)).backward()
-    optimizer.zero_grad()
-    assert_refuses(IsolationError, "multiplies the losses", lambda: model(batch(N, 5)).backward())
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "taken"),
-    [
-        ([1, 0.8, 0.64], [1, 0.8, 0.64, 0.512], True),
-        ([1, 0.8], [1, 0.8, 0.64], True),
-        ([1], [1, 0.8], False),
-        ([], [1 / 8], False),
-        ([1, 0.8, 0.64], [1, 0.8, 0.64, 0.5], False),
-        ([1, 0.8, 3], [1, 0.8, 0.64, 3], True),
-        ([1, 0.8, 3], [1, 0.8, 3, 0.64], False),
-        ([1, 0.8, 3], [1, 0.8, 0.64, 4], False),
-        ([1, 0.8, 0.64], [0.8, 0.64, 0.512], False),
-        ([3, 4], [4, 3], True),
-    ],
-)
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_longer_series_begins_with_the_shorter_one(then, now, taken, turned):
-    def losses(shares: list[float]) -> Tensor:
-        out = rows().repeat(1, 2)
-        return torch.stack([out[:, 5].exp(), *(out[:, t] * share for t, share in enumerate(shares))])
-
-    first, second = map(losses, (now, then) if turned else (then, now))
-    known = OwnLosses()
-    known.check_numbers(0, first, N)
-    known.check_numbers(1, second, N)
-    if taken:
-        known.check_numbers(0, second, N)
-        known.check_numbers(0, first, N)
-    else:
-        assert_refuses(MixingLoss, "multiplies the losses", lambda: known.check_numbers(0, second, N))
-
-
 @pytest.mark.parametrize(("n", "held"), [(1, False), (2, True), (3, True)])
 def test_two_examples_can_meet_and_one_cannot(n, held):
     known = OwnLosses()
@@ -416,74 +302,3 @@ def test_a_bound_that_comes_later_is_held_to_its_first_value():
     assert_refuses(
         MixingLoss, "by 3 in this batch (Pow's exponent), by 2 in", lambda: known.check_numbers(0, out**3, N)
     )
-
-
-# Outside of the model
-
-OUTSIDE: dict[str, tuple[Callable[[Tensor, float], Tensor], str]] = {
-    "a bound": (lambda losses, c: losses.clamp(max=c), "6 (Clamp's max), that of an earlier one by 5 (Clamp's max)"),
-    "addcmul": (lambda losses, c: torch.addcmul(torch.zeros(()), losses, torch.ones(()), value=c), "Addcmul's value"),
-    "a share": (lambda losses, c: torch.add(torch.zeros(()), losses, alpha=c), "6 (Add's alpha)"),
-    "a power": (lambda losses, c: losses.clamp(min=1.0) ** c, "6 (Pow's exponent)"),
-    "what the constant is divided by": (lambda losses, c: torch.div(torch.tensor(c), 1 + losses), "6 (Div's self)"),
-    "Huber": (
-        lambda losses, c: F.huber_loss(losses, torch.zeros_like(losses), reduction="none", delta=c),
-        "HuberLoss's delta",
-    ),
-    "two": (lambda losses, c: losses.clamp(max=7).clamp(max=c) ** 2, "by 6 (Clamp's max), that of"),
-}
-
-
-def outside(losses: Callable[[Tensor, float], Tensor], by_example: bool) -> Callable[[int, float], None]:
-    model = Logits(lambda out, _: out.mean(1))
-    optimizer = make_private(model.train(), batch_size=N)
-
-    def step(n: int, number: float) -> None:
-        optimizer.zero_grad()
-        found = losses(F.cross_entropy(model(batch(n)), torch.arange(n) % 3, reduction="none"), number)
-        optimizer.backward(found) if by_example else found.mean().backward()
-        optimizer.expect_batch(n)
-        optimizer.step()
-
-    return step
-
-
-@pytest.mark.parametrize("by_example", [False, True])
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_a_number_of_the_batch_in_losses_outside_of_the_model_is_refused(name, by_example):
-    losses, words = OUTSIDE[name]
-    step = outside(losses, by_example)
-    step(1, 4.0)  # one example's own
-    for n in (N, 1, 5):
-        step(n, 5.0)
-    step(1, 4.0)
-    assert_refuses(IsolationError, words, lambda: step(N, 6.0))
-    step(9, 5.0)
-
-
-def test_a_number_outside_of_the_model_is_refused_where_the_criterion_was_tested():
-    def criterion(out: Tensor, number: float) -> Tensor:
-        return out.square().sum(1).clamp(max=number).exp().mean().log().exp()
-
-    engine, model = PrivacyEngine("rdp", reproducible_seed=0), Logits(lambda out, _: out.mean(1))
-    optimizer = make_private(model.train(), batch_size=N, engine=engine)
-    engine.check_isolation(model, (batch(N), torch.zeros(N)), lambda out, y: criterion(out, 5.0))
-    criterion(model(batch(N)), 5.0).backward()
-    optimizer.zero_grad()
-    assert_refuses(
-        IsolationError, "bounded or bent by 6 (Clamp's max)", lambda: criterion(model(batch(N)), 6.0).backward()
-    )
-
-
-def test_losses_that_are_bounded_otherwise_by_turns_are_taken():
-    step = outside(lambda losses, c: losses.clamp(max=c) ** 2 if c > 5 else losses.clamp(max=c), False)
-    for number in (5.0, 6.0, 5.0, 6.0):
-        step(N, number)
-
-
-def test_numbers_beside_the_way_to_the_outputs_are_nobodys():
-    out, beside = rows(), rows()
-    outputs = Outputs.of([out.clamp(max=3)])
-    joined = (outputs.tensors[0] ** 2 * 3 / 8 + beside**5).sum()
-    assert numbers_outside(joined, outputs) == (("Pow's exponent", 2.0),)
-    assert numbers_outside(beside.sum(), outputs) == ()

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dp_accounting.pld import PLDAccountant
 
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian, calibrate_noise_multiplier, max_steps, planning
 from lora_dp.privacy.accounting.planning import _most_steps, _smallest_noise
+from tests.privacy.accounting.dp_accounting_oracle import DELTA, ledger_of
 
 EVENT = PoissonGaussian(1.0, 0.5)
 
@@ -108,9 +110,6 @@ def test_a_root_of_the_steps_takes_one_probe_inside_its_bracket():
     assert asked[-2:] == [5000, 5001]
 
 
-# ε as planning sees it
-
-
 @pytest.mark.parametrize("by_rdp", [1.25, 1e3], ids=["rdp near", "rdp out of reach"])
 @pytest.mark.parametrize("target", [0.01, 0.5, 8.0, 100.0])
 def test_calibration_takes_each_search_from_a_cheaper_one(monkeypatch, target, by_rdp):
@@ -200,3 +199,65 @@ def test_max_steps_at_its_target_exactly(epsilon_is):
     assert max_steps(ledger, EVENT, 0.5, 1e-5) == 0
     ledger.append(EVENT)
     assert max_steps(ledger, EVENT, 0.5, 1e-5) == 0
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps"), [(0.5, 0.01, 500), (1, 1.0, 100), (3, 0.01, 1000), (8, 0.25, 200), (30, 0.1, 20)]
+)
+def test_calibration_is_tight_and_never_above(accountant, epsilon, rate, steps):
+    noise = calibrate_noise_multiplier(epsilon, DELTA, rate, steps, accountant)
+    reached = ledger_of((rate, noise, steps)).epsilon(DELTA, accountant)
+    assert epsilon * (1 - 1e-3) <= reached <= epsilon
+    assert ledger_of((rate, noise * 0.998, steps)).epsilon(DELTA, accountant) > reached
+
+
+def test_pld_needs_less_noise_than_rdp():
+    assert calibrate_noise_multiplier(3, DELTA, 0.05, 100) < calibrate_noise_multiplier(3, DELTA, 0.05, 100, "rdp")
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("spent", [[], [(0.1, 2.0, 20)], [(0.1, 2.0, 20), (0.02, 1.0, 10)]])
+def test_max_steps_fit_and_one_more_does_not(accountant, spent):
+    ledger, event, target = ledger_of(*spent), PoissonGaussian(1.1, 0.05), 2.0
+    steps = max_steps(ledger, event, target, DELTA, accountant)
+    assert steps > 1
+    assert ledger.entries == ledger_of(*spent).entries  # planning spends nothing
+    ledger.append(event, steps)
+    assert ledger.epsilon(DELTA, accountant) <= target
+    ledger.append(event)
+    assert ledger.epsilon(DELTA, accountant) > target
+    assert max_steps(ledger, event, target, DELTA, accountant) == 0
+
+
+def test_max_steps_agrees_with_calibration():
+    noise = calibrate_noise_multiplier(3, DELTA, 0.1, 50)
+    assert max_steps(Ledger(), PoissonGaussian(noise, 0.1), 3, DELTA) == 50
+
+
+def test_max_steps_at_the_ends():
+    assert max_steps(Ledger(), PoissonGaussian(0.0, 0.1), 8, DELTA) == 0
+    assert max_steps(ledger_of((0.1, 0.0, 1)), PoissonGaussian(1.0, 0.1), 8, DELTA) == 0
+    assert max_steps(Ledger(), PoissonGaussian(1e6, 1e-6), 8, DELTA, "rdp") == 10**9
+
+
+def test_planning_takes_few_dear_evaluations(monkeypatch):
+    built = []
+
+    class Counted(PLDAccountant):
+        def __init__(self, relation, value_discretization_interval):
+            built.append(value_discretization_interval)
+            super().__init__(relation, value_discretization_interval)
+
+    monkeypatch.setattr("dp_accounting.pld.PLDAccountant", Counted)
+    noise = calibrate_noise_multiplier(4.321, DELTA, 0.0123, 789)
+    assert 0 < len(built) <= 12
+    built.clear()
+    max_steps(Ledger(), PoissonGaussian(noise, 0.0123), 4.0, DELTA)
+    assert 0 < len(built) <= 20
+
+
+def test_a_tiny_target_warns_of_nothing(caplog):
+    with caplog.at_level("WARNING"):
+        calibrate_noise_multiplier(1e-7, 1e-5, 0.2, 10, "rdp")
+    assert not caplog.records

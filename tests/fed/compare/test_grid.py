@@ -1,0 +1,48 @@
+"""The definition of a grid of runs: its cells, and what makes no sense."""
+
+import pytest
+import yaml
+from rich.console import Console
+
+from lora_dp.fed.compare.comparison import Cell, Grid, compare
+from tests.fed.compare.small_grids import SMALL, grid_config, quietly
+
+
+def test_another_definition_is_refused(tmp_path, fake):
+    quietly(grid_config(tmp_path / "grid", epsilons=[8]))
+    fake.ran.clear()
+    with pytest.raises(ValueError, match=r"another comparison \(rounds, seeds differ\)"):
+        quietly(grid_config(tmp_path / "grid", epsilons=[8], seeds=[0]), rounds=3)
+    assert fake.ran == []
+    quietly(grid_config(tmp_path / "grid", epsilons=[8.0], processes=1), max_grad_norm=1.0)  # a default, written out
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="holds a run"):
+        quietly(grid_config(tmp_path / "run"))
+
+
+def test_compare_yaml_defines_the_same_grid(tmp_path, fake):
+    config = grid_config(tmp_path / "grid", epsilons=[8, "none"], methods=["flora"])
+    compare(config, {**SMALL, "ranks": {4: 0.5, 8: 0.5}}, Console(quiet=True))
+    grid = Grid.read(tmp_path / "grid")
+    same = Grid(config, {**SMALL, "ranks": {"4": 0.5, "8": 0.5}})
+    assert grid.cells == same.cells
+    assert [grid.config(c, None).to_yaml() for c in grid.cells] == [same.config(c, None).to_yaml() for c in same.cells]
+    plain = yaml.safe_load((tmp_path / "grid" / "compare.yaml").read_text())
+    assert plain["epsilons"] == [8.0, "none"] and plain["model"] == "default" and plain["lr"] is None
+    assert not {"method", "epsilon", "seed", "output", "processes"} & set(plain)
+
+
+def test_all_cells_are_checked_before_the_first_runs(tmp_path, fake):
+    with pytest.raises(ValueError, match=r"cell la-lora, no privacy, seed 0 cannot be run: mechanism as-released"):
+        quietly(grid_config(tmp_path / "grid", methods=["la-lora"], epsilons=[8, "none"]), mechanism="as-released")
+    with pytest.raises(ValueError, match="no method 'lalora'"):
+        quietly(grid_config(tmp_path / "grid", methods=["la-lora", "lalora"]))
+    with pytest.raises(ValueError, match="The grid sets epsilon"):
+        quietly(grid_config(tmp_path / "grid"), epsilon=3)
+    assert fake.ran == [] and not (tmp_path / "grid").exists()
+
+
+def test_cells_folders():
+    assert Cell("flat-lora:deer", 0.5, 3).path.as_posix() == "cells/flat-lora-deer/eps0.5/seed3"
+    assert Cell("deer", "none", 0).path.as_posix() == "cells/deer/epsnone/seed0"

@@ -1,0 +1,42 @@
+"""What travels between the server and its nodes."""
+
+import pytest
+
+pytest.importorskip("flwr")
+
+import lora_dp.fed.flower.without_telemetry  # noqa: F401
+
+# isort: split
+from flwr.app import ConfigRecord, RecordDict
+
+from lora_dp.fed.flower import messages
+from lora_dp.fed.flower.server import FlowerEngine
+from lora_dp.fed.rounds.messages import Update
+from tests.fed.flower.loopback import LoopbackGrid
+from tests.fed.flower.small_deployments import STATE, TASK, nodes, tiny
+
+
+def test_tasks_and_updates_travel_unchanged():
+    config = messages.pack_config("seed: 1")
+    content = messages.pack_task(config, TASK, messages.pack_tensors(TASK.state))
+    back = messages.unpack_task(content)
+    assert (back.round, back.turn, back.rank, messages.unpack_config(content)) == (3, 1, 2, "seed: 1")
+    update = messages.unpack_answer(messages.pack_update(Update(STATE)))
+    assert isinstance(update, Update)
+    for state in (back.state, update.tensors):
+        assert state.keys() == STATE.keys()
+        assert all(t.equal(STATE[name]) and t.dtype == STATE[name].dtype for name, t in state.items())
+
+
+def test_nodes_get_neither_the_output_folder_nor_the_servers_device(tmp_path):
+    grid = LoopbackGrid(nodes(1), lambda message, context: None)
+    engine = FlowerEngine(grid, tiny(clients=1, output=tmp_path, device="cpu"))
+    engine._meet()
+    told = messages.unpack_config(grid.sent[0].content)
+    assert str(tmp_path) not in told and "device: auto" in told
+
+
+def test_an_answer_that_is_no_integer_is_none():
+    content = RecordDict({messages.ANSWER: ConfigRecord({"client": "0"})})
+    with pytest.raises(TypeError):
+        messages.unpack_introduction(content)

@@ -1,0 +1,3 @@
+"""Options of runs in which whole clients are protected."""
+
+SERVER = {"unit": "client", "noise_by": "server"}
