@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 AUDIT, ISOLATION, REFUSED = "the audit", "the isolation check", "the engine refuses"
 
+# What an audited training does: one step on everybody, or eight at a rate of 1/8.
+FULL = {"noise_multiplier": 1.0, "steps": 1}
+SAMPLED = {"noise_multiplier": 0.8, "batch_size": 8, "steps": 8}
+PHASE_A = {**FULL, "phases": "A"}
+
 
 class Planting:
     """Replaces functions of the package by faulty ones, and counts how often these run.

@@ -6,8 +6,8 @@ from lora_dp import IsolationError
 from lora_dp.auditing import GradientCanaries, audit
 from lora_dp.privacy.mechanism import Mechanism
 from tests.auditing.tiny import training
-from tests.faults.planted import FAULTS, FULL, PHASE_A, SAMPLED
-from tests.faults.planting import AUDIT, ISOLATION, REFUSED, ROOT, Fault, Planting, verdicts
+from tests.faults.planted import FAULTS
+from tests.faults.planting import AUDIT, FULL, ISOLATION, PHASE_A, REFUSED, ROOT, SAMPLED, Fault, Planting, verdicts
 
 NODES = sorted({catcher for fault in FAULTS for catcher in fault.caught_by if "::" in catcher})
 # What a test that has noticed something raises.
