@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lora_dp.fed.compare import grid as module
-from lora_dp.fed.compare import tables, workers
+from lora_dp.fed.compare import tables
 from lora_dp.fed.compare.comparison import Grid
 from tests.fed.compare.small_grids import ACCURACY, grid_config, quietly
 
@@ -47,7 +47,7 @@ def test_the_table_has_mean_and_sample_deviation(tmp_path, fake):
 def test_csv_has_a_row_a_cell(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid", epsilons=[8, "none"]))
     cells = pandas.read_csv(tmp_path / "grid" / "comparison.csv", keep_default_na=False)
-    assert len(workers) == 12 and list(cells["epsilon"].unique()) == ["8.0", "none"]
+    assert len(cells) == 12 and list(cells["epsilon"].unique()) == ["8.0", "none"]
     one = cells[(cells["method"] == "dp-lora") & (cells["epsilon"] == "8.0") & (cells["seed"] == 1)].iloc[0]
     assert float(one["accuracy_after"]) == 0.97 and float(one["worst_epsilon"]) == 8 * 0.99
     assert one["folder"] == "cells/dp-lora/eps8/seed1" and one["status"] == "finished"

@@ -109,7 +109,8 @@ import os, signal, sys
 from pathlib import Path
 from rich.console import Console
 from lora_dp.fed import launch
-from lora_dp.fed.compare import CompareConfig, compare
+from lora_dp.fed.compare.comparison import compare
+from lora_dp.fed.compare.options import CompareConfig
 
 if __name__ == "__mp_main__" and os.environ.get("DIE"):
     whole = launch.run
