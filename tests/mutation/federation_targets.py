@@ -63,19 +63,6 @@ FEDERATION: dict[str, Target] = {
             "tests/fed/rounds/test_centralised.py",
         )
     ),
-    "lora_dp/fed/rounds/local_training.py": Target(
-        (
-            "tests/fed/rounds/test_local_training.py",
-            "tests/fed/rounds/test_client.py",
-            "tests/fed/rounds/test_contained_failures.py",
-            "tests/fed/rounds/test_failing_clients.py",
-            "tests/fed/rounds/test_secrets.py",
-            "tests/fed/rounds/test_units.py",
-            "tests/fed/rounds/test_secret_draws.py",
-            "tests/fed/rounds/test_as_released.py",
-            "tests/fed/rounds/test_centralised.py",
-        )
-    ),
     "lora_dp/fed/rounds/seeds.py": Target(
         (
             "tests/fed/rounds/test_seeds.py",

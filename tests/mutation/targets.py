@@ -59,7 +59,6 @@ SETTLED = (
     "lora_dp/fed/rounds/federation.py",
     "lora_dp/fed/flower/policy.py",
     "lora_dp/fed/rounds/client.py",
-    "lora_dp/fed/rounds/local_training.py",
     "lora_dp/fed/rounds/seeds.py",
     "lora_dp/engine/validation.py",
     "lora_dp/isolation/model_state/buffers.py",

@@ -118,7 +118,7 @@ def test_every_target_and_its_tests_are_there(path):
         "lora_dp/fed/rounds/server_noise.py::NoisySum.add::drop call::rule.measured(change[name]) → (change[name])",
         "lora_dp/fed/rounds/client.py::Trainer._noised::drop call::rules[name].measured(tensor - start[name])",
         "lora_dp/engine/fused_step.py::_native_step::extreme::sum → max",
-        "lora_dp/isolation/loss_checks/graph.py::::constant::1e-4 → 0.01",
+        "lora_dp/isolation/trial_values.py::::constant::1e-4 → 0.01",
     ],
 )
 def test_mistakes_that_tests_once_missed_are_among_them(name):
