@@ -8,8 +8,7 @@ Takes about half a minute, and downloads nothing. The run's folder, under runs/,
 
 import json
 
-from lora_dp.fed.config import RunConfig
-from lora_dp.fed.launch import run
+from lora_dp.fed import RunConfig, run
 
 config = RunConfig.from_flat(
     {

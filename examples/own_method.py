@@ -25,8 +25,7 @@ class WarmUp(Method):
 
 
 if __name__ == "__main__":  # a try without a package: this process alone knows the name
-    from lora_dp.fed.config import RunConfig
-    from lora_dp.fed.launch import run
+    from lora_dp.fed import RunConfig, run
 
     METHODS[WarmUp.name] = WarmUp
     config = RunConfig.from_flat({"method": "warm-up", "method_options": {"until": 2}, "rounds": 4, "local_steps": 5})
