@@ -19,6 +19,12 @@ class Backend:
         device: on which, as torch names it.
         runs: whether it does here.
         detail: how, or why not and what to do.
+
+    >>> always, *_, reference = backends()
+    >>> always.name, always.device, always.runs
+    ('native C++', 'cpu', True)
+    >>> reference.name, reference.device
+    ('plain torch', 'any')
     """
 
     name: str
@@ -28,7 +34,11 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """Every way in which ops can run, on the CPU and on each GPU: native C++ and CUDA, Triton, plain torch."""
+    """Every way in which ops can run, on the CPU and on each GPU: native C++ and CUDA, Triton, plain torch.
+
+    >>> [backend.name for backend in backends() if backend.device in ("cpu", "any") and backend.runs]
+    ['native C++', 'plain torch']
+    """
     locked = (
         "keys locked in memory"
         if native.keys_are_locked()

@@ -2,7 +2,17 @@
 
 
 class IsolationError(RuntimeError):
-    """An example's rows, outputs or gradients depend on other examples of its batch."""
+    """An example's rows, outputs or gradients depend on other examples of its batch.
+
+    >>> import torch
+    >>> from lora_dp import DPLinear, PrivacyEngine, losses
+    >>> def contrastive(outputs, _):  # compares each example with all others of its batch
+    ...     return losses.classification_loss(outputs @ outputs.T, torch.arange(len(outputs)))
+    >>> batch = torch.randn(8, 4), torch.zeros(8)
+    >>> PrivacyEngine().check_isolation(DPLinear(4, 2), batch, contrastive)
+    Traceback (most recent call last):
+    lora_dp.errors.IsolationError: ...
+    """
 
 
 class TooFewClients(RuntimeError):

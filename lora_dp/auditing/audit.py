@@ -56,6 +56,16 @@ class AuditResult:
         repeated: two worlds whose trainings gave the same score again and again. Without noise that is as it must be;
             under a seed in ``train_fn`` it is one training counted many times, and the verdict is worth nothing.
         seed: of the coins and of where gradients were planted.
+
+    >>> from lora_dp.auditing import ExampleCanaries
+    >>> def train_fn(extra):  # keeps its examples as they are: nothing is private
+    ...     return extra
+    >>> canaries = ExampleCanaries(range(100), loss=lambda trained, example: float(example not in trained))
+    >>> result = audit(train_fn, canaries, delta=1e-5, claimed_epsilon=1.0, seed=0)
+    >>> result.verdict, result.guesses, result.correct
+    ('violated', 50, 50)
+    >>> round(result.epsilon, 2), result.claimed_epsilon
+    (2.26, 1.0)
     """
 
     epsilon: float
@@ -148,6 +158,22 @@ def audit(
 
     Raises:
         ValueError: a number out of range, no claim to test, or scores that are not finite.
+
+    >>> from lora_dp import DPLinear, PrivacyEngine
+    >>> from lora_dp.auditing import GradientCanaries
+    >>> def train_fn(plant):
+    ...     model = DPLinear(20, 5)
+    ...     model, optimizer, loader = PrivacyEngine().make_private(
+    ...         model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+    ...         data_loader=torch.utils.data.DataLoader(torch.randn(32, 20), batch_size=32),
+    ...         noise_multiplier=2.0, max_grad_norm=1.0)
+    ...     plant(optimizer, loader)  # the one line that an audit needs
+    ...     for x in loader:
+    ...         optimizer.backward(model(x).square().sum(1))
+    ...         optimizer.step()
+    >>> result = audit(train_fn, GradientCanaries(count=100), delta=1e-5)
+    >>> result.verdict, round(result.claimed_epsilon, 2)
+    ('not violated', 1.99)
     """
     check_delta(delta)
     check_confidence(confidence)
@@ -325,6 +351,11 @@ def plot_audits(audits: dict[str, Sequence[AuditResult]], path: str | os.PathLik
 
     Raises:
         ValueError: nothing to draw: no result with a finite claim.
+
+    >>> from lora_dp.auditing import ExampleCanaries
+    >>> canaries = ExampleCanaries(range(100), loss=lambda trained, example: float(example not in trained))
+    >>> result = audit(list, canaries, delta=1e-5, claimed_epsilon=1.0)
+    >>> plot_audits({"nothing is private": [result]}, "audit.png")
     """
     from matplotlib.figure import Figure
 

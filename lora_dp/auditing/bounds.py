@@ -62,6 +62,9 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
 
     Raises:
         ValueError: not 0 ≤ v ≤ r ≤ m.
+
+    >>> round(one_run_p_value(canaries=100, guesses=100, correct=60, epsilon=0.1, delta=1e-5), 3)
+    0.08
     """
     _check_guesses(canaries, guesses, correct)
     if correct == 0:
@@ -106,6 +109,9 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, con
 
     Raises:
         ValueError: impossible counts, or a confidence outside (0, 1).
+
+    >>> round(one_run_epsilon(canaries=100, guesses=100, correct=100, delta=1e-5, confidence=0.95), 2)
+    3.49
     """
     check_confidence(confidence)
     return _first_crossing(lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta), 1 - confidence)
@@ -124,6 +130,9 @@ def one_run_mu(canaries: int, guesses: int, correct: int, confidence: float) -> 
 
     Raises:
         ValueError: impossible counts, or a confidence outside (0, 1).
+
+    >>> round(one_run_mu(canaries=100, guesses=100, correct=100, confidence=0.95), 2)
+    1.7
     """
     check_confidence(confidence)
     _check_guesses(canaries, guesses, correct)
@@ -170,6 +179,9 @@ def clopper_pearson_upper(errors: ArrayLike, trials: int, confidence: float) -> 
         errors: any shape.
         trials: at least 1.
         confidence: in (0, 1), one-sided.
+
+    >>> clopper_pearson_upper([0, 5, 100], trials=100, confidence=0.95).round(3)
+    array([0.03 , 0.102, 1.   ])
     """
     check_confidence(confidence)
     k = np.asarray(errors, dtype=np.float64)
@@ -182,6 +194,9 @@ def two_world_epsilon(false_positive: ArrayLike, false_negative: ArrayLike, delt
     Args:
         false_positive, false_negative: α and β, upper bounds, of any shapes that broadcast.
         delta: likewise.
+
+    >>> round(float(two_world_epsilon(false_positive=0.05, false_negative=0.05, delta=1e-5)), 2)
+    2.94
     """
     a, b, d = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (false_positive, false_negative, delta)))
     with np.errstate(divide="ignore", invalid="ignore"):  # not a number where the rates exclude nothing
@@ -190,13 +205,21 @@ def two_world_epsilon(false_positive: ArrayLike, false_negative: ArrayLike, delt
 
 
 def two_world_mu(false_positive: ArrayLike, false_negative: ArrayLike) -> Floats:
-    """The least μ at which such error rates are possible, *assuming a Gaussian trade-off curve* (arXiv 1905.02383)."""
+    """The least μ at which such error rates are possible, *assuming a Gaussian trade-off curve* (arXiv 1905.02383).
+
+    >>> round(float(two_world_mu(false_positive=0.05, false_negative=0.05)), 2)
+    3.29
+    """
     a, b = np.asarray(false_positive, dtype=np.float64), np.asarray(false_negative, dtype=np.float64)
     return cast(Floats, np.maximum(-ndtri(a) - ndtri(b), 0.0))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε at ``delta`` of a μ-GDP mechanism, that is of Gaussian noise with deviation 1 / μ (arXiv 1805.06530)."""
+    """ε at ``delta`` of a μ-GDP mechanism, that is of Gaussian noise with deviation 1 / μ (arXiv 1805.06530).
+
+    >>> round(gaussian_epsilon(mu=1.0, delta=1e-5), 2)  # one step on all examples, noise multiplier 1
+    4.38
+    """
     from dp_accounting import get_epsilon_gaussian
 
     return float(get_epsilon_gaussian(1 / mu, delta)) if mu > 0 else 0.0

@@ -66,6 +66,11 @@ class ExampleCanaries:
     Attributes:
         examples: of any kind.
         loss: loss(trained, example), lower where the example seems to have been trained on.
+
+    >>> mislabelled = [([0.0, 1.0], 1), ([1.0, 0.0], 0)]
+    >>> canaries = ExampleCanaries(mislabelled, loss=lambda model, example: (model(example[0]) - example[1]) ** 2)
+    >>> canaries.count
+    2
     """
 
     examples: Sequence[Any]
@@ -92,6 +97,9 @@ class GradientCanaries:
         norm: length of each gradient, in units of the clip bound; above 1, so that clipping is tested.
         direction: "coordinate" (each canary has one number of its own; with per-layer clipping one in every layer) or
             "random" (a random direction; canaries overlap a little, and may outnumber the parameters).
+
+    >>> GradientCanaries(count=500)
+    GradientCanaries(count=500, norm=10.0, direction='coordinate')
     """
 
     count: int = 1000
@@ -132,6 +140,20 @@ class PlantedCanaries:
             noised sum in units of the clip bound.
         ledger: of the optimizer.
         steps: observed.
+
+    >>> from lora_dp import DPLinear, PrivacyEngine
+    >>> model = DPLinear(20, 5)
+    >>> model, optimizer, loader = PrivacyEngine().make_private(
+    ...     model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+    ...     data_loader=torch.utils.data.DataLoader(torch.randn(32, 20), batch_size=32),
+    ...     noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> planted = PlantedCanaries(GradientCanaries(count=10), np.arange(10) < 5, torch.Generator())
+    >>> planted.plant(optimizer, loader)
+    >>> for x in loader:
+    ...     optimizer.backward(model(x).square().sum(1))
+    ...     optimizer.step()
+    >>> planted.steps, planted.scores.shape
+    (1, torch.Size([10]))
     """
 
     def __init__(self, canaries: GradientCanaries, included: Coins, generator: torch.Generator):

@@ -49,6 +49,20 @@ class GraphedStep:
     Raises:
         ValueError: batch_size below 1, or a trainable embedding, by name.
         TypeError: batch_size is no whole number, or another argument is of another kind.
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from lora_dp import DPLinear, PrivacyEngine
+    >>> from lora_dp.losses import classification_loss
+    >>> model = DPLinear(4, 3)
+    >>> data = DataLoader(TensorDataset(torch.randn(64, 4), torch.randint(3, (64,))), batch_size=16)
+    >>> model, optimizer, loader = PrivacyEngine().make_private(
+    ...     model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=data,
+    ...     noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> step = GraphedStep(model, optimizer, lambda model, x, y: classification_loss(model(x), y), batch_size=32)
+    >>> for x, y in loader:
+    ...     loss = step(x, y)
+    >>> optimizer.steps_taken
+    4
     """
 
     def __init__(self, model: nn.Module, optimizer: PrivateOptimizer, loss: Callable[..., Tensor], *, batch_size: int):

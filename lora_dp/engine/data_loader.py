@@ -94,6 +94,17 @@ class PrivateDataLoader:
     Raises:
         ValueError: no examples, one twice, no batch size, a batch size above the number of examples, or an own sampler.
         TypeError: an iterable data set, which cannot be Poisson sampled.
+
+    The examples of the methods go on from this one:
+
+    >>> import torch
+    >>> from lora_dp import DPLinear, PrivacyEngine
+    >>> model = DPLinear(4, 2)
+    >>> model, optimizer, loader = PrivacyEngine().make_private(
+    ...     model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     data_loader=DataLoader(torch.randn(200, 4), batch_size=20), noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> loader.sample_rate, loader.expected_batch_size, len(loader)
+    (0.1, 20, 10)
     """
 
     dataset = Fixed[Any]()
@@ -169,6 +180,12 @@ class PrivateDataLoader:
             IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
             RuntimeError: a batch was not stepped before the next was asked for, one could not be fetched earlier, or
                 torch's generators were seeded since make_private.
+
+        >>> for x in loader.take(3):
+        ...     optimizer.backward(model(x).square().sum(1))
+        ...     optimizer.step()
+        >>> optimizer.steps_taken
+        3
         """
         return _Batches(self, self._take(steps))
 

@@ -85,6 +85,22 @@ class PrivacyEngine:
     Attributes:
         ledger: every step taken so far.
         history: whose steps these are, which a state that is loaded must know of.
+
+    The examples of the methods go on from this one:
+
+    >>> from torch.utils.data import TensorDataset
+    >>> from lora_dp.losses import classification_loss
+    >>> model = DPLoRALinear(4, 3, r=2)
+    >>> sgd = torch.optim.SGD([model.lora_A, model.lora_B], lr=0.1)
+    >>> data = DataLoader(TensorDataset(torch.randn(64, 4), torch.randint(3, (64,))), batch_size=16)
+    >>> engine = PrivacyEngine()
+    >>> model, optimizer, loader = engine.make_private(
+    ...     model=model, optimizer=sgd, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> for x, y in loader:  # one pass over the data: four steps
+    ...     optimizer.backward(classification_loss(model(x), y))
+    ...     optimizer.step()
+    >>> engine.ledger.steps, round(engine.get_epsilon(delta=1e-3), 2)
+    (4, 2.51)
     """
 
     ledger = Fixed[Ledger](
@@ -159,6 +175,11 @@ class PrivacyEngine:
             TypeError: an iterable data set, an argument of another type, or a model that torch.compile has wrapped
                 already.
             RuntimeError: torch.distributed runs several processes.
+
+        >>> model, optimizer, loader = engine.make_private(
+        ...     model=model, optimizer=sgd, data_loader=data, noise_multiplier=0.8, max_grad_norm=1.0, phases="BA")
+        >>> optimizer.sample_rate, optimizer.expected_batch_size, len(loader)
+        (0.25, 16, 4)
         """
         options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise)
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
@@ -193,6 +214,12 @@ class PrivacyEngine:
         Raises:
             ValueError: as above, ε ≤ 0, δ outside (0, 1), or not exactly one of epochs and steps.
             PrivacyBudgetExceeded: by the optimizer, before a step that would overrun the target.
+
+        >>> model, optimizer, loader = engine.make_private_with_epsilon(
+        ...     model=model, optimizer=sgd, data_loader=data, target_epsilon=8, target_delta=1e-3, epochs=2,
+        ...     max_grad_norm=1.0)
+        >>> round(optimizer.noise_multiplier, 2)
+        0.63
         """
         options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise)
         check_number("target_epsilon", target_epsilon)
@@ -289,6 +316,11 @@ class PrivacyEngine:
         :meth:`make_private` does so. Call it again after whatever seeds torch later on: ``torch.manual_seed``,
         Transformers' ``set_seed`` and ``Trainer``, a random state that is restored from a file. With
         ``reproducible_seed`` nothing happens.
+
+        >>> generator = torch.manual_seed(0)
+        >>> engine.renew_randomness()
+        >>> torch.initial_seed() == 0
+        False
         """
         if self.source.secure:
             renew()
@@ -301,6 +333,9 @@ class PrivacyEngine:
         Raises:
             ValueError: δ outside (0, 1).
             TypeError: δ is no number.
+
+        >>> round(engine.get_epsilon(delta=1e-3), 2), round(engine.get_epsilon(delta=1e-5), 2)
+        (2.51, 4.21)
         """
         check_number("delta", delta)
         self._warn_of_waiting()
@@ -318,6 +353,10 @@ class PrivacyEngine:
         """What a resumed run needs: the ledger, and the state of a seeded source (a secure key is never stored).
 
         Warns as :meth:`get_epsilon`.
+
+        >>> saved = engine.state_dict()
+        >>> saved["accountant"], saved["ledger"]["entries"][0]["count"]
+        ('pld', 4)
         """
         self._warn_of_waiting()
         source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
@@ -336,6 +375,11 @@ class PrivacyEngine:
         Raises:
             ValueError: no state of an engine, a damaged ledger, the state of a reproducible run in an engine that is
                 not, or of another accountant, or a ledger that lacks steps of this engine's.
+
+        >>> resumed = PrivacyEngine()
+        >>> resumed.load_state_dict(engine.state_dict())
+        >>> resumed.get_epsilon(delta=1e-3) == engine.get_epsilon(delta=1e-3)
+        True
         """
         if not isinstance(state, dict) or not {"accountant", "ledger", "source"} <= state.keys():
             raise ValueError(
@@ -384,6 +428,14 @@ class PrivacyEngine:
             IsolationError: naming the module, or the loss, in which examples meet.
             ValueError: fewer than two examples, or targets without a criterion.
             TypeError: a model, batch or criterion that is none.
+
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> engine.check_isolation(model, (x, y), classification_loss)
+        >>> def contrastive(outputs, _):  # compares each example with all others of its batch
+        ...     return classification_loss(outputs @ outputs.T, torch.arange(len(outputs)))
+        >>> engine.check_isolation(model, (x, y), contrastive)
+        Traceback (most recent call last):
+        lora_dp.errors.IsolationError: ...
         """
         check_kind("model", model, nn.Module, "give the one that is trained")
         if criterion is not None:

@@ -60,6 +60,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
     Made by :meth:`lora_dp.PrivacyEngine.make_private`. Learning-rate schedulers take it as any optimizer; its
     state dict is the wrapped one's with ``steps_taken``. Each step appends its event to the ledger before the noised
     gradient exists.
+
+    The examples of the methods go on from this one:
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from lora_dp import PrivacyEngine
+    >>> from lora_dp.losses import classification_loss
+    >>> model, engine = DPLoRALinear(4, 3, r=2), PrivacyEngine()
+    >>> sgd = torch.optim.SGD([model.lora_A, model.lora_B], lr=0.1)
+    >>> data = DataLoader(TensorDataset(torch.randn(64, 4), torch.randint(3, (64,))), batch_size=16)
+    >>> model, optimizer, loader = engine.make_private(
+    ...     model=model, optimizer=sgd, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> optimizer.noise_multiplier, optimizer.max_grad_norm, optimizer.expected_batch_size
+    (1.0, 1.0, 16)
     """
 
     event = Fixed[PoissonGaussian]()
@@ -153,6 +166,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state, with ``steps_taken`` and what of the ledger :meth:`load_state_dict` checks.
+
+        >>> saved = optimizer.state_dict()
+        >>> saved["steps_taken"], saved["param_groups"][0]["lr"]
+        (0, 0.1)
+        """
         state = self.original_optimizer.state_dict()
         # In the groups, too: torch's optimizers keep it there, where one of them is given this state.
         spent = {_LEDGER_STEPS: self.ledger.steps, _LEDGER_RUNS: [list(run) for run in self.history.runs]}
@@ -165,6 +184,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: no state of an optimizer, or of one over other parameters, or its runs cannot be read.
             TypeError: ``steps_taken`` or ``ledger_steps`` is no whole number.
+
+        >>> saved = optimizer.state_dict()
+        >>> saved["param_groups"][0]["lr"] = 0.05
+        >>> optimizer.load_state_dict(saved)
+        >>> optimizer.param_groups[0]["lr"]
+        0.05
         """
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
@@ -186,6 +211,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: no dict.
             ValueError: at the next step, if one is not.
+
+        >>> _, optimizer, _ = engine.make_private(
+        ...     model=model, optimizer=torch.optim.SGD([model.lora_B], lr=0.2), data_loader=data,
+        ...     noise_multiplier=1.0, max_grad_norm=1.0, phases="B")
+        >>> optimizer.add_param_group({"params": [model.lora_A], "lr": 0.1})
+        >>> optimizer.set_phases("BA")
         """
         check_kind("param_group", param_group, dict, "with its parameters under 'params'")
         self.original_optimizer.add_param_group(param_group)
@@ -194,11 +225,27 @@ class PrivateOptimizer(torch.optim.Optimizer):
         raise TypeError("A private optimizer cannot be copied or pickled, its noise would repeat: use state_dict().")
 
     def register_step_pre_hook(self, hook: Any) -> Any:
-        """A hook on the wrapped optimizer's step, when ``.grad`` holds the noised gradients."""
+        """A hook on the wrapped optimizer's step, when ``.grad`` holds the noised gradients.
+
+        >>> handle = optimizer.register_step_pre_hook(lambda *_: print(model.lora_B.grad.shape))
+        >>> for x, y in loader.take(1):
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step()
+        torch.Size([3, 2])
+        """
         return self.original_optimizer.register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Any) -> Any:
-        """A hook after the wrapped optimizer's step."""
+        """A hook after the wrapped optimizer's step.
+
+        >>> schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        >>> handle = optimizer.register_step_post_hook(lambda *_: schedule.step())  # follows empty batches, too
+        >>> for x, y in loader.take(2):
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step()
+        >>> optimizer.param_groups[0]["lr"]
+        0.025
+        """
         return self.original_optimizer.register_step_post_hook(hook)
 
     def __repr__(self) -> str:
@@ -208,7 +255,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
         )
 
     def activate(self) -> None:
-        """Make this optimizer the one for which the model records, where several share one model."""
+        """Make this optimizer the one for which the model records, where several share one model.
+
+        >>> _, other, other_loader = engine.make_private(
+        ...     model=model, optimizer=sgd, data_loader=data, noise_multiplier=2.0, max_grad_norm=1.0)
+        >>> optimizer.activate()  # the first again, for the steps that follow
+        >>> for x, y in loader.take(1):
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step()
+        >>> engine.ledger.entries[0][0].noise_multiplier
+        1.0
+        """
         if self._recorder.owner is not self:
             self._recorder.discard()  # another's examples must not enter a step of this one
         factors = self._phases.factors(self.steps_taken)
@@ -237,6 +294,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: unknown phases, or the wrapped optimizer lacks a parameter of theirs.
             RuntimeError: in the middle of a logical batch.
+
+        >>> optimizer.set_phases("B")
+        >>> before = model.lora_A.detach().clone()
+        >>> for x, y in loader:
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step()
+        >>> torch.equal(model.lora_A, before)
+        True
         """
         if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
@@ -292,12 +357,31 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise RuntimeError(self._lost)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update."""
+        """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update.
+
+        >>> for x, y in loader:
+        ...     half = len(x) // 2
+        ...     optimizer.signal_skip_step()
+        ...     optimizer.backward(classification_loss(model(x[:half]), y[:half]))
+        ...     optimizer.step()  # adds the first half
+        ...     optimizer.backward(classification_loss(model(x[half:]), y[half:]))
+        ...     optimizer.step()  # adds the second, and noise once
+        >>> optimizer.steps_taken
+        4
+        """
         check_flag("do_skip", do_skip)
         self._skip_next = do_skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients that no step has taken; micro-batches already added to the logical batch stay."""
+        """Forget gradients that no step has taken; micro-batches already added to the logical batch stay.
+
+        >>> for x, y in loader:
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> model.lora_B.grad is None
+        True
+        """
         self._recorder.forget_gradients()
         self.original_optimizer.zero_grad(set_to_none)
 
@@ -315,6 +399,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
             TypeError: the weight is no number, but a tensor say.
             RuntimeError: no training forward before, or another optimizer is active.
             IsolationError: an example's loss depends on others.
+
+        >>> for step, (x, y) in enumerate(loader):
+        ...     optimizer.backward(classification_loss(model(x), y), weight=1 / (step + 1))
+        ...     optimizer.step()
         """
         check_number("weight", weight, "one public number for all examples; weigh each in its own loss")
         if not math.isfinite(weight) or weight == 0:
@@ -350,6 +438,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
             RuntimeError: nothing was recorded, another optimizer is active, or the batch is not the one drawn.
             ValueError: a wrong mask, or the wrapped optimizer holds an uncovered parameter.
             TypeError: a mask that is no tensor, or a closure that cannot be called.
+
+        >>> for x, y in loader:
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step(mask=x.isfinite().all(1))  # an example that cannot be used adds nothing
+        >>> optimizer.steps_taken
+        4
         """
         value = None
         if mask is not None and not isinstance(mask, Tensor):

@@ -264,6 +264,15 @@ class RunConfig:
 
     Options have unique names over all groups, so they are flat on the command line and in a YAML file (the model's
     name is `model` there).
+
+    >>> config = RunConfig.from_flat({"method": "ffa-lora", "epsilon": 1.0, "rounds": 10, "model": "default"})
+    >>> config.federation.rounds, config.privacy.target, config.optimization.lr
+    (10, 1.0, 0.15)
+    >>> print(config.to_yaml())
+    # python -m lora_dp.fed --config config.yaml
+    ...
+    method: ffa-lora
+    ...
     """
 
     federation: FederationConfig = field(default_factory=FederationConfig)

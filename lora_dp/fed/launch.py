@@ -26,6 +26,13 @@ def run(config: RunConfig, console: Console | None = None, began: float | None =
     Raises:
         ValueError: settings, data and model that do not go together; nothing has been trained.
         TooFewClients: a round had too few usable updates; the run can be resumed.
+
+    >>> config = RunConfig.from_flat({"clients": 2, "rounds": 1, "local_steps": 1, "output": "runs/first"})
+    >>> outcome = run(config, Console(quiet=True))
+    >>> outcome.summary["status"], outcome.summary["worst_epsilon"] <= 8
+    ('finished', True)
+    >>> (outcome.folder / "adapter" / "adapter_model.safetensors").exists()
+    True
     """
 
     report = ConsoleReport(console or Console(), began)
@@ -52,6 +59,12 @@ def resume(path: Path, console: Console | None = None, began: float | None = Non
 
     Raises:
         ValueError: no run there, or one that has ended; every checkpoint damaged.
+
+    >>> config = RunConfig.from_flat({"clients": 2, "rounds": 1, "local_steps": 1, "output": "runs/killed"})
+    >>> path = run(config, Console(quiet=True)).folder
+    >>> (path / "summary.json").unlink()  # as if it had been killed at the end
+    >>> resume(path, Console(quiet=True)).summary["status"]
+    'finished'
     """
     report = ConsoleReport(console or Console(), began)
     folder, config = RunFolder.open(path)

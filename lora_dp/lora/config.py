@@ -32,6 +32,13 @@ class LoRAConfig:
     Raises:
         ValueError: a value out of range.
         TypeError: ``target_modules`` or ``trainable_modules`` is no list of names, or a value of another type.
+
+    >>> config = LoRAConfig(r=16, target_modules=["query", "value"], trainable_modules=["classifier"])
+    >>> config.r, config.alpha, config.dropout
+    (16, None, 0.0)
+    >>> LoRAConfig(r=0)
+    Traceback (most recent call last):
+    ValueError: r must be a whole number of at least 1, got 0: 4 to 16 is usual.
     """
 
     r: int = 8

@@ -38,6 +38,11 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         TypeError: no module, or no LoRAConfig.
         ValueError: it has adapters already; a name matches nothing (with the nearest ones); the rank is above a
             layer's size; a layer cannot be adapted or trained in private; tied weights. The model is then unchanged.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> model = inject_lora(model, LoRAConfig(r=2, target_modules=["0"], trainable_modules=["2"]))
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['0.lora_A', '0.lora_B', '2.weight', '2.bias']
     """
     check_kind("model", model, nn.Module, "give the plain model")
     check_kind("config", config, LoRAConfig, "LoRAConfig() adapts all linear layers but the head")

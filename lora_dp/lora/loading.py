@@ -35,6 +35,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         ValueError: not a LoRA adapter, an unsupported option, an adapter for another model, other adapters than the
             model has, or tensors that are not floating-point or not finite. The model is then unchanged.
         TypeError: no model, or no path.
+
+    >>> from lora_dp import inject_lora, save_adapter
+    >>> trained = inject_lora(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, target_modules=["0"]))
+    >>> save_adapter(trained, "adapter")
+    >>> model = load_adapter(nn.Sequential(nn.Linear(8, 8)), "adapter")
+    >>> torch.equal(model[0].lora_A, trained[0].lora_A)
+    True
     """
     check_kind("model", model, nn.Module, "give the plain model, or the one that inject_lora returned")
     check_path("folder", folder)

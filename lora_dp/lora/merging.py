@@ -21,6 +21,12 @@ def merge_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: an adapted weight is tied to another module, which merging would change too.
         TypeError: no model.
+
+    >>> from lora_dp import LoRAConfig, inject_lora
+    >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, target_modules=["0"]))
+    >>> merge_adapters(model)
+    >>> list(model.state_dict())
+    ['0.weight', '0.bias']
     """
     check_kind("model", model, nn.Module, "give the one with adapters")
     adapters = adapters_of(model)
@@ -42,6 +48,13 @@ def unmerge_adapters(model: nn.Module) -> None:
 
     Raises:
         TypeError: no model.
+
+    >>> from lora_dp import LoRAConfig, inject_lora
+    >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, target_modules=["0"]))
+    >>> merge_adapters(model)
+    >>> unmerge_adapters(model)
+    >>> list(model.state_dict())
+    ['0.weight', '0.bias', '0.lora_A', '0.lora_B']
     """
     check_kind("model", model, nn.Module, "give the one with adapters")
     for layer in adapters_of(model).values():

@@ -60,6 +60,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
         TypeError: no model, or no path.
+
+    >>> from lora_dp import inject_lora
+    >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, target_modules=["0"]))
+    >>> save_adapter(model, "adapter")
+    >>> sorted(path.name for path in Path("adapter").iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_kind("model", model, nn.Module, "give the one that inject_lora returned")
     check_path("folder", folder)

@@ -111,6 +111,12 @@ class DPLoRALinear(PrivateModule):
     Raises:
         ValueError: rank, alpha or dropout out of range.
         TypeError: one of another type.
+
+    >>> layer = DPLoRALinear(6, 4, r=2)
+    >>> layer(torch.ones(3, 6)).shape
+    torch.Size([3, 4])
+    >>> [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    ['lora_A', 'lora_B']
     """
 
     weight: nn.Parameter
@@ -313,6 +319,12 @@ class DPLinear(PrivateModule):
         bias: whether there is one.
         fan_in_fan_out: ``weight`` is stored as (d_in, d_out), as GPT-2's Conv1D does.
         device, dtype: of the parameters.
+
+    >>> head = DPLinear(6, 4)
+    >>> head(torch.ones(3, 6)).shape
+    torch.Size([3, 4])
+    >>> [name for name, parameter in head.named_parameters() if parameter.requires_grad]
+    ['weight', 'bias']
     """
 
     weight: nn.Parameter
@@ -371,6 +383,10 @@ class DPLayerNorm(PrivateModule):
         elementwise_affine: whether there are weight and bias.
         bias: whether there is a bias.
         device, dtype: of the parameters.
+
+    >>> norm = DPLayerNorm(4)
+    >>> norm(torch.tensor([[1.0, 1.0, 3.0, 3.0]]))
+    tensor([[-1.0000, -1.0000,  1.0000,  1.0000]], grad_fn=...)
     """
 
     weight: nn.Parameter | None
@@ -434,6 +450,10 @@ class DPEmbedding(PrivateModule):
         embedding_dim: d.
         padding_idx: a row that gets no gradient.
         device, dtype: of the table.
+
+    >>> table = DPEmbedding(10, 4, padding_idx=0)
+    >>> table(torch.tensor([[3, 7, 0]])).shape
+    torch.Size([1, 3, 4])
     """
 
     _rows: Tensor

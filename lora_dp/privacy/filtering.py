@@ -46,6 +46,10 @@ class GaussianFilter:
     ``strength`` is the Gaussian's standard deviation, in entries; the kernel ends at 4 of them. The end entries are
     repeated outwards, so that a constant stays constant. Of two equal dimensions the last is filtered. Raises
     ValueError for a negative or non-finite strength.
+
+    >>> spike = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]])
+    >>> GaussianFilter(0.5)(spike)
+    tensor([[2.6387e-04, 1.0645e-01, 7.8657e-01, 1.0645e-01, 2.6387e-04]])
     """
 
     strength: float
@@ -79,6 +83,10 @@ class LaplacianFilter:
     ``strength`` is σ. In the 2-D Fourier domain this divides by ``1 + 2σ(2 − cos ω₁ − cos ω₂)``, as the released code
     of LA-LoRA does (arXiv 2602.19926), after Osher et al. 2018 (arXiv 1806.06317). Raises ValueError for a negative or
     non-finite strength.
+
+    >>> spike = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]])
+    >>> LaplacianFilter(1.0)(spike)
+    tensor([[0.0909, 0.1818, 0.4545, 0.1818, 0.0909]])
     """
 
     strength: float

@@ -39,7 +39,11 @@ ENTRY_POINTS = "lora_dp.methods"
 
 
 def available() -> list[str]:
-    """Names of all methods: the ones here, and those that installed packages add."""
+    """Names of all methods: the ones here, and those that installed packages add.
+
+    >>> available()[:4]
+    ['la-lora', 'dp-lora', 'ffa-lora', 'rolora']
+    """
     return [*METHODS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in METHODS)]
 
 
@@ -91,6 +95,14 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
     Raises:
         ValueError: there is no such method (the message names the nearest) or option, or an option's value is wrong.
+
+    >>> get_method("lora-fair", {"regularisation": 0.1})
+    LoRAFAIR(regularisation=0.1, objective='ridge')
+    >>> get_method("la-lora").phases(round_index=0)
+    'BA'
+    >>> get_method("lalora")
+    Traceback (most recent call last):
+    ValueError: There is no method 'lalora': ... Did you mean la-lora?
     """
     given = dict(options or {})
     first, colon, base = name.partition(":")

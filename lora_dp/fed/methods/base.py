@@ -135,6 +135,14 @@ class Method(ABC):
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
+
+    >>> class WarmUp(Method):
+    ...     name = "warm-up"
+    ...     def phases(self, round_index, turn=0):
+    ...         return "B" if round_index < 5 else "AB"
+    >>> method = WarmUp()
+    >>> method.trains("layer.lora_A", round_index=0), method.trains("layer.lora_A", round_index=5)
+    (False, True)
     """
 
     name: ClassVar[str]

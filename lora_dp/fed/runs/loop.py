@@ -20,7 +20,12 @@ from lora_dp.privacy.accounting import PrivacyBudgetExceeded
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run's folder, its summary (as in summary.json) and its rounds."""
+    """A run's folder, its summary (as in summary.json) and its rounds.
+
+    >>> outcome = Outcome(Path("runs/first"), {"status": "interrupted"}, rounds=[])
+    >>> outcome.interrupted
+    True
+    """
 
     folder: Path
     summary: dict[str, Any]

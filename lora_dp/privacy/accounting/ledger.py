@@ -40,13 +40,36 @@ def begins(counted: Sequence[tuple[T, int]], earlier: Sequence[tuple[T, int]]) -
 
 
 class PrivacyBudgetExceeded(RuntimeError):
-    """The next private step would take epsilon above the budget; it was not taken."""
+    """The next private step would take epsilon above the budget; it was not taken.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader
+    >>> from lora_dp import DPLinear, PrivacyEngine
+    >>> model = DPLinear(4, 2)
+    >>> model, optimizer, loader = PrivacyEngine().make_private_with_epsilon(
+    ...     model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     data_loader=DataLoader(torch.randn(40, 4), batch_size=20),
+    ...     target_epsilon=1.0, target_delta=1e-3, steps=1, max_grad_norm=1.0)
+    >>> for x in loader.take(2):  # one step more than was planned
+    ...     optimizer.backward(model(x).square().sum(1))
+    ...     optimizer.step()
+    Traceback (most recent call last):
+    lora_dp.privacy.accounting.ledger.PrivacyBudgetExceeded: The next step would exceed ε = 1 at δ = 0.001 ...
+    """
 
 
 class Ledger:
     """What has been released so far: private steps in order, equal neighbours counted together; entries only grow.
 
     Append a step *before* its result is used: a crash can then over-count but never under-count.
+
+    >>> ledger = Ledger()
+    >>> ledger.append(PoissonGaussian(noise_multiplier=1.0, sample_rate=0.01), count=1000)
+    >>> round(ledger.epsilon(delta=1e-5), 2)
+    1.83
+    >>> ledger.save("ledger.json")
+    >>> Ledger.load("ledger.json").steps
+    1000
     """
 
     def __init__(self) -> None:

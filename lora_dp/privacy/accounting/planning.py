@@ -27,6 +27,10 @@ def calibrate_noise_multiplier(
     The epsilon of the result is never above the target and at most 0.1 % below it, except that the result is never
     below 0.02. Raises ValueError when a target, the rate or the accountant is invalid, ``steps`` is below 1, or no
     noise is enough; TypeError when one of them is of another kind.
+
+    >>> noise = calibrate_noise_multiplier(target_epsilon=8, target_delta=1e-5, sample_rate=0.01, steps=1000)
+    >>> round(noise, 3)
+    0.586
     """
     check_epsilon(target_epsilon)
     check_delta(target_delta)
@@ -112,6 +116,10 @@ def max_steps(
 
     0 when the budget is spent or ``event`` has no noise; 10⁹ stands for any larger number. Raises ValueError when a
     target or the accountant is invalid, TypeError when one of them is of another kind.
+
+    >>> step = PoissonGaussian(noise_multiplier=1.0, sample_rate=0.01)
+    >>> max_steps(Ledger(), step, target_epsilon=8, target_delta=1e-5)
+    15587
     """
     if not isinstance(ledger, Ledger):
         raise TypeError(f"max_steps plans on top of a Ledger, not {ledger!r}: give Ledger() where nothing is spent.")

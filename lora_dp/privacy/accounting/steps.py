@@ -27,14 +27,26 @@ def whole(name: str, value: Any, remedy: str) -> int:
 
 
 def check_epsilon(epsilon: float) -> None:
-    """Raise ValueError unless ``epsilon`` is a positive, finite number; TypeError where it is no number."""
+    """Raise ValueError unless ``epsilon`` is a positive, finite number; TypeError where it is no number.
+
+    >>> check_epsilon(8.0)
+    >>> check_epsilon(-1.0)
+    Traceback (most recent call last):
+    ValueError: epsilon must be a positive, finite number, not -1.0: ...
+    """
     remedy = "1 to 8 is usual; to train without privacy set noise_multiplier=0 instead."
     if not 0 < real("epsilon", epsilon, remedy) < math.inf:
         raise ValueError(f"epsilon must be a positive, finite number, not {epsilon}: {remedy}")
 
 
 def check_delta(delta: float) -> None:
-    """Raise ValueError unless ``delta`` lies strictly between 0 and 1; TypeError where it is no number."""
+    """Raise ValueError unless ``delta`` lies strictly between 0 and 1; TypeError where it is no number.
+
+    >>> check_delta(1e-5)
+    >>> check_delta(1.5)
+    Traceback (most recent call last):
+    ValueError: delta must lie strictly between 0 and 1, not 1.5: ...
+    """
     remedy = "choose one well below 1 / (number of examples)."
     if not 0 < real("delta", delta, remedy) < 1:
         raise ValueError(f"delta must lie strictly between 0 and 1, not {delta}: {remedy}")
@@ -47,6 +59,9 @@ class PoissonGaussian:
     ``noise_multiplier`` is the noise's standard deviation divided by the sensitivity (the clipping norm); 0 means a
     step without privacy. Raises ValueError for a negative or non-finite noise, or a sample rate outside (0, 1];
     TypeError where one of them is no number.
+
+    >>> PoissonGaussian(noise_multiplier=1.1, sample_rate=64 / 4000)
+    PoissonGaussian(noise_multiplier=1.1, sample_rate=0.016)
     """
 
     noise_multiplier: float
