@@ -153,6 +153,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, with ``steps_taken`` and how many steps of which runs the ledger holds."""
         state = self.original_optimizer.state_dict()
         # In the groups, too: torch's optimizers keep it there, where one of them is given this state.
         spent = {_LEDGER_STEPS: self.ledger.steps, _LEDGER_RUNS: [list(run) for run in self.history.runs]}

@@ -1,7 +1,7 @@
 """Per-example gradients of a matrix parameter and their norms: Gᵢ = scale · Σₜ leftᵢₜ ⊗ rightᵢₜ.
 
-Both phases of LoRA and full-rank linear layers have this one shape of work (design note 1, §1):
-(left, right) is (g, h) for B, (u, x) for A and (g, x) for a full-rank weight.
+Both phases of LoRA and full-rank linear layers have this one shape of work: (left, right) is (g, h) for B, (u, x) for
+A and (g, x) for a full-rank weight. Here h = x Aᵀ, g is the gradient of the layer's output, and u = g B.
 """
 
 import torch

@@ -41,8 +41,8 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
     import the calling script.
 
     Args:
-        common: options of a run as :meth:`RunConfig.from_flat` takes them, for all cells; method, epsilon, seed and
-            output are the grid's.
+        common: options of a run as :meth:`~lora_dp.fed.config.RunConfig.from_flat` takes them, for all cells; method,
+            epsilon, seed and output are the grid's.
 
     Returns:
         The folder of the comparison: compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex and
