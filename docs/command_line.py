@@ -4,7 +4,7 @@ import re
 from argparse import SUPPRESS
 from typing import Any, get_args
 
-from lora_dp.fed.__main__ import COMMANDS
+from lora_dp.fed.commands import COMMANDS
 
 
 def markdown() -> str:

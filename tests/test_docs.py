@@ -33,7 +33,7 @@ def test_the_reference_lists_every_module():
     assert listed == {name for name in names if not name.endswith(".__main__")}
 
 
-# The rows of docs/explanation/house.svg, from the top; the first box is two files.
+# The rows of docs/explanation/house.svg, from the top; of the first box two files.
 ROWS = (
     ("fed/__main__",),
     ("fed/launch",),

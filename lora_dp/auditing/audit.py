@@ -44,7 +44,7 @@ class AuditResult:
         claimed_epsilon: what the run claims at ``delta``.
         delta, confidence: a mechanism that keeps its claim is called violated in at most a share 1 − confidence of
             audits.
-        test, assume: as given to :func:`audit`.
+        test, assume: as given to :func:`~lora_dp.audit`.
         canaries: how many, in each run.
         runs: how many times was trained.
         guesses, correct: how many guesses the bound rests on, and how many of them were right.

@@ -41,7 +41,7 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
     import the calling script.
 
     Args:
-        common: options of a run as :meth:`~lora_dp.fed.config.RunConfig.from_flat` takes them, for all cells; method,
+        common: options of a run as :meth:`~lora_dp.fed.RunConfig.from_flat` takes them, for all cells; method,
             epsilon, seed and output are the grid's.
 
     Returns:

@@ -50,7 +50,7 @@ class Grid:
 
     Args:
         config: methods, budgets and seeds.
-        common: options of a run as :meth:`~lora_dp.fed.config.RunConfig.from_flat` takes them, without those that
+        common: options of a run as :meth:`~lora_dp.fed.RunConfig.from_flat` takes them, without those that
             the grid sets.
 
     Raises:
