@@ -21,7 +21,6 @@ NOT_YET: set[str] = {
     "docs/how-to/diagnostics.md",
     "docs/how-to/federation.md",
     "docs/how-to/flower.md",
-    "docs/how-to/guide.md",
     "docs/reference/kernels.md",
     "docs/reference/methods.md",
     "docs/reference/native.md",
@@ -39,7 +38,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\](?:\([^)]*\)|\[[^\]]*\])")
-_ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
+_ITEM = re.compile(r"^(?:[-*]|\d\.) ")
 _NO_PROSE = re.compile(r"^(?:#|\||\[[\w-]+\]: |<!--| {4})")
 # A full stop ends a sentence where a capital, a symbol or code follows.
 _END = re.compile(r"(?<=[.!?])[\"”*)_]* +(?=[\"“*(_`\[]*[A-ZΑ-ΩÀ-Þ0-9ε-ωα-δ`])")
