@@ -18,7 +18,6 @@ LONGEST_SENTENCE, LONGEST_PARAGRAPH = 25, 60
 NOT_YET: set[str] = {
     "docs/how-to/compare.md",
     "docs/how-to/diagnostics.md",
-    "docs/how-to/flower.md",
     "docs/reference/kernels.md",
     "docs/reference/native.md",
     "docs/reports/as-released.md",
