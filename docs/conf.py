@@ -13,6 +13,7 @@ project = "lora-dp"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "lora-dp"
+html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 
