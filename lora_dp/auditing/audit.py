@@ -129,8 +129,8 @@ def audit(
 
     Args:
         train_fn: trains from scratch, with fresh randomness each time: no seed. Called with what ``canaries`` hands to
-            it: ``plant`` for :class:`GradientCanaries`, a list of examples to train on beside the data for
-            :class:`ExampleCanaries`.
+            it: ``plant`` for :class:`~lora_dp.auditing.GradientCanaries`, a list of examples to train on beside
+            the data for :class:`~lora_dp.auditing.ExampleCanaries`.
         canaries: what to plant. "two-world" plants one.
         delta: δ of the claim, in (0, 1).
         claimed_epsilon: ε, or ε as a function of δ. None takes the ledger of the planted optimizer.

@@ -213,7 +213,7 @@ def choose_threshold(
         confidence: of the test to come.
 
     Returns:
-        The threshold t: "it took part" where a score is at least t.
+        The threshold t. "It took part" is said where a score is at least t.
     """
     without, present = np.sort(np.asarray(out, dtype=np.float64)), np.sort(np.asarray(inside, dtype=np.float64))
     # Between neighbours, so that scores to come fall on either side of a gap.

@@ -68,7 +68,7 @@ def per_example_grad(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[T
         scale: factor of the whole gradient (LoRA's alpha / r).
 
     Returns:
-        (N, p, q) in float32, or float64 for float64 inputs: half types are accumulated in float32. And (N,) in
+        (N, p, q) in float32, or float64 for float64 inputs; half types are accumulated in float32. And (N,) in
         float64, the norms of the values returned.
     """
     gradients, norms, _ = _op(left, right, scale, None)

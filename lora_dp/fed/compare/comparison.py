@@ -45,8 +45,8 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
             epsilon, seed and output are the grid's.
 
     Returns:
-        The folder of the comparison: compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex and
-        .png; trials/ and trials.csv where learning rates were tried, and failures.json where a run failed.
+        The folder of the comparison. It has compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex
+        and .png; trials/ and trials.csv where learning rates were tried, and failures.json where a run failed.
 
     Raises:
         ValueError: an option that does not fit, of any cell; a folder with another comparison. Nothing has been run.
