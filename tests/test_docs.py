@@ -1,6 +1,5 @@
 """The tutorial runs as it is printed, and the reference lists every module."""
 
-import ast
 import contextlib
 import io
 import re
@@ -31,38 +30,3 @@ def test_the_reference_lists_every_module():
         parts = ("lora_dp", *parts) if parts[0] == "kernels" else parts
         names.add(".".join(parts).removesuffix(".__init__"))
     assert listed == {name for name in names if not name.endswith(".__main__")}
-
-
-# The rows of docs/explanation/house.svg, from the top; of the first box two files.
-ROWS = (
-    ("fed/__main__",),
-    ("fed/launch",),
-    ("fed/page", "fed/diagnostics", "fed/auditing", "fed/flower"),
-    ("fed/compare",),
-    ("fed/runs",),
-    ("fed/rounds",),
-    ("fed/methods", "fed/models"),
-    ("fed/data",),
-    ("auditing", "__init__"),
-    ("engine",),
-    ("isolation", "lora"),
-    ("privacy", "nn"),
-    ("ops",),
-    ("kernels",),
-)
-PLACES = {box: row for row, boxes in enumerate(ROWS) for box in boxes}
-
-
-def box_of(path: str) -> str | None:
-    """The box of a module, given as a path below lora_dp."""
-    return next((box for box in PLACES if f"{path}/".startswith(f"{box}/")), None)
-
-
-def test_the_picture_of_the_folders_is_true():
-    for folder, below in ((ROOT / "lora_dp", ""), (ROOT / "kernels", "kernels/")):
-        for file in folder.rglob("*.py"):
-            box = box_of(below + file.relative_to(folder).with_suffix("").as_posix())
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if box and isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_dp."):
-                    other = box_of(node.module.removeprefix("lora_dp.").replace(".", "/"))
-                    assert other in (None, box) or PLACES[other] > PLACES[box], f"{file} imports {node.module}"
