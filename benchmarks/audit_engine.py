@@ -1,4 +1,6 @@
-"""Lower bounds on the engine's ε beside what it claims, and on the engine with half of its noise (docs/auditing.md).
+"""Lower bounds on the engine's ε beside what it claims, and on the engine with half of its noise.
+
+Its figures are in docs/how-to/auditing.md.
 
     python -m benchmarks.audit_engine
 

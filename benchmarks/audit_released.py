@@ -1,4 +1,6 @@
-"""How much the mechanisms that two papers released leak, beside the ε that their code prints (docs/as-released.md).
+"""How much the mechanisms that two papers released leak, beside the ε that their code prints.
+
+Its figures are in docs/reports/as-released.md.
 
     python -m benchmarks.audit_released
 

@@ -1,4 +1,4 @@
-"""The picture of docs/membership.md: guesses as dots, and the whole trade-off on logarithmic axes."""
+"""The picture of docs/reports/membership.md: guesses as dots, and the whole trade-off on logarithmic axes."""
 
 import math
 from collections.abc import Mapping

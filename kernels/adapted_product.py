@@ -27,7 +27,7 @@ def two_step_product(
 def adapted_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """LoRA's forward, and with (g, Wᵀ, None, Bᵀ, Aᵀ) its backward to the input (design note 1, §1).
+    """LoRA's forward, and with (g, Wᵀ, None, Bᵀ, Aᵀ) its backward to the input.
 
     Args:
         x: (M, K), float32, bfloat16 or float16.
@@ -35,7 +35,7 @@ def adapted_product(
         bias: (N,) or None.
         a: (r, K).
         b: (N, r).
-        scaling: s.
+        scaling: the factor s of the adapter.
 
     Returns:
         y (M, N) and h = x aᵀ (M, r), in the dtype of ``x``.

@@ -269,7 +269,7 @@ def clip_sum(
     arXiv 1710.06963; Bu et al. 2023, arXiv 2206.07136), with norms ``scale`` · √sq_norms.
 
     Args:
-        gradients: of some parameters, each (N, *shape) float32, contiguous after the first dimension.
+        gradients: of some parameters, each ``(N, *shape)`` float32, contiguous after the first dimension.
         rows: for each of ``gradients``, its parameter's row in ``sq_norms``.
         sq_norms: (P, N) float64, squared gradient norms by parameter and example.
         layers: (P,) int64 or int32, each parameter's layer.

@@ -1,10 +1,12 @@
 """Per-example gradients, their norms and u = wide · factor, in one pass over the wide factor.
 
-Gᵢ = scale · Σₜ wideᵢₜ ⊗ skinnyᵢₜ serves both phases (design note 1, §1): (wide, skinny) is (g, h) in the B phase, where
-factor is B, and (x, u) in the A phase. A program owns one example's block of the width, gives each of its warps a
-chunk of it, and walks over the tokens: Gᵢ stays in registers, and the tile of wide that is on chip also gives u.
-Several blocks of the width, or several spans of tokens where examples are few, leave float32 partial results that a
-second launch adds in a fixed order.
+Gᵢ = scale · Σₜ wideᵢₜ ⊗ skinnyᵢₜ serves both phases: (wide, skinny) is (g, h) in the B phase, where factor is B, and
+(x, u) in the A phase. Here h = x Aᵀ, g is the gradient of the layer's output, and u = g B.
+
+A program owns one example's block of the width, gives each of its warps a chunk of it, and walks over the tokens: Gᵢ
+stays in registers, and the tile of wide that is on chip also gives u. Several blocks of the width,
+or several spans of tokens where examples are few, leave float32 partial results that a second launch adds in a fixed
+order.
 """
 
 import functools
@@ -240,7 +242,7 @@ def example_grad(
     wide_first: bool = True,
     config: Config | None = None,
 ) -> ExampleGrad:
-    """Gᵢ = scale · Σₜ wideᵢₜ ⊗ skinnyᵢₜ, its squared norm, and u = wide · factor (design note 1, §1).
+    """Gᵢ = scale · Σₜ wideᵢₜ ⊗ skinnyᵢₜ, its squared norm, and u = wide · factor.
 
     Args:
         wide: (N, T, w), float32, bfloat16 or float16, any strides.
@@ -252,9 +254,11 @@ def example_grad(
         config: blocks and warps; by default those measured fastest for the nearest shape.
 
     Returns:
-        gradients: float32, (N, w, r) or (N, r, w), contiguous; None without ``keep``.
-        sq_norms: (N,), float64, of the float32 values of the gradients.
-        u: (N, T, r), contiguous, in the dtype of ``wide``; None without ``factor``.
+        A named tuple of
+
+        - ``gradients``: float32, (N, w, r) or (N, r, w), contiguous; None without ``keep``;
+        - ``sq_norms``: (N,), float64, of the float32 values of the gradients;
+        - ``u``: (N, T, r), contiguous, in the dtype of ``wide``; None without ``factor``.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.

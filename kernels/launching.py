@@ -81,7 +81,7 @@ class Build:
     Attributes:
         label: what the table calls it, for example "bf16 r16 BLOCK_M=64 …".
         kernel: the ``@triton.jit`` function.
-        signature: Triton type of every run-time argument ("*bf16", "i64", "fp32", …), in order.
+        signature: Triton type of every run-time argument (``"*bf16"``, ``"i64"``, ``"fp32"``, …), in order.
         constexprs: value of every ``tl.constexpr`` argument.
         num_warps, num_stages: as at launch.
     """
@@ -185,7 +185,7 @@ def measured(kernel: str, like: Tensor, **shape: int) -> str | None:
     """The choice measured fastest for the nearest shape on this device, or None where nothing was measured.
 
     ``tuned.json`` holds device name → kernel → list of {"dtype", "shape", "choice"}; the nearest is by the sum of
-    |log₂| ratios. ``python -m benchmarks.gpu`` writes it.
+    ``|log₂|`` of the ratios. ``python -m benchmarks.gpu`` writes it.
     """
     rows = [
         row

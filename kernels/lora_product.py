@@ -229,7 +229,7 @@ def lora_product(
         bias: (N,) like ``x``, or None.
         a: (r, K) like ``x``, 1 ≤ r ≤ 64.
         b: (N, r) like ``x``.
-        scaling: s.
+        scaling: the factor s of the adapter.
         config: instead of the one measured or guessed best.
 
     Returns:

@@ -72,7 +72,7 @@ def add_low_rank_(y: Tensor, h: Tensor, b: Tensor, scaling: float, *, config: Co
         y: (M, N) float32, bfloat16 or float16, any strides that give every element its own memory.
         h: (M, r) like ``y``, any strides. 1 ≤ r ≤ 256.
         b: (N, r) like ``y``, any strides.
-        scaling: s.
+        scaling: the factor s of the adapter.
         config: instead of the one measured or guessed best.
 
     Raises:

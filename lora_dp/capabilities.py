@@ -84,7 +84,7 @@ def _triton_on(device: torch.device, name: str, what: str) -> Backend:
 
 
 def describe() -> str:
-    """:func:`backends` as a table for people."""
+    """:func:`~lora_dp.backends` as a table for people."""
     rows = [("", "device", "runs", "")]
     rows += [(b.name, b.device, "yes" if b.runs else "no", b.detail) for b in backends()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

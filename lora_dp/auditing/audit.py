@@ -44,7 +44,7 @@ class AuditResult:
         claimed_epsilon: what the run claims at ``delta``.
         delta, confidence: a mechanism that keeps its claim is called violated in at most a share 1 − confidence of
             audits.
-        test, assume: as given to :func:`audit`.
+        test, assume: as given to :func:`~lora_dp.audit`.
         canaries: how many, in each run.
         runs: how many times was trained.
         guesses, correct: how many guesses the bound rests on, and how many of them were right.
@@ -139,8 +139,8 @@ def audit(
 
     Args:
         train_fn: trains from scratch, with fresh randomness each time: no seed. Called with what ``canaries`` hands to
-            it: ``plant`` for :class:`GradientCanaries`, a list of examples to train on beside the data for
-            :class:`ExampleCanaries`.
+            it: ``plant`` for :class:`~lora_dp.auditing.GradientCanaries`, a list of examples to train on beside
+            the data for :class:`~lora_dp.auditing.ExampleCanaries`.
         canaries: what to plant. "two-world" plants one.
         delta: δ of the claim, in (0, 1).
         claimed_epsilon: ε, or ε as a function of δ. None takes the ledger of the planted optimizer.

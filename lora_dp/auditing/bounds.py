@@ -12,8 +12,8 @@ auditor guesses r of them and abstains from the others. For (ε, δ)-DP the numb
 
 (their theorem with δ, its maximum over i ≤ v: further ones are smaller). Nothing is assumed, and the price is that the
 bound stays well below ε for mechanisms such as the Gaussian, whose leak is spread over many small hints. Where the
-trade-off curve may be assumed to be Gaussian, :func:`one_run_mu` is far tighter (Mahloujifar, Melis and Chaudhuri
-2024, arXiv 2410.22235).
+trade-off curve may be assumed to be Gaussian, :func:`~lora_dp.auditing.one_run_mu` is far tighter (Mahloujifar, Melis
+and Chaudhuri 2024, arXiv 2410.22235).
 
 *Two worlds*: many runs, half of them with the canary. A rule that says "it took part" errs with the rates α (false
 positives) and β (false negatives), and (ε, δ)-DP demands α + e^ε β ≥ 1 − δ and β + e^ε α ≥ 1 − δ (Kairouz, Oh and
@@ -57,7 +57,7 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
     Args:
         canaries: m, each included by a fair coin of its own.
         guesses: r, how many of them were guessed.
-        correct: v.
+        correct: the number v of right guesses.
         epsilon, delta: the claim.
 
     Raises:
@@ -236,7 +236,7 @@ def choose_threshold(
         confidence: of the test to come.
 
     Returns:
-        t: "it took part" where a score is at least t.
+        The threshold t. "It took part" is said where a score is at least t.
     """
     without, present = np.sort(np.asarray(out, dtype=np.float64)), np.sort(np.asarray(inside, dtype=np.float64))
     # Between neighbours, so that scores to come fall on either side of a gap.

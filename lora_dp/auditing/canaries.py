@@ -44,7 +44,7 @@ class Played(NamedTuple):
 
 
 class Canaries(Protocol):
-    """What :func:`lora_dp.auditing.audit` needs of canaries."""
+    """What :func:`lora_dp.audit` needs of canaries."""
 
     @property
     def count(self) -> int:

@@ -41,7 +41,7 @@ class GraphedStep:
     Args:
         model: the model that ``make_private`` returned, in training mode; not compiled.
         optimizer: its private optimizer.
-        loss: loss(model, *batch), (N,) with one loss for each example, or a scalar with the reduction that
+        loss: ``loss(model, *batch)``, (N,) with one loss for each example, or a scalar with the reduction that
             ``make_private`` was told; without any synchronisation with the host.
         batch_size: examples after padding. A larger batch is taken as an ordinary step: choose it some deviations above
             the expected size, which Poisson sampling rarely passes.

@@ -55,12 +55,12 @@ class Recorder(PassRecorder):
         return Recorder, ()
 
     def take(self) -> Pass:
-        """As :meth:`PassRecorder.take`; losses that were followed are forgotten with it."""
+        """As :meth:`~lora_dp.nn.per_example.PassRecorder.take`; losses that were followed are forgotten with it."""
         self.losses.forget()
         return super().take()
 
     def discard(self) -> None:
-        """As :meth:`PassRecorder.discard`; losses that were followed are forgotten with it."""
+        """As :meth:`~lora_dp.nn.per_example.PassRecorder.discard`; losses that were followed are forgotten with it."""
         super().discard()
         self.losses.forget()
 

@@ -81,7 +81,7 @@ def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -
     if config.federation.engine == "deployed":
         raise ValueError(
             "engine deployed trains where the data are: start it by flwr run, and go on with it by the same command "
-            'with resume="FOLDER" in its --run-config (docs/flower.md).'
+            'with resume="FOLDER" in its --run-config (docs/how-to/flower.md).'
         )
     try:
         from lora_dp.fed.flower.server import simulate

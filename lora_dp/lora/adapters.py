@@ -11,7 +11,7 @@ from lora_dp.ops.registry import wide_dtype
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
-    """Warn where what is trained was made half precision after :func:`inject_lora`, which keeps it in float32."""
+    """Warn where trained parameters were made half precision after :func:`~lora_dp.inject_lora` (it keeps float32)."""
     half = [
         name
         for name, parameter in exchanged_parameters(model).items()

@@ -447,7 +447,7 @@ class DPEmbedding(PrivateModule):
 
     Args:
         num_embeddings: rows of the table.
-        embedding_dim: d.
+        embedding_dim: length d of a row.
         padding_idx: a row that gets no gradient.
         device, dtype: of the table.
 

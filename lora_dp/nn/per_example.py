@@ -2,7 +2,7 @@
 
 A :class:`Pass` belongs to one micro-batch of N examples and holds one :class:`Slot` per trained parameter.
 Everything arrives as autograd's gradient of a leaf, so no backward has a side effect and a compiled one works too.
-*Direct*: the layer's function is given an (N, *shape) leaf whose gradient is the per-example gradient; uses of one
+*Direct*: the layer's function is given an ``(N, *shape)`` leaf whose gradient is the per-example gradient; uses of one
 parameter at several places add up by themselves. *Ghost*: two leaves take its (left, right) factors and no Gᵢ is ever
 formed.
 """
@@ -63,7 +63,7 @@ def by_example(rows: Tensor, n: int) -> Tensor:
 class Receiver(NamedTuple):
     """Where the backward of one use of a parameter leaves what it finds, as the gradients of two leaves.
 
-    Direct: ``first`` (N, *shape) takes Gᵢ and ``second`` (N,) takes ‖Gᵢ‖, in float64. Ghost: they take the factors
+    Direct: ``first`` ``(N, *shape)`` takes Gᵢ and ``second`` (N,) takes ‖Gᵢ‖, in float64. Ghost: they take the factors
     (N, T, p) and (N, T, q).
     """
 
@@ -112,7 +112,7 @@ class Slot:
     """The per-example gradients of one parameter in one pass.
 
     Attributes:
-        leaf: (N, *shape), whose gradient is what the direct way found.
+        leaf: ``(N, *shape)``, whose gradient is what the direct way found.
         rows: how many the layer was last given of all examples, 0 where that is not known.
     """
 
@@ -224,7 +224,7 @@ class Slot:
 
     @property
     def kept(self) -> Tensor | None:
-        """Gᵢ (N, *shape), where that is what is held; None where it must be recomputed."""
+        """Gᵢ ``(N, *shape)``, where that is what is held; None where it must be recomputed."""
         self._settle()
         return None if self._lookups else self.leaf.grad
 

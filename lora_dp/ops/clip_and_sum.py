@@ -1,7 +1,7 @@
 """Clip coefficients and the clipped sums of all parameters in one launch, where Triton kernels run.
 
-What it computes is defined by the rules of :mod:`lora_dp.privacy.clipping` and by :func:`lora_dp.ops.clipped_sum.
-clipped_sum_kept`, which every other device runs.
+What it computes is defined by the rules of :mod:`lora_dp.privacy.clipping` and by
+:func:`lora_dp.ops.clipped_sum.clipped_sum_kept`, which every other device runs.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def clip_and_sum(
     """cᵢ for every parameter and example, and Σᵢ cᵢ Gᵢ of ``gradients``; see ``lora_dp.kernels.clip_sum.clip_sum``.
 
     Args:
-        gradients: each (N, *shape) float32.
+        gradients: each ``(N, *shape)`` float32.
         rows: which row of ``sq_norms`` each belongs to.
         sq_norms: (P, N) float64, of unscaled gradients.
         layers: (P,) int64.

@@ -50,12 +50,12 @@ def clipped_sum_kept(gradients: Tensor, coefficients: Tensor) -> Tensor:
     """Σᵢ cᵢ Gᵢ of kept per-example gradients.
 
     Args:
-        gradients: (N, *shape), float32 or float64.
+        gradients: ``(N, *shape)``, float32 or float64.
         coefficients: (N,) non-negative and finite; an example with 0 contributes nothing, whatever it holds, and an
             example with a non-finite value must have 0.
 
     Returns:
-        (*shape), float64.
+        ``(*shape)``, float64.
     """
     return _sum_kept(gradients, coefficients)
 

@@ -11,7 +11,7 @@ def example_norms(values: Tensor) -> Tensor:
     """‖valuesᵢ‖ for every example.
 
     Args:
-        values: (N, *shape) with a dimension beside N, any floating dtype.
+        values: ``(N, *shape)`` with a dimension beside N, any floating dtype.
 
     Returns:
         (N,), float64; NaN or infinite where an example's values are.

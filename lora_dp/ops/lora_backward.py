@@ -67,7 +67,7 @@ def lora_backward(
         weight: (d_out, d_in), or None when only the adapter's update was computed.
         lora_A: (r, d_in).
         lora_B: (d_out, r).
-        scaling: s.
+        scaling: the factor s of the adapter.
         u: g B (rows, r), where it is known already.
 
     Returns:

@@ -58,7 +58,7 @@ def lora_forward(
         bias: (d_out,) or None; needs ``weight``.
         lora_A: (r, d_in).
         lora_B: (d_out, r).
-        scaling: s.
+        scaling: the factor s of the adapter.
 
     Returns:
         y (rows, d_out) and h (rows, r), in the dtype of ``x``.

@@ -1,7 +1,7 @@
 """Per-example gradients of a matrix parameter and their norms: Gᵢ = scale · Σₜ leftᵢₜ ⊗ rightᵢₜ.
 
-Both phases of LoRA and full-rank linear layers have this one shape of work (design note 1, §1):
-(left, right) is (g, h) for B, (u, x) for A and (g, x) for a full-rank weight.
+Both phases of LoRA and full-rank linear layers have this one shape of work: (left, right) is (g, h) for B, (u, x) for
+A and (g, x) for a full-rank weight. Here h = x Aᵀ, g is the gradient of the layer's output, and u = g B.
 """
 
 import torch
@@ -68,7 +68,7 @@ def per_example_grad(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[T
         scale: factor of the whole gradient (LoRA's alpha / r).
 
     Returns:
-        (N, p, q) in float32, or float64 for float64 inputs: half types are accumulated in float32. And (N,) in
+        (N, p, q) in float32, or float64 for float64 inputs; half types are accumulated in float32. And (N,) in
         float64, the norms of the values returned.
     """
     gradients, norms, _ = _op(left, right, scale, None)

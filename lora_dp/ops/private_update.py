@@ -32,7 +32,7 @@ _MOST_HALO = {"cpu": 2**24, "cuda": 2048}
 
 
 class ExampleSum(NamedTuple):
-    """Σᵢ cᵢ Gᵢ still to be formed: ``gradients`` (N, *shape) float32 or float64, ``coefficients`` (N,) float64.
+    """Σᵢ cᵢ Gᵢ still to be formed: ``gradients`` ``(N, *shape)`` float32 or float64, ``coefficients`` (N,) float64.
 
     An example with coefficient 0 contributes nothing, whatever it holds.
     """
@@ -273,7 +273,8 @@ def private_update_(
 ) -> None:
     """One private step of every parameter, in place.
 
-    The noise of parameter p is :func:`rounded_gaussian_` of (key, p, draw): one call for each draw.
+    The noise of parameter p is :func:`~lora_dp.ops.rounded_gaussian.rounded_gaussian_` of (key, p, draw): one call for
+    each draw.
 
     Args:
         parameters: any shapes, float32, bfloat16, float16 or float64, contiguous, on one device.

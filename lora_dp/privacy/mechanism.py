@@ -85,7 +85,7 @@ class Mechanism:
         """Coefficients of all parameters, and Σᵢ mᵢcᵢ Gᵢ of those whose per-example gradients were kept.
 
         Args:
-            kept: Gᵢ (N, *shape) by row of ``sq_norms``.
+            kept: Gᵢ ``(N, *shape)`` by row of ``sq_norms``.
             sq_norms: (P, N), of gradients not yet multiplied by ``scale``.
             layers, layer_count: as for :class:`lora_dp.privacy.clipping.ClipRule`.
             mask: (N,) bool or None.

@@ -100,7 +100,7 @@ def test_plants_are_taken_out_again() -> None:
 
 
 def table() -> str:
-    """The table of docs/faults.md."""
+    """The table of docs/reports/faults.md."""
     lines = ["| fault | why ε is void | caught by |", "| --- | --- | --- |"]
     for fault in FAULTS:
         catchers = [catcher if "::" not in catcher else f"`{catcher.partition('/')[2]}`" for catcher in fault.caught_by]
@@ -109,7 +109,7 @@ def table() -> str:
 
 
 def test_the_page_has_this_table() -> None:
-    assert table() in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert table() in (ROOT / "docs" / "reports" / "faults.md").read_text(encoding="utf-8")
 
 
 def test_every_fault_has_its_catcher() -> None:

@@ -122,8 +122,8 @@ def check(config: RunConfig, options: AuditConfig) -> None:
     privacy = config.privacy
     if privacy.mechanism == "as-released":
         raise ValueError(
-            "mechanism as-released claims nothing that could be refuted: docs/as-released.md audits the ε that the "
-            "released code prints."
+            "mechanism as-released claims nothing that could be refuted: docs/reports/as-released.md audits the ε that "
+            "the released code prints."
         )
     if privacy.target is None:
         raise ValueError("epsilon none claims nothing: there is no ε to audit.")

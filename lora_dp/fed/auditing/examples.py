@@ -47,7 +47,7 @@ class MislabelledExamples:
         self._train = _relabelled(game.job.train, labels)
 
     def canaries(self) -> ExampleCanaries:
-        """What :func:`lora_dp.auditing.audit` plants: numbers of examples."""
+        """What :func:`lora_dp.audit` plants: numbers of examples."""
         return ExampleCanaries(self.indices.tolist(), lambda losses, index: losses[index])
 
     def train(self, included: Sequence[int]) -> Losses:

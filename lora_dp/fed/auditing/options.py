@@ -27,8 +27,8 @@ class AuditConfig:
     test: Literal["one-run", "two-world"] = "one-run"
     """one-run: one training with many canaries; two-world: many trainings, with and without one canary."""
     assume: Literal["nothing", "gaussian", "independent", "independent gaussian"] | None = None
-    """What the bound takes for granted (docs/auditing.md); by default that canaries leak independently where gradients
-    or clients are planted in one run, else nothing."""
+    """What the bound takes for granted (docs/how-to/auditing.md); by default that canaries leak independently where
+    gradients or clients are planted in one run, else nothing."""
     confidence: float = 0.95
     """Of the lower bound and of the verdict."""
     runs: int = TRAININGS

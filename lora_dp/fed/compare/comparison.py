@@ -41,12 +41,12 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
     import the calling script.
 
     Args:
-        common: options of a run as :meth:`RunConfig.from_flat` takes them, for all cells; method, epsilon, seed and
-            output are the grid's.
+        common: options of a run as :meth:`~lora_dp.fed.RunConfig.from_flat` takes them, for all cells; method,
+            epsilon, seed and output are the grid's.
 
     Returns:
-        The folder of the comparison: compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex and
-        .png; trials/ and trials.csv where learning rates were tried, and failures.json where a run failed.
+        The folder of the comparison. It has compare.yaml, cells/<method>/eps<ε>/seed<seed>/, comparison.md, .csv, .tex
+        and .png; trials/ and trials.csv where learning rates were tried, and failures.json where a run failed.
 
     Raises:
         ValueError: an option that does not fit, of any cell; a folder with another comparison. Nothing has been run.

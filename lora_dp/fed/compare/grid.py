@@ -50,7 +50,8 @@ class Grid:
 
     Args:
         config: methods, budgets and seeds.
-        common: options of a run as :meth:`RunConfig.from_flat` takes them, without those that the grid sets.
+        common: options of a run as :meth:`~lora_dp.fed.RunConfig.from_flat` takes them, without those that
+            the grid sets.
 
     Raises:
         ValueError: an option that the grid sets, or one that does not fit a cell, which is named.

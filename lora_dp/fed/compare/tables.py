@@ -114,8 +114,8 @@ def statistics(cells: DataFrame) -> DataFrame:
     """Over the seeds of each method and budget, in the order of the grid and budgets ascending.
 
     Returns:
-        Columns method, epsilon, mean and spread of the final accuracy in percent (spread: sample standard deviation,
-        NaN for one seed), n of the cells that ended, planned.
+        Columns method, epsilon, mean and spread of the final accuracy in percent, n of the cells that ended, planned.
+        The spread is the sample standard deviation, NaN for one seed.
     """
     found = []
     for method in cells["method"].unique():

@@ -30,7 +30,7 @@ INPUT_NAMES = ("image", "img", "text", "sentence", "content", "review", "documen
 
 
 def open_dataset(config: DataConfig) -> RawData:
-    """Opens a data set by :mod:`datasets`, and finds its splits, input column, label column and classes.
+    """Opens a data set by ``datasets``, and finds its splits, input column, label column and classes.
 
     Integer and string labels become 0, 1, … in sorted order of the train split's values. Where no split is there to
     evaluate on, some of train is held out.

@@ -50,7 +50,7 @@ def csv_rows(lines: Iterable[str], **dialect: Any) -> list[Row]:
 
     Args:
         lines: with their ends, as a file opened with ``newline=""`` gives them.
-        dialect: as :func:`csv.reader` takes it.
+        dialect: as ``csv.reader`` takes it.
     """
     listed = list(lines)
     with _fields_of_any_length():

@@ -36,7 +36,7 @@ class IntruderDimensions:
 def intruder_dimensions(
     weight: Tensor, update: Tensor, top: int = TOP, threshold: float = THRESHOLD
 ) -> IntruderDimensions:
-    """Finds the left singular vectors uⱼ of W0 + ΔW, j ≤ ``top``, with maxᵢ |⟨uⱼ, u⁰ᵢ⟩| < ``threshold``.
+    """Finds the left singular vectors uⱼ of W0 + ΔW, j ≤ ``top``, with ``maxᵢ |⟨uⱼ, u⁰ᵢ⟩| < threshold``.
 
     The definition of Shuttleworth et al. 2024 (arXiv 2410.21228), where 10 and 0.5 are usual. The absolute value is
     there because a singular vector's sign is arbitrary. Vectors whose singular value is zero to rounding are left out

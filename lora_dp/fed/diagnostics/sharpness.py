@@ -75,7 +75,7 @@ def top_eigenvalue(
         seed: of Lanczos' first vector.
 
     Returns:
-        The eigenvalue (nats per squared unit of weight), or None where it was not found: Lanczos did not converge
+        The eigenvalue (nats per squared unit of weight), or None where it was not found. Then Lanczos did not converge
         within some 300 products, or the loss is not finite.
     """
     start = _parameters(model, space)

@@ -106,7 +106,7 @@ class Server:
         self._starts = {}
 
     def bookkeeping(self) -> dict[str, Any]:
-        """Versions and sizes, ready for JSON; the tensors are :attr:`state`."""
+        """Versions and sizes, ready for JSON; the tensors are ``state``."""
         return {"version": self.version, "changed": self._changed, "additions": self._additions}
 
     def restore(self, state: State, bookkeeping: dict[str, Any]) -> None:

@@ -97,12 +97,15 @@ class UpdateRecorder:
         """What was taken in, ready for JSON.
 
         Returns:
-            clients: their numbers, in ascending order.
-            norms: ‖Δ‖ of each, Δ = update − start, all tensors together.
-            cosine: ⟨Δᵢ, Δⱼ⟩ / ‖Δᵢ‖‖Δⱼ‖ by pair; null where an update is zero, or their shapes differ (other ranks).
-            noise_share: noise_norm² / ‖Δ‖² of each; null without a noise_norm. Above 1 by chance, or where training
-                has undone some of the noise.
-            left_out: how many were not kept.
+            A mapping with
+
+            - ``clients``: their numbers, in ascending order;
+            - ``norms``: ‖Δ‖ of each, Δ = update − start, all tensors together;
+            - ``cosine``: ⟨Δᵢ, Δⱼ⟩ / ‖Δᵢ‖‖Δⱼ‖ by pair; null where an update is zero, or their shapes
+              differ (other ranks);
+            - ``noise_share``: noise_norm² / ‖Δ‖² of each; null without a noise_norm. Above 1 by chance, or where
+              training has undone some of the noise;
+            - ``left_out``: how many were not kept.
         """
         shares = [
             None if noise is None or not norm > 0 else finite(noise**2 / norm**2)

@@ -40,7 +40,7 @@ def _is_rows(leaf: Any, n: int) -> bool:
 
 def with_shared(call: Any, values: Mapping[str, Any]) -> Any:
     """The same call (args, kwargs, …) with these in place of its own, by name; or with a :class:`Keyword` more, or
-    without one that is to be :data:`ABSENT`."""
+    without one that is to be ``ABSENT``."""
 
     def one(path: Any, leaf: Any) -> Any:
         value = values.get(pytree.keystr(path), leaf)

@@ -1,7 +1,7 @@
 """Privacy accounting: what a run has released, and the epsilon that it adds up to.
 
-A run is a list of private steps, each the Gaussian mechanism on a Poisson sample. :class:`Ledger` keeps that list;
-Google's ``dp-accounting`` composes it under the add-or-remove-one relation, by one of two accountants:
+A run is a list of private steps, each the Gaussian mechanism on a Poisson sample. :class:`~lora_dp.Ledger` keeps that
+list; Google's ``dp-accounting`` composes it under the add-or-remove-one relation, by one of two accountants:
 
 - ``"pld"``: privacy loss distributions (Doroshenko et al. 2022, arXiv 2207.04380) and Rényi DP, whichever proves the
   smaller epsilon; tight, from 10 ms to a second;

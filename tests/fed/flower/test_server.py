@@ -283,7 +283,7 @@ def test_without_flower_one_sentence_says_what_to_install(monkeypatch):
 
 
 def test_masks_of_flowers_secure_aggregation_still_come_from_32_bits():
-    """Why docs/flower.md advises against it: when this fails, Flower has mended it and the page must be rewritten."""
+    """Why docs/explanation/secure-aggregation.md advises against it: when this fails, Flower has changed it."""
     one, other = bytes(range(32)), bytearray(range(32))
     other[0], other[4] = other[0] ^ 0xA5, other[4] ^ 0xA5
     masks = [pseudo_rand_gen(bytes(secret), 2**32, [(1000,)])[0] for secret in (one, other)]

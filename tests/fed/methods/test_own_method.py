@@ -17,7 +17,7 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.launch import run
 from tests.fed.small import make_federation
 
-DOCS = Path(__file__).parents[3] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference" / "methods.md"
 
 
 @pytest.fixture
