@@ -58,12 +58,43 @@ SEEDS = range(20)
 FALSE_ALARMS = 3
 
 
-@pytest.mark.parametrize("options", [FULL, SAMPLED, {**FULL, "clipping": "automatic"}])
+class Noted(GradientCanaries):
+    """Gradient canaries whose scores are kept, to be judged under another assumption."""
+
+    scores: list[np.ndarray]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", [])
+
+    def play(self, train_fn: Any, included: np.ndarray, generator: torch.Generator) -> Any:
+        played = super().play(train_fn, included, generator)
+        self.scores.append(played.scores)
+        return played
+
+    def judged_again(self, claimed: float, **options: Any) -> AuditResult:
+        """What :func:`audit` says of the same scores."""
+        scores = iter(self.scores)
+        return audit(None, Answers(self.count, lambda _: next(scores)), claimed_epsilon=claimed, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=[FULL, SAMPLED, {**FULL, "clipping": "automatic"}])
+def played(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[tuple[Noted, float]]]:
+    """Options of a training; of 20 seeds the canaries of a run and the ε that it claims."""
+    found = []
+    for seed in SEEDS:
+        canaries = Noted(1000)
+        result = audit(training(first_seed=seed, **request.param), canaries, delta=DELTA, seed=seed)
+        assert result.claimed_epsilon is not None
+        found.append((canaries, result.claimed_epsilon))
+    return request.param, found
+
+
 @pytest.mark.parametrize("assume", ["nothing", "gaussian", "independent", "independent gaussian"])
-def test_the_engine_passes_one_run_audits_of_20_seeds(options: dict[str, Any], assume: Any) -> None:
+def test_the_engine_passes_one_run_audits_of_20_seeds(played: Any, assume: Any) -> None:
+    options, runs = played
     results = [
-        audit(training(first_seed=seed, **options), GradientCanaries(1000), delta=DELTA, assume=assume, seed=seed)
-        for seed in SEEDS
+        canaries.judged_again(claimed, delta=DELTA, assume=assume, seed=seed)
+        for seed, (canaries, claimed) in zip(SEEDS, runs, strict=True)
     ]
     assert sum(result.violated for result in results) <= FALSE_ALARMS
     assert all(result.epsilon > 0 for result in results) or options is SAMPLED
@@ -86,32 +117,13 @@ def test_the_engine_passes_with_other_canaries(options: dict[str, Any], canaries
 TWO_WORLDS: dict[str, Any] = {"delta": DELTA, "test": "two-world", "runs": 400}
 
 
-class Noted(GradientCanaries):
-    """Gradient canaries whose scores are kept, to be judged under another assumption."""
-
-    scores: list[np.ndarray]
-
-    def play(self, train_fn: Any, included: np.ndarray, generator: torch.Generator) -> Any:
-        played = super().play(train_fn, included, generator)
-        self.scores.append(played.scores)
-        return played
-
-
 def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
     violated = Counter[str]()
     for seed in SEEDS:
         canaries = Noted(1)
-        object.__setattr__(canaries, "scores", [])
         result = audit(training(first_seed=seed, lr=0.0, **FULL), canaries, seed=seed, **TWO_WORLDS)
-        again = iter(canaries.scores)
-        replayed = audit(
-            None,
-            Answers(1, lambda _, again=again: next(again)),
-            seed=seed,
-            assume="gaussian",  # type: ignore[arg-type]
-            claimed_epsilon=result.claimed_epsilon,
-            **TWO_WORLDS,
-        )
+        assert result.claimed_epsilon is not None
+        replayed = canaries.judged_again(result.claimed_epsilon, seed=seed, assume="gaussian", **TWO_WORLDS)
         violated.update(nothing=result.violated, gaussian=replayed.violated)
     assert max(violated.values()) <= FALSE_ALARMS
 
