@@ -10,6 +10,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 import lora_dp
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,7 @@ def test_native_library_loads_without_torch(tmp_path: Path) -> None:
     assert run_python(code, tmp_path) == "False True"
 
 
+@pytest.mark.slow
 def test_imports_are_the_same_in_the_repository_and_elsewhere(tmp_path: Path) -> None:
     code = (
         "import lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.privacy.randomness\n"
@@ -49,6 +52,7 @@ def test_imports_are_the_same_in_the_repository_and_elsewhere(tmp_path: Path) ->
     assert run_python(code, tmp_path) == run_python(code, ROOT)
 
 
+@pytest.mark.slow
 def test_no_package_called_kernels_is_installed(tmp_path: Path) -> None:
     """That name is another project's, and transformers looks for it."""
     top_level = {path.parts[0] for path in importlib.metadata.files("lora-dp") or []}

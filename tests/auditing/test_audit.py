@@ -89,6 +89,7 @@ def played(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[tuple[N
     return request.param, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assume", ["nothing", "gaussian", "independent", "independent gaussian"])
 def test_the_engine_passes_one_run_audits_of_20_seeds(played: Any, assume: Any) -> None:
     options, runs = played
@@ -101,6 +102,7 @@ def test_the_engine_passes_one_run_audits_of_20_seeds(played: Any, assume: Any) 
     assert np.mean([result.epsilon for result in results]) < results[0].claimed_epsilon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "canaries"),
     [({**FULL, "clipping": "per_layer"}, GradientCanaries(400)), (SAMPLED, GradientCanaries(400, direction="random"))],
@@ -117,6 +119,7 @@ def test_the_engine_passes_with_other_canaries(options: dict[str, Any], canaries
 TWO_WORLDS: dict[str, Any] = {"delta": DELTA, "test": "two-world", "runs": 400}
 
 
+@pytest.mark.slow
 def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
     violated = Counter[str]()
     for seed in SEEDS:
@@ -128,6 +131,7 @@ def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
     assert max(violated.values()) <= FALSE_ALARMS
 
 
+@pytest.mark.slow
 def test_lower_bounds_come_close_to_the_engines_claim() -> None:
     """The tighter, the more is assumed: on average above a quarter, two fifths and three fifths of the truth."""
     assumptions: list[Any] = ["nothing", "gaussian", "independent gaussian"]
@@ -146,6 +150,7 @@ def test_lower_bounds_come_close_to_the_engines_claim() -> None:
     assert (share < 1).all() and (share.mean(0) > [0.25, 0.4, 0.6]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FULL, SAMPLED])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_violations(
@@ -168,6 +173,7 @@ def test_gross_faults_are_violations_without_any_assumption(
     assert result.verdict == "violated" and result.correct == result.guesses, str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_violations_in_two_worlds(
     fault: Callable[[pytest.MonkeyPatch], None], bug: pytest.MonkeyPatch
@@ -195,6 +201,7 @@ class Answers:
         return self.score(included), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("test", "count", "assume"),
     [
@@ -227,6 +234,7 @@ def test_a_true_claim_is_called_violated_as_seldom_as_stated(test: Any, count: i
     assert violated <= 0.2 * audits + 3 * math.sqrt(audits * 0.16)
 
 
+@pytest.mark.slow
 def test_scores_without_information_never_fool_the_threshold() -> None:
     """ε = 0 is claimed and true: a threshold tested on the scores that chose it would find a violation often."""
     rng = np.random.default_rng(6)
@@ -293,6 +301,7 @@ def black_box(noise_multiplier: float) -> tuple[Callable[[Sequence[Example]], nn
     return train_fn, ExampleCanaries(canaries, loss)
 
 
+@pytest.mark.slow
 def test_examples_in_the_data_betray_a_training_without_noise_and_not_one_with_it() -> None:
     claimed = 1.0
     train_fn, canaries = black_box(noise_multiplier=0.0)
@@ -337,6 +346,7 @@ def test_an_audit_that_could_refute_nothing_says_so() -> None:
         assert f"out of this audit's reach, which is ε = {far.largest_epsilon:.3g}" in str(far)
 
 
+@pytest.mark.slow
 def test_a_training_under_a_seed_is_one_training_and_that_is_said() -> None:
     """A sound training whose noise is the same each time looks as if it had none."""
     train_fn, canaries = black_box(noise_multiplier=10.0)
@@ -347,6 +357,7 @@ def test_a_training_under_a_seed_is_one_training_and_that_is_said() -> None:
     assert not fresh.repeated and "seed" not in str(fresh)
 
 
+@pytest.mark.slow
 def test_a_plot_has_every_result_against_its_claim(tmp_path: Path) -> None:
     kept = AuditResult(0.5, 1.0, DELTA, 0.95, "one-run", "nothing", 100, 1, 50, 40, None, **LEFT)
     broken = AuditResult(3.0, 1.0, DELTA, 0.95, "one-run", "nothing", 100, 1, 50, 50, (DELTA, 1.0, 3.0), **LEFT)
@@ -359,6 +370,7 @@ def test_a_plot_has_every_result_against_its_claim(tmp_path: Path) -> None:
         unclaimed.plot(tmp_path / "none.png")
 
 
+@pytest.mark.slow
 def test_a_run_that_claims_nothing_violates_nothing() -> None:
     result = audit(training(noise_multiplier=0.0, steps=1), GradientCanaries(500), delta=DELTA, seed=0)
     assert result.claimed_epsilon == math.inf and not result.violated and result.epsilon > 3
