@@ -1,14 +1,19 @@
-"""What is installed: the native library, the kernels under their own name, the typing marker."""
+"""What is installed: the native library, the kernels under their own name, the typing marker, one version."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.resources import files
 from pathlib import Path
+
+import pytest
+import yaml
 
 import lora_dp
 
@@ -21,10 +26,18 @@ def run_python(code: str, folder: Path) -> str:
     return done.stdout.strip()
 
 
-def test_version_and_license() -> None:
+def test_version_and_license_are_the_same_wherever_they_are_written() -> None:
+    """RELEASING.md names the places."""
     metadata = importlib.metadata.metadata("lora-dp")
-    assert metadata["Version"] == "0.1.0"
-    assert metadata["License-Expression"] == "Apache-2.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["version"] == citation["version"] == lora_dp.__version__ == metadata["Version"]
+    assert project["license"] == citation["license"] == metadata["License-Expression"] == "Apache-2.0"
+    newest = re.search(r"(?m)^## (\S+) \((.+)\)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert newest is not None and newest[1] == lora_dp.__version__
+    # A released version has its day in both, one to come in neither.
+    day = citation.get("date-released", "unreleased")
+    assert newest[2] == str(day)
 
 
 def test_native_library_loads_without_torch(tmp_path: Path) -> None:
@@ -41,6 +54,7 @@ def test_native_library_loads_without_torch(tmp_path: Path) -> None:
     assert run_python(code, tmp_path) == "False True"
 
 
+@pytest.mark.slow
 def test_imports_are_the_same_in_the_repository_and_elsewhere(tmp_path: Path) -> None:
     code = (
         "import lora_dp, lora_dp._native, lora_dp.kernels, lora_dp.privacy.randomness\n"
@@ -49,6 +63,7 @@ def test_imports_are_the_same_in_the_repository_and_elsewhere(tmp_path: Path) ->
     assert run_python(code, tmp_path) == run_python(code, ROOT)
 
 
+@pytest.mark.slow
 def test_no_package_called_kernels_is_installed(tmp_path: Path) -> None:
     """That name is another project's, and transformers looks for it."""
     top_level = {path.parts[0] for path in importlib.metadata.files("lora-dp") or []}

@@ -58,18 +58,51 @@ SEEDS = range(20)
 FALSE_ALARMS = 3
 
 
-@pytest.mark.parametrize("options", [FULL, SAMPLED, {**FULL, "clipping": "automatic"}])
+class Noted(GradientCanaries):
+    """Gradient canaries whose scores are kept, to be judged under another assumption."""
+
+    scores: list[np.ndarray]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", [])
+
+    def play(self, train_fn: Any, included: np.ndarray, generator: torch.Generator) -> Any:
+        played = super().play(train_fn, included, generator)
+        self.scores.append(played.scores)
+        return played
+
+    def judged_again(self, claimed: float, **options: Any) -> AuditResult:
+        """What :func:`audit` says of the same scores."""
+        scores = iter(self.scores)
+        return audit(None, Answers(self.count, lambda _: next(scores)), claimed_epsilon=claimed, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=[FULL, SAMPLED, {**FULL, "clipping": "automatic"}])
+def played(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[tuple[Noted, float]]]:
+    """Options of a training; of 20 seeds the canaries of a run and the ε that it claims."""
+    found = []
+    for seed in SEEDS:
+        canaries = Noted(1000)
+        result = audit(training(first_seed=seed, **request.param), canaries, delta=DELTA, seed=seed)
+        assert result.claimed_epsilon is not None
+        found.append((canaries, result.claimed_epsilon))
+    return request.param, found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("assume", ["nothing", "gaussian", "independent", "independent gaussian"])
-def test_the_engine_passes_one_run_audits_of_20_seeds(options: dict[str, Any], assume: Any) -> None:
+def test_the_engine_passes_one_run_audits_of_20_seeds(played: Any, assume: Any) -> None:
+    options, runs = played
     results = [
-        audit(training(first_seed=seed, **options), GradientCanaries(1000), delta=DELTA, assume=assume, seed=seed)
-        for seed in SEEDS
+        canaries.judged_again(claimed, delta=DELTA, assume=assume, seed=seed)
+        for seed, (canaries, claimed) in zip(SEEDS, runs, strict=True)
     ]
     assert sum(result.violated for result in results) <= FALSE_ALARMS
     assert all(result.epsilon > 0 for result in results) or options is SAMPLED
     assert np.mean([result.epsilon for result in results]) < results[0].claimed_epsilon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "canaries"),
     [({**FULL, "clipping": "per_layer"}, GradientCanaries(400)), (SAMPLED, GradientCanaries(400, direction="random"))],
@@ -86,36 +119,19 @@ def test_the_engine_passes_with_other_canaries(options: dict[str, Any], canaries
 TWO_WORLDS: dict[str, Any] = {"delta": DELTA, "test": "two-world", "runs": 400}
 
 
-class Noted(GradientCanaries):
-    """Gradient canaries whose scores are kept, to be judged under another assumption."""
-
-    scores: list[np.ndarray]
-
-    def play(self, train_fn: Any, included: np.ndarray, generator: torch.Generator) -> Any:
-        played = super().play(train_fn, included, generator)
-        self.scores.append(played.scores)
-        return played
-
-
+@pytest.mark.slow
 def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
     violated = Counter[str]()
     for seed in SEEDS:
         canaries = Noted(1)
-        object.__setattr__(canaries, "scores", [])
         result = audit(training(first_seed=seed, lr=0.0, **FULL), canaries, seed=seed, **TWO_WORLDS)
-        again = iter(canaries.scores)
-        replayed = audit(
-            None,
-            Answers(1, lambda _, again=again: next(again)),
-            seed=seed,
-            assume="gaussian",  # type: ignore[arg-type]
-            claimed_epsilon=result.claimed_epsilon,
-            **TWO_WORLDS,
-        )
+        assert result.claimed_epsilon is not None
+        replayed = canaries.judged_again(result.claimed_epsilon, seed=seed, assume="gaussian", **TWO_WORLDS)
         violated.update(nothing=result.violated, gaussian=replayed.violated)
     assert max(violated.values()) <= FALSE_ALARMS
 
 
+@pytest.mark.slow
 def test_lower_bounds_come_close_to_the_engines_claim() -> None:
     """The tighter, the more is assumed: on average above a quarter, two fifths and three fifths of the truth."""
     assumptions: list[Any] = ["nothing", "gaussian", "independent gaussian"]
@@ -134,6 +150,7 @@ def test_lower_bounds_come_close_to_the_engines_claim() -> None:
     assert (share < 1).all() and (share.mean(0) > [0.25, 0.4, 0.6]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FULL, SAMPLED])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_violations(
@@ -156,6 +173,7 @@ def test_gross_faults_are_violations_without_any_assumption(
     assert result.verdict == "violated" and result.correct == result.guesses, str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_violations_in_two_worlds(
     fault: Callable[[pytest.MonkeyPatch], None], bug: pytest.MonkeyPatch
@@ -183,6 +201,7 @@ class Answers:
         return self.score(included), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("test", "count", "assume"),
     [
@@ -215,6 +234,7 @@ def test_a_true_claim_is_called_violated_as_seldom_as_stated(test: Any, count: i
     assert violated <= 0.2 * audits + 3 * math.sqrt(audits * 0.16)
 
 
+@pytest.mark.slow
 def test_scores_without_information_never_fool_the_threshold() -> None:
     """ε = 0 is claimed and true: a threshold tested on the scores that chose it would find a violation often."""
     rng = np.random.default_rng(6)
@@ -281,6 +301,7 @@ def black_box(noise_multiplier: float) -> tuple[Callable[[Sequence[Example]], nn
     return train_fn, ExampleCanaries(canaries, loss)
 
 
+@pytest.mark.slow
 def test_examples_in_the_data_betray_a_training_without_noise_and_not_one_with_it() -> None:
     claimed = 1.0
     train_fn, canaries = black_box(noise_multiplier=0.0)
@@ -325,6 +346,7 @@ def test_an_audit_that_could_refute_nothing_says_so() -> None:
         assert f"out of this audit's reach, which is ε = {far.largest_epsilon:.3g}" in str(far)
 
 
+@pytest.mark.slow
 def test_a_training_under_a_seed_is_one_training_and_that_is_said() -> None:
     """A sound training whose noise is the same each time looks as if it had none."""
     train_fn, canaries = black_box(noise_multiplier=10.0)
@@ -335,6 +357,7 @@ def test_a_training_under_a_seed_is_one_training_and_that_is_said() -> None:
     assert not fresh.repeated and "seed" not in str(fresh)
 
 
+@pytest.mark.slow
 def test_a_plot_has_every_result_against_its_claim(tmp_path: Path) -> None:
     kept = AuditResult(0.5, 1.0, DELTA, 0.95, "one-run", "nothing", 100, 1, 50, 40, None, **LEFT)
     broken = AuditResult(3.0, 1.0, DELTA, 0.95, "one-run", "nothing", 100, 1, 50, 50, (DELTA, 1.0, 3.0), **LEFT)
@@ -347,6 +370,7 @@ def test_a_plot_has_every_result_against_its_claim(tmp_path: Path) -> None:
         unclaimed.plot(tmp_path / "none.png")
 
 
+@pytest.mark.slow
 def test_a_run_that_claims_nothing_violates_nothing() -> None:
     result = audit(training(noise_multiplier=0.0, steps=1), GradientCanaries(500), delta=DELTA, seed=0)
     assert result.claimed_epsilon == math.inf and not result.violated and result.epsilon > 3

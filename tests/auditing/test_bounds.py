@@ -38,6 +38,7 @@ def test_one_run_p_value_is_the_theorem(m: int, r: int, v: int, epsilon: float, 
     assert one_run_p_value(m, r, v, epsilon, delta) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_one_run_p_value_of_many_canaries_keeps_its_digits() -> None:
     p = one_run_p_value(1500, 1500, 1250, 0.5, 1e-12)
     assert 0 < p == pytest.approx(p_value_by_definition(1500, 1500, 1250, 0.5, 1e-12), rel=1e-9)
@@ -62,6 +63,7 @@ def test_one_run_bounds_are_those_of_jax_privacy(
     assert gaussian_epsilon(one_run_mu(*counts, confidence), delta) == pytest.approx(gaussian, abs=2e-5)
 
 
+@pytest.mark.slow
 def test_one_run_p_values_grow_with_epsilon_where_they_matter() -> None:
     grid = np.linspace(0, 9, 400)
     for m, r, v, delta in [(1000, 1000, 620, 1e-3), (1000, 50, 50, 1e-2), (300, 100, 90, 1e-5), (50, 40, 39, 0.001)]:
@@ -88,6 +90,7 @@ def gaussian_scores(rng: np.random.Generator, m: int, mu: float) -> tuple[np.nda
     return coins * mu + rng.standard_normal(m), coins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu", [0.5, 2.0])
 def test_one_run_bounds_stay_below_the_gaussian_mechanism(mu: float) -> None:
     rng = np.random.default_rng(0)
@@ -147,6 +150,7 @@ def test_two_worlds_of_the_gaussian_mechanism_give_its_curve(mu: float, delta: f
     assert two_world_mu(false_positive[middle], false_negative[middle]) == pytest.approx(mu, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_two_world_bounds_err_as_seldom_as_stated_and_come_close() -> None:
     rng, mu, runs, confidence = np.random.default_rng(2), 1.5, 60, 0.8
     true = gaussian_epsilon(mu, 1e-5)

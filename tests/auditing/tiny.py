@@ -1,14 +1,19 @@
 """A tiny model and its private training, for audits."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_dp import LoRAConfig, PrivacyEngine, PrivateDataLoader, PrivateOptimizer, inject_lora
+from lora_dp.isolation.check import check_isolation
+from lora_dp.isolation.collation.trial import check_collation
+from lora_dp.isolation.other_batches import FEW
 
 Plant = Callable[[PrivateOptimizer, PrivateDataLoader], None]
 EXAMPLES = 64
@@ -56,14 +61,45 @@ def seeds(first: int) -> Iterator[int]:
     return count(10_000 * first)
 
 
+def trials_that_are_made_once() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Each kind of batch is tried in the first run within this context; later runs have the same model and data.
+
+    The trials take most of the time of a run as small as this one, and no audit looks at them.
+    """
+    passed: dict[tuple[bool, bool], Any] = {}
+    varies: dict[bool, bool] = {}
+
+    def isolation(model: nn.Module, args: Any, kwargs: Any, n: int, **options: Any) -> Any:
+        kind = (n >= FEW, options["copies"])
+        if kind not in passed:
+            passed[kind] = check_isolation(model, args, kwargs, n, **options)
+        return passed[kind]
+
+    def collation(dataset: Any, collate: Any, drawn: list[int], batch: Any) -> bool:
+        kind = len(drawn) >= FEW
+        if kind not in varies:
+            varies[kind] = check_collation(dataset, collate, drawn, batch)
+        return varies[kind]
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lora_dp.engine.hooks.check_isolation", isolation)
+            patch.setattr("lora_dp.engine.data_loader.check_collation", collation)
+            yield
+
+    return context
+
+
 def training(steps: int, first_seed: int = 0, **options: Any) -> Callable[[Plant], None]:
     """A training function for gradient canaries; at lr = 0 its runs share one model, which saves time."""
-    fresh = seeds(first_seed)
+    fresh, tried = seeds(first_seed), trials_that_are_made_once()
     shared = private_model(**options)[0] if options.get("lr") == 0 else None
 
     def train_fn(plant: Plant) -> None:
         model, optimizer, loader = private_model(seed=next(fresh), model=shared, **options)
         plant(optimizer, loader)
-        train(model, optimizer, loader, steps)
+        with tried():
+            train(model, optimizer, loader, steps)
 
     return train_fn

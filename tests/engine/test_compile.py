@@ -57,6 +57,7 @@ def check_same(model: nn.Module, run: nn.Module, x: Tensor, y: Tensor, sizes: tu
             assert_close(released[name], plain[name], 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phases", ["B", "A", "AB"])
 def test_same_norms_and_step(phases):
     """Batches of several sizes, as Poisson sampling draws them."""
@@ -65,6 +66,7 @@ def test_same_norms_and_step(phases):
     check_same(model, run, *examples(7), (7, 4, 5, 1), phases=phases)
 
 
+@pytest.mark.slow
 def test_batches_of_many_sizes_share_a_graph():
     """Poisson sampling draws dozens of sizes; a graph for each would soon pass the compiler's limit."""
     model = Net()
@@ -77,6 +79,7 @@ def test_batches_of_many_sizes_share_a_graph():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
+@pytest.mark.slow
 def test_alternating_phases():
     model = Net()
     optimizer = make_private(model, batch_size=6, lr=0.0, phases="BA")
@@ -88,6 +91,7 @@ def test_alternating_phases():
     assert trained == [{"B"}, {"A"}] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["roberta", "gpt2", "llama", "vit", "timm_vit", "timm_swin"])
 def test_whole_models(kind):
     model = randomise(
@@ -102,6 +106,7 @@ def test_whole_models(kind):
     check_same(model, torch.compile(model, fullgraph=True, backend="aot_eager"), x, torch.tensor([0, 1, 2, 0]), (4,))
 
 
+@pytest.mark.slow
 def test_inductor():
     """The compiler that users get."""
     model = Net()
@@ -109,6 +114,7 @@ def test_inductor():
     check_same(model, run, x, y, (6, 3))
 
 
+@pytest.mark.slow
 def test_autocast():
     model, (x, y) = Net(), examples(6)
     optimizer = make_private(model, batch_size=6, lr=0.0)
@@ -119,6 +125,7 @@ def test_autocast():
     assert_close(found[1], found[0], 2e-2)
 
 
+@pytest.mark.slow
 def test_compiled_before_it_is_made_private():
     model = Net()
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -131,6 +138,7 @@ def test_a_compiled_model_is_not_made_private():
     assert_refuses(TypeError, "torch.compile what make_private returns", lambda: make_private(model, batch_size=4))
 
 
+@pytest.mark.slow
 def test_evaluation_is_not_recorded():
     model, (x, y) = Net(), examples(5)
     optimizer = make_private(model, batch_size=5, lr=0.0)
@@ -143,6 +151,7 @@ def test_evaluation_is_not_recorded():
     assert optimizer._recorder.current is None
 
 
+@pytest.mark.slow
 def test_an_engine_trains_a_compiled_model():
     """The README's loop with one line more, down to the ledger."""
     model, engine = Net(), PrivacyEngine("rdp")
@@ -198,6 +207,7 @@ def test_a_bare_container_is_refused_with_the_remedy():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vector", [True, False])
 def test_a_compiled_loss_is_tried_and_taken(vector):
     """A trial goes back through it more often than once."""

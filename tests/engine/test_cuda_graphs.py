@@ -23,6 +23,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("phases", ["B", "A", "AB", "BA"])
 @pytest.mark.parametrize("method", ["direct", "auto"])

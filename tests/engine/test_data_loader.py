@@ -55,6 +55,7 @@ def test_every_draw_is_a_batch_or_an_empty_step_in_its_place(workers):
     assert all(event is None or event[0] == len(event[1]) > 0 for event in seen)
 
 
+@pytest.mark.slow
 def test_trailing_empty_draws_are_steps_too():
     """Of 200 seeds some end in an empty draw, some draw nobody at all."""
     ends = [events(2, 1, 2, 0, seed)[0] for seed in range(200)]
@@ -97,6 +98,7 @@ def test_one_iteration_is_an_epoch_and_the_next_one_differs():
     assert members[0] != members[1]
 
 
+@pytest.mark.slow
 def test_breaking_off_and_going_on():
     """Draws that workers made ahead and nobody saw are no steps."""
     empty: list[None] = []

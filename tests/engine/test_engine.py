@@ -31,6 +31,7 @@ from tests.support import assert_close, make_private, private_gradients
 # ε: what was asked for, what dp-accounting says, and the end of the budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accountant", "epsilon", "length"),
     [("rdp", 1.0, {"steps": 12}), ("rdp", 8.0, {"epochs": 2}), ("pld", 3.0, {"steps": 12})],
@@ -54,6 +55,7 @@ def test_planned_run_ends_within_its_target(accountant, epsilon, length):
     assert spent == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_budget_is_refused_before_the_step_that_overruns_it():
     engine = seeded()
     model, optimizer, loader = private_run(

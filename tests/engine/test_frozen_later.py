@@ -27,6 +27,7 @@ def test_it_neither_moves_nor_keeps_its_momentum(optimizer):
     assert moved(model, before) == {"0.lora_A", "0.lora_B", *HEAD}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("when", ["before forward", "before step"])
 def test_the_rest_is_clipped_and_noised_to_the_same_bound(rule, when):

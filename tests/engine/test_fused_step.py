@@ -52,6 +52,7 @@ def step(model, optimizer, seed):
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phases", ["AB", "BA"])
 @pytest.mark.parametrize("low_pass", [None, GaussianFilter(0.6), GaussianFilter(1e-160)])
 @pytest.mark.parametrize("make", KNOWN)

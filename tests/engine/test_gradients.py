@@ -97,6 +97,7 @@ def squared_norm(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch.to(next(model.parameters()))).square().sum((1, 2)).mean()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 6),
@@ -117,6 +118,7 @@ def test_lora_linear(n, tokens, d_in, d_out, r, phases, rule, method, reduction,
     compare(model, torch.randn(n, *tokens, d_in), slice_of, mean_square, n, phases, rule, method, reduction)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(1, 5),
@@ -237,6 +239,7 @@ def cross_entropy(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(out if isinstance(out, Tensor) else out.logits, batch["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("phases", ["A", "B"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,6 +258,7 @@ def test_model(kind, phases, rule):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["direct", "ghost"])
 def test_model_with_either_norm_forced(method):
     model = adapted("timm_swin")

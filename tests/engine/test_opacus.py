@@ -164,6 +164,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, clipping, phases", CASES)
 @pytest.mark.parametrize("kind", ["vit", "roberta"])
 def test_same_gradient(kind, mode, clipping, phases):
@@ -174,6 +175,7 @@ def test_same_gradient(kind, mode, clipping, phases):
     assert_close(joined(actual), joined(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_opacus_stops_on_swin_where_ours_runs(mode):
     """Swin folds windows into the first dimension of qkv, which Opacus takes for the examples (fc1 has N of them)."""

@@ -99,6 +99,7 @@ def test_copy_of_a_private_optimizer_is_refused_and_breaks_no_other(copier):
     assert torch.equal(flat(take_step(model, optimizer, examples(4))), flat(expected))
 
 
+@pytest.mark.slow
 def test_dropped_model_is_freed():
     """Its isolation check, optimizer and step have left nothing that holds it."""
     model = mlp()

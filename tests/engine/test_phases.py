@@ -24,6 +24,7 @@ from tests.models import (
 from tests.support import assert_close, brute_force, clip_and_sum, make_private, private_gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("phases", "cycle"), [("B", ["B"]), ("A", ["A"]), ("AB", ["AB"]), ("BA", ["B", "A"])])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_phases_move_their_factors_and_no_other(phases, cycle, optimizer):

@@ -12,6 +12,7 @@ from tests.models import OPTIMIZERS, assert_refuses, mlp, private_run, seeded, s
 from tests.support import make_private
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_seeded_run_repeats_bit_for_bit(workers):
     results = []
@@ -25,6 +26,7 @@ def test_seeded_run_repeats_bit_for_bit(workers):
     assert all(torch.equal(results[0][name], p) for name, p in results[1].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", [3, 4])
 def test_resumed_run_goes_on_bit_for_bit(taken):
     """At an odd step too, in the middle of the cycle of phases."""

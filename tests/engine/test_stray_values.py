@@ -159,6 +159,7 @@ def begun(steps):
     return engine, optimizer
 
 
+@pytest.mark.slow
 def test_the_budget_notices_other_steps_of_equal_number():
     engine, optimizer = begun(steps=4)
     other = Ledger()
@@ -169,6 +170,7 @@ def test_the_budget_notices_other_steps_of_equal_number():
         optimizer.step_on_empty_batch()
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_after_the_budgets_check_costs_nothing(monkeypatch):
     engine, optimizer = begun(steps=3)
     append = Ledger.append

@@ -15,6 +15,7 @@ from tests.support import check_deviation, make_private, private_gradients
 WAYS = {"native": contextlib.nullcontext, "torch": reference_only}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phases", ["A", "B", "AB", "BA"])
 @pytest.mark.parametrize("batch", ["drawn", "padded", "empty"])
 @pytest.mark.parametrize("way", WAYS)

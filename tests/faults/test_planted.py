@@ -20,6 +20,7 @@ def violated(options: dict, seed: int = 0) -> bool:
     return audit(trained, GradientCanaries(900), delta=1e-5, assume="independent", seed=seed).violated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
 def test_the_fault_is_caught(fault: Fault) -> None:
     tests = [catcher for catcher in fault.caught_by if "::" in catcher]
@@ -42,6 +43,7 @@ def test_the_fault_is_caught(fault: Fault) -> None:
 # Controls: what catches faults finds none where there is none
 
 
+@pytest.mark.slow
 def test_harmless_plants_are_not_caught() -> None:
     """All places are wrapped, and do what they did: every test that catches a fault passes."""
     with pytest.MonkeyPatch.context() as patch:
@@ -55,6 +57,7 @@ def test_harmless_plants_are_not_caught() -> None:
     assert {node: raised for node, raised in found.items() if raised is not None} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [FULL, SAMPLED, PHASE_A])
 def test_what_is_sound_violates_nothing(options: dict) -> None:
     """The engine as it is: at a confidence of 95 %, three false alarms of 8 seeds have a probability below 0.006."""

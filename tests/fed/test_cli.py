@@ -16,6 +16,7 @@ from lora_dp.fed.rounds.client import Trainer
 SMALL = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch_size", "8", "--accountant", "rdp"]
 
 
+@pytest.mark.slow
 def test_compare_tells_the_shell_that_a_run_failed(monkeypatch, tmp_path, capsys):
     import lora_dp.fed.launch
 
@@ -59,6 +60,7 @@ def test_help(command, capsys):
         assert re.search(rf"--{option}\b[^\n]*\n? +\S", text)
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_a_pipe_is_plain_text(tmp_path):
     command = [sys.executable, "-m", "lora_dp.fed", *SMALL, "--reproducible", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -73,6 +75,7 @@ def test_a_whole_run_in_a_pipe_is_plain_text(tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_folder_is_named_after_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*SMALL, "--method", "ffa-lora"]) == 0
@@ -89,6 +92,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_a_run_with_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

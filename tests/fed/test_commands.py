@@ -67,6 +67,7 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
     assert ran[1] == ran[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -23,6 +23,7 @@ def timeless(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_everything_behind(tmp_path, method):
     folder = tmp_path / "run"
@@ -54,6 +55,7 @@ def test_a_run_leaves_everything_behind(tmp_path, method):
     assert "number of each client's examples" in summary["public"]
 
 
+@pytest.mark.slow
 def test_what_updates_say_is_recorded_where_single_ones_are_released(tmp_path):
     run(tiny(tmp_path / "deer", method="deer", clients=3))
     recorded = [json.loads(line) for line in (tmp_path / "deer" / "updates.jsonl").read_text().splitlines()]
@@ -63,6 +65,7 @@ def test_what_updates_say_is_recorded_where_single_ones_are_released(tmp_path):
     assert not (tmp_path / "secret" / "updates.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_ledger_holds_every_step_and_its_epsilon(tmp_path):
     run(tiny(tmp_path / "run", clients=3))
     account = json.loads((tmp_path / "run" / "ledger.json").read_text())
@@ -78,6 +81,7 @@ def test_the_ledger_holds_every_step_and_its_epsilon(tmp_path):
     assert account["worst_epsilon"] == max(client["epsilon"] for client in account["clients"])
 
 
+@pytest.mark.slow
 def test_the_written_configuration_runs_the_same_again_bit_for_bit(tmp_path):
     run(tiny(tmp_path / "first", reproducible=True, partition="dirichlet", clients=3, clients_per_round=2, seed=5))
     options = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
@@ -91,6 +95,7 @@ def test_the_written_configuration_runs_the_same_again_bit_for_bit(tmp_path):
     assert "research only" in json.loads((tmp_path / "second" / "summary.json").read_text())["release"]
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_start_and_partition_but_neither_batches_nor_noise():
     one, two, other = (Federation.from_config(tiny(seed=seed)) for seed in (3, 3, 4))
     assert all(tensor.equal(two.server.state[name]) for name, tensor in one.server.state.items())
@@ -112,6 +117,7 @@ def test_clients_and_rounds_of_a_reproducible_run_draw_different_noise():
     assert drawn[0] == tuple(trainer.source(3, *places[0]).uniform_bits(4).tolist())
 
 
+@pytest.mark.slow
 def test_without_privacy_epsilon_is_infinite_and_nothing_is_noised(tmp_path):
     options = {"epsilon": "none", "batch_size": 2000, "clients": 40, "clients_per_round": 1}
     outcome = run(tiny(tmp_path / "run", **options, reproducible=True))
@@ -122,6 +128,7 @@ def test_without_privacy_epsilon_is_infinite_and_nothing_is_noised(tmp_path):
     assert [r.loss for r in secret.rounds] == pytest.approx([r.loss for r in outcome.rounds], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_noise_is_calibrated_to_the_planned_participations():
     account = Federation.from_config(tiny(clients=4, clients_per_round=2, rounds=5, local_steps=3)).account
     # 5 rounds × 2 places over 4 clients: 2.5, so 3 rounds of 3 steps.
@@ -133,6 +140,7 @@ def test_noise_is_calibrated_to_the_planned_participations():
         assert 1 <= account.event(client).sample_rate * size / 16 < 1.03
 
 
+@pytest.mark.slow
 def test_a_client_whose_budget_is_spent_takes_no_more_part():
     federation = Federation.from_config(tiny(clients=3, clients_per_round=1, rounds=3))
     assert federation.plan.participations == 1
@@ -149,6 +157,7 @@ def test_a_client_whose_budget_is_spent_takes_no_more_part():
     assert counts == [federation.account.releases(client) for client in range(3)] == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["examples", "equal"])
 def test_weights(weighting):
     config = tiny(weighting=weighting, partition="dirichlet", dirichlet_alpha=0.5, reproducible=True, method="ffa-lora")
@@ -164,6 +173,7 @@ def test_weights(weighting):
         torch.testing.assert_close(federation.server.state[name].double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run(tiny(tmp_path / "run", rounds=1))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -172,6 +182,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_accounted_for_are_an_error(monkeypatch):
     """The engine's own ledger is compared with the plan after every turn: here the loader slips in one more draw."""
     from lora_dp.engine.data_loader import PrivateDataLoader
@@ -184,6 +195,7 @@ def test_steps_that_are_not_accounted_for_are_an_error(monkeypatch):
     assert "not those that the budget was planned for" in caught.value.in_full
 
 
+@pytest.mark.slow
 def test_all_private_steps_are_in_the_account():
     federation = Federation.from_config(tiny())
     federation.run_round([0])

@@ -277,6 +277,7 @@ def edit(folder: Path, **options: str) -> None:
     (folder / "config.yaml").write_text(text)
 
 
+@pytest.mark.slow
 def test_a_run_whose_configuration_was_edited_is_refused_before_anything_is_done(tmp_path):
     """The seed deals the examples anew, so that one comes to more releases than planned; another split makes examples
     that were trained on validation data, whose metrics are exact."""
@@ -312,6 +313,7 @@ def test_a_run_whose_configuration_was_edited_is_refused_before_anything_is_done
     assert resume(folder, quiet()).summary["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_were_changed_is_refused(tmp_path):
     """One image for another: the same numbers of examples, at the same clients."""
     data, folder, rng = tmp_path / "data", tmp_path / "run", np.random.default_rng(0)

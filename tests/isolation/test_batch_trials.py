@@ -111,6 +111,7 @@ def labelled(*labels: int) -> dict[str, Tensor]:
     return {**texts(*[5] * len(labels)), "labels": torch.tensor(labels)}
 
 
+@pytest.mark.slow
 def test_ignored_labels_of_a_later_batch_are_refused():
     model = classifier()
     with pytest.raises(IsolationError, match="The loss mixes examples"):
@@ -136,10 +137,12 @@ def refuse_an_answer_beyond(n: int, place: int) -> None:
         run(model, inside, beyond)
 
 
+@pytest.mark.slow
 def test_an_answer_beyond_the_tokens_of_a_later_batch_is_refused():
     refuse_an_answer_beyond(4, 2)
 
 
+@pytest.mark.slow
 def test_an_answer_beyond_the_tokens_is_among_the_few_examples_that_are_tried():
     refuse_an_answer_beyond(12, 9)
 
@@ -270,6 +273,7 @@ def count_trials(monkeypatch: pytest.MonkeyPatch, batches: list[dict[str, Any]])
     return len(calls)
 
 
+@pytest.mark.slow
 def test_batches_of_one_structure_are_tried_once(monkeypatch):
     """Sizes within a factor of two are one structure; that widths vary is told by the second batch."""
     batches = [texts(*[5 + i % 2] * (4 + i)) for i in range(8)]
@@ -379,6 +383,7 @@ def test_a_model_of_one_size_is_left_alone(error):
     assert optimizer.ledger.steps == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [False, True])
 def test_padding_is_tried_in_full_precision_under_autocast(looks):
     """Rounded to bfloat16, what another padding leaves alone would seem to change with it."""

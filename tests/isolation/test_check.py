@@ -256,6 +256,7 @@ def tagger() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 def test_the_models_own_token_mean_is_refused():
     """Labels in a dict: the loss that the model computes is checked, also on the first batch."""
     model, (_, labels) = tagger(), tagging_batch()
@@ -352,6 +353,7 @@ class Checkpointed(nn.Module):
         return self.mix(checkpoint(lambda h: self.block(h).tanh(), self.first(x), use_reentrant=self.reentrant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [swin, vit, roberta, checkpointed_vit])
 def test_real_models_pass_with_dropout_and_stay_undisturbed(build):
     torch.manual_seed(0)

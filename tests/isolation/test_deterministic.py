@@ -31,6 +31,7 @@ def values(name: str, rows: int = 6, seed: int = 0) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves(draw()) if isinstance(leaf, Tensor)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("name", DRAWING)
 def test_nothing_is_drawn_where_all_is_still(name, inference):

@@ -197,6 +197,7 @@ def test_a_layer_of_a_small_gradient_is_held_to_it_until_rounding_is_all_of_it(s
         assert passes(Two(), 4, criterion=criterion).losses == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e12])
 @pytest.mark.parametrize("place", [0, 1, 3])
 @pytest.mark.parametrize(

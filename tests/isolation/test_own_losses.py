@@ -148,6 +148,7 @@ def test_a_loss_of_the_models_own_that_chooses_among_many_is_refused(name, reduc
     assert_refuses(IsolationError, "The loss mixes examples: what example", lambda: model(x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_loss_of_the_models_own_by_which_each_example_decides_for_itself_is_taken(name, reduction):
@@ -159,6 +160,7 @@ def test_a_loss_of_the_models_own_by_which_each_example_decides_for_itself_is_ta
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_the_last_to_be_chosen_is_found_whichever_examples_are_drawn():
     x, y = examples(17)
     for _ in range(8):
@@ -167,6 +169,7 @@ def test_the_last_to_be_chosen_is_found_whichever_examples_are_drawn():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("declared", ["mean", "sum", None])
 @pytest.mark.parametrize("name", [*CHOOSING, *HARMLESS])
 def test_a_criterion_of_single_examples_that_chooses_among_many_is_refused(name, declared):

@@ -105,6 +105,7 @@ def test_rows_of_all_examples_that_fit_no_other_batch_are_tried_as_they_are():
     refused("example 0", Fixed(), 4, examples(8)[0], True)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_trial_outlives_it():
     """Hooks on tensors would keep the model alive through the graph."""
     model = Made()

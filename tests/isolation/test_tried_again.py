@@ -74,6 +74,7 @@ def test_hooks_on_the_whole_model_are_tried_too(before, on_outputs):
     assert_refuses(IsolationError, "with the other examples of the batch", lambda: model(examples(4)[0]))
 
 
+@pytest.mark.slow
 def test_a_part_of_the_model_that_is_compiled_is_tried():
     class Compiled(nn.Module):
         def __init__(self) -> None:

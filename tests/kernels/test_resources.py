@@ -19,6 +19,7 @@ def measured() -> dict[str, list[resources.Resources]]:
     return dict(zip(resources.modules(), resources.measure_all(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", resources.modules())
 def test_every_build_fits_every_chip(module, measured):
     rows = measured[module]

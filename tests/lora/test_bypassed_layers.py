@@ -132,6 +132,7 @@ def old_deberta() -> nn.Module:
 BLOCKS = {"depths": (1, 1), "embed_dim": 16, "num_heads": (2, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "left_alone", "kept"),
     [
@@ -322,6 +323,7 @@ def reentrant(function: Callable[..., Any], x: Tensor) -> Any:
     return checkpoint(function, x, use_reentrant=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("way", ["eager", "reentrant", "compiled", "ghost", "direct"])
 def test_no_word_where_all_are_used(way):

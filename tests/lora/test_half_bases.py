@@ -73,6 +73,7 @@ def test_a_model_that_was_converted_after_its_adapters_is_warned_of(dtype):
         made(half("roberta", dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_and_evaluates_in_the_models_dtype(kind, dtype):
@@ -190,6 +191,7 @@ def test_what_peft_saved_in_float32_is_taken_whole(tmp_path):
     torch.testing.assert_close(logits(model, "roberta"), expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.slow
 def test_what_we_save_is_float32_and_peft_keeps_it(tmp_path):
     plain = build("roberta").to(torch.bfloat16)
     model = randomise(inject_lora(copy.deepcopy(plain), LoRAConfig(r=2, trainable_modules=["classifier"])))

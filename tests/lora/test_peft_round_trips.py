@@ -129,6 +129,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(s) or "plain")
 @pytest.mark.parametrize("kind", PLACES)
 def test_both_ways(kind, settings, tmp_path: Path):

@@ -115,6 +115,7 @@ def test_layers_that_torch_reads_without_calling_are_refused():
         inject_lora(encoder, LoRAConfig(r=2))
 
 
+@pytest.mark.slow
 def test_transformers_is_not_imported_for_a_model_without_it():
     code = (
         "import sys; from torch import nn; from lora_dp import LoRAConfig, inject_lora; "

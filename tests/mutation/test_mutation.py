@@ -126,6 +126,7 @@ def test_mistakes_that_tests_once_missed_are_among_them(name):
     assert any(mutant.id.startswith(name) for mutant in mutants_of(path))
 
 
+@pytest.mark.slow
 def test_what_is_written_down_as_equivalent_is_a_mutant_and_has_its_reason():
     known = {mutant.id for path in TARGETS for mutant in mutants_of(path)}
     found = equivalents()
@@ -133,6 +134,7 @@ def test_what_is_written_down_as_equivalent_is_a_mutant_and_has_its_reason():
     assert all(len(reason.split()) > 3 for reason in found.values())
 
 
+@pytest.mark.slow
 def test_an_entry_that_is_no_mutant_fails(tmp_path, monkeypatch, capsys):
     gone = tmp_path / "equivalents.toml"
     gone.write_text('"because of this and that" = ["lora_dp/privacy/noise.py::grid_step::compare::no more"]\n')
@@ -141,6 +143,7 @@ def test_an_entry_that_is_no_mutant_fails(tmp_path, monkeypatch, capsys):
     assert "and no mutant: lora_dp/privacy/noise.py::grid_step::compare::no more" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_survivor_fails_and_what_was_noticed_is_not_run_again(tmp_path, monkeypatch, capsys):
     """The second mutant is beside the one test that is run: nobody looks there."""
     from tests.mutation import __main__ as command
@@ -177,6 +180,7 @@ def sample(files: tuple[str, ...], number: int, minutes: float, work: str) -> No
     assert main(words) == 0, f"python -m tests.mutation {' '.join(words[:-2])}"
 
 
+@pytest.mark.slow
 def test_a_few_mutants_are_noticed(tmp_path):
     sample(SETTLED, 4, 2, str(tmp_path))
 
@@ -186,6 +190,7 @@ def test_a_sample_of_mutants_is_noticed(tmp_path):
     sample(SETTLED, 25, 6, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_mistakes_in_native_code(tmp_path):
     """What the compiler makes the same library of is told apart; a few mutants are noticed."""
     missing = [name for name in ("cmake", "ninja", "g++") if shutil.which(name) is None]

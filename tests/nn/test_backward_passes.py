@@ -83,6 +83,7 @@ def test_a_mean_and_losses_of_single_examples_give_the_same_sum():
             assert_close(4 * gradient, torch.stack([part[name] for part in parts]).sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["step", "zero_grad"])
 def test_a_pass_that_is_over_keeps_nothing_alive(end):
     """Its outputs, and so its graph, are freed before the next forward takes memory."""

@@ -78,6 +78,7 @@ def test_autocast():
         assert close(left, right, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [False, True])
 def test_no_grad_leaves_no_graph_and_no_tensor_but_the_output(private):
     model = mlp()

@@ -118,6 +118,7 @@ def check(model: Net, batch: tuple[Tensor, Tensor], run: nn.Module | None = None
         assert_close(released[name] * N, expected[name], 2e-5, scale=BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_per_example_gradients_are_those_of_the_loop(layer, operation):
@@ -144,6 +145,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_dp import DPLinear, DPLoRALinear
 from lora_dp.nn.layers import DPEmbedding, DPLayerNorm
 from lora_dp.nn.per_example import NormMethod
+from tests.grids import pairwise
 from tests.support import assert_close, brute_force, make_private, private_gradients
 
 N, T = 5, 4
@@ -46,10 +47,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("method", ["auto", "direct", "ghost"])
-@pytest.mark.parametrize("bound", [0.05, 1e6])
-@pytest.mark.parametrize("part", [-1.0, -0.9, 0.5])
+@pytest.mark.parametrize(
+    ("name", "method", "bound", "part"),
+    pairwise(list(LAYERS), ["auto", "direct", "ghost"], [0.05, 1e6], [-1.0, -0.9, 0.5]),
+)
 def test_both_count_as_one_gradient(name: str, method: NormMethod, bound: float, part: float) -> None:
     """``part`` below 0: what the second pass brings all but cancels the first."""
     torch.manual_seed(0)

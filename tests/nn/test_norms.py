@@ -36,6 +36,7 @@ from tests.support import make_private, private_gradients
 deterministic = settings(max_examples=150, deadline=None, derandomize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @deterministic
 @given(case=drawn(), rule=rules, reduction=st.sampled_from(["mean", "sum"]), flush=st.booleans())
@@ -44,6 +45,7 @@ def test_one_example_adds_no_more_than_the_bound(path, case, rule, reduction, fl
         assert contribution(case, PATHS[path], rule, reduction) <= case.bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=drawn(), reduction=st.sampled_from(["mean", "sum"]))
@@ -56,6 +58,7 @@ def test_nor_less_than_it_may(path, case, reduction):
         assert found >= min(unclipped, case.bound) * (1 - 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(case=drawn(), rule=rules, path=st.sampled_from(sorted(PATHS)))
@@ -64,6 +67,7 @@ def test_other_precisions(dtype, case, rule, path):
         assert contribution(case, PATHS[path], rule, dtype=dtype) <= case.bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["full rank, direct", "full rank, ghost", "adapter AB, direct", "lookups"])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=drawn(), rule=rules, backwards=st.integers(2, 3))
@@ -205,6 +209,7 @@ def test_the_paths_are_those_that_a_gradient_can_take():
     assert kinds == {type(path.layer()) for path in PATHS.values()}
 
 
+@pytest.mark.slow
 def test_a_case_has_every_magnitude():
     """The strategy reaches both ends of float32, and bounds at both ends; a fortieth of its draws reach the least."""
     seen: list[Drawn] = []

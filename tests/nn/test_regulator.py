@@ -148,6 +148,7 @@ def test_the_clipped_sum_never_exceeds_the_bound_in_the_measured_norm():
         assert 0.4 < float(outlier.norm()) <= 0.5
 
 
+@pytest.mark.slow
 def test_the_noise_has_the_regulated_covariance():
     """A row of B's noise has covariance σ²C²(AAᵀ + ρI)⁻¹."""
     lora_A, lora_B = factors()

@@ -19,6 +19,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs g++")
 @pytest.mark.parametrize("level", ["-O1", "-O3"])
 @pytest.mark.parametrize("source", SOURCES)

@@ -28,6 +28,7 @@ def address(value: int) -> ctypes.c_void_p:
     return ctypes.c_void_p(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bytes", [4, 64, 72, 64 * 127, 64 * 128, 64 * 1000 - 4])
 def test_keystream(emulated, n_bytes):
     nonce = bytes(range(100, 112))
@@ -42,6 +43,7 @@ def test_keystream(emulated, n_bytes):
     assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 1023, 1024, 50_001])
 def test_rounded_gaussians(emulated, n):
     scale = 1.7 * 2**32
@@ -61,6 +63,7 @@ def test_rounded_gaussians(emulated, n):
     assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
 @pytest.mark.parametrize("examples", [0, 4])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

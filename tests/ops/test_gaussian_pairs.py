@@ -42,6 +42,7 @@ def test_oracle_gives_known_values():
     assert pair_of(0, 0, 1.0) == (None, (13, 0))
 
 
+@pytest.mark.slow
 def test_pairs_of_random_bits():
     generator, undecided = random.Random(0), 0
     for _ in range(3000):
@@ -191,6 +192,7 @@ def pairs_near_a_half(seed: int, n: int, scale: float, by_angle: bool) -> Iterat
     yield from zip(*(column[usable].tolist() for column in columns), strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_angle", [True, False], ids=["angle", "radius"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_leading_bits_never_decide_wrongly_near_a_half(scale, by_angle):

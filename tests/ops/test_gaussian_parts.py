@@ -70,6 +70,7 @@ def pairs(seed: int, n: int, bits: int = 128) -> Iterator[tuple[int, int]]:
     yield 2**bits - 1, 2**bits - 1
 
 
+@pytest.mark.slow
 def test_integers_become_doubles_rounded_once(parts):
     to_double = parts.double("to_double", ctypes.c_uint64)
     # The last three lie at the middle of two doubles, and one beside it, where rounding twice goes wrong.

@@ -35,6 +35,7 @@ PAIR = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "name"), [(function, name) for function, (_, bad) in FILLING.items() for name in ["", *bad]]
 )

@@ -158,6 +158,7 @@ def bad_options() -> Iterator[tuple[str, st.SearchStrategy[Any]]]:
 OPTIONS = dict(bad_options())
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(step=STEPS, name=st.sampled_from(sorted(OPTIONS)), data=st.data())
 def test_options_out_of_range_change_nothing(step: Step, name: str, data: st.DataObject) -> None:
@@ -180,6 +181,7 @@ def test_hyperparameters_that_are_not_finite_change_nothing(value: Any, optimize
     assert step.unchanged()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     step=STEPS,

@@ -16,6 +16,7 @@ from tests.ops.update_rows import COLUMNS, UPDATE_ARGUMENTS, Rows, is_lawful, up
 BYTES_OF_DTYPE = [4, 2, 2, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", *UPDATE_ARGUMENTS, *(f"{column} of a row" for column in COLUMNS)])
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())

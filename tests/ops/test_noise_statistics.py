@@ -280,6 +280,7 @@ DEFECTS: dict[str, tuple[Callable[[Values], Values], set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_planted_defects_are_caught(defect, key):
     """Planted in the values of the ordinary run, which pass as they are: each check named must reject."""

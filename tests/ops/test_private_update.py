@@ -19,16 +19,16 @@ from lora_dp.ops.registry import reference_only
 from lora_dp.ops.rounded_gaussian import rounded_gaussian_
 from lora_dp.ops.sampling_bits import sampling_bits_
 from lora_dp.privacy.filtering import GaussianFilter
+from tests.grids import pairwise
 from tests.ops.update_problem import DTYPES, KEY, OPTIMIZERS, SHAPES, STEP, Problem, plain_sgd, same_bits
 
 INSTRUCTIONS = ["portable", "avx2", "avx512"]
 
 
-@pytest.mark.parametrize("noisy", [True, False])
-@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("examples", [0, 1, 6])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "examples", "strength", "noisy"),
+    pairwise(OPTIMIZERS, DTYPES, [0, 1, 6], [0.0, 0.5, 3.0], [True, False]),
+)
 def test_native_update_gives_the_bits_of_the_float64_reference(optimizer, dtype, examples, strength, noisy):
     problem = Problem(optimizer, dtype, examples=examples, strength=strength, noisy=noisy)
     expected = copy.deepcopy(problem)

@@ -100,6 +100,7 @@ def test_the_op_refuses_other_dtypes_and_layouts(out: torch.Tensor, key: int) ->
     assert not out.any()
 
 
+@pytest.mark.slow
 def test_the_op_is_one_that_torch_knows(key: int) -> None:
     torch.library.opcheck(torch.ops.lora_dp.sampling_bits_.default, (torch.zeros(3, 4, dtype=torch.int64), key, 0))
     gone = _native.key_from(KEY)

@@ -43,6 +43,7 @@ def check_noise_matches_sensitivity(rule: str) -> None:
     check_deviation(pure_noise(model, optimizer, 400), sigma * bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_noise_matches_sensitivity(rule):
     check_noise_matches_sensitivity(rule)
@@ -55,6 +56,7 @@ def test_noise_that_forgets_the_bound_is_caught(rule, bug):
         check_noise_matches_sensitivity(rule)
 
 
+@pytest.mark.slow
 def test_noise_divided_among_layers_is_caught(bug):
     bug.setattr(Mechanism, "noise_std", lambda self, size: self.noise_multiplier * self.rule.sensitivity / math.sqrt(2))
     with pytest.raises(AssertionError, match="deviation"):
@@ -99,10 +101,12 @@ def check_one_noise_draw_for_a_logical_batch() -> None:
     check_deviation(torch.stack(rows), sigma * bound)
 
 
+@pytest.mark.slow
 def test_one_noise_draw_for_a_logical_batch():
     check_one_noise_draw_for_a_logical_batch()
 
 
+@pytest.mark.slow
 def test_noise_for_each_micro_batch_is_caught(bug):
     accumulate = PrivateOptimizer._accumulate
 

@@ -20,6 +20,7 @@ def contribution(coefficients: Tensor, sq_norms: Tensor) -> Tensor:
     return (coefficients.double().square() * sq_norms.double()).sum(0).sqrt()
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     rule=st.sampled_from(RULES),

@@ -238,6 +238,7 @@ def test_at_the_edges_too_draws_are_under_the_secret_key(
     check_hangs_on_the_key(draw, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["F.dropout", "rand", "sdpa"])
 def test_what_is_compiled_draws_under_the_secret_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +315,7 @@ def test_a_public_seed_and_a_generator_of_ones_own_stay_torchs() -> None:
         assert mask[0] == mask[1]
 
 
+@pytest.mark.slow
 def test_that_kernels_are_replaced_is_no_warning_to_the_user() -> None:
     code = """import warnings
 from lora_dp import cpu_draws

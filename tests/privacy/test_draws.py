@@ -177,6 +177,7 @@ def simulate(make: Callable[[], RandomSource], steps: int, monkeypatch: pytest.M
     return ledger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["secure", "seeded"])
 def test_a_long_run_with_resumes_takes_no_block_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = randomness._forks

@@ -10,6 +10,7 @@ from lora_dp.privacy.randomness import SecureSource, SeededSource
 from lora_dp.privacy.sampling import PoissonSampler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_source", [SecureSource, lambda: SeededSource(4)])
 def test_every_example_has_the_same_rate(make_source):
     """χ² over 40 examples, 4,000 draws each: by Wilson and Hilferty, a right sampler passes 110 with probability

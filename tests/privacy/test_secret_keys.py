@@ -307,6 +307,7 @@ def grown_by_keys() -> int:
     return sum(end - start for start, end, *_ in key_pages()) - before
 
 
+@pytest.mark.slow
 @on_linux
 @forks
 def test_keys_that_come_and_go_take_no_more_memory() -> None:

@@ -248,6 +248,7 @@ def _seed_publicly(worker: int) -> None:
     np.random.seed(0)
 
 
+@pytest.mark.slow
 @forks
 @pytest.mark.parametrize("own", [None, _seed_publicly])
 def test_workers_of_the_loader_draw_in_secret(own: Callable[[int], None] | None) -> None:

@@ -14,6 +14,7 @@ def few(options):
     return FEW if "unit" in options else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -36,6 +37,7 @@ def test_what_is_sound_is_not_violated(configuration, options, tmp_path, capsys)
 SHORT = {"rounds": 1, "local_steps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "more"),
     [
@@ -60,6 +62,7 @@ def test_a_value_of_the_wrong_kind_is_an_error_in_a_sentence(tmp_path, text, cap
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_seed_is_kept_and_no_canary_is_refused(configuration, tmp_path, capsys):
     path = configuration({**SMALL, **SHORT})
     assert cli.main(["audit", path, *SURE, "--seed", "7", "--count", "160"]) == 0
@@ -68,6 +71,7 @@ def test_a_seed_is_kept_and_no_canary_is_refused(configuration, tmp_path, capsys
     assert "count must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,6 +1,7 @@
 """Mislabelled examples among a client's own: found where they are not protected, and kept out of a run's folder."""
 
 import numpy as np
+import pytest
 import yaml
 
 from lora_dp.fed import cli
@@ -9,6 +10,7 @@ from lora_dp.fed.rounds.client import Trainer
 from tests.fed.auditing.small_runs import SMALL, SURE, opened
 
 
+@pytest.mark.slow
 def test_mislabelled_examples_that_are_not_protected_are_found(configuration, monkeypatch):
     """The final model, replaced by one that has learnt every example by heart."""
     train = MislabelledExamples.train
@@ -23,6 +25,7 @@ def test_mislabelled_examples_that_are_not_protected_are_found(configuration, mo
     assert cli.main(["audit", configuration(options), "--canaries", "examples", *SURE]) == 1
 
 
+@pytest.mark.slow
 def test_losses_of_private_examples_stay_out_of_the_folder_of_a_run(configuration, tmp_path, capsys, monkeypatch):
     """All that lies there is covered by the run's ε; a planted canary's results come out of noised releases."""
     folder = tmp_path / "run"
@@ -42,6 +45,7 @@ def test_losses_of_private_examples_stay_out_of_the_folder_of_a_run(configuratio
     assert (tmp_path / "mine" / "audit.json").exists()
 
 
+@pytest.mark.slow
 def test_the_coin_decides_which_mislabelled_examples_train(monkeypatch):
     game = opened({**SMALL, "rounds": 1, "local_steps": 1})
     seen = []

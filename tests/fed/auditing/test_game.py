@@ -1,10 +1,13 @@
 """Who is audited: the client with the largest claim."""
 
+import pytest
+
 from lora_dp.fed.auditing.game import largest_ledger
 from lora_dp.fed.rounds.federation import Federation
 from tests.fed.auditing.small_runs import SMALL, opened
 
 
+@pytest.mark.slow
 def test_the_client_with_the_largest_claim_is_audited():
     game = opened({**SMALL, "clients": 5, "clients_per_round": 2, "seed": 1})
     federation = Federation.of_job(game.config, game.job)

@@ -11,6 +11,7 @@ from lora_dp.fed.runs import loop
 from tests.fed.compare.small_grids import grid_config, quietly
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_a_dash_and_the_others_go_on(tmp_path, fake):
     fake.broken = {
         "dp-lora/eps1/seed0": RuntimeError("no\nmemory"),
@@ -35,6 +36,7 @@ def test_a_failed_cell_is_a_dash_and_the_others_go_on(tmp_path, fake):
     assert "Failed" not in text and "–" not in text and not (tmp_path / "grid" / "failures.json").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_grid_runs_nothing(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid"))
     fake.ran.clear()
@@ -42,6 +44,7 @@ def test_a_finished_grid_runs_nothing(tmp_path, fake):
     assert fake.ran == fake.resumed == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_is_moved_aside(tmp_path, fake):
     fake.broken = {"la-lora/eps1/seed0": RuntimeError("crash")}
     quietly(grid_config(tmp_path / "grid"))
@@ -53,6 +56,7 @@ def test_what_cannot_be_resumed_is_moved_aside(tmp_path, fake):
     assert not (seeds / "seed0.aside-1" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_what_no_new_run_can_replace_stays(tmp_path, fake, monkeypatch):
     """A data set that is missing today stops resuming and a new run alike: the checkpoints are worth keeping."""
     fake.broken = {"la-lora/eps1/seed0": RuntimeError("crash")}
@@ -68,6 +72,7 @@ def test_what_no_new_run_can_replace_stays(tmp_path, fake, monkeypatch):
     assert (seeds / "seed0" / "config.yaml").exists() and not list(seeds.glob("*.aside-*"))
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_not_taken_for_a_cell(tmp_path, fake):
     fake.broken = {"la-lora/eps1/seed0": RuntimeError("crash")}
     quietly(grid_config(tmp_path / "grid"))
@@ -77,6 +82,7 @@ def test_a_run_with_other_settings_is_not_taken_for_a_cell(tmp_path, fake):
     assert "local_steps: 3" in path.read_text() and fake.resumed == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_tables_and_goes_on(tmp_path, fake):
     fake.broken = {"la-lora/eps8/seed0": KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):

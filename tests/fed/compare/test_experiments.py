@@ -132,6 +132,7 @@ def test_the_grid_can_be_run(path):
     assert f"--config experiments/{path.relative_to(FOLDER)} " in path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
     _, common = options(path)
@@ -182,6 +183,7 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
     assert code == 0 and "failed" not in shown and "la-lora, ε = 8, seed 0   accuracy" in shown
 
 
+@pytest.mark.slow
 def test_pneumoniamnist_as_published_becomes_a_folder(tmp_path):
     generator = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}

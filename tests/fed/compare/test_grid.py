@@ -8,6 +8,7 @@ from lora_dp.fed.compare.comparison import Cell, Grid, compare
 from tests.fed.compare.small_grids import SMALL, grid_config, quietly
 
 
+@pytest.mark.slow
 def test_another_definition_is_refused(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid", epsilons=[8]))
     fake.ran.clear()

@@ -13,6 +13,7 @@ from lora_dp.fed.compare.comparison import Grid
 from tests.fed.compare.small_grids import ACCURACY, grid_config, quietly
 
 
+@pytest.mark.slow
 def test_the_table_has_mean_and_sample_deviation(tmp_path, fake):
     shown = quietly(grid_config(tmp_path / "grid"))
     text = (tmp_path / "grid" / "comparison.md").read_text(encoding="utf-8")
@@ -67,6 +68,7 @@ def test_latex_is_balanced_and_plain_ascii(tmp_path, fake):
     assert len(rows) == 2 and all(line.count("&") == 2 for line in rows)
 
 
+@pytest.mark.slow
 def test_the_plot_has_every_method(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid", epsilons=[1, 8, "none"]))
     with Image.open(tmp_path / "grid" / "comparison.png") as image:
@@ -79,6 +81,7 @@ def test_the_plot_has_every_method(tmp_path, fake):
     assert bars["dp-lora"][1] == pytest.approx(96.0)
 
 
+@pytest.mark.slow
 def test_a_mean_far_below_all_others_does_not_squeeze_them(tmp_path, fake, monkeypatch):
     monkeypatch.setitem(ACCURACY, ("rolora", 1.0), (0.1, 0.97, 0.96))
     for method in ("la-lora", "dp-lora", "ffa-lora", "deer", "galore", "rolora"):
@@ -98,6 +101,7 @@ def test_one_seed_has_no_spread(tmp_path, fake):
     assert "±" not in text and "n = 1, seed 1" in text and "91.2" in text
 
 
+@pytest.mark.slow
 def test_notes_of_runs_that_guarantee_nothing(tmp_path, fake):
     quietly(grid_config(tmp_path / "a", methods=["la-lora"], epsilons=[8]), mechanism="as-released")
     text = (tmp_path / "a" / "comparison.md").read_text()

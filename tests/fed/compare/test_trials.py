@@ -104,6 +104,7 @@ def test_the_trials_have_a_seed_of_their_own(tmp_path, runs):
         tuned(tmp_path / "other", tuning_seed=1)
 
 
+@pytest.mark.slow
 def test_what_was_tried_is_told(tmp_path, runs):
     tuned(tmp_path / "grid", learning_rates=[0.1, 0.3])
     words = (tmp_path / "grid" / "comparison.md").read_text()
@@ -116,6 +117,7 @@ def test_what_was_tried_is_told(tmp_path, runs):
     assert "4 trials of learning rates" in page
 
 
+@pytest.mark.slow
 def test_a_failed_trial_stops_its_cells_only(tmp_path, runs):
     runs.broken = {"trials/la-lora/eps1/lr0.3"}
     shown = tuned(tmp_path / "grid")

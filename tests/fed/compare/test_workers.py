@@ -22,6 +22,7 @@ from tests.fed.breaking import interrupt_before_round
 from tests.fed.compare.small_grids import SMALL, grid_config, quietly
 
 
+@pytest.mark.slow
 def test_what_a_client_s_exception_said_is_in_no_file(tmp_path, monkeypatch):
     """It may quote a patient; it is for the console of whoever runs the client."""
     from lora_dp.fed.cli import main
@@ -43,6 +44,7 @@ def test_what_a_client_s_exception_said_is_in_no_file(tmp_path, monkeypatch):
     assert not any(b"Jane" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_a_cell_whose_log_of_releases_is_damaged_is_not_begun_anew(tmp_path, monkeypatch):
     """Its data would pay a second budget, and its ledger tell of one."""
     config = RunConfig.from_flat({**SMALL, "rounds": 3, "output": tmp_path / "cell"})
@@ -65,6 +67,7 @@ def spoil(cell: Path, how: str) -> None:
         (cell / "config.yaml").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["checkpoints", "configuration", "no configuration"])
 def test_a_cell_whose_rounds_have_begun_is_not_begun_anew(tmp_path, monkeypatch, how):
     """Its data would pay a second budget, and its ledger tell of one."""
@@ -82,6 +85,7 @@ def test_a_cell_whose_rounds_have_begun_is_not_begun_anew(tmp_path, monkeypatch,
         assert (tmp_path / "cell" / "ledger.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"epsilon": "none"}, {"reproducible": True}, {"mechanism": "as-released"}])
 def test_a_cell_that_spends_nothing_is_begun_anew(tmp_path, monkeypatch, options):
     config = RunConfig.from_flat({**SMALL, **options, "rounds": 3, "output": tmp_path / "cell"})
@@ -93,6 +97,7 @@ def test_a_cell_that_spends_nothing_is_begun_anew(tmp_path, monkeypatch, options
     assert {path.name for path in tmp_path.iterdir()} == {"cell", "cell.aside-1"}
 
 
+@pytest.mark.slow
 def test_a_cell_that_stopped_before_its_first_round_is_begun_anew(tmp_path, monkeypatch):
     config = RunConfig.from_flat({**SMALL, "rounds": 3, "output": tmp_path / "cell"})
     with monkeypatch.context() as patch:
@@ -142,6 +147,7 @@ def start(tmp_path: Path, rounds: int, **variables: str) -> subprocess.Popen[str
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_several_processes_can_be_resumed(tmp_path):
     process = start(tmp_path, 300)
     cells = [tmp_path / "grid" / "cells" / "la-lora" / "eps8" / f"seed{seed}" for seed in range(3)]
@@ -159,6 +165,7 @@ def test_ctrl_c_with_several_processes_can_be_resumed(tmp_path):
     assert "3 of 3 runs are missing" in (tmp_path / "grid" / "comparison.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_own_cell_only(tmp_path):
     """And the others, from two processes, are the runs that this process makes."""
     output, _ = start(tmp_path, 2, DIE="1").communicate(timeout=240)

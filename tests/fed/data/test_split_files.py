@@ -74,6 +74,7 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
     assert (len(raw.train_labels), len(raw.validation_labels)) == (24, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", ["", "train", "data/train"])
 @pytest.mark.parametrize(
     "classes",

@@ -44,6 +44,7 @@ def inspected(folder) -> tuple[dict, str]:
     return json.loads((folder / "inspect.json").read_text()), stream.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_is_measured(tmp_path):
     folder = finished(tmp_path / "run", lr=1.0)
     lines = [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
@@ -79,6 +80,7 @@ def test_a_run_is_measured(tmp_path):
     assert again == report
 
 
+@pytest.mark.slow
 def test_a_run_without_privacy_and_without_updates(tmp_path):
     folder = finished(tmp_path / "run", epsilon="none", method="dp-lora")
     report, text = inspected(folder)
@@ -92,6 +94,7 @@ def test_a_run_without_privacy_and_without_updates(tmp_path):
     assert (tmp_path / "run" / "inspect.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_guarantees_nothing_says_so(tmp_path):
     folder = finished(tmp_path / "run", mechanism="as-released", rounds=1)
     report, text = inspected(folder)
@@ -99,6 +102,7 @@ def test_what_guarantees_nothing_says_so(tmp_path):
     assert report["epsilon"] is None and "no privacy guarantee" in report["guarantee"]
 
 
+@pytest.mark.slow
 def test_what_was_merged_counts_as_change(tmp_path):
     folder = finished(tmp_path / "run", method="flora", lr=1.0)
     report, _ = inspected(folder)

@@ -4,6 +4,7 @@ import io
 import math
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from lora_dp.fed.diagnostics.inspect import read_updates
@@ -39,6 +40,7 @@ def painted(report: dict) -> tuple[tuple[int, ...], int, int]:
     return pixels.shape, *near
 
 
+@pytest.mark.slow
 def test_the_figure_has_as_many_panels_as_there_is_to_show(tmp_path):
     write_updates(tmp_path)
     noisy = read_updates(tmp_path / "updates.jsonl")
@@ -51,6 +53,7 @@ def test_the_figure_has_as_many_panels_as_there_is_to_show(tmp_path):
     assert blue > less_blue > 50 and orange > less_orange > 50
 
 
+@pytest.mark.slow
 def test_what_is_missing_leaves_a_gap():
     cosine = [[1.0, None], [None, None]]
     rounds = [

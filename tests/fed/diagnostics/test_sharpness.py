@@ -158,6 +158,7 @@ def snapshot(model: nn.Module) -> list:
     ]
 
 
+@pytest.mark.slow
 def test_a_transformer_is_left_as_it_was_and_its_attention_has_a_second_derivative():
     model = load_model(ModelConfig(dropout=0.3), 10, "image").model
     model.blocks[1].eval()

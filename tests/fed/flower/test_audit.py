@@ -128,6 +128,7 @@ def audited(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @each_case
 def test_what_is_sound_is_not_violated(options, words, audited, tmp_path):
     codes, carried = audited(options, *words)
@@ -139,6 +140,7 @@ def test_what_is_sound_is_not_violated(options, words, audited, tmp_path):
         assert counted and all(ledger["unit"] == carried.config.privacy.unit for ledger in counted)
 
 
+@pytest.mark.slow
 @each_case
 def test_what_is_sound_is_not_violated_over_5_seeds(options, words, audited):
     """At a confidence of 0.999 two false alarms of 5 have a probability of 0.00001."""
@@ -146,6 +148,7 @@ def test_what_is_sound_is_not_violated_over_5_seeds(options, words, audited):
     assert set(codes) <= {0, 1} and sum(codes) <= 1
 
 
+@pytest.mark.slow
 @each_case
 def test_a_fiftieth_of_the_noise_is_violated(options, words, audited, monkeypatch):
     true = Mechanism.noise_std
@@ -153,6 +156,7 @@ def test_a_fiftieth_of_the_noise_is_violated(options, words, audited, monkeypatc
     assert audited(options, *words)[0] == [1]
 
 
+@pytest.mark.slow
 def test_without_clipping_of_updates_clients_are_violated(audited, monkeypatch):
     monkeypatch.setattr(client, "clipped", lambda change, bound: {n: t.double() for n, t in change.items()})
     assert audited(*CASES["client, client"][:1], *FEW)[0] == [1]

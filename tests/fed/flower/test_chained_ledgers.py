@@ -149,6 +149,7 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return fresh, read, names
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages(), second=st.booleans())
 def test_no_damage_makes_a_ledger_say_less(ledger, damage, second):
@@ -195,6 +196,7 @@ def test_an_edited_entry_is_noticed(tmp_path, kind, old, new):
         read(tmp_path / names[0])
 
 
+@pytest.mark.slow
 def test_a_client_of_a_round_edited_or_left_out_is_noticed(tmp_path):
     for old, new in ((b"[0,1,2]", b"[0,1,1]"), (b"[0,1,2]", b"[]"), (b'"round":3', b'"round":2')):
         forget(tmp_path / LOG)

@@ -36,6 +36,7 @@ def test_a_client_that_fails_says_no_more_than_the_kind_of_its_failure(caplog):
     assert "patient Doe" in caplog.text  # on the client's side
 
 
+@pytest.mark.slow
 def test_a_node_with_a_folder_of_its_own_trains_on_all_of_it(tmp_path):
     config = tiny(clients=2, rounds=1, min_clients=2)
     own = {"partition-id": 1, "data": str(own_folder(tmp_path / "own")), "private": False}  # the run is reproducible
@@ -55,6 +56,7 @@ def introduced(node: dict[str, Any], **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_node_tells_the_size_of_its_own_data_and_no_more(tmp_path):
     """Held out by the server's fraction, or read from the server's column, sizes would tell how many are of a class."""
     folder = own_folder(tmp_path / "own")

@@ -117,6 +117,7 @@ ANSWERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*ANSWERS, "error"])
 def test_no_text_of_an_answer_reaches_terminal_log_or_file_as_it_is(kind, tmp_path, caplog):
     """Through a whole run: its console, its folder, the sentence that it ends with, and the server's log."""
@@ -212,6 +213,7 @@ def test_a_clients_number_and_that_of_nodes_are_numbers(number):
         Introduction(0, number)
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_an_announced_number():
     import tracemalloc
 
@@ -232,6 +234,7 @@ def test_an_announced_number_weighs_at_most_ten_medians():
     assert flower._weights(sizes, [Introduction(i) for i in range(5)]) == sizes
 
 
+@pytest.mark.slow
 def test_the_servers_average_takes_these_weights(tmp_path):
     def behave(message: Message, context: Context) -> Message:
         client = context.node_config["partition-id"]
@@ -331,6 +334,7 @@ def test_an_update_larger_than_the_state_is_not_read():
     assert all(replies[client].update is not None for client in (0, 2))
 
 
+@pytest.mark.slow
 def test_an_engine_of_ones_own_is_not_trusted_with_text_either(tmp_path):
     federation = Federation.from_config(tiny(min_clients=1, rounds=1))
     train = federation.engine.train

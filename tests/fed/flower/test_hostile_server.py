@@ -79,6 +79,7 @@ HARMFUL: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HARMFUL, ids=lambda options: "-".join(map(str, options.items())))
 def test_what_could_harm_is_refused_by_name_and_before_any_data_are_read(options, node, state, monkeypatch):
     def opened(*_: Any) -> None:
@@ -116,6 +117,7 @@ def test_bounds_are_where_they_are_said_to_be(name, within, beyond):
         Policy(RULES).check(RunConfig.from_flat({name: beyond}))
 
 
+@pytest.mark.slow
 def test_a_budget_decides_on_epsilon_in_place_of_the_rule(node, state, tmp_path):
     """What a run claims is nothing to the ledger, which counts what it would release."""
     node |= {"epsilon": 1.0, "delta": 1e-5}
@@ -146,6 +148,7 @@ def test_the_promise_is_the_owners_whatever_the_server_says(options, node, state
             assert "has no ledger" in answer(sent(asked, state), config)
 
 
+@pytest.mark.slow
 def test_private_false_is_the_owners_word_and_a_whole_one(node, state):
     said = {**node, "private": False}
     assert "must leave one of them out" in answer(sent({}, state), said)
@@ -185,6 +188,7 @@ HARMLESS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", HARMLESS, ids=lambda options: "-".join(map(str, options.items())))
 def test_what_it_accepts_is_noised_as_its_ledger_says(options, node, state, monkeypatch):
     """What is sent when training fails on everything is noise alone: its size is that of the ledger's entry."""
@@ -226,6 +230,7 @@ def test_a_tasks_numbers_are_numbers(field, number, node, state):
     assert answer(content, node) in ("raised TypeError", "raised ValueError") and not Path(node["ledger"]).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -254,6 +259,7 @@ def test_aliases_that_stand_for_more_than_memory_holds_are_not_followed():
     assert read_yaml("rounds: 3") == {"rounds": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [*sorted(flat(RunConfig())), SPOILT, "tensor", "record"])
 def test_no_text_of_a_server_reaches_the_nodes_log_as_it_is(where, node, state, caplog):
     if where == "tensor":
@@ -279,6 +285,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return asking_model(tmp_path_factory.mktemp("words") / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, WHOLE], ids=["example", "client"])
 def test_a_server_that_names_model_and_tokenizer_learns_no_word(options, words, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -304,6 +311,7 @@ def test_a_server_that_names_model_and_tokenizer_learns_no_word(options, words, 
     assert "training failed" in caplog.text  # on this side
 
 
+@pytest.mark.slow
 def test_an_example_that_cannot_be_encoded_counts_and_contributes_nothing(node, state, caplog):
     broken = Path(node["ledger"]).parent / "data"
     own_folder(broken, 40)

@@ -122,6 +122,7 @@ def test_one_process_at_a_time_spends(tmp_path):
     assert Ledger.load(path).steps == plan.releases_per_turn
 
 
+@pytest.mark.slow
 def test_it_holds_what_the_server_counts_too(tmp_path):
     path = tmp_path / "ledger.json"
     federation = connected(tiny(), grid(path, epsilon=8.0, delta=1e-5))
@@ -132,6 +133,7 @@ def test_it_holds_what_the_server_counts_too(tmp_path):
         assert ledger.epsilon(1e-5, "rdp") == federation.account.epsilon(1) <= 8
 
 
+@pytest.mark.slow
 def test_it_is_on_the_disk_before_the_client_trains(tmp_path, monkeypatch):
     path = tmp_path / "ledger.json"
     counted = []
@@ -148,6 +150,7 @@ def test_it_is_on_the_disk_before_the_client_trains(tmp_path, monkeypatch):
     assert counted == [2, 4] and Ledger.load(path).steps == 4
 
 
+@pytest.mark.slow
 def test_a_server_that_asks_for_more_than_the_clients_own_budget_is_refused(tmp_path):
     path = tmp_path / "ledger.json"
     # The server's word: ε = 8 for this run. The client's: 3 for all its data, ever.
@@ -158,6 +161,7 @@ def test_a_server_that_asks_for_more_than_the_clients_own_budget_is_refused(tmp_
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_it_adds_up_over_runs(tmp_path):
     path = tmp_path / "ledger.json"
     for _ in range(2):
@@ -168,6 +172,7 @@ def test_it_adds_up_over_runs(tmp_path):
     assert Ledger.load(path).steps == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 @pytest.mark.parametrize("options", [{}, {"method": "deer"}, {"clients": 3, "clients_per_round": 2, "rounds": 3}])
 def test_without_a_budget_there_is_room_for_a_whole_run_and_not_for_a_second(tmp_path, options, accountant):
@@ -185,6 +190,7 @@ def test_without_a_budget_there_is_room_for_a_whole_run_and_not_for_a_second(tmp
         assert ledger.steps == federation.plan.planned_releases and 7 < ledger.epsilon(1e-5, accountant) <= 8
 
 
+@pytest.mark.slow
 def test_a_run_that_is_begun_anew_ends_where_its_plan_does(tmp_path):
     """As after a crash of the server, when nobody resumes: the node has answered a round, the new server asks all."""
     path = tmp_path / "ledger.json"
@@ -213,6 +219,7 @@ def test_nor_to_a_server_that_adds_the_noise(tmp_path):
     assert left_out["client"] == 1 and UNPROTECTED in left_out["reason"] and not path.exists()
 
 
+@pytest.mark.slow
 def test_a_client_that_noises_its_whole_update_counts_one_release(tmp_path):
     path = tmp_path / "ledger.json"
     nodes = LoopbackGrid([{"partition-id": 0}, {"partition-id": 1, "ledger": str(path), "unit": "client"}])
@@ -221,6 +228,7 @@ def test_a_client_that_noises_its_whole_update_counts_one_release(tmp_path):
     assert Ledger.load(path).entries == ((federation.plan.event(1), 1),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "asked"), [("client", "example"), ("example", "client")])
 def test_a_ledger_is_of_one_unit(tmp_path, kept, asked):
     """What hides an example leaves the client in sight, and what hides a client at σ an example at σ/2."""
@@ -242,6 +250,7 @@ def test_the_file_knows_its_unit_too(tmp_path):
     assert path.read_text() == before
 
 
+@pytest.mark.slow
 def test_a_damaged_ledger_stops_the_client(tmp_path):
     path = tmp_path / "ledger.json"
     path.write_text("{")
@@ -262,6 +271,7 @@ def test_the_ledger_composes_events_of_different_runs(tmp_path):
     assert Ledger.load(ledger.path).steps == 2 * plan.releases_per_turn
 
 
+@pytest.mark.slow
 def test_a_ledger_is_plain_json(tmp_path):
     federation = connected(tiny(), grid(tmp_path / "ledger.json"))
     federation.run_round()

@@ -20,6 +20,7 @@ def row(method: str) -> list[float]:
     return [float(cell) for cell in line.strip("| ").split("|")[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "rank"), [("la-lora", 4), ("rolora", 8), ("deer", 16), ("rac-lora", 4)])
 def test_the_page_says_what_messages_weigh(method, rank):
     found, at = message_bytes.usual(method, rank), message_bytes.RANKS.index(rank)

@@ -41,6 +41,7 @@ def opened(text: str, folder: Path, classes: str | None) -> Any:
     return flower_client._opened(text, str(folder), COLUMNS, flower_client._classes(classes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [None, "0,1"])
 @pytest.mark.parametrize(
     "odd", [b"patient 39 has hiv,", b"patient 39 has hiv", b",1", b"patient,39,has hiv,1", b"\xff,1", b"x,positive"]

@@ -12,6 +12,7 @@ from tests.fed.flower.asking_servers import answer, policy, sent
 from tests.fed.flower.node_data import GOOD
 
 
+@pytest.mark.slow
 def test_a_runs_config_is_a_policy_that_admits_that_run_alone(node, state, tmp_path):
     config = RunConfig.from_flat({**GOOD, "epsilon": 3.0})
     node["policy"] = policy(tmp_path / "policy.yaml", config.to_yaml())

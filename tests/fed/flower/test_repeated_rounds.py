@@ -19,6 +19,7 @@ from tests.fed.flower.node_data import GOOD
 SPENT = "has released all that this run's plan accounts for, and what is repeated counts again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"method": "deer"}, WHOLE], ids=["a-turn", "two-turns", "whole-clients"])
 @pytest.mark.parametrize("same", [True, False])
 def test_no_turn_is_repeated_beyond_what_the_runs_plan_accounts_for(options, same, node, state):
@@ -54,6 +55,7 @@ REWORDED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", REWORDED, ids=lambda options: "-".join(map(str, options.items())))
 def test_a_run_in_other_words_is_the_same_run(options, node, state):
     run = {"epsilon": 2.0, "rounds": 1, "alpha": RunConfig().model.alpha}
@@ -64,6 +66,7 @@ def test_a_run_in_other_words_is_the_same_run(options, node, state):
     assert isinstance(said, str) and said.startswith(SPENT)
 
 
+@pytest.mark.slow
 def test_a_round_that_is_run_again_after_a_crash_counts_again(node, state):
     run = {"epsilon": 2.0}
     for index in (0, 1, 1):
@@ -73,6 +76,7 @@ def test_a_round_that_is_run_again_after_a_crash_counts_again(node, state):
     assert Ledger.load(Path(node["ledger"])).epsilon(1e-5, "rdp") <= 2.0
 
 
+@pytest.mark.slow
 def test_runs_are_counted_one_by_one(node, state):
     for index in range(3):
         for seed in (1, 2):
@@ -92,6 +96,7 @@ def seeds_answered(node: dict[str, Any], state: dict[str, torch.Tensor], options
     raise AssertionError("a hundred runs were answered")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("own", "limit"), [({}, 8.0), ({"epsilon": 3.0, "delta": 1e-6}, 3.0)])
 def test_new_seeds_lead_no_further_than_the_policy_admits(own, limit, node, state, tmp_path, caplog):
     if own:
@@ -112,6 +117,7 @@ def test_new_seeds_lead_no_further_than_the_policy_admits(own, limit, node, stat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", ["any", {"min": 0.1}, ["none"]])
 @pytest.mark.parametrize("name", ["epsilon", "delta"])
 def test_a_policy_without_a_bound_needs_a_budget(name, allowed, node, state, tmp_path):

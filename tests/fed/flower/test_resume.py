@@ -61,6 +61,7 @@ def cut_short(output: Path) -> None:
     assert not (output / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_it_ends_as_if_it_had_never_stopped(tmp_path):
     serve(config(tmp_path / "whole"), grid(), QUIET)
     cut_short(tmp_path / "cut")
@@ -81,6 +82,7 @@ def test_it_ends_as_if_it_had_never_stopped(tmp_path):
     assert ledgers[0] == ledgers[1] and ledgers[1]["clients"][0]["steps"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value", [("seed", "5"), ("split_seed", "5"), ("lr", "0.01")])
 def test_it_goes_on_with_its_own_options_alone(tmp_path, name, value):
     """Nodes without a folder of their own would take other examples for theirs. None is asked for anything."""
@@ -102,6 +104,7 @@ def test_it_goes_on_with_its_own_options_alone(tmp_path, name, value):
     assert serve_again(tmp_path / "cut", grid(), QUIET).summary["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_it_goes_on_nowhere_else(tmp_path):
     cut_short(tmp_path / "cut")
     with pytest.raises(ValueError, match='resume="FOLDER" in its --run-config'):

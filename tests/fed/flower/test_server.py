@@ -35,6 +35,7 @@ def signature(update: Update | None) -> int:
     return int(update.tensors["head.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,6 +66,7 @@ def test_two_rounds_are_those_of_the_engine_in_one_process(options):
         assert len(steps) == 2 * 3 * 2 * there.method.turns
 
 
+@pytest.mark.slow
 def test_a_simulation_by_ray_agrees_with_the_run_in_one_process(tmp_path, monkeypatch):
     config = tiny()
     # One process for all three clients, which is slow enough to start.
@@ -122,6 +124,7 @@ def test_failures_are_replies_and_the_others_count(failure):
     assert [signature(replies[client].update) for client in (0, 2)] == [0, 2]
 
 
+@pytest.mark.slow
 def test_many_clients_are_asked_and_heard_in_requests_of_a_bounded_size():
     held = []
 
@@ -217,6 +220,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, behave: Any) -> None:
     monkeypatch.setattr(flwr.simulation, "run_simulation", run_simulation)
 
 
+@pytest.mark.slow
 def test_what_the_work_raises_in_a_simulation_comes_out(monkeypatch):
     simulated(monkeypatch, lambda serve: serve())
 
@@ -227,6 +231,7 @@ def test_what_the_work_raises_in_a_simulation_comes_out(monkeypatch):
         simulate(tiny(), work)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_simulation_interrupts_the_work_which_ends_in_order(monkeypatch):
     waiting = threading.Event()
 

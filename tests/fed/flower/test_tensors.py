@@ -73,6 +73,7 @@ def test_as_many_tensors_as_may_be_sent_and_no_more():
         unpack_tensors(npy(save({"n" * 501: torch.zeros(1)})))
 
 
+@pytest.mark.slow
 def test_the_header_of_tensors_is_a_mapping_of_the_length_that_it_says():
     assert unpack_tensors(headed(b"{}")) == {}
     assert unpack_tensors(headed(b"{}".ljust(2**25)), most_bytes=0) == {}

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("flwr")
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_to_anyone_unless_the_user_says_so():
     code = (
         "import lora_dp.fed.flower.messages, os\n"

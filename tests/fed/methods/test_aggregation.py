@@ -20,6 +20,7 @@ SETTINGS = (
 RANKS = {"r": 4, "ranks": (2, 1, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [*itertools.product(METHODS, SETTINGS), *((name, RANKS) for name in METHODS if METHODS[name].ranks_may_differ)],
@@ -45,6 +46,7 @@ def test_weighted_average_is_exact_and_keeps_dtypes():
     assert (result["x"].dtype, result["h"].dtype) == (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_aggregation_streams(method):
     """No update is kept: what is alive after hundreds of them is bounded by the model."""

@@ -39,6 +39,7 @@ def test_deer_trains_b_and_then_a_in_every_round():
     assert [[deer.phases(index, turn) for turn in range(2)] for index in range(2)] == [["B", "A"]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local_steps", [1, 3])
 def test_la_lora_alternates_through_the_rounds(local_steps):
     """With an odd number of local steps too, each factor has its turn: the cycle does not begin anew in each round."""
@@ -126,6 +127,7 @@ def test_the_default_learning_rate_is_that_of_the_nearest_budget(method):
     assert rates == {0.1: tuned[1], 1.7: tuned[1], 1.8: tuned[3], 4.8: tuned[3], 5.0: tuned[8], None: tuned[math.inf]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_round_changes_the_head_and_each_adapted_weight(method):
     federation = make_federation(method)
@@ -138,6 +140,7 @@ def test_every_round_changes_the_head_and_each_adapted_weight(method):
             assert not torch.allclose(product, products(before)[layer], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["la-lora", "dp-lora", "ffa-lora", "rolora", "deer"])
 def test_a_turn_sends_what_it_trains_and_nothing_else(method):
     federation = make_federation(method)
@@ -153,6 +156,7 @@ def test_a_turn_sends_what_it_trains_and_nothing_else(method):
 # Flat-LoRA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["dp-lora", "rolora", "flora", "deer"])
 def test_flat_lora_without_perturbation_is_its_base(base):
     states = []
@@ -163,6 +167,7 @@ def test_flat_lora_without_perturbation_is_its_base(base):
     assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 def test_flat_lora_perturbs_each_row_in_proportion_and_leaves_the_weight_as_it_was():
     model = Adapted(r=2)
     layer = model[1]
@@ -211,6 +216,7 @@ def test_lr_ratio_is_the_learning_rate_of_b_over_that_of_a_and_the_head():
         assert rates.get(id(parameter)) == expected
 
 
+@pytest.mark.slow
 def test_the_low_pass_filter_reaches_the_adapters_and_not_the_head():
     states = {}
     for strength in (0.0, 3.0):

@@ -36,6 +36,7 @@ def install(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(install, tmp_path):
     text = DOCS.read_text()
     source = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]

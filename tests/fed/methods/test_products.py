@@ -12,6 +12,7 @@ from lora_dp.fed.methods.low_rank import LowRank
 from tests.fed.small import federation_generators, make_federation, products, updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [{}, {"epsilon": None}])
 @pytest.mark.parametrize(
     ("method", "exact"),
@@ -55,6 +56,7 @@ def test_the_average_of_the_products_is_the_product_of_the_averages(method, exac
         assert gap < 1e-10 if exact else gap > 1e-4, (index, gap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, (2, 1, 4)])
 @pytest.mark.parametrize("alpha", [None, 3.0])
 def test_flora_merges_the_exact_sum_of_products(ranks, alpha):
@@ -91,6 +93,7 @@ def ideal_products(federation, sent):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 3.0])
 def test_flexlora_is_exact_at_full_rank_and_the_best_cut_below(alpha):
     for r, ranks in ((6, (6, 3, 1)), (2, None)):
@@ -105,6 +108,7 @@ def test_flexlora_is_exact_at_full_rank_and_the_best_cut_below(alpha):
                 assert bool(tail < 1e-12) is (r == 6)
 
 
+@pytest.mark.slow
 def test_flexlora_gives_each_client_the_best_cut_at_its_rank():
     federation = make_federation("flexlora", r=4, alpha=2.0, ranks=(4, 2, 1))
     federation.run_round([0, 1, 2])
@@ -117,6 +121,7 @@ def test_flexlora_gives_each_client_the_best_cut_at_its_rank():
             torch.testing.assert_close((cut[layer] - matrix).norm(), tail, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["ridge", "cosine"])
 def test_lora_fair_is_never_further_from_the_ideal_than_plain_averaging(objective):
     federation = make_federation("lora-fair", options={"objective": objective})
@@ -148,6 +153,7 @@ def test_lora_fair_solves_its_ridge_regression():
     torch.testing.assert_close(fair._correction(a, b, low, 1.0), found)
 
 
+@pytest.mark.slow
 def test_rac_lora_draws_a_fresh_frozen_factor_each_round():
     for trained, frozen in (("B", "A"), ("A", "B")):
         federation = make_federation("rac-lora", options={"trained": trained})

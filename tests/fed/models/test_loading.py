@@ -63,6 +63,7 @@ def test_default_model_is_small_and_knows_digits():
     assert accuracy(open_data(DataConfig())) > 0.85
 
 
+@pytest.mark.slow
 def test_default_model_carries_over_to_postal_digits():
     raw = open_data(DataConfig(dataset=data_folder("usps")))
     # only the validation split is looked at: spare the decoding of the other
@@ -78,6 +79,7 @@ def test_default_model_takes_other_classes():
     assert torch.equal(three.model.pos_embed, ten.model.pos_embed)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_leaves_the_global_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -118,6 +120,7 @@ def test_nested_head_of_a_timm_model():
     assert loaded.heads == ["head.fc"]
 
 
+@pytest.mark.slow
 def test_sentence_encoder_from_a_local_folder():
     loaded = load_model(ModelConfig(name=str(MINILM), target_modules=["query", "value"]), 2, "text")
     check_adapted(loaded, "bert.")

@@ -27,6 +27,7 @@ def folder(tmp_path):
     return tmp_path / "digits"
 
 
+@pytest.mark.slow
 def test_writes_a_model_that_the_federation_opens(folder, tmp_path, monkeypatch):
     # a few steps suffice to be better than chance (10 %)
     config = PretrainConfig(dataset=str(folder), output=tmp_path / "new" / "vit.safetensors", epochs=8, batch_size=32)
@@ -48,6 +49,7 @@ def test_writes_a_model_that_the_federation_opens(folder, tmp_path, monkeypatch)
     assert hits.float().mean().item() == pytest.approx(card["validation_accuracy"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_seed_decides(folder, tmp_path):
     def weights(name, seed):
         config = PretrainConfig(dataset=str(folder), output=tmp_path / name, epochs=1, batch_size=64, seed=seed)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lora_dp.fed.page import write_page
@@ -28,6 +29,7 @@ def make_comparison(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_comparison(tmp_path):
     folder = make_comparison(tmp_path / "grid")
     text = write_page(folder).read_text(encoding="utf-8")

@@ -86,6 +86,7 @@ def test_a_secret_draw_stays_secret(tmp_path):
     assert "77" not in page.plain.partition("Configuration")[0] and "Time in rounds" not in page.plain
 
 
+@pytest.mark.slow
 def test_ten_thousand_clients_make_a_short_page(tmp_path):
     page = write_page(make_run(tmp_path / "run", ledger=account(10_000), clients=10_000))
     found = read(page)

@@ -26,6 +26,7 @@ def entries_of(folder):
     return entries
 
 
+@pytest.mark.slow
 def test_a_run_is_told_from_all_others_by_its_log(tmp_path):
     """Where it is reproducible, from those that release other bits."""
     runs = []

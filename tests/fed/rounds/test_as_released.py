@@ -58,6 +58,7 @@ def test_deer_as_released_clips_each_tensor_by_itself(monkeypatch):
     assert result.epsilon == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["la-lora", "deer"])
 def test_what_is_as_released_says_so_everywhere(tmp_path, method, capsys):
     from lora_dp.fed.launch import run

@@ -108,6 +108,7 @@ def finish(method: str, adapted, index: int) -> None:
             layer.lora_A.copy_(vh[:r])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("method", [*METHODS, "flat-lora:flora", "flat-lora:deer"])
 def test_one_client_without_privacy_is_the_centralised_optimizer(method, optimizer):

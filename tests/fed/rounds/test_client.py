@@ -58,6 +58,7 @@ def test_noise_is_secret_unless_asked_otherwise():
     assert not any(tensor.equal(second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_what_torch_draws_in_a_reproducible_run_follows_its_seed_and_its_place(monkeypatch):
     """Dropout masks, say: whatever state torch is in, which is left as it was."""
     trainer = trainer_of(Adapted())

@@ -51,6 +51,7 @@ def sums_of_a_turn(federation: Federation, examples: Doubles) -> tuple[list[dict
     return steps, update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dp-lora", "flat-lora:ffa-lora", "deer"])
 @pytest.mark.parametrize("kind", FAILURES)
 def test_an_example_on_which_training_fails_adds_nothing_and_takes_nothing_away(kind, method, monkeypatch):
@@ -67,6 +68,7 @@ def test_an_example_on_which_training_fails_adds_nothing_and_takes_nothing_away(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAILURES)
 def test_the_steps_and_the_ledger_are_those_of_any_turn(kind, monkeypatch):
     """A failure in the second of three steps ends nothing."""
@@ -82,6 +84,7 @@ def test_the_steps_and_the_ledger_are_those_of_any_turn(kind, monkeypatch):
     assert len(steps) == 3
 
 
+@pytest.mark.slow
 def test_where_training_fails_on_all_the_update_is_noise_alone(monkeypatch, caplog):
     """In every step, as for an empty batch: of the size that the plan says."""
 
@@ -113,6 +116,7 @@ def test_a_batch_of_fewer_rows_than_were_asked_for_contributes_nothing(monkeypat
     assert steps == [{}] and "was given 1 examples where there were" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_model_that_mixes_examples_trains_on_each_alone_and_its_owner_is_told(caplog):
     federation = make_federation("dp-lora", ONE_STEP)
     model = federation.model

@@ -124,6 +124,7 @@ def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise
     assert all(found[name].equal(expected[name]) for name in found) and found.keys() == expected.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["example", "client"])
 def test_a_round_does_not_tell_on_whose_data_training_failed(unit, monkeypatch, caplog):
     privacy = {} if unit == "example" else {"unit": "client", "noise_by": "client", "delta": 0.01, "weighting": "equal"}

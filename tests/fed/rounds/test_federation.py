@@ -50,6 +50,7 @@ def test_a_public_draw_is_of_as_many_as_asked_for_and_follows_the_seed_and_the_r
     assert begun().draw() == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_secret_draw_is_of_all_clients_at_the_planned_rate(monkeypatch):
     even = SimpleNamespace(uniform=lambda count: torch.arange(count) / count)
     monkeypatch.setattr(Trainer, "source", lambda self, *place: even)
@@ -57,6 +58,7 @@ def test_the_secret_draw_is_of_all_clients_at_the_planned_rate(monkeypatch):
     assert federation.draw() == list(range(100))
 
 
+@pytest.mark.slow
 def test_no_two_sources_of_random_numbers_of_a_run_coincide(monkeypatch):
     """Of the server: its draws of clients, what a round begins with, the noise of each turn."""
     seeds, plain = [], lora_dp.fed.rounds.seeds.derived_seed
@@ -149,6 +151,7 @@ def test_a_round_tells_who_took_part_what_was_trained_and_what_it_came_to():
     assert begun("la-lora").run_round().phases == "BA" and begun("deer").run_round().phases == "B A"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "privacy, reproducible, told",
     [
@@ -186,6 +189,7 @@ def test_bytes_are_those_of_the_tensors_that_went_up_and_of_what_was_news_to_eac
     assert (result.bytes_up, result.bytes_down) == (8 * (B + A), 8 * (ALL + B))
 
 
+@pytest.mark.slow
 def test_under_a_secret_draw_bytes_are_those_of_the_expected_number_of_clients(monkeypatch):
     drawn = iter([[], [0, 1, 2], [1]])
     monkeypatch.setattr(lora_dp.fed.rounds.federation, "poisson_clients", lambda *_: next(drawn))
@@ -289,6 +293,7 @@ def mixing():
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_model_that_mixes_is_refused_where_examples_are_protected():
     for count in (2, 3, 5):
         with pytest.raises(IsolationError):

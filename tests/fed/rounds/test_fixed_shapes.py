@@ -49,6 +49,7 @@ def amplifying(federation: Federation, factor: float, quiet: float) -> State:
 
 
 # With the last logit at −1e9, trials that compare relatively to the largest value see nothing.
+@pytest.mark.slow
 @pytest.mark.parametrize("quiet", [-1e9, -30.0])
 @pytest.mark.parametrize("factor", [3e6, 3e7])
 def test_a_server_cannot_amplify_rounding(factor, quiet, default, caplog):
@@ -66,6 +67,7 @@ def test_a_server_cannot_amplify_rounding(factor, quiet, default, caplog):
     assert caplog.text == ""  # no trial failed either, which would tell of the examples in it
 
 
+@pytest.mark.slow
 def test_the_state_of_these_tests_is_one_that_amplifies(default):
     """Without parts of one shape, one example more moves the sum further than the noise is made for."""
     state, found = amplifying(default, 3e7, -1e9), []
@@ -134,6 +136,7 @@ class Segmented(nn.Module):
         return x + torch.segment_reduce(0 * x, "sum", offsets=torch.arange(len(x) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", [Placed, Aligned, Accompanied, AccompaniedLater, Routed, Grouped, Segmented])
 @pytest.mark.parametrize(("method", "state"), [("dp-lora", "as it is"), ("dp-lora", "zeros"), ("deer", "zeros")])
 def test_where_place_or_company_matter_each_example_is_by_itself(planted, method, state, caplog):
@@ -224,6 +227,7 @@ class Touchy(nn.Module):
         return found
 
 
+@pytest.mark.slow
 def test_what_the_trial_left_of_a_failed_backward_is_no_part_of_a_step(caplog):
     federation, examples = make_federation("dp-lora", ONE_STEP), make_examples(13, 1)
     expected = [sum_of(make_federation("dp-lora", ONE_STEP), federation.server.state, [i], examples) for i in range(13)]
@@ -242,6 +246,7 @@ def test_that_the_trial_saw_examples_mixed_is_told_to_the_owner(caplog):
     assert "THE MODEL MIXES EXAMPLES" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_model_that_mixes_private_examples_alone_is_found_out(caplog):
     """That made-up inputs keep to themselves says nothing of others."""
     federation = make_federation("dp-lora", ONE_STEP)
@@ -255,6 +260,7 @@ def test_a_model_that_mixes_private_examples_alone_is_found_out(caplog):
     assert "THE MODEL MIXES EXAMPLES" in caplog.text and "each example is by itself" not in caplog.text
 
 
+@pytest.mark.slow
 def test_private_examples_are_tried_as_often_whether_made_up_ones_were_before_or_not():
     """The first batch of a model that draws is tried several times, in the hope of seeing it mix."""
     federation, calls = make_federation("dp-lora", ONE_STEP), []
@@ -267,6 +273,7 @@ def test_private_examples_are_tried_as_often_whether_made_up_ones_were_before_or
     assert first == second != "" and last == ""
 
 
+@pytest.mark.slow
 def test_in_which_order_shapes_were_drawn_does_not_matter():
     federation, examples = reading(), texts([3, 5, 12, 14, 20, 40, 8, 16])
     state = federation.workspace.state()
@@ -291,6 +298,7 @@ def test_copies_that_fill_a_part_add_nothing_and_are_no_other_example():
         torch.testing.assert_close(tensor, sum(part[name] for part in expected), rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_the_release_does_not_hang_on_the_number_of_parts(monkeypatch):
     """Were each example of a single part rounded to the noise's grid by itself, and two parts together, one example
     more could move the sum by a step of the grid for each other example."""

@@ -56,6 +56,7 @@ def test_each_clients_epsilon_is_that_of_its_steps():
     assert found.worst_epsilon() == max(found.epsilon(client) for client in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dp-lora", "deer"])
 def test_a_budget_is_spent_to_the_last_round_and_never_more(method):
     found = account(method, participations=3)
@@ -66,6 +67,7 @@ def test_a_budget_is_spent_to_the_last_round_and_never_more(method):
     assert all(8 * 0.998 < found.epsilon(client) <= 8 for client in range(3))
 
 
+@pytest.mark.slow
 def test_only_who_has_room_is_eligible():
     found = account(participations=2)
     found.add_round([1])
@@ -96,6 +98,7 @@ def test_with_noise_by_the_server_there_is_one_account_for_all():
     assert (entry["client"], entry["steps"]) == ("all", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 def test_the_worst_of_many_clients(accountant):
     """Quickly it may be an upper bound, but never less than the truth nor more than the budget."""
@@ -111,6 +114,7 @@ def test_the_worst_of_many_clients(accountant):
     assert true < found.worst_epsilon() <= found.worst_epsilon(exact=False) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 def test_where_each_has_spent_its_budget_the_quick_bound_is_the_budget(accountant):
     found = account(sizes=MANY, participations=5, accountant=accountant)
@@ -136,6 +140,7 @@ def test_without_privacy_the_worst_of_many_is_infinite_however_quickly():
     assert found.worst_epsilon(exact=False) == math.inf
 
 
+@pytest.mark.slow
 def test_what_a_report_and_the_terms_say_is_what_was_planned():
     found = account(participations=3, delta=2e-5)
     noise = [found.event(client).noise_multiplier for client in range(3)]
@@ -172,6 +177,7 @@ def test_what_a_report_and_the_terms_say_is_what_was_planned():
     assert (whole["noise_by"], whole["sizes"]) == ("client", None)
 
 
+@pytest.mark.slow
 def test_of_a_few_kinds_of_clients_the_worst_is_exact_where_a_bound_would_do():
     found = account(accountant="pld")
     found.add_round([0, 1])
@@ -226,6 +232,7 @@ def test_a_client_without_room_takes_no_part(tmp_path):
     assert federation.account.worst_epsilon() <= 8
 
 
+@pytest.mark.slow
 def test_participants_cannot_be_named_where_the_secret_draw_amplifies():
     """Two clients who are there in every round would have twice the ε that the ledger says."""
     federation = make_federation("dp-lora", weighting="equal", unit="client", client_rate=0.5)

@@ -28,6 +28,7 @@ class Falling(Doubles):
         return super().batch(indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["la-lora", "dp-lora", "deer", "flat-lora", "flora"])
 @pytest.mark.parametrize("batches", [0, 2])
 def test_a_client_that_raises_leaves_nothing_behind_in_the_model(method, batches):
@@ -49,6 +50,7 @@ def test_a_client_that_raises_leaves_nothing_behind_in_the_model(method, batches
         assert all(tensor.equal(wanted[name]) for name, tensor in found.items())
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_too_long(monkeypatch):
     """Ten seconds a batch, and 15 are allowed: it is told after the second."""
     now, steps = 0.0, 0

@@ -101,6 +101,7 @@ def test_how_often_a_client_releases(method, changes, turn, round_, planned):
     assert (found.releases_per_turn, found.releases_per_round, found.planned_releases) == (turn, round_, planned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"unit": "client", "noise_by": "client"}, {"unit": "client", "noise_by": "server", "client_rate": 0.5}],

@@ -35,6 +35,7 @@ def test_a_round_done_again_with_the_same_bits_counts_once(tmp_path):
     assert replayed(found, 0, reproducible=True) == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, name",
     [
@@ -191,6 +192,7 @@ def test_the_log_of_another_run_is_refused(tmp_path, client):
         replayed(log(tmp_path, (1, [0]), (2, [1, client])))
 
 
+@pytest.mark.slow
 def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
     """Line written, file synchronised, its name in the folder too: then the first client begins."""
     federation = make_federation("deer")
@@ -225,6 +227,7 @@ def test_the_log_is_on_the_disk_before_anybody_trains(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_who_was_drawn_in_secret_is_not_in_the_log(tmp_path):
     federation = make_federation(
         "dp-lora", unit="client", noise_by="server", client_rate=0.5, delta=0.01, weighting="equal"

@@ -58,6 +58,7 @@ def peak(call: Callable[[], Any]) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -84,6 +85,7 @@ def test_combining_many_clients_takes_no_more_memory_than_a_few(method, options)
     assert peaks[120] <= peaks[40] * 1.05
 
 
+@pytest.mark.slow
 def test_an_idle_client_is_a_few_numbers():
     """Size, count, rank, and what it has seen: no tensors, no adapters."""
     traced = {}
@@ -100,6 +102,7 @@ def test_an_idle_client_is_a_few_numbers():
     assert (traced[10_100] - traced[100]) / 10_000 <= 64
 
 
+@pytest.mark.slow
 def test_ten_thousand_clients_of_which_a_few_are_drawn():
     """A round's time goes with those who take part: no list of tasks, no state is made for the others."""
     federation = make_federation("la-lora", sizes=[12] * 10_000, epsilon=None)

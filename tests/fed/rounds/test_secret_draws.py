@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 
+import pytest
 from rich.console import Console
 
 from lora_dp.fed.config import RunConfig
@@ -14,6 +15,7 @@ from tests.fed.rounds.units import SERVER
 from tests.fed.small import make_federation
 
 
+@pytest.mark.slow
 def test_the_draw_is_poisson_and_secret():
     federation = make_federation("la-lora", sizes=[4] * 40, weighting="equal", **SERVER, client_rate=0.25)
     sizes = []
@@ -31,6 +33,7 @@ def test_the_draw_is_poisson_and_secret():
     assert result.bytes_up == round(0.25 * 40 * whole)  # of the expected number, whoever was drawn
 
 
+@pytest.mark.slow
 def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
     """Two runs whose draws differ, but nothing else: their folders differ in nothing but what the noise has touched."""
     from lora_dp.fed.launch import run
@@ -71,6 +74,7 @@ def test_nothing_in_the_folder_tells_who_was_drawn(tmp_path, monkeypatch):
     assert numbers[0] == numbers[1]
 
 
+@pytest.mark.slow
 def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
     from lora_dp.fed.launch import run
     from lora_dp.fed.rounds import federation
@@ -103,6 +107,7 @@ def test_who_failed_is_for_the_server_alone(tmp_path, monkeypatch):
     assert "left out: client 1 raised ZeroDivisionError" in screen.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_before_it_is_evaluated_keeps_its_draw_secret_too(tmp_path, monkeypatch):
     from lora_dp.fed.launch import run
     from lora_dp.fed.rounds.client import Trainer

@@ -50,6 +50,7 @@ def seeds_of_turns(monkeypatch: pytest.MonkeyPatch, reproducible: bool) -> list[
     return seen
 
 
+@pytest.mark.slow
 def test_dropout_masks_are_as_secret_as_the_noise(monkeypatch):
     secret = set(seeds_of_turns(monkeypatch, reproducible=False))
     assert len(secret) == 2
@@ -128,6 +129,7 @@ def test_an_update_is_its_tensors_and_nothing_else():
     assert [field.name for field in fields(Update)] == ["tensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, WHOLE, {**WHOLE, "noise_by": "client"}])
 def test_times_stay_on_the_console(tmp_path, options):
     """They grow with the batches, whose sizes are secret."""
@@ -137,12 +139,14 @@ def test_times_stay_on_the_console(tmp_path, options):
     assert [entry["seconds"] for entry in rounds] == [None, None] and outcome.summary["seconds"] is None
 
 
+@pytest.mark.slow
 def test_the_console_does_not_tell_sizes_where_whole_clients_are_protected(tmp_path, capsys):
     run(RunConfig.from_flat({**TINY, **WHOLE, "output": tmp_path / "run"}), Console(width=200))
     shown = capsys.readouterr().out
     assert "digits: 2 clients," in shown and "examples at" not in shown
 
 
+@pytest.mark.slow
 def test_noise_of_a_clients_own_is_no_accident(tmp_path):
     """Its norm is σ · bound · √(numbers), far above what training moves: 10³ where ε is small."""
     options = {**TINY, "unit": "client", "noise_by": "client", "epsilon": 0.2, "delta": 1e-5, "rounds": 1}

@@ -12,6 +12,7 @@ from lora_dp.fed.rounds.server import Server, draw_clients, nbytes
 from tests.fed.tiny_runs import tiny
 
 
+@pytest.mark.slow
 def test_only_what_changed_travels():
     federation = Federation.from_config(tiny(method="ffa-lora"))
     state = federation.server.state

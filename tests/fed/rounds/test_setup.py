@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pytest
+
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.setup import open_job
 
 TINY = {"clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_an_opened_job_has_the_same_digest_again_and_another_under_another_seed():
     def of(**options: Any) -> str:
         config = RunConfig.from_flat({**TINY, **options})

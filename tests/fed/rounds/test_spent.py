@@ -102,6 +102,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_resumed_and_killed(tmp_path, stopping, kind):
     folder, config = tmp_path / "run", RunConfig.from_flat({**TINY, **KINDS[kind], "output": tmp_path / "run"})
@@ -124,6 +125,7 @@ def test_interrupted_resumed_and_killed(tmp_path, stopping, kind):
         assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["epsilon"] < max(spent(folder))
 
 
+@pytest.mark.slow
 def test_a_round_that_has_only_begun_is_on_the_page(tmp_path, stopping):
     folder, config = tmp_path / "run", RunConfig.from_flat({**TINY, "rounds": 1, "output": tmp_path / "run"})
     stopping(0, KeyboardInterrupt())
@@ -134,6 +136,7 @@ def test_a_round_that_has_only_begun_is_on_the_page(tmp_path, stopping):
     assert float(shown) > 7.9 and f"{shown} at δ = 1e-05, of a budget of 8" in read(write_page(folder)).plain
 
 
+@pytest.mark.slow
 def test_results_stay_until_a_further_round_is_about_to_begin(tmp_path, stopping, monkeypatch):
     """What stops a resumption before that leaves them: they are still true."""
     folder, config = tmp_path / "run", RunConfig.from_flat({**TINY, "output": tmp_path / "run"})
@@ -159,6 +162,7 @@ def test_results_stay_until_a_further_round_is_about_to_begin(tmp_path, stopping
     check_page(folder)
 
 
+@pytest.mark.slow
 def test_a_log_that_is_not_whole_has_no_page(tmp_path, stopping):
     folder, config = tmp_path / "run", RunConfig.from_flat({**TINY, "output": tmp_path / "run"})
     stopping(2, Killed())
@@ -178,6 +182,7 @@ def test_a_log_that_is_not_whole_has_no_page(tmp_path, stopping):
         write_page(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "value"), [("delta", "0.001"), ("epsilon", "1.0"), ("local_steps", "2")])
 def test_a_page_of_other_terms_is_refused(tmp_path, stopping, option, value):
     folder, config = tmp_path / "run", RunConfig.from_flat({**TINY, "output": tmp_path / "run"})
@@ -193,6 +198,7 @@ def test_a_page_of_other_terms_is_refused(tmp_path, stopping, option, value):
         write_page(folder)
 
 
+@pytest.mark.slow
 def test_the_account_of_a_log_is_that_of_a_resumed_run(tmp_path, stopping):
     folder, config = tmp_path / "run", RunConfig.from_flat({**TINY, "output": tmp_path / "run"})
     assert AheadLog(folder / LOG).counted(plan_of(config)) is None
@@ -206,6 +212,7 @@ def test_the_account_of_a_log_is_that_of_a_resumed_run(tmp_path, stopping):
     assert counted.report() == federation.account.report()
 
 
+@pytest.mark.slow
 def test_a_reproducible_run_counts_each_round_once(tmp_path, stopping):
     folder = tmp_path / "run"
     stopping(1, Killed())
@@ -218,6 +225,7 @@ def test_a_reproducible_run_counts_each_round_once(tmp_path, stopping):
     assert [client["steps"] for client in page.content(folder)["ledger"]["listed"]] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_still_full_is_told_with_the_remedy(tmp_path, stopping, monkeypatch):
     folder = tmp_path / "run"
     stopping(1, Killed())

@@ -11,11 +11,13 @@ from tests.fed.rounds.shaped_turns import apart, on_outputs, reading, sum_of, te
 from tests.fed.small import make_examples, make_federation
 
 
+@pytest.mark.slow
 def test_a_long_text_does_not_pad_the_others():
     federation = reading()
     found_alike(federation, texts([3, 5, 8, 9, 12, 16, 2, 33]))
 
 
+@pytest.mark.slow
 def test_a_text_with_padding_does_not_give_a_mask_to_those_without():
     """Models leave out a mask that is all ones, and attention then takes another way."""
     found_alike(reading(), texts([8, 8, 16, 16, 8, 16, 16, 13]))
@@ -31,6 +33,7 @@ def found_alike(federation: Federation, examples: TextExamples) -> None:
     assert apart({name: with_it[name] - without[name] for name in alone}, alone) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["texts", "images"])
 def test_others_are_computed_alike_beside_an_example_that_cannot_be_read(kind, caplog):
     """Drawn or not: the rows of a part, and whether examples are together at all, must not hang on it."""

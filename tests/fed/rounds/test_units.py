@@ -49,6 +49,7 @@ def scripted(method, changes, **options):
     return federation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [SERVER, CLIENT, {}, {"epsilon": None}])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_under_every_unit(method, privacy):
@@ -65,6 +66,7 @@ def test_every_method_runs_under_every_unit(method, privacy):
 # The accounting
 
 
+@pytest.mark.slow
 def test_the_server_s_noise_is_accounted_at_the_rate_of_the_draw():
     plan = plan_for(make_federation("deer").method, TRAINING, **SERVER, client_rate=0.25, rounds=6, clients=20)
     event = plan.event(17)
@@ -74,6 +76,7 @@ def test_the_server_s_noise_is_accounted_at_the_rate_of_the_draw():
     assert 8 * 0.998 < ledger.epsilon(1e-5, "rdp") <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_turns_that_share_a_draw_of_clients_are_one_release(rate):
     """Privacy of a round, integrated over the outputs of both of deer's turns: all clients of a round are drawn once,
@@ -107,6 +110,7 @@ def test_a_client_s_own_noise_is_not_amplified():
     assert 8 * 0.998 < ledger.epsilon(1e-5, "rdp") <= 8
 
 
+@pytest.mark.slow
 def test_deer_s_examples_pay_for_both_turns():
     federation = make_federation("deer")
     federation.run_round()
@@ -241,6 +245,7 @@ def test_deer_s_server_noise_is_regulated():
 # Client noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["la-lora", "deer", "flora"])
 def test_a_client_s_update_is_noised_as_a_whole(method):
     """Twins with and without noise: the difference has the deviation that the plan says, as the method measures it."""

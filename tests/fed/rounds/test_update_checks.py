@@ -31,6 +31,7 @@ from tests.fed.small import make_federation
 # One round
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_client_is_left_out_as_if_it_had_not_been_drawn(fault):
     broken, reason = FAULTS[fault]
@@ -49,6 +50,7 @@ def test_a_faulty_client_is_left_out_as_if_it_had_not_been_drawn(fault):
     assert [federation.account.releases(client) for client in range(3)] == [3, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["la-lora", "deer", "flora", "flexlora", "lora-fair", "rac-lora", "galore"])
 def test_every_method_goes_on_without_the_one_that_failed(method):
     federation, others = make_federation(method), make_federation(method)
@@ -59,6 +61,7 @@ def test_every_method_goes_on_without_the_one_that_failed(method):
     same(federation, others)
 
 
+@pytest.mark.slow
 def test_whoever_fails_may_come_back():
     federation, others = make_federation("dp-lora"), make_federation("dp-lora")
     engine = breaking(federation, {2: FAULTS["shape"][0]})
@@ -70,6 +73,7 @@ def test_whoever_fails_may_come_back():
     same(federation, others)
 
 
+@pytest.mark.slow
 def test_the_first_turn_of_deer_fails_and_the_second_does_without_that_client():
     federation = make_federation("deer")
     engine = breaking(federation, {1: FAULTS["NaN"][0]}, turn=0)
@@ -81,6 +85,7 @@ def test_the_first_turn_of_deer_fails_and_the_second_does_without_that_client():
     same(federation, others)
 
 
+@pytest.mark.slow
 def test_the_second_turn_of_deer_fails():
     """Its B is in the average, its A is not."""
     federation = make_federation("deer")
@@ -98,6 +103,7 @@ def test_the_second_turn_of_deer_fails():
             assert not torch.equal(tensor, without.server.state[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ["twice", "a stranger", "not asked"])
 def test_replies_that_nobody_asked_for_change_nothing(odd):
     class Odd:
@@ -120,6 +126,7 @@ def test_replies_that_nobody_asked_for_change_nothing(odd):
 # The fewest that a round is made of
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_with_as_many_as_are_needed_and_stops_with_fewer():
     federation = make_federation("dp-lora")
     federation.min_clients = 2
@@ -163,6 +170,7 @@ def test_fewer_drawn_than_min_clients_is_no_fault():
     assert federation.run_round([1]).participants == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dp-lora", "deer"])
 def test_nobody_left_is_too_few(method):
     federation = make_federation(method)
@@ -257,6 +265,7 @@ def broken_run(folder: Path, broken: dict[int, Any], **options: Any) -> tuple[lo
     return outcome, console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_whom_it_left_out(tmp_path):
     broken = {1: head(put(math.nan)), 2: lambda update, client: Reply(client, None, "raised KeyError", "'Jane'")}
     outcome, text = broken_run(tmp_path / "run", broken)
@@ -274,6 +283,7 @@ def test_a_run_tells_of_whom_it_left_out(tmp_path):
     assert not any(b"Jane" in path.read_bytes() for path in files)
 
 
+@pytest.mark.slow
 def test_a_run_with_too_few_clients_stops_and_can_be_resumed(tmp_path):
     """Mended, it ends with the same bits as if nobody had ever failed."""
     folder = tmp_path / "run"
@@ -298,6 +308,7 @@ def test_a_run_with_too_few_clients_stops_and_can_be_resumed(tmp_path):
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.slow
 def test_where_the_draw_is_secret_the_folder_does_not_tell_who_failed(tmp_path):
     options = {"unit": "client", "noise_by": "server", "delta": 0.01}
     outcome, _ = broken_run(tmp_path / "run", {1: head(put(math.nan))}, **options)

@@ -140,6 +140,7 @@ def task_of(job: Job, round_index: int, turn: int = 0) -> Task:
     return Task(round_index, turn, 4, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "round_index", "turn"),
     [
@@ -198,6 +199,7 @@ def test_none_where_there_is_no_such_noise(options):
     assert expected_noise_norm(job.trainer, task_of(job, 0), 719, 1.0) is None
 
 
+@pytest.mark.slow
 def test_adamw_matters_not_to_noise_on_whole_updates():
     options = {"unit": "client", "noise_by": "client", "max_update_norm": 0.5, "method": "dp-lora"}
     norms = []

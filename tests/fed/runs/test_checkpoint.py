@@ -168,6 +168,7 @@ def test_the_numbers_are_written_after_the_tensors_are_on_the_disk(tmp_path, mon
 # A federation's checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_federation_goes_on_with_the_same_bits_after_each_round(tmp_path, method):
     """Through the disk, into a fresh federation; bytes that travel are the same too."""
@@ -188,6 +189,7 @@ def test_a_federation_goes_on_with_the_same_bits_after_each_round(tmp_path, meth
     assert resumed.seen.tolist() == whole.seen.tolist()
 
 
+@pytest.mark.slow
 def test_the_order_of_tensors_on_the_disk_does_not_matter():
     """Noise and fresh factors are drawn tensor by tensor: the order is the model's, whatever the file's."""
     settings: dict[str, Any] = {"unit": "client", "noise_by": "server", "delta": 0.01, "weighting": "equal"}

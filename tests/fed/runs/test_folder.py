@@ -47,6 +47,7 @@ def result_of(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
 
 
+@pytest.mark.slow
 def test_resuming_from_before_a_damaged_checkpoint_gives_the_same_bits_and_says_so(tmp_path):
     folder = tmp_path / "run"
     stopped_run(folder, 4)
@@ -62,6 +63,7 @@ def test_resuming_from_before_a_damaged_checkpoint_gives_the_same_bits_and_says_
     assert outcome.summary["rounds"] == 4 and checkpoint.read(folder, 4)[1]["round"] == 4
 
 
+@pytest.mark.slow
 def test_with_every_checkpoint_damaged_the_run_is_left_as_it_is(tmp_path):
     folder = tmp_path / "run"
     stopped_run(folder, 4)
@@ -73,6 +75,7 @@ def test_with_every_checkpoint_damaged_the_run_is_left_as_it_is(tmp_path):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_edited_configuration_does_not_change_what_was_released(tmp_path):
     """More rounds would have had more noise: the rounds so far had less than the new plan counts."""
     folder = tmp_path / "run"
@@ -87,6 +90,7 @@ def test_an_edited_configuration_does_not_change_what_was_released(tmp_path):
     assert resume(folder, quiet()).summary["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_damaged_log_stops_the_resumption(tmp_path):
     folder = tmp_path / "run"
     stopped_run(folder, 4)
@@ -162,6 +166,7 @@ def test_missing_metrics_are_not_made_up(folder):
         folder.keep_rounds(2)
 
 
+@pytest.mark.slow
 def test_a_round_is_in_the_metrics_on_the_disk_before_its_checkpoint(folder, monkeypatch):
     """A power cut must not leave a checkpoint whose round is nowhere else."""
     federation = Federation.from_config(RunConfig.from_flat({**TINY, "rounds": 1}))
@@ -209,6 +214,7 @@ def test_a_folder_with_the_log_of_a_run_is_taken(folder):
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     """What that run released would go into this one, and be counted nowhere in it: even of the same configuration."""
     for name, options in (("a", {}), ("same", {}), ("seed", {"seed": 5})):

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
+
 from lora_dp.fed.launch import run
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from tests.fed.tiny_runs import adapter, lines, tiny
 
 
+@pytest.mark.slow
 def test_the_log_on_disk_counts_a_round_before_it_begins(tmp_path, monkeypatch):
     train, seen = Trainer.train, []
 
@@ -23,6 +26,7 @@ def test_the_log_on_disk_counts_a_round_before_it_begins(tmp_path, monkeypatch):
     assert seen == expected
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch):
     train = Trainer.train
 
@@ -42,6 +46,7 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch):
     assert adapter(tmp_path / "run") and (tmp_path / "run" / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_every_budget_is_spent(tmp_path, monkeypatch):
     monkeypatch.setattr(PrivacyPlan, "planned_releases", 2)
     outcome = run(tiny(tmp_path / "run"))

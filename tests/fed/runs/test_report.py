@@ -103,6 +103,7 @@ def test_the_time_at_the_end_counts_from_the_start_of_the_process(federation):
     assert re.search(r"time +100\d s", stream.getvalue())
 
 
+@pytest.mark.slow
 def test_lines_without_a_terminal(federation):
     lines = show(federation, terminal=False).splitlines()
     assert lines[0].startswith("la-lora · default, r = 4 · digits: 1438 private examples at 2 clients (719 each)")

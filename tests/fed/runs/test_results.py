@@ -7,6 +7,7 @@ from lora_dp.fed.rounds.federation import Federation
 from tests.fed.tiny_runs import tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["la-lora", "galore", "flexlora"])
 def test_the_result_on_disk_is_what_was_evaluated(tmp_path, method):
     from lora_dp.fed.rounds.federation import evaluate

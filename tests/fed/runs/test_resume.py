@@ -100,6 +100,7 @@ def finish(work: Work, folder: Path, options: dict[str, Any]) -> None:
         assert answer["status"] == 0, answer["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(work, whole, tmp_path, kind):
     expected, seconds = whole(kind)
@@ -129,6 +130,7 @@ def sites(kind: str) -> list[tuple[str, str, int]]:
     return [*each_round, ("training", "after", 5), ("ledger", "before", 1), *at_the_end, ("summary", "before", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "crash"),
     [(kind, site) for kind in ("la-lora", "flora") for site in sites(kind)],
@@ -141,6 +143,7 @@ def test_a_run_killed_at_a_write_ends_with_the_same_bits(work, whole, tmp_path, 
     assert outcome(folder) == outcome(whole(kind)[0])
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_at_each_later_write(work, whole, tmp_path):
     """Every process gets one write further than the one before it, so that each write is the last of some process."""
     folder, options = tmp_path / "run", {**TINY, **KINDS["deer"]}
@@ -154,6 +157,7 @@ def test_killed_again_and_again_at_each_later_write(work, whole, tmp_path):
     assert outcome(folder) == outcome(whole("deer")[0])
 
 
+@pytest.mark.slow
 def test_a_write_cut_off_in_the_middle_leaves_the_file_before_it(work, whole, tmp_path):
     """The temporary files of a checkpoint are there, half of them written, and nobody minds."""
     folder, options = tmp_path / "run", {**TINY, **KINDS["la-lora"]}
@@ -166,6 +170,7 @@ def test_a_write_cut_off_in_the_middle_leaves_the_file_before_it(work, whole, tm
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", ["metrics.jsonl", "ledger.jsonl"])
 def test_half_a_line_at_the_end_is_no_line(work, whole, tmp_path, torn):
     folder, options = tmp_path / "run", {**TINY, **KINDS["la-lora"]}
@@ -181,6 +186,7 @@ def test_half_a_line_at_the_end_is_no_line(work, whole, tmp_path, torn):
     assert {**outcome(folder), "files": []} == {**outcome(whole("la-lora")[0]), "files": []}
 
 
+@pytest.mark.slow
 def test_whoever_reads_finished_finds_everything(work, whole, tmp_path):
     """summary.json comes last."""
     folder, options = tmp_path / "run", {**TINY, **KINDS["la-lora"]}
@@ -188,6 +194,7 @@ def test_whoever_reads_finished_finds_everything(work, whole, tmp_path):
     assert outcome(folder) == outcome(whole("la-lora")[0])
 
 
+@pytest.mark.slow
 def test_an_ended_run_is_not_resumed(whole):
     folder, _ = whole("la-lora")
     with pytest.raises(ValueError, match=r"has ended \(finished\): there is nothing to resume"):
@@ -211,6 +218,7 @@ SECRET: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SECRET)
 def test_with_secret_noise_everything_that_may_have_left_is_counted(work, tmp_path, kind):
     folder, rng = tmp_path / "run", random.Random(f"{SEED} secret {kind}")
@@ -250,6 +258,7 @@ def test_with_secret_noise_everything_that_may_have_left_is_counted(work, tmp_pa
     assert summary["status"] == ("finished" if summary["rounds"] == options["rounds"] else "budget spent")
 
 
+@pytest.mark.slow
 def test_a_budget_spent_on_lost_rounds_is_spent(work, tmp_path):
     """Killed in each of two rounds after training: two of four rounds are left, and then nobody has room."""
     folder = tmp_path / "run"

@@ -30,6 +30,7 @@ def test_what_knows_itself_comes_back_as_itself() -> None:
     assert vars(again) is again is not kept and again == kept
 
 
+@pytest.mark.slow
 def test_objects_that_all_know_each_other_are_refused_soon() -> None:
     friends = [SimpleNamespace(x=i) for i in range(20)]
     for friend in friends:

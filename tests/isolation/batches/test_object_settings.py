@@ -109,6 +109,7 @@ def test_settings_and_code_are_left_as_they_are(value: Any) -> None:
     assert back["in"].each is value or back["in"].each == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", HARMLESS, ids=lambda value: type(value).__name__)
 def test_a_model_takes_them(value: Any) -> None:
     model = Handed()

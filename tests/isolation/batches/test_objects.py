@@ -173,6 +173,7 @@ def test_what_varies_by_example_in_them_is_seen(dress: str, n: int) -> None:
         train(model, optimizer, x, DRESSES[dress][0](lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dress", DRESSES)
 def test_a_model_that_keeps_examples_apart_gets_them_as_they_were(dress: str) -> None:
     model = Pooled(dress, "apart")
@@ -184,6 +185,7 @@ def test_a_model_that_keeps_examples_apart_gets_them_as_they_were(dress: str) ->
     assert {len(DRESSES[dress][1](given)) for given in model.given} >= {1, 2, 4, 5, 9}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dress", DRESSES)
 def test_what_the_user_gave_stays_as_it_was(dress: str) -> None:
     for n in (2, 3, 4, 9):

@@ -21,6 +21,7 @@ FLATTENED: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("dress", FLATTENED)
 def test_rows_of_all_in_one_dimension_are_told_by_what_changes(dress, n):

@@ -73,6 +73,7 @@ def test_a_parent_is_not_opened_below_its_child():
     assert names(parent) == ["['x']", "['others'][0]['x']", "['others'][0]['others'][0]"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 7, 16, 64])
 def test_objects_that_lead_to_each_other_take_no_long_time(n):
     def linked(items: list[Any]) -> list[Node]:
@@ -87,6 +88,7 @@ def test_objects_that_lead_to_each_other_take_no_long_time(n):
     assert time.process_time() - began < 20
 
 
+@pytest.mark.slow
 def test_objects_in_a_grid_are_looked_into_less_deep():
     """On all ways of eight steps from each they would be thousands."""
     grid = {(i, j): Node((i, j)) for i in range(6) for j in range(6)}
@@ -96,6 +98,7 @@ def test_objects_in_a_grid_are_looked_into_less_deep():
     assert max(name.count("others") for name in found) < 8 and len(found) > 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_vocabulary_that_examples_share_is_compared_as_one(n):
     words = {f"w{number}": number for number in range(5000)}

@@ -45,6 +45,7 @@ TOGETHER: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12])
 @pytest.mark.parametrize("name", TOGETHER)
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ INNOCENT: dict[str, tuple[Callable[[int], Any], Collate]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12, 20])
 @pytest.mark.parametrize("name", INNOCENT)
 def test_what_comes_and_goes_with_its_example_is_taken(name, n):

@@ -26,6 +26,7 @@ from transformers import (
 
 from lora_dp import IsolationError
 from lora_dp.isolation.collation.rows import Layout, by_example, layout_of, lengths, values
+from tests.grids import pairwise
 from tests.isolation.collation.row_functions import Collate, check, data, mixup, normalised, texts
 from tests.models import examples
 
@@ -125,9 +126,7 @@ def random_mixup(x: Tensor) -> Tensor:
     return share * x + (1 - share) * x[torch.randperm(len(x))]
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 8, 12])
-@pytest.mark.parametrize("join", [mixup, normalised])
-@pytest.mark.parametrize("dress", DRESSES)
+@pytest.mark.parametrize(("dress", "join", "n"), pairwise(list(DRESSES), [mixup, normalised], [2, 3, 4, 5, 6, 8, 12]))
 def test_what_joins_examples_is_refused_in_each(dress, join, n):
     with pytest.raises(IsolationError, match="collate function joins examples: an example's rows"):
         check(data(n), lambda items: DRESSES[dress](join(torch.stack(items))))
@@ -140,6 +139,7 @@ def test_what_draws_and_joins_is_refused_in_each(dress, n):
         check(data(n), lambda items: DRESSES[dress](random_mixup(torch.stack(items))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 8, 12])
 @pytest.mark.parametrize("dress", DRESSES)
 def test_what_stacks_is_taken_in_each(dress, n):

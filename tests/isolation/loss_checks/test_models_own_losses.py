@@ -67,6 +67,7 @@ class Missing(nn.Module):
         return {"loss": (out.square().sum(1) * known).sum() / known.sum()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("none_drawn")
 @pytest.mark.parametrize("way", ["sums", "weights", "weights and smoothing", "areas", "a product that joins"])
 @pytest.mark.parametrize("compiled", [False, True])

@@ -42,6 +42,7 @@ def outside(losses: Callable[[Tensor, float], Tensor], by_example: bool) -> Call
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_example", [False, True])
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_number_of_the_batch_in_losses_outside_of_the_model_is_refused(name, by_example):

@@ -188,6 +188,7 @@ def steps(model: nn.Module, door: str) -> Callable[[Tensor], None]:
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_a_number_of_the_batch_in_a_models_own_losses_is_refused_by_every_door(name, door):
@@ -243,6 +244,7 @@ INNOCENT: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_example", [False, True])
 @pytest.mark.parametrize("name", INNOCENT)
 def test_logits_are_no_losses(name, by_example):

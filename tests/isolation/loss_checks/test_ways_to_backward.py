@@ -202,6 +202,7 @@ def test_a_graph_is_not_kept_after_the_step():
     assert optimizer.recorder.losses._outputs is None
 
 
+@pytest.mark.slow
 def test_the_deepest_graph_does_not_exhaust_the_stack():
     model, (x, y) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)

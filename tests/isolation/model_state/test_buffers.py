@@ -72,6 +72,7 @@ def train(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> None:
 WAYS = ["average", "in its place", "data", "none before", "new", "set for good", "cleared for good"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "place"), [(12, 7), (12, 0), (12, 3), (12, 11), (5, 2), (2, 1), (3, 1)])
 def test_what_a_rare_example_leaves_in_a_buffer_is_refused(way: str, n: int, place: int) -> None:

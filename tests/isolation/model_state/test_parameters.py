@@ -147,6 +147,7 @@ def test_what_the_user_changes_between_two_passes_is_taken():
     model(examples(3)[0])
 
 
+@pytest.mark.slow
 def test_bigbird_is_refused_where_it_gives_up_sparse_attention():
     """Already in the trial, whose passes differ by it."""
     transformers = pytest.importorskip("transformers")

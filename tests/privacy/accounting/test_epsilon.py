@@ -32,6 +32,7 @@ def direct_pld(interval: float, *runs: tuple[float, float, int]) -> float:
     return accountant.get_epsilon(DELTA - 1e-15 * sum(1 if rate == 1 else steps for rate, _, steps in runs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_pld_epsilon_is_dp_accountings(run):
     interval = pld_interval(ledger_of(run).entries)
@@ -52,6 +53,7 @@ def test_rdp_epsilon_is_dp_accountings(run):
     assert ours == pytest.approx(default_orders.compose(described(*run)).get_epsilon(DELTA), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_heterogeneous_runs_compose():
     runs = [(0.01, 1.0, 300), (0.1, 2.0, 40), (1.0, 30.0, 20), (0.01, 1.0, 200)]
     ledger = ledger_of(*runs)
@@ -74,11 +76,13 @@ def test_nothing_released_and_no_noise(accountant):
     assert ledger_of((0.1, 1e-3, 1)).epsilon(DELTA, accountant) == math.inf
 
 
+@pytest.mark.slow
 def test_hardly_any_noise_takes_no_minutes():
     ledger = ledger_of((0.1, 0.05, 2000))
     assert 100 < ledger.epsilon(DELTA, "pld") <= ledger.epsilon(DELTA, "rdp") < math.inf
 
 
+@pytest.mark.slow
 def test_rdp_warns_and_logs_nothing(caplog, capfd):
     rdp_of_step.cache_clear()
     with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):

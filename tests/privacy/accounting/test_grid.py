@@ -101,6 +101,7 @@ def check_planning_of(point: Point) -> None:
     assert calibrate_noise_multiplier(point.target * 1.01, point.delta, point.rate, point.steps) <= noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ORDINARY)
 def test_epsilon_at_points_drawn_at_random(number):
     check_epsilon_of(drawn(number))
@@ -113,6 +114,7 @@ def test_epsilon_at_many_points(part):
         check_epsilon_of(drawn(number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ORDINARY[:2])
 def test_planning_at_points_drawn_at_random(number):
     check_planning_of(drawn(number))
@@ -136,12 +138,14 @@ def test_pld_is_never_above_rdp(delta):
     assert ledger_of((1.0, 0.01, 1000), (2.0, 0.1, 50)).epsilon(delta) < math.inf
 
 
+@pytest.mark.slow
 def test_a_pld_where_the_rdp_bound_is_above_a_hundred():
     ledger = ledger_of((0.2616, 3.1e-4, 22_675))
     assert ledger.epsilon(1.3e-4, "pld") == pytest.approx(39.5, rel=2e-3)
     assert RdpAccountant(ORDERS[ORDERS >= 2]).compose(ledger.dp_event()).get_epsilon(1.3e-4) > 4000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "rate", "steps"),
     [(0.01, 0.01, 1000), (20.0, 1e-4, 300), (32.5, 0.01, 1000), (50.0, 0.01, 1000), (99.0, 1.0, 3), (200.0, 1e-4, 300)],
@@ -153,12 +157,14 @@ def test_calibration_has_no_gap_at_any_epsilon(target, rate, steps):
     assert max_steps(Ledger(), PoissonGaussian(noise, rate), target, 1e-5) >= steps
 
 
+@pytest.mark.slow
 def test_a_target_that_rdp_cannot_prove_says_so():
     with pytest.raises(ValueError, match="No noise keeps epsilon = 1e-06 .*take a larger epsilon"):
         calibrate_noise_multiplier(1e-6, 1e-12, 0.01, 10, "rdp")
     assert ledger_of((calibrate_noise_multiplier(0.01, 1e-12, 0.01, 10), 0.01, 10)).epsilon(1e-12) <= 0.01
 
 
+@pytest.mark.slow
 def test_the_size_of_a_grid_is_bounded(monkeypatch):
     """Steps that lie far apart, many steps, hardly any noise: no gigabytes, no minutes."""
     sizes = []
@@ -185,6 +191,7 @@ def test_the_size_of_a_grid_is_bounded(monkeypatch):
 # What floats round off
 
 
+@pytest.mark.slow
 def test_what_a_fourier_transform_rounds_off_is_not_taken_for_privacy():
     """At δ = 1e-12 the true δ of dp-accounting's own answer may be several times as large; of ours it never is."""
     relation, unsound = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, 0
@@ -199,6 +206,7 @@ def test_what_a_fourier_transform_rounds_off_is_not_taken_for_privacy():
     assert unsound  # or there is nothing to be careful of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("runs", "delta", "rounded"),
     [

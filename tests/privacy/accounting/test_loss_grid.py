@@ -105,6 +105,7 @@ def test_epsilon_is_a_plain_float(accountant):
     assert type(ledger.epsilon(1e-5, accountant)) is float
 
 
+@pytest.mark.slow
 def test_only_while_it_computes_is_dp_accounting_quiet(caplog):
     logger = logging.getLogger("absl")
     with caplog.at_level(logging.DEBUG), caplog.at_level(logging.INFO, "absl"):

@@ -136,6 +136,7 @@ def test_calibration_takes_each_search_from_a_cheaper_one(monkeypatch, target, b
     assert by_rdp > 100 or sum(len(found) for (name, _), found in asked.items() if name == "pld") <= 10
 
 
+@pytest.mark.slow
 def test_one_step_is_a_run():
     noise = calibrate_noise_multiplier(1.0, 1e-5, 0.1, 1, "rdp")
     ledger = Ledger()
@@ -201,6 +202,7 @@ def test_max_steps_at_its_target_exactly(epsilon_is):
     assert max_steps(ledger, EVENT, 0.5, 1e-5) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 @pytest.mark.parametrize(
     ("epsilon", "rate", "steps"), [(0.5, 0.01, 500), (1, 1.0, 100), (3, 0.01, 1000), (8, 0.25, 200), (30, 0.1, 20)]
@@ -212,10 +214,12 @@ def test_calibration_is_tight_and_never_above(accountant, epsilon, rate, steps):
     assert ledger_of((rate, noise * 0.998, steps)).epsilon(DELTA, accountant) > reached
 
 
+@pytest.mark.slow
 def test_pld_needs_less_noise_than_rdp():
     assert calibrate_noise_multiplier(3, DELTA, 0.05, 100) < calibrate_noise_multiplier(3, DELTA, 0.05, 100, "rdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 @pytest.mark.parametrize("spent", [[], [(0.1, 2.0, 20)], [(0.1, 2.0, 20), (0.02, 1.0, 10)]])
 def test_max_steps_fit_and_one_more_does_not(accountant, spent):
@@ -230,6 +234,7 @@ def test_max_steps_fit_and_one_more_does_not(accountant, spent):
     assert max_steps(ledger, event, target, DELTA, accountant) == 0
 
 
+@pytest.mark.slow
 def test_max_steps_agrees_with_calibration():
     noise = calibrate_noise_multiplier(3, DELTA, 0.1, 50)
     assert max_steps(Ledger(), PoissonGaussian(noise, 0.1), 3, DELTA) == 50
@@ -241,6 +246,7 @@ def test_max_steps_at_the_ends():
     assert max_steps(Ledger(), PoissonGaussian(1e6, 1e-6), 8, DELTA, "rdp") == 10**9
 
 
+@pytest.mark.slow
 def test_planning_takes_few_dear_evaluations(monkeypatch):
     built = []
 
@@ -257,6 +263,7 @@ def test_planning_takes_few_dear_evaluations(monkeypatch):
     assert 0 < len(built) <= 20
 
 
+@pytest.mark.slow
 def test_a_tiny_target_warns_of_nothing(caplog):
     with caplog.at_level("WARNING"):
         calibrate_noise_multiplier(1e-7, 1e-5, 0.2, 10, "rdp")

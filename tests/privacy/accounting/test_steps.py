@@ -106,6 +106,7 @@ def test_what_is_no_step_or_no_ledger_gets_one_clear_sentence(wrong):
     assert ledger.steps == 0
 
 
+@pytest.mark.slow
 def test_numpy_numbers_are_numbers():
     """Of whatever width: none is computed with in its own."""
     event, narrow = PoissonGaussian(1.5, 0.125), [np.float32(value) for value in (2.9, DELTA, 0.125)]
