@@ -38,4 +38,5 @@ def test_named_files_are_there(page: Path) -> None:
     if page.name == "CHANGELOG.md":
         return
     named = NAMED.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    # NAME stands for one of your own.
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
