@@ -59,6 +59,7 @@ def examples(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
                 yield part.name, before + text(part), part.lineno
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", WITH_EXAMPLES)
 def test_examples_show_what_one_gets(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where some leave files

@@ -31,6 +31,7 @@ def check(notebook: nbformat.NotebookNode) -> None:
     assert 4 < float(spent) < 4 + 5.75 + 1
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)

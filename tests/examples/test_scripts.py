@@ -29,6 +29,7 @@ def printed(script: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_text_classifier(tmp_path: Path) -> None:
     epochs = re.findall(rf"epoch (\d): accuracy {NUMBER}, ε = {NUMBER}", printed("text_classifier.py", tmp_path))
     assert [int(epoch) for epoch, _, _ in epochs] == [1, 2, 3, 4]
@@ -46,6 +47,7 @@ def test_text_classifier(tmp_path: Path) -> None:
     load_adapter(RobertaForSequenceClassification(small), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_vision_model(tmp_path: Path) -> None:
     found = re.search(rf"accuracy {NUMBER}, ε = {NUMBER}", printed("vision_model.py", tmp_path))
     assert found
@@ -53,6 +55,7 @@ def test_vision_model(tmp_path: Path) -> None:
     assert 7.9 < float(found[2]) <= 8
 
 
+@pytest.mark.slow
 def test_federation(tmp_path: Path) -> None:
     text = printed("federation.py", tmp_path)
     clients = re.findall(rf"client (\d): (\d+) examples, (\d+) private steps, ε = {NUMBER}", text)
@@ -65,6 +68,7 @@ def test_federation(tmp_path: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_audit_own_loop(tmp_path: Path) -> None:
     planned, less_noise = printed("audit_own_loop.py", tmp_path).splitlines()
     kept = re.match(rf"as planned: not violated: ε ≥ {NUMBER} at δ = 1e-05 .*; claimed: ε = {NUMBER}", planned)
@@ -72,6 +76,7 @@ def test_audit_own_loop(tmp_path: Path) -> None:
     assert less_noise.startswith("a quarter of the noise: violated: ")
 
 
+@pytest.mark.slow
 def test_own_method(tmp_path: Path) -> None:
     rounds = re.findall(
         rf"round (\d) trained (\w+): accuracy {NUMBER}, ε = {NUMBER}", printed("own_method.py", tmp_path)
@@ -81,7 +86,7 @@ def test_own_method(tmp_path: Path) -> None:
     assert 7.9 < float(rounds[-1][3]) <= 8
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/methods.md"])
 def test_a_page_prints_its_example_as_it_is(page: str) -> None:
     """From the imports on: the page says by itself what the example's docstring says."""
     root = EXAMPLES.parent
