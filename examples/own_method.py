@@ -1,4 +1,6 @@
-"""A federated method of one's own: one class, tried here in one process (docs/methods.md makes a package of it).
+"""A federated method of one's own: one class, tried here in one process.
+
+The page docs/reference/methods.md makes a package of it.
 
     python examples/own_method.py
 

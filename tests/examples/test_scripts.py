@@ -81,7 +81,7 @@ def test_own_method(tmp_path: Path) -> None:
     assert 7.9 < float(rounds[-1][3]) <= 8
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/methods.md"])
 def test_a_page_prints_its_example_as_it_is(page: str) -> None:
     """From the imports on: the page says by itself what the example's docstring says."""
     root = EXAMPLES.parent
