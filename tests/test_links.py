@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED = re.compile(
-    r"`((?:benchmarks|csrc|docs|examples|experiments|kernels|lora_dp|tests)/[\w/-]+\.(?:py|sh|cpp|ya?ml|toml|md))`"
+    r"`((?:benchmarks|csrc|docs|examples|experiments|kernels|lora_dp|tests)/[a-z0-9_/-]+\.(?:py|sh|cpp|ya?ml|toml|md))`"
 )
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
