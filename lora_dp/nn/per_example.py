@@ -435,5 +435,5 @@ def _warn_of_unused(finished: Pass) -> None:
             f"No gradient came to {', '.join(repr(name) for name in modules[:3])}{more} in the first private step, so "
             "that noise alone trains it: the model reads its weight without calling it, or the loss does not depend on "
             "it. Leave it out of target_modules or freeze it, unless later batches use it.",
-            stacklevel=6,
+            stacklevel=7,
         )
