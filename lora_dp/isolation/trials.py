@@ -85,7 +85,7 @@ class Trace:
 
             return watch
 
-        handles = [module.register_forward_hook(hook(name)) for name, module in self.model.named_modules() if name]
+        handles = [module.register_forward_hook(hook(name)) for name, module in _watched(self.model)]
         try:
             yield
         finally:
@@ -106,6 +106,12 @@ class Trace:
             for parameter, gradient in before:
                 parameter.grad = gradient
         return self.gradients
+
+
+def _watched(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules in a model by name; and the model itself where it is a private layer, by the name of its class."""
+    inner = [(name, module) for name, module in model.named_modules() if name]
+    return [*inner, (type(model).__name__, model)] if is_trained(model) else inner
 
 
 def of_examples(output: Tensor, n: int) -> bool:
