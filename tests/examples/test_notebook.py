@@ -34,6 +34,7 @@ def check(notebook: nbformat.NotebookNode) -> None:
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tests beside this one have the other cores
     notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     check(notebook)
