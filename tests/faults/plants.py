@@ -8,6 +8,7 @@ runs, not in the Triton kernels.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -246,11 +247,11 @@ def filter_before_the_noise(planting: Planting) -> None:
     def planted(collect: Any) -> Any:
         def filtered(self: PrivateOptimizer) -> dict[int, Tensor]:
             sums = {key: total(part) for key, part in collect(self).items()}
-            if self._low_pass is not None:
+            if self._options.low_pass is not None:
                 for key, part in sums.items():
                     if self._covered[key].factor is not None:
                         sums[key] = GaussianFilter(float(part.norm()))(part)
-                self._low_pass = None
+                self._options = replace(self._options, low_pass=None)
             return sums
 
         return filtered
