@@ -32,7 +32,7 @@ names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not
 libraries = filter(names, "lora_dp/_native*.so")
 assert len(libraries) == 1, libraries
 root = Path(repository)
-sources = {path.relative_to(root).as_posix() for pattern in ("*.py", "*.pyi", "py.typed", "*.j2", "fed/weights/*")
+sources = {path.relative_to(root).as_posix() for pattern in ("*.py", "*.pyi", "py.typed", "*.j2", "fed/models/weights/*")
            for path in (root / "lora_dp").rglob(pattern)}
 kernels = {f"lora_dp/kernels/{path.name}" for path in (root / "kernels").glob("*.py")}
 assert kernels and {"lora_dp/py.typed", "lora_dp/_native.pyi"} < sources and filter(sources, "*.safetensors")
