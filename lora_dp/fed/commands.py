@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from lora_dp.errors import IsolationError, TooFewClients
-from lora_dp.fed.auditing.options import AuditConfig
+from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
-from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.data.options import DataConfig, check_place
 from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
+from lora_dp.fed.methods import get_method
 from lora_dp.fed.models.options import ModelConfig, PretrainConfig
 
 PROG = "lora-dp" if Path(sys.argv[0]).name == "lora-dp" else "python -m lora_dp.fed"
@@ -182,7 +183,18 @@ def resume_parser() -> _Parser:
     return _on_a_run("resume", RESUME_HELP)
 
 
+def _check_run(folder: Path) -> None:
+    """Refuse a folder without a run, before anything slow is imported.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} holds no run (config.yaml is missing or cannot be read): name a run's folder.")
+
+
 def _resume(options: dict[str, Any], console: Console, began: float) -> int:
+    _check_run(options["folder"])
     with opening(console, f"run {options['folder']}"):
         from lora_dp.fed.launch import resume
     outcome = resume(options["folder"], console, began)
@@ -195,6 +207,7 @@ def inspect_parser() -> _Parser:
 
 
 def _inspect(options: dict[str, Any], console: Console, began: float) -> int:
+    _check_run(options["folder"])
     with opening(console, f"run {options['folder']}"):
         from lora_dp.fed.diagnostics.inspect import inspect_run
     inspect_run(options["folder"], console)
@@ -215,12 +228,15 @@ def audit_parser() -> _Parser:
 
 def _audit(options: dict[str, Any], console: Console, began: float) -> int:
     chosen = AuditConfig(**options)
+    read_options(chosen.target)
     with opening(console, f"{chosen.target} to be audited"):
         from lora_dp.fed.auditing.command import audit_config
     return int(audit_config(chosen, console).violated)
 
 
 def _report(options: dict[str, Any], console: Console, began: float) -> int:
+    if not options["folder"].is_dir():
+        raise ValueError(f"{options['folder']} is no folder: name the one that a run or a comparison has left.")
     with quiet_interrupts():
         from lora_dp.fed.page import write_page
     print(f"page written to {write_page(options['folder'])}")
@@ -229,6 +245,9 @@ def _report(options: dict[str, Any], console: Console, began: float) -> int:
 
 def _compare(options: dict[str, Any], console: Console, began: float) -> int:
     chosen = CompareConfig(**{field.name: options.pop(field.name) for field in dataclasses.fields(CompareConfig)})
+    for method in chosen.methods:
+        get_method(method, options.get("method_options"))
+    check_place(options["dataset"])
     with opening(console, f"a grid of {len(chosen.methods)} methods at {len(chosen.epsilons)} budgets"):
         from lora_dp.fed.compare.comparison import compare
         from lora_dp.fed.compare.grid import read_failures
@@ -237,6 +256,7 @@ def _compare(options: dict[str, Any], console: Console, began: float) -> int:
 
 def _run(options: dict[str, Any], console: Console, began: float) -> int:
     config = RunConfig.from_flat(options)
+    check_place(config.data.dataset)
     with opening(console, f"{config.data.dataset} and the model {config.model.name}"):
         from lora_dp.fed.launch import run
     outcome = run(config, console, began)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.option_types import check_types
@@ -358,11 +359,15 @@ class RunConfig:
         if "model" in given:
             given["name"] = given.pop("model")
         groups: dict[str, Any] = {}
+        known = ["model"]
         for group in dataclasses.fields(cls):
             kind: Any = group.default_factory
             names = [f.name for f in dataclasses.fields(kind)]
+            known += names
             groups[group.name] = kind(**{name: given.pop(name) for name in names if name in given})
-        _require(not given, f"Unknown options: {', '.join(sorted(given))}.")
+        near = {name: closest(name.replace("-", "_"), known) for name in sorted(given)}
+        told = [f"{name} (did you mean {meant}?)" if meant else name for name, meant in near.items()]
+        _require(not given, f"Unknown options: {', '.join(told)}.")
         return cls(**groups)
 
     def to_yaml(self) -> str:

@@ -29,6 +29,12 @@ ANSWERED_AT_ONCE = {
     "an option that the method lacks": ["--method_options.rho", "1"],
     "layers by names": ["--target_modules", "[qkv,proj]", "--rounds", "0"],
     "a grid with an empty list": ["compare", "--methods", "[]"],
+    "a grid with a method that is none": ["compare", "--methods", "la-lora,der"],
+    "a data set that is not there": ["--dataset", "missing.csv"],
+    "an audit of nothing": ["audit", "missing"],
+    "nothing to resume": ["resume", "missing"],
+    "nothing to inspect": ["inspect", "missing"],
+    "nothing to report": ["report", "missing"],
 }
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +16,7 @@ from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
 from lora_dp.fed.auditing.examples import MislabelledExamples
 from lora_dp.fed.auditing.game import Game, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
-from lora_dp.fed.auditing.options import AuditConfig
+from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.ledgers import LOG
 from lora_dp.fed.rounds.privacy_plan import UNITS
@@ -92,29 +91,6 @@ def _folder(options: AuditConfig) -> Path:
             "private losses, without noise: choose another --output, and keep it to yourself."
         )
     return folder.with_name(f"{folder.name}-audit")
-
-
-def read_options(path: Path) -> RunConfig:
-    """The configuration in a YAML file of a run's options, with secret noise: that is what keeps the claim.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} cannot be read: name a run's folder, its config.yaml, or a YAML file of options."
-        ) from error
-    if not isinstance(options, dict | None):
-        raise ValueError(f'{path} holds no options of a run: write them as "name: value", one a line.')
-    options = {str(name): value for name, value in (options or {}).items() if name != "output"}
-    try:
-        return RunConfig.from_flat({**options, "reproducible": False})
-    except (TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds a value of the wrong kind ({error}): compare it with a run's config.yaml."
-        ) from error
 
 
 def check(config: RunConfig, options: AuditConfig) -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
+from lora_dp.fed.config import RunConfig
 from lora_dp.fed.option_types import check_types
 
 TRAININGS = 100
@@ -51,3 +54,28 @@ class AuditConfig:
             raise ValueError(f"count must be at least 1, not {self.count}.")
         if self.test == "two-world" and self.count not in (None, 1):
             raise ValueError(f"two-world has one canary, not {self.count}: leave count out, or take one-run.")
+
+
+def read_options(path: Path) -> RunConfig:
+    """The configuration in a YAML file of a run's options, with secret noise: that is what keeps the claim.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} cannot be read: name a run's folder, its config.yaml, or a YAML file of options."
+        ) from error
+    if not isinstance(options, dict | None):
+        raise ValueError(f'{path} holds no options of a run: write them as "name: value", one a line.')
+    options = {str(name): value for name, value in (options or {}).items() if name != "output"}
+    try:
+        return RunConfig.from_flat({**options, "reproducible": False})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} holds a value of the wrong kind ({error}): compare it with a run's config.yaml."
+        ) from error

@@ -11,21 +11,13 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 
 from lora_dp.fed.data.encoding import Kind, RawData
-from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.data.options import FILES, DataConfig, check_place, is_path
 from lora_dp.fed.data.partition import hold_out
 from lora_dp.fed.data.split_files import check_apart, split_files
 from lora_dp.fed.hub import hub, reachable, unreachable
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "y")
-# What opens a file by itself, and with which options.
-_FILES: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 INPUT_NAMES = ("image", "img", "text", "sentence", "content", "review", "document", "question")
 
 
@@ -82,23 +74,14 @@ def find_builder(config: DataConfig) -> datasets.DatasetBuilder:
         ValueError: a path with nothing there, or with a file of a kind that is not taken.
     """
     name, path = config.dataset, Path(config.dataset).expanduser()
+    check_place(name)
     if path.is_file():
-        if path.suffix.lower() not in _FILES:
-            raise ValueError(f"{name} is no file of data: give a folder, or a file ending in {', '.join(_FILES)}")
-        module, options = _FILES[path.suffix.lower()]
+        module, options = FILES[path.suffix.lower()]
         return datasets.load_dataset_builder(module, config.subset, data_files={"train": [str(path)]}, **options)
     if path.is_dir():
         return datasets.load_dataset_builder(str(path), config.subset, data_files=split_files(str(path)))
-    if is_path(name):
-        raise ValueError(f"no folder {name}: give a folder or file that datasets.load_dataset opens, or a hub name")
     with hub():
         return datasets.load_dataset_builder(name, config.subset)
-
-
-def is_path(name: str) -> bool:
-    """Whether a name is meant as one of a local folder or file, rather than one on the hub."""
-    written_so = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return written_so or Path(name).suffix.lower() in _FILES or Path(name).expanduser().exists()
 
 
 @contextmanager

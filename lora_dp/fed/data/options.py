@@ -1,8 +1,19 @@
 """Options of the data: which data set, and where to find things in it."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from lora_dp.fed.option_types import check_types
+
+# What opens a file by itself, and with which options.
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
 
 
 @dataclass
@@ -41,3 +52,23 @@ class DataConfig:
             raise ValueError(f"pair_column and input_column are both {self.pair_column}: name two columns")
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}: it must be at least 1")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is meant as one of a local folder or file, rather than one on the hub."""
+    written_so = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return written_so or Path(name).suffix.lower() in FILES or Path(name).expanduser().exists()
+
+
+def check_place(name: str) -> None:
+    """Refuse the name of a data set that is meant as a path, with nothing there that can be opened.
+
+    Raises:
+        ValueError: saying so.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix.lower() not in FILES:
+        raise ValueError(f"{name} is no file of data: give a folder, or a file ending in {', '.join(FILES)}")
+    if is_path(name) and not path.exists():
+        what = "file" if path.suffix.lower() in FILES else "folder"
+        raise ValueError(f"no {what} {name}: give a folder or file that datasets.load_dataset opens, or a hub name")
