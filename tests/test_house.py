@@ -207,7 +207,7 @@ def test_an_arrow_that_leads_up_or_aside_is_named() -> None:
         "lora_dp.cellar": ["lora_dp.errors"],
     }
     assert wrong_arrows(planted) == [
-        "lora_dp.atomic_files imports lora_dp.hash_chain, which stands beside it",
+        "lora_dp.atomic_files imports lora_dp.hash_chain, which stands above it",
         "lora_dp.cellar stands on no level of lora_dp",
         "lora_dp.fed.data.examples imports lora_dp.fed.config, which stands above it",
         "lora_dp.isolation.seeding imports lora_dp.isolation.check, which stands above it",
