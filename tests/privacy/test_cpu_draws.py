@@ -318,7 +318,7 @@ def test_a_public_seed_and_a_generator_of_ones_own_stay_torchs() -> None:
 @pytest.mark.slow
 def test_that_kernels_are_replaced_is_no_warning_to_the_user() -> None:
     code = """import warnings
-from lora_dp import cpu_draws
+from lora_dp.privacy import cpu_draws
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(2):
