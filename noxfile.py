@@ -20,7 +20,7 @@ def python(session: nox.Session, *arguments: str, **environment: str) -> None:
 
 @nox.session(name="test-fast")
 def test_fast(session: nox.Session) -> None:
-    """The tests to run at every change, in about two minutes; arguments after -- go to pytest."""
+    """The tests to run at every change, in about two and a half minutes; arguments after -- go to pytest."""
     python(session, "pytest", *WORKERS, "-m", "not slow and not long", *session.posargs)
 
 

@@ -37,7 +37,10 @@ def test_run_may_be_left_out(ran, words):
     assert ran[0].privacy.target == 3
 
 
-def test_short_names_reach_every_group(ran):
+def test_short_names_reach_every_group(ran, tmp_path, monkeypatch):
+    for folder in ("somewhere", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     line = (
         "--method rolora --clients 7 --epsilon none --lr 0.3 --model vit_tiny_patch16_224 --dataset ../somewhere "
         "--r 2 --seed 4 --reproducible --local-steps 3 --target_modules [qkv,proj] --low-pass gaussian "

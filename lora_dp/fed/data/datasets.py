@@ -59,6 +59,7 @@ def _inputs(split: datasets.Dataset, column: str, pair_column: str | None) -> Se
 
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
+    check_place(config.dataset)
     with failures_to_open(config.dataset):
         builder = find_builder(config)
         check_apart(builder.config.data_files or {})
@@ -70,11 +71,9 @@ def _load(config: DataConfig) -> datasets.DatasetDict:
 def find_builder(config: DataConfig) -> datasets.DatasetBuilder:
     """What opens the data set: a local folder with its splits, one local file to train on, or a name on the hub.
 
-    Raises:
-        ValueError: a path with nothing there, or with a file of a kind that is not taken.
+    It must have passed :func:`lora_dp.fed.data.options.check_place`.
     """
     name, path = config.dataset, Path(config.dataset).expanduser()
-    check_place(name)
     if path.is_file():
         module, options = FILES[path.suffix.lower()]
         return datasets.load_dataset_builder(module, config.subset, data_files={"train": [str(path)]}, **options)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lora_dp.fed.data.datasets import failures_to_open, find_builder, find_columns, train_name
 from lora_dp.fed.data.encoding import RawData
-from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.data.options import DataConfig, check_place
 from lora_dp.fed.data.own_rows import Row, csv_rows, json_rows
 from lora_dp.fed.data.split_files import check_apart
 
@@ -52,6 +52,7 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
     Raises:
         ValueError: folder, files or column missing or not recognised; fewer than two classes.
     """
+    check_place(config.dataset)
     with failures_to_open(config.dataset):
         table = _read(config)
     label_column, input_column, kind = find_columns(table.features, config)

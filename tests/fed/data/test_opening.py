@@ -51,7 +51,7 @@ def test_a_file_of_another_kind_or_without_rows_is_refused(tmp_path):
     (tmp_path / "notes.docx").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"notes.docx is no file of data: give a folder, or a file ending in .csv"):
         open_data(DataConfig(dataset=str(tmp_path / "notes.docx")))
-    with pytest.raises(ValueError, match=r"no folder missing.csv: give a folder or file"):
+    with pytest.raises(ValueError, match=r"^no file missing.csv: give a folder or file"):
         open_data(DataConfig(dataset="missing.csv"))
     (tmp_path / "empty.json").write_text("")
     with pytest.raises(ValueError, match="no data set could be opened in .*empty.json"):
