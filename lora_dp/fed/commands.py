@@ -19,7 +19,15 @@ from rich.markup import escape
 from lora_dp.errors import IsolationError, TooFewClients
 from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.compare.options import CompareConfig
-from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig, RunOptions, heading
+from lora_dp.fed.config import (
+    FederationConfig,
+    OptimizationConfig,
+    PrivacyConfig,
+    RunConfig,
+    RunOptions,
+    heading,
+    read_config,
+)
 from lora_dp.fed.data.options import DataConfig, check_place
 from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
@@ -183,18 +191,8 @@ def resume_parser() -> _Parser:
     return _on_a_run("resume", RESUME_HELP)
 
 
-def _check_run(folder: Path) -> None:
-    """Refuse a folder without a run, before anything slow is imported.
-
-    Raises:
-        ValueError: saying so.
-    """
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} holds no run (config.yaml is missing or cannot be read): name a run's folder.")
-
-
 def _resume(options: dict[str, Any], console: Console, began: float) -> int:
-    _check_run(options["folder"])
+    read_config(options["folder"])
     with opening(console, f"run {options['folder']}"):
         from lora_dp.fed.launch import resume
     outcome = resume(options["folder"], console, began)
@@ -207,7 +205,7 @@ def inspect_parser() -> _Parser:
 
 
 def _inspect(options: dict[str, Any], console: Console, began: float) -> int:
-    _check_run(options["folder"])
+    read_config(options["folder"])
     with opening(console, f"run {options['folder']}"):
         from lora_dp.fed.diagnostics.inspect import inspect_run
     inspect_run(options["folder"], console)

@@ -386,3 +386,20 @@ class RunConfig:
 def heading(group: type) -> str:
     """The title of a group of options: the first line of its docstring."""
     return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration of a run's folder, with that folder as output.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        options = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} holds no run (config.yaml is missing or cannot be read): name a run's folder."
+        ) from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path / 'config.yaml'} is no configuration of a run: restore it from a backup.")
+    return RunConfig.from_flat({**options, "output": path})

@@ -13,6 +13,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"choose {', '.join(others)} or {last}"
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The word that was meant, if one is near."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The word that was meant, if one is as near as ``cutoff``, by difflib's ratio."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)

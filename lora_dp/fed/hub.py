@@ -7,6 +7,7 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import constants
 
@@ -33,8 +34,14 @@ def reachable() -> bool:
 
 
 @contextlib.contextmanager
-def hub() -> Iterator[None]:
-    """Inside, names on the hub are opened, from the cache where it cannot be reached; retries are not shown."""
+def hub(name: str) -> Iterator[None]:
+    """Inside, a name on the hub is opened, from the cache where it cannot be reached; retries are not shown.
+
+    Nothing is asked of the network for a ``name`` that is there as a local folder or file.
+    """
+    if Path(name).expanduser().exists():
+        yield
+        return
     from datasets import config
 
     logger = logging.getLogger("huggingface_hub.utils._http")

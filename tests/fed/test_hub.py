@@ -52,10 +52,10 @@ def test_a_model_that_cannot_be_reached_is_told_at_once(name, kind, cut_off, cap
 
 def test_libraries_are_offline_inside_alone(cut_off):
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    with hub.hub():
+    with hub.hub("nobody/nothing"):
         assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
     assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
-    with pytest.raises(KeyError), hub.hub():
+    with pytest.raises(KeyError), hub.hub("nobody/nothing"):
         raise KeyError
     assert before == (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 
@@ -65,10 +65,17 @@ def test_a_hub_that_answers_is_used(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub.reachable() and hub.host() == "127.0.0.1"
-    with hub.hub():
+    with hub.hub("nobody/nothing"):
         assert not constants.HF_HUB_OFFLINE
 
 
 def test_behind_a_proxy_it_is_taken_for_granted(cut_off, monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
     assert hub.reachable() and cut_off == []
+
+
+def test_nothing_is_asked_of_the_network_for_what_is_here(cut_off, tmp_path):
+    with hub.hub(str(tmp_path)):
+        assert not constants.HF_HUB_OFFLINE
+    load_model(ModelConfig(name="vit_tiny_patch16_224", pretrained=False), 2, "image")
+    assert cut_off == []

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from lora_dp.errors import TooFewClients
 from lora_dp.fed import launch
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.setup import plan_of
-from lora_dp.fed.runs.folder import RunFolder, read_config
+from lora_dp.fed.runs.folder import RunFolder
 
 
 class Why(NamedTuple):

@@ -60,11 +60,10 @@ def _inputs(split: datasets.Dataset, column: str, pair_column: str | None) -> Se
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
     check_place(config.dataset)
-    with failures_to_open(config.dataset):
+    with failures_to_open(config.dataset), hub(config.dataset):
         builder = find_builder(config)
         check_apart(builder.config.data_files or {})
-        with hub():
-            builder.download_and_prepare()
+        builder.download_and_prepare()
         return builder.as_dataset()
 
 
@@ -79,8 +78,7 @@ def find_builder(config: DataConfig) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(module, config.subset, data_files={"train": [str(path)]}, **options)
     if path.is_dir():
         return datasets.load_dataset_builder(str(path), config.subset, data_files=split_files(str(path)))
-    with hub():
-        return datasets.load_dataset_builder(name, config.subset)
+    return datasets.load_dataset_builder(name, config.subset)
 
 
 @contextmanager

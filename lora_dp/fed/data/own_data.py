@@ -22,6 +22,7 @@ from lora_dp.fed.data.encoding import RawData
 from lora_dp.fed.data.options import DataConfig, check_place
 from lora_dp.fed.data.own_rows import Row, csv_rows, json_rows
 from lora_dp.fed.data.split_files import check_apart
+from lora_dp.fed.hub import hub
 
 UNKNOWN = -1
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
@@ -53,7 +54,7 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
         ValueError: folder, files or column missing or not recognised; fewer than two classes.
     """
     check_place(config.dataset)
-    with failures_to_open(config.dataset):
+    with failures_to_open(config.dataset), hub(config.dataset):
         table = _read(config)
     label_column, input_column, kind = find_columns(table.features, config)
     names, labels = _classes(table, label_column, classes)

@@ -18,14 +18,14 @@ from rich.table import Table
 from torch import nn
 
 from lora_dp.atomic_files import write_atomically, write_bytes_atomically
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.data.examples import Batch, Examples
 from lora_dp.fed.diagnostics.intruder import THRESHOLD, TOP, adapted_layers, intruder_dimensions, weight_and_update
 from lora_dp.fed.diagnostics.plots import draw_inspection
 from lora_dp.fed.diagnostics.sharpness import loss_curves, top_eigenvalue
 from lora_dp.fed.rounds.privacy_plan import finite
 from lora_dp.fed.rounds.setup import match_threads, open_job
-from lora_dp.fed.runs.folder import ENDED, UPDATES, read_config, whole_lines
+from lora_dp.fed.runs.folder import ENDED, UPDATES, whole_lines
 from lora_dp.fed.runs.report import notes
 from lora_dp.fed.runs.results import load_result
 

@@ -1,13 +1,13 @@
 """The federated methods, by name: ours, and those that other packages offer as entry points of ``lora_dp.methods``."""
 
 import dataclasses
-import difflib
 import inspect
 import math
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.methods.base import (
     MERGED,
     Aggregation,
@@ -111,8 +111,8 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     # Entry points are read from every installed package: not where one of ours is meant.
     if first not in METHODS and first not in available() or colon and first != FlatLoRA.name:
         known = available()
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = closest(name, known, cutoff=0.4)
+        hint = f" Did you mean {near}?" if near else ""
         raise ValueError(f"There is no method {name!r}: choose {', '.join(known)}.{hint}")
     cls: Any = _method_class(first)
     if cls is FlatLoRA:

@@ -112,7 +112,7 @@ def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tupl
     if kind != "image":
         raise ValueError(f"{name} takes images but the data set holds texts: name a language model")
     try:
-        with hub():
+        with hub(name) if pretrained else contextlib.nullcontext():
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)
     except (OSError, RuntimeError) as error:
         why = _first_line(error) if reachable() else unreachable(name)
@@ -134,7 +134,7 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
         else transformers.AutoModelForSequenceClassification
     )
     try:
-        with hub(), _quiet_transformers():
+        with hub(name), _quiet_transformers():
             model = auto.from_pretrained(
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
             )

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from lora_dp.fed.config import read_config
 from lora_dp.fed.page import figures, number_format
 from lora_dp.fed.plot_style import GREEN, ORANGE
 from lora_dp.fed.rounds.federation import RoundResult
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.rounds.setup import plan_of
-from lora_dp.fed.runs.folder import ENDED, read_config, read_results
+from lora_dp.fed.runs.folder import ENDED, read_results
 from lora_dp.fed.runs.report import PUBLIC, PUBLIC_CLIENTS, notes, total_seconds
 
 # A page of all of 10,000 clients would be of no use to a reader.

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from lora_dp.atomic_files import append_durably, remove_durably, write_atomically
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.rounds.federation import RoundResult
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog
 from lora_dp.fed.rounds.privacy_plan import finite
@@ -151,23 +150,6 @@ def _check_empty(path: Path) -> None:
             f"{path} holds the log of a run, which a new one would not count: choose another --output, or restore that "
             "run's config.yaml and resume it."
         )
-
-
-def read_config(path: Path) -> RunConfig:
-    """The configuration of a run's folder, with that folder as output.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    try:
-        options = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} holds no run (config.yaml is missing or cannot be read): name a run's folder."
-        ) from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path / 'config.yaml'} is no configuration of a run: restore it from a backup.")
-    return RunConfig.from_flat({**options, "output": path})
 
 
 def read_results(path: Path) -> list[RoundResult]:

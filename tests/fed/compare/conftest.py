@@ -8,10 +8,9 @@ import pytest
 from rich.console import Console
 
 from lora_dp.fed import launch
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.rounds.privacy_plan import AS_RELEASED
 from lora_dp.fed.runs import loop
-from lora_dp.fed.runs.folder import read_config
 from tests.fed.compare.small_grids import ACCURACY
 
 

@@ -14,10 +14,9 @@ from lora_dp.fed import launch
 from lora_dp.fed.compare.comparison import compare
 from lora_dp.fed.compare.grid import Grid
 from lora_dp.fed.compare.options import CompareConfig
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.page import write_page
 from lora_dp.fed.runs import loop
-from lora_dp.fed.runs.folder import read_config
 
 COMMON = {"clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 # Accuracy and loss of a trial, by method and rate: dp-lora's two best are equally accurate.

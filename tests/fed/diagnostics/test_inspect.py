@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lora_dp.fed.config import RunConfig
+from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.diagnostics import inspect
 from lora_dp.fed.diagnostics.inspect import inspect_run, read_updates
 from lora_dp.fed.diagnostics.intruder import intruder_dimensions
 from lora_dp.fed.launch import run
 from lora_dp.fed.rounds.setup import open_job
-from lora_dp.fed.runs.folder import read_config
 from lora_dp.fed.runs.results import load_result
 from tests.fed.diagnostics.recorded_updates import write_updates
 
