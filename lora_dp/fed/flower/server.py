@@ -274,6 +274,9 @@ def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from flwr.simulation import run_simulation
+    from ray._raylet import Config  # type: ignore[attr-defined]  # its stub leaves it out
+
+    Config.initialize("")  # Ray read its settings when it was imported, which may have been before
 
     stop, done = threading.Event(), threading.Event()
     results: list[Result] = []

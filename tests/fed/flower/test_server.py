@@ -1,5 +1,6 @@
 """The engine on Flower: what travels, failures as values, and the simulation beside the run in one process."""
 
+import importlib
 import logging
 import os
 import threading
@@ -68,6 +69,7 @@ def test_two_rounds_are_those_of_the_engine_in_one_process(options):
 
 @pytest.mark.slow
 def test_a_simulation_by_ray_agrees_with_the_run_in_one_process(tmp_path, monkeypatch):
+    importlib.import_module("ray")  # as by a program that uses Ray itself: it has read its settings, without a token
     config = tiny()
     # One process for all three clients, which is slow enough to start.
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
