@@ -46,7 +46,7 @@ def measure(name: str) -> tuple[float, float, float]:
     )
 
     def step() -> None:
-        optimizer.expect_batch(len(labels))
+        optimizer.batch.expect(len(labels))
         loss(model, inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()

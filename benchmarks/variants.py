@@ -70,7 +70,7 @@ def _lora_dp(shape: Shape, phases: Any, *, seed: int | None = None, compiled: bo
     run = _compiled(model) if compiled else model
 
     def step() -> None:
-        optimizer.expect_batch(shape.examples)
+        optimizer.batch.expect(shape.examples)
         loss(run, inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -84,7 +84,7 @@ def _graphed(shape: Shape) -> Step:
     graphed = GraphedStep(model, optimizer, loss, batch_size=shape.examples)
 
     def step() -> None:
-        optimizer.expect_batch(shape.examples)
+        optimizer.batch.expect(shape.examples)
         graphed(inputs, labels)
 
     return step

@@ -66,7 +66,7 @@ def take_step(
 ) -> dict[str, Tensor]:
     """One private step on a hand-made batch; the released sums, that is the gradients times the expected batch."""
     optimizer.zero_grad()
-    optimizer.expect_batch(len(batch[0]))
+    optimizer.batch.expect(len(batch[0]))
     loss(model, batch).backward()
     optimizer.step(**options)
     return {name: g * optimizer.expected_batch_size for name, g in private_gradients(model).items()}

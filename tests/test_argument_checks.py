@@ -235,7 +235,7 @@ def test_strength_of_a_filter(kind: Any, strength: Any) -> None:
 def test_backward(options: dict[str, Any], error: type[Exception], words: str) -> None:
     model = mlp()
     optimizer, (x, y) = make_private(model, batch_size=4), examples(4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     losses = classification_loss(model(x), y)
     with pytest.raises(error, match=words):
         optimizer.backward(losses, **options)

@@ -28,16 +28,7 @@ WITH_METHODS = ["PrivacyEngine", "PrivateDataLoader", "PrivateOptimizer"]
 # Methods that the loader, the engine or the auditor calls, and nobody's training loop.
 INTERNAL = {
     "PrivateDataLoader": {"check_fetched"},
-    "PrivateOptimizer": {
-        "begin_batches",
-        "check_stepped",
-        "check_whole_batch",
-        "clip",
-        "expect_batch",
-        "release",
-        "step_on_empty_batch",
-        "take",
-    },
+    "PrivateOptimizer": {"clip", "release", "step_on_empty_batch", "take"},
 }
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lora_dp.auditing.bounds import Floats
 from lora_dp.engine.data_loader import PrivateDataLoader
-from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.engine.logical_batch import Clipped
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.nn.per_example import Pass, Slot
 from lora_dp.privacy.accounting import Ledger
 from lora_dp.privacy.clipping import PerLayerClipping

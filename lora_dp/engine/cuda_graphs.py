@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.argument_checks import check_count, check_kind
-from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.engine.logical_batch import Clipped
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.isolation.batches.kinds import structure
 from lora_dp.isolation.collation.trial import drawn_for_test
 from lora_dp.nn.layers import DPEmbedding
@@ -102,7 +103,7 @@ class GraphedStep:
         if len(sizes) != 1 or not (n := sizes.pop()):
             raise ValueError("Give tensors of one batch, all with the same number of examples, at least one.")
         self._check_alike(batch)
-        self.optimizer.check_whole_batch()
+        self.optimizer.batch.check_whole()
         self.optimizer.activate()
         if n > self.batch_size or self._needs_check(batch):
             device = next(self.model.parameters()).device

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number
 from lora_dp.engine.data_loader import PrivateDataLoader
-from lora_dp.engine.drawn_batches import LEAVE_OUT, Drawn
 from lora_dp.engine.foreign_wrappers import check_one_process, check_plain
+from lora_dp.engine.logical_batch import LEAVE_OUT, Drawn
 from lora_dp.engine.optimizer import PrivateOptimizer, keep_out_of_graphs
 from lora_dp.engine.phases import PhasesName
 from lora_dp.engine.recorder import Recorder, recorder_of
@@ -270,10 +270,10 @@ class PrivacyEngine:
         loader = PrivateDataLoader(
             data_loader,
             self.source,
-            lambda size: private.expect_batch(size),
+            lambda size: private.batch.expect(size),
             lambda: private.step_on_empty_batch(),
-            on_begin=lambda: private.begin_batches(),
-            on_end=lambda: private.check_stepped(),
+            on_begin=lambda: private.batch.begin(),
+            on_end=lambda: private.batch.check_stepped(),
             on_varying_width=lambda: private.recorder.expect_padding(),
         )
         event = PoissonGaussian(noise_multiplier, loader.sample_rate)

@@ -3,15 +3,16 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
-from lora_dp.engine.drawn_batches import LEAVE_OUT, Drawn
+from lora_dp.engine.clipped_pass import ClippedPass
 from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
+from lora_dp.engine.logical_batch import Clipped, Drawn, LogicalBatch
 from lora_dp.engine.phases import Phases, PhasesName
 from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
@@ -23,7 +24,6 @@ from lora_dp.nn.layers import DPLoRALinear
 from lora_dp.nn.per_example import Pass
 from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.native import refuse_capture
-from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.accounting.history import History, Run, read_runs
@@ -45,13 +45,6 @@ def _spent(state: Mapping[str, Any], steps: int) -> tuple[int, list[Run]]:
     check_count(_LEDGER_STEPS, steps, least=0)
     saved = state.get(_LEDGER_RUNS)
     return steps, [] if saved is None else read_runs(saved, steps)
-
-
-class Clipped(NamedTuple):
-    """Clipped sums, some not yet formed, by the ``id`` of their parameter; how many examples were not finite."""
-
-    sums: dict[int, Tensor | ExampleSum]
-    non_finite: Tensor | int
 
 
 class PrivateOptimizer(torch.optim.Optimizer):
@@ -117,15 +110,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._options, self.loss_reduction = options, options.loss_reduction
         self._before_release, self._adapters = before_release, adapters
         self.regulators: dict[int, Regulator] = {}
-        self._sums: dict[int, Tensor | ExampleSum] = {}
-        self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
-        self._examples = self._kept = 0
-        self._drawn = drawn
-        self._lost: str | None = None
-        self._stepped = self._looked = False
-        self._skip_next = False
-        # How many examples had a non-finite gradient: depends on private data, for debugging only, never released.
-        self._non_finite_examples: Tensor | int = 0
+        self._clipped_pass = ClippedPass(self._covered, options.loss_reduction)
+        self._drawn, self.batch = drawn, LogicalBatch(drawn)
         if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
             raise TypeError(
                 f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
@@ -303,7 +289,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         >>> torch.equal(model.lora_A, before)
         True
         """
-        if self._examples or (self._recorder.owner is self and self._recorder.current is not None):
+        if self.batch.examples or (self._recorder.owner is self and self._recorder.current is not None):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
         self._options.check_phases(phases)
         chosen = Phases(phases)
@@ -313,48 +299,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         )
         self._phases = chosen
         self.activate()
-
-    def expect_batch(self, size: int) -> None:
-        """Told by the private loader: a batch of ``size`` examples was drawn."""
-        self._drawn.draw(size)
-
-    def begin_batches(self) -> None:
-        """Told by the private loader: it begins to draw. One batch may have been looked at before any step,
-        unless it went through the model in training.
-
-        Raises:
-            RuntimeError: a batch that was drawn before has not been stepped.
-        """
-        if self._stepped or self._looked or self._drawn.given:
-            self.check_stepped()
-        self._check_lost()
-        self._looked = bool(self._drawn)
-        self._drawn.clear()
-
-    def check_stepped(self) -> None:
-        """Refuse to go on after a batch that was drawn and never stepped: who decides that by looking at the data,
-        tells of them by what is missing.
-
-        Raises:
-            RuntimeError: there is one.
-        """
-        if self._lost is None and (self._drawn or self._examples):
-            sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
-            self._lose(
-                f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once, "
-                f"and {LEAVE_OUT}"
-            )
-        self._check_lost()
-
-    def _lose(self, why: str) -> None:
-        """Refuse from here on: a loop that passes over this error would go on without what the batch's examples add."""
-        self._drawn.clear()
-        self._collect()
-        self._lost = f"{why}. That it is missing tells of its examples: call make_private again to go on without it."
-
-    def _check_lost(self) -> None:
-        if self._lost is not None:
-            raise RuntimeError(self._lost)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
         """Let the next :meth:`step` only add its micro-batch to the logical batch: no noise, no update.
@@ -370,7 +314,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         4
         """
         check_flag("do_skip", do_skip)
-        self._skip_next = do_skip
+        self.batch.more_follows = do_skip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients that no step has taken; micro-batches already added to the logical batch stay.
@@ -454,8 +398,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 value = closure()
         self._accumulate(mask)
-        if self._skip_next:
-            self._skip_next = False
+        if self.batch.more_follows:
+            self.batch.more_follows = False
         else:
             self.release()
         return value
@@ -470,15 +414,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             PrivacyBudgetExceeded: as for :meth:`step`.
             RuntimeError: a logical batch is under way, or a batch with examples was drawn and waits for its step.
         """
-        self._check_lost()
-        if self._examples:
-            raise RuntimeError("A logical batch is under way: step() it before the next one.")
-        if any(self._drawn):
-            raise RuntimeError(
-                f"A batch that the private loader drew ({max(self._drawn)} examples) cannot be left out, since one "
-                f"example would take away what all others add: step it, and {LEAVE_OUT}."
-            )
-        self._drawn.clear()
+        self.batch.check_empty()
         self.activate()
         self._release()
 
@@ -501,49 +437,13 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.take(self.clip(finished, mask), n, n if mask is None else int(mask.sum()))
 
     def clip(self, finished: Pass, mask: Tensor | None) -> Clipped:
-        """Σᵢ mᵢcᵢgᵢ of one finished pass: private still, to be noised before anyone sees it. Waits for no device."""
-        slots = [(key, slot) for key, slot in finished.slots.items() if slot.filled]
-        if not slots or finished.n == 0:
-            return Clipped({}, 0)
-        # A mean over the micro-batch has divided each example's gradient by N.
-        scale = float(finished.n) if self.loss_reduction == "mean" and not finished.summed else 1.0
-        with torch.no_grad():
-            device = slots[0][1].leaf.device
-            sq_norms = torch.stack([slot.norms().to(device) for _, slot in slots]).square_()
-            layers, layer_count = self._layers(tuple(key for key, _ in slots), frozenset(finished.slots), device)
-            kept = {row: gradient for row, (_, slot) in enumerate(slots) if (gradient := slot.kept) is not None}
-            coefficients, by_row = self.mechanism.clipped_sums(
-                kept, sq_norms, layers, layer_count, None if mask is None else mask.to(device), scale
-            )
-            sums: dict[int, Tensor | ExampleSum] = {
-                key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
-                for row, (key, slot) in enumerate(slots)
-            }
-            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
+        """Σᵢ mᵢcᵢgᵢ of one finished pass: private still, to be noised before anyone sees it."""
+        return self._clipped_pass(self.mechanism, finished, mask)
 
     def take(self, clipped: Clipped, examples: int, kept: int) -> None:
         """Add one micro-batch to the logical batch: its sums, its size, and how many of its examples no mask hid."""
         end_pass(self)
-        self._examples += examples
-        self._kept += kept
-        self._non_finite_examples = self._non_finite_examples + clipped.non_finite
-        # A whole batch stays as it is, to be summed, noised and used in one pass; parts of one are added up.
-        whole = not self._sums and not self._skip_next
-        for key, part in clipped.sums.items():
-            if whole:
-                self._sums[key] = part
-            else:
-                before = self._sums.get(key)
-                self._sums[key] = total(part) if before is None else total(before) + total(part)
-
-    def check_whole_batch(self) -> None:
-        """Refuse where micro-batches are being added up.
-
-        Raises:
-            RuntimeError: a logical batch is under way, or a step is to be skipped.
-        """
-        if self._examples or self._skip_next:
-            raise RuntimeError("A logical batch of several micro-batches is under way: step() it before the next one.")
+        self.batch.add(clipped, examples, kept)
 
     def release(self) -> None:
         """Noise the logical batch and update; what :meth:`step` does after the last micro-batch.
@@ -551,31 +451,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Raises:
             PrivacyBudgetExceeded, RuntimeError: as for :meth:`step`.
         """
-        self._check_drawn()
+        self.batch.check_drawn()
         self._release()
-
-    def _layers(self, found: tuple[int, ...], trained: frozenset[int], device: torch.device) -> tuple[Tensor, int]:
-        """The number of each found parameter's layer among those trained, and how many these are."""
-        key = (found, trained, device)
-        if key not in self._layer_numbers:
-            numbers = sorted({self._covered[parameter].layer for parameter in trained})
-            self._layer_numbers[key] = (
-                torch.tensor([numbers.index(self._covered[parameter].layer) for parameter in found], device=device),
-                len(numbers),
-            )
-        return self._layer_numbers[key]
-
-    def _check_drawn(self) -> None:
-        self._check_lost()
-        while self._drawn:
-            # Equal but for a mask, which may drop padding and drawn examples, never add any.
-            if self._kept <= self._drawn.popleft() <= self._examples:
-                return
-        self._lose(
-            f"This step saw {self._examples} examples, which is no batch that the private loader drew: train on the "
-            "loader that make_private returned, each batch once and whole (micro-batches add up to it)"
-        )
-        self._check_lost()
 
     def _trained(self) -> list[PrivateParameter]:
         trained = unfrozen(p for key, p in self._covered.items() if key in self._recorder.trained)
@@ -583,14 +460,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
             check_dtype(p, self._dtypes[id(p.parameter)], kept=p.parameter in self.original_optimizer.state)
         return trained
 
-    def _collect(self) -> dict[int, Tensor | ExampleSum]:
-        sums, self._sums, self._examples, self._kept = self._sums, {}, 0, 0
-        return sums
-
     def _release(self) -> None:
         refuse_capture("step", next(iter(self._covered.values())).parameter.device)
         check_one_process()
-        collected = self._collect()
+        collected = self.batch.collect()
         trained = self._trained()
         check_optimizer(self.original_optimizer, self._covered)
         if self.ledger.steps < self._restored or not self.history.holds(self._restored_runs):
@@ -615,7 +488,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
         self.steps_taken += 1
         self._recorder.losses.steps += 1
-        self._stepped = True
+        self.batch.stepped = True
         self.activate()
 
     def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor]) -> None:

@@ -27,7 +27,7 @@ def test_micro_batches_equal_one_batch(sizes, reduction):
     for parts in ((8,), sizes):
         model = mlp()
         optimizer = make_private(model, batch_size=8, max_grad_norm=0.3, loss_reduction=reduction, noise_multiplier=0.5)
-        optimizer.expect_batch(8)
+        optimizer.batch.expect(8)
         for number, part in enumerate(zip(x.split(parts), y.split(parts), strict=True)):
             optimizer.zero_grad()  # keeps what was added to the logical batch
             loss(model, part).backward()
@@ -43,7 +43,7 @@ def test_skipped_step_releases_nothing():
     model = mlp()
     optimizer = make_private(model, batch_size=4, noise_multiplier=1.0)
     before = snapshot(model)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     cross_entropy(model, examples(2)).backward()
     optimizer.signal_skip_step()
     optimizer.step()
@@ -74,7 +74,7 @@ def test_mask_equals_dropping_the_examples(clipping):
     # Both losses are means over what the model saw: the rescaled gradients must not depend on the padding.
     expected = take_step(reference, make_private(reference, **options), (x[mask], y[mask]))
     optimizer = make_private(model, **options)
-    optimizer.expect_batch(5)
+    optimizer.batch.expect(5)
     cross_entropy(model, (x, y)).backward()
     optimizer.step(mask=mask)
     assert_close(flat(private_gradients(model)) * 8, flat(expected))
@@ -85,7 +85,7 @@ def test_masks_in_micro_batches():
     reference, model = mlp(), mlp()
     expected = take_step(reference, make_private(reference, batch_size=8), (x[mask], y[mask]))
     optimizer = make_private(model, batch_size=8)
-    optimizer.expect_batch(7)
+    optimizer.batch.expect(7)
     for part, last in ((slice(0, 4), False), (slice(4, 8), True)):
         cross_entropy(model, (x[part], y[part])).backward()
         optimizer.signal_skip_step(not last)
@@ -133,7 +133,7 @@ def test_mask_adds_nobody():
     """Ten rows of which all count are no padded draw of three."""
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(3)
     cross_entropy(model, examples(10)).backward()
     assert_refuses(
         RuntimeError, "This step saw 10 examples", lambda: optimizer.step(mask=torch.ones(10, dtype=torch.bool))

@@ -74,7 +74,7 @@ def test_a_module_before_the_model_is_refused_where_it_is_trained(n):
 def test_inputs_of_examples_may_require_a_gradient():
     """As gradient checkpointing and saliency want it: nobody made them, so that nothing is trained by it."""
     (model, optimizer), (x, y) = private_model(), examples(N)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     x.requires_grad_()
     for part in (slice(3), slice(3, N)):
         optimizer.signal_skip_step(part.stop != N)
@@ -87,7 +87,7 @@ def test_what_comes_again_after_a_step_may_be_trained():
     """A prompt, or centres, as plain tensors with as many rows as a micro-batch has examples."""
     (model, optimizer), (x, _) = private_model(), examples(N)
     prompt, centres = (torch.zeros(N, width, requires_grad=True) for width in (x.shape[1], 3))
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     optimizer.backward((model(x + prompt) - centres).square().sum(1))
     optimizer.step()
     assert_refuses(IsolationError, "was given a tensor that requires a gradient", lambda: model(x + prompt))
@@ -207,7 +207,7 @@ def test_a_plain_tensor_is_found_where_it_comes_again_after_a_step(size, later):
     sizes = [size] * (8 // size) if size else [4, 2, 2]  # the latter of two kinds
 
     def step() -> None:
-        optimizer.expect_batch(8)
+        optimizer.batch.expect(8)
         for number, rows in enumerate(sizes):
             optimizer.signal_skip_step(number + 1 < len(sizes))
             optimizer.backward(model(torch.randn(rows, WIDTH)).square().sum(1))

@@ -38,7 +38,7 @@ def fresh_compiler() -> Any:
 def norms_and_step(model: nn.Module, run: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> tuple[Tensor, dict]:
     """Per-example norms by parameter (P, N), and what one step of σ = 0 releases."""
     optimizer.zero_grad()
-    optimizer.expect_batch(len(x))
+    optimizer.batch.expect(len(x))
     out = run(x)
     F.cross_entropy(getattr(out, "logits", out), y).backward()
     norms = torch.stack([slot.norms() for slot in optimizer._recorder.current.slots.values()])
@@ -226,7 +226,7 @@ def test_a_compiled_loss_is_tried_and_taken(vector):
         max_grad_norm=1.0,
     )
     first = x, y = examples(8)
-    optimizer.expect_batch(8)
+    optimizer.batch.expect(8)
     with pytest.raises(IsolationError, match="no graph shows|cannot be told"):
         loss = criterion(model(x), y)
         optimizer.backward(loss) if vector else loss.backward()

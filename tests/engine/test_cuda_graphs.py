@@ -39,7 +39,7 @@ def test_same_steps_as_without(device, phases, method):
         step = GraphedStep(model, optimizer, loss, batch_size=5)
         for seed, n in enumerate((4, 2, 5, 1, 3, 7, 4)):
             x, y = (tensor.to(device) for tensor in examples(n, seed))
-            optimizer.expect_batch(n)
+            optimizer.batch.expect(n)
             if graphed:
                 step(x, y)
             else:
@@ -61,7 +61,7 @@ def test_replays_do_not_repeat_noise(device):
     step, before, moves = GraphedStep(model, optimizer, loss, batch_size=4), snapshot(model), []
     x, y = (tensor.to(device) for tensor in examples(3))
     for _ in range(12):
-        optimizer.expect_batch(3)
+        optimizer.batch.expect(3)
         step(x, y)
         after = snapshot(model)
         moves.append(torch.cat([(after[name] - before[name]).flatten() for name in after]))
@@ -80,7 +80,7 @@ def test_padding_has_no_weight(device):
     for size in (4, 64):
         model = mlp().to(device)
         optimizer = make_private(model, batch_size=4)
-        optimizer.expect_batch(3)
+        optimizer.batch.expect(3)
         GraphedStep(model, optimizer, loss, batch_size=size)(*(tensor.to(device) for tensor in examples(3)))
         ends.append(snapshot(model))
     for name, value in ends[0].items():
@@ -118,9 +118,9 @@ def test_padding_does_not_hide_that_examples_mix():
     model = Mixing()
     optimizer = make_private(model, batch_size=4)
     step = GraphedStep(model, optimizer, loss, batch_size=4)
-    optimizer.expect_batch(1)
+    optimizer.batch.expect(1)
     step(*examples(1))
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(3)
     assert_refuses(IsolationError, "", lambda: step(*examples(3)))
 
 
@@ -142,10 +142,10 @@ def test_labels_of_uneven_lengths_are_checked_when_they_come():
     step = GraphedStep(model, optimizer, lambda model, x, labels: model(x, labels=labels)["loss"], batch_size=6)
     x, labels = torch.randn(4, 3, 6), torch.randint(3, (4, 3))
     for _ in range(5):
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         step(x, labels)
     labels[0, 1:] = -100
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     assert_refuses(IsolationError, "The loss mixes examples", lambda: step(x, labels))
 
 
@@ -161,7 +161,7 @@ def test_mistakes_are_refused():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
     step, (x, y) = GraphedStep(model, optimizer, loss, batch_size=4), examples(4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     step(x, y)  # an ordinary step, for the isolation check
     assert_refuses(ValueError, "at least one", lambda: step(x[:0], y[:0]))
     assert_refuses(ValueError, "same number of examples", lambda: step(x, y[:2]))
@@ -173,5 +173,5 @@ def test_mistakes_are_refused():
     optimizer.signal_skip_step()
     assert_refuses(RuntimeError, "A logical batch", lambda: step(x, y))
     optimizer.signal_skip_step(False)
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(3)
     assert_refuses(RuntimeError, "no batch that the private loader drew", lambda: step(x[:1], y[:1]))

@@ -39,7 +39,7 @@ def test_the_rest_is_clipped_and_noised_to_the_same_bound(rule, when):
         released = take_step(model, optimizer, batch)
     else:
         optimizer.register_step_pre_hook(lambda *_: None)
-        optimizer.expect_batch(8)
+        optimizer.batch.expect(8)
         torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
         model[2].requires_grad_(False)
         optimizer.step()

@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lora_dp import GaussianFilter, LaplacianFilter, PrivacyEngine
 from lora_dp.engine import fused_step
-from lora_dp.engine.optimizer import Clipped
+from lora_dp.engine.logical_batch import Clipped
 from lora_dp.ops import private_update
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import reference_only
@@ -47,7 +47,7 @@ def private_mlp(make, *, low_pass=None, dtype=torch.float32, **options):
 
 def step(model, optimizer, seed):
     x, y = examples(6, seed)
-    optimizer.expect_batch(6)
+    optimizer.batch.expect(6)
     F.cross_entropy(model(x.to(next(model.parameters()).dtype)), y).backward()
     optimizer.step()
 
@@ -111,7 +111,7 @@ def test_a_whole_batch_is_summed_by_the_update_and_parts_of_one_before(taken):
     step(model, optimizer, 0)
     assert all(isinstance(part, ExampleSum) for part in taken[0])
     x, y = examples(6)
-    optimizer.expect_batch(6)
+    optimizer.batch.expect(6)
     for part in (slice(0, 2), slice(2, 6)):
         (F.cross_entropy(model(x[part]), y[part])).backward()
         optimizer.signal_skip_step(part.start == 0)

@@ -44,7 +44,7 @@ def compare(
     expected_batch = max(n, 1)
     gradients = brute_force(model, loss, [take(batch, i) for i in range(n)], trained_names(model, phases))
     optimizer = make_private(model, batch_size=expected_batch, max_grad_norm=bound, lr=0.0, **options)
-    optimizer.expect_batch(n)
+    optimizer.batch.expect(n)
     step_loss(model, batch).backward()
     optimizer.step()
     actual = private_gradients(model)

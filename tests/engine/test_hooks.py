@@ -244,7 +244,7 @@ def test_nor_does_it_take_up_statistics_without_gradients():
 def test_a_loss_that_joins_examples_is_refused_in_the_first_pass():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     logits = model(examples(4)[0])
     with pytest.raises(IsolationError, match="The loss mixes examples"):
         (logits - logits.mean(0)).square().sum(1).mean().backward()

@@ -119,7 +119,7 @@ def our_gradients(
     model: nn.Module, inputs: Tensor, labels: Tensor, phases: str, clipping: str, bound: float
 ) -> dict[str, Tensor]:
     optimizer = make_private(model, batch_size=N, max_grad_norm=bound, lr=0.0, phases=phases, clipping=clipping)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     F.cross_entropy(logits(model(inputs)), labels).backward()
     optimizer.step()
     return private_gradients(model)

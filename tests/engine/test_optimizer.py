@@ -11,12 +11,12 @@ from tests.support import assert_close, make_private, private_gradients
 
 def test_a_drawn_batch_without_anybody_is_stepped_and_done_with():
     optimizer = make_private(mlp(), batch_size=4, noise_multiplier=1.0)
-    optimizer.expect_batch(0)
+    optimizer.batch.expect(0)
     optimizer.step_on_empty_batch()
-    optimizer.check_stepped()
+    optimizer.batch.check_stepped()
     assert optimizer.steps_taken == optimizer.ledger.steps == 1
-    optimizer.expect_batch(0)
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(0)
+    optimizer.batch.expect(3)
     assert_refuses(RuntimeError, "(3 examples) cannot be left out", optimizer.step_on_empty_batch)
     assert optimizer.ledger.steps == 1
 
@@ -45,7 +45,7 @@ def test_a_micro_batch_of_a_changed_model_is_refused_at_once(change, words):
     """Before it is added to the logical batch, which goes on when the change is taken back."""
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     cross_entropy(model, examples(4)).backward()
     change(model)
     optimizer.signal_skip_step()
@@ -79,7 +79,7 @@ def test_a_gradient_that_was_left_on_what_a_step_does_not_train_is_gone():
     optimizer = make_private(model, batch_size=4, phases="B")
     model[0].lora_A.grad = torch.ones_like(model[0].lora_A)
     before = snapshot(model)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     cross_entropy(model, examples(4)).backward()
     optimizer.step()
     assert model[0].lora_A.grad is None and "0.lora_A" not in moved(model, before)
@@ -88,22 +88,22 @@ def test_a_gradient_that_was_left_on_what_a_step_does_not_train_is_gone():
 def test_a_batch_of_several_parts_is_not_taken_for_a_whole_one():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.check_whole_batch()
+    optimizer.batch.check_whole()
     optimizer.signal_skip_step()
-    assert_refuses(RuntimeError, "of several micro-batches is under way", optimizer.check_whole_batch)
-    optimizer.expect_batch(4)
+    assert_refuses(RuntimeError, "of several micro-batches is under way", optimizer.batch.check_whole)
+    optimizer.batch.expect(4)
     cross_entropy(model, examples(2)).backward()
     optimizer.step()
-    assert_refuses(RuntimeError, "of several micro-batches is under way", optimizer.check_whole_batch)
+    assert_refuses(RuntimeError, "of several micro-batches is under way", optimizer.batch.check_whole)
     cross_entropy(model, examples(2)).backward()
     optimizer.step()
-    optimizer.check_whole_batch()
+    optimizer.batch.check_whole()
 
 
 def test_what_was_no_drawn_batch_is_in_no_later_step():
     model, other = mlp(), mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(3)
     cross_entropy(model, examples(5, seed=7)).backward()
     assert_refuses(RuntimeError, "This step saw 5 examples", optimizer.step)
     assert_refuses(RuntimeError, "This step saw 5 examples", lambda: take_step(model, optimizer, examples(4)))
@@ -120,11 +120,11 @@ def test_a_step_that_was_refused_for_another_reason_loses_none_of_its_examples(m
     optimizer = make_private(model, batch_size=8, max_grad_norm=0.3)
     with monkeypatch.context() as patch:
         patch.setattr(lora_dp.engine.optimizer, "check_one_process", lambda: 1 / 0)
-        optimizer.expect_batch(5)
+        optimizer.batch.expect(5)
         cross_entropy(model, (x[:5], y[:5])).backward()
         assert_refuses(ZeroDivisionError, "division by zero", optimizer.step)
     assert optimizer.ledger.steps == 0
-    optimizer.expect_batch(8)
+    optimizer.batch.expect(8)
     cross_entropy(model, (x[5:], y[5:])).backward()
     optimizer.step()
     expected = take_step(whole, make_private(whole, batch_size=8, max_grad_norm=0.3), (x, y))

@@ -34,7 +34,7 @@ def test_two_optimizers_share_one_model():
             )
             assert torch.equal(flat(take_step(model, optimizer, examples(n))), flat(expected))
     assert [engine.ledger.steps for engine in engines] == [2, 2]
-    first.expect_batch(4)
+    first.batch.expect(4)
     assert_refuses(RuntimeError, "call activate() before forward", lambda: take_step(model, first, examples(4)))
 
 
@@ -44,7 +44,7 @@ def test_examples_of_one_optimizer_never_enter_a_step_of_another():
     first.activate()
     cross_entropy(model, examples(4)).backward()
     second.activate()
-    second.expect_batch(4)
+    second.batch.expect(4)
     assert_refuses(RuntimeError, "No per-example gradient was recorded", second.step)
     assert second.ledger.steps == 0
 
@@ -67,7 +67,7 @@ def test_copy_of_a_private_model_trains_on_its_own(copied):
 
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     loss = cross_entropy(model, batch)
     before, twin = snapshot(model), copied(model)
     with torch.no_grad():

@@ -66,7 +66,7 @@ def test_set_phases():
     assert "0.lora_A" in take_step(model, optimizer, examples(4))
     optimizer.set_phases("BA")  # two steps were taken: the cycle stands at B
     assert "0.lora_B" in take_step(model, optimizer, examples(4))
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     cross_entropy(model, examples(4)).backward()
     assert_refuses(RuntimeError, "inside a logical batch", lambda: optimizer.set_phases("B"))
     assert_refuses(ValueError, "choose one of B, A, AB, BA", lambda: Phases("C"))

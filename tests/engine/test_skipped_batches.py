@@ -71,11 +71,11 @@ def test_what_was_looked_at_is_no_batch_that_waits_for_its_step():
     model, (x, y) = mlp(), examples(4)
     optimizer = make_private(model, batch_size=4)
     for _ in range(2):
-        optimizer.begin_batches()
-        optimizer.expect_batch(4)
+        optimizer.batch.begin()
+        optimizer.batch.expect(4)
     torch.nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
-    optimizer.check_stepped()
+    optimizer.batch.check_stepped()
 
 
 @pytest.mark.parametrize("micro", [False, True])
@@ -83,16 +83,16 @@ def test_a_batch_that_was_not_stepped_is_refused_for_good(micro):
     """A loop that passes over the error of one epoch, and goes on, tells by what is missing in it."""
     model, (x, y) = mlp(), examples(4)
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     if micro:
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.signal_skip_step()
         optimizer.step()
         optimizer.recorder.discard()
-    assert_refuses(RuntimeError, "drew (4 examples) was never stepped", optimizer.check_stepped)
+    assert_refuses(RuntimeError, "drew (4 examples) was never stepped", optimizer.batch.check_stepped)
     before = model[2].weight.detach().clone()
     torch.nn.functional.cross_entropy(model(x), y).backward()
-    for again in (optimizer.check_stepped, optimizer.begin_batches, optimizer.step, optimizer.step_on_empty_batch):
+    for again in (optimizer.batch.check_stepped, optimizer.batch.begin, optimizer.step, optimizer.step_on_empty_batch):
         assert_refuses(RuntimeError, "tells of its examples: call make_private again", again)
     assert optimizer.ledger.steps == 0 and torch.equal(model[2].weight, before)
 
@@ -101,11 +101,11 @@ def test_a_step_on_another_batch_than_was_drawn_is_refused_for_good():
     """Who leaves an odd example out of a batch, and passes over the refusal, leaves out the batch."""
     model, (x, y) = mlp(), examples(4)
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     torch.nn.functional.cross_entropy(model(x[1:]), y[1:]).backward()
     assert_refuses(RuntimeError, "This step saw 3 examples", optimizer.step)
     optimizer.zero_grad()
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     torch.nn.functional.cross_entropy(model(x), y).backward()
     assert_refuses(RuntimeError, "This step saw 3 examples", optimizer.step)
     assert optimizer.ledger.steps == 0
@@ -115,7 +115,7 @@ def test_a_step_on_another_batch_than_was_drawn_is_refused_for_good():
 def test_gradients_are_forgotten_as_torch_forgets_them(options):
     model, (x, y) = mlp(), examples(4)
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     torch.nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad(**options)

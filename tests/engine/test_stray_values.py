@@ -111,7 +111,7 @@ def test_a_mean_over_tokens_is_caught_on_the_first_batch_of_uneven_lengths():
     optimizer = make_private(model, batch_size=4)
     x, labels = torch.randn(4, 6, 8), torch.randint(3, (4, 6))
     for _ in range(2):
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         model(x, labels=labels)["loss"].backward()
         optimizer.step()
     labels[1, 4:] = -100
@@ -137,7 +137,7 @@ def test_two_forwards_through_reentrant_checkpoints_are_refused():
     with pytest.raises(RuntimeError, match="second forward pass"):
         model(x[3:])
     optimizer.zero_grad()
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(3)
     model(x[:3]).mean().backward()
     optimizer.step()
 

@@ -92,7 +92,7 @@ def test_zero_grad_in_every_usual_place(place):
     model = mlp()
     optimizer = make_private(model, batch_size=4, lr=0.1)
     for _ in range(2):
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         if place == "first":
             optimizer.zero_grad()
         loss = cross_entropy(model, batch)
@@ -133,7 +133,7 @@ def test_closure():
         loss.backward()
         return loss
 
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     expected = cross_entropy(reference, batch)
     with torch.no_grad():
         assert torch.equal(optimizer.step(closure), expected)
@@ -182,7 +182,7 @@ def test_evaluation_does_not_disturb_a_pass_under_way(kind):
 
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     evaluate()
     loss = cross_entropy(model, batch)
     evaluate()

@@ -94,7 +94,7 @@ def test_the_very_first_batch_is_no_look_at_the_data():
     with pytest.raises(OSError, match="truncated"):
         while True:
             next(batches)
-            optimizer._drawn.clear()
+            optimizer.batch._drawn.clear()
     assert_refuses(RuntimeError, "could not be fetched", lambda: next(iter(loader)))
 
 

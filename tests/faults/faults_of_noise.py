@@ -122,7 +122,7 @@ CLIPPING_AND_NOISE = [
     Fault(
         "no noise on an empty batch",
         "a release of exactly zero tells that nobody was drawn.",
-        lambda planting: silent_release(planting, lambda optimizer: optimizer._examples == 0),
+        lambda planting: silent_release(planting, lambda optimizer: optimizer.batch.examples == 0),
         (f"{STATED}[AB-seeded]", f"{NOISED}[torch-empty-AB]"),
     ),
     Fault(

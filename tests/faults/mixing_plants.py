@@ -25,7 +25,8 @@ import lora_dp.privacy.secret_state
 from lora_dp.auditing import PlantedCanaries
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.hooks import Passes
-from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.engine.logical_batch import Clipped, LogicalBatch
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.fed.flower.policy import Policy
 from lora_dp.fed.rounds.fixed_shapes import Ops
 from lora_dp.isolation.batches.shared_arguments import SharedArguments
@@ -172,7 +173,7 @@ def collation_never_tried(planting: Planting) -> None:
 
 
 def skipped_batches_forgotten(planting: Planting) -> None:
-    planting.replace(PrivateOptimizer, "check_stepped", lambda _: lambda self: self._drawn.clear())
+    planting.replace(LogicalBatch, "check_stepped", lambda _: lambda self: self._drawn.clear())
 
 
 def masks_of_a_short_seed(planting: Planting) -> None:
@@ -244,7 +245,7 @@ def damaged_lines_read(planting: Planting) -> None:
 
 
 def refusals_forgotten(planting: Planting) -> None:
-    planting.replace(PrivateOptimizer, "_check_lost", _nothing)
+    planting.replace(LogicalBatch, "check_not_lost", _nothing)
 
 
 def buffers_of_rare_batches_taken(planting: Planting) -> None:

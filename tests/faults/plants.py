@@ -28,7 +28,8 @@ import lora_dp.ops.per_example_grad
 import lora_dp.privacy.clipping
 import lora_dp.privacy.randomness
 from lora_dp import DPLoRALinear, GaussianFilter, LoRAConfig, inject_lora
-from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.engine.logical_batch import Clipped
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.validation import PrivateParameter
 from lora_dp.nn.per_example import Slot
 from lora_dp.privacy.accounting import PoissonGaussian
@@ -198,7 +199,7 @@ def no_noise_on_accumulated_batches(planting: Planting) -> None:
 
     def planted(take: Any) -> Any:
         def noted(self: PrivateOptimizer, *clipped: Any) -> None:
-            if self._skip_next:
+            if self.batch.more_follows:
                 parts.add(id(self))
             take(self, *clipped)
 
@@ -244,19 +245,19 @@ def same_noise_in_each_layer(planting: Planting) -> None:
 
 
 def filter_before_the_noise(planting: Planting) -> None:
-    def planted(collect: Any) -> Any:
-        def filtered(self: PrivateOptimizer) -> dict[int, Tensor]:
-            sums = {key: total(part) for key, part in collect(self).items()}
+    def planted(release: Any) -> Any:
+        def filtered(self: PrivateOptimizer) -> None:
+            sums = self.batch._sums
             if self._options.low_pass is not None:
                 for key, part in sums.items():
                     if self._covered[key].factor is not None:
-                        sums[key] = GaussianFilter(float(part.norm()))(part)
+                        sums[key] = GaussianFilter(float(total(part).norm()))(total(part))
                 self._options = replace(self._options, low_pass=None)
-            return sums
+            release(self)
 
         return filtered
 
-    planting.replace(PrivateOptimizer, "_collect", planted)
+    planting.replace(PrivateOptimizer, "_release", planted)
 
 
 # Batches and what counts as an example
@@ -265,7 +266,7 @@ def filter_before_the_noise(planting: Planting) -> None:
 def divide_by_the_batch(planting: Planting) -> None:
     def planted(release: Any) -> Any:
         def divided(self: PrivateOptimizer) -> None:
-            self._expected_batch_size = max(self._examples, 1)
+            self._expected_batch_size = max(self.batch.examples, 1)
             release(self)
 
         return divided
@@ -317,7 +318,7 @@ def windows_counted(planting: Planting) -> None:
 def step_on_windows() -> None:
     model = Windowed().train()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     F.cross_entropy(model(torch.randn(4, 4, 6)), torch.tensor([0, 1, 2, 0])).backward()
     optimizer.step()
 
@@ -347,7 +348,7 @@ def windows_of_all_examples_first(planting: Planting) -> None:
 def step_of_swin() -> None:
     model = inject_lora(build("timm_swin"), LoRAConfig(r=2, target_modules=["qkv"], trainable_modules=["head.fc"]))
     optimizer = make_private(model.train(), batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     F.cross_entropy(model(torch.randn(4, 1, 16, 16)), torch.tensor([0, 1, 2, 0])).backward()
     optimizer.step()
 
@@ -377,7 +378,7 @@ def batch_mean_in_a_module(planting: Planting) -> None:
 def train_a_step() -> None:
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     x, y = examples(4)
     F.cross_entropy(model(x), y).backward()
     optimizer.step()

@@ -33,7 +33,7 @@ def test_every_parameter_of_every_step_is_noised(way, batch, phases):
             if batch == "empty":
                 optimizer.step_on_empty_batch()
             else:
-                optimizer.expect_batch(4 if mask is None else 3)
+                optimizer.batch.expect(4 if mask is None else 3)
                 (0 * model(x)).mean().backward()
                 optimizer.step(mask=mask)
         for name, gradient in private_gradients(model).items():

@@ -252,7 +252,7 @@ def test_every_loss_that_a_model_returns_is_tried_when_it_is_used():
 
     model, (x, _) = Two().train(), examples(8)
     optimizer = make_private(model, batch_size=8)
-    optimizer.expect_batch(8)
+    optimizer.batch.expect(8)
     model(x)["loss"].backward()
     optimizer.step()
     output = model(x)

@@ -422,7 +422,7 @@ def test_first_batch_check_leaves_the_step_as_it_would_be():
 def test_the_first_batch_of_one_example_defers_the_check():
     model = mixed(Centre())
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(1)
+    optimizer.batch.expect(1)
     model(examples(1)[0])
     assert_refuses(IsolationError, "'0'", lambda: model(examples(4)[0]))
 

@@ -47,7 +47,7 @@ def values(n: int, missing: bool = False) -> Tensor:
 
 def train(model: nn.Module, optimizer: Any, x: Tensor) -> None:
     optimizer.zero_grad()
-    optimizer.expect_batch(len(x))
+    optimizer.batch.expect(len(x))
     optimizer.backward(classification_loss(model(x), torch.arange(len(x)) % 3))
     optimizer.step()
 

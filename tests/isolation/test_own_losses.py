@@ -74,7 +74,7 @@ def test_a_count_by_which_a_models_own_losses_are_divided_before_they_are_joined
             optimizer.backward(loss)
         else:
             loss.backward()
-        optimizer.expect_batch(len(batch[0]))
+        optimizer.batch.expect(len(batch[0]))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -156,7 +156,7 @@ def test_a_loss_of_the_models_own_by_which_each_example_decides_for_itself_is_ta
         model, (x, y) = Own(HARMLESS[name], reduction), examples(n)
         optimizer = make_private(model, batch_size=n, loss_reduction=reduction)
         model(x, y)["loss"].backward()
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.step()
 
 
@@ -217,7 +217,7 @@ def test_a_further_loss_that_chooses_among_many_is_refused_once_it_is_used():
     model, (x, y) = Two(), examples(MANY)
     optimizer = make_private(model, batch_size=MANY)
     model(x, y)[0].backward()
-    optimizer.expect_batch(MANY)
+    optimizer.batch.expect(MANY)
     optimizer.step()
     optimizer.zero_grad()
     assert check_isolation(model, (x, y), {}, MANY, reduction="mean").losses == {0}
@@ -269,7 +269,7 @@ def test_a_loss_that_chooses_among_more_than_the_first_batches_held_is_refused()
     for n in (10, 9, 11):
         x, y = examples(n)
         model(x, y)["loss"].backward()
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.step()
         optimizer.zero_grad()
     x, y = examples(MANY)

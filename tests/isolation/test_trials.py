@@ -178,7 +178,7 @@ def test_a_trial_leaves_the_pass_that_follows_as_it_is():
     optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
     make_private(plain, batch_size=N)
     x, y = examples(N)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
     assert optimizer.ledger.steps == 1

@@ -25,7 +25,7 @@ from tests.tiny_models import HEADS, IMAGES, TARGETS, build, randomise
 
 def released(model: nn.Module, x: Tensor, y: Tensor, mask: Tensor | None = None, **options) -> dict[str, Tensor]:
     optimizer = make_private(model, batch_size=len(x), engine=PrivacyEngine("rdp"), lr=0.0, **options)
-    optimizer.expect_batch(len(x))
+    optimizer.batch.expect(len(x))
     out = model(x)
     F.cross_entropy(getattr(out, "logits", out), y).backward()
     optimizer.step(mask=mask)
@@ -150,7 +150,7 @@ def test_update_in_one_launch(device, launches, without_native, make, strength):
         optimizer.original_optimizer = make([p for p in model.parameters() if p.requires_grad], lr=0.05)
         for step in range(5):
             x, y = (tensor.to(device) for tensor in examples(4, step))
-            optimizer.expect_batch(4)
+            optimizer.batch.expect(4)
             F.cross_entropy(model(x), y).backward()
             # The last step is torch's own, with the state that the launches left.
             if fused and step < 4:
@@ -202,7 +202,7 @@ def test_a_sum_that_is_formed_late_or_of_an_unused_layer(device, launches, witho
         if by_reference:
             monkeypatch.setattr(mechanism, "can_clip_and_sum", lambda gradients, sq_norms: False)
         x, y = (tensor.to(device) for tensor in examples(4))
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         ends.append(snapshot(model))
@@ -265,7 +265,7 @@ def test_backward_inside_autocast(device, phases):
     for inside in (False, True):
         model, (x, y) = mlp().to(device), (tensor.to(device) for tensor in examples(4))
         optimizer = make_private(model, batch_size=4, phases=phases, engine=PrivacyEngine("rdp"), lr=0.0)
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         out = F.cross_entropy(model(x), y)
         with torch.autocast(device.type, torch.bfloat16, enabled=inside):
             out.backward()

@@ -181,7 +181,7 @@ def test_what_runs_on_a_table_of_positions_is_left_out_and_the_rest_trains(build
     found = adapted(model)
     assert kept <= found and not found & left_alone
     optimizer = make_private(model, batch_size=3, lr=0.0)
-    optimizer.expect_batch(3)
+    optimizer.batch.expect(3)
     x = torch.randint(1, 40, (3, 7)) if text else torch.randn(3, 3, 32, 32)
     output = model(x)
     logits = output if isinstance(output, Tensor) else output.logits
@@ -259,7 +259,7 @@ def adapt(model: nn.Module, **options: Any) -> tuple[nn.Module, Any]:
 
 
 def step(model: nn.Module, optimizer: Any, n: int = 3) -> None:
-    optimizer.expect_batch(n)
+    optimizer.batch.expect(n)
     model(torch.randn(n, 4, requires_grad=True)).square().sum(1).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -281,7 +281,7 @@ def test_an_empty_batch_says_nothing_yet():
     model, optimizer = adapt(Reader())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.expect_batch(0)
+        optimizer.batch.expect(0)
         model(torch.randn(0, 4)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

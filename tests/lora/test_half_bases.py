@@ -143,7 +143,7 @@ def test_per_example_gradients(method, dtype):
     ids = torch.randint(9, (4, 5))
     expected = brute_force(model, loss, list(ids.unsqueeze(1)), set(trained(model)))
     optimizer = make_private(model, batch_size=4, norm_method=method)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     loss(model, ids).backward()
     current = optimizer._recorder.current
     squares = torch.stack([slot.norms().double().square() for slot in current.slots.values()]).sum(0)
@@ -161,7 +161,7 @@ def test_a_models_own_cast_is_obeyed(dtype):
         model.to(wanted)
         assert {p.dtype for p in model.parameters()} == {wanted}
         optimizer = make_private(model.train(), batch_size=2, lr=0.0)
-        optimizer.expect_batch(2)
+        optimizer.batch.expect(2)
         out = scores(model, inputs("gpt2", 2, wanted))
         assert out.dtype == wanted
         out.float().square().sum(1).mean().backward()

@@ -181,7 +181,7 @@ ENGINE: dict[str, Target] = {
             "tests/isolation/test_batch_trials.py",
             "tests/isolation/test_single_examples.py",
             "tests/engine/test_frozen_later.py",
-            "tests/engine/test_drawn_batches.py",
+            "tests/engine/test_logical_batch.py",
             "tests/privacy/test_secret_state.py",
             "tests/privacy/test_secret_cuda_state.py",
             "tests/privacy/test_seeds_in_forward.py",
@@ -201,7 +201,7 @@ ENGINE: dict[str, Target] = {
             "tests/engine/test_gradients.py",
             "tests/lora/test_bypassed_layers.py",
             "tests/isolation/model_state/test_parameters.py",
-            "tests/engine/test_drawn_batches.py",
+            "tests/engine/test_logical_batch.py",
         )
     ),
     "lora_dp/engine/recorder.py": Target(
@@ -217,18 +217,28 @@ ENGINE: dict[str, Target] = {
             "tests/engine/test_gradients.py",
             "tests/lora/test_bypassed_layers.py",
             "tests/isolation/model_state/test_parameters.py",
-            "tests/engine/test_drawn_batches.py",
+            "tests/engine/test_logical_batch.py",
         )
     ),
-    "lora_dp/engine/drawn_batches.py": Target(
+    "lora_dp/engine/clipped_pass.py": Target(
         (
-            "tests/engine/test_drawn_batches.py",
-            "tests/engine/test_batches.py",
-            "tests/isolation/collation/test_trial.py",
-            "tests/isolation/collation/test_few_examples.py",
-            "tests/isolation/collation/test_beside.py",
-            "tests/isolation/collation/test_row_equality.py",
+            "tests/engine/test_clipped_pass.py",
+            "tests/engine/test_engine.py",
+            "tests/isolation/loss_checks/test_loss_vectors.py",
+            "tests/engine/test_gradients.py",
+        )
+    ),
+    "lora_dp/engine/logical_batch.py": Target(
+        (
+            "tests/engine/test_logical_batch.py",
+            "tests/engine/test_optimizer.py",
             "tests/engine/test_skipped_batches.py",
+            "tests/engine/test_engine.py",
+            "tests/engine/test_stray_values.py",
+            "tests/engine/test_fused_step.py",
+            "tests/engine/test_batches.py",
+            "tests/engine/test_unfetched.py",
+            *_PITFALLS,
         )
     ),
     "lora_dp/engine/fused_step.py": Target(
@@ -247,7 +257,7 @@ ENGINE: dict[str, Target] = {
             "tests/engine/test_optimizer.py",
             "tests/engine/test_engine.py",
             "tests/engine/test_batches.py",
-            "tests/engine/test_drawn_batches.py",
+            "tests/engine/test_logical_batch.py",
             "tests/engine/test_training_loops.py",
             "tests/engine/test_ownership.py",
             "tests/isolation/model_state/test_parameters.py",

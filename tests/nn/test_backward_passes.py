@@ -63,7 +63,7 @@ def test_a_kept_graph_leaves_the_activations_alone():
     logits.square().mean().backward(retain_graph=True)
     logits.exp().mean().backward()
     assert torch.equal(x, before)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     optimizer.step()
 
 
@@ -75,7 +75,7 @@ def test_a_mean_and_losses_of_single_examples_give_the_same_sum():
     for vector in (False, True):
         model = mlp()
         optimizer = make_private(model, batch_size=4, max_grad_norm=1e6)
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
         optimizer.backward(losses) if vector else losses.mean().backward()
         optimizer.step()
@@ -89,7 +89,7 @@ def test_a_pass_that_is_over_keeps_nothing_alive(end):
     """Its outputs, and so its graph, are freed before the next forward takes memory."""
     model = nn.Sequential(DPLinear(6, 8), nn.Tanh(), DPLinear(8, 3))
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     logits = model(torch.randn(4, 6))
     held = weakref.ref(logits)
     logits.square().mean().backward()

@@ -109,7 +109,7 @@ def check(model: Net, batch: tuple[Tensor, Tensor], run: nn.Module | None = None
     one_by_one = [tuple(part[i : i + 1] for part in batch) for i in range(N)]
     expected = clip_and_sum(brute_force(model, loss_of, one_by_one, trained), "flat", BOUND, str)
     optimizer = make_private(model, batch_size=N, max_grad_norm=BOUND, lr=0.0, **options)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     loss_of(model if run is None else run, batch).backward()
     optimizer.step()
     released = private_gradients(model)
@@ -173,7 +173,7 @@ def test_the_saved_input_is_guarded():
 
     model = Spoilt()
     optimizer = make_private(model, batch_size=N, phases="A")
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(batch_for("lora")[0]).sum().backward()
 
@@ -181,7 +181,7 @@ def test_the_saved_input_is_guarded():
 def test_no_copy_of_the_output():
     """The output shares the memory that the product wrote: in-place operations cost nothing where there are none."""
     model = nn.Sequential(lora())
-    make_private(model, batch_size=N).expect_batch(N)
+    make_private(model, batch_size=N).batch.expect(N)
     product: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
 

@@ -73,7 +73,7 @@ def test_both_count_as_one_gradient(name: str, method: NormMethod, bound: float,
         trained,
     )
     optimizer = make_private(layer, batch_size=N, max_grad_norm=bound, loss_reduction="sum", norm_method=method)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     value = loss(layer, x)
     value.backward(retain_graph=True)
     (part * value).backward()

@@ -94,7 +94,7 @@ def test_merged_layer_is_not_trained_privately():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
     model[0].merge()
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     assert_refuses(RuntimeError, "call unmerge() first", lambda: model(torch.randn(4, 6)))
     with torch.no_grad():
         assert model(torch.randn(4, 6)).shape == (4, 3)

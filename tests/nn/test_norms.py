@@ -129,7 +129,7 @@ def test_the_least_bound_where_squares_vanish_in_float32(tokens, clipping):
     x = torch.zeros(n, tokens, 256)
     x[0] = 1.0
     optimizer.take(optimizer.clip(record(model, optimizer, x, torch.full((n, tokens, 64), 2.5e-23 * n)), None), n, n)
-    optimizer.expect_batch(n)
+    optimizer.batch.expect(n)
     optimizer.release()
     (gradient,) = private_gradients(model).values()
     assert LEAST_BOUND * (1 - 1e-5) < float(gradient.double().norm()) * n <= LEAST_BOUND

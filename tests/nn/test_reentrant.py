@@ -37,7 +37,7 @@ def loss_of(model: nn.Module, seed: int = 1) -> Tensor:
 
 
 def released(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     optimizer.step()
     return private_gradients(model)
 
@@ -123,6 +123,6 @@ def test_gradients_already_there_are_forgotten() -> None:
     optimizer = make_private(model, batch_size=4)
     loss_of(model).backward()
     optimizer.zero_grad()
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     with pytest.raises(RuntimeError, match="No per-example gradient was recorded"):
         optimizer.step()

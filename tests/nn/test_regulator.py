@@ -117,7 +117,7 @@ def test_a_step_clips_by_the_product(rule, phases, dtype, method):
         loss_reduction="sum",
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer.expect_batch(6)
+    optimizer.batch.expect(6)
     square_loss(model, torch.cat(examples)).backward()
     optimizer.step()
     moved = (before[name] - dict(model.named_parameters())[name].detach()).double()
@@ -140,7 +140,7 @@ def test_the_clipped_sum_never_exceeds_the_bound_in_the_measured_norm():
             x = torch.randn(4, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
             x[3] *= 1e4
             before = model[0].lora_B.detach().clone()
-            optimizer.expect_batch(count)
+            optimizer.batch.expect(count)
             square_loss(model, x[:count]).backward()
             optimizer.step()
             moves.append(before - model[0].lora_B.detach())
@@ -185,7 +185,7 @@ def test_a_cycle_of_phases_regulates_each_by_the_other():
         assert layer.regulator.trained == trained
         assert optimizer.regulators == {id(layer.lora_B if trained == "B" else layer.lora_A): layer.regulator}
         torch.testing.assert_close(layer.regulator.root, Regulator.beside(trained, frozen).root)
-        optimizer.expect_batch(2)
+        optimizer.batch.expect(2)
         square_loss(model, torch.randn(2, 5, 10, dtype=torch.float64)).mean().backward()
         optimizer.step()
 

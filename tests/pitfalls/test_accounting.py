@@ -62,7 +62,7 @@ def test_entering_a_step_after_its_release_is_caught(bug):
 def check_ledger_describes_the_run() -> None:
     engine = PrivacyEngine("rdp", reproducible_seed=1)
     model, optimizer, loader = private_run(engine, size=40, batch_size=8, noise_multiplier=1.5, max_grad_norm=0.4, lr=0)
-    optimizer._drawn.clear()
+    optimizer.batch._drawn.clear()
     noise = pure_noise(model, optimizer, 300)
     ((event, count),) = engine.ledger.entries
     assert count == 300

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dp import PrivacyEngine, PrivateOptimizer
+from lora_dp.engine.logical_batch import LogicalBatch
 from lora_dp.privacy.mechanism import Mechanism
 from lora_dp.privacy.randomness import SeededSource
 from lora_dp.privacy.sampling import PoissonSampler
@@ -103,7 +104,7 @@ def test_a_foreign_loader_is_refused():
 
 
 def test_accepting_a_foreign_loader_is_caught(bug):
-    bug.setattr(PrivateOptimizer, "_check_drawn", lambda self: None)
+    bug.setattr(LogicalBatch, "check_drawn", lambda self: None)
     with pytest.raises(AssertionError):
         check_foreign_loader_is_refused()
 
@@ -160,7 +161,7 @@ def test_dividing_by_the_actual_batch_is_caught(bug):
     release = PrivateOptimizer._release
 
     def planted(self: PrivateOptimizer) -> None:
-        self._expected_batch_size = max(self._examples, 1)
+        self._expected_batch_size = max(self.batch.examples, 1)
         release(self)
 
     bug.setattr(PrivateOptimizer, "_release", planted)

@@ -75,7 +75,7 @@ def check_non_finite_examples_contribute_zero(method: str, rule: str) -> None:
     assert torch.isfinite(actual).all()
     assert_close(actual, expected)
     assert optimizer.steps_taken == optimizer.ledger.steps == 1
-    assert int(optimizer._non_finite_examples) == 2
+    assert int(optimizer.batch.non_finite_examples) == 2
 
 
 @pytest.mark.parametrize("way", [contextlib.nullcontext, reference_only])
@@ -146,7 +146,7 @@ def check_large_half_gradients_are_clipped_right(kind: str, method: str) -> None
     optimizer = make_private(model, batch_size=4, max_grad_norm=bound, norm_method=method, lr=0.0)
     norms = []
     for x, y in one_by_one(examples(12)):
-        optimizer.expect_batch(1)
+        optimizer.batch.expect(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
             logits = model((x * 4).to(model[0].weight.dtype))
             loss = 120 * F.cross_entropy(logits.float(), (y + logits.argmin()) % 3)
@@ -156,8 +156,7 @@ def check_large_half_gradients_are_clipped_right(kind: str, method: str) -> None
             norms.append(math.sqrt(sum(float(slot.norms().square().sum()) for slot in slots)))
         optimizer.signal_skip_step()
         optimizer.step()
-        released = flat({str(key): value for key, value in optimizer._sums.items()})
-        optimizer._collect()
+        released = flat({str(key): value for key, value in optimizer.batch.collect().items()})
         if norms[-1] > bound:
             assert bound * (1 - 1e-4) < float(released.norm()) <= bound * (1 + 1e-7)
     assert max(norms) > 256
@@ -183,7 +182,7 @@ def check_sums_keep_float32_inside_autocast(method: str) -> None:
     for inside in (False, True):
         model, (x, y) = mlp(), examples(50)
         optimizer = make_private(model, batch_size=50, max_grad_norm=0.5, norm_method=method)
-        optimizer.expect_batch(50)
+        optimizer.batch.expect(50)
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(model(x), y)
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):

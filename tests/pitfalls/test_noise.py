@@ -90,7 +90,7 @@ def check_one_noise_draw_for_a_logical_batch() -> None:
     x, _ = examples(2)
     rows = []
     for _ in range(200):
-        optimizer.expect_batch(6)
+        optimizer.batch.expect(6)
         for micro in range(3):
             (0 * model(x)).mean().backward()
             if micro < 2:
@@ -112,7 +112,8 @@ def test_noise_for_each_micro_batch_is_caught(bug):
 
     def planted(self: PrivateOptimizer, mask: Tensor | None) -> None:
         accumulate(self, mask)
-        self._sums = dict(zip(self._sums, self.mechanism.release(list(self._sums.values())), strict=True))
+        sums = self.batch._sums
+        sums.update(zip(sums, self.mechanism.release(list(sums.values())), strict=True))
 
     bug.setattr(PrivateOptimizer, "_accumulate", planted)
     with pytest.raises(AssertionError, match="deviation"):
@@ -131,7 +132,7 @@ def run_of(seed: int | None) -> tuple[list[int], Tensor]:
     members = []
     for x, _ in loader.take(3):
         members += torch.nonzero((x[:, None] == loader.dataset.tensors[0]).all(-1))[:, 1].tolist()
-        optimizer._drawn.clear()
+        optimizer.batch._drawn.clear()
     return members, pure_noise(model, optimizer, 3)
 
 

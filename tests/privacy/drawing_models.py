@@ -32,7 +32,7 @@ def private(model: nn.Module, seed: int | None = None) -> Any:
 
 def step(model: nn.Module, optimizer: Any) -> None:
     optimizer.zero_grad()
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     model(torch.ones(4, 4)).square().sum(1).mean().backward()
     optimizer.step()
 

@@ -33,7 +33,7 @@ def test_hardly_any_noise_leaves_the_gradients_as_they_are(sigma, way):
     torch.manual_seed(0)
     model = torch.nn.Sequential(DPLinear(1, 1)).train()
     optimizer = make_private(model, batch_size=64, noise_multiplier=sigma, max_grad_norm=1.0, loss_reduction="sum")
-    optimizer.expect_batch(64)
+    optimizer.batch.expect(64)
     with way():
         (100 * model(torch.ones(64, 1))).sum().backward()
         optimizer.step()
@@ -100,7 +100,7 @@ def test_the_last_bits_do_not_tell_whether_a_batch_was_empty(optimizer, hook, ex
             if empty:
                 private.step_on_empty_batch()
             else:
-                private.expect_batch(expected)
+                private.batch.expect(expected)
                 private.backward(model(examples(expected)[0]).sum(1))
                 private.step(mask=torch.zeros(expected, dtype=torch.bool))
         found.append(flat({name: p.detach() for name, p in model.named_parameters()}))

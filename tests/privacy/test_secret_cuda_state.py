@@ -140,7 +140,7 @@ def test_cuda_takes_the_state_and_drops_by_it() -> None:
     optimizer = private(model)
     masks = [F.dropout(torch.ones(4096, device=device), 0.5) for _ in range(2)]
     assert not torch.equal(*masks) and 1700 < int((masks[0] > 0).sum()) < 2400
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     model(torch.ones(4, 4, device=device)).square().sum(1).mean().backward()
     optimizer.step()
     torch.cuda.manual_seed(42)

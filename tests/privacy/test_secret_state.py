@@ -116,7 +116,7 @@ def test_a_pass_after_a_seed_is_refused_until_the_state_is_renewed(seed: Callabl
 def test_a_seed_set_during_the_pass_stops_its_step(where: str) -> None:
     model, engine = Net(lambda x: (torch.manual_seed(0), x)[1] if where == "forward" else x), PrivacyEngine("rdp")
     optimizer = make_private(model.train(), batch_size=4, engine=engine, noise_multiplier=1.0)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     model(torch.ones(4, 4)).square().sum(1).mean().backward()
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match=SEEDED):
@@ -183,7 +183,7 @@ def test_a_checkpoints_second_forward_draws_the_same_masks(reentrant: bool, monk
     optimizer = private(model)
     step(model, optimizer)
     masks.clear()
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     loss = model(torch.ones(4, 4)).square().sum(1).mean()
     assert len(masks) == 3
     torch.rand(5)  # something else draws in between

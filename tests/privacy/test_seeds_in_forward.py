@@ -57,7 +57,7 @@ def test_a_model_that_draws_from_a_seed_inside_its_forward_is_refused(function: 
     model, engine = Net(function).train(), PrivacyEngine("rdp")
     optimizer = make_private(model, batch_size=4, engine=engine, noise_multiplier=1.0)
     function(torch.ones(4, 4))
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     # One example: no trial of isolation runs the model before its pass.
     with pytest.raises(RuntimeError, match="seeds a generator inside its forward.*draw from torch's default generator"):
         model(torch.ones(1, 4))

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lora_dp.engine.optimizer import Clipped, PrivateOptimizer
+from lora_dp.engine.logical_batch import Clipped
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.errors import IsolationError
 from lora_dp.fed.safe_text import described
 from lora_dp.ops.private_update import ExampleSum

@@ -36,8 +36,7 @@ def sum_of(federation: Federation, state: State, rows: Sequence[int], examples: 
     names = {id(p): name for name, p in federation.model.named_parameters()}
 
     def released(self: PrivateOptimizer) -> None:
-        sums.update({names[key]: total(part).double() for key, part in self._sums.items()})
-        self._collect()
+        sums.update({names[key]: total(part).double() for key, part in self.batch.collect().items()})
 
     examples = examples if examples is not None else federation.engine.parts[0]  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:

@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader
 
 import lora_dp.fed.rounds.client
 from lora_dp.engine.engine import PrivacyEngine
-from lora_dp.engine.optimizer import Clipped, PrivateOptimizer, total
+from lora_dp.engine.logical_batch import Clipped
+from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.errors import IsolationError
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.contained_failures import GivenUp
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Task, Update
+from lora_dp.privacy.mechanism import total
 from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.rounds.failing_models import COUNT, FAILURES, ODD, ONE_STEP, WHOLE, Mixing, failing
 from tests.fed.small import Doubles, make_examples, make_federation

@@ -19,7 +19,7 @@ def step(loss: OutsideLoss, *, reduction: str = "mean", n: int = N, optimizer=No
     model = model or mlp()
     optimizer = optimizer or make_private(model, batch_size=N, max_grad_norm=0.3, loss_reduction=reduction)
     x, y = examples(n)
-    optimizer.expect_batch(n)
+    optimizer.batch.expect(n)
     loss(model(x), y).backward()
     optimizer.step()
     return model, optimizer

@@ -61,7 +61,7 @@ def test_a_dimension_that_is_as_large_as_one_batch_by_chance_is_taken():
     model = nn.Sequential(nn.Linear(6, 4).requires_grad_(False), DPLinear(4, 1)).train()
     optimizer = make_private(model, batch_size=N)
     for n in (4, N, 5):
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.backward((model(torch.randn(n, 6)) - torch.linspace(0, 1, N)).square().sum(1))
         optimizer.step()
     assert optimizer.ledger.steps == 3

@@ -44,7 +44,7 @@ def test_discounts_over_another_number_of_steps_are_the_same_series(weigh):
     optimizer = make_private(model.train(), batch_size=N)
     for n, width in ((N, 4), (5, 3), (9, 6), (N, 5), (5, 2)):
         model(batch(n, width)).backward()
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.ledger.steps == 5

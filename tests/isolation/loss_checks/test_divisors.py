@@ -139,7 +139,7 @@ def test_a_public_constant_may_stay():
 def test_a_mean_over_tokens_of_a_batch_of_another_width_is_refused():
     model = nn.Sequential(DPLinear(6, 3)).train()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     model(torch.randn(4, 5, 6)).square().mean().backward()
     optimizer.step()
     with pytest.raises(IsolationError, match="weighs an example"):

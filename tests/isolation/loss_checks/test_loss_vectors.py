@@ -17,7 +17,7 @@ N = 6
 def test_a_vector_needs_no_reduction(declared, n, bound):
     model, reference, (x, y) = mlp(), mlp(), examples(n)
     optimizer = make_private(model, batch_size=N, max_grad_norm=bound, loss_reduction=declared)
-    optimizer.expect_batch(n)
+    optimizer.batch.expect(n)
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
     expected = take_step(reference, make_private(reference, batch_size=N, max_grad_norm=bound), (x, y))
@@ -38,7 +38,7 @@ def test_a_public_weight_multiplies_every_loss():
     model, reference, (x, y) = mlp(), mlp(), examples(N)
     optimizer = make_private(model, batch_size=N, max_grad_norm=1e6)
     for weight in (0.5, 0.25):  # a schedule
-        optimizer.expect_batch(N)
+        optimizer.batch.expect(N)
         optimizer.backward(F.cross_entropy(model(x), y, reduction="none"), weight=weight)
         optimizer.step()
         model.load_state_dict(reference.state_dict())
@@ -94,12 +94,12 @@ def test_a_vector_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next
         one, other = (
             share * (part - part.sum(0)).square().sum(1) for share, part in ((0.3, out[:, :1]), (0.7, out[:, 1:]))
         )
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.backward(other + one if turn else one + other)
         optimizer.step()
 
     x, y = examples(2)
-    optimizer.expect_batch(2)
+    optimizer.batch.expect(2)
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
     backward(1, False)
@@ -110,7 +110,7 @@ def test_a_vector_that_was_seen_in_a_batch_of_one_alone_is_looked_at_in_the_next
 def test_a_new_loss_is_looked_at_in_whatever_batch_it_comes():
     model, (x, y) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     optimizer.backward(F.cross_entropy(model(x), y, reduction="none"))
     optimizer.step()
     out = model(x)
@@ -151,7 +151,7 @@ def test_a_vector_divided_by_a_count_is_refused_in_the_next_batch(count):
     model, (x, y) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)
     for _ in range(2):
-        optimizer.expect_batch(N)
+        optimizer.batch.expect(N)
         optimizer.backward(F.cross_entropy(model(x), y, reduction="none") / count)
         optimizer.step()
     losses = F.cross_entropy(model(x), y, reduction="none") / (count + 1)
@@ -185,7 +185,7 @@ def test_micro_batches_of_vectors_equal_one_batch():
     for parts in ((N,), (1, 5), (4, 2)):
         model, (x, y) = mlp(), examples(N)
         optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
-        optimizer.expect_batch(N)
+        optimizer.batch.expect(N)
         for number, (some, labels) in enumerate(zip(x.split(parts), y.split(parts), strict=True)):
             optimizer.backward(F.cross_entropy(model(some), labels, reduction="none"))
             optimizer.signal_skip_step(number < len(parts) - 1)
@@ -246,7 +246,7 @@ def test_a_loop_over_examples_is_taken():
     model, (x, y) = mlp(), examples(N)
     optimizer = make_private(model, batch_size=N)
     for n in (2, N, 3):
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         out = model(x[:n])
         optimizer.backward(torch.stack([F.cross_entropy(out[i], y[i]) for i in range(n)]))
         optimizer.step()
@@ -291,7 +291,7 @@ def test_an_output_that_is_not_by_example_is_no_part_of_a_loss(kind, scalar):
 def test_an_output_by_example_is_part_of_a_loss():
     model, (x, y) = Beside("rows"), examples(N)
     optimizer = make_private(model, batch_size=N)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     out, rows = model(x)
     optimizer.backward(F.cross_entropy(out, y, reduction="none") + rows.mean(1))
     optimizer.step()
@@ -329,7 +329,7 @@ def test_a_function_of_pythons_is_taken_once_it_was_tested(scalar):
     optimizer.zero_grad()
     assert_refuses(IsolationError, "", lambda: PrivacyEngine().check_isolation(model, (x, y), criterion(0)))
     PrivacyEngine().check_isolation(model, (x, y), criterion(2.0))
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     backward(2.0)
     optimizer.step()
 
@@ -375,7 +375,7 @@ def test_a_mean_and_losses_of_single_examples_are_not_joined_in_one_pass(first, 
 def test_sums_of_one_pass_are_added():
     model, (x, y) = mlp(), examples(6)
     optimizer = make_private(model, batch_size=6, loss_reduction="sum")
-    optimizer.expect_batch(6)
+    optimizer.batch.expect(6)
     out = model(x)
     out.square().sum().backward(retain_graph=True)
     optimizer.backward(F.cross_entropy(out, y, reduction="none"))

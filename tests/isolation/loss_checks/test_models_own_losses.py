@@ -31,7 +31,7 @@ def test_the_models_own_loss_is_taken_where_it_was_found_right():
 
     model, reference, (x, _) = Both(cubes).train(), mlp(), examples(N)
     optimizer = make_private(model, batch_size=N, max_grad_norm=0.3)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     model(x)["loss"].backward()
     optimizer.step()
     names = {name for name, p in reference.named_parameters() if p.requires_grad}
@@ -129,7 +129,7 @@ def test_numbers_that_the_model_returns_are_told_apart_by_their_place():
 
     model, (x, _) = Both(three).train(), examples(N)
     optimizer = make_private(model, batch_size=N)
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     output = model(x)
     (output["loss"] + output["second"]).backward()
     optimizer.step()
@@ -146,7 +146,7 @@ def test_a_number_of_one_example_alone_is_taken_though_it_would_join_several():
 
     model, (x, _) = Both(two).train(), examples(2)
     optimizer = make_private(model, batch_size=N)
-    optimizer.expect_batch(1)
+    optimizer.batch.expect(1)
     model(x[:1])["centre"].backward()
     optimizer.step()
     assert optimizer.ledger.steps == 1
@@ -173,7 +173,7 @@ def test_a_mean_over_labels_of_the_models_own_has_as_many_for_each_example_in_ev
         return output
 
     for n, tokens in ((1, 6), (4, 4), (5, 4), (1, 4), (1, 5)):  # that of one example is its own
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         output = forward(n, tokens)
         (output["loss"] + output["again"]).backward()
         optimizer.step()

@@ -36,7 +36,7 @@ def outside(losses: Callable[[Tensor, float], Tensor], by_example: bool) -> Call
         optimizer.zero_grad()
         found = losses(F.cross_entropy(model(batch(n)), torch.arange(n) % 3, reduction="none"), number)
         optimizer.backward(found) if by_example else found.mean().backward()
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.step()
 
     return step

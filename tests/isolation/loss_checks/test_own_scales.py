@@ -182,7 +182,7 @@ def steps(model: nn.Module, door: str) -> Callable[[Tensor], None]:
         optimizer.zero_grad()
         loss = join(model(x))
         loss.backward() if loss.dim() == 0 else optimizer.backward(loss)
-        optimizer.expect_batch(len(x))
+        optimizer.batch.expect(len(x))
         optimizer.step()
 
     return step
@@ -255,7 +255,7 @@ def test_logits_are_no_losses(name, by_example):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             losses = F.cross_entropy(model(batch(n, width)).float(), torch.arange(n) % 3, reduction="none")
         optimizer.backward(losses) if by_example else losses.mean().backward()
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.step()
     assert optimizer.ledger.steps == 5
 

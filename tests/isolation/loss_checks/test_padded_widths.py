@@ -46,7 +46,7 @@ def of_widths(loss, *widths: int) -> None:
     for width in widths:
         x = F.pad(x[:, :8], (0, 0, 0, width - 8))
         mask = F.pad(mask[:, :8], (0, width - 8))
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         optimizer.backward(loss(model(x, mask), mask))
         optimizer.step()
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def test_token_losses_of_a_single_example_are_divided_by_its_own_count(sizes):
         ids = torch.randint(9, (n, 16))
         labels = ids.clone()
         labels[:, length:] = -100
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         optimizer.backward(causal_lm_loss(model(ids), labels, reduction="mean"))
         optimizer.step()
     assert optimizer.ledger.steps == 2

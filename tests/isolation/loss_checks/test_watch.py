@@ -139,7 +139,7 @@ def test_outputs_are_found_in_an_object():
 def test_a_loss_that_joins_examples_of_flattened_outputs_is_refused(mixing):
     model = nn.Sequential(DPLinear(6, 3), nn.Flatten(0, 1)).train()
     optimizer, x = make_private(model, batch_size=4), torch.randn(4, 5, 6)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     if mixing:
         with pytest.raises(IsolationError, match="depends on the model's outputs for others"):
             contrastive(model(x), x).backward()
@@ -158,7 +158,7 @@ def test_a_later_loss_whose_graph_tells_nothing_new_is_looked_at_in_secret(mixin
     optimizer = make_private(model, batch_size=N)
 
     def backward(matrix: Tensor) -> None:
-        optimizer.expect_batch(N)
+        optimizer.batch.expect(N)
         losses = (matrix @ model(x)).square().sum(1)
         optimizer.backward(losses) if by_example else losses.mean().backward()
 
@@ -246,7 +246,7 @@ def test_where_a_whole_client_is_protected_losses_may_join_its_examples(by_examp
     model, plain, (x, y) = mlp(), mlp(), examples(N)
     optimizer = make_private(model, batch_size=N, max_grad_norm=100.0)
     optimizer.recorder.per_example = False
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     loss = centred(model)
     optimizer.backward(loss) if by_example else loss.backward()
     optimizer.step()

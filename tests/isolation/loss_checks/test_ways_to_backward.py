@@ -23,7 +23,7 @@ def test_each_backward_of_a_kept_graph_has_a_weight_of_its_own():
 
     def twice(second: float, n: int) -> None:
         x, y = examples(n)
-        optimizer.expect_batch(n)
+        optimizer.batch.expect(n)
         loss = F.cross_entropy(model(x), y)
         loss.backward(retain_graph=True)
         (second * loss).backward()
@@ -41,7 +41,7 @@ def test_a_loss_that_passes_by_the_outputs_is_refused():
     model, kept = mlp(), []
     model[0].register_forward_hook(lambda module, inputs, output: kept.append(output))
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     x, y = examples(4)
     out = model(x)
     for loss in (kept[-1].sum(), F.cross_entropy(out, y) + 0.01 * kept[-1].mean(0).square().sum()):
@@ -54,7 +54,7 @@ def test_a_loss_that_passes_by_the_outputs_is_refused():
 def test_losses_of_two_forward_passes_are_told_from_unknown_functions():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     x, y = examples(4)
     first, second = model(x), model(x + 0.1)
     losses = F.cross_entropy(second, y, reduction="none") + (first - second).square().sum(1)
@@ -65,7 +65,7 @@ def test_losses_of_two_forward_passes_are_told_from_unknown_functions():
 def test_a_gradient_by_another_way_than_backward_is_refused():
     model = mlp()
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     out = model(examples(4)[0])
     nn.Linear(3, 1)(out.detach()).mean().backward()  # a loss that does not depend on the model
     torch.autograd.Variable._execution_engine.run_backward(
@@ -78,7 +78,7 @@ def test_a_gradient_by_another_way_than_backward_is_refused():
 def test_several_losses_in_one_backward_are_examined():
     model, (x, y) = mlp(), examples(4)
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     out = model(x)
     with pytest.raises(IsolationError, match="'Max'"):
         torch.autograd.backward([F.cross_entropy(out, y), out.max()])
@@ -90,7 +90,7 @@ def test_several_losses_in_one_backward_are_examined():
 def test_a_backward_from_an_edge_of_the_graph_is_refused():
     model, (x, y) = mlp(), examples(4)
     optimizer = make_private(model, batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     loss = F.cross_entropy(model(x), y)
     torch.autograd.backward([torch.autograd.graph.get_gradient_edge(loss)], [torch.ones(())])
     assert_refuses(IsolationError, "from a loss that was not seen", optimizer.step)
@@ -155,7 +155,7 @@ def test_losses_are_followed_under_a_default_device_too(way):
         with torch.device("cpu") if way == "device" else contextlib.nullcontext():
             for _ in range(2):
                 optimizer.zero_grad()
-                optimizer.expect_batch(4)
+                optimizer.batch.expect(4)
                 optimizer.backward(classification_loss(model(x), y))
                 optimizer.step()
             optimizer.zero_grad()
@@ -209,7 +209,7 @@ def test_the_deepest_graph_does_not_exhaust_the_stack():
     out = model(x)
     for _ in range(5000):
         out = out + 0.0
-    optimizer.expect_batch(N)
+    optimizer.batch.expect(N)
     total = F.cross_entropy(out, y)
     for _ in range(5000):
         total = total + 0.0

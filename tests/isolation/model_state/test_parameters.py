@@ -208,7 +208,7 @@ def test_what_a_backward_writes_is_refused_before_the_step(target, scalar):
     x = examples(4)[0]
     for writes in (False, False, True):
         model.writes[:] = [kept] if writes else []
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         losses = model(x).square().sum(1)
 
         def backward(losses: Tensor = losses) -> None:
@@ -229,7 +229,7 @@ def test_weights_that_are_perturbed_around_forward_and_backward_may_be_put_back(
     for _ in range(2):
         before = weight.clone()
         weight.add_(0.1)
-        optimizer.expect_batch(4)
+        optimizer.batch.expect(4)
         optimizer.backward(model(torch.randn(4, 6)).square().sum(1))
         weight.copy_(before)
         optimizer.step()
@@ -238,5 +238,5 @@ def test_weights_that_are_perturbed_around_forward_and_backward_may_be_put_back(
 
 def test_a_step_without_a_forward_says_so():
     optimizer = make_private(mlp(), batch_size=4)
-    optimizer.expect_batch(4)
+    optimizer.batch.expect(4)
     assert_refuses(RuntimeError, "No per-example gradient was recorded", optimizer.step)
