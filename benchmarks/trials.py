@@ -56,7 +56,7 @@ def measure(name: str) -> tuple[float, float, float]:
             watch.examined = True
 
         with (
-            mock.patch.object(lora_dp.engine.hooks.Passes, "_test", lambda *_: False),
+            mock.patch.object(lora_dp.engine.hooks.ModelHooks, "_test", lambda *_: False),
             mock.patch.object(LossWatch, "scalar", seen),
         ):
             step()

@@ -1,5 +1,6 @@
 """The order of the house: a test file for every module, and imports that only lead downwards."""
 
+import ast
 import graphlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,22 @@ def test_every_module_has_a_test_file_of_its_name() -> None:
 
 def test_what_is_tested_elsewhere_is_tested_in_files_that_there_are() -> None:
     assert [path for paths in ELSEWHERE.values() for path in paths if not (ROOT / path).exists()] == []
+
+
+# Names
+
+# Always written behind the name of their module: ``checkpoint.read``.
+QUALIFIED = {"content", "main", "read", "write"}
+
+
+def test_no_two_public_classes_or_functions_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module in modules():
+        for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert len(homes) > 500
+    assert {name: places for name, places in homes.items() if len(places) > 1 and name not in QUALIFIED} == {}
 
 
 # Imports

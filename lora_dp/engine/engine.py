@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number
 from lora_dp.engine.data_loader import PrivateDataLoader
-from lora_dp.engine.foreign_wrappers import check_one_process, check_plain
+from lora_dp.engine.foreign_wrappers import check_not_wrapped, check_one_process
 from lora_dp.engine.logical_batch import LEAVE_OUT, Drawn
 from lora_dp.engine.optimizer import PrivateOptimizer, keep_out_of_graphs
-from lora_dp.engine.phases import PhasesName
+from lora_dp.engine.phases import Phases
 from lora_dp.engine.recorder import Recorder, recorder_of
 from lora_dp.engine.step_options import StepOptions
 from lora_dp.engine.validation import attach, batch_size, cover, frozen_norms
@@ -139,7 +139,7 @@ class PrivacyEngine:
         noise_multiplier: float,
         max_grad_norm: float,
         clipping: ClippingName = "flat",
-        phases: PhasesName = "AB",
+        phases: Phases = "AB",
         loss_reduction: LossReduction = "mean",
         low_pass: Filter | None = None,
         norm_method: NormMethod = "auto",
@@ -196,7 +196,7 @@ class PrivacyEngine:
         epochs: float | None = None,
         steps: int | None = None,
         clipping: ClippingName = "flat",
-        phases: PhasesName = "AB",
+        phases: Phases = "AB",
         loss_reduction: LossReduction = "mean",
         low_pass: Filter | None = None,
         norm_method: NormMethod = "auto",
@@ -263,7 +263,7 @@ class PrivacyEngine:
         check_number("max_grad_norm", max_grad_norm, "one bound for all, which clipping='per_layer' shares out")
         if hasattr(model, "_orig_mod"):
             raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
-        check_plain(model)
+        check_not_wrapped(model)
         warn_of_half_precision(model)
         parameters = cover(model)
         mechanism = Mechanism(make_clip_rule(options.clipping, max_grad_norm), noise_multiplier, self.source)

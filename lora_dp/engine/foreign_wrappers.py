@@ -6,7 +6,7 @@ from torch import nn
 _PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
-def check_plain(model: nn.Module) -> None:
+def check_not_wrapped(model: nn.Module) -> None:
     """Refuse a model that is spread over devices, or whose adapters are PEFT's.
 
     Raises:

@@ -37,7 +37,7 @@ _FIRST_DRAWS = 4
 _GROWN = 16
 
 
-class Passes:
+class ModelHooks:
     """Methods rather than closures, so that a copy of the model has hooks of its own."""
 
     def __init__(self, recorder: Recorder):
@@ -242,11 +242,11 @@ def _tie(output: Any, recorder: Recorder, found: Pass) -> None:
 
 def is_watched(model: nn.Module) -> bool:
     """Whether it has the hooks, rather than a module in it or around it."""
-    return any(isinstance(getattr(hook, "__self__", None), Passes) for hook in model._forward_pre_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", None), ModelHooks) for hook in model._forward_pre_hooks.values())
 
 
 def watch(model: nn.Module, recorder: Recorder) -> None:
     """Put the hooks on ``model``."""
-    passes = Passes(recorder)
+    passes = ModelHooks(recorder)
     model.register_forward_pre_hook(passes.before, with_kwargs=True)
     model.register_forward_hook(passes.after, with_kwargs=True, always_call=True)

@@ -13,7 +13,7 @@ from lora_dp.engine.clipped_pass import ClippedPass
 from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
 from lora_dp.engine.logical_batch import Clipped, Drawn, LogicalBatch
-from lora_dp.engine.phases import Phases, PhasesName
+from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
 from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
@@ -106,7 +106,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder = recorder
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
-        self._phases = Phases(options.phases)
+        self._phases = PhaseCycle(options.phases)
         self._options, self.loss_reduction = options, options.loss_reduction
         self._before_release, self._adapters = before_release, adapters
         self.regulators: dict[int, Regulator] = {}
@@ -274,7 +274,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             elif id(layer.lora_A) in self._recorder.trained:
                 self.regulators[id(layer.lora_A)] = layer.regulator = Regulator.beside("A", layer.lora_B)
 
-    def set_phases(self, phases: PhasesName) -> None:
+    def set_phases(self, phases: Phases) -> None:
         """Train these factors from the next step on; a cycle such as "BA" starts where ``steps_taken`` says.
 
         Raises:
@@ -292,7 +292,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self.batch.examples or (self._recorder.owner is self and self._recorder.current is not None):
             raise RuntimeError("Phases cannot change inside a logical batch: take the step first.")
         self._options.check_phases(phases)
-        chosen = Phases(phases)
+        chosen = PhaseCycle(phases)
         check_holds(
             self.original_optimizer,
             [p for p in self._covered.values() if p.factor is None or p.factor in chosen.all_factors],

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-PhasesName = Literal["B", "A", "AB", "BA"]
+Phases = Literal["B", "A", "AB", "BA"]
 
 _CYCLES: dict[str, tuple[frozenset[str], ...]] = {
     "B": (frozenset("B"),),
@@ -14,14 +14,14 @@ _CYCLES: dict[str, tuple[frozenset[str], ...]] = {
 
 
 @dataclass(frozen=True)
-class Phases:
+class PhaseCycle:
     """ "B" or "A": that factor alone; "AB": both in every step; "BA": B, A, B, A, … (arXiv 2602.19926).
 
     Raises:
         ValueError: another name.
     """
 
-    name: PhasesName
+    name: Phases
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in _CYCLES:

@@ -11,7 +11,7 @@ from lora_dp.isolation.batches.sizes import Sizes
 from lora_dp.isolation.loss_checks.watch import LossWatch
 from lora_dp.isolation.model_state.buffers import KeptBuffers
 from lora_dp.isolation.model_state.parameters import Held, Versions
-from lora_dp.isolation.model_state.parts import Parts
+from lora_dp.isolation.model_state.parts import ModelParts
 from lora_dp.nn.layers import pass_recorder_of
 from lora_dp.nn.per_example import Pass, PassRecorder
 
@@ -46,7 +46,7 @@ class Recorder(PassRecorder):
         self.on_pass: Callable[[], None] = lambda: None
         self.losses = LossWatch()
         self.losses.after_backward = lambda: self.versions.check_backward()
-        self.versions, self.parts, self.buffers = Versions(), Parts(), KeptBuffers()
+        self.versions, self.parts, self.buffers = Versions(), ModelParts(), KeptBuffers()
         self.sizes_fixed = self.capturing = False
         self.forget_batches()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lora_dp.argument_checks import check_flag
-from lora_dp.engine.phases import PhasesName
+from lora_dp.engine.phases import Phases
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.nn.per_example import NormMethod
 from lora_dp.privacy.clipping import ClippingName
@@ -21,7 +21,7 @@ class StepOptions:
     """
 
     clipping: ClippingName = "flat"
-    phases: PhasesName = "AB"
+    phases: Phases = "AB"
     loss_reduction: LossReduction = "mean"
     low_pass: Filter | None = None
     norm_method: NormMethod = "auto"
@@ -36,7 +36,7 @@ class StepOptions:
                 raise ValueError(f"Unknown {name} '{value}': choose {', '.join(others)} or {last}.")
         self.check_phases(self.phases)
 
-    def check_phases(self, phases: PhasesName) -> None:
+    def check_phases(self, phases: Phases) -> None:
         """Refuse phases that do not go with the other options.
 
         Raises:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from lora_dp.engine.recorder import Recorder
 from lora_dp.isolation.model_state.buffers import KeptBuffers
 from lora_dp.isolation.model_state.parameters import Versions, held_parameters
-from lora_dp.isolation.model_state.parts import Parts
+from lora_dp.isolation.model_state.parts import ModelParts
 from lora_dp.nn.layers import DPLoRALinear, PrivateModule
 
 
@@ -249,7 +249,7 @@ def attach(model: nn.Module, recorder: Recorder) -> None:
     """Give every private layer of ``model`` the recorder, and the recorder the parameters with their names and the
     BatchNorms, which are frozen."""
     recorder.parameters.update((id(parameter), (name, parameter)) for name, parameter in model.named_parameters())
-    recorder.versions, recorder.parts, recorder.buffers = Versions(model), Parts(model), KeptBuffers(model)
+    recorder.versions, recorder.parts, recorder.buffers = Versions(model), ModelParts(model), KeptBuffers(model)
     # Since an earlier make_private the model may have become another.
     recorder.tested.clear()
     recorder.tested_sizes.clear()

@@ -48,7 +48,7 @@ from lora_dp.isolation.other_batches import (
     check_choices,
     check_company,
     check_padding,
-    check_shared,
+    check_shared_arguments,
     check_whole,
     warn_of_width,
 )
@@ -281,7 +281,7 @@ def _check(
                 )
                 if one_width:
                     warn_of_width(trials, steady, call, n, reduction)
-            check_shared(trials, steady, call, n, earlier)
+            check_shared_arguments(trials, steady, call, n, earlier)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
         return Passed(
             (passed or frozenset()) & _kept_apart(base, replaced_runs, n),

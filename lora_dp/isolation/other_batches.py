@@ -432,7 +432,7 @@ def _compare_padded(
             )
 
 
-def check_shared(trials: Trials, steady: Trace, call: Any, n: int, earlier: Mapping[str, Any]) -> None:
+def check_shared_arguments(trials: Trials, steady: Trace, call: Any, n: int, earlier: Mapping[str, Any]) -> None:
     """What all examples share and differs from batch to batch, put in as it was ``earlier``: one by one, or all at once
     where it is much."""
     for values in [{name: value} for name, value in earlier.items()] if len(earlier) <= _MUCH else [earlier]:

@@ -58,7 +58,7 @@ def load_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, 
     Raises:
         ValueError: the names or shapes differ; nothing was copied.
     """
-    check_tensors(state, {name: parameter.shape for name, parameter in parameters.items()}, "The state")
+    check_adapter_tensors(state, {name: parameter.shape for name, parameter in parameters.items()}, "The state")
     for name, tensor in state.items():
         copy_whole(parameters[name], tensor)
 
@@ -71,7 +71,7 @@ def copy_whole(parameter: Tensor, tensor: Tensor) -> None:
     parameter.copy_(tensor)
 
 
-def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
+def check_adapter_tensors(given: Mapping[str, Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
     """Raise ValueError for tensors whose names or shapes are not those expected; ``what`` begins the sentence."""
     missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
     for names, problem in ((missing, "lacks"), (unexpected, "has what the model's adapters lack:")):

@@ -46,7 +46,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """
     check_kind("model", model, nn.Module, "give the plain model")
     check_kind("config", config, LoRAConfig, "LoRAConfig() adapts all linear layers but the head")
-    check_plain(model)
+    check_without_adapters(model)
     modules = Modules.of(model)
     roots = find_roots(modules, config.trainable_modules)
     whole = modules.beneath(modules.names[root] for root in roots)
@@ -54,7 +54,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     return model
 
 
-def check_plain(model: nn.Module) -> None:
+def check_without_adapters(model: nn.Module) -> None:
     """Raise ValueError for a model with adapters."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):

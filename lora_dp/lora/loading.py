@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lora_dp.argument_checks import check_kind, check_path
 from lora_dp.lora import peft_format
-from lora_dp.lora.adapters import check_tensors, copy_whole, exchanged_parameters
+from lora_dp.lora.adapters import check_adapter_tensors, copy_whole, exchanged_parameters
 from lora_dp.lora.config import LoRAConfig
-from lora_dp.lora.injection import check_plain, inject_into
+from lora_dp.lora.injection import check_without_adapters, inject_into
 from lora_dp.lora.merging import adapters_of, check_unmerged
 from lora_dp.lora.saving import injected_with, stored_shapes, tensors_of
 from lora_dp.lora.targets import Modules, is_linear, outermost
@@ -54,7 +54,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         _check_same(config, stored)
         targets = list(adapters)
     else:
-        check_plain(model)
+        check_without_adapters(model)
         targets, roots = _stored_places(modules, stored)
         config = LoRAConfig(
             r=stored.r,
@@ -69,7 +69,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     embeddings = _carried_embeddings(model, stored, targets, shapes)
     keys = {peft_format.peft_key(name, targets): name for name in [*shapes, *embeddings]}
     expected = {key: (shapes | embeddings)[name] for key, name in keys.items()}
-    check_tensors(stored.tensors, expected, "The stored adapter")
+    check_adapter_tensors(stored.tensors, expected, "The stored adapter")
     _check_values(stored.tensors)
     if not adapters:
         inject_into(model, modules, config, targets, roots)

@@ -51,7 +51,7 @@ def can_update(parameter: Tensor, filter_strength: float) -> bool:
     return halo <= _MOST_HALO[parameter.device.type]
 
 
-class Update(NamedTuple):
+class UpdateArguments(NamedTuple):
     """The arguments of the op, in the order of its schema; :func:`private_update_` says what each is."""
 
     parameters: list[Tensor]
@@ -117,7 +117,7 @@ def _stepped(
     return theta - step_size * mean / (square.sqrt() / root_correction + eps)
 
 
-def _reference(update: Update) -> None:
+def _reference(update: UpdateArguments) -> None:
     rows, scale, step = update.hyper.tolist(), update.scale, update.step
     for p, parameter in enumerate(update.parameters):
         weights = update.coefficients[p]
@@ -150,7 +150,7 @@ def _reference(update: Update) -> None:
         parameter.copy_(_stepped(update.optimizer, parameter.double(), gradient, first, second, rows[p]))
 
 
-def _table(update: Update) -> list[int]:
+def _table(update: UpdateArguments) -> list[int]:
     """The rows of ``struct Row`` in csrc/update_math.h."""
     table, tiles, reach = [], 0, filter_reach(update.filter_strength)
     for p, parameter in enumerate(update.parameters):
@@ -177,7 +177,7 @@ def _table(update: Update) -> list[int]:
     return table
 
 
-def _native(update: Update) -> None:
+def _native(update: UpdateArguments) -> None:
     hyper, count, weights = update.hyper, len(update.parameters), _weights(update.filter_strength)
     rows = torch.tensor(_table(update), dtype=torch.int64, device="cpu")
     kernel = torch.tensor(weights, dtype=torch.float64, device="cpu")
@@ -223,7 +223,7 @@ def _native(update: Update) -> None:
 
 
 def _run(*arguments: Any) -> None:
-    update = Update(*arguments)
+    update = UpdateArguments(*arguments)
     _check(update)
     if not update.parameters:
         return
@@ -348,7 +348,7 @@ def _refusal(what: str, must: str, got: object) -> ValueError:
     return ValueError(f"private_update_: {what} must {must}, got {got}.")
 
 
-def _check(update: Update) -> None:
+def _check(update: UpdateArguments) -> None:
     strength, hyper, scale = update.filter_strength, update.hyper, update.scale
     if update.optimizer not in _OPTIMIZERS:
         raise _refusal("optimizer", f"be one of {', '.join(_OPTIMIZERS)}", repr(update.optimizer))

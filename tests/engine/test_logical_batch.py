@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_dp import IsolationError, PrivacyEngine, PrivateOptimizer
-from lora_dp.engine.hooks import Passes
+from lora_dp.engine.hooks import ModelHooks
 from tests.models import assert_refuses, private_run, seeded
 
 NEVER, WAITS = "was never stepped", "went through the model and waits for its step"
@@ -72,7 +72,7 @@ def test_nor_for_what_a_trial_found_in_it(monkeypatch: pytest.MonkeyPatch) -> No
 
     model, _, loader = private_run(seeded())
     with monkeypatch.context() as patch:
-        patch.setattr(Passes, "_test", refuse)
+        patch.setattr(ModelHooks, "_test", refuse)
         assert_refuses(IsolationError, "Examples meet.", lambda: losses(model, *next(iter(loader))))
     assert_refuses(RuntimeError, NEVER, lambda: next(iter(loader)))
 

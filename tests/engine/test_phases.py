@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_dp import PrivacyEngine
-from lora_dp.engine.phases import Phases
+from lora_dp.engine.phases import PhaseCycle
 from tests.models import (
     OPTIMIZERS,
     assert_refuses,
@@ -69,7 +69,7 @@ def test_set_phases():
     optimizer.batch.expect(4)
     cross_entropy(model, examples(4)).backward()
     assert_refuses(RuntimeError, "inside a logical batch", lambda: optimizer.set_phases("B"))
-    assert_refuses(ValueError, "choose one of B, A, AB, BA", lambda: Phases("C"))
+    assert_refuses(ValueError, "choose one of B, A, AB, BA", lambda: PhaseCycle("C"))
 
 
 def test_phases_of_a_factor_that_the_wrapped_optimizer_lacks_are_refused():
@@ -89,5 +89,5 @@ def test_phases_of_a_factor_that_the_wrapped_optimizer_lacks_are_refused():
 
 
 def test_phase_of_each_step():
-    assert [sorted(Phases("BA").factors(step)) for step in range(3)] == [["B"], ["A"], ["B"]]
-    assert [sorted(Phases("AB").factors(step)) for step in range(2)] == [["A", "B"]] * 2
+    assert [sorted(PhaseCycle("BA").factors(step)) for step in range(3)] == [["B"], ["A"], ["B"]]
+    assert [sorted(PhaseCycle("AB").factors(step)) for step in range(2)] == [["A", "B"]] * 2

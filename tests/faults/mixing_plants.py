@@ -24,7 +24,7 @@ import lora_dp.privacy.mechanism
 import lora_dp.privacy.secret_state
 from lora_dp.auditing import PlantedCanaries
 from lora_dp.engine.data_loader import PrivateDataLoader
-from lora_dp.engine.hooks import Passes
+from lora_dp.engine.hooks import ModelHooks
 from lora_dp.engine.logical_batch import Clipped, LogicalBatch
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.fed.flower.policy import Policy
@@ -100,12 +100,12 @@ def frozen_parameters_thawed(planting: Planting) -> None:
 
 def single_examples_not_tried(planting: Planting) -> None:
     def planted(test: Any) -> Any:
-        def at_least_two(self: Passes, module: Any, args: Any, kwargs: Any, call: Any, n: int) -> bool:
+        def at_least_two(self: ModelHooks, module: Any, args: Any, kwargs: Any, call: Any, n: int) -> bool:
             return n > 1 and bool(test(self, module, args, kwargs, call, n))
 
         return at_least_two
 
-    planting.replace(Passes, "_test", planted)
+    planting.replace(ModelHooks, "_test", planted)
 
 
 def ops_of_parts_not_compared(planting: Planting) -> None:
@@ -147,7 +147,7 @@ def padding_never_tried(planting: Planting) -> None:
 
 
 def first_batch_alone_tried(planting: Planting) -> None:
-    planting.replace(Passes, "_kind", lambda _: lambda *arguments: "a batch")
+    planting.replace(ModelHooks, "_kind", lambda _: lambda *arguments: "a batch")
     planting.replace(lora_dp.engine.hooks, "drawn_for_test", lambda _: lambda: False)
 
 

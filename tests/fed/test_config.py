@@ -8,7 +8,7 @@ import yaml
 
 from lora_dp.fed.config import FederationConfig, PrivacyConfig, RunConfig
 from lora_dp.fed.flower.ledger import Refused
-from lora_dp.fed.flower.policy import read_config
+from lora_dp.fed.flower.policy import read_sent_config
 from lora_dp.fed.flower.server import options_of
 from lora_dp.fed.methods import METHODS
 from lora_dp.fed.models.options import ModelConfig
@@ -51,7 +51,7 @@ def test_who_adds_the_noise_is_no_matter_of_spelling():
         with pytest.raises(ValueError, match=r"^noise_by must be server or client, not 'Server'\.$"):
             way({"unit": "client", "noise_by": "Server"})
     with pytest.raises(Refused, match="none .*noise_by must be server or client"):
-        read_config("unit: client\nnoise_by: Server")
+        read_sent_config("unit: client\nnoise_by: Server")
     config = RunConfig.from_flat({"unit": "client", "noise_by": "client"})
     config.privacy.noise_by = "Server"  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"^noise_by must be client or server, not 'Server'\.$"):

@@ -105,7 +105,7 @@ def test_a_filter_beyond_the_shared_memory_is_refused(emulated):
     from lora_dp.ops import private_update
 
     hyper = torch.zeros(8, dtype=torch.float64)
-    update = private_update.Update(
+    update = private_update.UpdateArguments(
         problem.parameters, problem.sums, [None], [], [], [], hyper, [True], 33.0, "sgd", 0, 0, 0.0, 1.0, 1.0
     )
     rows = torch.tensor(private_update._table(update), dtype=torch.int64)

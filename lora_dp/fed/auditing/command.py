@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from lora_dp.atomic_files import write_atomically
 from lora_dp.auditing import AuditResult, GradientCanaries, audit, plot_audits
 from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
-from lora_dp.fed.auditing.examples import MislabelledExamples
 from lora_dp.fed.auditing.game import Game, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
+from lora_dp.fed.auditing.mislabelled import MislabelledExamples
 from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.ledgers import LOG

@@ -21,9 +21,9 @@ from lora_dp.fed.compare.grid import (
     FAILURES,
     Cell,
     Grid,
-    caption,
     defaults,
     ended_summary,
+    grid_caption,
     read_cells,
     read_definition,
     read_trials,
@@ -79,7 +79,7 @@ def compare(config: CompareConfig, common: Mapping[str, Any], console: Console |
         _write_failures(folder, failures)
         cells, trials = read_cells(grid, folder), read_trials(grid, folder)
         named = {str(cell): reason.said for cell, reason in failures.items()}
-        tables.write(folder, cells, trials, caption(grid, cells, trials), failures=named)
+        tables.write(folder, cells, trials, grid_caption(grid, cells, trials), failures=named)
     if interrupted:
         _say(console, f"interrupted: the same command with --output {folder} goes on")
         raise KeyboardInterrupt

@@ -172,7 +172,7 @@ def _read(grid: Grid, cells: Sequence[Cell], folder: Path) -> DataFrame:
     return tables.frame(rows)
 
 
-def caption(grid: Grid, cells: DataFrame, trials: DataFrame) -> str:
+def grid_caption(grid: Grid, cells: DataFrame, trials: DataFrame) -> str:
     """What the table shows, and what must be known to read it.
 
     Args:

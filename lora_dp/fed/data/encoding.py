@@ -68,7 +68,7 @@ class Splits:
         return len(self.label_names)
 
 
-def check_kind(raw: RawData, spec: InputSpec) -> None:
+def check_data_kind(raw: RawData, spec: InputSpec) -> None:
     """Raises ValueError where the model takes another kind of input than the data have."""
     if isinstance(spec, ImageSpec) != (raw.kind == "image"):
         other = "image" if isinstance(spec, ImageSpec) else "text"
@@ -85,7 +85,7 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
         ValueError: the model takes another kind of input than the data have; a missing text or image; an
             image of more than 8 bits a channel.
     """
-    check_kind(raw, spec)
+    check_data_kind(raw, spec)
 
     def encode_split(inputs: Iterable[Any], labels: np.ndarray) -> Examples:
         targets = torch.as_tensor(labels, dtype=torch.long)

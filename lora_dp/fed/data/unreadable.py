@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, check_kind, encode
+from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, check_data_kind, encode
 from lora_dp.fed.data.examples import Batch, Examples, Indices, Shape
 from lora_dp.fed.safe_text import described
 
@@ -69,7 +69,7 @@ def encode_training(raw: RawData, spec: InputSpec) -> Splits:
     Raises:
         ValueError: the model takes another kind of input than the data have.
     """
-    check_kind(raw, spec)
+    check_data_kind(raw, spec)
     raw = replace(raw, validation_inputs=[], validation_labels=np.arange(0))
     labels = torch.as_tensor(raw.train_labels, dtype=torch.long)
     known = np.flatnonzero(raw.train_labels >= 0).tolist()

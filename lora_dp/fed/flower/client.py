@@ -122,7 +122,7 @@ def _admitted(content: RecordDict, node_config: Mapping[str, Any]) -> ClientLedg
             or one that the node's policy does not admit.
     """
     # Here and not above: a SuperNode starts a process for each message, and who only introduces itself needs no models.
-    from lora_dp.fed.flower.policy import Policy, read_config
+    from lora_dp.fed.flower.policy import Policy, read_sent_config
     from lora_dp.fed.rounds.setup import plan_of
 
     ledger = ClientLedger.of_node(node_config)
@@ -134,7 +134,7 @@ def _admitted(content: RecordDict, node_config: Mapping[str, Any]) -> ClientLedg
         )
     if ledger is not None and not policy.private:
         raise Refused("has a ledger and says private=false: its node-config must leave one of them out")
-    config = read_config(messages.unpack_config(content), policy.rules["method"])
+    config = read_sent_config(messages.unpack_config(content), policy.rules["method"])
     if ledger is not None:
         ledger.check(plan_of(config), reproducible=config.run.reproducible)
     policy.check(config)
@@ -209,10 +209,10 @@ def _opened(
     from lora_dp.fed.data.opening import open_data
     from lora_dp.fed.data.own_data import open_own
     from lora_dp.fed.data.unreadable import encode_training
-    from lora_dp.fed.flower.policy import read_config
+    from lora_dp.fed.flower.policy import read_sent_config
     from lora_dp.fed.rounds.setup import open_job
 
-    config = read_config(text)
+    config = read_sent_config(text)
     # Where a node computes is its own choice.
     config = replace(config, run=replace(config.run, device="auto"))
     federation, alone = config.federation, config

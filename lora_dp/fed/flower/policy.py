@@ -237,7 +237,7 @@ class Policy:
         return hashlib.sha256(canonical(plain_options(config, self.unread)).encode()).hexdigest()
 
 
-def read_config(text: str, methods: Rule | None = None) -> RunConfig:
+def read_sent_config(text: str, methods: Rule | None = None) -> RunConfig:
     """The configuration that a server has sent.
 
     Args:

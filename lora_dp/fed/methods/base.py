@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
+from lora_dp.engine.phases import Phases
 from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix
 from lora_dp.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Phases = Literal["B", "A", "AB", "BA"]
 State: TypeAlias = "dict[str, Tensor]"
 # What the server sums: tensors, and matrices of low rank that need not be formed.
 Contribution: TypeAlias = "dict[str, Matrix]"

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from lora_dp.fed.compare import tables
-from lora_dp.fed.compare.grid import Grid, caption, read_cells, read_trials
+from lora_dp.fed.compare.grid import Grid, grid_caption, read_cells, read_trials
 from lora_dp.fed.page import figures
 from lora_dp.fed.runs.folder import ENDED, read_results
 from lora_dp.fed.runs.report import notes
@@ -37,7 +37,7 @@ def content(folder: Path) -> dict[str, Any]:
         "warnings": [text for text in notes(config).values() if text],
         "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
         "table": _table(cells),
-        "caption": caption(grid, cells, trials),
+        "caption": grid_caption(grid, cells, trials),
         "plot": figures.grid(cells) if ended.any() else None,
         "curves": _curves(folder, cells[ended], budgets),
         "cells": [_cell(folder, row) for row in cells.to_dict("records")],

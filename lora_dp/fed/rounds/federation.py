@@ -26,7 +26,7 @@ from lora_dp.fed.rounds.messages import Reply, Task
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.fed.rounds.server import Server, draw_clients, nbytes, poisson_clients
 from lora_dp.fed.rounds.server_noise import NoisySum
-from lora_dp.fed.rounds.setup import Job, Parts, open_job
+from lora_dp.fed.rounds.setup import ClientExamples, Job, open_job
 from lora_dp.fed.rounds.update_checks import fault
 from lora_dp.fed.rounds.update_statistics import UpdateRecorder, expected_noise_norm
 from lora_dp.fed.safe_text import described, harmless
@@ -138,7 +138,7 @@ class Federation:
         assert chosen.weighting is not None
         return cls(
             job.trainer,
-            engine or LocalEngine(job.trainer, Parts(job), chosen.client_timeout),
+            engine or LocalEngine(job.trainer, ClientExamples(job), chosen.client_timeout),
             job.sizes,
             job.validation,
             ranks=job.ranks,

@@ -54,7 +54,7 @@ class Job:
         return Origin(plain_options(config), examples_digest(self.train, self.parts, self.validation))
 
 
-class Parts(Sequence[Examples]):
+class ClientExamples(Sequence[Examples]):
     """Each client's examples, made when they are asked for: an idle client is a list of indices."""
 
     def __init__(self, job: Job) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_dp.engine.phases import Phases
+from lora_dp.engine.phases import PhaseCycle
 from lora_dp.fed.methods import MERGED, factor
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.local_training import LocalTraining
@@ -164,7 +164,7 @@ def _steps(name: str, trainer: Trainer, task: Task) -> int:
     which, steps = factor(name), trainer.training.local_steps
     if which is None:
         return steps
-    phases, first = Phases(trainer.method.phases(task.round, task.turn)), task.round * steps
+    phases, first = PhaseCycle(trainer.method.phases(task.round, task.turn)), task.round * steps
     return sum(which in phases.factors(step) for step in range(first, first + steps))
 
 

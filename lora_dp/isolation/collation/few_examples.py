@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_dp.isolation.collation.rows import Layout, by_example, layout_of, lengths, values
+from lora_dp.isolation.collation.rows import Layout, layout_of, lengths, rows_by_example, values
 from lora_dp.isolation.seeding import seeded
 
 INSTEAD = (
@@ -70,7 +70,7 @@ def unusual(batch: Any, n: int) -> set[int]:
         rows.double().reshape(n, -1).sum(1).tolist()
         if isinstance(rows, Tensor)
         else [0.0 if row is None else float(row.double().sum()) for row in rows]
-        for rows in by_example(batch, n, layout).values()
+        for rows in rows_by_example(batch, n, layout).values()
         if not isinstance(rows, Tensor) or rows.numel()
     ]
     return {place for each in sums for place in (each.index(min(each)), each.index(max(each)))}

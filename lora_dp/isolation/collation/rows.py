@@ -80,7 +80,7 @@ def _axis(tensor: Tensor, longer: Tensor, n: int) -> int | None:
     return sizes.index((n, 2 * n)) if (n, 2 * n) in sizes and tensor.dim() == longer.dim() else None
 
 
-def by_example(batch: Any, n: int, layout: Layout) -> dict[str, Rows]:
+def rows_by_example(batch: Any, n: int, layout: Layout) -> dict[str, Rows]:
     """What the ``n`` examples of a batch have, by name."""
     found: dict[str, Rows] = {}
     entries: dict[str, dict[int, Tensor]] = {}

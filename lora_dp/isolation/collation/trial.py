@@ -25,7 +25,7 @@ from lora_dp.isolation.collation.few_examples import INSTEAD, MOST, a_few, fetch
 from lora_dp.isolation.collation.names import check_names
 from lora_dp.isolation.collation.own_generators import own_generators, states
 from lora_dp.isolation.collation.row_equality import alike, padded_alike
-from lora_dp.isolation.collation.rows import Layout, by_example, texts
+from lora_dp.isolation.collation.rows import Layout, rows_by_example, texts
 from lora_dp.isolation.seeding import other_states, seeded, torch_states
 
 # So often the same examples are collated again under one seed: what draws now and then may draw alike once.
@@ -126,9 +126,9 @@ def _compare_part(
             return _sorts(collated(first, few), collated(first, few[1:] + few[:1]), len(few), layout)
 
         def numbered(name: str) -> bool:
-            whole, own = by_example(batch, n, layout)[name], by_example(found, m, layout)[name]
+            whole, own = rows_by_example(batch, n, layout)[name], rows_by_example(found, m, layout)[name]
             return all(alike(left, right) for left, right in zip(own, whole, strict=False)) and all(
-                alike(by_example(collated(first, [index] * size), size, layout).get(name), rows)
+                alike(rows_by_example(collated(first, [index] * size), size, layout).get(name), rows)
                 for index in some
                 for size, rows in ((m, own), (n, whole))
             )
@@ -152,14 +152,14 @@ def _same(left: Any, right: Any, n: int, layout: Layout) -> bool:
 
 def _others(left: Any, right: Any, n: int, layout: Layout) -> list[str]:
     """Where two batches differ."""
-    a, b = by_example(left, n, layout), by_example(right, n, layout)
+    a, b = rows_by_example(left, n, layout), rows_by_example(right, n, layout)
     names = sorted(a.keys() | b.keys())
     return [name for name in names if name not in a or name not in b or not alike(a[name], b[name])]
 
 
 def _sorts(batch: Any, rotated: Any, n: int, layout: Layout) -> bool:
     """Whether the order in which examples are given makes no difference: they are put into another, by length say."""
-    several = any(not alike(row, rows[0]) for rows in by_example(batch, n, layout).values() for row in rows)
+    several = any(not alike(row, rows[0]) for rows in rows_by_example(batch, n, layout).values() for row in rows)
     return several and _same(batch, rotated, n, layout)
 
 
@@ -177,8 +177,8 @@ def _compare(
 ) -> bool:
     """Whether widths differ; raises where rows do, unless the collate function ``sorts`` and they are elsewhere, or
     only ``numbered`` them: whatever example is in a place has the same there."""
-    varies, others, pairs = False, by_example(part, m, layout), []
-    for name, left in by_example(whole, n, layout).items():
+    varies, others, pairs = False, rows_by_example(part, m, layout), []
+    for name, left in rows_by_example(whole, n, layout).items():
         right = others.get(name)
         if right is None or (isinstance(left, Tensor) and isinstance(right, Tensor) and left.dim() != right.dim()):
             continue

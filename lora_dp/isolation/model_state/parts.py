@@ -36,7 +36,7 @@ def _options(value: Any) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) and len(found) <= _MOST_OPTIONS else None
 
 
-class Parts:
+class ModelParts:
     """Which modules a model is made of, words among their attributes, as by which kernel attention is computed, and
     switches and numbers, in configurations too."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower.ledger import Refused
-from lora_dp.fed.flower.policy import RULES, Anything, Between, OneOf, Policy, Rule, read_config, read_yaml
+from lora_dp.fed.flower.policy import RULES, Anything, Between, OneOf, Policy, Rule, read_sent_config, read_yaml
 
 WHOLE = {
     "split_seed": (0, 2**32 - 1),
@@ -224,14 +224,18 @@ def test_the_budget_of_a_policy_is_the_largest_number_that_it_admits(said, budge
 
 
 def test_a_configuration_is_read_by_the_method_that_it_names_and_no_other():
-    assert read_config("lr: 2.0") == read_config("lr: 2.0", OneOf(("la-lora",))) == RunConfig.from_flat({"lr": 2.0})
-    assert read_config("method: dp-lora", Anything()) == RunConfig.from_flat({"method": "dp-lora"})
+    assert (
+        read_sent_config("lr: 2.0")
+        == read_sent_config("lr: 2.0", OneOf(("la-lora",)))
+        == RunConfig.from_flat({"lr": 2.0})
+    )
+    assert read_sent_config("method: dp-lora", Anything()) == RunConfig.from_flat({"method": "dp-lora"})
     for text, methods in (("method: dp-lora", OneOf(("la-lora",))), ("lr: 2.0", OneOf(("dp-lora",)))):
         with pytest.raises(Refused, match="no such run: method is .*, and by its policy must be"):
-            read_config(text, methods)
+            read_sent_config(text, methods)
     for text in ("- 1", "[", "1: 2", "a: &x 1\nb: *x", "lr: no", "unheard_of: 1"):
         with pytest.raises(Refused, match="was sent a configuration that is none"):
-            read_config(text)
+            read_sent_config(text)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lora_dp import IsolationError
-from lora_dp.isolation.collation.rows import Layout, by_example, layout_of, lengths, values
+from lora_dp.isolation.collation.rows import Layout, layout_of, lengths, rows_by_example, values
 from tests.grids import pairwise
 from tests.isolation.collation.row_functions import Collate, check, data, mixup, normalised, texts
 from tests.models import examples
@@ -334,7 +334,7 @@ def test_layouts_are_what_is_twice_as_long():
     assert layout.others == {"['table']", "['none']", "['more']", "['pair'][1]", "['four']", "['list'][0]['x']"} | {
         f"['list'][{place}]['{part}']" for place in range(4) for part in ("x", "names")
     }
-    found = by_example(batch(6), 6, layout)
+    found = rows_by_example(batch(6), 6, layout)
     assert found.pop("['list'][…]['names']")[0].tolist() == [hash("a")]  # type: ignore[union-attr]
     assert {name: [None if row is None else tuple(row.shape) for row in rows][0] for name, rows in found.items()} == {
         "['first']": (4,),
@@ -343,8 +343,8 @@ def test_layouts_are_what_is_twice_as_long():
         "['list'][…]['x']": (),
         "['pair'][0]": (),
     }
-    assert by_example({"second": np.zeros((6, 5, 2)), "list": [{"x": 1.0}] * 7}, 6, layout) == {}
-    rows = by_example([{"x": 1}, {"y": 2.5}], 2, Layout(lists=frozenset([""])))
+    assert rows_by_example({"second": np.zeros((6, 5, 2)), "list": [{"x": 1.0}] * 7}, 6, layout) == {}
+    rows = rows_by_example([{"x": 1}, {"y": 2.5}], 2, Layout(lists=frozenset([""])))
     assert rows == {"[…]['x']": [torch.tensor(1), None], "[…]['y']": [None, torch.tensor(2.5, dtype=torch.float64)]}
 
 

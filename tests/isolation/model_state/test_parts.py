@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_dp import DPLinear, IsolationError
 from lora_dp.isolation.check import check_isolation
-from lora_dp.isolation.model_state.parts import Parts
+from lora_dp.isolation.model_state.parts import ModelParts
 from tests.support import make_private
 
 
@@ -65,7 +65,7 @@ def test_mixing_that_a_setting_switches_on_is_refused(which: str) -> None:
         model(x)
 
 
-def standing(parts: Parts) -> Any:
+def standing(parts: ModelParts) -> Any:
     parts.begin()
     return parts.standing()
 
@@ -73,7 +73,7 @@ def standing(parts: Parts) -> Any:
 def test_a_number_that_moves_makes_no_new_kind_each_time() -> None:
     model = Switched()
     model.alpha, model.epoch = 0.1, 5
-    parts = Parts(model)
+    parts = ModelParts(model)
     kinds = {standing(parts)}
     for step in range(1, 100):
         model.alpha, model.epoch = 0.1 + step / 100, 5 + step
@@ -90,7 +90,7 @@ def test_settings_of_one_configuration_count_once_and_tables_not_at_all() -> Non
     model = Switched()
     model.inner.cfg = model.cfg
     model.table = {str(number): number for number in range(1000)}
-    parts = Parts(model)
+    parts = ModelParts(model)
     before = standing(parts)
     model.table["5"] = 0
     assert standing(parts) == before
@@ -106,7 +106,7 @@ def test_settings_of_one_configuration_count_once_and_tables_not_at_all() -> Non
 def test_a_number_that_becomes_a_tensor_is_another_setting() -> None:
     model = Switched()
     model.alpha = 0.5
-    parts = Parts(model)
+    parts = ModelParts(model)
     before = standing(parts)
     model.alpha = torch.ones(3)
     assert standing(parts) != before
@@ -116,7 +116,7 @@ def test_a_number_that_becomes_a_tensor_is_another_setting() -> None:
 
 def test_a_parameter_that_comes_in_later_is_seen() -> None:
     model = Switched()
-    parts = Parts(model)
+    parts = ModelParts(model)
     before = standing(parts)
     model.head.scale = nn.Parameter(torch.ones(3))
     assert standing(parts) != before

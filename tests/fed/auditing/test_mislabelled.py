@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from lora_dp.fed import cli
-from lora_dp.fed.auditing.examples import MislabelledExamples
+from lora_dp.fed.auditing.mislabelled import MislabelledExamples
 from lora_dp.fed.rounds.client import Trainer
 from tests.fed.auditing.small_runs import SMALL, SURE, opened
 
