@@ -75,7 +75,7 @@ class LogicalBatch:
         self._looked = bool(self._drawn)
         self._drawn.clear()
 
-    def add(self, clipped: Clipped, examples: int, kept: int) -> None:
+    def add_micro_batch(self, clipped: Clipped, examples: int, kept: int) -> None:
         """One micro-batch more: its sums, its size, and how many of its examples no mask hid."""
         self.examples += examples
         self._kept += kept

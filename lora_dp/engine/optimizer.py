@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
-from lora_dp.engine.clipped_pass import ClippedPass
 from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
 from lora_dp.engine.logical_batch import Clipped, Drawn, LogicalBatch
+from lora_dp.engine.pass_clipper import PassClipper
 from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
@@ -110,7 +110,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._options, self.loss_reduction = options, options.loss_reduction
         self._before_release, self._adapters = before_release, adapters
         self.regulators: dict[int, Regulator] = {}
-        self._clipped_pass = ClippedPass(self._covered, options.loss_reduction)
+        self._clipper = PassClipper(self._covered, options.loss_reduction)
         self._drawn, self.batch = drawn, LogicalBatch(drawn)
         if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
             raise TypeError(
@@ -438,12 +438,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def clip(self, finished: Pass, mask: Tensor | None) -> Clipped:
         """Σᵢ mᵢcᵢgᵢ of one finished pass: private still, to be noised before anyone sees it."""
-        return self._clipped_pass(self.mechanism, finished, mask)
+        return self._clipper.clip_pass(self.mechanism, finished, mask)
 
     def take(self, clipped: Clipped, examples: int, kept: int) -> None:
         """Add one micro-batch to the logical batch: its sums, its size, and how many of its examples no mask hid."""
         end_pass(self)
-        self.batch.add(clipped, examples, kept)
+        self.batch.add_micro_batch(clipped, examples, kept)
 
     def release(self) -> None:
         """Noise the logical batch and update; what :meth:`step` does after the last micro-batch.

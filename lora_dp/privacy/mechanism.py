@@ -95,25 +95,25 @@ class Mechanism:
             (P, N), ``scale`` included, and by row the sums, or what :func:`total` makes one.
         """
         rule, gradients = _KERNEL_RULES.get(type(self.rule)), list(kept.values())
-        if rule is not None and can_clip_and_sum(gradients, sq_norms):
-            coefficients, sums = clip_and_sum(
-                gradients,
-                list(kept),
-                sq_norms,
-                layers,
-                layer_count,
-                rule,
-                self.rule.max_grad_norm,
-                getattr(self.rule, "gamma", 0.0),
-                mask,
-                scale,
-            )
-            return coefficients, dict(zip(kept, sums, strict=True))
-        coefficients = self.coefficients(sq_norms * (scale * scale), layers, layer_count, mask) * scale
-        wide = coefficients.double()
-        return coefficients, {
-            row: ExampleSum(gradient, wide[row].to(gradient.device)) for row, gradient in kept.items()
-        }
+        if rule is None or not can_clip_and_sum(gradients, sq_norms):
+            coefficients = self.coefficients(sq_norms * (scale * scale), layers, layer_count, mask) * scale
+            wide = coefficients.double()
+            return coefficients, {
+                row: ExampleSum(gradient, wide[row].to(gradient.device)) for row, gradient in kept.items()
+            }
+        coefficients, sums = clip_and_sum(
+            gradients,
+            list(kept),
+            sq_norms,
+            layers,
+            layer_count,
+            rule,
+            self.rule.max_grad_norm,
+            getattr(self.rule, "gamma", 0.0),
+            mask,
+            scale,
+        )
+        return coefficients, dict(zip(kept, sums, strict=True))
 
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes, float64."""

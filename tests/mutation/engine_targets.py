@@ -220,9 +220,9 @@ ENGINE: dict[str, Target] = {
             "tests/engine/test_logical_batch.py",
         )
     ),
-    "lora_dp/engine/clipped_pass.py": Target(
+    "lora_dp/engine/pass_clipper.py": Target(
         (
-            "tests/engine/test_clipped_pass.py",
+            "tests/engine/test_pass_clipper.py",
             "tests/engine/test_engine.py",
             "tests/isolation/loss_checks/test_loss_vectors.py",
             "tests/engine/test_gradients.py",

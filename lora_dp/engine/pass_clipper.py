@@ -14,7 +14,7 @@ from lora_dp.ops.private_update import ExampleSum
 from lora_dp.privacy.mechanism import Mechanism
 
 
-class ClippedPass:
+class PassClipper:
     """Σᵢ mᵢcᵢgᵢ of finished passes: private still, to be noised before anyone sees it. Waits for no device.
 
     Args:
@@ -26,7 +26,7 @@ class ClippedPass:
         self._covered, self._loss_reduction = covered, loss_reduction
         self._layer_numbers: dict[Any, tuple[Tensor, int]] = {}
 
-    def __call__(self, mechanism: Mechanism, finished: Pass, mask: Tensor | None) -> Clipped:
+    def clip_pass(self, mechanism: Mechanism, finished: Pass, mask: Tensor | None) -> Clipped:
         slots = [(key, slot) for key, slot in finished.slots.items() if slot.filled]
         if not slots or finished.n == 0:
             return Clipped({}, 0)
