@@ -29,7 +29,8 @@ from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Reply, Task, Update, Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from lora_dp.fed.rounds.setup import open_job
-from lora_dp.nn.layers import DPLinear, DPLoRALinear
+from lora_dp.nn.layers import DPLinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 CLIENTS = [10, 100, 1_000, 10_000]
 EXAMPLES = 32

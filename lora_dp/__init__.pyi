@@ -16,7 +16,7 @@ from .lora.saving import save_adapter as save_adapter
 from .nn.layers import DPEmbedding as DPEmbedding
 from .nn.layers import DPLayerNorm as DPLayerNorm
 from .nn.layers import DPLinear as DPLinear
-from .nn.layers import DPLoRALinear as DPLoRALinear
+from .nn.lora_linear import DPLoRALinear as DPLoRALinear
 from .privacy.accounting import Ledger as Ledger
 from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded
 from .privacy.accounting import calibrate_noise_multiplier as calibrate_noise_multiplier

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_dp import PrivacyEngine, PrivateOptimizer
-from lora_dp.nn.layers import PrivateModule
+from lora_dp.nn.private_module import PrivateModule
 
 RULES = ["flat", "per_layer", "automatic"]
 Z_LIMIT = 5.4

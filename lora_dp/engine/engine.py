@@ -21,7 +21,7 @@ from lora_dp.isolation.check import check_isolation
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.isolation.trials import LossFunction, modes_kept
 from lora_dp.lora.adapters import warn_of_half_precision
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import NormMethod
 from lora_dp.privacy.accounting import (
     Accountant,

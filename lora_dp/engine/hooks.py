@@ -21,8 +21,8 @@ from lora_dp.isolation.check import check_isolation, check_larger
 from lora_dp.isolation.collation.trial import drawn_for_test
 from lora_dp.isolation.other_batches import FEW, check_written
 from lora_dp.isolation.trials import Trials
-from lora_dp.nn.layers import PrivateModule
 from lora_dp.nn.per_example import Pass
+from lora_dp.nn.private_module import PrivateModule
 from lora_dp.privacy.secret_state import begin_pass, forward_begins, forward_ends
 
 _REASON = (

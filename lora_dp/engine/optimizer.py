@@ -20,7 +20,7 @@ from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.isolation.loss_checks.watch import backward_unseen
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import Pass
 from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.native import refuse_capture

@@ -12,8 +12,8 @@ from lora_dp.isolation.loss_checks.watch import LossWatch
 from lora_dp.isolation.model_state.buffers import KeptBuffers
 from lora_dp.isolation.model_state.parameters import Held, Versions
 from lora_dp.isolation.model_state.parts import ModelParts
-from lora_dp.nn.layers import pass_recorder_of
 from lora_dp.nn.per_example import Pass, PassRecorder
+from lora_dp.nn.private_module import pass_recorder_of
 
 
 class Recorder(PassRecorder):

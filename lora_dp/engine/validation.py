@@ -12,7 +12,8 @@ from lora_dp.engine.recorder import Recorder
 from lora_dp.isolation.model_state.buffers import KeptBuffers
 from lora_dp.isolation.model_state.parameters import Versions, held_parameters
 from lora_dp.isolation.model_state.parts import ModelParts
-from lora_dp.nn.layers import DPLoRALinear, PrivateModule
+from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.private_module import PrivateModule
 
 
 @dataclass(frozen=True)

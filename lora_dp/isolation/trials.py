@@ -16,7 +16,7 @@ from lora_dp.isolation.deterministic import Still
 from lora_dp.isolation.model_state.parameters import Unwritten
 from lora_dp.isolation.seeding import other_states, seeded, torch_states
 from lora_dp.isolation.trial_values import Gradients, rows_of, sum_of
-from lora_dp.nn.layers import PrivateModule, pass_recorder_of
+from lora_dp.nn.private_module import PrivateModule, pass_recorder_of
 
 _SETTING = (str, bool, int, float, NoneType)
 LossFunction = Callable[[Any, Any], Tensor]

@@ -14,7 +14,8 @@ from lora_dp.lora.targets import (
     has_private_bias,
     private_kin,
 )
-from lora_dp.nn.layers import DPLoRALinear, PrivateModule
+from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.private_module import PrivateModule
 from lora_dp.ops.registry import wide_dtype
 
 

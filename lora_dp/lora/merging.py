@@ -3,7 +3,7 @@
 from torch import nn
 
 from lora_dp.argument_checks import check_kind
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 
 def adapters_of(model: nn.Module) -> dict[str, DPLoRALinear]:

@@ -14,7 +14,8 @@ from lora_dp.argument_checks import check_kind, check_path
 from lora_dp.lora import peft_format
 from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.merging import adapters_of
-from lora_dp.nn.layers import DPLoRALinear, linear_features
+from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.private_module import linear_features
 
 
 def stored_shapes(

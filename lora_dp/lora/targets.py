@@ -10,7 +10,8 @@ from torch import nn
 from lora_dp.lora import peft_format
 from lora_dp.lora.bypassed_layers import always_bypassed, runs_once, sometimes_bypassed
 from lora_dp.lora.config import ALL_LINEAR
-from lora_dp.nn.layers import DPEmbedding, DPLayerNorm, DPLinear, PrivateModule, linear_features
+from lora_dp.nn.layers import DPEmbedding, DPLayerNorm, DPLinear
+from lora_dp.nn.private_module import PrivateModule, linear_features
 
 _HEAD_NAMES = ("score", "classifier", "qa_outputs")  # those that PEFT trains whole for its classification tasks
 # Subclasses with a forward of their own that computes what their base class does.

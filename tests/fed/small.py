@@ -16,7 +16,8 @@ from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Task, Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
-from lora_dp.nn.layers import DPLinear, DPLoRALinear
+from lora_dp.nn.layers import DPLinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 TRAINING = LocalTraining(
     optimizer="sgd", learning_rate=0.3, lr_ratio=1.0, low_pass=None, low_pass_strength=0.0, batch_size=8, local_steps=3

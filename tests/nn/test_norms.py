@@ -1,7 +1,9 @@
 """The norm by which an example is clipped is never below that of what is summed, at any magnitude, on every path."""
 
 import dataclasses
+import importlib
 import math
+import pkgutil
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import lora_dp.nn
 from lora_dp import DPEmbedding, DPLinear, PrivacyEngine
 from lora_dp.nn.per_example import Slot
+from lora_dp.nn.private_module import PrivateModule
 from lora_dp.ops.clipped_sum import clipped_sum_kept, clipped_sum_pairs
 from lora_dp.ops.example_norms import example_norms
 from lora_dp.ops.example_rows import ExampleRows
@@ -198,14 +202,11 @@ def test_the_largest_float32_is_clipped_like_any_other():
 
 def test_the_paths_are_those_that_a_gradient_can_take():
     """A layer that is new shall not be forgotten here."""
-    import lora_dp.nn.layers
-
-    private = lora_dp.nn.layers.PrivateModule
-    kinds = {
-        kind
-        for kind in vars(lora_dp.nn.layers).values()
-        if isinstance(kind, type) and issubclass(kind, private) and kind is not private
-    }
+    kinds = set()
+    for found in pkgutil.iter_modules(lora_dp.nn.__path__, "lora_dp.nn."):
+        for kind in vars(importlib.import_module(found.name)).values():
+            if isinstance(kind, type) and issubclass(kind, PrivateModule) and kind is not PrivateModule:
+                kinds.add(kind)
     assert kinds == {type(path.layer()) for path in PATHS.values()}
 
 

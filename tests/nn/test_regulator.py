@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.regulator import RIDGE, Regulator
 from tests.support import brute_force, clip_and_sum, make_private
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.ops.native import native
 from lora_dp.privacy import cpu_draws, secret_state
 from tests.sources import forks, in_child

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 TOP = 10
 THRESHOLD = 0.5

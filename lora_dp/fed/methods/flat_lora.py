@@ -15,7 +15,7 @@ from lora_dp.lazy_torch import torch
 if TYPE_CHECKING:
     from torch import nn
 
-    from lora_dp.nn.layers import DPLoRALinear
+    from lora_dp.nn.lora_linear import DPLoRALinear
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _perturbed(
     model: nn.Module, strength: float, generator: torch.Generator, around: AbstractContextManager[None]
 ) -> Iterator[None]:
     """The adapted weights with ε added, within ``around``; afterwards the very tensors that were there before."""
-    from lora_dp.nn.layers import DPLoRALinear  # and torch with it
+    from lora_dp.nn.lora_linear import DPLoRALinear  # and torch with it
 
     originals: list[tuple[DPLoRALinear, torch.Tensor]] = []
     try:

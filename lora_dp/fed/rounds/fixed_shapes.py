@@ -38,7 +38,7 @@ from lora_dp.fed.safe_text import described
 from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.deterministic import Still
 from lora_dp.losses import classification_loss
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 _LOG = logging.getLogger(__name__)
 _SEED = 20261129

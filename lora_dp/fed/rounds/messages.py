@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_dp.fed.methods import MERGED, Layers, State
 from lora_dp.lora.adapters import exchanged_parameters, load_parameters
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 
 @dataclass(frozen=True)

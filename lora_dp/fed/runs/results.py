@@ -9,7 +9,7 @@ from torch import nn
 from lora_dp.atomic_files import write_bytes_atomically
 from lora_dp.fed.methods import MERGED, State
 from lora_dp.lora.loading import load_adapter
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 MERGED_FILE = "merged.safetensors"
 

@@ -8,7 +8,7 @@ from lora_dp.fed.diagnostics.intruder import adapted_layers, intruder_dimensions
 from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
 from lora_dp.lora.merging import merge_adapters
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

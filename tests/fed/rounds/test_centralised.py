@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_dp.fed.data.examples import ImageExamples
 from lora_dp.fed.methods import METHODS, factor, get_method
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
-from lora_dp.nn.layers import DPLoRALinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation
 
 PLANNED_ROUNDS = 4

@@ -16,7 +16,8 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.fed.data.examples import ImageExamples, TextExamples
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.messages import Task
-from lora_dp.nn.layers import DPLinear, DPLoRALinear
+from lora_dp.nn.layers import DPLinear
+from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.privacy.accounting import PoissonGaussian
 from lora_dp.privacy.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
 from lora_dp.privacy.sampling import PoissonSampler

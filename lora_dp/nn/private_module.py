@@ -1,0 +1,89 @@
+"""What all private layers have in common: they give per-example gradients while an engine records.
+
+Without an engine each is an ordinary differentiable module.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lora_dp.argument_checks import check_count
+from lora_dp.nn.per_example import PassRecorder, Slot
+
+
+class PrivateModule(nn.Module):
+    """Base of the private layers.
+
+    Attributes:
+        recorder: set by the engine; None makes the layer an ordinary one. Not part of the state dict.
+    """
+
+    recorder: PassRecorder | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = None
+
+    def private_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of this very module that a private step can train, by name: those that require grad."""
+        return {name: p for name, p in self.named_parameters(recurse=False) if p.requires_grad}
+
+    def _slots(self, *names: str) -> dict[str, Slot | None] | None:
+        """The slots of the named parameters, or None when nothing is being recorded."""
+        recorder = self.recorder
+        if recorder is None:
+            return None
+        if not recorder.recording:
+            if recorder.current is not None and not recorder.suspended:
+                recorder.current.reentrant = True
+            if self.training and not recorder.suspended and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"A private {type(self).__name__} was called outside the model that was made private: call that "
+                    "model's own forward (or use torch.no_grad() to evaluate)."
+                )
+            return None
+        slots: dict[str, Slot | None] = {}
+        for name in names:
+            parameter = self._parameters.get(name)
+            slots[name] = None if parameter is None else recorder.slot(parameter)
+        return slots
+
+
+def pass_recorder_of(model: nn.Module) -> PassRecorder | None:
+    """The recorder that the private layers of ``model`` have, if any."""
+    return next((module.recorder for module in model.modules() if isinstance(module, PrivateModule)), None)
+
+
+def adopt(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Make ``parameter`` the module's, be it None."""
+    if parameter is None:
+        module.register_parameter(name, None)
+    else:
+        setattr(module, name, parameter)
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether ``linear`` stores its weight as (d_in, d_out), as GPT-2's ``Conv1D`` does."""
+    return type(linear).__name__ == "Conv1D" and not isinstance(linear, nn.Conv1d)
+
+
+def linear_features(linear: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an ``nn.Linear`` or of GPT-2's ``Conv1D``.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or not (isinstance(linear, nn.Linear) or is_transposed(linear)):
+        raise TypeError(f"Expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}.")
+    out_features, in_features = weight.shape
+    return (out_features, in_features) if is_transposed(linear) else (in_features, out_features)
+
+
+def check_sizes(**sizes: object) -> None:
+    """Refuse what is no size of a parameter, by name.
+
+    Raises:
+        ValueError, TypeError: below 0; no whole number.
+    """
+    for name, size in sizes.items():
+        check_count(name, size, least=0)
