@@ -27,12 +27,11 @@ from lora_dp.privacy.accounting import (
     Accountant,
     Ledger,
     PoissonGaussian,
-    PrivacyBudgetExceeded,
     calibrate_noise_multiplier,
     check_delta,
     check_epsilon,
-    max_steps,
 )
+from lora_dp.privacy.accounting.budget import Budget
 from lora_dp.privacy.accounting.history import History, read_runs
 from lora_dp.privacy.accounting.ledger import begins
 from lora_dp.privacy.clipping import ClippingName, make_clip_rule
@@ -43,31 +42,6 @@ from lora_dp.privacy.secret_state import renew
 
 _OPTION = "call make_private again with another, for the optimizer that it returns"
 _LOADER = "call make_private again with a DataLoader of another batch size"
-
-
-class _Budget:
-    """Raises before the step that would overrun (ε, δ); knows by counting how many steps are left."""
-
-    def __init__(
-        self, ledger: Ledger, event: PoissonGaussian, epsilon: float, delta: float, accountant: Accountant, planned: int
-    ):
-        self.ledger, self.event, self.epsilon, self.delta, self.accountant = ledger, event, epsilon, delta, accountant
-        # The noise was calibrated to ``planned`` steps from an empty ledger: they need no search.
-        self._known, self._room = Ledger(), planned
-
-    def check(self) -> None:
-        if self.ledger.entries != self._known.entries or self._room < 1:
-            self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
-            self._known = Ledger()  # which may be ahead by a step that failed
-            self._known.load_state_dict(self.ledger.state_dict())
-        if self._room < 1:
-            raise PrivacyBudgetExceeded(
-                f"The next step would exceed ε = {self.epsilon:g} at δ = {self.delta:g} (spent so far: "
-                f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
-                "plan more steps with a larger noise_multiplier from the start."
-            )
-        self._room -= 1
-        self._known.append(self.event)
 
 
 class PrivacyEngine:
@@ -277,7 +251,7 @@ class PrivacyEngine:
             on_varying_width=lambda: private.recorder.expect_padding(),
         )
         event = PoissonGaussian(noise_multiplier, loader.sample_rate)
-        limit = _Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
+        limit = Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
         # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
         from lora_dp.engine.hooks import is_watched, watch
 

@@ -18,8 +18,8 @@ from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
 from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.errors import IsolationError
+from lora_dp.isolation.loss_checks.backward_calls import backward_unseen
 from lora_dp.isolation.loss_checks.graph import LossReduction
-from lora_dp.isolation.loss_checks.watch import backward_unseen
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import Pass
 from lora_dp.nn.regulator import Regulator

@@ -185,7 +185,7 @@ MIXING = [
         "whatever it does to the examples.",
         unseen_losses_taken,
         (
-            "tests/isolation/loss_checks/test_ways_to_backward.py::test_a_gradient_by_another_way_than_backward_is_refused",
+            "tests/isolation/loss_checks/test_backward_calls.py::test_a_gradient_by_another_way_than_backward_is_refused",
         ),
     ),
     Fault(

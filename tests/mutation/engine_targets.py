@@ -104,6 +104,9 @@ ENGINE: dict[str, Target] = {
             "tests/test_argument_types.py",
         )
     ),
+    "lora_dp/privacy/accounting/budget.py": Target(
+        ("tests/privacy/accounting/test_budget.py", "tests/engine/test_engine.py", "tests/engine/test_stray_values.py")
+    ),
     "lora_dp/privacy/accounting/history.py": Target(
         ("tests/privacy/accounting/test_history.py", "tests/engine/test_resume.py")
     ),
@@ -288,7 +291,7 @@ ENGINE: dict[str, Target] = {
             "tests/isolation/loss_checks/test_watch.py",
             "tests/isolation/loss_checks/test_models_own_losses.py",
             "tests/isolation/loss_checks/test_divisors.py",
-            "tests/isolation/loss_checks/test_ways_to_backward.py",
+            "tests/isolation/loss_checks/test_backward_calls.py",
             "tests/isolation/loss_checks/test_broadcast_targets.py",
             *_PITFALLS,
         )

@@ -18,7 +18,7 @@ _LOSSES = (
     "tests/isolation/loss_checks/test_watch.py",
     "tests/isolation/loss_checks/test_models_own_losses.py",
     "tests/isolation/loss_checks/test_divisors.py",
-    "tests/isolation/loss_checks/test_ways_to_backward.py",
+    "tests/isolation/loss_checks/test_backward_calls.py",
     "tests/isolation/loss_checks/test_broadcast_targets.py",
     "tests/isolation/loss_checks/test_loss_vectors.py",
     "tests/isolation/loss_checks/test_padded_widths.py",
@@ -210,7 +210,7 @@ ISOLATION: dict[str, Target] = {
             "tests/isolation/loss_checks/test_watch.py",
             "tests/isolation/loss_checks/test_models_own_losses.py",
             "tests/isolation/loss_checks/test_divisors.py",
-            "tests/isolation/loss_checks/test_ways_to_backward.py",
+            "tests/isolation/loss_checks/test_backward_calls.py",
             "tests/isolation/loss_checks/test_broadcast_targets.py",
         )
     ),
@@ -319,8 +319,16 @@ ISOLATION: dict[str, Target] = {
             "tests/isolation/loss_checks/test_watch.py",
             "tests/isolation/loss_checks/test_models_own_losses.py",
             "tests/isolation/loss_checks/test_divisors.py",
-            "tests/isolation/loss_checks/test_ways_to_backward.py",
+            "tests/isolation/loss_checks/test_backward_calls.py",
             "tests/isolation/loss_checks/test_broadcast_targets.py",
+        )
+    ),
+    "lora_dp/isolation/loss_checks/backward_calls.py": Target(
+        (
+            "tests/isolation/loss_checks/test_backward_calls.py",
+            "tests/isolation/loss_checks/test_watch.py",
+            "tests/nn/test_reentrant.py",
+            "tests/engine/test_compile.py",
         )
     ),
     "lora_dp/isolation/loss_checks/watch.py": Target(
@@ -329,7 +337,7 @@ ISOLATION: dict[str, Target] = {
             "tests/isolation/loss_checks/test_watch.py",
             "tests/isolation/loss_checks/test_models_own_losses.py",
             "tests/isolation/loss_checks/test_divisors.py",
-            "tests/isolation/loss_checks/test_ways_to_backward.py",
+            "tests/isolation/loss_checks/test_backward_calls.py",
             "tests/isolation/loss_checks/test_broadcast_targets.py",
             "tests/isolation/model_state/test_parameters.py",
             *_LOSSES[1:],

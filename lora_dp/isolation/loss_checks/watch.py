@@ -1,17 +1,10 @@
 """What the loss of every backward may do, for one private model: :mod:`lora_dp.isolation.loss_checks.graph` applied
-batch by batch.
-
-Calls of ``backward`` are seen at ``torch.autograd.backward``, through which ``Tensor.backward`` goes. A gradient that
-reaches a private layer by another way is refused by the step.
-"""
+batch by batch."""
 
 import math
-import threading
-import weakref
 from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
@@ -19,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.batches.calls import tensors_in
+from lora_dp.isolation.loss_checks.backward_calls import show_backward_to
 from lora_dp.isolation.loss_checks.gradients import meeting, meets, reaches_padding
 from lora_dp.isolation.loss_checks.graph import (
     Followed,
@@ -96,7 +90,7 @@ class LossWatch:
         self._of_examples: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._doubted: int | None = None
         self.forget_batches()
-        _show_backward_to(self)
+        show_backward_to(self)
         # Losses are gone back through before their own backward: compiled ones have to keep their buffers for it.
         functorch_config.donated_buffer = False
 
@@ -109,6 +103,11 @@ class LossWatch:
         # to the outputs.
         self._weights: dict[frozenset[str], tuple[float, ...]] = {}
         self._products: dict[tuple[frozenset[str], int], tuple[float, ...]] = {}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the model has returned, and its pass is not over."""
+        return self._outputs is not None
 
     def begin(self, n: int, tested: bool, leaves: Callable[[], set[int]], *, looks: bool, per_example: bool) -> None:
         """A pass over ``n`` examples begins; ``leaves`` tells the ids of those that take its gradients, ``looks``
@@ -445,59 +444,3 @@ def _differs(now: Sequence[float], then: Sequence[float]) -> str:
         f"divisor that counts what a batch holds ties each example to the others; {_REMEDY}. A public schedule is "
         "optimizer.backward(losses, weight=…)."
     )
-
-
-_watches: "weakref.WeakSet[LossWatch]" = weakref.WeakSet()
-
-
-_plain_backward = torch.autograd.backward
-
-
-class _Running(threading.local):
-    inside = False
-
-
-_running = _Running()
-
-
-def _show_backward_to(watch: LossWatch) -> None:
-    global _plain_backward
-    _watches.add(watch)
-    if torch.autograd.backward is not _watched_backward:
-        _plain_backward, torch.autograd.backward = torch.autograd.backward, _watched_backward
-
-
-def backward_unseen(loss: Tensor, *, retain_graph: bool) -> None:
-    """A backward from a loss that was examined already."""
-    _run_backward(loss, retain_graph=retain_graph)
-
-
-def _run_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    # Under torch.set_default_device torch's own comes back to torch.autograd.backward.
-    before, _running.inside = _running.inside, True
-    try:
-        _plain_backward(tensors, *args, **kwargs)
-    finally:
-        _running.inside = before
-
-
-def _watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    """As torch's; losses of private models are examined first."""
-    if _running.inside:
-        _plain_backward(tensors, *args, **kwargs)
-        return
-    watches = [watch for watch in list(_watches) if watch._outputs is not None]
-    met = []
-    # Inside a backward, a reentrant checkpoint goes on with what it has run again.
-    if watches and torch._C._current_graph_task_id() == -1:
-        roots = [tensors] if isinstance(tensors, Tensor) else [root for root in tensors if isinstance(root, Tensor)]
-        given = args[0] if args else kwargs.get("grad_tensors", kwargs.get("grad_variables"))
-        gradients = list(given) if isinstance(given, list | tuple) else [given] * len(roots)
-        for watch in watches:
-            watch.followed = False
-            for root, gradient in zip(roots, gradients, strict=False):
-                watch.scalar(root, gradient)
-            met += [watch] * watch.followed
-    _run_backward(tensors, *args, **kwargs)
-    for watch in met:
-        watch.after_backward()

@@ -1,0 +1,52 @@
+"""A budget against the ledger's own ε: the last step that fits is taken, the next one is not."""
+
+import pytest
+
+from lora_dp.privacy.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded, max_steps
+from lora_dp.privacy.accounting.budget import Budget
+
+EVENT, EPSILON, DELTA = PoissonGaussian(2.0, 0.1), 2.0, 1e-5
+
+
+def spend(budget: Budget, ledger: Ledger) -> int:
+    """Steps that are taken until the first one is refused."""
+    for taken in range(1000):
+        try:
+            budget.check()
+        except PrivacyBudgetExceeded as refusal:
+            assert "ε = 2 at δ = 1e-05" in str(refusal) and f"in {ledger.steps} steps" in str(refusal)
+            return taken
+        ledger.append(EVENT)
+    raise AssertionError("the budget never ends")
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_as_many_steps_are_taken_as_fit(before):
+    """Whatever was spent before, and by whatever else."""
+    ledger = Ledger()
+    if before:
+        ledger.append(PoissonGaussian(4.0, 0.2), before)
+    expected = max_steps(ledger, EVENT, EPSILON, DELTA, "rdp")
+    assert expected > 2
+    assert spend(Budget(ledger, EVENT, EPSILON, DELTA, "rdp", planned=0), ledger) == expected
+    assert ledger.epsilon(DELTA, "rdp") <= EPSILON
+    ledger.append(EVENT)
+    assert ledger.epsilon(DELTA, "rdp") > EPSILON
+
+
+def test_what_others_append_between_two_steps_counts():
+    ledger = Ledger()
+    budget = Budget(ledger, EVENT, EPSILON, DELTA, "rdp", planned=max_steps(ledger, EVENT, EPSILON, DELTA, "rdp"))
+    budget.check()
+    ledger.append(EVENT)
+    ledger.append(PoissonGaussian(3.0, 0.2), 2)
+    expected = max_steps(ledger, EVENT, EPSILON, DELTA, "rdp")
+    assert spend(budget, ledger) == expected
+
+
+def test_a_step_that_was_allowed_and_failed_takes_no_room():
+    ledger = Ledger()
+    expected = max_steps(ledger, EVENT, EPSILON, DELTA, "rdp")
+    budget = Budget(ledger, EVENT, EPSILON, DELTA, "rdp", planned=expected)
+    budget.check()  # nothing is appended after it
+    assert spend(budget, ledger) == expected
