@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -24,12 +24,22 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Modules of which every function and class is for users, and names for users in others.
 WHOLE = ["lora_dp", "lora_dp.auditing", "lora_dp.fed", "lora_dp.losses", "lora_dp.privacy.accounting"]
 SINGLE = {"lora_dp.engine.cuda_graphs": ["GraphedStep"], "lora_dp.fed.methods": ["Method", "available", "get_method"]}
-WITH_METHODS = ["PrivacyEngine", "PrivateDataLoader", "PrivateOptimizer"]
-# Methods that the loader, the engine or the auditor calls, and nobody's training loop.
+WITH_METHODS = [
+    "PrivacyEngine",
+    "PrivateDataLoader",
+    "PrivateOptimizer",
+    "Ledger",
+    "DPLoRALinear",
+    "DPLinear",
+    "DPLayerNorm",
+    "DPEmbedding",
+]
+# Methods that torch, the loader, the engine or the auditor calls, and nobody's training loop.
+MODULES = {"forward", "extra_repr"}
 INTERNAL = {
+    **dict.fromkeys(["DPLoRALinear", "DPLinear", "DPLayerNorm", "DPEmbedding"], MODULES),
     "PrivateDataLoader": {"check_fetched"},
-    "PrivateOptimizer": {"clip", "release", "step_on_empty_batch", "take"},
-}
+    "PrivateOptimizer": {"clip", "defaults", "param_groups", "recorder", "release", "state", "step_on_empty_batch", "take"},
 
 
 def examples(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
@@ -74,7 +84,11 @@ def public_names() -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{key}", getattr(importlib.import_module(name), key)) for key in keys)
     for name in WITH_METHODS:
         for key, value in vars(getattr(lora_dp, name)).items():
-            if inspect.isroutine(value) and key[0] != "_" and key not in INTERNAL.get(name, ()):
+            if (
+                isinstance(value, FunctionType | classmethod | property)
+                and key[0] != "_"
+                and key not in INTERNAL.get(name, ())
+            ):
                 yield f"{name}.{key}", value
 
 
@@ -82,7 +96,8 @@ def test_no_public_name_without_an_example() -> None:
     named = {
         name: value
         for name, value in public_names()
-        if (inspect.isroutine(value) or inspect.isclass(value)) and not isinstance(value, ModuleType)
+        if (inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, property | classmethod))
+        and not isinstance(value, ModuleType)
     }
     assert len(named) > 70
     assert [name for name, value in named.items() if ">>> " not in (value.__doc__ or "")] == []

@@ -58,6 +58,10 @@ class DPLinear(PrivateModule):
 
         Raises:
             TypeError: not a linear layer.
+
+        >>> plain = nn.Linear(6, 4)
+        >>> DPLinear.from_linear(plain).weight is plain.weight
+        True
         """
         linear_features(linear)
         layer = cls.__new__(cls)
@@ -122,6 +126,10 @@ class DPLayerNorm(PrivateModule):
 
         Raises:
             ValueError: it normalises over more than the last dimension.
+
+        >>> plain = nn.LayerNorm(6)
+        >>> DPLayerNorm.from_layer_norm(plain).weight is plain.weight
+        True
         """
         layer = cls.__new__(cls)
         PrivateModule.__init__(layer)
@@ -189,6 +197,10 @@ class DPEmbedding(PrivateModule):
 
         Raises:
             ValueError: it has an option whose gradient mixes examples.
+
+        >>> plain = nn.Embedding(100, 6)
+        >>> DPEmbedding.from_embedding(plain).weight is plain.weight
+        True
         """
         layer = cls.__new__(cls)
         PrivateModule.__init__(layer)

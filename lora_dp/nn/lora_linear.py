@@ -118,6 +118,11 @@ class DPLoRALinear(PrivateModule):
         Raises:
             TypeError: not a linear layer, or as for the class.
             ValueError: as for the class.
+
+        >>> plain = nn.Linear(6, 4)
+        >>> adapted = DPLoRALinear.from_linear(plain, r=2)
+        >>> adapted.weight is plain.weight, plain.weight.requires_grad
+        (True, False)
         """
         linear_features(linear)
         layer = cls.__new__(cls)
@@ -129,7 +134,12 @@ class DPLoRALinear(PrivateModule):
         return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:
-        """A Kaiming-uniform, B zero: the adapted layer equals the frozen one."""
+        """A Kaiming-uniform, B zero: the adapted layer equals the frozen one.
+
+        >>> layer.reset_lora_parameters()
+        >>> bool(layer.lora_A.any()), bool(layer.lora_B.any())
+        (True, False)
+        """
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
@@ -140,6 +150,10 @@ class DPLoRALinear(PrivateModule):
         Raises:
             ValueError: a rank that does not fit the layer, or the adapter is merged.
             TypeError: no rank, or alpha that is no number.
+
+        >>> layer.set_rank(3, alpha=6)
+        >>> layer.lora_A.shape, layer.scaling
+        (torch.Size([3, 6]), 2.0)
         """
         check_count("r", r, least=None)
         check_number("alpha", alpha)
@@ -177,7 +191,11 @@ class DPLoRALinear(PrivateModule):
 
     @torch.no_grad()
     def weight_with(self, sign: int) -> Tensor:
-        """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype."""
+        """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype.
+
+        >>> torch.equal(layer.weight_with(1), layer.weight)  # B is zero
+        True
+        """
         wide = wide_dtype(self.weight.dtype)
         update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(sign * self.scaling)
         return (self.weight.to(wide) + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
@@ -187,6 +205,13 @@ class DPLoRALinear(PrivateModule):
         """Add s · B A into ``weight``; the forward is then a single product. Nothing happens if already merged.
 
         The state dict is then that of a plain layer. The sum is rounded once, to the weight's dtype.
+
+        >>> x = torch.ones(3, 6)
+        >>> _ = nn.init.normal_(layer.lora_B)
+        >>> before = layer(x)
+        >>> layer.merge()
+        >>> torch.allclose(layer(x), before, atol=1e-5), list(layer.state_dict())
+        (True, ['weight', 'bias'])
         """
         if not self.merged:
             self.weight.copy_(self.weight_with(1))
@@ -194,7 +219,13 @@ class DPLoRALinear(PrivateModule):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take s · B A out of ``weight`` again, up to the rounding of its dtype."""
+        """Take s · B A out of ``weight`` again, up to the rounding of its dtype.
+
+        >>> layer.merge()
+        >>> layer.unmerge()
+        >>> list(layer.state_dict())
+        ['weight', 'bias', 'lora_A', 'lora_B']
+        """
         if self.merged:
             self.weight.copy_(self.weight_with(-1))
             self.merged = False

@@ -77,12 +77,20 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """``(event, count)`` in the order of release; neighbours differ."""
+        """``(event, count)`` in the order of release; neighbours differ.
+
+        >>> ledger.entries
+        ((PoissonGaussian(noise_multiplier=1.0, sample_rate=0.01), 1000),)
+        """
         return tuple(self._entries)
 
     @property
     def steps(self) -> int:
-        """The number of private steps taken."""
+        """The number of private steps taken.
+
+        >>> ledger.steps
+        1000
+        """
         return sum(count for _, count in self._entries)
 
     def append(self, event: PoissonGaussian, count: int = 1) -> None:
@@ -90,6 +98,10 @@ class Ledger:
 
         Raises ValueError when ``count`` is negative: what was released cannot be taken back; TypeError for another kind
         of step or of count.
+
+        >>> ledger.append(PoissonGaussian(noise_multiplier=2.0, sample_rate=0.01), count=5)
+        >>> ledger.steps
+        1005
         """
         if not isinstance(event, PoissonGaussian):
             raise TypeError(
@@ -105,7 +117,11 @@ class Ledger:
             self._entries.append((event, count))
 
     def continues(self, earlier: Ledger) -> bool:
-        """Whether this ledger begins with all that ``earlier`` holds."""
+        """Whether this ledger begins with all that ``earlier`` holds.
+
+        >>> ledger.continues(Ledger()), Ledger().continues(ledger)
+        (True, False)
+        """
         return begins(self._entries, earlier._entries)
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
@@ -113,13 +129,21 @@ class Ledger:
 
         "Without noise" includes a noise multiplier below 0.01. By "pld" epsilon is never above that by "rdp". Raises
         ValueError when ``delta`` is outside (0, 1) or the accountant unknown, TypeError when ``delta`` is no number.
+
+        >>> round(ledger.epsilon(1e-5), 2), round(ledger.epsilon(1e-5, "rdp"), 2)
+        (1.83, 2.1)
         """
         check_delta(delta)
         check_accountant(accountant)
         return composed_epsilon(gathered(self.entries), float(delta), accountant)
 
     def dp_event(self) -> dp_event.DpEvent:
-        """The run for any accountant of ``dp-accounting``."""
+        """The run for any accountant of ``dp-accounting``.
+
+        >>> from dp_accounting.rdp import RdpAccountant
+        >>> round(float(RdpAccountant().compose(ledger.dp_event()).get_epsilon(1e-5)), 2)
+        2.1
+        """
         from dp_accounting import dp_event
 
         return dp_event.ComposedDpEvent(
@@ -131,6 +155,9 @@ class Ledger:
 
         Each entry has the ``digest`` that chains it to those before (:mod:`lora_dp.hash_chain`); the last ``digest`` is
         that of the whole.
+
+        >>> {name: value for name, value in ledger.state_dict()["entries"][0].items() if name != "digest"}
+        {'noise_multiplier': 1.0, 'sample_rate': 0.01, 'count': 1000}
         """
         entries: list[dict[str, Any]] = []
         digest = START
@@ -146,6 +173,11 @@ class Ledger:
 
         Raises ValueError, and changes nothing, when it is no ledger, or not the one that was saved, or lacks steps that
         this one has: a ledger only grows.
+
+        >>> other = Ledger()
+        >>> other.load_state_dict(ledger.state_dict())
+        >>> other.entries == ledger.entries
+        True
         """
         try:
             if state["format"] != _FORMAT or state["version"] not in (_WITHOUT_DIGESTS, _VERSION):
@@ -175,6 +207,8 @@ class Ledger:
         """Write the ledger as JSON, atomically: after a crash the file holds either the old ledger or the new one.
 
         Raises TypeError when ``path`` is none.
+
+        >>> ledger.save("spent.json")
         """
         check_path("path", path)
         write_atomically(Path(path), json.dumps(self.state_dict(), indent=1))
@@ -183,6 +217,10 @@ class Ledger:
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
         """Read a saved ledger. Raises FileNotFoundError, ValueError for a damaged file or another version, TypeError
         when ``path`` is none.
+
+        >>> ledger.save("spent.json")
+        >>> Ledger.load("spent.json").steps
+        1000
         """
         check_path("path", path)
         ledger = cls()
