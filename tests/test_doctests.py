@@ -39,7 +39,17 @@ MODULES = {"forward", "extra_repr"}
 INTERNAL = {
     **dict.fromkeys(["DPLoRALinear", "DPLinear", "DPLayerNorm", "DPEmbedding"], MODULES),
     "PrivateDataLoader": {"check_fetched"},
-    "PrivateOptimizer": {"clip", "defaults", "param_groups", "recorder", "release", "state", "step_on_empty_batch", "take"},
+    "PrivateOptimizer": {
+        "clip",
+        "defaults",
+        "param_groups",
+        "recorder",
+        "release",
+        "state",
+        "step_on_empty_batch",
+        "take",
+    },
+}
 
 
 def examples(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
