@@ -58,7 +58,7 @@ def modules() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "builds")]
 
 
-def measure(module: str, capabilities: Sequence[int] = tuple(SHARED_LIMITS)) -> list[Resources]:
+def compile_kernels(module: str, capabilities: Sequence[int] = tuple(SHARED_LIMITS)) -> list[Resources]:
     """Compile every build of one kernel file for every architecture.
 
     Raises:
@@ -112,9 +112,9 @@ def _usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def measure_all(processes: int | None = None) -> Iterator[list[Resources]]:
-    """:func:`measure` of every kernel file, several at a time."""
+    """:func:`compile_kernels` of every kernel file, several at a time."""
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(measure, modules())
+        yield from pool.map(compile_kernels, modules())
 
 
 def main() -> None:

@@ -41,23 +41,37 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/fed/rounds/engines.py": ("tests/fed/rounds/test_local_engine.py",),
     "lora_dp/fed/rounds/messages.py": ("tests/fed/methods/test_products.py", "tests/fed/rounds/test_fixed_shapes.py"),
     "lora_dp/fed/rounds/regulators.py": ("tests/fed/rounds/test_units.py",),
+    # Parts of kernels, which run within them.
+    "kernels/__main__.py": ("tests/kernels/test_resources.py",),
+    "kernels/adapted_product.py": ("tests/kernels/test_products.py",),
+    "kernels/clip_margin.py": ("tests/privacy/test_clipping.py", "tests/kernels/test_norms.py"),
+    "kernels/gaussian_filter.py": ("tests/kernels/test_noise_update.py",),
+    "kernels/launching.py": ("tests/kernels/test_products.py",),
+    "kernels/lora_product.py": ("tests/kernels/test_products.py",),
+    "kernels/low_rank_update.py": ("tests/kernels/test_products.py",),
+    "kernels/optimizer_rows.py": ("tests/kernels/test_noise_update.py",),
+    "kernels/philox.py": ("tests/kernels/test_noise_update.py",),
+    "kernels/skinny_product.py": ("tests/kernels/test_products.py",),
+    "kernels/tile_table.py": ("tests/kernels/test_clip_sum.py",),
     # Triton kernels run on a GPU, or in Triton's interpreter.
     "lora_dp/ops/clip_and_sum.py": ("tests/kernels/test_clip_sum.py",),
 }
 
 
 def modules() -> Iterator[str]:
-    """Paths of the modules of ``lora_dp``, from the repository's root."""
+    """Paths of the modules, from the repository's root: an installation puts ``kernels`` into ``lora_dp``."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        if path.name != "__init__.py":
+            yield path.relative_to(ROOT).as_posix()
     for path in sorted((ROOT / "lora_dp").rglob("*.py")):
         name = path.relative_to(ROOT)
-        # The kernels are a folder of their own, which an installation puts here.
         if path.name != "__init__.py" and name.parts[1] != "kernels":
             yield name.as_posix()
 
 
 def file_of_tests(module: str) -> str:
     """Where the tests of a module are: ``lora_dp/room/x.py`` has ``tests/room/test_x.py``."""
-    path = Path(module).relative_to("lora_dp")
+    path = Path(module.removeprefix("lora_dp/"))
     return (Path("tests") / path.parent / f"test_{path.name}").as_posix()
 
 
@@ -73,8 +87,8 @@ def test_what_is_tested_elsewhere_is_tested_in_files_that_there_are() -> None:
 
 # Names
 
-# Always written behind the name of their module: ``checkpoint.read``.
-QUALIFIED = {"content", "main", "read", "write"}
+# Always written behind the name of their module: ``checkpoint.read``. Each kernel has its ``builds``.
+QUALIFIED = {"builds", "content", "main", "read", "write"}
 
 
 def test_no_two_public_classes_or_functions_share_a_name() -> None:

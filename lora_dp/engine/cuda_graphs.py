@@ -18,7 +18,7 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.isolation.batches.kinds import structure
 from lora_dp.isolation.collation.trial import drawn_for_test
 from lora_dp.nn.layers import DPEmbedding
-from lora_dp.ops.clip_and_sum import captured_tables
+from lora_dp.ops.clip_and_sum import tables_captured
 
 # As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
 _WARMUP = 3
@@ -193,6 +193,6 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((held.graph.pool() for held in self._captured.values()), None)
-        with captured_tables(self._mask.device) as tables, torch.cuda.graph(graph, pool=pool):
+        with tables_captured(self._mask.device) as tables, torch.cuda.graph(graph, pool=pool):
             loss, clipped = self._run()
         return _Captured(graph, tables, loss, clipped)

@@ -64,7 +64,7 @@ def clip_and_sum(
     )
 
 
-def captured_tables(device: torch.device) -> AbstractContextManager[Any]:
+def tables_captured(device: torch.device) -> AbstractContextManager[Any]:
     """Around the capture of a CUDA graph with :func:`clip_and_sum` in it; what it gives must live as long."""
     from lora_dp.kernels.tile_table import captured_tables
 

@@ -34,7 +34,7 @@ def audit_config(options: AuditConfig, console: Console) -> AuditResult:
         ValueError: a configuration that cannot be read, claims nothing, or cannot be audited in this way.
     """
     config = read_options(options.target)
-    check(config, options)
+    check_auditable(config, options)
     folder = _folder(options)
     with console.status("opening data and model"):
         job = open_job(config)
@@ -93,7 +93,7 @@ def _folder(options: AuditConfig) -> Path:
     return folder.with_name(f"{folder.name}-audit")
 
 
-def check(config: RunConfig, options: AuditConfig) -> None:
+def check_auditable(config: RunConfig, options: AuditConfig) -> None:
     """Raise ValueError for what cannot be audited."""
     privacy = config.privacy
     if privacy.mechanism == "as-released":
