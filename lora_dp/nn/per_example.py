@@ -1,4 +1,4 @@
-"""Where one forward and backward pass leaves its per-example gradients until the private step takes them.
+"""Stores the per-example gradients of one pass until ``PrivateOptimizer.step`` takes them.
 
 A :class:`Pass` belongs to one micro-batch of N examples and holds one :class:`Slot` per trained parameter.
 Everything arrives as autograd's gradient of a leaf, so no backward has a side effect and a compiled one works too.

@@ -24,7 +24,7 @@ _FEW = 8
 
 
 class LogError(ValueError):
-    """What a run has released cannot be counted any more, or not on these terms: it must not be gone on with."""
+    """The release log is damaged or belongs to other settings, so ε cannot be computed. The run must not be resumed."""
 
 
 class Account:
