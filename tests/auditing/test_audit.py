@@ -119,7 +119,7 @@ def test_the_engine_passes_with_other_canaries(options: dict[str, Any], canaries
 TWO_WORLDS: dict[str, Any] = {"delta": DELTA, "test": "two-world", "runs": 400}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_passes_two_world_audits_of_20_seeds() -> None:
     violated = Counter[str]()
     for seed in SEEDS:

@@ -163,6 +163,7 @@ def test_batches_that_begin_in_one_state_draw_for_themselves() -> None:
     assert distinct(found)
 
 
+@pytest.mark.slow
 def test_under_a_seeded_source_the_seeds_are_the_users() -> None:
     fetched = batches(Drawing(), SeededSource(0))
     for seed in (1, 2):

@@ -57,6 +57,7 @@ def train(model: Any, optimizer: Any, batches: Any) -> None:
 REFUSED = r"A batch that the private loader drew \(\d+ examples\) could not be fetched \(\w+Error\) and was never"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("damage", "error", "words"),

@@ -461,6 +461,7 @@ def test_half_precision_passes():
     assert cross_entropy(model, (x, y)).isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [lambda: DPLinear(4, 2), lambda: DPLoRALinear(4, 2, r=2)])
 @pytest.mark.parametrize(
     "criterion",
@@ -479,6 +480,7 @@ def test_losses_of_a_model_that_is_one_private_layer_are_tried_too(model, criter
             PrivacyEngine().check_isolation(model(), batch, criterion)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [lambda: DPLinear(4, 2), lambda: DPLoRALinear(4, 2, r=2)])
 def test_a_model_that_is_one_private_layer_passes_with_a_loss_of_each_example(model):
     for seed in range(20):

@@ -37,7 +37,7 @@ def test_what_is_sound_is_not_violated(configuration, options, tmp_path, capsys)
 SHORT = {"rounds": 1, "local_steps": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "more"),
     [

@@ -132,8 +132,12 @@ def test_the_grid_can_be_run(path):
     assert f"--config experiments/{path.relative_to(FOLDER)} " in path.read_text()
 
 
+# Every third of them runs in CI.
 @pytest.mark.slow
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.long] if place % 3 else []) for place, p in enumerate(CONFIGS)],
+)
 def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
     _, common = options(path)
     # Windows of 7, images of 224, layers named as in Swin-B, with fewer channels and blocks.

@@ -140,7 +140,7 @@ def test_what_is_sound_is_not_violated(options, words, audited, tmp_path):
         assert counted and all(ledger["unit"] == carried.config.privacy.unit for ledger in counted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each_case
 def test_what_is_sound_is_not_violated_over_5_seeds(options, words, audited):
     """At a confidence of 0.999 two false alarms of 5 have a probability of 0.00001."""

@@ -100,8 +100,12 @@ def finish(work: Work, folder: Path, options: dict[str, Any]) -> None:
         assert answer["status"] == 0, answer["error"]
 
 
+# The kinds that CI kills at random moments.
+SOME = {"la-lora", "server noise", "rare checkpoints"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in SOME else pytest.mark.long) for kind in KINDS])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(work, whole, tmp_path, kind):
     expected, seconds = whole(kind)
     options, rng = {**TINY, **KINDS[kind]}, random.Random(f"{SEED} {kind}")

@@ -286,6 +286,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pt", "np", None])
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_collators_of_transformers_are_taken(kind, n):

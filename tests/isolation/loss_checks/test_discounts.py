@@ -29,6 +29,7 @@ def discounted(losses: Sequence[Tensor]) -> Tensor:
     return sum((0.8**t * loss for t, loss in enumerate(losses)), torch.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weigh",
     [
@@ -50,6 +51,7 @@ def test_discounts_over_another_number_of_steps_are_the_same_series(weigh):
     assert optimizer.ledger.steps == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weigh",
     [

@@ -114,6 +114,7 @@ def test_a_sum_is_refused_even_after_a_batch_of_one():
         step(SUMS["cross entropy"], model=model, optimizer=optimizer, n=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEANS)
 def test_means_are_taken_in_batches_of_any_size(name):
     model, optimizer = step(MEANS[name])
