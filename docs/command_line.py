@@ -1,10 +1,10 @@
-"""The options of ``python -m lora_dp.fed`` as Markdown, from the parsers themselves."""
+"""The options of ``lora-dp`` as Markdown, from the parsers themselves."""
 
 import re
 from argparse import SUPPRESS
 from typing import Any, get_args
 
-from lora_dp.fed.commands import COMMANDS
+from lora_dp.fed.commands import COMMANDS, as_given, hyphenated
 
 
 def markdown() -> str:
@@ -35,13 +35,12 @@ _LONGEST_HEADING = 60
 
 
 def _row(action: Any) -> str:
-    name = next((option for option in action.option_strings), action.metavar)
+    name = hyphenated(next((option for option in action.option_strings), action.metavar))
     choices = _choices(getattr(action, "_typehint", None))
     text = _escaped(" ".join(str(action.help or "").split()))
     if choices:
         text += " One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
-    default = "" if action.default in (None, {}) else str(action.default)
-    default = default.lower() if isinstance(action.default, bool) else default
+    default = "" if action.default in (None, {}) else as_given(action.default)
     return f"| `{name}` | {f'`{default}`' if default else ''} | {text} |"
 
 

@@ -3,7 +3,7 @@
     python examples/federation.py
 
 Takes about half a minute, and downloads nothing. The run's folder, under runs/, holds the adapter and every ledger.
-`python -m lora_dp.fed --rounds 5 --partition dirichlet` does the same; its options are those given here.
+`lora-dp --rounds 5 --partition dirichlet` does the same; its options are those given here.
 """
 
 import json

@@ -34,7 +34,7 @@ from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.models.options import ModelConfig, PretrainConfig
 
-PROG = "lora-dp" if Path(sys.argv[0]).name == "lora-dp" else "python -m lora_dp.fed"
+PROG = "lora-dp"
 RUN_HELP = """\
 Fine-tune a model with LoRA over a federation of clients, each of which has an (ε, δ) guarantee for its examples.
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
@@ -61,7 +61,7 @@ REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research onl
 _LISTS = ("--methods", "--epsilons", "--seeds", "--learning_rates", "--ranks")
 # What jsonargparse says of types, in plain words.
 _PLAIN = (
-    (r'Parser key "(\w+)": ', r"--\1: "),
+    (r'Parser key "([\w.]+)": ', r"--\1: "),
     (r"Expected a <class '(\w+)'>", r"expected \1"),
     (r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1"),
     (r"Does not validate .*? Errors: - (.*) Given value type: .* Given value: ", r"\1. Got value: "),
@@ -79,6 +79,9 @@ class _Formatter(DefaultHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.splitlines())
 
+    def _format_action_invocation(self, action: Any) -> str:
+        return hyphenated(super()._format_action_invocation(action)).replace("[ITEM,...]", "ITEM,...")
+
     def _get_default_metavar_for_optional(self, action: Any) -> str:
         return "VALUE"
 
@@ -86,8 +89,7 @@ class _Formatter(DefaultHelpFormatter):
         text = str(action.help or "").rstrip()
         if action.default is None or "==" in str(action.default) or "%(default)" in text:
             return text
-        default = str(action.default).lower() if isinstance(action.default, bool) else action.default
-        return f"{text} [{default}]"
+        return f"{text} [{as_given(action.default)}]"
 
 
 class _Parser(ArgumentParser):
@@ -100,7 +102,7 @@ class _Parser(ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--\w+)", message, flags=re.IGNORECASE)
         if unknown and (meant := closest(unknown[1], self.options())):
             message += f", did you mean {meant}?"
-        sys.stderr.write(f"error: {message} ({self.prog} --help lists the options)\n")
+        sys.stderr.write(f"error: {hyphenated(message)} ({self.prog} --help lists the options)\n")
         sys.exit(2)
 
     def options(self) -> list[str]:
@@ -119,6 +121,18 @@ class _Parser(ArgumentParser):
                 if str(name).partition(".")[0] not in known:
                     meant = closest(str(name).replace("-", "_"), known)
                     self.error(f"{path} has no option {name!r}{f', did you mean {meant}?' if meant else ''}")
+
+
+def as_given(default: Any) -> str:
+    """A default as it would be given on the command line."""
+    if isinstance(default, list):
+        return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def hyphenated(text: str) -> str:
+    """Options in a text as a user reads them: --local-steps, which --local_steps is too."""
+    return re.sub(r"(?<![\w./-])--\w+", lambda option: option[0].replace("_", "-"), text)
 
 
 def _files(words: Sequence[str]) -> Iterator[str]:
@@ -298,7 +312,7 @@ def main(command: str, arguments: Sequence[str], began: float) -> int:
         began: when the process did, by ``time.monotonic``.
     """
     make_parser, action = COMMANDS[command]
-    # --local-steps is --local_steps.
+    # Names of options are those of Python; --local-steps is how a user reads and writes them.
     words = _as_lists([_underscored(word) for word in arguments])
     parser = make_parser()
     parser.check_files(words)

@@ -33,7 +33,7 @@ class FederationConfig:
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
     rac-lora, galore; or flat-lora:NAME, Flat-LoRA over another."""
     method_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the method itself, for example --method_options.objective cosine (lora-fair)."""
+    """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5
     """Number of clients that the training data are spread over."""
     clients_per_round: int | None = None
@@ -270,7 +270,7 @@ class RunConfig:
     >>> config.federation.rounds, config.privacy.target, config.optimization.lr
     (10, 1.0, 0.15)
     >>> print(config.to_yaml())
-    # python -m lora_dp.fed --config config.yaml
+    # lora-dp --config config.yaml
     ...
     method: ffa-lora
     ...
@@ -372,7 +372,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The flat YAML file that runs the same again with --config; the output folder is left out."""
-        parts = ["# python -m lora_dp.fed --config config.yaml"]
+        parts = ["# lora-dp --config config.yaml"]
         for group in dataclasses.fields(self):
             values = dataclasses.asdict(getattr(self, group.name))
             if group.name == "model":

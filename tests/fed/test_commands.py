@@ -79,7 +79,7 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--rounds many", "--rounds: expected int. Got value: many"),
         ("--rounds 0", "rounds must be at least 1, not 0"),
         ("--partition zipf", "--partition: expected one of 'iid', 'dirichlet'"),
-        ("--low_pass box", "--low_pass: expected one of 'none', 'gaussian', 'laplacian'. Got value: box"),
+        ("--low_pass box", "--low-pass: expected one of 'none', 'gaussian', 'laplacian'. Got value: box"),
         ("--low_pass laplacian", "low_pass laplacian needs low_pass_strength"),
         ("--method dp-lora --low_pass_strength 1", "low_pass_strength needs low_pass"),
         ("--low_pass none --low_pass_strength 1", "has no effect with low_pass none"),

@@ -10,7 +10,8 @@ from lora_dp.fed import cli
     [
         ("comapre", "there is no command 'comapre': did you mean compare?"),
         ("--epslon 1", "unrecognized arguments: --epslon 1, did you mean --epsilon?"),
-        ("--locl-steps 3", "unrecognized arguments: --locl_steps 3, did you mean --local_steps?"),
+        ("--locl-steps 3", "unrecognized arguments: --locl-steps 3, did you mean --local-steps?"),
+        ("--locl_steps a_b", "unrecognized arguments: --locl-steps a_b, did you mean --local-steps?"),
         ("compare --mehtods la-lora", "unrecognized arguments: --mehtods la-lora, did you mean --methods?"),
         ("--method la_lora", "Did you mean la-lora?"),
         ("--method flat-lora:rolora2", "Did you mean rolora?"),

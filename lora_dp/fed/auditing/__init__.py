@@ -1,1 +1,1 @@
-"""``python -m lora_dp.fed audit CONFIG``: does a configuration's training keep the ε that it claims?"""
+"""``lora-dp audit CONFIG``: does a configuration's training keep the ε that it claims?"""

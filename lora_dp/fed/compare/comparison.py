@@ -142,7 +142,7 @@ def _check_definition(grid: Grid, folder: Path) -> None:
     new = grid.definition()
     if not (folder / DEFINITION).exists():
         text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
-        write_atomically(folder / DEFINITION, f"# python -m lora_dp.fed compare --config {DEFINITION}\n{text}")
+        write_atomically(folder / DEFINITION, f"# lora-dp compare --config {DEFINITION}\n{text}")
         return
     old = {**defaults(), **read_definition(folder)}
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -107,7 +107,7 @@ def _check_unspent(config: RunConfig, path: Path, reason: ValueError) -> None:
     """
     if plan_of(config).private and not config.run.reproducible and AheadLog(path / LOG).rounds_begun():
         raise LogError(
-            f"{path} cannot be resumed (python -m lora_dp.fed resume {path} says why), and is not begun anew, since "
+            f"{path} cannot be resumed (lora-dp resume {path} says why), and is not begun anew, since "
             "its rounds have spent a budget: restore it from a backup, or move it away and add its ε to the new run's."
         ) from reason
 

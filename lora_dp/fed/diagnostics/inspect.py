@@ -1,4 +1,4 @@
-"""``python -m lora_dp.fed inspect RUN``: the quantities by which papers explain why a method wins, of one run.
+"""``lora-dp inspect RUN``: the quantities by which papers explain why a method wins, of one run.
 
 Only public things are looked at: what the run has released, its settings, and validation data (taken to be public).
 """

@@ -333,7 +333,7 @@ def _notices_off() -> Iterator[None]:
 
 
 def server_app() -> ServerApp:
-    """The ServerApp of a deployment: its run configuration holds the options of ``python -m lora_dp.fed``."""
+    """The ServerApp of a deployment: its run configuration holds the options of ``lora-dp``."""
     app = ServerApp()
 
     @app.main()
@@ -368,9 +368,7 @@ def serve_again(path: Path, grid: Grid, console: Console | None = None) -> Outco
     folder, config = RunFolder.open(path)
     try:
         if config.federation.engine != "deployed":
-            raise ValueError(
-                f"The run in {path} was not deployed: go on with it by python -m lora_dp.fed resume {path}."
-            )
+            raise ValueError(f"The run in {path} was not deployed: go on with it by lora-dp resume {path}.")
         return go_on(config, connected(config, grid), folder, report)
     finally:
         folder.close()

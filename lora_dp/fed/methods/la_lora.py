@@ -9,7 +9,7 @@ from lora_dp.fed.methods.base import Method, Phases
 class LALoRA(Method):
     """Each local step trains one factor: B, A, B, A, …, so that noise in one never multiplies noise in the other.
 
-    The server averages A and B. The filter (--low_pass) and the ratio of learning rates (--lr_ratio) are settable.
+    The server averages A and B. The filter (--low-pass) and the ratio of learning rates (--lr-ratio) are settable.
     The default filter is a light one: stronger ones cost accuracy on the embedded default.
     """
 

@@ -137,7 +137,7 @@ def _save(model: nn.Module, raw: RawData, config: PretrainConfig) -> Path:
         "validation_images": len(validation),
         "validation_accuracy": round(float(sum(hits)) / len(validation), 4),
         "settings": {name: value for name, value in asdict(config).items() if name not in ("dataset", "output")},
-        "command": f"python -m lora_dp.fed pretrain --dataset {dataset}",
+        "command": f"lora-dp pretrain --dataset {dataset}",
     }
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -78,9 +78,7 @@ def _resumable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(
-            f"The run in {path} stopped ({error}): mend that, then python -m lora_dp.fed resume {path} goes on."
-        ) from error
+        raise OSError(f"The run in {path} stopped ({error}): mend that, then lora-dp resume {path} goes on.") from error
 
 
 def _drive(

@@ -263,7 +263,7 @@ class ConsoleReport:
         if summary["status"] != "finished":
             table.add_row("status", f"[yellow]{summary['status']}[/]")
         if summary["status"] in ("interrupted", "stopped"):
-            table.add_row("go on with", f"python -m lora_dp.fed resume {escape(str(folder))}")
+            table.add_row("go on with", f"lora-dp resume {escape(str(folder))}")
         if summary["release"]:
             table.add_row("release", f"[yellow]{summary['release']}[/]")
         self.console.print()

@@ -1,4 +1,4 @@
-"""``python -m lora_dp.fed audit``: finds planted faults, leaves what is sound alone, refuses the rest."""
+"""``lora-dp audit``: finds planted faults, leaves what is sound alone, refuses the rest."""
 
 import json
 

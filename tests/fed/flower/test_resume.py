@@ -111,5 +111,5 @@ def test_it_goes_on_nowhere_else(tmp_path):
         resume(tmp_path / "cut", QUIET)
     text = (tmp_path / "cut" / "config.yaml").read_text()
     (tmp_path / "cut" / "config.yaml").write_text(text.replace("engine: deployed", "engine: local"))
-    with pytest.raises(ValueError, match="was not deployed: go on with it by python -m lora_dp.fed resume"):
+    with pytest.raises(ValueError, match="was not deployed: go on with it by lora-dp resume"):
         serve_again(tmp_path / "cut", grid(), QUIET)

@@ -35,7 +35,7 @@ def test_writes_a_model_that_the_federation_opens(folder, tmp_path, monkeypatch)
     path = pretrain(config)
     assert torch.equal(torch.get_rng_state(), before)
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["command"] == "python -m lora_dp.fed pretrain --dataset digits"
+    assert card["command"] == "lora-dp pretrain --dataset digits"
     assert card["settings"]["epochs"] == 8
     assert 0.2 < card["validation_accuracy"] <= 1
     assert card["validation_images"] == 80
