@@ -20,6 +20,7 @@ from tests.support import make_private
 # Padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("left", [False, True])
 def test_a_pooling_over_padding_is_refused_once_widths_differ(left, dropout):

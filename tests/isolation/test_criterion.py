@@ -11,6 +11,7 @@ from lora_dp.isolation.check import check_isolation
 from tests.isolation.token_models import Tokens, padded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["own", "all"])
 @pytest.mark.parametrize(
     ("join", "reduction"),

@@ -226,6 +226,7 @@ def test_an_example_whose_own_gradient_is_nan_takes_nothing_of_others():
     refused("attributed to other examples", Made(lambda out: taking(out.tanh())), 4, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 4, 8])
 @pytest.mark.parametrize(
     ("second", "kept"),

@@ -58,6 +58,7 @@ def test_an_output_that_counts_is_refused_in_every_batch(power, n):
     refused("changes with the number of examples", Counting(), n, examples(n)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 8])
 def test_reductions_are_told_apart_in_every_batch(n):
     x, y = examples(n)
@@ -175,6 +176,7 @@ def test_examples_that_meet_in_flattened_outputs_are_refused(words, after, table
 # Padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
@@ -186,6 +188,7 @@ def test_tokens_that_take_something_of_padding_are_refused(flat, left, n):
     check_isolation(Tokens("all", flat).train(), (), padded(n, left), n, padding_varies=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -216,6 +219,7 @@ def test_losses_of_single_examples_are_held_to_padding_too(over):
 # Numbers among the arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["output", "loss", "nowhere"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_number_that_differs_from_batch_to_batch(where, dropout):

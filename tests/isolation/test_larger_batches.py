@@ -76,6 +76,7 @@ def private(model: nn.Module) -> Callable[[int], None]:
     return lambda n: call(*examples(n, seed=n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [first_come, by_score, hardest, hardest_mean])
 def test_what_only_more_examples_do_to_each_other_is_refused(of: Any, larger: list[int]) -> None:
     for n in (26, 28, 31):

@@ -62,6 +62,7 @@ def tokens(*lengths: int) -> tuple[Tensor, Tensor]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_count_by_which_a_models_own_losses_are_divided_before_they_are_joined_is_refused(way):
     model = Tokens(way).train()
@@ -137,6 +138,7 @@ class Own(nn.Module):
         return loss if self.alone else {"loss": loss, "logits": logits}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", CHOOSING)
@@ -185,6 +187,7 @@ def test_a_criterion_of_single_examples_that_chooses_among_many_is_refused(name,
         check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reduction", "n"), [("mean", MANY), ("sum", MANY), (None, MANY), (None, 5)])
 def test_a_scalar_criterion_that_chooses_among_many_is_refused(reduction, n):
     x, y = examples(n)

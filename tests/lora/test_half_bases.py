@@ -153,6 +153,7 @@ def test_per_example_gradients(method, dtype):
         assert abs(squares[i].sqrt() - norm) < 8 * ROUNDOFF[dtype] * norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_models_own_cast_is_obeyed(dtype):
     """After ``model.to(...)`` everything has that dtype, embeddings' rows too, and still trains."""

@@ -44,6 +44,7 @@ def test_two_secure_sources_share_nothing() -> None:
     assert len({SecureSource().next_draw().key for _ in range(10)}) == 10
 
 
+@pytest.mark.slow
 def test_threads_never_share_a_draw(source: RandomSource) -> None:
     drawn: list[Draw] = []
     interval = sys.getswitchinterval()

@@ -123,6 +123,7 @@ def test_where_each_has_spent_its_budget_the_quick_bound_is_the_budget(accountan
     assert 8 * 0.998 < found.worst_epsilon(exact=False) <= 8
 
 
+@pytest.mark.slow
 def test_the_quick_bound_tells_that_one_client_has_spent_more_than_its_budget():
     found = account(sizes=MANY, participations=5)
     for _ in range(4):

@@ -20,6 +20,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, N])
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("shapes", ["(N, 1) and (N,)", "(N,) and (N, 1)", "alike"])

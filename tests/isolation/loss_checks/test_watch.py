@@ -41,6 +41,7 @@ def check_taken(loss: OutsideLoss, reduction: str) -> None:
     assert_close(flat(private_gradients(model)) * N, flat(clip_and_sum(gradients, "flat", 0.3, str)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEANS)
 def test_means_are_taken_for_what_they_are(name):
     check_taken(MEANS[name], "mean")
