@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lora_dp.errors import IsolationError, TooFewClients
+from lora_dp.extras import needing
 from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import (
@@ -319,7 +320,8 @@ def main(command: str, arguments: Sequence[str], began: float) -> int:
     options = parser.parse_args(words).as_dict()
     options.pop("config", None)
     try:
-        return action(options, Console(), began)
+        with needing("lora_dp.fed", "fed"):
+            return action(options, Console(), began)
     except (ValueError, OSError, ImportError, IsolationError, TooFewClients) as error:
         text = error.in_full if isinstance(error, TooFewClients) else str(error)
         sys.stderr.write(f"error: {' '.join(text.split())}\n")
