@@ -30,3 +30,15 @@ def test_the_reference_lists_every_module():
         parts = ("lora_dp", *parts) if parts[0] == "kernels" else parts
         names.add(".".join(parts).removesuffix(".__init__"))
     assert listed == {name for name in names if not name.endswith(".__main__")}
+
+
+def test_every_installation_looks_at_python_before_it_downloads():
+    """An older Python would otherwise be told after minutes, by pip."""
+    check = "python3 -c 'import sys; assert sys.version_info >= (3, 11), \"Python 3.11 or later is needed\"' && "
+    installing = 0
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if "python3 -m venv" in line:
+                installing += 1
+                assert line.startswith(f"{check}python3 -m venv .venv"), page
+    assert installing >= 6

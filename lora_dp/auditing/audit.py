@@ -22,6 +22,7 @@ from lora_dp.auditing.bounds import (
     two_world_mu,
 )
 from lora_dp.auditing.canaries import Canaries
+from lora_dp.extras import needing
 from lora_dp.privacy.accounting import check_delta
 
 Test = Literal["one-run", "two-world"]
@@ -357,7 +358,8 @@ def plot_audits(audits: dict[str, Sequence[AuditResult]], path: str | os.PathLik
     >>> result = audit(list, canaries, delta=1e-5, claimed_epsilon=1.0)
     >>> plot_audits({"nothing is private": [result]}, "audit.png")
     """
-    from matplotlib.figure import Figure
+    with needing("plot_audits", "fed"):
+        from matplotlib.figure import Figure
 
     results = [result for series in audits.values() for result in series if np.isfinite(result.claimed_epsilon)]
     if not results:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 import lora_dp
-from lora_dp.extras import missing
+from lora_dp.extras import NotInstalled, needing
 from lora_dp.fed.did_you_mean import nearest
 from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 
@@ -29,15 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: there is no command {command!r}: {nearest(command, COMMANDS)}\n")
         return 2
     try:
-        with quiet_interrupts():
-            try:
-                from lora_dp.fed import commands
-            except ModuleNotFoundError as error:
-                package = (error.name or "lora_dp").partition(".")[0]
-                if package == "lora_dp":
-                    raise
-                sys.stderr.write(f"error: {missing('lora_dp.fed', package, 'fed')}\n")
-                return 2
+        with quiet_interrupts(), needing("lora_dp.fed", "fed"):
+            from lora_dp.fed import commands
         return commands.main(command, words, began)
+    except NotInstalled as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     except KeyboardInterrupt:
         return INTERRUPTED

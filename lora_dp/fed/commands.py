@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lora_dp.errors import IsolationError, TooFewClients
+from lora_dp.extras import needing
 from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import (
@@ -64,7 +65,7 @@ _PLAIN = (
     (r'Parser key "([\w.]+)": ', r"--\1: "),
     (r"Expected a <class '(\w+)'>", r"expected \1"),
     (r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1"),
-    (r"Does not validate .*? Errors: - (.*) Given value type: .* Given value: ", r"\1. Got value: "),
+    (r"Does not validate .*? Errors: - (.*) Given value type: .* Given value: ?", r"\1. Got value: "),
     (r" - Expected a <class 'NoneType'>| - expected NoneType", ""),
     (r" - expected (one of )?", " or "),
 )
@@ -95,10 +96,15 @@ class _Formatter(DefaultHelpFormatter):
 class _Parser(ArgumentParser):
     """Says what is wrong in one line, and what was meant where that can be told."""
 
+    # The file of options that is being read, by itself.
+    _file: str | None = None
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
         for pattern, plain in _PLAIN:
             message = re.sub(pattern, plain, message)
+        if self._file is not None and self._file not in message:
+            message = f"{self._file}: {message.removeprefix('--')}"
         unknown = re.match(r"unrecognized arguments: (--\w+)", message, flags=re.IGNORECASE)
         if unknown and (meant := closest(unknown[1], self.options())):
             message += f", did you mean {meant}?"
@@ -110,17 +116,16 @@ class _Parser(ArgumentParser):
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
 
     def check_files(self, words: Sequence[str]) -> None:
-        """Refuse a file of options that has an unknown one, naming the file."""
+        """Refuse a file of options that has an unknown one, or a value of another type, naming the file."""
         known = {name[2:] for name in self.options()}
         for path in _files(words):
-            try:
-                given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError):
-                continue  # what the parser itself says of such a file
-            for name in given if isinstance(given, dict) else ():
-                if str(name).partition(".")[0] not in known:
-                    meant = closest(str(name).replace("-", "_"), known)
+            for name in _read(path):
+                if name.partition(".")[0] not in known:
+                    meant = closest(name.replace("-", "_"), known)
                     self.error(f"{path} has no option {name!r}{f', did you mean {meant}?' if meant else ''}")
+            self._file = path
+            self.parse_args(["--config", path])
+            self._file = None
 
 
 def as_given(default: Any) -> str:
@@ -141,6 +146,37 @@ def _files(words: Sequence[str]) -> Iterator[str]:
         name, equals, value = word.partition("=")
         if name == "--config":
             yield value if equals else following
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The options in a file, as they stand there; none where the parser itself says what is wrong with the file."""
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {str(name): value for name, value in given.items()} if isinstance(given, dict) else {}
+
+
+def _where(text: str, words: Sequence[str]) -> str:
+    """Which files gave the options that a message is about, in parentheses; nothing where none did.
+
+    >>> Path("options.yaml").write_text("rounds: 0\\nclients: 5\\n")
+    21
+    >>> _where("rounds must be at least 1, not 0.", ["--config", "options.yaml", "--epsilon", "3"])
+    ' (options.yaml gives rounds)'
+    >>> _where("rounds must be at least 1, not 0.", ["--config", "options.yaml", "--rounds", "0"])
+    ''
+    """
+    files = {name: path for path in _files(words) for name in _read(path)}
+    overridden = {word.partition("=")[0][2:].partition(".")[0] for word in words if word.startswith("--")}
+    about: dict[str, list[str]] = {}
+    for name, path in files.items():
+        value = _read(path)[name]
+        told = [name, *(value if isinstance(value, dict) else [value] if isinstance(value, str) else [])]
+        if name not in overridden and any(re.search(rf"(?<!\w){re.escape(str(part))}(?!\w)", text) for part in told):
+            about.setdefault(path, []).append(name)
+    parts = [f"{path} gives {' and '.join(names)}" for path, names in about.items()]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _parser(prog: str, description: str, usage: str) -> _Parser:
@@ -319,10 +355,12 @@ def main(command: str, arguments: Sequence[str], began: float) -> int:
     options = parser.parse_args(words).as_dict()
     options.pop("config", None)
     try:
-        return action(options, Console(), began)
+        with needing("lora_dp.fed", "fed"):
+            return action(options, Console(), began)
     except (ValueError, OSError, ImportError, IsolationError, TooFewClients) as error:
         text = error.in_full if isinstance(error, TooFewClients) else str(error)
-        sys.stderr.write(f"error: {' '.join(text.split())}\n")
+        where = _where(text, words) if isinstance(error, ValueError) else ""
+        sys.stderr.write(f"error: {' '.join(text.split())}{where}\n")
         return 2
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from lora_dp.extras import needing
+
 # Long enough for a slow network; what follows is a download of many seconds.
 _SECONDS = 5.0
 
@@ -42,7 +44,8 @@ def hub(name: str) -> Iterator[None]:
     if Path(name).expanduser().exists():
         yield
         return
-    from datasets import config
+    with needing(f"the name {name}", "fed"):
+        from datasets import config
 
     logger = logging.getLogger("huggingface_hub.utils._http")
     level, before, own = logger.level, constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_dp.extras import missing
+from lora_dp.extras import needing
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.runs.folder import RunFolder
@@ -83,8 +83,6 @@ def _with_federation(config: RunConfig, work: Callable[[Federation], Outcome]) -
             "engine deployed trains where the data are: start it by flwr run, and go on with it by the same command "
             'with resume="FOLDER" in its --run-config (docs/how-to/flower.md).'
         )
-    try:
+    with needing("engine flower", "flower"):
         from lora_dp.fed.flower.server import simulate
-    except ImportError as error:
-        raise ImportError(missing("engine flower", "Flower", "flower")) from error
     return simulate(config, work)

@@ -130,6 +130,48 @@ def test_a_wrong_option_is_one_clear_sentence(words, expected, capsys, tmp_path,
     assert re.fullmatch(r"(opening .* …\n)?", output.out) and not list(tmp_path.iterdir())
 
 
+IN_A_FILE = [
+    ("rounds: many", "", "{0}: rounds: expected int. Got value: many"),
+    ("partition: zipf", "--rounds 3", "{0}: partition: expected one of 'iid', 'dirichlet'. Got value: zipf"),
+    ("- 1", "", "{0}: Unexpected config"),
+    ("rounds: 0", "", "rounds must be at least 1, not 0. ({0} gives rounds)"),
+    ("min_clients: 9", "", "the number of clients (5), but it is 9. ({0} gives min_clients)"),
+    ("rounds: 3", "--rounds 0", "rounds must be at least 1, not 0.\n"),
+    ("rounds: 3", "--clients 0", "clients must be at least 1, not 0.\n"),
+]
+IN_THE_FILE_OF_A_RUN = [
+    ("epsilon: lots", "", "{0}: epsilon: expected float or 'none', 'inf'. Got value: lots"),
+    ("method: fedavg", "", "({0} gives method)"),
+    ("method_options: {rho: 1}", "", "({0} gives method_options)"),
+    ("dataset: ./missing\nclients: 3", "", "({0} gives dataset)"),
+    ("input_column: foo\nclients: 3", "", "({0} gives input_column)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "more", "said"),
+    [("", *case) for case in IN_A_FILE + IN_THE_FILE_OF_A_RUN] + [("compare ", *case) for case in IN_A_FILE],
+)
+def test_a_wrong_value_in_a_file_names_the_file(command, text, more, said, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    try:
+        code = cli.main(f"{command}--config {path} {more}".split())
+    except SystemExit as end:
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2 and len(error.splitlines()) == 1
+    assert said.format(path) in error
+
+
+def test_of_several_files_the_one_that_counts_is_named(tmp_path, capsys):
+    for name, rounds in (("first", 3), ("second", 0)):
+        (tmp_path / f"{name}.yaml").write_text(f"rounds: {rounds}\n")
+    words = [f"--config={tmp_path / 'first.yaml'}", f"--config={tmp_path / 'second.yaml'}"]
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.endswith(f" ({tmp_path / 'second.yaml'} gives rounds)\n")
+
+
 def test_methods_options_ranks_and_units(ran):
     words = (
         "--method lora-fair --method_options.objective cosine --unit client --noise_by client "

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_dp.atomic_files import write_atomically
 from lora_dp.auditing import AuditResult, GradientCanaries, audit, plot_audits
+from lora_dp.extras import require
 from lora_dp.fed.auditing.clients import ClientCanaries, most_clients
 from lora_dp.fed.auditing.game import Game, most_exposed
 from lora_dp.fed.auditing.gradients import most_gradients, train_with_gradients
@@ -22,6 +23,7 @@ from lora_dp.fed.rounds.ledgers import LOG
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.rounds.setup import match_threads, open_job
 
+require("lora_dp.fed", "matplotlib", "fed")  # for the picture at the end of an audit
 GRADIENTS, CLIENTS, EXAMPLES = 1000, 200, 100
 WHITE_BOX = {"example": "gradients in every private step of client {client}", "client": "updates of whole clients"}
 BLACK_BOX = "mislabelled examples of client {client}"

@@ -11,10 +11,15 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from lora_dp.atomic_files import write_atomically, write_bytes_atomically
+from lora_dp.extras import require
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.plot_style import INK, QUIET, STYLE, marks_of
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.runs.folder import ENDED
+
+# What pandas asks for at the end, for tables in Markdown and LaTeX.
+for _package in ("tabulate", "jinja2"):
+    require("lora_dp.fed", _package, "fed")
 
 # Told apart by shape too, for print in grey and for eyes that do not see the colours.
 _COLOURS = ("#2f6fde", "#e0702f", "#1f9d74", "#b0489a", "#8a6d1f", "#5b5fc7", "#c23b4b", "#2b8fa8", "#6b7280")

@@ -12,6 +12,7 @@ The names and number of classes are taken to be public.
 import numpy as np
 from PIL import Image
 
+from lora_dp.extras import needing
 from lora_dp.fed.data.encoding import RawData
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.data.partition import hold_out
@@ -28,13 +29,15 @@ def open_data(config: DataConfig) -> RawData:
     """
     if config.dataset == "digits":
         return _open_digits(config)
-    from lora_dp.fed.data.datasets import open_dataset  # a second to import, which the digits do not need
+    with needing(f"the data set {config.dataset}", "fed"):
+        from lora_dp.fed.data.datasets import open_dataset  # a second to import, which the digits do not need
 
     return open_dataset(config)
 
 
 def _open_digits(config: DataConfig) -> RawData:
-    from sklearn.datasets import load_digits  # a second to import
+    with needing("the data set digits", "fed"):
+        from sklearn.datasets import load_digits  # a second to import
 
     digits = load_digits()
     # their grey levels run from 0 to 16

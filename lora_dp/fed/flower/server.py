@@ -26,7 +26,7 @@ import lora_dp.fed.flower.without_telemetry  # noqa: F401  (before Flower)
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from lora_dp.extras import missing
+from lora_dp.extras import NotInstalled, missing
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower import messages
 from lora_dp.fed.flower.client import client_app
@@ -269,7 +269,7 @@ def simulate(config: RunConfig, work: Callable[[Federation], Result]) -> Result:
         Exception: whatever the work raises.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ImportError(missing("engine flower", "Ray", "flower"))
+        raise NotInstalled(missing("engine flower", "Ray", "flower"))
     # Ray listens on all interfaces, and does what anyone asks of it who does not have to show a token.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -4,11 +4,11 @@ environment says otherwise."""
 import importlib.util
 import os
 
-from lora_dp.extras import missing
+from lora_dp.extras import NotInstalled, missing
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
 if importlib.util.find_spec("flwr") is None:
-    raise ImportError(missing("engine flower", "Flower", "flower"))
+    raise NotInstalled(missing("engine flower", "Flower", "flower"))

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from lora_dp.extras import require
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.plot_style import BLUE, ORANGE, QUIET, STYLE, marks_of
 from lora_dp.fed.rounds import as_released
@@ -18,6 +19,7 @@ from lora_dp.fed.rounds.federation import Federation, RoundResult
 from lora_dp.fed.rounds.privacy_plan import AS_RELEASED, UNITS, finite, guarantee
 from lora_dp.fed.safe_text import harmless
 
+require("lora_dp.fed", "matplotlib", "fed")  # for the curves at the end of a run
 RESEARCH_ONLY = "research only: sampling and noise follow the seed, so the guarantee does not hold; do not release"
 PUBLIC = (
     "Taken to be public, not protected: the number of each client's examples (it sets sample rates and weights), which "
