@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import lora_dp
+import lora_dp.auditing
+import lora_dp.fed
 
 ROOT = Path(lora_dp.__file__).parents[1]
 WITH_EXAMPLES = [
@@ -92,8 +94,10 @@ def public_names() -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{key}", getattr(module, key)) for key in offered)
     for name, keys in SINGLE.items():
         yield from ((f"{name}.{key}", getattr(importlib.import_module(name), key)) for key in keys)
-    for name in WITH_METHODS:
-        for key, value in vars(getattr(lora_dp, name)).items():
+    classes = [getattr(lora_dp, name) for name in WITH_METHODS]
+    for kind in (*classes, lora_dp.auditing.AuditResult, lora_dp.fed.RunConfig):
+        name = kind.__name__
+        for key, value in vars(kind).items():
             if (
                 isinstance(value, FunctionType | classmethod | property)
                 and key[0] != "_"

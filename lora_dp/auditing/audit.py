@@ -87,11 +87,20 @@ class AuditResult:
 
     @property
     def violated(self) -> bool:
-        """Whether the claim is refuted at the stated confidence."""
+        """Whether the claim is refuted at the stated confidence.
+
+        >>> result.violated
+        True
+        """
         return self.refuted is not None
 
     @property
     def verdict(self) -> Literal["violated", "not violated"]:
+        """:attr:`violated` in words.
+
+        >>> result.verdict
+        'violated'
+        """
         return "violated" if self.violated else "not violated"
 
     def __str__(self) -> str:
@@ -119,7 +128,10 @@ class AuditResult:
         return text
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the lower bound against the claimed ε; the file's ending gives the format."""
+        """Draw the lower bound against the claimed ε; the file's ending gives the format.
+
+        >>> result.plot("audit.png")
+        """
         plot_audits({self.test: [self]}, path)
 
 

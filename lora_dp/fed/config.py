@@ -345,7 +345,11 @@ class RunConfig:
 
     @property
     def method(self) -> Method:
-        """The method with its options."""
+        """The method with its options.
+
+        >>> config.method.turns
+        1
+        """
         return get_method(self.federation.method, self.federation.method_options)
 
     @classmethod
@@ -354,6 +358,10 @@ class RunConfig:
 
         Raises:
             ValueError: an option out of its range, or unknown.
+
+        >>> RunConfig.from_flat({"ephsilon": 1.0})
+        Traceback (most recent call last):
+        ValueError: Unknown options: ephsilon (did you mean epsilon?).
         """
         given = dict(options)
         if "model" in given:
@@ -371,7 +379,12 @@ class RunConfig:
         return cls(**groups)
 
     def to_yaml(self) -> str:
-        """The flat YAML file that runs the same again with --config; the output folder is left out."""
+        """The flat YAML file that runs the same again with --config; the output folder is left out.
+
+        >>> import yaml
+        >>> RunConfig.from_flat(yaml.safe_load(config.to_yaml())) == config
+        True
+        """
         parts = ["# lora-dp --config config.yaml"]
         for group in dataclasses.fields(self):
             values = dataclasses.asdict(getattr(self, group.name))
