@@ -106,6 +106,7 @@ def test_what_was_no_drawn_batch_is_in_no_later_step():
     optimizer.batch.expect(3)
     cross_entropy(model, examples(5, seed=7)).backward()
     assert_refuses(RuntimeError, "This step saw 5 examples", optimizer.step)
+    assert optimizer.batch.examples == 0 and optimizer.batch.collect() == {}
     assert_refuses(RuntimeError, "This step saw 5 examples", lambda: take_step(model, optimizer, examples(4)))
     optimizer = make_private(model, batch_size=4)
     released = take_step(model, optimizer, examples(4))

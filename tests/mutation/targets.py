@@ -75,5 +75,6 @@ SETTLED = (
     "lora_dp/isolation/batches/padding.py",
     "lora_dp/isolation/check.py",
     "lora_dp/isolation/batches/shared_arguments.py",
+    "lora_dp/engine/logical_batch.py",
     "lora_dp/engine/hooks.py",
 )

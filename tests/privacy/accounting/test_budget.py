@@ -2,6 +2,7 @@
 
 import pytest
 
+import lora_dp.privacy.accounting.budget
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian, PrivacyBudgetExceeded, max_steps
 from lora_dp.privacy.accounting.budget import Budget
 
@@ -50,3 +51,24 @@ def test_a_step_that_was_allowed_and_failed_takes_no_room():
     budget = Budget(ledger, EVENT, EPSILON, DELTA, "rdp", planned=expected)
     budget.check()  # nothing is appended after it
     assert spend(budget, ledger) == expected
+
+
+@pytest.mark.parametrize("planned", [0, 5])
+def test_room_is_searched_for_once_and_counted_down(planned, monkeypatch):
+    """A search takes longer than a step."""
+    searches: list[int] = []
+
+    def counted(*arguments):
+        searches.append(max_steps(*arguments))
+        return searches[-1]
+
+    monkeypatch.setattr(lora_dp.privacy.accounting.budget, "max_steps", counted)
+    ledger = Ledger()
+    ledger.append(PoissonGaussian(4.0, 0.2), 0 if planned else 2)
+    budget = Budget(ledger, EVENT, EPSILON, DELTA, "rdp", planned=planned)
+    for _ in range(planned):
+        budget.check()
+        ledger.append(EVENT)
+    assert searches == []
+    taken = spend(budget, ledger)
+    assert searches == [taken, 0]
