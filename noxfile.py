@@ -47,5 +47,6 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks on the CPU, in about four minutes; arguments after -- go to pytest."""
+    """The benchmarks on the CPU, in about five minutes; arguments after -- go to pytest."""
     python(session, "pytest", "benchmarks", "-s", *session.posargs)
+    python(session, "benchmarks.startup", "--output", "build/startup")

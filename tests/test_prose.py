@@ -1,4 +1,4 @@
-"""Prose of the documentation is short: a sentence has at most 25 words, a paragraph at most 60.
+"""Prose of the documentation is short: a sentence has at most 25 words, a paragraph at most 60, a line 120 columns.
 
     python -m tests.test_prose [PAGE ...]      # what is too long, and where
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LONGEST_SENTENCE, LONGEST_PARAGRAPH = 25, 60
+LONGEST_SENTENCE, LONGEST_PARAGRAPH, LONGEST_LINE = 25, 60, 120
 # Pages that are still too long, to be shortened.
 NOT_YET: set[str] = set()
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")])
 
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\](?:\([^)]*\)|\[[^\]]*\])")
@@ -44,6 +44,16 @@ def paragraphs(text: str) -> Iterator[tuple[int, str]]:
         lines.append(_ITEM.sub("", stripped))
 
 
+def unwrapped(text: str) -> list[str]:
+    """Lines of prose that are too wide, each with its number; a link that stands alone may be."""
+    text = _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), text)
+    return [
+        f"{number}: a line of {len(line)} columns: {line[:60]}…"
+        for number, line in enumerate(text.splitlines(), 1)
+        if len(line) > LONGEST_LINE and not _NO_PROSE.match(line) and " " in line.strip()
+    ]
+
+
 def words(text: str) -> int:
     """Words of running text; a piece of code is one."""
     text = re.sub(r"`[^`]*`", "code", text)
@@ -69,7 +79,8 @@ def too_long(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_prose_is_short(page: Path) -> None:
-    found = too_long(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    found = too_long(text) + unwrapped(text)
     if str(page.relative_to(ROOT)) in NOT_YET:
         assert found, "this page is short enough: take it off the list"
     else:
@@ -81,10 +92,12 @@ def test_long_prose_is_found() -> None:
     assert [entry.partition(":")[2][:24] for entry in too_long(f"# Title\n\n{long}\n")] == [" a sentence of 27 words:"]
     assert len(too_long("A few words only here. " * 13)) == 1
     code = "| " + "cell " * 99 + "|\n\n```python\n" + "code " * 99 + "\n```\n\n    " + "block " * 99
+    assert unwrapped(f"{long}\n\n`short`\n{code}") == [f"1: a line of {len(long)} columns: {long[:60]}…"]
     assert not too_long(code + f"\n\n- [{'a ' * 5}](https://host/{'x/' * 99})\n- item {'b ' * 20}\n")
 
 
 if __name__ == "__main__":
     for page in [Path(name) for name in sys.argv[1:]] or PAGES:
-        for entry in too_long(page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        for entry in too_long(text) + unwrapped(text):
             print(f"{page}:{entry}")

@@ -1,5 +1,5 @@
 """Bytes of a client's messages in a round, by method and rank: ``python -m tests.fed.flower.message_bytes`` prints the
-table of docs/reports/scale.md."""
+table of docs/reports/million-clients.md."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

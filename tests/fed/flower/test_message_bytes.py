@@ -1,4 +1,4 @@
-"""The table of docs/reports/scale.md says what the real messages weigh."""
+"""The table of docs/reports/million-clients.md says what the real messages weigh."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from lora_dp.fed.rounds.messages import Update
 from lora_dp.fed.rounds.server import nbytes
 from tests.fed.flower import message_bytes
 
-PAGE = Path(__file__).parents[3] / "docs" / "reports" / "scale.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reports" / "million-clients.md"
 
 
 def row(method: str) -> list[float]:
