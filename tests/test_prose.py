@@ -14,8 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LONGEST_SENTENCE, LONGEST_PARAGRAPH, LONGEST_LINE = 25, 60, 120
-# Pages that are still too long, to be shortened.
-NOT_YET: set[str] = set()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")])
 
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2$", re.MULTILINE | re.DOTALL)
@@ -81,10 +79,7 @@ def too_long(text: str) -> list[str]:
 def test_prose_is_short(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     found = too_long(text) + unwrapped(text)
-    if str(page.relative_to(ROOT)) in NOT_YET:
-        assert found, "this page is short enough: take it off the list"
-    else:
-        assert not found, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 def test_long_prose_is_found() -> None:

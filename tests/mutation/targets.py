@@ -76,5 +76,8 @@ SETTLED = (
     "lora_dp/isolation/check.py",
     "lora_dp/isolation/batches/shared_arguments.py",
     "lora_dp/engine/logical_batch.py",
+    "lora_dp/engine/pass_clipper.py",
+    "lora_dp/privacy/accounting/budget.py",
+    "lora_dp/isolation/loss_checks/backward_calls.py",
     "lora_dp/engine/hooks.py",
 )

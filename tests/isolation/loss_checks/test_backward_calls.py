@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp import IsolationError, PrivacyEngine
+from lora_dp.isolation.loss_checks.backward_calls import show_backward_to
 from lora_dp.losses import classification_loss
 from tests.isolation.loss_checks.outside_losses import N
 from tests.models import assert_refuses, examples, mlp, take_step
@@ -216,3 +217,31 @@ def test_the_deepest_graph_does_not_exhaust_the_stack():
     total.backward()
     optimizer.step()
     assert optimizer.ledger.steps == 1 and math.isfinite(float(total))
+
+
+def test_a_watch_is_told_of_the_end_of_its_own_backwards_alone():
+    class Noting:
+        followed, waiting = False, True
+
+        def __init__(self, mine: Tensor) -> None:
+            self.mine, self.ended, self.seen = mine, 0, 0
+
+        def scalar(self, loss: Tensor, gradient: Tensor | None = None) -> None:
+            self.seen += 1
+            if loss is self.mine:
+                self.followed = True
+
+        def after_backward(self) -> None:
+            self.ended += 1
+
+    leaf = torch.ones((), requires_grad=True)
+    own, other = 2 * leaf, 3 * leaf
+    watch = Noting(own)
+    show_backward_to(watch)
+    own.backward()
+    assert (watch.seen, watch.ended) == (1, 1)
+    other.backward()
+    assert (watch.seen, watch.ended) == (2, 1)
+    watch.waiting = False
+    (4 * leaf).backward()
+    assert (watch.seen, watch.ended) == (2, 1)

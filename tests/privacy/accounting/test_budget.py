@@ -72,3 +72,19 @@ def test_room_is_searched_for_once_and_counted_down(planned, monkeypatch):
     assert searches == []
     taken = spend(budget, ledger)
     assert searches == [taken, 0]
+
+
+def test_a_step_that_all_but_fits_does_not_fit():
+    """At the stated δ, to six digits of ε."""
+    ledger, whole = Ledger(), Ledger()
+    whole.append(EVENT, 7)
+    epsilon = whole.epsilon(DELTA, "rdp")
+    for scale, expected in ((1 + 1e-6, 7), (1 - 1e-6, 6)):
+        budget, taken = Budget(ledger, EVENT, scale * epsilon, DELTA, "rdp", planned=0), 0
+        with pytest.raises(PrivacyBudgetExceeded):
+            while True:
+                budget.check()
+                ledger.append(EVENT)
+                taken += 1
+        assert taken == expected
+        ledger = Ledger()
