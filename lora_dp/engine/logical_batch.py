@@ -1,6 +1,8 @@
 """The batch that the next step releases: how many examples were drawn for it, and what its micro-batches add up to."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -159,6 +161,15 @@ class LogicalBatch:
         """
         if self._lost is not None:
             raise RuntimeError(self._lost)
+
+    @contextmanager
+    def whole_or_lost(self) -> Iterator[None]:
+        """While a batch that was collected gets its noise: refuse for good where that fails, out of memory say."""
+        try:
+            yield
+        except BaseException as error:
+            self._lose(f"A step failed before its batch had its noise ({type(error).__name__})")
+            raise
 
     def _lose(self, why: str) -> None:
         """Refuse from here on: a loop that passes over this error would go on without what the batch's examples add."""

@@ -463,7 +463,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def _release(self) -> None:
         refuse_capture("step", next(iter(self._covered.values())).parameter.device)
         check_one_process()
-        collected = self.batch.collect()
         trained = self._trained()
         check_optimizer(self.original_optimizer, self._covered)
         if self.ledger.steps < self._restored or not self.history.holds(self._restored_runs):
@@ -472,6 +471,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"{self.ledger.steps}, perhaps of another run, so that ε would leave out the others: restore it by "
                 "engine.load_state_dict(...) with what engine.state_dict() returned."
             )
+        collected = self.batch.collect()
         self._before_release()
         self.ledger.append(self.event)
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
@@ -481,11 +481,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not self.regulators:
             step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._options.low_pass)
         if step is None:
-            self._step_by_torch(trained, [total(value) for value in sums])
+            with self.batch.whole_or_lost():
+                whole = [total(value) for value in sums]
+            self._step_by_torch(trained, whole)
         else:
-            step(
-                self.original_optimizer, trained, sums, self.mechanism, self._options.low_pass, self.expected_batch_size
-            )
+            with self.batch.whole_or_lost():
+                step(
+                    self.original_optimizer,
+                    trained,
+                    sums,
+                    self.mechanism,
+                    self._options.low_pass,
+                    self.expected_batch_size,
+                )
         self.steps_taken += 1
         self._recorder.losses.steps += 1
         self.batch.stepped = True
@@ -493,7 +501,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for p, noisy in zip(trained, self.mechanism.release(sums), strict=True):
+            with self.batch.whole_or_lost():
+                released = self.mechanism.release(sums)
+            for p, noisy in zip(trained, released, strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
                 if (regulator := self.regulators.get(id(p.parameter))) is not None:
                     gradient = regulator.restored(gradient)

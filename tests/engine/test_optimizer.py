@@ -1,5 +1,7 @@
 """The private optimizer at its edges: batches without anybody, what is refused and when, whose step it is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -130,3 +132,25 @@ def test_a_step_that_was_refused_for_another_reason_loses_none_of_its_examples(m
     optimizer.step()
     expected = take_step(whole, make_private(whole, batch_size=8, max_grad_norm=0.3), (x, y))
     assert_close(8 * flat(private_gradients(model)), flat(expected))
+
+
+@pytest.mark.parametrize("name", ["check_optimizer", "total", "release", "find_fused_step"])
+def test_a_batch_whose_step_fails_is_not_gone_on_without(name, monkeypatch):
+    """It might fail by what one example holds: before the entry in the ledger, or between that and the noise."""
+    optimizer = make_private(model := mlp(), batch_size=4, noise_multiplier=1.0)
+    if name in ("total", "release"):
+        optimizer.register_step_pre_hook(lambda *_: None)  # so that torch takes the step
+    optimizer.batch.expect(4)
+    cross_entropy(model, examples(4)).backward()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError("none left")
+
+    where = optimizer.mechanism if name == "release" else lora_dp.engine.optimizer
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, (lambda *_: fails) if name == "find_fused_step" else fails)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert optimizer.ledger.steps == (name != "check_optimizer")
+    for later in (optimizer.batch.begin, optimizer.step_on_empty_batch):
+        assert_refuses(RuntimeError, "tells of its examples: call make_private again", later)

@@ -21,7 +21,7 @@ class DataConfig:
     """The data set and where to find things in it."""
 
     dataset: str = "digits"
-    """"digits" (scikit-learn's 1,797), or a local folder or hub name that datasets.load_dataset opens."""
+    """"digits" (scikit-learn's 1,797), or a local folder, file or hub name that datasets.load_dataset opens."""
     subset: str | None = None
     """Configuration of a hub data set that has several, e.g. sst2 of nyu-mll/glue."""
     input_column: str | None = None

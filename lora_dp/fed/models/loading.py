@@ -95,7 +95,7 @@ def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransf
 
 def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
     if kind != "image":
-        raise ValueError("the default model takes images but the data set holds texts: name a language model")
+        raise ValueError("the default model takes images but the data set holds texts: give a language model by --model")
     card = json.loads(DEFAULT_WEIGHTS.with_suffix(".json").read_text())
     architecture = card["architecture"]
     model = build_default(architecture, num_labels)
@@ -110,7 +110,7 @@ def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, li
 
 def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
     if kind != "image":
-        raise ValueError(f"{name} takes images but the data set holds texts: name a language model")
+        raise ValueError(f"{name} takes images but the data set holds texts: give a language model by --model")
     try:
         with hub(name) if pretrained else contextlib.nullcontext():
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)

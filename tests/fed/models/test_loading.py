@@ -267,9 +267,9 @@ def test_image_model_from_a_local_folder(tmp_path):
 
 
 def test_refuses_a_model_for_another_kind(tmp_path):
-    with pytest.raises(ValueError, match="name a language model"):
+    with pytest.raises(ValueError, match="give a language model by --model"):
         load_model(ModelConfig(), 2, "text")
-    with pytest.raises(ValueError, match="name a language model"):
+    with pytest.raises(ValueError, match="give a language model by --model"):
         load_model(ModelConfig(name="test_vit", pretrained=False), 2, "text")
     with pytest.raises(ValueError, match="could not load .* as a model that classifies images"):
         load_model(ModelConfig(name=small_decoder(tmp_path)), 2, "image")
