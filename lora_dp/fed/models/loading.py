@@ -95,7 +95,9 @@ def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransf
 
 def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
     if kind != "image":
-        raise ValueError("the default model takes images but the data set holds texts: give a language model by --model")
+        raise ValueError(
+            "the default model takes images but the data set holds texts: give a language model by --model"
+        )
     card = json.loads(DEFAULT_WEIGHTS.with_suffix(".json").read_text())
     architecture = card["architecture"]
     model = build_default(architecture, num_labels)
