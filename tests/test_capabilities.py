@@ -22,6 +22,7 @@ def test_where_no_gpu_is_visible_what_needs_one_says_so(monkeypatch: pytest.Monk
     assert all(not b.runs and b.detail.startswith("no GPU is visible to torch; ") for b in absent.values())
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_and_the_command_prints_it() -> None:
     lines = describe().splitlines()
     assert lines[0].startswith("lora-dp ") and len(lines) == 3 + len(backends())

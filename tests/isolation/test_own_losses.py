@@ -216,6 +216,7 @@ class Two(nn.Module):
         return each(out, y).mean(), hardest(out, y).mean()
 
 
+@pytest.mark.slow
 def test_a_further_loss_that_chooses_among_many_is_refused_once_it_is_used():
     model, (x, y) = Two(), examples(MANY)
     optimizer = make_private(model, batch_size=MANY)

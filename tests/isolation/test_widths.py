@@ -80,6 +80,7 @@ class Unpadded(nn.Module):
         return self.head(rows.sum(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("lengths", [(8, 4, 8, 4), (6, 2, 4, 4), (8, 8, 8, 8, 8, 4, 8, 4)])
 def test_unequal_lengths_whose_padding_is_taken_out_are_refused_once_they_come(masked, lengths):

@@ -111,6 +111,7 @@ def test_a_small_rate_moves_all_of_a():
     assert changed.float().mean() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("method", ["direct", "ghost"])
 def test_per_example_gradients(method, dtype):

@@ -96,6 +96,7 @@ def test_private_update(emulated, optimizer, examples, strength, monkeypatch):
             assert same_bits(found, twin.take())
 
 
+@pytest.mark.slow
 def test_widest_filter_fits_the_shared_memory(emulated, monkeypatch):
     test_private_update(emulated, "sgd", 0, 64.0, monkeypatch)  # 256 entries to either side of 8 numbers each
 

@@ -91,6 +91,7 @@ def test_a_round_begins_with_its_own_public_generator():
 # What a round counts
 
 
+@pytest.mark.slow
 def test_participants_may_be_named_where_no_secret_draw_of_them_amplifies():
     secret = begun(privacy={**SERVER, "client_rate": 0.5})
     with pytest.raises(ValueError, match="leave participants out, or let all clients take part"):

@@ -215,6 +215,7 @@ def test_a_size_that_no_client_has_is_refused(size):
         account(sizes=(12, size, 9))
 
 
+@pytest.mark.slow
 def test_a_client_without_room_takes_no_part(tmp_path):
     """After a resumption too: the releases that a crash lost are spent."""
     federation = make_federation("dp-lora", participations=2, rounds=2, reproducible=False)

@@ -123,6 +123,7 @@ def test_means_are_taken_in_batches_of_any_size(name):
     assert optimizer.ledger.steps == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_are_taken_in_batches_of_any_size(name):
     model, optimizer = step(SUMS[name], reduction="sum")

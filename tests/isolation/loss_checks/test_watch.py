@@ -47,6 +47,7 @@ def test_means_are_taken_for_what_they_are(name):
     check_taken(MEANS[name], "mean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_are_taken_for_what_they_are(name):
     check_taken(SUMS[name], "sum")

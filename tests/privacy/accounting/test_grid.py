@@ -130,6 +130,7 @@ def test_planning_at_many_points(part):
 # Where one of the bounds alone is far off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delta", [1e-3, 1e-9, 1e-13, 1e-14, 1e-15, 1e-18, 1e-40, 1e-300])
 def test_pld_is_never_above_rdp(delta):
     for run in ((1.0, 0.01, 1000), (0.5, 1.0, 30), (8.0, 0.3, 40)):
