@@ -24,6 +24,7 @@ from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import Pass
 from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.native import refuse_capture
+from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.accounting.history import History, Run, read_runs
@@ -481,9 +482,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if not self.regulators:
             step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._options.low_pass)
         if step is None:
-            with self.batch.whole_or_lost():
-                whole = [total(value) for value in sums]
-            self._step_by_torch(trained, whole)
+            self._step_by_torch(trained, sums)
         else:
             with self.batch.whole_or_lost():
                 step(
@@ -499,10 +498,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.batch.stepped = True
         self.activate()
 
-    def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor]) -> None:
+    def _step_by_torch(self, trained: Sequence[PrivateParameter], sums: Sequence[Tensor | ExampleSum]) -> None:
         with torch.no_grad():
             with self.batch.whole_or_lost():
-                released = self.mechanism.release(sums)
+                released = self.mechanism.release([total(value) for value in sums])
             for p, noisy in zip(trained, released, strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
                 if (regulator := self.regulators.get(id(p.parameter))) is not None:

@@ -167,11 +167,10 @@ def _where(text: str, words: Sequence[str]) -> str:
     >>> _where("rounds must be at least 1, not 0.", ["--config", "options.yaml", "--rounds", "0"])
     ''
     """
-    files = {name: path for path in _files(words) for name in _read(path)}
+    given = {name: (path, value) for path in _files(words) for name, value in _read(path).items()}
     overridden = {word.partition("=")[0][2:].partition(".")[0] for word in words if word.startswith("--")}
     about: dict[str, list[str]] = {}
-    for name, path in files.items():
-        value = _read(path)[name]
+    for name, (path, value) in given.items():
         told = [name, *(value if isinstance(value, dict) else [value] if isinstance(value, str) else [])]
         if name not in overridden and any(re.search(rf"(?<!\w){re.escape(str(part))}(?!\w)", text) for part in told):
             about.setdefault(path, []).append(name)
