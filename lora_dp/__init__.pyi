@@ -5,6 +5,7 @@ from .capabilities import backends as backends
 from .engine.cuda_graphs import GraphedStep as GraphedStep
 from .engine.data_loader import PrivateDataLoader as PrivateDataLoader
 from .engine.engine import PrivacyEngine as PrivacyEngine
+from .engine.feature_release import release_feature_sums as release_feature_sums
 from .engine.optimizer import PrivateOptimizer as PrivateOptimizer
 from .errors import IsolationError as IsolationError
 from .lora.config import LoRAConfig as LoRAConfig

@@ -200,6 +200,31 @@ def question_answering_loss(
     return (_position_loss(start_logits, start_positions, own) + _position_loss(end_logits, end_positions, own)) / 2
 
 
+def feature_sums_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Minus what an example's class and all classes together score: (N,), linear in the sums.
+
+    Args:
+        scores: (N, K + 1) of :class:`lora_dp.nn.feature_sums.FeatureSums`.
+        labels: (N,) int64 classes; an example with −100 adds nothing.
+
+    Raises:
+        TypeError, ValueError: no tensors; shapes that do not belong together.
+
+    >>> feature_sums_loss(torch.tensor([[1.0, 2.0, 0.5], [1.0, 2.0, 0.5]]), torch.tensor([1, -100]))
+    tensor([-2.5000, 0.0000])
+    """
+    check_tensors("feature_sums_loss", scores=scores, labels=labels)
+    if scores.dim() != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(
+            f"feature_sums_loss takes scores (N, K + 1) and labels (N,), got {tuple(scores.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    _check_floating("scores", scores)
+    _check_whole("labels", labels)
+    own = F.nll_loss(scores[:, :-1], labels, ignore_index=IGNORED, reduction="none")
+    return own - scores[:, -1] * (labels != IGNORED)
+
+
 def _check_floating(name: str, given: Tensor) -> None:
     if not given.is_floating_point():
         raise TypeError(f"{name} must be floating-point numbers, got {given.dtype}: .float() makes them.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from lora_dp.privacy.accounting.epsilon import Accountant, check_accountant, composed_epsilon
 from lora_dp.privacy.accounting.ledger import Ledger
-from lora_dp.privacy.accounting.steps import PoissonGaussian, check_delta, check_epsilon, gathered, whole
+from lora_dp.privacy.accounting.steps import Entry, PoissonGaussian, check_delta, check_epsilon, gathered, whole
 
 _TOLERANCE = 1e-3  # a calibrated epsilon lies at most this much, relatively, below its target
 _LEAST_NOISE = 0.02  # calibration does not look below: one such step alone, seen for sure, has an epsilon near 1,400
@@ -20,17 +20,29 @@ _MOST_STEPS = 10**9
 
 
 def calibrate_noise_multiplier(
-    target_epsilon: float, target_delta: float, sample_rate: float, steps: int, accountant: Accountant = "pld"
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: Accountant = "pld",
+    *,
+    spent: Ledger | None = None,
 ) -> float:
     """The smallest noise multiplier with which ``steps`` steps at ``sample_rate`` stay within (epsilon, delta).
 
     The epsilon of the result is never above the target and at most 0.1 % below it, except that the result is never
-    below 0.02. Raises ValueError when a target, the rate or the accountant is invalid, ``steps`` is below 1, or no
-    noise is enough; TypeError when one of them is of another kind.
+    below 0.02. With ``spent`` it is that of both together: what was released before, and these steps.
+
+    Raises ValueError when a target, the rate or the accountant is invalid, ``steps`` is below 1, or no noise is enough;
+    TypeError when one of them is of another kind.
 
     >>> noise = calibrate_noise_multiplier(target_epsilon=8, target_delta=1e-5, sample_rate=0.01, steps=1000)
     >>> round(noise, 3)
     0.586
+    >>> before = Ledger()
+    >>> before.append(PoissonGaussian(noise_multiplier=2.0, sample_rate=1.0))
+    >>> round(calibrate_noise_multiplier(8, 1e-5, 0.01, 1000, spent=before), 3)
+    0.625
     """
     check_epsilon(target_epsilon)
     check_delta(target_delta)
@@ -39,7 +51,16 @@ def calibrate_noise_multiplier(
     if whole("steps", steps, remedy) < 1:
         raise ValueError(f"steps must be 1 or more to calibrate the noise, not {steps}: {remedy}")
     rate = PoissonGaussian(1.0, sample_rate).sample_rate
-    return _calibrate(float(target_epsilon), float(target_delta), rate, int(steps), accountant)
+    if spent is not None and not isinstance(spent, Ledger):
+        raise TypeError(f"spent must be a Ledger of what was released before, not {spent!r}: leave it out for none.")
+    before = gathered(spent.entries) if spent is not None else ()
+    reached = composed_epsilon(before, float(target_delta), accountant)
+    if reached >= target_epsilon:
+        raise ValueError(
+            f"What was spent before has epsilon {reached:.4g}, which leaves nothing of {target_epsilon:g}: take a "
+            "larger epsilon, or spend less before."
+        )
+    return _calibrate(float(target_epsilon), float(target_delta), rate, int(steps), accountant, before)
 
 
 class _OutOfReach(ValueError):
@@ -47,10 +68,13 @@ class _OutOfReach(ValueError):
 
 
 @functools.lru_cache(maxsize=1024)
-def _calibrate(target: float, delta: float, sample_rate: float, steps: int, accountant: Accountant) -> float:
+def _calibrate(
+    target: float, delta: float, sample_rate: float, steps: int, accountant: Accountant, before: tuple[Entry, ...]
+) -> float:
     def search(accountant: Accountant, guess: float, factor: float, tolerance: float, coarsening: int = 1) -> float:
         def epsilon_of(noise: float) -> float:
-            return composed_epsilon(((PoissonGaussian(noise, sample_rate), steps),), delta, accountant, coarsening)
+            entries = gathered((*before, (PoissonGaussian(noise, sample_rate), steps)))
+            return composed_epsilon(entries, delta, accountant, coarsening)
 
         return _smallest_noise(epsilon_of, target, guess, factor, tolerance)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -268,3 +268,25 @@ def test_a_tiny_target_warns_of_nothing(caplog):
     with caplog.at_level("WARNING"):
         calibrate_noise_multiplier(1e-7, 1e-5, 0.2, 10, "rdp")
     assert not caplog.records
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize(("rate", "steps"), [(0.1, 50), (1.0, 20)])
+def test_noise_on_top_of_what_was_spent_keeps_the_target_with_it(
+    accountant: Literal["pld", "rdp"], rate: float, steps: int
+) -> None:
+    before = Ledger()
+    before.append(PoissonGaussian(4.0, 1.0))
+    noise = calibrate_noise_multiplier(3, DELTA, rate, steps, accountant, spent=before)
+    before.append(PoissonGaussian(noise, rate), steps)
+    assert 3 * (1 - 1.5e-3) <= before.epsilon(DELTA, accountant) <= 3
+    assert noise > calibrate_noise_multiplier(3, DELTA, rate, steps, accountant)
+
+
+def test_noise_on_top_of_a_spent_budget_is_refused() -> None:
+    before = Ledger()
+    before.append(PoissonGaussian(1.0, 1.0))
+    with pytest.raises(ValueError, match="leaves nothing of 3"):
+        calibrate_noise_multiplier(3, DELTA, 0.1, 10, spent=before)
+    with pytest.raises(TypeError, match="spent must be a Ledger"):
+        calibrate_noise_multiplier(3, DELTA, 0.1, 10, spent=[(PoissonGaussian(1.0, 1.0), 1)])  # type: ignore[arg-type]
