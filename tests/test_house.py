@@ -121,7 +121,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "lora_dp.fed": [
-        {"option_types", "safe_text", "plot_style", "did_you_mean", "hub", "interrupts"},
+        {"option_types", "server_options", "safe_text", "plot_style", "did_you_mean", "hub", "interrupts"},
         {"data"},
         {"models"},
         {"methods"},

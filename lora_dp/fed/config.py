@@ -14,6 +14,7 @@ from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.option_types import check_types
+from lora_dp.fed.server_options import Averaging, ServerOptimizerName
 from lora_dp.privacy.clip_bounds import BOUNDS, LARGEST_BOUND, LEAST_BOUND
 
 # A common starting point, not tuned.
@@ -156,6 +157,9 @@ class PrivacyConfig:
     """Largest norm of a client's whole update after clipping (unit client)."""
     clipping: Literal["automatic", "flat", "per_layer"] = "automatic"
     """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer."""
+    sums_share: float = 0.0
+    """Part of the budget for one release of class sums and moments of the features before the first round, which start
+    and scale the head; 0 for none, 0.1 is usual."""
     accountant: Literal["pld", "rdp"] = "pld"
     """How steps are composed: privacy loss distributions (tight), or Rényi (faster)."""
     mechanism: Literal["sound", "as-released"] = "sound"
@@ -175,6 +179,13 @@ class PrivacyConfig:
                 LEAST_BOUND <= bound <= LARGEST_BOUND,
                 f"{name} must lie within {BOUNDS}, not {bound}: 1.0 is a usual start.",
             )
+        _require(
+            0 <= self.sums_share < 1, f"sums_share must be from 0 to below 1, not {self.sums_share}: 0.1 is usual."
+        )
+        _require(
+            not (self.sums_share and self.mechanism == "as-released"),
+            "sums_share has no meaning with mechanism as-released, whose noise is not accounted: leave it out.",
+        )
         by_client = {"noise_by": "server", "max_update_norm": 1.0}
         by_example = {"max_grad_norm": 1.0, "clipping": "automatic"}
         if self.mechanism == "as-released":  # DEeR's bounds whole updates, LA-LoRA's reads its bound off the data
@@ -217,13 +228,25 @@ class OptimizationConfig:
     """Low-pass filter of the noisy adapter gradients, which costs no privacy; by default the method's own."""
     low_pass_strength: float | None = None
     """Strength of that filter; 0 is no filter."""
+    balanced: bool = False
+    """With sums_share: judge as if classes were equally common, by the class shares that were released."""
+    warm_start: bool = False
+    """With sums_share: begin with the head of the nearest class mean."""
+    server_optimizer: ServerOptimizerName = "average"
+    """The server's step from the mean of a round: average takes it as it is, momentum adds 0.9 of the last step, adam
+    scales each number, with the known variance of the noise taken out."""
+    server_lr: float | None = None
+    """Learning rate of that step; by default 1, for adam 0.03."""
+    averaging: Averaging = "none"
+    """The global model is the average of all rounds of the second half (tail) or of those so far, later ones more
+    (ema): noise averages out."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("lr", "lr_ratio"):
+        for name in ("lr", "lr_ratio", "server_lr"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name} must be positive, not {value}.")
-        for name in ("lr", "lr_ratio", "low_pass_strength"):
+        for name in ("lr", "lr_ratio", "server_lr", "low_pass_strength"):
             _require(getattr(self, name) != math.inf, f"{name} must be finite, not inf.")
         strength = self.low_pass_strength
         _require(strength is None or strength >= 0, f"low_pass_strength must not be negative, not {strength}.")
@@ -327,6 +350,24 @@ class RunConfig:
             # A client that is protected as a whole trains without noise of its own.
             budget = None if whole_clients else self.privacy.target
             chosen.lr = method.learning_rate(budget) if sgd else ADAMW_LEARNING_RATE
+        _require(
+            self.privacy.sums_share > 0 or not (chosen.balanced or chosen.warm_start),
+            "balanced and warm_start need the release of feature sums: set sums_share, for example to 0.1.",
+        )
+        _require(
+            method.averages_factors or (chosen.server_optimizer, chosen.averaging) == ("average", "none"),
+            f"{method.name} does more than average, so that no server optimizer or averaging fits: leave "
+            "server_optimizer and averaging out.",
+        )
+        _require(
+            chosen.server_optimizer != "adam"
+            or not method.regulates_noise
+            and (chosen.optimizer == "sgd" or whole_clients or self.privacy.target is None),
+            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd and a method whose "
+            "noise is not regulated.",
+        )
+        if chosen.server_lr is None:
+            chosen.server_lr = 0.03 if chosen.server_optimizer == "adam" else 1.0
         if chosen.lr_ratio is None:
             chosen.lr_ratio = method.lr_ratio
         own_filter, own_strength = method.low_pass or ("none", 0.0)

@@ -52,7 +52,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_parameters(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+def load_parameters(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy tensors into the parameters of the same names.
 
     Raises:

@@ -21,7 +21,7 @@ class LoRAConfig:
         alpha: scaling is alpha / r; None means alpha = r.
         target_modules: layers to adapt (``nn.Linear``, and Transformers' ``Conv1D``): a list of names or name endings
             ("query", "attn.qkv"), a regular expression for the whole name, or "all-linear": every one outside
-            ``trainable_modules`` and the output head.
+            ``trainable_modules`` and the output head. [] adapts none: ``trainable_modules`` alone are trained.
         trainable_modules: names or name endings of modules to train whole, such as the head: themselves and all
             beneath must be Linear, Conv1D, LayerNorm or Embedding.
         dropout: probability on the adapters' input, in [0, 1).
@@ -67,8 +67,10 @@ class LoRAConfig:
             self.target_modules = _names(
                 "target_modules", self.target_modules, "'all-linear' adapts every linear layer but the head"
             )
-        if not self.target_modules or not all([*self.target_modules, *self.trainable_modules]):
+        if self.target_modules == "" or not all([*self.target_modules, *self.trainable_modules]):
             raise ValueError("target_modules or a module's name is empty: name the layers, or use 'all-linear'.")
+        if not self.target_modules and not self.trainable_modules:
+            raise ValueError("Neither target_modules nor trainable_modules name anything to train: use 'all-linear'.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             try:
                 re.compile(self.target_modules)

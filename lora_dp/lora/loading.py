@@ -151,7 +151,7 @@ def _stored_places(modules: Modules, stored: peft_format.StoredAdapter) -> tuple
         and is_linear(modules.names[name])
         and peft_format.matches_target(name, stored.target_modules)
     ]
-    if not targets:
+    if not targets and stored.target_modules:
         raise ValueError(
             f"No linear layer of the model answers to {stored.target_modules!r}: the adapter is for another model."
         )

@@ -201,7 +201,8 @@ def _check_supported(config: dict[str, Any], path: Path) -> None:
     if unsupported:
         options = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
         raise ValueError(f"{path} sets {options}, which is not supported: train a plain LoRA adapter without it.")
-    if not config.get("target_modules"):
+    # Ours may adapt nothing beside modules that are trained whole; PEFT itself has no such adapter.
+    if not (config.get("target_modules") or (config.get("target_modules") == [] and config.get("modules_to_save"))):
         raise ValueError(f"{path} names no target_modules: save the adapter again with PEFT or save_adapter.")
 
 

@@ -17,7 +17,7 @@ from lora_dp import LoRAConfig
         ({"dropout": 1}, r"dropout must lie in \[0, 1\), got 1"),
         ({"dropout": -0.1}, "dropout must"),
         ({"bias": "some"}, "'none', 'all' or 'lora_only', got 'some'"),
-        ({"target_modules": []}, "is empty"),
+        ({"target_modules": []}, "anything to train"),
         ({"target_modules": ""}, "is empty"),
         ({"target_modules": [""]}, "is empty"),
         ({"trainable_modules": [""]}, "is empty"),

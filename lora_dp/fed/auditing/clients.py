@@ -18,6 +18,7 @@ from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import State
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.local_training import LocalSteps
 from lora_dp.fed.rounds.messages import Reply, Task
 from lora_dp.fed.rounds.regulators import regulators
 
@@ -29,7 +30,12 @@ class _CanaryTrainer(Trainer):
     planted: Callable[[int, Task], State] = lambda client, task: {}
 
     def _train_by_engine(
-        self, examples: Examples, task: Task, place: tuple[int, int, int], on_step: Callable[[], None]
+        self,
+        examples: Examples,
+        task: Task,
+        place: tuple[int, int, int],
+        on_step: Callable[[], None],
+        steps: LocalSteps,
     ) -> None:
         self.workspace.load({**task.state, **self.planted(place[0], task)}, task.rank)
 

@@ -12,7 +12,8 @@ from lora_dp.auditing import ExampleCanaries
 from lora_dp.fed.auditing.game import Game
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.models.loading import logits
-from lora_dp.fed.rounds.federation import EVALUATION_BATCH, Federation
+from lora_dp.fed.rounds.evaluation import EVALUATION_BATCH
+from lora_dp.fed.rounds.federation import Federation
 
 Losses = dict[int, float]
 

@@ -12,17 +12,39 @@ from torch import Tensor
 from lora_dp.fed.data.examples import Examples, ImageExamples, TextExamples, multiple_of_8
 
 Kind = Literal["image", "text"]
+_AT_ONCE = 256
+_FLAT = 0.02  # an image with less contrast than that is not blown up
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The images a model takes: float32 (channels, height, width), (pixel / 255 - mean) / std."""
+    """The images a model takes: float32 (channels, height, width), (pixel / 255 - mean) / std.
+
+    Attributes:
+        usual: mean and deviation of the pixels, from 0 to 1, that it was trained on; None where these are mean and std.
+        contrast: whether each image is given these.
+    """
 
     height: int
     width: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    usual: tuple[float, float] | None = None
+    contrast: bool = False
+
+    def prepared(self, pixels: Tensor) -> Tensor:
+        """Images uint8 (N, C, H, W), each with the usual mean and deviation where contrast is asked for."""
+        if not self.contrast:
+            return pixels
+        mean, std = self.usual or (sum(self.mean) / len(self.mean), sum(self.std) / len(self.std))
+        parts = []
+        for part in pixels.split(_AT_ONCE):
+            values = part.float() / 255
+            own, spread = values.mean((1, 2, 3), keepdim=True), values.std((1, 2, 3), keepdim=True)
+            moved = (values - own) / spread.clamp(min=_FLAT) * std + mean
+            parts.append((moved.clamp(0, 1) * 255).round().to(torch.uint8))
+        return torch.cat(parts) if parts else pixels
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,7 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
     def encode_split(inputs: Iterable[Any], labels: np.ndarray) -> Examples:
         targets = torch.as_tensor(labels, dtype=torch.long)
         if isinstance(spec, ImageSpec):
-            return ImageExamples(_image_tensor(inputs, spec), targets, spec.mean, spec.std)
+            return ImageExamples(spec.prepared(_image_tensor(inputs, spec)), targets, spec.mean, spec.std)
         return _text_examples(list(inputs), targets, spec, raw.max_length)
 
     train = encode_split(raw.train_inputs, raw.train_labels)

@@ -53,6 +53,9 @@ class Examples(Dataset[Batch], ABC):
         """All that its batches are made of, by name: the store, and which rows of it are these examples."""
         return {"rows": self._rows, "labels": self._labels, **self._store()}
 
+    def prepare(self) -> None:  # noqa: B027  (nothing, where nothing is kept)
+        """Does once what would else be done when an example is first asked for."""
+
     @property
     def shapes_vary(self) -> bool:
         """Whether examples have shapes of their own, as texts do."""

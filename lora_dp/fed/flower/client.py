@@ -174,8 +174,12 @@ class _Node:
             raise Refused(
                 f"was asked for turn {task.turn} of round {task.round} at rank {task.rank}: the run has no such"
             )
+        if task.sums and (plan.sums_event is None or task.round or task.turn):
+            raise Refused("was asked for feature sums, which the run does not have, or not there")
         if ledger is not None:
-            ledger.spend(plan, plan.event(len(examples)), reproducible=trainer.reproducible)
+            event = plan.sums_event if task.sums else plan.event(len(examples))
+            assert event is not None
+            ledger.spend(plan, event, reproducible=trainer.reproducible, sums=task.sums)
         device = next(trainer.workspace.model.parameters()).device
         state = {name: tensor.to(device) for name, tensor in task.state.items()}
         return trainer.train(client, examples, replace(task, state=state))

@@ -15,6 +15,7 @@ from lora_dp.hash_chain import START, Heads, link
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian, check_delta, check_epsilon
 
 _LOG = logging.getLogger(__name__)
+_SUMS = "sums"  # after the digest of a run, for its release of feature sums
 
 
 class Refused(RuntimeError):
@@ -114,13 +115,14 @@ class ClientLedger:
         if plan.unit != self.unit:
             raise Refused(f"keeps a ledger for the unit {self.unit}, but the run protects the unit {plan.unit}")
 
-    def spend(self, plan: PrivacyPlan, event: PoissonGaussian, *, reproducible: bool) -> None:
+    def spend(self, plan: PrivacyPlan, event: PoissonGaussian, *, reproducible: bool, sums: bool = False) -> None:
         """Counts one turn, before anything of it is computed; on the disk when this returns.
 
         Args:
             plan: of the run.
             event: one release of this client.
             reproducible: noise follows a seed that the server knows.
+            sums: the turn is the release of feature sums, of which a run has one.
 
         Raises:
             Refused: what :meth:`check` refuses; or the turn leads beyond the run's plan or the budget; nothing was
@@ -129,9 +131,9 @@ class ClientLedger:
         self.check(plan, reproducible=reproducible)
         with self._locked():
             ledger, turns, before, runs = self._read()
-            ledger.append(event, plan.releases_per_turn)
+            ledger.append(event, 1 if sums else plan.releases_per_turn)
             reached = self._within_budget(ledger, plan)
-            runs = self._within_plan(runs, plan)
+            runs = self._within_plan(runs, plan, sums)
             heads = Heads(self.path)
             if heads.last()[0] < turns:  # a crash came before the last turn was held, and before it left
                 heads.append(before)
@@ -158,17 +160,21 @@ class ClientLedger:
             "policy admits for all runs together: for another budget, write epsilon and delta into its node-config"
         )
 
-    def _within_plan(self, runs: dict[str, int], plan: PrivacyPlan) -> dict[str, int]:
-        """The releases of each run with those of one more turn; raises Refused where the plan has no room for them."""
+    def _within_plan(self, runs: dict[str, int], plan: PrivacyPlan, sums: bool) -> dict[str, int]:
+        """The releases of each run with those of one more turn; raises Refused where the plan has no room for them.
+
+        That of feature sums has an entry of its own: a run's steps must not take its place, nor it theirs.
+        """
         if self.run is None:
             return runs
-        spent = runs.get(self.run, 0) + plan.releases_per_turn
-        if spent > plan.planned_releases:
+        run = f"{self.run} {_SUMS}" if sums else self.run
+        spent = runs.get(run, 0) + (1 if sums else plan.releases_per_turn)
+        if spent > (1 if sums else plan.planned_releases):
             raise Refused(
                 "has released all that this run's plan accounts for, and what is repeated counts again: start another "
                 "run, with another seed"
             )
-        return {**runs, self.run: spent}
+        return {**runs, run: spent}
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

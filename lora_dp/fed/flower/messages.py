@@ -87,7 +87,7 @@ def unpack_config(content: RecordDict) -> str:
 
 def pack_task(config: ConfigRecord, task: Task, tensors: ArrayRecord) -> RecordDict:
     """A message's content; the records are shared by all messages that they are given to."""
-    numbers = ConfigRecord({"round": task.round, "turn": task.turn, "rank": task.rank})
+    numbers = ConfigRecord({"round": task.round, "turn": task.turn, "rank": task.rank, "sums": task.sums})
     return RecordDict({CONFIG: config, TASK: numbers, TENSORS: tensors})
 
 
@@ -99,7 +99,10 @@ def unpack_task(content: RecordDict) -> Task:
     """
     numbers = content.config_records[TASK]
     index, turn, rank = (_integer(numbers[name], f"a task's {name}") for name in ("round", "turn", "rank"))
-    return Task(index, turn, rank, unpack_tensors(content.array_records[TENSORS]))
+    sums = numbers.get("sums", False)
+    if not isinstance(sums, bool):
+        raise TypeError("what a task asks for sums by is no truth value")
+    return Task(index, turn, rank, unpack_tensors(content.array_records[TENSORS]), sums)
 
 
 def pack_update(update: Update) -> RecordDict:

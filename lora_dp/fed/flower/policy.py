@@ -106,6 +106,10 @@ RULES: Mapping[str, Rule] = {
     # Code, weights and files that a node opens: the embedded model and data set, nothing from anywhere else.
     "model": OneOf(("default",)),
     "pretrained": OneOf((True,)),
+    "feature_blocks": Anything(),
+    "contrast": OneOf(("as-is", "model")),
+    "whitening": OneOf(("none", "made-up")),
+    "features": OneOf(("auto", "own", "unit", "mean")),
     "target_modules": OneOf(("all-linear",)),
     "precision": OneOf(("float32",)),
     "dataset": OneOf(("digits",)),
@@ -129,6 +133,7 @@ RULES: Mapping[str, Rule] = {
     "delta": Between(1e-15, 1e-5),
     "unit": OneOf(("example", "client")),
     "noise_by": OneOf(("server", "client")),
+    "sums_share": Between(0, 1),
     "accountant": OneOf(("pld", "rdp")),
     "clipping": OneOf(("automatic", "flat", "per_layer")),
     "max_grad_norm": _BOUND,
@@ -147,6 +152,11 @@ RULES: Mapping[str, Rule] = {
     "lr_ratio": _RATE,
     "low_pass": OneOf(("none", "gaussian", "laplacian")),
     "low_pass_strength": Between(0, 1000),
+    "balanced": _BOOLS,
+    "warm_start": _BOOLS,
+    "server_optimizer": OneOf(("average", "momentum", "adam")),
+    "server_lr": _RATE,
+    "averaging": OneOf(("none", "tail", "ema")),
     "seed": Between(0, 2**63 - 1, whole=True),
 }
 # Where its owner has declared that a node needs no privacy of its own.

@@ -26,6 +26,7 @@ from lora_dp.fed.methods.flat_lora import FlatLoRA
 from lora_dp.fed.methods.flexlora import FlexLoRA
 from lora_dp.fed.methods.flora import FLoRA
 from lora_dp.fed.methods.galore import GaLore
+from lora_dp.fed.methods.head_only import HeadOnly
 from lora_dp.fed.methods.la_lora import LALoRA
 from lora_dp.fed.methods.lora_fair import LoRAFAIR
 from lora_dp.fed.methods.rac_lora import RACLoRA
@@ -33,7 +34,7 @@ from lora_dp.fed.methods.rolora import RoLoRA
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FlatLoRA)
+    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FlatLoRA, HeadOnly)
 }
 ENTRY_POINTS = "lora_dp.methods"
 
@@ -159,6 +160,7 @@ __all__ = [
     "FlatLoRA",
     "FlexLoRA",
     "GaLore",
+    "HeadOnly",
     "LALoRA",
     "Layers",
     "LoRAFAIR",

@@ -22,6 +22,8 @@ State: TypeAlias = "dict[str, Tensor]"
 Contribution: TypeAlias = "dict[str, Matrix]"
 # What methods that merge have added to a layer's frozen weight: its name with this at the end.
 MERGED = ".merged"
+# What the server sets from statistics, and no turn trains (lora_dp.nn.feature_head).
+_SET_BY_SERVER = (".feature_mean", ".feature_scale", ".class_prior")
 
 
 def factor(name: str) -> Literal["A", "B"] | None:
@@ -135,6 +137,7 @@ class Method(ABC):
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
+        has_adapters: whether the model gets adapters; else its head alone is trained.
 
     >>> class WarmUp(Method):
     ...     name = "warm-up"
@@ -153,10 +156,16 @@ class Method(ABC):
     ranks_may_differ: ClassVar[bool] = False
     regulates_noise: ClassVar[bool] = False
     released_mechanism: ClassVar[bool] = False
+    has_adapters: ClassVar[bool] = True
 
     @abstractmethod
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         """What the local steps of a turn train: one factor ("B", "A"), both ("AB"), or B, A, B, … ("BA")."""
+
+    @property
+    def averages_factors(self) -> bool:
+        """Whether the server's average is the next global state, so that a server optimizer may step in its place."""
+        return type(self).combine is Method.combine and type(self).begin is Method.begin
 
     def learning_rate(self, epsilon: float | None) -> float:
         """SGD's default learning rate: that of the nearest ε (in ratio) at which the method was tuned."""
@@ -166,9 +175,14 @@ class Method(ABC):
         return tuned[min((e for e in tuned if e < math.inf), key=lambda e: abs(math.log(e / epsilon)))]
 
     def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
-        """Whether a turn changes this parameter, so that it is sent up: its factors, and the head always."""
+        """Whether a turn changes this parameter, so that it is sent up: its factors, and the head always.
+
+        What centres and scales the head's features is the server's to set.
+        """
         which = factor(parameter)
-        return which is None or which in self.phases(round_index, turn)
+        if which is None:
+            return not parameter.endswith(_SET_BY_SERVER)
+        return which in self.phases(round_index, turn)
 
     def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
         """Tensors that the server replaces before a round: fresh factors, for example. Public: it sees no client.

@@ -39,8 +39,20 @@ class FlatLoRA(Method):
         if not self.rho >= 0:
             raise ValueError(f"flat-lora's rho must not be negative, not {self.rho}: 0.05 is usual.")
         # What a class attribute says of a method is here what the base says.
-        for name in ("learning_rates", "lr_ratio", "low_pass", "turns", "ranks_may_differ", "regulates_noise"):
+        for name in (
+            "learning_rates",
+            "lr_ratio",
+            "low_pass",
+            "turns",
+            "ranks_may_differ",
+            "regulates_noise",
+            "has_adapters",
+        ):
             object.__setattr__(self, name, getattr(self.base, name))
+
+    @property
+    def averages_factors(self) -> bool:
+        return self.base.averages_factors
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return self.base.phases(round_index, turn)

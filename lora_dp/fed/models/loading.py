@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from lora_dp.fed.data.encoding import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.data.examples import Batch
+from lora_dp.fed.data.kept_activations import ACTIVATIONS
 from lora_dp.fed.hub import hub, reachable, unreachable
-from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig, Precision
+from lora_dp.fed.models.feature_models import on_token_means, put_feature_head
+from lora_dp.fed.models.options import DEFAULT_WEIGHTS, Features, ModelConfig, Precision
+from lora_dp.fed.models.pooling import says_mean, without_pooler
 from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
 
@@ -34,39 +37,58 @@ class LoadedModel:
     """What the model takes: encode the data with it."""
     heads: list[str]
     """Names of the modules trained in full."""
+    features: Features
+    """What the head is given, "auto" resolved."""
 
 
-def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0) -> LoadedModel:
+def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapted: bool = True) -> LoadedModel:
     """Loads the backbone in float32, fits its head to ``num_labels`` and injects adapters.
 
     A stored head is kept if it has ``num_labels`` classes, else a new one takes its place. ``seed`` fixes the
     random start of adapters and head; the global random state is left as it was. A hub is contacted only when
     ``name`` is a hub's model or a pretrained timm model.
 
+    Args:
+        config: of the model.
+        num_labels: number of classes.
+        kind: of the data.
+        seed: of adapters and head.
+        adapted: whether there are adapters; else the head alone is trained.
+
     Raises:
-        ValueError: unknown model, a model for another kind of data, no head found, wrong adapter settings.
+        ValueError: unknown model, a model for another kind of data, no head found, wrong adapter settings, or features
+            that the model does not have.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         path = Path(config.name).expanduser()
+        features: Features = "own" if config.features == "auto" else config.features
         if config.name == "default":
             model, spec, heads = _load_default(num_labels, kind)
         elif path.exists() or config.name.startswith(("/", ".", "~")):
             if not (path / "config.json").is_file():
                 raise ValueError(f"no config.json in {config.name}: give a folder written by save_pretrained")
-            model, spec, heads = _load_transformers(str(path), num_labels, kind)
+            model, spec, heads, features = _load_language_or_vision(str(path), num_labels, kind, config.features)
         elif timm.is_model(config.name):
             model, spec, heads = _load_timm(config.name, config.pretrained, num_labels, kind)
         else:
-            model, spec, heads = _load_transformers(config.name, num_labels, kind)
+            model, spec, heads, features = _load_language_or_vision(config.name, num_labels, kind, config.features)
+        if config.contrast == "model" and not isinstance(spec, ImageSpec):
+            raise ValueError("contrast model is for images: leave it out for texts.")
+        if isinstance(spec, ImageSpec):
+            spec = replace(spec, contrast=config.contrast == "model")
+        if features == "mean":
+            model, heads = on_token_means(model, spec, config, num_labels), ["head"]
+        elif features == "unit":
+            put_feature_head(model, heads, config.name)
         lora = LoRAConfig(
             r=config.r,
             alpha=config.alpha,
-            target_modules=config.target_modules,
+            target_modules=config.target_modules if adapted else [],
             trainable_modules=heads,
             dropout=config.dropout,
         )
-        return LoadedModel(inject_lora(model, lora).train(), spec, heads)
+        return LoadedModel(inject_lora(model, lora).train(), spec, heads, features)
 
 
 def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
@@ -83,9 +105,15 @@ def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> 
 
 def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """What a model is called with for an encoded batch: arguments by place and by name."""
-    if "pixel_values" in batch:
+    if "pixel_values" in batch and ACTIVATIONS not in batch:
         return (batch["pixel_values"],), {}
     return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a model knows; 2 where it takes none."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return int(getattr(embedding, "num_embeddings", 2))
 
 
 def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:
@@ -106,7 +134,9 @@ def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, li
         state |= {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     model.load_state_dict(state)
     size = architecture["img_size"]
-    spec = ImageSpec(size, size, architecture["in_chans"], tuple(card["mean"]), tuple(card["std"]))
+    spec = ImageSpec(
+        size, size, architecture["in_chans"], tuple(card["mean"]), tuple(card["std"]), tuple(card["pixels"])
+    )
     return model, spec, ["head"]
 
 
@@ -129,6 +159,27 @@ def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tupl
     return model, ImageSpec(height, width, channels, tuple(data["mean"]), tuple(data["std"])), heads
 
 
+def _load_language_or_vision(
+    name: str, num_labels: int, kind: Kind, features: Features
+) -> tuple[nn.Module, InputSpec, list[str], Features]:
+    """A model of Transformers, with its own head or one on the mean over tokens."""
+    if kind == "text" and (features == "mean" or features == "auto" and says_mean(name)):
+        return *_load_encoder(name), [], "mean"
+    return *_load_transformers(name, num_labels, kind), "own" if features == "auto" else features
+
+
+def _load_encoder(name: str) -> tuple[nn.Module, InputSpec]:
+    try:
+        with hub(name), _quiet_transformers():
+            backbone = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **_NO_CODE)
+            spec = _text_spec(name, backbone.config)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, "an encoder of texts", error) from error
+    if backbone.config.is_encoder_decoder:
+        raise ValueError(f"{name} has a decoder, whose tokens are no features of a text: choose features own.")
+    return without_pooler(backbone), spec
+
+
 def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
     auto = (
         transformers.AutoModelForImageClassification
@@ -147,11 +198,7 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
                         module.set_attention_type("original_full")
             spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
     except (OSError, ValueError) as error:
-        why = _first_line(error) if Path(name).exists() or reachable() else unreachable(name)
-        raise ValueError(
-            f"could not load {name} as a model that classifies {kind}s: check that it is a timm name, or a "
-            f"Transformers hub name or folder made for {kind}s ({why})"
-        ) from error
+        raise _cannot_load(name, f"a model that classifies {kind}s", error) from error
     # whatever stands beside the backbone was added for classification: classifier, score, pre_classifier, …
     heads = [
         child
@@ -161,6 +208,15 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     if not heads or not hasattr(model, model.base_model_prefix):
         raise ValueError(f"cannot tell the head of {name} from its backbone: choose another model")
     return model, spec, heads
+
+
+def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
+    why = _first_line(error) if Path(name).exists() or reachable() else unreachable(name)
+    kind = what.rpartition(" ")[2]
+    return ValueError(
+        f"could not load {name} as {what}: check that it is a timm name, or a Transformers hub name or folder made for "
+        f"{kind} ({why})"
+    )
 
 
 def _image_spec(name: str, config: Any) -> ImageSpec:

@@ -1,6 +1,6 @@
 """Options of the model and its adapters, and of how the embedded model is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +8,7 @@ from lora_dp.fed.option_types import check_types
 from lora_dp.lora.config import LoRAConfig
 
 Precision = Literal["float32", "bf16"]
+Features = Literal["auto", "own", "unit", "mean"]
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
 
 
@@ -27,11 +28,26 @@ class ModelConfig:
     """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
     precision: Precision = "float32"
     """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
+    features: Features = "auto"
+    """What the head is given: own: the model's own head as it is; unit: what that head is given, at unit length; mean:
+    means over tokens after feature_blocks; auto: mean where the model says so, else own."""
+    feature_blocks: list[int] = field(default_factory=lambda: [-1])
+    """With features mean: after which blocks, from 1, or from the last as in -1; several are put side by side."""
+    contrast: Literal["as-is", "model"] = "as-is"
+    """For images: as they are, or each with the mean and deviation of those that the model was trained on."""
+    whitening: Literal["none", "made-up"] = "none"
+    """With features mean, for images: turn and scale features by those of made-up images, which are public."""
     pretrained: bool = True
     """Load a timm model's published weights (a download); false starts it at random."""
 
     def __post_init__(self) -> None:
         check_types(self, {"name": "model"})
+        if not self.feature_blocks or 0 in self.feature_blocks:
+            raise ValueError(
+                f"feature_blocks must name blocks from 1, or from the last as in -1, not {self.feature_blocks}."
+            )
+        if self.features in ("own", "unit") and (self.feature_blocks != [-1] or self.whitening != "none"):
+            raise ValueError("feature_blocks and whitening have no effect without features mean: leave them out.")
         LoRAConfig(r=self.r, alpha=self.alpha, dropout=self.dropout)  # refuses what is out of range
 
 

@@ -123,7 +123,8 @@ def _save(model: nn.Module, raw: RawData, config: PretrainConfig) -> Path:
     model.load_state_dict(state)
     model.eval()
     size = ARCHITECTURE["img_size"]
-    validation = encode(raw, ImageSpec(size, size, ARCHITECTURE["in_chans"], (MEAN,), (STD,))).validation
+    splits = encode(raw, ImageSpec(size, size, ARCHITECTURE["in_chans"], (MEAN,), (STD,)))
+    validation, pixels = splits.validation, splits.train.content()["pixels"].float() / 255
     hits = [(logits(model, batch).argmax(1) == batch["labels"]).sum() for batch in validation.batches(500)]
     folder = Path(config.dataset).expanduser()
     dataset = folder.resolve().name if folder.exists() else config.dataset
@@ -132,6 +133,7 @@ def _save(model: nn.Module, raw: RawData, config: PretrainConfig) -> Path:
         "num_labels": raw.num_labels,
         "mean": [MEAN],
         "std": [STD],
+        "pixels": [round(float(pixels.mean()), 4), round(float(pixels.std((1, 2, 3)).mean()), 4)],
         "dataset": dataset,
         "training_images": len(raw.train_labels),
         "validation_images": len(validation),

@@ -18,7 +18,7 @@ from lora_dp.fed.models.loading import logits
 from lora_dp.fed.rounds import as_released
 from lora_dp.fed.rounds.contained_failures import Failures, GivenUp, accumulate
 from lora_dp.fed.rounds.fixed_shapes import OneShape
-from lora_dp.fed.rounds.local_training import LocalTraining
+from lora_dp.fed.rounds.local_training import LocalSteps, LocalTraining, summing
 from lora_dp.fed.rounds.messages import Task, Update, Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.rounds.regulators import regulators
@@ -75,7 +75,10 @@ class Trainer:
             RuntimeError: the steps taken are not those that the plan accounts for.
             Exception: of any kind, what training raises in a run without privacy.
         """
+        examples.prepare()
         self.workspace.load(task.state, task.rank)
+        if task.sums:
+            return self._release_sums(client, examples, task, on_step)
         place = (client, task.round, task.turn)
         with self._generators(derived_seed(self.seed, Stream.TRAINING, *place)):
             if self.plan.mechanism == "as-released" and as_released.replaces_training(self.method):
@@ -84,7 +87,7 @@ class Trainer:
                 )
             else:
                 try:
-                    self._train_by_engine(examples, task, place, on_step)
+                    self._train_by_engine(examples, task, place, on_step, self._training_steps(examples, task))
                 except GivenUp as given_up:
                     Failures.tell_whole(client, task.round, given_up.error)
                     self.workspace.load(task.state, task.rank)  # a change of zero
@@ -92,8 +95,48 @@ class Trainer:
             if self.plan.mechanism == "as-released" and not as_released.replaces_training(self.method):
                 trained = as_released.noised_deer_update(self.plan, self.method, trained, task)
         if self.plan.client_adds_noise:
-            trained = self._noised(trained, task, self.plan.event(len(examples)), place)
+            event = self.plan.event(len(examples))
+            trained = self._noised(trained, task, event, self.plan.max_update_norm, place, Stream.NOISE)
         return Update(trained)
+
+    def _release_sums(self, client: int, examples: Examples, task: Task, on_step: Callable[[], None]) -> Update:
+        """Class sums and moments of the features, over the number of examples: one private step from zero."""
+        plan, place = self.plan, (client, task.round, task.turn)
+        assert plan.sums_event is not None
+        with self._generators(derived_seed(self.seed, Stream.SUMS, client)), summing(self.workspace.model) as sums:
+            event = plan.sums_event if plan.examples_are_protected else PoissonGaussian(0.0, 1.0)
+            rows = min(self.training.batch_size, len(examples))
+            try:
+                self._train_by_engine(examples, task, place, on_step, LocalSteps.of_sums(event, sums, rows, examples))
+            except GivenUp as given_up:
+                Failures.tell_whole(client, task.round, given_up.error)
+                sums.clear()
+            found = {name: parameter.detach().clone() for name, parameter in sums.named_parameters()}
+        if plan.client_adds_noise:
+            zero = replace(task, state={name: torch.zeros_like(tensor) for name, tensor in found.items()})
+            found = self._noised(found, zero, plan.sums_event, sums.sensitivity, place, Stream.SUMS_NOISE)
+        return Update(found)
+
+    def _training_steps(self, examples: Examples, task: Task) -> LocalSteps:
+        training, plan = self.training, self.plan
+        protected = plan.examples_are_protected
+        batch_size = min(training.batch_size, len(examples))
+        return LocalSteps(
+            event=plan.event(len(examples)) if protected else PoissonGaussian(0.0, batch_size / len(examples)),
+            batch_size=batch_size,
+            rows=batch_size,
+            count=training.local_steps,
+            # A cycle of phases goes on through the rounds: with an odd number of local steps too, each factor has its
+            # turn.
+            first=task.round * training.local_steps,
+            bound=plan.max_grad_norm if protected else float("inf"),
+            clipping=plan.clipping if protected else "flat",
+            phases=self.method.phases(task.round, task.turn),
+            low_pass=make_filter(training.low_pass, training.low_pass_strength),
+            regulate_noise=self.method.regulates_noise and protected,
+            optimizer=training.make_optimizer,
+            loss=classification_loss,
+        )
 
     def attempt(self, examples: Examples, task: Task) -> None:
         """One step of a client on all of these examples, which are public; afterwards the model is in the task's state.
@@ -110,7 +153,8 @@ class Trainer:
         self.workspace.load(task.state, task.rank)
         try:
             with self._generators(derived_seed(self.seed, Stream.TRAINING, *place)):
-                replace(self, training=training, on_turn=None)._train_by_engine(examples, task, place, lambda: None)
+                trainer = replace(self, training=training, on_turn=None)
+                trainer._train_by_engine(examples, task, place, lambda: None, trainer._training_steps(examples, task))
         except GivenUp as given_up:
             raise given_up.error from None
         finally:
@@ -132,39 +176,43 @@ class Trainer:
         return SeededSource(derived_seed(self.seed, *place)) if self.reproducible else SecureSource()
 
     def _train_by_engine(
-        self, examples: Examples, task: Task, place: tuple[int, int, int], on_step: Callable[[], None]
+        self,
+        examples: Examples,
+        task: Task,
+        place: tuple[int, int, int],
+        on_step: Callable[[], None],
+        steps: LocalSteps,
     ) -> None:
-        training, plan, model = self.training, self.plan, self.workspace.model
+        plan, model = self.plan, self.workspace.model
         device = next(model.parameters()).device
         protected = plan.examples_are_protected
-        batch_size = min(training.batch_size, len(examples))
-        event = plan.event(len(examples)) if protected else PoissonGaussian(0.0, batch_size / len(examples))
-        seed = derived_seed(self.seed, Stream.NOISE, *place) if self.reproducible else None
-        engine = PrivacyEngine(plan.accountant, reproducible_seed=seed)
-        model.train()
+        seed = derived_seed(self.seed, Stream.SUMS_NOISE if task.sums else Stream.NOISE, *place)
+        engine = PrivacyEngine(plan.accountant, reproducible_seed=seed if self.reproducible else None)
+        if not task.sums:
+            model.train()
         model, optimizer, batches = engine.make_private(
             model=model,
-            optimizer=training.make_optimizer(model),
+            optimizer=steps.optimizer(model),
             # Rows alone: what they hold is fetched where a failure is contained.
-            data_loader=DataLoader(range(len(examples)), batch_size=batch_size, collate_fn=list),  # type: ignore
-            noise_multiplier=event.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm if protected else float("inf"),
-            clipping=plan.clipping if protected else "flat",
-            phases=self.method.phases(task.round, task.turn),
-            low_pass=make_filter(training.low_pass, training.low_pass_strength),
-            regulate_noise=self.method.regulates_noise and protected,
+            data_loader=DataLoader(range(len(examples)), batch_size=steps.batch_size, collate_fn=list),  # type: ignore
+            noise_multiplier=steps.event.noise_multiplier,
+            max_grad_norm=steps.bound,
+            clipping=steps.clipping,
+            phases=steps.phases,
+            low_pass=steps.low_pass,
+            regulate_noise=steps.regulate_noise,
         )
-        # A cycle of phases goes on through the rounds: with an odd number of local steps too, each factor has its turn.
-        first = task.round * training.local_steps
-        optimizer.steps_taken = first
+        optimizer.steps_taken = steps.first
         optimizer.activate()
         with _tried(optimizer.recorder, plan):
             if self.on_turn is not None:
                 self.on_turn(place[0], optimizer, batches)
             failures = Failures()
-            shape = OneShape(self.workspace, optimizer, examples, batch_size, training.precision, failures)
-            for rows in batches.take(training.local_steps):
-                step, planned = optimizer.steps_taken, plan.rounds * training.local_steps
+            shape = OneShape(
+                self.workspace, optimizer, examples, steps.rows, self.training.precision, failures, steps.loss
+            )
+            for rows in batches.take(steps.count):
+                step, planned = optimizer.steps_taken, plan.rounds * self.training.local_steps
 
                 def backward(rows: Sequence[int], step: int = step, planned: int = planned) -> None:
                     batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
@@ -173,8 +221,8 @@ class Trainer:
                         derived_seed(self.seed, Stream.PERTURBATION, *place, step)
                     )
                     with self.method.local_step(model, step, planned, perturbation):
-                        scores = logits(model, batch, training.precision)
-                        optimizer.backward(classification_loss(scores, batch["labels"]))
+                        scores = logits(model, batch, self.training.precision)
+                        optimizer.backward(steps.loss(scores, batch["labels"]))
 
                 if protected:
                     for part, size in shape.parts(rows):
@@ -182,8 +230,10 @@ class Trainer:
                     optimizer.release()
                 else:
                     try:
-                        backward(rows)
-                        optimizer.step()
+                        for start in range(0, len(rows), steps.rows):
+                            optimizer.signal_skip_step(start + steps.rows < len(rows))
+                            backward(rows[start : start + steps.rows])
+                            optimizer.step()
                     except Exception as error:
                         if not plan.private:
                             raise
@@ -192,14 +242,14 @@ class Trainer:
                 on_step()
             failures.tell(place[0], place[1])
         if protected:
-            self._check_ledger(engine.ledger, event)
+            self._check_ledger(engine.ledger, steps.event, steps.count)
 
-    def _check_ledger(self, ledger: Ledger, planned: PoissonGaussian) -> None:
+    def _check_ledger(self, ledger: Ledger, planned: PoissonGaussian, steps: int) -> None:
         """Raise RuntimeError unless the steps taken are those accounted for, at a rate that is not above theirs."""
         taken = ledger.entries
         if (
             len(taken) != 1
-            or taken[0][1] != self.plan.releases_per_turn
+            or taken[0][1] != steps
             or not (
                 taken[0][0].noise_multiplier >= planned.noise_multiplier
                 and taken[0][0].sample_rate <= planned.sample_rate
@@ -207,17 +257,26 @@ class Trainer:
         ):
             raise RuntimeError("The steps that were taken are not those that the budget was planned for.")
 
-    def _noised(self, trained: State, task: Task, event: PoissonGaussian, place: tuple[int, int, int]) -> State:
+    def _noised(
+        self,
+        trained: State,
+        task: Task,
+        event: PoissonGaussian,
+        bound: float,
+        place: tuple[int, int, int],
+        stream: Stream,
+    ) -> State:
         """start + clipped change + noise of this client's own."""
-        start, rules = task.state, regulators(self.method, task.state, task.round, task.turn)
+        start = task.state
+        rules = {} if task.sums else regulators(self.method, start, task.round, task.turn)
         change = {
             name: rules[name].measured(tensor - start[name]) if name in rules else tensor - start[name]
             for name, tensor in trained.items()
         }
-        bounded = clipped(change, self.plan.max_update_norm)
+        bounded = clipped(change, bound)
         if bounded is None:
             bounded = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
-        mechanism = client_mechanism(self.plan, event.noise_multiplier, self.source(Stream.NOISE, *place))
+        mechanism = client_mechanism(bound, event.noise_multiplier, self.source(stream, *place))
         released = dict(zip(bounded, mechanism.release(list(bounded.values())), strict=True))
         return {name: _moved(start[name], released[name], rules.get(name)) for name in released}
 

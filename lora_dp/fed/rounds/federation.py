@@ -1,5 +1,6 @@
 """The round loop: draws clients, carries tasks to them by an engine, checks and combines what comes back."""
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,24 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import Aggregation
-from lora_dp.fed.models.loading import logits, model_inputs
-from lora_dp.fed.models.options import Precision
+from lora_dp.fed.models.loading import model_inputs
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.engines import Engine
+from lora_dp.fed.rounds.evaluation import evaluate
 from lora_dp.fed.rounds.ledgers import Account, AheadLog
 from lora_dp.fed.rounds.local_engine import LocalEngine
+from lora_dp.fed.rounds.mean_noise import noise_of_mean
 from lora_dp.fed.rounds.messages import Reply, Task
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.fed.rounds.server import Server, draw_clients, nbytes, poisson_clients
 from lora_dp.fed.rounds.server_noise import NoisySum
+from lora_dp.fed.rounds.server_optimizer import ServerOptimizer, StateAverage
 from lora_dp.fed.rounds.setup import ClientExamples, Job, open_job
 from lora_dp.fed.rounds.update_checks import fault
 from lora_dp.fed.rounds.update_statistics import UpdateRecorder, expected_noise_norm
@@ -33,7 +34,6 @@ from lora_dp.fed.safe_text import described, harmless
 from lora_dp.isolation.check import check_isolation
 from lora_dp.privacy.accounting import PrivacyBudgetExceeded
 
-EVALUATION_BATCH = 256
 _TRIED = 4
 
 
@@ -111,6 +111,9 @@ class Federation:
         self.account = Account(self.plan, sizes, origin)
         self.ranks = list(ranks) if ranks is not None else [self.workspace.layers.r] * len(sizes)
         self.server = Server(self.workspace.state(), self.workspace.layers, self.method)
+        training = trainer.training
+        self.optimizer = ServerOptimizer(training.server_optimizer, training.server_learning_rate)
+        self.average = StateAverage(training.averaging, self.plan.rounds)
         self.weighting, self.min_clients, self.fault_norm = weighting, min_clients, fault_norm
         self._weights = self.account.sizes if weights is None else np.asarray(weights)
         self.rounds_done = 0
@@ -205,13 +208,15 @@ class Federation:
         if self.log is not None:
             self.log.append(index + 1, [] if self.plan.server_adds_noise else drawn)
         self.recorded = []
-        before = self.server.snapshot()
+        before = self.server.snapshot(), copy.deepcopy((self.optimizer, self.average))
         try:
             up, down, remaining, failed = self._run_turns(index, drawn, on_step)
+            self.average.add(self.server.state, index + 1)
             loss, accuracy = self.evaluate() if evaluate else (None, None)
         except BaseException:
             # Interrupted or with too few updates: the global state stays that of the last whole round.
-            self.server.go_back(before)
+            self.server.go_back(before[0])
+            self.optimizer, self.average = before[1]
             raise
         self.rounds_done += 1
         secret = self.plan.private and (self.plan.server_adds_noise or not self.trainer.reproducible)
@@ -262,6 +267,8 @@ class Federation:
         reasons: list[str] = []
         details: list[str] = []
         waiting = set(drawn)
+        # Of each client in the mean: its weight, rank and number of examples.
+        averaged: list[tuple[float, int, int]] = []
         up = down = arrived = 0
         tasks = {rank: server.task(index, turn, rank) for rank in {self.ranks[client] for client in drawn}}
         for reply in self._replies(drawn, tasks, on_step):
@@ -278,7 +285,8 @@ class Federation:
                 else:
                     assert plain is not None
                     contribution = self.method.contribution(reply.update.tensors, server.layers)
-                    plain.add(contribution, self._weight(reply.client))
+                    plain.add(contribution, self.weight(reply.client))
+                    averaged.append((self.weight(reply.client), task.rank, int(self.account.sizes[reply.client])))
                     down += server.news_bytes(int(self.seen[reply.client]), task.rank)
                     up += nbytes(reply.update.tensors)
                     self.seen[reply.client] = server.version
@@ -309,6 +317,9 @@ class Federation:
             assert plain is not None
             mean = plain.result()
             self.recorded.append({"round": index + 1, "turn": turn, **recorder.summary()})
+        if self.optimizer.name != "average" or self.optimizer.rate != 1:
+            noise = noise_of_mean(self.trainer, server, index, turn, averaged)
+            mean = dict(self.optimizer.stepped(mean, server.state, noise))  # type: ignore[arg-type]
         server.apply(self.method.combine(mean, server.state, server.layers, index, turn))
         # Not as they came, which tells how long they took.
         return down, up, sorted(failed, key=lambda entry: entry["client"])
@@ -333,7 +344,8 @@ class Federation:
             up += share * nbytes({name: start[name] for name in names})
         return round(down), round(up)
 
-    def _weight(self, client: int) -> float:
+    def weight(self, client: int) -> float:
+        """A client's public, unnormalised share in a mean."""
         return float(self._weights[client]) if self.weighting == "examples" else 1.0
 
     def check_model(self) -> None:
@@ -376,47 +388,13 @@ class Federation:
         return evaluate(self.model, self.validation, self.device, self.trainer.training.precision)
 
     def load_global_state(self) -> None:
-        """Puts the global adapter and head into the model."""
-        self.workspace.load(self.server.state)
+        """Puts the global adapter and head into the model: their averages, where these are the result."""
+        self.workspace.load(self.average.of(self.server.state))
 
-    def start(self) -> RoundResult:
-        """The global model before the first round, as round 0."""
+    def start(self, bytes_up: int = 0, bytes_down: int = 0) -> RoundResult:
+        """The global model before the first round, as round 0, with the bytes that its head's start took."""
         begin = time.perf_counter()
         loss, accuracy = self.evaluate()
-        return RoundResult(0, "", [], loss, accuracy, self.account.worst_epsilon(), 0, 0, time.perf_counter() - begin)
-
-
-def evaluate(
-    model: nn.Module, examples: Examples, device: torch.device, precision: Precision = "float32"
-) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy (0 … 1) of a model."""
-    model.eval()
-    total, correct = 0.0, 0
-    with torch.no_grad():
-        for batch in examples.batches(EVALUATION_BATCH):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            scores = logits(model, batch, precision)
-            total += F.cross_entropy(scores, batch["labels"], reduction="sum").item()
-            correct += int((scores.argmax(1) == batch["labels"]).sum())
-    return total / len(examples), correct / len(examples)
-
-
-def checkpoint(federation: Federation) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a resumed run needs: tensors, and plain numbers. Sources of randomness are made anew for each round."""
-    return dict(federation.server.state), {
-        "round": federation.rounds_done,
-        "run": None if federation.log is None else federation.log.run,
-        "server": federation.server.bookkeeping(),
-        "seen": federation.seen.tolist(),
-    }
-
-
-def restore(federation: Federation, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-    """Puts what :func:`checkpoint` returned into a federation of the same configuration.
-
-    Raises:
-        ValueError: it belongs to another model.
-    """
-    federation.server.restore(tensors, numbers["server"])
-    federation.rounds_done = numbers["round"]
-    federation.seen = np.asarray(numbers["seen"], dtype=np.int64)
+        seconds = time.perf_counter() - begin
+        epsilon = self.account.worst_epsilon()
+        return RoundResult(0, "", [], loss, accuracy, epsilon, bytes_up, bytes_down, seconds)

@@ -20,7 +20,7 @@ trained on by itself, which has neither place nor company.
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Batch, Examples, Shape
-from lora_dp.fed.models.loading import logits
+from lora_dp.fed.models.loading import logits, vocabulary_of
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.rounds.contained_failures import Failures
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.safe_text import described
 from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.deterministic import Still
-from lora_dp.losses import classification_loss
+from lora_dp.losses import classification_loss, feature_sums_loss
 from lora_dp.nn.lora_linear import DPLoRALinear
 
 _LOG = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class OneShape:
         batch_size: the expected size of a batch.
         precision: in which the model runs.
         failures: takes note of a model that cannot be tried.
+        loss: of each example (N,), from scores and labels.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class OneShape:
         batch_size: int,
         precision: Precision,
         failures: Failures,
+        loss: Callable[[Tensor, Tensor], Tensor] = classification_loss,
     ) -> None:
+        self._loss = loss
         self._workspace, self._optimizer, self._examples = workspace, optimizer, examples
         self._precision, self._failures = precision, failures
         self._rows = rows_of_a_part(batch_size, len(examples), examples.shapes_vary)
@@ -142,8 +145,7 @@ class OneShape:
         return False
 
     def _stays(self, shape: Shape, device: torch.device, generator: torch.Generator) -> bool:
-        embedding = getattr(self._workspace.model, "get_input_embeddings", lambda: None)()
-        vocabulary = getattr(embedding, "num_embeddings", 2)
+        vocabulary = vocabulary_of(self._workspace.whole)
         batch, others = (
             {
                 name: tensor.to(device)
@@ -180,7 +182,7 @@ class OneShape:
         """All that the private step would keep of each row."""
         with Still():
             scores = logits(self._workspace.model, batch, self._precision)
-            self._optimizer.backward(classification_loss(scores, labels % scores.shape[1]))
+            self._optimizer.backward(self._loss(scores, labels % (scores.shape[1] - (self._loss is feature_sums_loss))))
             finished = self._optimizer.recorder.take()
             return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
 

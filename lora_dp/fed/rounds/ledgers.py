@@ -14,7 +14,7 @@ from lora_dp.atomic_files import append_durably
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.privacy_plan import UNITS, PrivacyPlan, check_size, finite, guarantee
 from lora_dp.hash_chain import START, BrokenChain, ChainedLog, link
-from lora_dp.privacy.accounting import Ledger, PoissonGaussian
+from lora_dp.privacy.accounting import Ledger, PoissonGaussian, max_steps
 
 LOG = "ledger.jsonl"
 # Beside the log: which examples its rounds release of, in a digest that is as private as they are.
@@ -56,6 +56,10 @@ class Account:
         events = [plan.event(size) for size in different] if events is None else events
         self._events = dict(zip(different, events, strict=True))
         self._counts = np.zeros(1 if plan.server_adds_noise else len(sizes), dtype=np.int64)
+        # Releases of feature sums before the first round: one, or more where a crash had it begin again.
+        self._sums = np.zeros_like(self._counts)
+        self._rooms: dict[tuple[int, int], int] = {}
+        self._sums_event = plan.sums_event
 
     def event(self, client: int) -> PoissonGaussian:
         """One release of this client."""
@@ -67,14 +71,35 @@ class Account:
 
     def ledger(self, client: int) -> Ledger:
         """What this client has released so far."""
-        return _ledger(self.event(client), self.releases(client))
+        sums = int(self._sums[0 if self.plan.server_adds_noise else client])
+        return self._ledger(self.event(client), self.releases(client), sums)
 
     def eligible(self) -> list[int]:
         """Clients whose budget has room for a round; a function of public quantities only."""
         if not self.plan.private:
             return list(range(len(self.sizes)))
-        room = self._counts + self.plan.releases_per_round <= self.plan.planned_releases
-        return np.flatnonzero(np.broadcast_to(room, self.sizes.shape)).tolist()
+        most: np.ndarray | int = self.plan.planned_releases
+        if self._sums.max() > 1:  # the plan is for one
+            pairs = zip(self.sizes.tolist(), np.broadcast_to(self._sums, self.sizes.shape).tolist(), strict=True)
+            most = np.array([self._room(*pair) for pair in pairs])
+        room = np.broadcast_to(self._counts, self.sizes.shape) + self.plan.releases_per_round <= most
+        return np.flatnonzero(room).tolist()
+
+    def _room(self, size: int, sums: int) -> int:
+        """Releases that fit the budget of a client of that size beside so many of feature sums."""
+        plan = self.plan
+        if sums <= 1:
+            return plan.planned_releases
+        if (size, sums) not in self._rooms:
+            assert plan.epsilon is not None
+            event = self._events[size]
+            before = self._ledger(event, 0, sums)
+            self._rooms[size, sums] = max_steps(before, event, plan.epsilon, plan.delta, plan.accountant)
+        return self._rooms[size, sums]
+
+    def add_sums(self, clients: Iterable[int]) -> None:
+        """Counts that these clients are about to release feature sums."""
+        np.add.at(self._sums, [0] if self.plan.server_adds_noise else list(clients), 1)
 
     def add_round(self, clients: Iterable[int]) -> None:
         """Counts a round that these clients are about to take part in."""
@@ -83,20 +108,20 @@ class Account:
 
     def epsilon(self, client: int) -> float:
         """ε of one client so far; 0 before its first release, inf without privacy."""
-        return self._epsilon(self.event(client), self.releases(client))
+        return self.ledger(client).epsilon(self.plan.delta, self.plan.accountant)
 
     def worst_epsilon(self, *, exact: bool = True) -> float:
         """The largest ε of all clients; an upper bound of it, quickly, where ``exact`` is not asked for and they differ
         in more than a few ways."""
-        counts = np.broadcast_to(self._counts, self.sizes.shape)
-        pairs = np.unique(np.stack([self.sizes, counts]), axis=1).T.tolist()
-        kinds = {(self._events[size], count) for size, count in pairs}
+        counts, sums = (np.broadcast_to(each, self.sizes.shape) for each in (self._counts, self._sums))
+        triples = np.unique(np.stack([self.sizes, counts, sums]), axis=1).T.tolist()
+        kinds = {(self._events[size], count, beside) for size, count, beside in triples}
         if exact or len(kinds) <= _FEW or not self.plan.private:
             return max(self._epsilon(*kind) for kind in kinds)
-        bound = max(_ledger(*kind).epsilon(self.plan.delta, "rdp") for kind in kinds)
+        bound = max(self._ledger(*kind).epsilon(self.plan.delta, "rdp") for kind in kinds)
         # The noise was calibrated so that no planned number of releases exceeds the budget.
         assert self.plan.epsilon is not None
-        within = int(counts.max()) <= self.plan.planned_releases
+        within = int(counts.max()) <= self.plan.planned_releases and int(sums.max()) <= 1
         return min(bound, self.plan.epsilon) if within else bound
 
     def noise_multipliers(self) -> list[float]:
@@ -145,18 +170,22 @@ class Account:
             "planned_releases": plan.planned_releases,
             "sizes": None if hidden else self.sizes.tolist(),
             "clients": len(self.sizes),
+            "sums": None
+            if self._sums_event is None
+            else [self._sums_event.noise_multiplier, self._sums_event.sample_rate],
             "events": [[e.noise_multiplier, e.sample_rate] for e in self._events.values()][: 1 if hidden else None],
             "options": None if self.origin is None else self.origin.options,
         }
 
-    def _epsilon(self, event: PoissonGaussian, count: int) -> float:
-        return _ledger(event, count).epsilon(self.plan.delta, self.plan.accountant)
+    def _epsilon(self, event: PoissonGaussian, count: int, sums: int) -> float:
+        return self._ledger(event, count, sums).epsilon(self.plan.delta, self.plan.accountant)
 
-
-def _ledger(event: PoissonGaussian, count: int) -> Ledger:
-    ledger = Ledger()
-    ledger.append(event, count)
-    return ledger
+    def _ledger(self, event: PoissonGaussian, count: int, sums: int) -> Ledger:
+        ledger = Ledger()
+        if self._sums_event is not None:
+            ledger.append(self._sums_event, sums)
+        ledger.append(event, count)
+        return ledger
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -280,14 +309,17 @@ class AheadLog:
             return False
 
     def append(self, number: int, clients: Sequence[int]) -> None:
-        """Writes that round ``number`` (from 1) begins with these clients; on the disk when this returns."""
+        """Writes that round ``number`` begins with these clients; on the disk when this returns.
+
+        Rounds count from 1; 0 is the release of feature sums before them.
+        """
         self._log.append({"round": number, "clients": list(clients)})
 
     def replay(self, account: Account, *, rounds_done: int, reproducible: bool) -> None:
         """Counts the rounds of the log into an account.
 
         Args:
-            rounds_done: the round of the checkpoint that the run goes on from.
+            rounds_done: the round of the checkpoint that the run goes on from; −1 where there is none.
             reproducible: count each round up to that one once; those after it will release the same bits again.
 
         Raises:
@@ -341,10 +373,12 @@ class AheadLog:
     def _rounds(self, entries: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
         """The rounds that were begun, each with its clients, in the order of the log."""
         rounds: list[tuple[int, list[int]]] = []
+        has_sums = self._terms(entries[0]).get("sums") is not None if entries else False
         for index, entry in enumerate(entries[1:], 1):
             try:
                 number, clients = entry["round"], [int(client) for client in entry["clients"]]
-                if not 1 <= number <= max((n for n, _ in rounds), default=0) + 1:
+                last = max((n for n, _ in rounds), default=0)
+                if not (1 <= number <= last + 1 or has_sums and number == last == 0):
                     raise ValueError(f"round {number} out of turn")
             except (ValueError, KeyError, TypeError) as error:
                 raise LogError(self._lost(f"line {index + 1} is damaged")) from error
@@ -352,10 +386,13 @@ class AheadLog:
         return rounds
 
     def _count(self, rounds: Iterable[tuple[int, list[int]]], account: Account) -> None:
-        for _, clients in rounds:
+        for number, clients in rounds:
             if clients and not 0 <= min(clients) <= max(clients) < len(account.sizes):
                 raise LogError(f"{self.path} names clients that this run does not have: it belongs to another run.")
-            account.add_round(clients)
+            if number:
+                account.add_round(clients)
+            else:
+                account.add_sums(clients)
 
     def _lost(self, what: str) -> str:
         return (

@@ -1,14 +1,25 @@
 """How clients train between two exchanges."""
 
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora_dp.engine.phases import Phases
 from lora_dp.fed.methods import factor
 from lora_dp.fed.models.options import Precision
-from lora_dp.privacy.filtering import FilterName
+from lora_dp.fed.server_options import Averaging, ServerOptimizerName
+from lora_dp.losses import feature_sums_loss
+from lora_dp.nn.feature_head import feature_head_of
+from lora_dp.nn.feature_sums import FeatureSums, SumWeights
+from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.clipping import ClippingName
+from lora_dp.privacy.filtering import Filter, FilterName
+
+SUM_WEIGHTS = SumWeights()
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,8 @@ class LocalTraining:
 
     Attributes:
         learning_rate: of A and the head; B's is this times `lr_ratio`.
+        balanced, warm_start: what the released feature sums are used for, beside centring and scaling.
+        server_optimizer, server_learning_rate, averaging: what the server does with the mean of a round.
     """
 
     optimizer: Literal["sgd", "adamw"]
@@ -27,6 +40,11 @@ class LocalTraining:
     batch_size: int
     local_steps: int
     precision: Precision = "float32"
+    server_optimizer: ServerOptimizerName = "average"
+    server_learning_rate: float = 1.0
+    averaging: Averaging = "none"
+    balanced: bool = False
+    warm_start: bool = False
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """A fresh optimizer over the model's trainable parameters, B's with its own learning rate."""
@@ -37,3 +55,76 @@ class LocalTraining:
         ]
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer]
         return kind(groups, lr=self.learning_rate)
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """The private steps of one turn.
+
+    Attributes:
+        event: each of them; without noise where no example is protected.
+        batch_size: expected.
+        rows: of a batch that the model is given at once, about.
+        count: how many steps.
+        first: number of the first one in the run.
+        bound, clipping, phases, low_pass, regulate_noise: as the engine takes them.
+        optimizer: makes one over what is trained.
+        loss: of each example (N,), from scores and labels.
+    """
+
+    event: PoissonGaussian
+    batch_size: int
+    rows: int
+    count: int
+    first: int
+    bound: float
+    clipping: ClippingName
+    phases: Phases
+    low_pass: Filter | None
+    regulate_noise: bool
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of_sums(cls, event: PoissonGaussian, sums: FeatureSums, rows: int, examples: Sized) -> "LocalSteps":
+        """One step on all examples, which from zero releases their feature sums."""
+        return cls(
+            event=event,
+            batch_size=len(examples),
+            rows=rows,
+            count=1,
+            first=0,
+            bound=sums.sensitivity if event.noise_multiplier else float("inf"),
+            clipping="flat",
+            phases="AB",
+            low_pass=None,
+            regulate_noise=False,
+            optimizer=lambda _: torch.optim.SGD(sums.parameters(), lr=1.0),
+            loss=feature_sums_loss,
+        )
+
+
+@contextmanager
+def summing(model: nn.Module) -> Iterator[FeatureSums]:
+    """Inside, the model returns scores of feature sums, which alone are trained; dropout is off in front of its head.
+
+    Raises:
+        ValueError: the model has no feature head.
+    """
+    found = feature_head_of(model)
+    if found is None:
+        raise ValueError("Feature sums need a head on features of unit length: choose features unit or mean.")
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    with found[1].summing(SUM_WEIGHTS) as sums:
+        model.train()
+        for name, module in model.named_modules():
+            if module is not model and not f"{found[0]}.".startswith(f"{name}."):
+                module.training = False
+        found[1].train()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield sums
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_dp.fed.methods import MERGED, Layers, State
 from lora_dp.lora.adapters import exchanged_parameters, load_parameters
+from lora_dp.nn.feature_head import feature_statistics
 from lora_dp.nn.lora_linear import DPLoRALinear
 
 
@@ -20,12 +21,14 @@ class Task:
         round, turn: from 0.
         rank: of this client's adapters.
         state: global tensors as this client is to start from them; ``<layer>.merged`` is added to a frozen weight.
+        sums: release the sums of features instead, by which the server starts the head.
     """
 
     round: int
     turn: int
     rank: int
     state: State
+    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Workspace:
     """The model of a process: whoever's turn it is loads the state that it starts from.
 
     Args:
-        model: with adapters in place.
+        model: with adapters in place; what batches are given to.
+        whole: the model that this is the rest of, where its frozen front is computed apart; names are this one's.
 
     Attributes:
         layers: the adapted layers.
@@ -66,10 +70,10 @@ class Workspace:
             (:mod:`lora_dp.fed.rounds.fixed_shapes`).
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._adapted = {name: m for name, m in model.named_modules() if isinstance(m, DPLoRALinear)}
-        config = getattr(model, "lora_config", None)
+    def __init__(self, model: nn.Module, whole: nn.Module | None = None) -> None:
+        self.model, self.whole = model, whole or model
+        self._adapted = {name: m for name, m in self.whole.named_modules() if isinstance(m, DPLoRALinear)}
+        config = getattr(self.whole, "lora_config", None)
         ranks = {layer.r for layer in self._adapted.values()}
         self.layers = Layers(
             {name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()},
@@ -77,7 +81,7 @@ class Workspace:
             config.alpha if config is not None else None,
         )
         # A change of rank keeps the parameters the same objects.
-        self._parameters = exchanged_parameters(model)
+        self._parameters: dict[str, Tensor] = {**exchanged_parameters(self.whole), **feature_statistics(self.whole)}
         self._loaded: dict[str, Tensor] = {}
         self.rows_apart: dict[Hashable, bool] = {}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_dp.fed.methods import State
 from lora_dp.fed.option_types import check_types
-from lora_dp.privacy.accounting import Accountant, PoissonGaussian, calibrate_noise_multiplier
+from lora_dp.privacy.accounting import Accountant, Ledger, PoissonGaussian, calibrate_noise_multiplier
 from lora_dp.privacy.clipping import ClippingName, make_clip_rule
 from lora_dp.privacy.mechanism import Mechanism
 from lora_dp.privacy.randomness import RandomSource
@@ -53,6 +53,7 @@ class PrivacyPlan:
         clients: number of clients.
         mechanism: "as-released" for what authors' code does, which guarantees nothing.
         examples: of all clients together; used for the noise of DEeR's released code alone.
+        sums_share: part of the budget for one release of feature sums before the first round; 0 for none.
 
     Raises:
         ValueError: a value of another type or none of the choices, or a private run in which not one party adds noise.
@@ -75,6 +76,7 @@ class PrivacyPlan:
     clients: int
     mechanism: MechanismName = "sound"
     examples: int = 0
+    sums_share: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -170,9 +172,30 @@ class PrivacyPlan:
         if not self.private:
             return PoissonGaussian(0.0, rate)
         assert self.epsilon is not None
+        before = Ledger()
+        if (sums := self.sums_event) is not None:
+            before.append(sums)
         return PoissonGaussian(
-            calibrate_noise_multiplier(self.epsilon, self.delta, rate, self.planned_releases, self.accountant), rate
+            calibrate_noise_multiplier(
+                self.epsilon, self.delta, rate, self.planned_releases, self.accountant, spent=before
+            ),
+            rate,
         )
+
+    @property
+    def sums_event(self) -> PoissonGaussian | None:
+        """The entry that the release of feature sums is in a client's ledger; None where there is none.
+
+        With the whole budget its noise would be σ; with a part p of it, it is σ/√p: what Gaussian releases compose to
+        hangs on the sum of 1/σ².
+        """
+        if not self.sums_share:
+            return None
+        if not self.private:
+            return PoissonGaussian(0.0, 1.0)
+        assert self.epsilon is not None
+        alone = calibrate_noise_multiplier(self.epsilon, self.delta, 1.0, 1, self.accountant)
+        return PoissonGaussian(alone / math.sqrt(self.sums_share), 1.0)
 
 
 def check_size(client: int, examples: object) -> None:
@@ -198,9 +221,9 @@ def _rung(examples: int) -> int:
     return max(rung for k in (step - 1, step, step + 1) if (rung := math.floor(1.02**k)) <= examples)
 
 
-def client_mechanism(plan: PrivacyPlan, noise_multiplier: float, source: RandomSource) -> Mechanism:
-    """The Gaussian mechanism on whole updates, each clipped to ``max_update_norm``."""
-    return Mechanism(make_clip_rule("flat", plan.max_update_norm), noise_multiplier, source)
+def client_mechanism(bound: float, noise_multiplier: float, source: RandomSource) -> Mechanism:
+    """The Gaussian mechanism on whole updates, each clipped to ``bound``."""
+    return Mechanism(make_clip_rule("flat", bound), noise_multiplier, source)
 
 
 def clipped(change: State, bound: float) -> dict[str, Tensor] | None:

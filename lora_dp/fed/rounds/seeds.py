@@ -15,6 +15,8 @@ class Stream(IntEnum):
     RANKS = 5
     BEGIN = 6
     SERVER_NOISE = 7
+    SUMS = 8
+    SUMS_NOISE = 9
 
 
 def derived_seed(*path: int) -> int:

@@ -53,7 +53,7 @@ class NoisySum:
     def result(self, source: RandomSource) -> Contribution:
         """The noised mean. The caller has counted it in the ledger."""
         plan = self._plan
-        mechanism = client_mechanism(plan, plan.turn_noise_multiplier(1), source)
+        mechanism = client_mechanism(plan.max_update_norm, plan.turn_noise_multiplier(1), source)
         released = mechanism.release(list(self._sums.values()))
         mean: Contribution = {}
         for name, noisy in zip(self._sums, released, strict=True):

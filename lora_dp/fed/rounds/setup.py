@@ -10,10 +10,12 @@ from torch import nn
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, encode
 from lora_dp.fed.data.examples import Examples
+from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
-from lora_dp.fed.models.loading import load_model
+from lora_dp.fed.models.frozen_front import Front, HeadAlone
+from lora_dp.fed.models.loading import load_model, vocabulary_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.local_training import LocalTraining
@@ -93,6 +95,7 @@ def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
         chosen.clients,
         privacy.mechanism,
         examples,
+        privacy.sums_share,
     )
 
 
@@ -114,8 +117,23 @@ def open_job(
     torch.manual_seed(seed)
     raw = open_data(config.data) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
-    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
+    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed, adapted=config.method.has_adapters)
+    if config.privacy.sums_share and loaded.features == "own":
+        raise ValueError(
+            f"sums_share starts a head on features of unit length, but {config.model.name} keeps its own head: choose "
+            "features unit or mean, or leave sums_share out."
+        )
     splits = encode(raw, loaded.spec)
+    model = loaded.model.to(device)
+    workspace, train, validation = Workspace(model), splits.train, splits.validation
+    if not config.method.has_adapters and len(loaded.heads) == 1:
+        [head] = loaded.heads
+        workspace = Workspace(HeadAlone(model, head), model)
+        front = Front(model, head, config.model.precision)
+        vocabulary = vocabulary_of(model)
+        train, validation = (
+            KeptActivations(part, front, with_inputs=False, vocabulary=vocabulary) for part in (train, validation)
+        )
     parts = partition(
         splits.train.labels.numpy(),
         chosen.clients,
@@ -128,6 +146,7 @@ def open_job(
     method = config.method
     optimization = config.optimization
     assert optimization.lr is not None and optimization.lr_ratio is not None
+    assert optimization.server_lr is not None
     assert optimization.low_pass is not None and optimization.low_pass_strength is not None
     training = LocalTraining(
         optimization.optimizer,
@@ -138,12 +157,17 @@ def open_job(
         chosen.batch_size,
         chosen.local_steps,
         config.model.precision,
+        optimization.server_optimizer,
+        optimization.server_lr,
+        optimization.averaging,
+        optimization.balanced,
+        optimization.warm_start,
     )
     plan = plan_of(config, len(splits.train))
     plan.check(max(len(part) for part in parts))
     _check_method(method, plan)
-    trainer = Trainer(Workspace(loaded.model.to(device)), method, training, plan, seed, config.run.reproducible)
-    return Job(trainer, splits.train, parts, splits.validation, ranks)
+    trainer = Trainer(workspace, method, training, plan, seed, config.run.reproducible)
+    return Job(trainer, train, parts, validation, ranks)
 
 
 def match_threads(model: nn.Module) -> None:

@@ -121,12 +121,12 @@ class UpdateRecorder:
         }
 
 
-def expected_noise_norm(trainer: Trainer, task: Task, examples: int, noise_multiplier: float) -> float | None:
-    """√E‖·‖² of what the noise alone contributes to a client's update in one turn, all its tensors together.
+def expected_noise(trainer: Trainer, task: Task, examples: int, noise_multiplier: float) -> dict[str, float] | None:
+    """Root mean square of what the noise alone contributes to each number of a client's update in a turn, by tensor.
 
-    With private steps of SGD: E‖·‖² = Σ over tensors of k · lr² · (σC/L)² · n · g, with k the steps that train it, L
-    the expected batch size, n its numbers and g the energy that filter (and regulator) leave of white noise: the sum
-    of the noise that the steps add, as if no later gradient answered to it. With noise on whole updates: (σC)² · n · g.
+    With private steps of SGD: √(k · g) · lr · σC/L, with k the steps that train it, L the expected batch size, and g
+    the energy that filter (and regulator) leave of white noise: that of the sum of the noise that the steps add, as if
+    no later gradient answered to it. With noise on whole updates: √g · σC.
 
     Args:
         trainer: of the run.
@@ -144,19 +144,29 @@ def expected_noise_norm(trainer: Trainer, task: Task, examples: int, noise_multi
         return None
     rules = regulators(method, task.state, task.round, task.turn)
     low_pass = make_filter(training.low_pass, training.low_pass_strength) if by_steps else None
-    energy = 0.0
+    bound = make_clip_rule(plan.clipping, plan.max_grad_norm).sensitivity if by_steps else plan.max_update_norm
+    one = noise_multiplier * bound / (min(training.batch_size, examples) if by_steps else 1)
+    found = {}
     for name, tensor in task.state.items():
         if name.endswith(MERGED) or not method.trains(name, task.round, task.turn):
             continue
         filtered = low_pass if factor(name) is not None else None
-        part = tensor.numel() * _gain(filtered, tensor, rules[name].inverse if name in rules else None)
+        gain = _gain(filtered, tensor, rules[name].inverse if name in rules else None)
         if by_steps:
-            part *= _steps(name, trainer, task) * _learning_rate(name, training) ** 2
-        energy += part
-    if by_steps:
-        sensitivity = make_clip_rule(plan.clipping, plan.max_grad_norm).sensitivity
-        return noise_multiplier * sensitivity / min(training.batch_size, examples) * math.sqrt(energy)
-    return noise_multiplier * plan.max_update_norm * math.sqrt(energy)
+            gain *= _steps(name, trainer, task) * _learning_rate(name, training) ** 2
+        found[name] = one * math.sqrt(gain)
+    return found
+
+
+def expected_noise_norm(trainer: Trainer, task: Task, examples: int, noise_multiplier: float) -> float | None:
+    """√E‖·‖² of what the noise alone contributes to a client's update in one turn, all its tensors together.
+
+    Args, and when it is None: as for :func:`expected_noise`.
+    """
+    by_tensor = expected_noise(trainer, task, examples, noise_multiplier)
+    if by_tensor is None:
+        return None
+    return math.sqrt(sum(task.state[name].numel() * noise**2 for name, noise in by_tensor.items()))
 
 
 def _steps(name: str, trainer: Trainer, task: Task) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.rounds import federation as rounds
+from lora_dp.fed.rounds import saved_state
 from lora_dp.fed.rounds.federation import Federation, RoundResult
+from lora_dp.fed.rounds.head_start import start_head
 from lora_dp.fed.rounds.setup import match_threads
 from lora_dp.fed.runs import checkpoint
 from lora_dp.fed.runs.folder import RunFolder
@@ -42,12 +43,14 @@ def go_on(config: RunConfig, federation: Federation, folder: RunFolder, report: 
     with _resumable(folder.path):
         found, problems = checkpoint.newest(folder.path)
         if found is not None:
-            rounds.restore(federation, *found)
+            saved_state.restore(federation, *found)
         for problem in problems:
             report.warn(f"{problem} Going on from the one before it.")
         done = federation.rounds_done
         report.resumed(folder.path, done)
-        folder.log.replay(federation.account, rounds_done=done, reproducible=config.run.reproducible)
+        folder.log.replay(
+            federation.account, rounds_done=done if found is not None else -1, reproducible=config.run.reproducible
+        )
         if found is not None and found[1].get("run") not in (None, folder.log.run):  # earlier versions did not say
             raise ValueError(
                 f"The checkpoint of round {done} in {folder.path} is of another run, whose releases this one's log "
@@ -105,7 +108,7 @@ def _drive(
     if not results:
         results.append(federation.start())
     federation.load_global_state()
-    folder.write_adapter(federation.model)
+    folder.write_adapter(federation.workspace.whole)
     save_merged(federation.server.state, folder.path)
     summary = summarise(config, results, account, status, used_noise(federation))
     draw_curves(results, config, folder.path / "curves.png")
@@ -122,7 +125,11 @@ def _train(
 ) -> None:
     planned = config.federation.rounds
     if not results:
-        result = federation.start()
+        down = up = 0
+        if federation.plan.sums_event is not None:
+            down, up = start_head(federation, report.step)
+            checkpoint.write(folder.path, 0, *saved_state.checkpoint(federation))
+        result = federation.start(up, down)
         results.append(result)
         folder.add_metrics(result)
     report.round(results[-1], planned)
@@ -134,5 +141,5 @@ def _train(
         folder.add_updates(federation.recorded)
         folder.add_metrics(result)
         if following % config.run.checkpoint_every == 0 or following == planned:
-            checkpoint.write(folder.path, following, *rounds.checkpoint(federation))
+            checkpoint.write(folder.path, following, *saved_state.checkpoint(federation))
         report.round(result, planned)

@@ -65,7 +65,8 @@ def test_examples_may_meet_within_a_client_that_is_protected_as_a_whole(noise_by
     federation.model.register_forward_hook(lambda model, args, output: passes.append(len(output)))
     task = Task(0, 0, 2, trainer.workspace.state())
     with caplog.at_level(logging.ERROR):
-        trainer._train_by_engine(make_examples(COUNT, 1), task, (1, 0, 0), lambda: None)
+        examples = make_examples(COUNT, 1)
+        trainer._train_by_engine(examples, task, (1, 0, 0), lambda: None, trainer._training_steps(examples, task))
     assert passes == [COUNT] * 3 and caplog.text == ""
     assert any(bool((tensor != task.state[name]).any()) for name, tensor in trainer.workspace.state().items())
 

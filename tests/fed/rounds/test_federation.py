@@ -16,9 +16,10 @@ from lora_dp.fed.methods import WeightedAverage
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds import server_noise
 from lora_dp.fed.rounds.client import Trainer
-from lora_dp.fed.rounds.federation import Federation, checkpoint, restore
+from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.ledgers import Account
 from lora_dp.fed.rounds.messages import Reply, Update
+from lora_dp.fed.rounds.saved_state import checkpoint, restore
 from lora_dp.privacy.accounting import PoissonGaussian, PrivacyBudgetExceeded
 from tests.fed.rounds.failing_models import Mixing
 from tests.fed.rounds.told_clients import CLIENT, NONE, SERVER, begun, failing

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_dp.fed.rounds import federation as rounds
+from lora_dp.fed.rounds import saved_state
 from lora_dp.fed.runs import checkpoint
 from lora_dp.fed.runs.checkpoint import DamagedCheckpoint
 from tests.fed.small import make_federation
@@ -176,9 +176,9 @@ def test_a_federation_goes_on_with_the_same_bits_after_each_round(tmp_path, meth
     expected = [whole.run_round([0, index % 3]) if index % 3 else whole.run_round([0, 1, 2]) for index in range(3)]
     resumed = make_federation(method)
     for index in range(3):
-        checkpoint.write(tmp_path, index, *rounds.checkpoint(resumed))
+        checkpoint.write(tmp_path, index, *saved_state.checkpoint(resumed))
         resumed = make_federation(method)
-        rounds.restore(resumed, *checkpoint.read(tmp_path, index))
+        saved_state.restore(resumed, *checkpoint.read(tmp_path, index))
         resumed.account.add_round([])
         result = resumed.run_round([0, index % 3]) if index % 3 else resumed.run_round([0, 1, 2])
         for name in ("round", "participants", "loss", "accuracy", "bytes_up", "bytes_down"):
@@ -196,8 +196,8 @@ def test_the_order_of_tensors_on_the_disk_does_not_matter():
     for method, extra in (("flora", {}), ("dp-lora", settings)):
         whole, resumed = make_federation(method, **extra), make_federation(method, **extra)
         whole.run_round([0, 1, 2])
-        state, numbers = rounds.checkpoint(whole)
-        rounds.restore(resumed, dict(reversed(state.items())), json.loads(json.dumps(numbers)))
+        state, numbers = saved_state.checkpoint(whole)
+        saved_state.restore(resumed, dict(reversed(state.items())), json.loads(json.dumps(numbers)))
         for federation in (whole, resumed):
             federation.run_round([0, 1, 2])
         assert bits(resumed.server.state) == bits(whole.server.state), method
@@ -206,7 +206,7 @@ def test_the_order_of_tensors_on_the_disk_does_not_matter():
 @pytest.mark.parametrize("change", ["lacks", "shape", "unknown"])
 def test_a_checkpoint_of_another_model_is_refused(change):
     federation = make_federation("dp-lora")
-    state, numbers = rounds.checkpoint(federation)
+    state, numbers = saved_state.checkpoint(federation)
     name = "1.lora_A"
     if change == "lacks":
         del state[name]
@@ -216,5 +216,5 @@ def test_a_checkpoint_of_another_model_is_refused(change):
         state["other"] = torch.zeros(1)
     before = dict(federation.server.state)
     with pytest.raises(ValueError, match="The checkpoint was made for another model"):
-        rounds.restore(federation, state, numbers)
+        saved_state.restore(federation, state, numbers)
     assert bits(federation.server.state) == bits(before) and federation.rounds_done == 0

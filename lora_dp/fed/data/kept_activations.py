@@ -1,0 +1,145 @@
+"""Examples with what a model's frozen front makes of them, computed once and kept in memory."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_dp.fed.data.examples import Batch, Examples, Indices, Shape
+from lora_dp.fed.safe_text import described
+
+_LOG = logging.getLogger(__name__)
+ACTIVATIONS = "activations"
+_ROWS = 64
+_SEED = 20261130
+_LOUD = 100.0
+
+
+class KeptActivations(Examples):
+    """Examples whose batches have ``activations``, float32: (N, d), or (N, T, d) with the T of the source's batch.
+
+    They are computed when they are first asked for, or by :meth:`prepare`.
+
+    An example's activations hang on it alone, to the last bit: the front is given batches of one shape, and where a
+    trial on made-up inputs shows that a row's rounding hangs on its company, each example by itself. Who reads the
+    rounding of one example would else learn of others.
+
+    Args:
+        source: the examples.
+        front: activations of one of its batches, a function of each row alone up to rounding.
+        with_inputs: whether batches have the source's inputs, too.
+        vocabulary: number of tokens, for made-up texts.
+    """
+
+    def __init__(
+        self, source: Examples, front: Callable[[Batch], Tensor], *, with_inputs: bool, vocabulary: int = 2
+    ) -> None:
+        super().__init__(source.labels)
+        self._source, self._front, self._with_inputs, self._vocabulary = source, front, with_inputs, vocabulary
+        self._known = torch.zeros(len(source), dtype=torch.bool)
+        # Shared by all views, so a list: made when the first activations say how large they are.
+        self._stores: list[Tensor] = []
+        self._apart: dict[Shape, bool] = {}
+
+    @property
+    def shapes_vary(self) -> bool:
+        return self._with_inputs and self._source.shapes_vary
+
+    def shapes(self, indices: Indices) -> list[Shape]:
+        rows = self._rows[torch.as_tensor(indices, dtype=torch.long)]
+        return self._source.shapes(rows) if self.shapes_vary else super().shapes(indices)
+
+    def content(self) -> dict[str, Tensor]:
+        """The source's, and which of it these are: what is kept is computed from that."""
+        return {"view": self._rows, **self._source.content()}
+
+    def made_up(self, count: int, shape: Shape, vocabulary: int, generator: torch.Generator) -> Batch:
+        """As the source's, with activations drawn at random."""
+        store = self._store_like(self._rows[:1].tolist())
+        sizes = (count, shape.width, store.shape[2]) if self.shapes_vary else (count, *store.shape[1:])
+        made = self._source.made_up(count, shape, self._vocabulary, generator) if self._with_inputs else {}
+        return {ACTIVATIONS: torch.randn(sizes, generator=generator), **made}
+
+    def prepare(self) -> None:
+        """Computes what is not known of these examples; what cannot be is left to the batch that asks for it."""
+        for row in self._rows[~self._known[self._rows]].split(_ROWS):
+            with contextlib.suppress(Exception):
+                self._fill(row.tolist())
+
+    def _inputs(self, rows: Tensor) -> Batch:
+        self._fill(rows.tolist())
+        inputs = self._source.batch(rows)
+        del inputs["labels"]
+        kept = self._store_like(rows.tolist())[rows]
+        if self.shapes_vary:
+            kept = kept[:, : next(iter(inputs.values())).shape[1]]
+        return {ACTIVATIONS: kept, **(inputs if self._with_inputs else {})}
+
+    def _store(self) -> dict[str, Tensor]:
+        return self._source.content()
+
+    def _join(self, examples: Sequence[Batch]) -> Batch:
+        kept = [example[ACTIVATIONS] for example in examples]
+        joined = pad_sequence(kept, True) if self.shapes_vary else torch.stack(kept)
+        return {ACTIVATIONS: joined, **(self._source._join(examples) if self._with_inputs else {})}
+
+    def _store_like(self, rows: Sequence[int]) -> Tensor:
+        """Where activations are kept, (all examples, …); its size is seen from one of these rows.
+
+        What is never written takes no memory: the tails of short texts.
+        """
+        if not self._stores:
+            one = self._front(self._source.batch(rows[:1]))[0]
+            sizes = list(one.shape)
+            if self.shapes_vary:
+                sizes[0] = max(shape.width for shape in self._source.shapes(range(len(self._source))))
+            self._stores.append(torch.empty(len(self._source), *sizes, dtype=torch.float32))
+        return self._stores[0]
+
+    def _fill(self, rows: Sequence[int]) -> None:
+        unknown = sorted({row for row in rows if not self._known[row]})
+        by_shape: dict[Shape, list[int]] = {}
+        for row, shape in zip(unknown, self._source.shapes(unknown), strict=True):
+            by_shape.setdefault(shape, []).append(row)
+        for shape, alike in by_shape.items():
+            size = _ROWS if self._rows_apart(shape) else 1
+            for start in range(0, len(alike), size):
+                part = alike[start : start + size]
+                whole = [part[place % len(part)] for place in range(size)]
+                found = self._front(self._source.batch(whole))[: len(part)].float().cpu()
+                store = self._store_like(part)
+                if self.shapes_vary:
+                    store[part, : found.shape[1]] = found
+                else:
+                    store[part] = found
+                self._known[part] = True
+
+    def _rows_apart(self, shape: Shape) -> bool:
+        """Whether each row's activations are the same to the last bit wherever it stands, and beside whomever."""
+        if shape not in self._apart:
+            self._apart[shape] = self._try(shape)
+        return self._apart[shape]
+
+    def _try(self, shape: Shape) -> bool:
+        generator = torch.Generator().manual_seed(_SEED)
+        batch, others = (self._source.made_up(_ROWS, shape, self._vocabulary, generator) for _ in range(2))
+        place = torch.arange(_ROWS)
+        moved, even = place.roll(1), place % 2 == 0
+
+        def joined(name: str) -> Tensor:
+            loud = others[name] * _LOUD if others[name].is_floating_point() else others[name]
+            return torch.where(even.view(-1, *[1] * (loud.dim() - 1)), batch[name], loud)
+
+        try:
+            found = self._front(batch)
+            return (
+                torch.equal(found[moved], self._front({name: tensor[moved] for name, tensor in batch.items()}))
+                and torch.equal(found[even], self._front({name: joined(name) for name in batch})[even])
+                and torch.equal(found[:1], self._front({name: t[place * 0] for name, t in batch.items()})[:1])
+            )
+        except Exception as error:
+            _LOG.warning("A model's frozen part cannot be tried, so each example is by itself: %s", described(error))
+            return False

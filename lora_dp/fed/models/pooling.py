@@ -1,0 +1,124 @@
+"""Features that a head can use: means over tokens after some blocks, each at unit length, whitened by public inputs."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lora_dp.nn.feature_sums import unit_length
+
+POOLING = "1_Pooling/config.json"  # where sentence-transformers says how tokens are pooled
+
+
+class TokenMeans(nn.Module):
+    """A head on the means over an example's tokens after some blocks of a frozen backbone, side by side.
+
+    Each mean is divided by its length, so that no block drowns another. Early blocks often know more of data that are
+    far from those of pretraining.
+
+    Args:
+        backbone: one of timm's, or a Transformers encoder.
+        head: takes (N, d · number of blocks).
+        blocks: after which blocks, from 1; from the last by negative numbers, as −1 for the last.
+
+    Attributes:
+        whitening: applied in front of the head; None for none.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, blocks: Sequence[int]):
+        super().__init__()
+        self.backbone, self.head, self.blocks = backbone, head, list(blocks)
+        self.whitening: Whitening | None = None
+        self.config: Any = getattr(backbone, "config", None)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The backbone's."""
+        getter = getattr(self.backbone, "get_input_embeddings", None)
+        return None if getter is None else getter()
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        pooled = torch.cat([unit_length(mean) for mean in self._means(*args, **named)], 1)
+        logits: Tensor = self.head(pooled if self.whitening is None else self.whitening(pooled))
+        return logits
+
+    def _means(self, *args: Tensor, **named: Tensor) -> list[Tensor]:
+        backbone: Any = self.backbone
+        if hasattr(backbone, "forward_intermediates"):
+            places = [block - 1 if block > 0 else block for block in self.blocks]
+            wanted = [place % len(backbone.feature_info) for place in places]
+            maps = backbone.forward_intermediates(
+                *args, indices=sorted(set(wanted)), intermediates_only=True, output_fmt="NCHW", norm=False
+            )
+            by_place = dict(zip(sorted(set(wanted)), maps, strict=True))
+            return [by_place[place].mean((2, 3)) for place in wanted]
+        output = self.backbone(*args, **named, output_hidden_states=True)
+        # After the last block comes what the model returns, its last normalisation included.
+        states = [*output.hidden_states[:-1], output.last_hidden_state]
+        mask = named.get("attention_mask")
+        if mask is None:
+            return [states[block].mean(1) for block in self.blocks]
+        own = mask.unsqueeze(-1).to(states[0].dtype)
+        return [(states[block] * own).sum(1) / own.sum(1).clamp(min=1) for block in self.blocks]
+
+
+class Whitening(nn.Module):
+    """Features turned and scaled so that those of public inputs have no correlation and equal variance.
+
+    z = (f − m)·U·(Λ + ridge·λ̄)^(−½), with m and UΛUᵀ the mean and the covariance of the public inputs' features, λ̄ the
+    mean of Λ. A head that is trained by few noisy steps learns directions of small variance too.
+
+    Args:
+        features: of the public inputs, (N, d).
+        ridge: keeps directions of next to no variance from being blown up.
+    """
+
+    centre: Tensor
+    matrix: Tensor
+
+    def __init__(self, features: Tensor, ridge: float = 0.03):
+        super().__init__()
+        centred = features.double() - features.double().mean(0)
+        values, vectors = torch.linalg.eigh(centred.t() @ centred / len(centred))
+        values = values.clamp(min=0)
+        self.register_buffer("centre", features.mean(0))
+        self.register_buffer("matrix", (vectors / (values + ridge * values.mean()).sqrt()).to(features.dtype))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.centre) @ self.matrix
+
+
+def says_mean(name: str) -> bool:
+    """Whether a model's folder, or its repository on the hub, says that its embedding is the mean over tokens."""
+    path = transformers.utils.cached_file(
+        name, POOLING, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    if path is None:
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("pooling_mode_mean_tokens") is True
+
+
+def without_pooler(backbone: nn.Module) -> nn.Module:
+    """The encoder without its pooler, which nothing reads here; a frozen one would be adapted for nothing."""
+    if isinstance(getattr(backbone, "pooler", None), nn.Module):
+        backbone.pooler = None  # type: ignore[assignment]
+    return backbone
+
+
+def random_fields(count: int, height: int, width: int, channels: int, seed: int = 0) -> Tensor:
+    """Made-up images, uint8 (count, channels, height, width): random fields with spectra f^(−a), a from 1 to 3.
+
+    Such spectra are those of natural images (Field 1987, doi 10.1364/JOSAA.4.002379). They hold nothing of anybody.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    frequency = (rows.square() + columns.square()).sqrt()
+    frequency[0, 0] = 1 / max(height, width)
+    slopes = 1 + 2 * torch.rand(count, 1, 1, 1, generator=generator)
+    white = torch.randn(count, channels, height, width, generator=generator)
+    smooth = torch.fft.irfft2(torch.fft.rfft2(white) * frequency**-slopes, s=(height, width))
+    smooth = (smooth - smooth.mean((2, 3), keepdim=True)) / smooth.std((2, 3), keepdim=True)
+    return (smooth * 64 + 128).clamp(0, 255).to(torch.uint8)
