@@ -5,13 +5,17 @@ blocks. The front runs in eval mode: without dropout, on each example once (:mod
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lora_dp.fed.data.encoding import InputSpec
 from lora_dp.fed.data.examples import Batch
+from lora_dp.fed.models.feature_models import blank_batch
 from lora_dp.fed.models.loading import logits
 from lora_dp.fed.models.options import Precision
+from lora_dp.isolation.trials import modes_kept
 
 
 class Rest(nn.Module):
@@ -64,17 +68,38 @@ class Front:
             raise _Found
 
         device = next(self._model.parameters()).device
-        modes = [(module, module.training) for module in self._model.modules()]
         handle = self._place.register_forward_pre_hook(take)
         try:
-            self._model.eval()
-            with contextlib.suppress(_Found):
+            with modes_kept(self._model), contextlib.suppress(_Found):
+                self._model.eval()
                 logits(self._model, {name: tensor.to(device) for name, tensor in batch.items()}, self._precision)
         finally:
             handle.remove()
-            for module, mode in modes:
-                module.training = mode
         return found[0]
+
+
+@torch.no_grad()
+def head_is_last(model: nn.Module, heads: Sequence[str], spec: InputSpec) -> bool:
+    """Whether a model's logits are what its only head makes of one vector of each example.
+
+    Those of a decoder are not: its head has scores for all tokens, of which the last one's count. Nor are those of a
+    head that chooses a token itself.
+
+    Args:
+        model: the whole model.
+        heads: names of the modules that classify.
+        spec: what the model takes.
+    """
+    if len(heads) != 1:
+        return False
+    batch, device = blank_batch(spec), next(model.parameters()).device
+    given = Front(model, heads[0], "float32")(batch)
+    if given.dim() != 2:
+        return False
+    with modes_kept(model):
+        expected = logits(model.eval(), {name: tensor.to(device) for name, tensor in batch.items()})
+        alone: Tensor = HeadAlone(model, heads[0])(given)
+        return alone.shape == expected.shape and torch.allclose(alone.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 class _Found(Exception):

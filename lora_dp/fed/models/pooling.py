@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lora_dp.fed.hub import hub
 from lora_dp.nn.feature_sums import unit_length
 
 POOLING = "1_Pooling/config.json"  # where sentence-transformers says how tokens are pooled
@@ -26,6 +27,10 @@ class TokenMeans(nn.Module):
 
     Attributes:
         whitening: applied in front of the head; None for none.
+
+    Raises:
+        IndexError: in the forward pass, of a block that the backbone does not have.
+        TypeError: there, of a backbone whose blocks do not give (N, tokens, d).
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, blocks: Sequence[int]):
@@ -47,21 +52,31 @@ class TokenMeans(nn.Module):
     def _means(self, *args: Tensor, **named: Tensor) -> list[Tensor]:
         backbone: Any = self.backbone
         if hasattr(backbone, "forward_intermediates"):
-            places = [block - 1 if block > 0 else block for block in self.blocks]
-            wanted = [place % len(backbone.feature_info) for place in places]
+            wanted = [_place(block, len(backbone.feature_info)) for block in self.blocks]
             maps = backbone.forward_intermediates(
                 *args, indices=sorted(set(wanted)), intermediates_only=True, output_fmt="NCHW", norm=False
             )
             by_place = dict(zip(sorted(set(wanted)), maps, strict=True))
             return [by_place[place].mean((2, 3)) for place in wanted]
         output = self.backbone(*args, **named, output_hidden_states=True)
-        # After the last block comes what the model returns, its last normalisation included.
-        states = [*output.hidden_states[:-1], output.last_hidden_state]
+        # After the last block comes what the model returns, its last normalisation included; the first are embeddings.
+        states = [*output.hidden_states[1:-1], output.last_hidden_state]
+        chosen = [states[_place(block, len(states))] for block in self.blocks]
+        if any(state.dim() != 3 for state in chosen):
+            raise TypeError(f"The blocks of {type(backbone).__name__} give no tokens.")
         mask = named.get("attention_mask")
         if mask is None:
-            return [states[block].mean(1) for block in self.blocks]
-        own = mask.unsqueeze(-1).to(states[0].dtype)
-        return [(states[block] * own).sum(1) / own.sum(1).clamp(min=1) for block in self.blocks]
+            return [state.mean(1) for state in chosen]
+        own = mask.unsqueeze(-1).to(chosen[0].dtype)
+        return [(state * own).sum(1) / own.sum(1).clamp(min=1) for state in chosen]
+
+
+def _place(block: int, count: int) -> int:
+    """Where in a list of ``count`` a block is that is counted from 1, or from the last as −1."""
+    place = block - 1 if block > 0 else count + block
+    if not 0 <= place < count:
+        raise IndexError(f"There is no block {block} of {count}.")
+    return place
 
 
 class Whitening(nn.Module):
@@ -92,9 +107,16 @@ class Whitening(nn.Module):
 
 def says_mean(name: str) -> bool:
     """Whether a model's folder, or its repository on the hub, says that its embedding is the mean over tokens."""
-    path = transformers.utils.cached_file(
-        name, POOLING, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    try:
+        with hub(name):
+            path = transformers.utils.cached_file(
+                name,
+                POOLING,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+    except OSError:  # there is no such model, which is told where it is loaded
+        return False
     if path is None:
         return False
     with open(path, encoding="utf-8") as file:
@@ -109,9 +131,10 @@ def without_pooler(backbone: nn.Module) -> nn.Module:
 
 
 def random_fields(count: int, height: int, width: int, channels: int, seed: int = 0) -> Tensor:
-    """Made-up images, uint8 (count, channels, height, width): random fields with spectra f^(−a), a from 1 to 3.
+    """Made-up images, uint8 (count, channels, height, width): random fields with amplitudes f^(−a), a from 1 to 3.
 
-    Such spectra are those of natural images (Field 1987, doi 10.1364/JOSAA.4.002379). They hold nothing of anybody.
+    Natural images have amplitudes of about f^(−1) (Field 1987, doi 10.1364/JOSAA.4.002379), smooth ones a larger a.
+    They hold nothing of anybody.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]

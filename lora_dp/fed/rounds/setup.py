@@ -14,7 +14,7 @@ from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
-from lora_dp.fed.models.frozen_front import Front, HeadAlone
+from lora_dp.fed.models.frozen_front import Front, HeadAlone, head_is_last
 from lora_dp.fed.models.loading import load_model, vocabulary_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
@@ -126,7 +126,7 @@ def open_job(
     splits = encode(raw, loaded.spec)
     model = loaded.model.to(device)
     workspace, train, validation = Workspace(model), splits.train, splits.validation
-    if not config.method.has_adapters and len(loaded.heads) == 1:
+    if not config.method.has_adapters and head_is_last(model, loaded.heads, loaded.spec):
         [head] = loaded.heads
         workspace = Workspace(HeadAlone(model, head), model)
         front = Front(model, head, config.model.precision)
