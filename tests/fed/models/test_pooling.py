@@ -11,7 +11,7 @@ from lora_dp.fed.data.encoding import ImageSpec
 from lora_dp.fed.models.loading import load_model
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.models.pooling import POOLING, TokenMeans, Whitening, random_fields, says_mean, without_pooler
-from tests.fed.models.tiny_encoders import LENGTHS, bert, texts
+from tests.fed.models.tiny_texts import LENGTHS, bert, texts
 from tests.tiny_models import build
 
 

@@ -1,4 +1,4 @@
-"""Tiny encoders of texts, their tokenizer, and texts for them."""
+"""Tiny models of texts, their tokenizer, and texts for them."""
 
 from pathlib import Path
 
@@ -42,6 +42,14 @@ def bert_folder(folder: Path) -> str:
     """A BERT on disk, with a tokenizer."""
     small_tokenizer(folder)
     bert(4).save_pretrained(folder)
+    return str(folder)
+
+
+def small_decoder(folder: Path) -> str:
+    """A GPT-2."""
+    small_tokenizer(folder)
+    config = transformers.GPT2Config(vocab_size=4, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    transformers.GPT2Model(config).to(torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 
