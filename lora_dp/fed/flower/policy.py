@@ -106,6 +106,7 @@ RULES: Mapping[str, Rule] = {
     # Code, weights and files that a node opens: the embedded model and data set, nothing from anywhere else.
     "model": OneOf(("default",)),
     "pretrained": OneOf((True,)),
+    "adapt_last": Anything(),
     "feature_blocks": Anything(),
     "contrast": OneOf(("as-is", "model")),
     "whitening": OneOf(("none", "made-up")),
