@@ -17,6 +17,7 @@ from .nn.layers import DPEmbedding as DPEmbedding
 from .nn.layers import DPLayerNorm as DPLayerNorm
 from .nn.layers import DPLinear as DPLinear
 from .nn.lora_linear import DPLoRALinear as DPLoRALinear
+from .optim.adam_bc import AdamBC as AdamBC
 from .privacy.accounting import Ledger as Ledger
 from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded
 from .privacy.accounting import calibrate_noise_multiplier as calibrate_noise_multiplier

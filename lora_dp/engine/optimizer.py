@@ -16,6 +16,7 @@ from lora_dp.engine.pass_clipper import PassClipper
 from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
+from lora_dp.engine.told_noise import check_noise_can_be_told, noise_in_gradients
 from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.loss_checks.backward_calls import backward_unseen
@@ -26,6 +27,7 @@ from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
+from lora_dp.optim.known_noise import noise_aware
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.accounting.history import History, Run, read_runs
 from lora_dp.privacy.mechanism import Mechanism, total
@@ -120,6 +122,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
         check_optimizer(optimizer, self._covered)
         check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])
+        check_noise_can_be_told(optimizer, options)
         self.activate()
 
     # What torch's schedulers and users see of an optimizer is the wrapped one's.
@@ -509,6 +512,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 if self._options.low_pass is not None and p.factor is not None:
                     gradient = self._options.low_pass(gradient)
                 p.parameter.grad = gradient.to(p.parameter)
+        if (aware := noise_aware(self.original_optimizer)) is not None:
+            aware.set_noise_std(
+                noise_in_gradients(trained, self.mechanism, self.expected_batch_size, self._options, self.regulators)
+            )
         self.original_optimizer.step()
 
 
