@@ -18,6 +18,7 @@ from .nn.layers import DPLayerNorm as DPLayerNorm
 from .nn.layers import DPLinear as DPLinear
 from .nn.lora_linear import DPLoRALinear as DPLoRALinear
 from .optim.adam_bc import AdamBC as AdamBC
+from .optim.iterate_average import IterateAverage as IterateAverage
 from .privacy.accounting import Ledger as Ledger
 from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded
 from .privacy.accounting import calibrate_noise_multiplier as calibrate_noise_multiplier
