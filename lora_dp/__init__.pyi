@@ -24,5 +24,7 @@ from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded
 from .privacy.accounting import calibrate_noise_multiplier as calibrate_noise_multiplier
 from .privacy.filtering import GaussianFilter as GaussianFilter
 from .privacy.filtering import LaplacianFilter as LaplacianFilter
+from .privacy.shrinkage import JamesStein as JamesStein
+from .privacy.shrinkage import SpectralShrinkage as SpectralShrinkage
 
 __version__: str

@@ -11,6 +11,7 @@ from lora_dp.engine.validation import PrivateParameter
 from lora_dp.nn.regulator import Regulator
 from lora_dp.optim.known_noise import NoiseStd, noise_aware
 from lora_dp.privacy.filter_gain import filter_gain
+from lora_dp.privacy.filtering import Filter
 from lora_dp.privacy.mechanism import Mechanism
 
 
@@ -18,11 +19,17 @@ def check_noise_can_be_told(optimizer: torch.optim.Optimizer, options: StepOptio
     """Refuse what an optimizer that uses the noise cannot be told.
 
     Raises:
-        ValueError: a filter after a regulator; whatever the optimizer itself refuses, as a noise that it was given.
+        ValueError: noise that shrinkage or a filter after a regulator would change; whatever the optimizer itself
+            refuses, as a noise that it was given.
     """
     aware = noise_aware(optimizer)
     if aware is None:
         return
+    if options.shrinkage is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} must know the noise, and what {options.shrinkage} leaves of it depends on the "
+            "gradient: leave out one of them."
+        )
     if options.regulate_noise and options.low_pass is not None:
         raise ValueError(
             f"{type(optimizer).__name__} must know the noise of each entry, which regulate_noise and low_pass together "
@@ -31,28 +38,29 @@ def check_noise_can_be_told(optimizer: torch.optim.Optimizer, options: StepOptio
     aware.set_noise_std({})
 
 
+def noise_of_mean(trained: Sequence[PrivateParameter], mechanism: Mechanism, expected_batch_size: int) -> float:
+    """σC/L, the grid's rounding included: what every entry of the noised sum over L has."""
+    return mechanism.noise_std(sum(p.parameter.numel() for p in trained)) / expected_batch_size
+
+
 def noise_in_gradients(
-    trained: Sequence[PrivateParameter],
-    mechanism: Mechanism,
-    expected_batch_size: int,
-    options: StepOptions,
-    regulators: Mapping[int, Regulator],
+    trained: Sequence[PrivateParameter], std: float, low_pass: Filter | None, regulators: Mapping[int, Regulator]
 ) -> dict[Tensor, NoiseStd]:
     """Standard deviation of the noise in what the wrapped optimizer finds in ``.grad``, by parameter.
 
-    - Z of the mechanism over L has σC/L in every entry, the grid's rounding included.
     - A low-pass filter F leaves the share trace(FᵀF)/n of its energy. Near the ends of a :class:`GaussianFilter` a
       little more is left than elsewhere; this is the mean.
     - A regulator makes Z·M⁻¹ of it, whose column j has √(M⁻²)ⱼⱼ of the deviation, or M⁻¹·Z, with row i in its place.
 
     Args:
         trained: the parameters of this step.
+        std: of the noise before the two, :func:`noise_of_mean`.
+        low_pass: the filter on LoRA's factors.
         regulators: by ``id`` of the parameter; not together with a filter.
 
     Returns:
-        A number, or (1, r) for B and (r, 1) for A where there is a regulator.
+        A number, or (r,) for B and (r, 1) for A where there is a regulator.
     """
-    std = mechanism.noise_std(sum(p.parameter.numel() for p in trained)) / expected_batch_size
     stds: dict[Tensor, NoiseStd] = {}
     for p in trained:
         regulator = regulators.get(id(p.parameter))
@@ -60,9 +68,9 @@ def noise_in_gradients(
             # M⁻¹ is symmetric: the squares of a row and of a column add up alike.
             lengths = regulator.inverse.double().norm(dim=1)
             stds[p.parameter] = std * (lengths if regulator.trained == "B" else lengths.unsqueeze(1))
-        elif options.low_pass is not None and p.factor is not None:
+        elif low_pass is not None and p.factor is not None:
             rows, columns = p.parameter.shape
-            stds[p.parameter] = std * math.sqrt(filter_gain(options.low_pass, (rows, columns)))
+            stds[p.parameter] = std * math.sqrt(filter_gain(low_pass, (rows, columns)))
         else:
             stds[p.parameter] = std
     return stds

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_dp import GaussianFilter, LaplacianFilter, PrivacyEngine
-from tests.models import assert_refuses, mlp
-from tests.support import Z_LIMIT, make_private
+from lora_dp import AdamBC, GaussianFilter, JamesStein, LaplacianFilter, PrivacyEngine, SpectralShrinkage
+from tests.models import assert_refuses, examples, mlp, take_step
+from tests.support import Z_LIMIT, make_private, private_gradients
 
 STEPS = 300
 
@@ -133,6 +133,50 @@ def test_a_filter_after_a_regulator_is_refused_where_the_noise_must_be_known():
     assert_refuses(
         ValueError, "Listening must know the noise of each entry", lambda: private_with(Listening, **options)
     )
+
+
+@pytest.mark.parametrize("shrinkage", [JamesStein(), SpectralShrinkage()])
+def test_shrinkage_is_refused_where_the_noise_must_be_known(shrinkage):
+    private_with(torch.optim.AdamW, shrinkage=shrinkage)
+    words = f"must know the noise, and what {shrinkage} leaves of it depends on the gradient: leave out one of them"
+    for optimizer in (Listening, AdamBC):
+        assert_refuses(ValueError, words, lambda optimizer=optimizer: private_with(optimizer, shrinkage=shrinkage))
+
+
+@pytest.mark.parametrize("shrinkage", [JamesStein(), SpectralShrinkage()])
+@pytest.mark.parametrize("options", [{}, {"low_pass": GaussianFilter(0.7)}, {"phases": "B", "regulate_noise": True}])
+def test_shrinkage_is_given_the_noise_of_the_mean_and_comes_first(shrinkage, options):
+    """Of the same release: shrunk, then brought back by the regulator, then filtered."""
+    batch, found = examples(5), []
+    for chosen in (None, shrinkage):
+        model = mlp()
+        optimizer = make_private(
+            model, batch_size=5, noise_multiplier=0.1, max_grad_norm=0.4, shrinkage=chosen, **options
+        )
+        regulators, trained = optimizer.regulators, dict(model.named_parameters())
+        take_step(model, optimizer, batch)
+        found.append(private_gradients(model))
+    plain, shrunk = found
+    std = optimizer.mechanism.noise_std(sum(g.numel() for g in plain.values())) / 5
+    assert std == pytest.approx(0.1 * 0.4 / 5, rel=1e-3)
+    if "low_pass" in options:
+        plain = private_without_filter(batch)
+    for name, gradient in plain.items():
+        regulator = regulators.get(id(trained[name]))
+        white = gradient.double() if regulator is None else regulator.measured(gradient.double())
+        expected = shrinkage(white, std)
+        if regulator is not None:
+            expected = regulator.restored(expected)
+        if "low_pass" in options and "lora" in name:
+            expected = options["low_pass"](expected)
+        torch.testing.assert_close(shrunk[name].double(), expected, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(shrunk["0.lora_B"], found[0]["0.lora_B"], rtol=1e-2)
+
+
+def private_without_filter(batch):
+    model = mlp()
+    take_step(model, make_private(model, batch_size=5, noise_multiplier=0.1, max_grad_norm=0.4), batch)
+    return private_gradients(model)
 
 
 def test_what_an_optimizer_refuses_is_refused_when_it_is_made_private():
