@@ -18,6 +18,7 @@ from .nn.layers import DPLayerNorm as DPLayerNorm
 from .nn.layers import DPLinear as DPLinear
 from .nn.lora_linear import DPLoRALinear as DPLoRALinear
 from .optim.adam_bc import AdamBC as AdamBC
+from .optim.disk import DiSK as DiSK
 from .optim.iterate_average import IterateAverage as IterateAverage
 from .privacy.accounting import Ledger as Ledger
 from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded

@@ -20,7 +20,8 @@ class NoiseAware(Protocol):
 
     set_noise_std: Callable[[Mapping[Tensor, NoiseStd]], None]
     """Takes, by parameter, the noise's deviation in the gradient that the next step finds in ``.grad``: independent
-    between entries and steps, Gaussian and of mean zero. Parameters that it leaves out have no gradient."""
+    between entries, Gaussian and of mean zero; between steps too, but behind :class:`lora_dp.DiSK`. Parameters that it
+    leaves out have no gradient."""
 
 
 def noise_aware(optimizer: torch.optim.Optimizer) -> NoiseAware | None:
