@@ -76,9 +76,14 @@ class DiSK(torch.optim.Optimizer):
         self._memory: dict[Tensor, dict[str, Any]] = {}
         self._iterate: dict[Tensor, Tensor] = {}
         self._told: dict[Tensor, NoiseStd] = {}
+        for hook in list(model._forward_pre_hooks.values()):
+            if isinstance(hook, _MoveBeforeForward) and (earlier := hook.of(model)) is not None:
+                earlier._retire()
         # First of all: the engine counts what a forward writes to parameters from its own hook on.
-        model.register_forward_pre_hook(_MoveBeforeForward(self, model), prepend=True)
-        model.register_state_dict_pre_hook(_RestoreBeforeSaving(self, model))
+        self._hooks = [
+            model.register_forward_pre_hook(_MoveBeforeForward(self, model), prepend=True),
+            model.register_state_dict_pre_hook(_RestoreBeforeSaving(self, model)),
+        ]
 
     # What schedulers and the engine see of an optimizer is the wrapped one's.
     @property
@@ -132,6 +137,13 @@ class DiSK(torch.optim.Optimizer):
             parameter.copy_(value)
         self._iterate = {}
 
+    def _retire(self) -> None:
+        """Another was made for the model, which two of them would move twice as far."""
+        self.to_iterate()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
     @torch.no_grad()
     def _look_ahead(self) -> None:
         if self._iterate:
@@ -146,7 +158,12 @@ class DiSK(torch.optim.Optimizer):
 
         Args:
             closure: runs forward and backward once, as torch's; its value is returned.
+
+        Raises:
+            RuntimeError: another DiSK was made for the model since.
         """
+        if not self._hooks:
+            raise RuntimeError("Another DiSK was made for this model, which it moves alone: go on with that one.")
         value = None
         if closure is not None:
             with torch.enable_grad():

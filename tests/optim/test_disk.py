@@ -271,6 +271,25 @@ def test_what_cannot_be_wrapped_is_refused():
     assert_refuses(ValueError, "of DiSK(kappa=0.6), and this one has 0.9", lambda: other.load_state_dict(state))
 
 
+def test_the_last_one_made_for_a_model_moves_it_alone():
+    """Also where the model is private already, whose own hook counts what is written after it."""
+    model = mlp()
+    first = private(model)
+    take_step(model, first, examples(6))
+    model(examples(6)[0])  # ahead, and left there
+    second = private(model)
+    for step in range(3):
+        before = snapshot(model)
+        take_step(model, second, examples(6, seed=step))
+    after = snapshot(model)
+    model(examples(6)[0])
+    gamma = (1 - KAPPA) / KAPPA
+    for name, p in trained(model).items():
+        torch.testing.assert_close(p.detach(), after[name] + gamma * (after[name] - before[name]))
+    second.recorder.discard()
+    assert_refuses(RuntimeError, "go on with that one", first.original_optimizer.step)
+
+
 def test_graphs_are_refused():
     """A replay runs no hooks, so that gradients would be taken at the iterate."""
     model = mlp()
