@@ -48,8 +48,8 @@ def noise_in_gradients(
 ) -> dict[Tensor, NoiseStd]:
     """Standard deviation of the noise in what the wrapped optimizer finds in ``.grad``, by parameter.
 
-    - A low-pass filter F leaves the share trace(FᵀF)/n of its energy. Near the ends of a :class:`GaussianFilter` a
-      little more is left than elsewhere; this is the mean.
+    - A low-pass filter F leaves the share trace(FᵀF)/n of its energy. Near the ends of a
+      :class:`lora_dp.GaussianFilter` a little more is left than elsewhere; this is the mean.
     - A regulator makes Z·M⁻¹ of it, whose column j has √(M⁻²)ⱼⱼ of the deviation, or M⁻¹·Z, with row i in its place.
 
     Args:

@@ -25,7 +25,7 @@ class DiSK(torch.optim.Optimizer):
     xₜ: (1 − κ)(g̃ + H d) + κ ∇f(xₜ), where H d ≈ (∇f(xₜ + γd) − ∇f(xₜ)) / γ. At γ = (1 − κ)/κ, c is 1: one gradient,
     at xₜ + γd. That is the γ here, for two reasons. A step costs one backward. And one example's part is one gradient,
     clipped to C, at a point made of released weights: an ordinary private step, with the noise as accounted. At another
-    γ two clipped gradients would reach (|c| + |1 − c|) C.
+    γ two clipped gradients would reach C times the sum of c and 1 − c, both taken positive.
 
     Noise of deviation s leaves s√(κ/(2 − κ)) in g̃, and the filter's lag is taken out as far as the loss is quadratic
     along d. g̃ begins as the first gradient.
