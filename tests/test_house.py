@@ -113,7 +113,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"ops"},
         {"privacy", "capabilities"},
         {"nn"},
-        {"lora", "losses"},
+        {"lora", "losses", "optim"},
         {"isolation"},
         {"engine"},
         {"auditing"},
