@@ -21,6 +21,7 @@ from lora_dp.fed.methods.base import (
 )
 from lora_dp.fed.methods.deer import DEeR
 from lora_dp.fed.methods.dp_lora import DPLoRA
+from lora_dp.fed.methods.fedsvd import FedSVD
 from lora_dp.fed.methods.ffa_lora import FFALoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
 from lora_dp.fed.methods.flexlora import FlexLoRA
@@ -33,7 +34,7 @@ from lora_dp.fed.methods.rolora import RoLoRA
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FlatLoRA)
+    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FedSVD, FlatLoRA)
 }
 ENTRY_POINTS = "lora_dp.methods"
 
@@ -156,6 +157,7 @@ __all__ = [
     "DPLoRA",
     "FFALoRA",
     "FLoRA",
+    "FedSVD",
     "FlatLoRA",
     "FlexLoRA",
     "GaLore",

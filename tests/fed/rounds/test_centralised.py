@@ -82,6 +82,9 @@ def begin(method: str, adapted, index: int, generator: torch.Generator) -> None:
             drawn = torch.rand(layer.lora_A.shape, generator=generator, dtype=torch.float64) * 2 - 1
             layer.lora_A.copy_(drawn / math.sqrt(layer.in_features))
             layer.lora_B.zero_()
+        if method == "fedsvd" and index == 0:
+            values, vectors = torch.linalg.eigh(layer.lora_A @ layer.lora_A.t())
+            layer.lora_A.copy_(vectors / values.sqrt() @ vectors.t() @ layer.lora_A)
         if method == "galore" and index == 0:
             drawn = torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64)
             layer.lora_B.copy_(torch.linalg.qr(drawn)[0])
@@ -101,7 +104,7 @@ def finish(method: str, adapted, index: int) -> None:
         elif method == "galore":
             layer.lora_B.copy_(torch.linalg.qr(layer.lora_B)[0])
             layer.lora_A.zero_()
-        if method == "flexlora":
+        if method in ("flexlora", "fedsvd"):
             u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
             r = layer.r
             layer.lora_B.copy_(u[:, :r] * s[:r])
