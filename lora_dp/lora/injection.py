@@ -92,7 +92,7 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
     for name in targets:
         module = modules.names[name]
         replacements[id(module)] = DPLoRALinear.from_linear(
-            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora
+            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora, init_a=config.init_a
         )
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):

@@ -17,6 +17,8 @@ from lora_dp import LoRAConfig
         ({"dropout": 1}, r"dropout must lie in \[0, 1\), got 1"),
         ({"dropout": -0.1}, "dropout must"),
         ({"bias": "some"}, "'none', 'all' or 'lora_only', got 'some'"),
+        ({"init_a": "orthogonal"}, "init_a must be 'kaiming' or 'orthonormal', got 'orthogonal'"),
+        ({"init_a": None}, "init_a must be 'kaiming' or 'orthonormal', got None"),
         ({"target_modules": []}, "is empty"),
         ({"target_modules": ""}, "is empty"),
         ({"target_modules": [""]}, "is empty"),

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from lora_dp.engine.phases import Phases
-from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix
+from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix, orthonormal
 from lora_dp.lazy_torch import torch
+from lora_dp.nn.adapter_start import InitA
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,15 +39,30 @@ class Layers:
         shapes: (d_out, d_in) of each adapted weight, by the layer's name.
         r: rank of the server's adapters, the largest of all clients'.
         alpha: LoRA's alpha; None means alpha = r at every rank.
+        init_a: how a fresh A is drawn.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     r: int
     alpha: float | None = None
+    init_a: InitA = "kaiming"
 
     def scaling(self, rank: int) -> float:
         """s of an adapter of that rank: the weight is W0 + s·B·A."""
         return 1.0 if self.alpha is None else self.alpha / rank
+
+    def fresh(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """LoRA's start of A, (r, d_in) and of the dtype of ``like``, as ``init_a`` of the adapters says.
+
+        Uniform within ±1/√d_in, as ``nn.init.kaiming_uniform_(a=√5)``; or orthonormal rows times 1/√3, which have the
+        same mean square.
+        """
+        r, d_in = like.shape
+        if self.init_a == "orthonormal":
+            drawn = torch.randn(d_in, r, generator=generator, dtype=torch.float64)
+            return (orthonormal(drawn).t() / math.sqrt(3)).to(like)
+        uniform = torch.rand(r, d_in, generator=generator, dtype=torch.float64) * 2 - 1
+        return (uniform / math.sqrt(d_in)).to(like)
 
 
 class Aggregation(ABC):
@@ -211,9 +227,3 @@ class Method(ABC):
             New values by name; a value of ``<layer>.merged`` is added to what was merged before.
         """
         return mean
-
-
-def kaiming(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """LoRA's start of A: uniform within ±1/√d_in, as ``nn.init.kaiming_uniform_(a=√5)``."""
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-    return (uniform / math.sqrt(shape[1])).to(like)

@@ -65,6 +65,7 @@ def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 
             target_modules=config.target_modules,
             trainable_modules=heads,
             dropout=config.dropout,
+            init_a=config.init_a,
         )
         return LoadedModel(inject_lora(model, lora).train(), spec, heads)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lora_dp.fed.option_types import check_types
 from lora_dp.lora.config import LoRAConfig
+from lora_dp.nn.adapter_start import InitA
 
 Precision = Literal["float32", "bf16"]
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
@@ -25,6 +26,9 @@ class ModelConfig:
     """Dropout on the adapters' input."""
     target_modules: list[str] | str = "all-linear"
     """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
+    init_a: InitA = "kaiming"
+    """How A starts, and how rac-lora and flora draw it anew: kaiming (uniform), or orthonormal (rows at right angles,
+    of the same mean square)."""
     precision: Precision = "float32"
     """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
     pretrained: bool = True
