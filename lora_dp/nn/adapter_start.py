@@ -1,7 +1,8 @@
-"""How the factor A of an adapter starts, by name; read without torch."""
+"""Which adapter there is, and how its factor A starts, by name; read without torch."""
 
 from typing import Literal, TypeAlias, get_args
 
+Adapter: TypeAlias = Literal["lora", "xs"]
 InitA: TypeAlias = Literal["kaiming", "orthonormal"]
 
 

@@ -1,7 +1,7 @@
 """The private layer of LoRA: a frozen linear layer with a trainable product of low rank."""
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,8 @@ class DPLoRALinear(PrivateModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # Parameters that no step may train.
+    frozen_names: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(
         self,
@@ -110,10 +112,12 @@ class DPLoRALinear(PrivateModule):
         self.regulator: Regulator | None = None
         self.weight = weight
         adopt(self, "bias", bias)
-        dtype = wide_dtype(weight.dtype)
-        self.lora_A = nn.Parameter(weight.new_empty(r, self.in_features, dtype=dtype))
-        self.lora_B = nn.Parameter(weight.new_empty(self.out_features, r, dtype=dtype))
+        self._make_factors(wide_dtype(weight.dtype))
         self.reset_lora_parameters()
+
+    def _make_factors(self, dtype: torch.dtype) -> None:
+        self.lora_A = nn.Parameter(self.weight.new_empty(self.r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, self.r, dtype=dtype))
 
     @classmethod
     def from_linear(
@@ -206,6 +210,14 @@ class DPLoRALinear(PrivateModule):
         dropped = F.dropout(x, self.dropout)
         return base + functional.lora_linear(dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (d_out, r) and A (r, d_in), by which the adapted weight is W0 + s · B A.
+
+        >>> [tuple(factor.shape) for factor in layer.factors()]
+        [(4, 3), (3, 6)]
+        """
+        return self.lora_B, self.lora_A
+
     @torch.no_grad()
     def weight_with(self, sign: int) -> Tensor:
         """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype.
@@ -214,7 +226,8 @@ class DPLoRALinear(PrivateModule):
         True
         """
         wide = wide_dtype(self.weight.dtype)
-        update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(sign * self.scaling)
+        lora_B, lora_A = self.factors()
+        update = (lora_B.to(wide) @ lora_A.to(wide)).mul_(sign * self.scaling)
         return (self.weight.to(wide) + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from lora_dp import LoRAConfig
         ({"dropout": -0.1}, "dropout must"),
         ({"bias": "some"}, "'none', 'all' or 'lora_only', got 'some'"),
         ({"init_a": "orthogonal"}, "init_a must be 'kaiming' or 'orthonormal', got 'orthogonal'"),
+        ({"adapter": "dora"}, "adapter must be 'lora' or 'xs', got 'dora'"),
+        ({"adapter": "xs", "init_a": "orthonormal"}, "has no effect with adapter 'xs'"),
         ({"init_a": None}, "init_a must be 'kaiming' or 'orthonormal', got None"),
         ({"target_modules": []}, "is empty"),
         ({"target_modules": ""}, "is empty"),

@@ -29,12 +29,27 @@ from lora_dp.fed.methods.flora import FLoRA
 from lora_dp.fed.methods.galore import GaLore
 from lora_dp.fed.methods.la_lora import LALoRA
 from lora_dp.fed.methods.lora_fair import LoRAFAIR
+from lora_dp.fed.methods.lora_xs import LoRAXS
 from lora_dp.fed.methods.rac_lora import RACLoRA
 from lora_dp.fed.methods.rolora import RoLoRA
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FedSVD, FlatLoRA)
+    for cls in (
+        LALoRA,
+        DPLoRA,
+        FFALoRA,
+        RoLoRA,
+        DEeR,
+        FLoRA,
+        FlexLoRA,
+        LoRAFAIR,
+        RACLoRA,
+        GaLore,
+        FedSVD,
+        LoRAXS,
+        FlatLoRA,
+    )
 }
 ENTRY_POINTS = "lora_dp.methods"
 
@@ -164,6 +179,7 @@ __all__ = [
     "LALoRA",
     "Layers",
     "LoRAFAIR",
+    "LoRAXS",
     "Method",
     "Phases",
     "RACLoRA",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 from lora_dp.engine.phases import Phases
 from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix, orthonormal
 from lora_dp.lazy_torch import torch
-from lora_dp.nn.adapter_start import InitA
+from lora_dp.nn.adapter_start import Adapter, InitA
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +26,7 @@ MERGED = ".merged"
 
 
 def factor(name: str) -> Literal["A", "B"] | None:
-    """Which factor of an adapter a parameter is, by its name; None for the head and other full-rank parameters."""
+    """Which factor of an adapter a parameter is, by its name; None for the head, and for the core of LoRA-XS."""
     last = name.rpartition(".")[2]
     return "A" if last == "lora_A" else "B" if last == "lora_B" else None
 
@@ -150,6 +150,7 @@ class Method(ABC):
         turns: exchanges of a round.
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
+        adapter: the adapters that the method trains: "lora", or "xs" (:mod:`lora_dp.nn.lora_xs_linear`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
 
     >>> class WarmUp(Method):
@@ -168,6 +169,7 @@ class Method(ABC):
     turns: ClassVar[int] = 1
     ranks_may_differ: ClassVar[bool] = False
     regulates_noise: ClassVar[bool] = False
+    adapter: ClassVar[Adapter] = "lora"
     released_mechanism: ClassVar[bool] = False
 
     @abstractmethod

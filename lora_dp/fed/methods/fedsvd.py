@@ -22,7 +22,7 @@ class FedSVD(Method):
     """
 
     name = "fedsvd"
-    learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 1, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.1, 3: 0.3, 8: 0.5, inf: 0.3}
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return "B"

@@ -39,7 +39,15 @@ class FlatLoRA(Method):
         if not self.rho >= 0:
             raise ValueError(f"flat-lora's rho must not be negative, not {self.rho}: 0.05 is usual.")
         # What a class attribute says of a method is here what the base says.
-        for name in ("learning_rates", "lr_ratio", "low_pass", "turns", "ranks_may_differ", "regulates_noise"):
+        for name in (
+            "learning_rates",
+            "lr_ratio",
+            "low_pass",
+            "turns",
+            "ranks_may_differ",
+            "regulates_noise",
+            "adapter",
+        ):
             object.__setattr__(self, name, getattr(self.base, name))
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:
@@ -99,7 +107,8 @@ def _perturbed(
 def _noise(layer: DPLoRALinear, strength: float, generator: torch.Generator) -> torch.Tensor:
     """ε in the layout of ``layer.weight``."""
     with torch.no_grad():
-        update = layer.scaling * (layer.lora_B @ layer.lora_A)
+        lora_B, lora_A = layer.factors()
+        update = layer.scaling * (lora_B @ lora_A)
         weight = (layer.weight.t() if layer.fan_in_fan_out else layer.weight) + update
         drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
         noise = drawn * weight.norm(dim=1, keepdim=True) * (strength / math.sqrt(layer.in_features))

@@ -20,6 +20,7 @@ from lora_dp.fed.hub import hub, reachable, unreachable
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig, Precision
 from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.injection import inject_lora
+from lora_dp.nn.adapter_start import Adapter
 
 # Code that a repository brings along is never run, nor is anybody asked whether it should be.
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -36,12 +37,14 @@ class LoadedModel:
     """Names of the modules trained in full."""
 
 
-def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0) -> LoadedModel:
+def load_model(
+    config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapter: Adapter = "lora"
+) -> LoadedModel:
     """Loads the backbone in float32, fits its head to ``num_labels`` and injects adapters.
 
     A stored head is kept if it has ``num_labels`` classes, else a new one takes its place. ``seed`` fixes the
-    random start of adapters and head; the global random state is left as it was. A hub is contacted only when
-    ``name`` is a hub's model or a pretrained timm model.
+    random start of adapters and head; the global random state is left as it was. ``adapter`` is as LoRAConfig's. A hub
+    is contacted only when ``name`` is a hub's model or a pretrained timm model.
 
     Raises:
         ValueError: unknown model, a model for another kind of data, no head found, wrong adapter settings.
@@ -66,6 +69,7 @@ def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 
             trainable_modules=heads,
             dropout=config.dropout,
             init_a=config.init_a,
+            adapter=adapter,
         )
         return LoadedModel(inject_lora(model, lora).train(), spec, heads)
 

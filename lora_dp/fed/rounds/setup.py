@@ -114,7 +114,7 @@ def open_job(
     torch.manual_seed(seed)
     raw = open_data(config.data) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
-    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed)
+    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed, adapter=config.method.adapter)
     splits = encode(raw, loaded.spec)
     parts = partition(
         splits.train.labels.numpy(),

@@ -23,6 +23,7 @@ from tests.fed.small import federation_generators, make_federation, products, up
         ("rac-lora", True),
         ("galore", True),
         ("fedsvd", True),
+        ("lora-xs", True),
         ("flora", True),
         ("la-lora", False),
         ("dp-lora", False),
