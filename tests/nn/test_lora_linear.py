@@ -39,7 +39,7 @@ def test_an_orthonormal_a_has_the_mean_square_of_a_kaiming_one(d_in, d_out, r):
         for init_a in ("kaiming", "orthonormal")
     }
     for a in layers["orthonormal"]:
-        assert close(a @ a.t(), torch.eye(r) / 3, torch.float64)
+        assert close(a @ a.t(), torch.eye(r, dtype=torch.float64) / 3, torch.float64)
     sizes = {init_a: torch.stack([a.square().sum() for a in drawn]) for init_a, drawn in layers.items()}
     # Of a uniform row u, ‖u‖² = Σ uⱼ² has a deviation of √(4 / (45 d_in)) about 1/3.
     deviation = math.sqrt(4 * r / (45 * d_in) / 200)
