@@ -124,6 +124,7 @@ RULES: Mapping[str, Rule] = {
     "partition": OneOf(("iid", "dirichlet")),
     "dirichlet_alpha": Between(1e-6, 1e6),
     "max_length": _count(512),
+    "init_a": OneOf(("kaiming", "orthonormal")),
     "r": _count(256),
     "alpha": Between(1e-6, 1e6, optional=True),
     "dropout": Between(0, 0.9),

@@ -24,6 +24,7 @@ from lora_dp.fed.models.pooling import blocks_of, says_mean, without_pooler
 from lora_dp.lora.config import ALL_LINEAR, LoRAConfig
 from lora_dp.lora.injection import inject_lora
 from lora_dp.lora.targets import Modules, find_targets
+from lora_dp.nn.adapter_start import Adapter
 
 # Code that a repository brings along is never run, nor is anybody asked whether it should be.
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -42,12 +43,14 @@ class LoadedModel:
     """What the head is given, "auto" resolved."""
 
 
-def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapted: bool = True) -> LoadedModel:
+def load_model(
+    config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapter: Adapter = "lora", adapted: bool = True
+) -> LoadedModel:
     """Loads the backbone in float32, fits its head to ``num_labels`` and injects adapters.
 
     A stored head is kept if it has ``num_labels`` classes, else a new one takes its place. ``seed`` fixes the
-    random start of adapters and head; the global random state is left as it was. A hub is contacted only when
-    ``name`` is a hub's model or a pretrained timm model.
+    random start of adapters and head; the global random state is left as it was. ``adapter`` is as LoRAConfig's. A hub
+    is contacted only when ``name`` is a hub's model or a pretrained timm model.
 
     Args:
         config: of the model.
@@ -88,6 +91,8 @@ def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 
             target_modules=_adapted_layers(model, config, heads) if adapted else [],
             trainable_modules=heads,
             dropout=config.dropout,
+            init_a=config.init_a,
+            adapter=adapter,
         )
         return LoadedModel(inject_lora(model, lora).train(), spec, heads, features)
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lora_dp.fed.option_types import check_types
 from lora_dp.lora.config import LoRAConfig
+from lora_dp.nn.adapter_start import InitA
 
 Precision = Literal["float32", "bf16"]
 Features = Literal["auto", "own", "unit", "mean"]
@@ -28,6 +29,9 @@ class ModelConfig:
     """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
     adapt_last: int | None = None
     """Adapt the last N blocks alone; what lies before them is computed once for each example and kept in memory."""
+    init_a: InitA = "kaiming"
+    """How A starts, and how rac-lora and flora draw it anew: kaiming (uniform), or orthonormal (rows at right angles,
+    of the same mean square)."""
     precision: Precision = "float32"
     """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
     features: Features = "auto"

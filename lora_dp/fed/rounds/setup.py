@@ -118,7 +118,14 @@ def open_job(
     torch.manual_seed(seed)
     raw = open_data(config.data) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
-    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed, adapted=config.method.has_adapters)
+    loaded = load_model(
+        config.model,
+        raw.num_labels,
+        raw.kind,
+        seed=seed,
+        adapter=config.method.adapter,
+        adapted=config.method.has_adapters,
+    )
     if config.privacy.sums_share and loaded.features == "own":
         raise ValueError(
             f"sums_share starts a head on features of unit length, but {config.model.name} keeps its own head: choose "
