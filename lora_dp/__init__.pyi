@@ -18,10 +18,15 @@ from .nn.layers import DPEmbedding as DPEmbedding
 from .nn.layers import DPLayerNorm as DPLayerNorm
 from .nn.layers import DPLinear as DPLinear
 from .nn.lora_linear import DPLoRALinear as DPLoRALinear
+from .optim.adam_bc import AdamBC as AdamBC
+from .optim.disk import DiSK as DiSK
+from .optim.iterate_average import IterateAverage as IterateAverage
 from .privacy.accounting import Ledger as Ledger
 from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded
 from .privacy.accounting import calibrate_noise_multiplier as calibrate_noise_multiplier
 from .privacy.filtering import GaussianFilter as GaussianFilter
 from .privacy.filtering import LaplacianFilter as LaplacianFilter
+from .privacy.shrinkage import JamesStein as JamesStein
+from .privacy.shrinkage import SpectralShrinkage as SpectralShrinkage
 
 __version__: str

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/errors.py": ("tests/isolation/test_check.py", "tests/fed/rounds/test_failed_rounds.py"),
     "lora_dp/privacy/clip_bounds.py": ("tests/privacy/test_clipping.py",),
+    "lora_dp/nn/adapter_start.py": ("tests/nn/test_lora_linear.py", "tests/lora/test_config.py"),
     "lora_dp/engine/step_options.py": ("tests/engine/test_setup_refusals.py", "tests/test_argument_checks.py"),
     "lora_dp/__main__.py": ("tests/test_capabilities.py",),
     "lora_dp/fed/__main__.py": ("tests/fed/test_cli.py",),
@@ -113,7 +114,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"ops"},
         {"privacy", "capabilities"},
         {"nn"},
-        {"lora", "losses"},
+        {"lora", "losses", "optim"},
         {"isolation"},
         {"engine"},
         {"auditing"},

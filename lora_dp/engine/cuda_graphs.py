@@ -19,6 +19,7 @@ from lora_dp.isolation.batches.kinds import structure
 from lora_dp.isolation.collation.trial import drawn_for_test
 from lora_dp.nn.layers import DPEmbedding
 from lora_dp.ops.clip_and_sum import tables_captured
+from lora_dp.optim.disk import DiSK
 
 # As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
 _WARMUP = 3
@@ -48,7 +49,7 @@ class GraphedStep:
             the expected size, which Poisson sampling rarely passes.
 
     Raises:
-        ValueError: batch_size below 1, or a trainable embedding, by name.
+        ValueError: batch_size below 1, or a trainable embedding, by name; or the optimizer wraps :class:`lora_dp.DiSK`.
         TypeError: batch_size is no whole number, or another argument is of another kind.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -72,6 +73,10 @@ class GraphedStep:
         check_kind("optimizer", optimizer, PrivateOptimizer, "give the one that make_private returned")
         if not callable(loss):
             raise TypeError(f"loss must be a function loss(model, *batch), got a {type(loss).__name__}.")
+        if isinstance(optimizer.original_optimizer, DiSK):
+            raise ValueError(
+                "DiSK has no graphed step, for a replayed graph does not move the model ahead: call step()."
+            )
         for name, module in model.named_modules():
             if isinstance(module, DPEmbedding) and module.private_parameters():
                 raise ValueError(f"'{name}' is a trainable embedding, which no graph can record: freeze it.")

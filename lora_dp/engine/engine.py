@@ -39,6 +39,7 @@ from lora_dp.privacy.filtering import Filter
 from lora_dp.privacy.mechanism import Mechanism
 from lora_dp.privacy.randomness import SecureSource, SeededSource
 from lora_dp.privacy.secret_state import renew
+from lora_dp.privacy.shrinkage import Shrinkage
 
 _OPTION = "call make_private again with another, for the optimizer that it returns"
 _LOADER = "call make_private again with a DataLoader of another batch size"
@@ -118,6 +119,7 @@ class PrivacyEngine:
         low_pass: Filter | None = None,
         norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
+        shrinkage: Shrinkage | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Make one training run private at a given noise.
 
@@ -135,6 +137,8 @@ class PrivacyEngine:
             norm_method: how per-example norms are computed; "auto" takes the cheaper.
             regulate_noise: clip and noise each factor's gradient by what it does to the product B·A, so that noise
                 does not grow with the frozen factor (DEeR, :mod:`lora_dp.nn.regulator`); not with phases "AB".
+            shrinkage: filter that knows the noise, on the noisy gradient of each parameter, before the regulator and
+                ``low_pass`` (:mod:`lora_dp.privacy.shrinkage`).
 
         Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
         torch afterwards must call it again before the next training pass, which else is refused.
@@ -155,7 +159,7 @@ class PrivacyEngine:
         >>> optimizer.sample_rate, optimizer.expected_batch_size, len(loader)
         (0.25, 16, 4)
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise)
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage)
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
     def make_private_with_epsilon(
@@ -175,6 +179,7 @@ class PrivacyEngine:
         low_pass: Filter | None = None,
         norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
+        shrinkage: Shrinkage | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
 
@@ -195,7 +200,7 @@ class PrivacyEngine:
         >>> round(optimizer.noise_multiplier, 2)
         0.63
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise)
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage)
         check_number("target_epsilon", target_epsilon)
         check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)

@@ -16,6 +16,7 @@ from lora_dp.engine.pass_clipper import PassClipper
 from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
+from lora_dp.engine.told_noise import check_noise_can_be_told, noise_in_gradients, noise_of_mean
 from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.loss_checks.backward_calls import backward_unseen
@@ -26,6 +27,7 @@ from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
+from lora_dp.optim.known_noise import noise_aware
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.accounting.history import History, Run, read_runs
 from lora_dp.privacy.mechanism import Mechanism, total
@@ -79,7 +81,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     ledger = Fixed[Ledger](_ACCOUNT)
     history = Fixed[History](_ACCOUNT)
     clipping, low_pass = Elsewhere(_OPTION), Elsewhere(_OPTION)
-    norm_method, regulate_noise = Elsewhere(_OPTION), Elsewhere(_OPTION)
+    norm_method, regulate_noise, shrinkage = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
     phases = Elsewhere("call optimizer.set_phases")
 
     def __init__(
@@ -120,6 +122,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
         check_optimizer(optimizer, self._covered)
         check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])
+        check_noise_can_be_told(optimizer, options)
         self.activate()
 
     # What torch's schedulers and users see of an optimizer is the wrapped one's.
@@ -479,7 +482,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)
         step = None
-        if not self.regulators:
+        if not self.regulators and self._options.shrinkage is None:
             step = find_fused_step(self.original_optimizer, trained, sums, self.mechanism, self._options.low_pass)
         if step is None:
             self._step_by_torch(trained, sums)
@@ -502,13 +505,18 @@ class PrivateOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             with self.batch.whole_or_lost():
                 released = self.mechanism.release([total(value) for value in sums])
+            std = noise_of_mean(trained, self.mechanism, self.expected_batch_size)
             for p, noisy in zip(trained, released, strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
+                if self._options.shrinkage is not None:
+                    gradient = self._options.shrinkage(gradient, std)
                 if (regulator := self.regulators.get(id(p.parameter))) is not None:
                     gradient = regulator.restored(gradient)
                 if self._options.low_pass is not None and p.factor is not None:
                     gradient = self._options.low_pass(gradient)
                 p.parameter.grad = gradient.to(p.parameter)
+        if (aware := noise_aware(self.original_optimizer)) is not None:
+            aware.set_noise_std(noise_in_gradients(trained, std, self._options.low_pass, self.regulators))
         self.original_optimizer.step()
 
 

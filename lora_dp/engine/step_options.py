@@ -9,6 +9,7 @@ from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.nn.per_example import NormMethod
 from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter, check_filter
+from lora_dp.privacy.shrinkage import Shrinkage, check_shrinkage
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class StepOptions:
     low_pass: Filter | None = None
     norm_method: NormMethod = "auto"
     regulate_noise: bool = False
+    shrinkage: Shrinkage | None = None
 
     def __post_init__(self) -> None:
         check_filter(self.low_pass)
+        check_shrinkage(self.shrinkage)
         check_flag("regulate_noise", self.regulate_noise)
         for name, choices in (("loss_reduction", LossReduction), ("norm_method", NormMethod)):
             if (value := getattr(self, name)) not in (known := get_args(choices)):

@@ -79,10 +79,11 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
     for number, (prefix, module) in enumerate(layers):
         for name, parameter in module.private_parameters().items():
             full = f"{prefix}.{name}" if prefix else name
-            if isinstance(module, DPLoRALinear) and name == "weight":
+            if isinstance(module, DPLoRALinear) and name in module.frozen_names:
+                what = "the frozen weight under" if name == "weight" else "a frozen factor of"
                 raise ValueError(
-                    f"'{full}' is the frozen weight under an adapter but requires grad: freeze it, or use DPLinear "
-                    "to train it whole."
+                    f"'{full}' is {what} an adapter but requires grad: freeze it, or use DPLinear to train the layer "
+                    "whole."
                 )
             factor = {"lora_A": "A", "lora_B": "B"}.get(name)
             covered.setdefault(id(parameter), PrivateParameter(full, parameter, number, factor))

@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from lora_dp.argument_checks import check_alpha, check_flag, check_number
+from lora_dp.nn.adapter_start import Adapter, InitA, check_init_a
 
 ALL_LINEAR = "all-linear"
 Bias = Literal["none", "all", "lora_only"]
@@ -28,6 +29,10 @@ class LoRAConfig:
         rslora: scale by alpha / √r instead (Kalajdzievski 2023, arXiv 2312.03732).
         bias: biases to train besides: "none", "lora_only" (those of adapted layers) or "all" (those of every
             linear layer and LayerNorm; others, such as a convolution's, stay frozen).
+        init_a: how A starts: "kaiming", or "orthonormal" with rows at right angles and of the same mean square
+            (:class:`~lora_dp.DPLoRALinear`).
+        adapter: "lora", two factors; or "xs", a trained core (r, r) between frozen singular vectors of each weight
+            (LoRA-XS, arXiv 2405.17604), whose start leaves no choice to ``init_a``.
 
     Raises:
         ValueError: a value out of range.
@@ -48,6 +53,8 @@ class LoRAConfig:
     dropout: float = 0.0
     rslora: bool = False
     bias: Bias = "none"
+    init_a: InitA = "kaiming"
+    adapter: Adapter = "lora"
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
@@ -60,6 +67,13 @@ class LoRAConfig:
         self.r, self.dropout = int(self.r), float(self.dropout)  # JSON has no NumPy numbers
         if self.bias not in get_args(Bias):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        check_init_a(self.init_a)
+        if self.adapter not in get_args(Adapter):
+            raise ValueError(f"adapter must be 'lora' or 'xs', got {self.adapter!r}.")
+        if self.adapter == "xs" and self.init_a != "kaiming":
+            raise ValueError(
+                f"init_a = {self.init_a!r} has no effect with adapter 'xs', whose A comes from the weight."
+            )
         if isinstance(self.trainable_modules, str):
             raise TypeError(f"trainable_modules must be a list of names: write [{self.trainable_modules!r}].")
         self.trainable_modules = _names("trainable_modules", self.trainable_modules, "[] trains none whole")

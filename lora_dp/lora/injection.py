@@ -15,6 +15,7 @@ from lora_dp.lora.targets import (
     private_kin,
 )
 from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 from lora_dp.nn.private_module import PrivateModule
 from lora_dp.ops.registry import wide_dtype
 
@@ -89,10 +90,11 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
     check_untied(model, trained)
 
     model.requires_grad_(False)
+    kind = DPLoRAXSLinear if config.adapter == "xs" else DPLoRALinear
     for name in targets:
         module = modules.names[name]
-        replacements[id(module)] = DPLoRALinear.from_linear(
-            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora
+        replacements[id(module)] = kind.from_linear(
+            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora, init_a=config.init_a
         )
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):

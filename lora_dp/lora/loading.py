@@ -14,6 +14,8 @@ from lora_dp.lora.injection import check_without_adapters, inject_into
 from lora_dp.lora.merging import adapters_of, check_unmerged
 from lora_dp.lora.saving import injected_with, stored_shapes, tensors_of
 from lora_dp.lora.targets import Modules, is_linear, outermost
+from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 
 
 @torch.no_grad()
@@ -71,16 +73,39 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     expected = {key: (shapes | embeddings)[name] for key, name in keys.items()}
     check_adapter_tensors(stored.tensors, expected, "The stored adapter")
     _check_values(stored.tensors)
+    cores = _cores(adapters, stored.tensors)
     if not adapters:
         inject_into(model, modules, config, targets, roots)
     model.lora_embeddings = sorted(embeddings)  # type: ignore[assignment]
     state, trained = tensors_of(model), exchanged_parameters(model)
     for key, name in keys.items():
-        if name in trained:
+        if name in cores:
+            layer, core = cores[name]
+            layer.lora_R.copy_(core)
+        elif name in trained:
             copy_whole(trained[name], stored.tensors[key])
         else:
             state[name].copy_(stored.tensors[key])
     return model
+
+
+def _cores(
+    adapters: Mapping[str, DPLoRALinear], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[DPLoRAXSLinear, Tensor]]:
+    """For the name of each B that has a core in its place: the layer and that core.
+
+    Raises:
+        ValueError: a stored B has none; by name.
+    """
+    found = {}
+    for name, layer in adapters.items():
+        if isinstance(layer, DPLoRAXSLinear):
+            try:
+                core = layer.core_of(tensors[peft_format.peft_key(f"{name}.lora_B", adapters)])
+            except ValueError as error:
+                raise ValueError(f"'{name}': {error}") from None
+            found[f"{name}.lora_B"] = (layer, core)
+    return found
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -55,8 +55,9 @@ def injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save adapters, modules trained whole and trained biases in PEFT's format; PEFT loads them onto the plain model.
 
-    Neither file is ever seen half-written. As in PEFT, ``bias="all"`` stores every bias of the model. Embeddings that
-    came with a loaded adapter go on with it.
+    The core of an "xs" adapter goes into its B, so that the file is that of a LoRA adapter. Neither file is ever seen
+    half-written. As in PEFT, ``bias="all"`` stores every bias of the model. Embeddings that came with a loaded adapter
+    go on with it.
 
     Raises:
         ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
@@ -75,6 +76,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     state = tensors_of(model)
     shapes = stored_shapes(model, adapters, roots, config.bias, config.r)
+    state |= {f"{name}.lora_B": layer.factors()[0] for name, layer in adapters.items()}
     tensors = {peft_format.peft_key(name, adapters): state[name] for name in shapes}
     for name in getattr(model, "lora_embeddings", []):
         layer = adapters.get(name.rpartition(".")[0])

@@ -1,7 +1,7 @@
 """The private layer of LoRA: a frozen linear layer with a trainable product of low rank."""
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_dp.argument_checks import check_alpha, check_count, check_flag, check_number
 from lora_dp.nn import functional, merged_state
+from lora_dp.nn.adapter_start import InitA, check_init_a
 from lora_dp.nn.private_module import PrivateModule, adopt, check_sizes, is_transposed, linear_features
 from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.registry import wide_dtype
@@ -18,7 +19,7 @@ class DPLoRALinear(PrivateModule):
     """Frozen linear layer with a trainable low-rank update: y = x W0ᵀ + b + s · dropout(x) Aᵀ Bᵀ.
 
     A drop-in for ``nn.Linear`` (Hu et al. 2021, arXiv 2106.09685): ``weight`` and ``bias`` keep their names in the
-    state dict, beside ``lora_A`` (r, in) and ``lora_B`` (out, r). A starts Kaiming-uniform, B zero.
+    state dict, beside ``lora_A`` (r, in) and ``lora_B`` (out, r). A starts at random, B at zero.
 
     Args:
         in_features: width of the input, d_in.
@@ -29,12 +30,14 @@ class DPLoRALinear(PrivateModule):
         dropout: probability on the adapter's input, in [0, 1).
         rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
         fan_in_fan_out: ``weight`` is stored as (d_in, d_out), as GPT-2's Conv1D does.
+        init_a: how A starts: "kaiming", uniform within ±1/√d_in; or "orthonormal", rows at right angles, each of length
+            1/√3. That is a Kaiming row's root mean square: ‖A‖² is r/3 on average, and so are steps of one rate.
         device: of all parameters.
         dtype: of weight and bias. The factors are float32 where it is of half precision, as PEFT's are: bfloat16 has
             8 bits, so that most entries of A would never take a step of 1e-4. Products are in the input's dtype.
 
     Raises:
-        ValueError: rank, alpha or dropout out of range.
+        ValueError: rank, alpha or dropout out of range, or no such start.
         TypeError: one of another type.
 
     >>> layer = DPLoRALinear(6, 4, r=2)
@@ -46,6 +49,8 @@ class DPLoRALinear(PrivateModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # Parameters that no step may train.
+    frozen_names: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class DPLoRALinear(PrivateModule):
         dropout: float = 0.0,
         rslora: bool = False,
         fan_in_fan_out: bool = False,
+        init_a: InitA = "kaiming",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -71,7 +77,7 @@ class DPLoRALinear(PrivateModule):
         if bias:
             offset = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
             nn.init.uniform_(offset, -bound, bound)
-        self._build(weight, offset, r, alpha, dropout, rslora, fan_in_fan_out)
+        self._build(weight, offset, r, alpha, dropout, rslora, fan_in_fan_out, init_a)
 
     def _build(
         self,
@@ -82,11 +88,13 @@ class DPLoRALinear(PrivateModule):
         dropout: float,
         rslora: bool,
         fan_in_fan_out: bool,
+        init_a: InitA,
     ) -> None:
         check_count("r", r, least=None)
         check_alpha(alpha)
         check_number("dropout", dropout)
         check_flag("rslora", rslora)
+        check_init_a(init_a)
         self.in_features, self.out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
         smaller = min(self.in_features, self.out_features)
         if not 0 < r <= smaller:
@@ -98,20 +106,29 @@ class DPLoRALinear(PrivateModule):
         r = int(r)
         self.r, self.alpha, self.dropout, self.rslora = r, float(r if alpha is None else alpha), float(dropout), rslora
         self.scaling = self.alpha / (math.sqrt(r) if rslora else r)
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out, self.init_a = fan_in_fan_out, init_a
         self.merged = False
         # Set by the engine for a step that regulates its noise.
         self.regulator: Regulator | None = None
         self.weight = weight
         adopt(self, "bias", bias)
-        dtype = wide_dtype(weight.dtype)
-        self.lora_A = nn.Parameter(weight.new_empty(r, self.in_features, dtype=dtype))
-        self.lora_B = nn.Parameter(weight.new_empty(self.out_features, r, dtype=dtype))
+        self._make_factors(wide_dtype(weight.dtype))
         self.reset_lora_parameters()
+
+    def _make_factors(self, dtype: torch.dtype) -> None:
+        self.lora_A = nn.Parameter(self.weight.new_empty(self.r, self.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, self.r, dtype=dtype))
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, *, r: int, alpha: float | None = None, dropout: float = 0.0, rslora: bool = False
+        cls,
+        linear: nn.Module,
+        *,
+        r: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init_a: InitA = "kaiming",
     ) -> Self:
         """Adapt an ``nn.Linear`` or ``Conv1D``: takes over, and freezes, its very weight and bias parameters.
 
@@ -127,20 +144,24 @@ class DPLoRALinear(PrivateModule):
         linear_features(linear)
         layer = cls.__new__(cls)
         PrivateModule.__init__(layer)
-        layer._build(linear.weight, linear.bias, r, alpha, dropout, rslora, is_transposed(linear))  # type: ignore[arg-type]
+        transposed = is_transposed(linear)
+        layer._build(linear.weight, linear.bias, r, alpha, dropout, rslora, transposed, init_a)  # type: ignore[arg-type]
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:
-        """A Kaiming-uniform, B zero: the adapted layer equals the frozen one.
+        """A as ``init_a`` says, B zero: the adapted layer equals the frozen one.
 
         >>> layer.reset_lora_parameters()
         >>> bool(layer.lora_A.any()), bool(layer.lora_B.any())
         (True, False)
         """
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.init_a == "orthonormal":
+            nn.init.orthogonal_(self.lora_A, gain=1 / math.sqrt(3))
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
     @torch.no_grad()
@@ -189,6 +210,14 @@ class DPLoRALinear(PrivateModule):
         dropped = F.dropout(x, self.dropout)
         return base + functional.lora_linear(dropped, None, None, lora_A, lora_B, self.scaling, slots=adapter_slots)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (d_out, r) and A (r, d_in), by which the adapted weight is W0 + s · B A.
+
+        >>> [tuple(factor.shape) for factor in layer.factors()]
+        [(4, 3), (3, 6)]
+        """
+        return self.lora_B, self.lora_A
+
     @torch.no_grad()
     def weight_with(self, sign: int) -> Tensor:
         """``weight`` plus or minus s · B A, added in float32 or better, in the weight's dtype.
@@ -197,7 +226,8 @@ class DPLoRALinear(PrivateModule):
         True
         """
         wide = wide_dtype(self.weight.dtype)
-        update = (self.lora_B.to(wide) @ self.lora_A.to(wide)).mul_(sign * self.scaling)
+        lora_B, lora_A = self.factors()
+        update = (lora_B.to(wide) @ lora_A.to(wide)).mul_(sign * self.scaling)
         return (self.weight.to(wide) + (update.t() if self.fan_in_fan_out else update)).to(self.weight.dtype)
 
     @torch.no_grad()

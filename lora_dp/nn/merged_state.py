@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-_FACTORS = ("lora_A", "lora_B")
+_FACTORS = ("lora_A", "lora_B", "lora_R")
 
 
 class MergeableLayer(Protocol):
@@ -34,7 +34,7 @@ def holds_factors(state_dict: Mapping[str, Any], prefix: str) -> bool:
 def leave_plain(destination: Any, prefix: str) -> None:
     """Leave in a state dict what a plain layer would hold, with a mark in the metadata that torch keeps beside it."""
     for factor in _FACTORS:
-        del destination[f"{prefix}{factor}"]
+        destination.pop(f"{prefix}{factor}", None)
     if hasattr(destination, "_metadata"):
         destination._metadata[prefix[:-1]]["merged"] = True
 

@@ -107,6 +107,7 @@ def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> 
         ("optimizer", "low_pass", None, "call make_private again with another"),
         ("optimizer", "norm_method", "ghost", "call make_private again with another"),
         ("optimizer", "regulate_noise", True, "call make_private again with another"),
+        ("optimizer", "shrinkage", None, "call make_private again with another"),
         ("optimizer", "phases", "B", "call optimizer.set_phases"),
         ("loader", "batch_size", 5, "call make_private again with a DataLoader that has it"),
         ("loader", "collate_fn", list, "call make_private again with a DataLoader that has it"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lora_dp import GaussianFilter, LaplacianFilter, PrivacyEngine
+from lora_dp import AdamBC, GaussianFilter, LaplacianFilter, PrivacyEngine
 from lora_dp.engine import fused_step
 from lora_dp.engine.logical_batch import Clipped
 from lora_dp.ops import private_update
@@ -198,6 +198,7 @@ class Derived(torch.optim.SGD):
         lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1)),
         lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
         lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+        lambda p: AdamBC(p, lr=0.1),
         lambda p: torch.optim.SGD([{"params": p[:1], "momentum": 0.9}, {"params": p[1:]}], lr=0.1),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear, LoRAConfig, inject_lora
+from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 from tests.support import RULES, assert_close, brute_force, clip_and_sum, make_private, private_gradients
 from tests.tiny_models import HEADS, IMAGES, KINDS, build
 
@@ -116,6 +117,27 @@ def test_lora_linear(n, tokens, d_in, d_out, r, phases, rule, method, reduction,
     model = OneLayer(DPLoRALinear(d_in, d_out, r=min(r, d_in, d_out), alpha=3))
     fill_lora_b(model)
     compare(model, torch.randn(n, *tokens, d_in), slice_of, mean_square, n, phases, rule, method, reduction)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 6),
+    tokens=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    d_in=st.integers(1, 17),
+    d_out=st.integers(1, 17),
+    r=st.integers(1, 4),
+    rule=st.sampled_from(RULES),
+    method=st.sampled_from(["auto", "direct", "ghost"]),
+    bias=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_lora_xs_linear(n, tokens, d_in, d_out, r, rule, method, bias, transposed):
+    torch.manual_seed(n + 10 * d_in + 100 * d_out)
+    layer = DPLoRAXSLinear(d_in, d_out, r=min(r, d_in, d_out), alpha=3, fan_in_fan_out=transposed)
+    layer.bias.requires_grad_(bias)
+    nn.init.normal_(layer.lora_R, std=0.5)
+    compare(OneLayer(layer), torch.randn(n, *tokens, d_in), slice_of, mean_square, n, "AB", rule, method)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 
 TRAINING = LocalTraining(
     optimizer="sgd", learning_rate=0.3, lr_ratio=1.0, low_pass=None, low_pass_strength=0.0, batch_size=8, local_steps=3
@@ -52,14 +53,11 @@ def plan_for(method: Method, training: LocalTraining, **changes: Any) -> Privacy
 class Adapted(nn.Sequential):
     """Two adapted layers and a trained head."""
 
-    def __init__(self, r: int = 2, alpha: float | None = None) -> None:
+    def __init__(self, r: int = 2, alpha: float | None = None, adapter: str = "lora") -> None:
         torch.manual_seed(0)
         head = DPLinear.from_linear(nn.Linear(6, 3))
-        super().__init__(
-            nn.Flatten(), DPLoRALinear(12, 6, r=r, alpha=alpha), nn.Tanh(), DPLoRALinear(6, 6, r=r, alpha=alpha), head
-        )
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("4.") or factor(name) is not None)
+        layer = {"lora": DPLoRALinear, "xs": DPLoRAXSLinear}[adapter]
+        super().__init__(nn.Flatten(), layer(12, 6, r=r, alpha=alpha), nn.Tanh(), layer(6, 6, r=r, alpha=alpha), head)
         self.double()
 
 
@@ -91,7 +89,7 @@ def make_federation(
     **privacy: Any,
 ) -> Federation:
     made = get_method(method, options)
-    workspace = Workspace(Adapted(r, alpha))
+    workspace = Workspace(Adapted(r, alpha, made.adapter))
     if alpha is not None:
         from lora_dp.fed.methods import Layers
 
@@ -121,9 +119,18 @@ def products(state: dict[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor
     """s·B·A plus what was merged, by layer."""
     layers = {name.rpartition(".")[0] for name in state if factor(name)}
     return {
-        layer: scaling * state[f"{layer}.lora_B"] @ state[f"{layer}.lora_A"] + state.get(f"{layer}.merged", 0)
+        layer: scaling
+        * state[f"{layer}.lora_B"]
+        @ state.get(f"{layer}.lora_R", eye(state, layer))
+        @ state[f"{layer}.lora_A"]
+        + state.get(f"{layer}.merged", 0)
         for layer in layers
     }
+
+
+def eye(state: dict[str, Tensor], layer: str) -> Tensor:
+    """What stands between the factors of an adapter that has no core."""
+    return torch.eye(len(state[f"{layer}.lora_A"]), dtype=torch.float64)
 
 
 def federation_generators(rounds: int) -> list[torch.Generator]:

@@ -22,6 +22,7 @@ def test_these_options_are_one_of_some_words():
         "clipping",
         "engine",
         "epsilon",
+        "init_a",
         "low_pass",
         "mechanism",
         "noise_by",

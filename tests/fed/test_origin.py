@@ -71,6 +71,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "alpha": {"alpha": 2.0},
     "dropout": {"dropout": 0.1},
     "target_modules": {"target_modules": ["qkv"]},
+    "init_a": {"init_a": "orthonormal"},
     "precision": {"precision": "bf16"},
     "pretrained": {"pretrained": False},
     "seed": {"seed": 1},

@@ -40,6 +40,17 @@ def test_from_pretrained_opens_what_save_pretrained_wrote(kind, merged, tmp_path
         assert ours.keys() == plain.keys()
 
 
+def test_how_a_starts_is_no_matter_of_the_file(tmp_path):
+    files = []
+    for init_a in ("kaiming", "orthonormal"):
+        config = LoRAConfig(r=2, target_modules=["0"], init_a=init_a)
+        save_adapter(inject_lora(nn.Sequential(nn.Linear(8, 8)), config), tmp_path / init_a)
+        files.append((tmp_path / init_a / "adapter_config.json").read_text())
+    assert files[0] == files[1]
+    rows = load_adapter(nn.Sequential(nn.Linear(8, 8)), tmp_path / "orthonormal")[0].lora_A
+    torch.testing.assert_close(rows @ rows.t(), torch.eye(2) / 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merged_in_half_precision(dtype, tmp_path):
     model = adapted("roberta", dtype)

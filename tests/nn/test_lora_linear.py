@@ -32,6 +32,30 @@ def test_new_layer_trains_the_factors_alone():
     assert layer.lora_A.abs().max() <= bound
 
 
+@pytest.mark.parametrize(("d_in", "d_out", "r"), [(40, 24, 6), (12, 12, 12), (9, 20, 1)])
+def test_an_orthonormal_a_has_the_mean_square_of_a_kaiming_one(d_in, d_out, r):
+    layers = {
+        init_a: [DPLoRALinear(d_in, d_out, r=r, init_a=init_a, dtype=torch.float64).lora_A.detach() for _ in range(200)]
+        for init_a in ("kaiming", "orthonormal")
+    }
+    for a in layers["orthonormal"]:
+        assert close(a @ a.t(), torch.eye(r, dtype=torch.float64) / 3, torch.float64)
+    sizes = {init_a: torch.stack([a.square().sum() for a in drawn]) for init_a, drawn in layers.items()}
+    # Of a uniform row u, ‖u‖² = Σ uⱼ² has a deviation of √(4 / (45 d_in)) about 1/3.
+    deviation = math.sqrt(4 * r / (45 * d_in) / 200)
+    assert abs(sizes["kaiming"].mean() - sizes["orthonormal"].mean()) < 5 * deviation
+    assert not torch.equal(*layers["orthonormal"][:2])
+
+
+def test_the_start_is_kept_when_an_adapter_is_reset():
+    layer = DPLoRALinear.from_linear(nn.Linear(7, 5), r=3, init_a="orthonormal")
+    nn.init.ones_(layer.lora_A)
+    layer.reset_lora_parameters()
+    assert close(layer.lora_A @ layer.lora_A.t(), torch.eye(3) / 3, torch.float32) and not layer.lora_B.any()
+    with pytest.raises(ValueError, match="init_a must be 'kaiming' or 'orthonormal', got 'zero'"):
+        DPLoRALinear(7, 5, r=2, init_a="zero")
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_from_linear_shares_and_freezes_the_very_parameters(bias):
     linear = nn.Linear(7, 5, bias=bias).eval()

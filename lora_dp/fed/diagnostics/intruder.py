@@ -101,4 +101,5 @@ def weight_and_update(layer: DPLoRALinear) -> tuple[Tensor, Tensor]:
     now = layer.weight.double()
     if layer.fan_in_fan_out:
         before, now = before.t(), now.t()
-    return before, now - before + layer.scaling * (layer.lora_B.double() @ layer.lora_A.double())
+    lora_B, lora_A = layer.factors()
+    return before, now - before + layer.scaling * (lora_B.double() @ lora_A.double())

@@ -106,6 +106,7 @@ RULES: Mapping[str, Rule] = {
     # Code, weights and files that a node opens: the embedded model and data set, nothing from anywhere else.
     "model": OneOf(("default",)),
     "pretrained": OneOf((True,)),
+    "adapt_last": Anything(),
     "feature_blocks": Anything(),
     "contrast": OneOf(("as-is", "model")),
     "whitening": OneOf(("none", "made-up")),
@@ -123,6 +124,7 @@ RULES: Mapping[str, Rule] = {
     "partition": OneOf(("iid", "dirichlet")),
     "dirichlet_alpha": Between(1e-6, 1e6),
     "max_length": _count(512),
+    "init_a": OneOf(("kaiming", "orthonormal")),
     "r": _count(256),
     "alpha": Between(1e-6, 1e6, optional=True),
     "dropout": Between(0, 0.9),

@@ -21,6 +21,7 @@ from lora_dp.fed.methods.base import (
 )
 from lora_dp.fed.methods.deer import DEeR
 from lora_dp.fed.methods.dp_lora import DPLoRA
+from lora_dp.fed.methods.fedsvd import FedSVD
 from lora_dp.fed.methods.ffa_lora import FFALoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
 from lora_dp.fed.methods.flexlora import FlexLoRA
@@ -29,12 +30,28 @@ from lora_dp.fed.methods.galore import GaLore
 from lora_dp.fed.methods.head_only import HeadOnly
 from lora_dp.fed.methods.la_lora import LALoRA
 from lora_dp.fed.methods.lora_fair import LoRAFAIR
+from lora_dp.fed.methods.lora_xs import LoRAXS
 from lora_dp.fed.methods.rac_lora import RACLoRA
 from lora_dp.fed.methods.rolora import RoLoRA
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (LALoRA, DPLoRA, FFALoRA, RoLoRA, DEeR, FLoRA, FlexLoRA, LoRAFAIR, RACLoRA, GaLore, FlatLoRA, HeadOnly)
+    for cls in (
+        LALoRA,
+        DPLoRA,
+        FFALoRA,
+        RoLoRA,
+        DEeR,
+        FLoRA,
+        FlexLoRA,
+        LoRAFAIR,
+        RACLoRA,
+        GaLore,
+        FedSVD,
+        LoRAXS,
+        FlatLoRA,
+        HeadOnly,
+    )
 }
 ENTRY_POINTS = "lora_dp.methods"
 
@@ -157,6 +174,7 @@ __all__ = [
     "DPLoRA",
     "FFALoRA",
     "FLoRA",
+    "FedSVD",
     "FlatLoRA",
     "FlexLoRA",
     "GaLore",
@@ -164,6 +182,7 @@ __all__ = [
     "LALoRA",
     "Layers",
     "LoRAFAIR",
+    "LoRAXS",
     "Method",
     "Phases",
     "RACLoRA",

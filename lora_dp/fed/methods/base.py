@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from lora_dp.engine.phases import Phases
-from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix
+from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix, orthonormal
 from lora_dp.lazy_torch import torch
+from lora_dp.nn.adapter_start import Adapter, InitA
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +28,7 @@ _SET_BY_SERVER = (".feature_mean", ".feature_scale", ".class_prior")
 
 
 def factor(name: str) -> Literal["A", "B"] | None:
-    """Which factor of an adapter a parameter is, by its name; None for the head and other full-rank parameters."""
+    """Which factor of an adapter a parameter is, by its name; None for the head, and for the core of LoRA-XS."""
     last = name.rpartition(".")[2]
     return "A" if last == "lora_A" else "B" if last == "lora_B" else None
 
@@ -40,15 +41,30 @@ class Layers:
         shapes: (d_out, d_in) of each adapted weight, by the layer's name.
         r: rank of the server's adapters, the largest of all clients'.
         alpha: LoRA's alpha; None means alpha = r at every rank.
+        init_a: how a fresh A is drawn.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     r: int
     alpha: float | None = None
+    init_a: InitA = "kaiming"
 
     def scaling(self, rank: int) -> float:
         """s of an adapter of that rank: the weight is W0 + s·B·A."""
         return 1.0 if self.alpha is None else self.alpha / rank
+
+    def fresh(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """LoRA's start of A, (r, d_in) and of the dtype of ``like``, as ``init_a`` of the adapters says.
+
+        Uniform within ±1/√d_in, as ``nn.init.kaiming_uniform_(a=√5)``; or orthonormal rows times 1/√3, which have the
+        same mean square.
+        """
+        r, d_in = like.shape
+        if self.init_a == "orthonormal":
+            drawn = torch.randn(d_in, r, generator=generator, dtype=torch.float64)
+            return (orthonormal(drawn).t() / math.sqrt(3)).to(like)
+        uniform = torch.rand(r, d_in, generator=generator, dtype=torch.float64) * 2 - 1
+        return (uniform / math.sqrt(d_in)).to(like)
 
 
 class Aggregation(ABC):
@@ -136,6 +152,7 @@ class Method(ABC):
         turns: exchanges of a round.
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
+        adapter: the adapters that the method trains: "lora", or "xs" (:mod:`lora_dp.nn.lora_xs_linear`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
         has_adapters: whether the model gets adapters; else its head alone is trained.
 
@@ -155,6 +172,7 @@ class Method(ABC):
     turns: ClassVar[int] = 1
     ranks_may_differ: ClassVar[bool] = False
     regulates_noise: ClassVar[bool] = False
+    adapter: ClassVar[Adapter] = "lora"
     released_mechanism: ClassVar[bool] = False
     has_adapters: ClassVar[bool] = True
 
@@ -225,9 +243,3 @@ class Method(ABC):
             New values by name; a value of ``<layer>.merged`` is added to what was merged before.
         """
         return mean
-
-
-def kaiming(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """LoRA's start of A: uniform within ±1/√d_in, as ``nn.init.kaiming_uniform_(a=√5)``."""
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-    return (uniform / math.sqrt(shape[1])).to(like)

@@ -47,6 +47,7 @@ class FlatLoRA(Method):
             "ranks_may_differ",
             "regulates_noise",
             "has_adapters",
+            "adapter",
         ):
             object.__setattr__(self, name, getattr(self.base, name))
 
@@ -111,7 +112,8 @@ def _perturbed(
 def _noise(layer: DPLoRALinear, strength: float, generator: torch.Generator) -> torch.Tensor:
     """ε in the layout of ``layer.weight``."""
     with torch.no_grad():
-        update = layer.scaling * (layer.lora_B @ layer.lora_A)
+        lora_B, lora_A = layer.factors()
+        update = layer.scaling * (lora_B @ lora_A)
         weight = (layer.weight.t() if layer.fan_in_fan_out else layer.weight) + update
         drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight)
         noise = drawn * weight.norm(dim=1, keepdim=True) * (strength / math.sqrt(layer.in_features))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 from typing import ClassVar
 
-from lora_dp.fed.methods.base import MERGED, Contribution, Layers, State, factor, kaiming
+from lora_dp.fed.methods.base import MERGED, Contribution, Layers, State, factor
 from lora_dp.fed.methods.by_product import ByProduct, without_products
 from lora_dp.lazy_torch import torch
 
@@ -22,11 +22,7 @@ class FLoRA(ByProduct):
     def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
         if round_index == 0:
             return {}
-        return {
-            name: kaiming(tensor.shape, tensor, generator)  # type: ignore[arg-type]
-            for name, tensor in state.items()
-            if factor(name) == "A"
-        }
+        return {name: layers.fresh(tensor, generator) for name, tensor in state.items() if factor(name) == "A"}
 
     def combine(
         self, mean: Contribution, state: State, layers: Layers, round_index: int, turn: int = 0

@@ -85,9 +85,10 @@ def truncated_svd(matrix: Matrix, rank: int) -> LowRank:
     """The nearest matrix of that rank (Eckart and Young 1936), as U·S and Vᵀ with orthonormal rows.
 
     Of a low-rank matrix only its factors are decomposed. Where the matrix has a lower rank, the last columns of U·S are
-    zero and the rows of Vᵀ go on orthonormally.
+    zero and the rows of Vᵀ go on orthonormally: of factors, within the span of the right one's rows while there are
+    such. Each row's largest entry is positive, so that rounding does not choose the signs.
     """
-    if isinstance(matrix, torch.Tensor) or matrix.right.shape[0] >= min(matrix.shape):
+    if isinstance(matrix, torch.Tensor) or matrix.right.shape[0] > min(matrix.shape):
         u, s, vh = torch.linalg.svd(dense(matrix).double(), full_matrices=False)
     else:
         # left @ right = Q₁ (R₁ R₂ᵀ) Q₂ᵀ
@@ -96,7 +97,8 @@ def truncated_svd(matrix: Matrix, rank: int) -> LowRank:
         small_u, s, small_vh = torch.linalg.svd(r_left @ r_right.t())
         u, vh = q_left @ small_u, small_vh @ q_right.t()
     found = min(rank, len(s))
-    left, right = u[:, :found] * s[:found], vh[:found]
+    signs = torch.sign(vh[:found].gather(1, vh[:found].abs().argmax(1, keepdim=True)))
+    left, right = u[:, :found] * s[:found] * signs.t(), vh[:found] * signs
     if found < rank:
         left = torch.cat([left, left.new_zeros(left.shape[0], rank - found)], 1)
         right = torch.cat([right, _orthonormal_rows(right, rank - found)], 0)

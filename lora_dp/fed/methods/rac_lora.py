@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal
 
-from lora_dp.fed.methods.base import MERGED, Contribution, Layers, Method, Phases, State, kaiming
+from lora_dp.fed.methods.base import MERGED, Contribution, Layers, Method, Phases, State
 from lora_dp.fed.methods.low_rank import LowRank, dense
 from lora_dp.lazy_torch import torch
 
@@ -38,11 +38,11 @@ class RACLoRA(Method):
         for layer in layers.shapes:
             lora_A, lora_B = state[f"{layer}.lora_A"], state[f"{layer}.lora_B"]
             if self.trained == "B":
-                fresh[f"{layer}.lora_A"] = kaiming(lora_A.shape, lora_A, generator)  # type: ignore[arg-type]
+                fresh[f"{layer}.lora_A"] = layers.fresh(lora_A, generator)
                 fresh[f"{layer}.lora_B"] = torch.zeros_like(lora_B)
             else:
                 fresh[f"{layer}.lora_A"] = torch.zeros_like(lora_A)
-                fresh[f"{layer}.lora_B"] = kaiming(lora_B.t().shape, lora_B, generator).t()  # type: ignore[arg-type]
+                fresh[f"{layer}.lora_B"] = layers.fresh(lora_B.t(), generator).t()
         return fresh
 
     def combine(

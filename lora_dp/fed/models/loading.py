@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from lora_dp.fed.data.kept_activations import ACTIVATIONS
 from lora_dp.fed.hub import hub, reachable, unreachable
 from lora_dp.fed.models.feature_models import on_token_means, put_feature_head
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, Features, ModelConfig, Precision
-from lora_dp.fed.models.pooling import says_mean, without_pooler
-from lora_dp.lora.config import LoRAConfig
+from lora_dp.fed.models.pooling import blocks_of, says_mean, without_pooler
+from lora_dp.lora.config import ALL_LINEAR, LoRAConfig
 from lora_dp.lora.injection import inject_lora
+from lora_dp.lora.targets import Modules, find_targets
+from lora_dp.nn.adapter_start import Adapter
 
 # Code that a repository brings along is never run, nor is anybody asked whether it should be.
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -41,12 +43,14 @@ class LoadedModel:
     """What the head is given, "auto" resolved."""
 
 
-def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapted: bool = True) -> LoadedModel:
+def load_model(
+    config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapter: Adapter = "lora", adapted: bool = True
+) -> LoadedModel:
     """Loads the backbone in float32, fits its head to ``num_labels`` and injects adapters.
 
     A stored head is kept if it has ``num_labels`` classes, else a new one takes its place. ``seed`` fixes the
-    random start of adapters and head; the global random state is left as it was. A hub is contacted only when
-    ``name`` is a hub's model or a pretrained timm model.
+    random start of adapters and head; the global random state is left as it was. ``adapter`` is as LoRAConfig's. A hub
+    is contacted only when ``name`` is a hub's model or a pretrained timm model.
 
     Args:
         config: of the model.
@@ -84,11 +88,26 @@ def load_model(config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 
         lora = LoRAConfig(
             r=config.r,
             alpha=config.alpha,
-            target_modules=config.target_modules if adapted else [],
+            target_modules=_adapted_layers(model, config, heads) if adapted else [],
             trainable_modules=heads,
             dropout=config.dropout,
+            init_a=config.init_a,
+            adapter=adapter,
         )
         return LoadedModel(inject_lora(model, lora).train(), spec, heads, features)
+
+
+def _adapted_layers(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
+    """As LoRAConfig.target_modules."""
+    if config.adapt_last is None:
+        return config.target_modules
+    blocks = blocks_of(model)
+    if config.adapt_last > len(blocks):
+        raise ValueError(f"adapt_last is {config.adapt_last}, but {config.name} has {len(blocks)} blocks: lower it.")
+    modules = Modules.of(model)
+    whole = modules.beneath(modules.names[root] for root in heads)
+    last = tuple(f"{block}." for block in blocks[-config.adapt_last :])
+    return [name for name in find_targets(model, modules, ALL_LINEAR, whole) if name.startswith(last)]
 
 
 def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:

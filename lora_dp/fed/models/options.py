@@ -6,6 +6,7 @@ from typing import Literal
 
 from lora_dp.fed.option_types import check_types
 from lora_dp.lora.config import LoRAConfig
+from lora_dp.nn.adapter_start import InitA
 
 Precision = Literal["float32", "bf16"]
 Features = Literal["auto", "own", "unit", "mean"]
@@ -26,6 +27,11 @@ class ModelConfig:
     """Dropout on the adapters' input."""
     target_modules: list[str] | str = "all-linear"
     """Layers to adapt: "all-linear", a list of name endings, or a regular expression."""
+    adapt_last: int | None = None
+    """Adapt the last N blocks alone; what lies before them is computed once for each example and kept in memory."""
+    init_a: InitA = "kaiming"
+    """How A starts, and how rac-lora and flora draw it anew: kaiming (uniform), or orthonormal (rows at right angles,
+    of the same mean square)."""
     precision: Precision = "float32"
     """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
     features: Features = "auto"
@@ -42,6 +48,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, {"name": "model"})
+        if self.adapt_last is not None and (self.adapt_last < 1 or self.target_modules != "all-linear"):
+            raise ValueError(
+                f"adapt_last is a number of blocks from 1, whose linear layers are all adapted, not {self.adapt_last} "
+                f"with target_modules {self.target_modules}: leave one of them out."
+            )
         if not self.feature_blocks or 0 in self.feature_blocks:
             raise ValueError(
                 f"feature_blocks must name blocks from 1, or from the last as in -1, not {self.feature_blocks}."

@@ -9,7 +9,9 @@ import transformers
 from torch import Tensor, nn
 
 from lora_dp.fed.hub import hub
+from lora_dp.lora.targets import is_linear
 from lora_dp.nn.feature_sums import unit_length
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 POOLING = "1_Pooling/config.json"  # where sentence-transformers says how tokens are pooled
 
@@ -145,3 +147,24 @@ def random_fields(count: int, height: int, width: int, channels: int, seed: int 
     smooth = torch.fft.irfft2(torch.fft.rfft2(white) * frequency**-slopes, s=(height, width))
     smooth = (smooth - smooth.mean((2, 3), keepdim=True)) / smooth.std((2, 3), keepdim=True)
     return (smooth * 64 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of a model's blocks, in order: the longest list of modules of one class with linear layers in them.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> blocks_of(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])))
+    ['1.0', '1.1']
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(child) for child in module}) != 1:
+            continue
+        adaptable = any(is_linear(part) or isinstance(part, DPLoRALinear) for part in module[0].modules())
+        if adaptable and len(module) > max(len(found), 1):
+            found = [f"{name}.{place}" if name else str(place) for place in range(len(module))]
+    if not found:
+        raise ValueError("adapt_last needs a model that is a list of blocks, and this one is none: leave it out.")
+    return found

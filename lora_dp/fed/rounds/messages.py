@@ -79,6 +79,7 @@ class Workspace:
             {name: (layer.out_features, layer.in_features) for name, layer in self._adapted.items()},
             max(ranks, default=0),
             config.alpha if config is not None else None,
+            config.init_a if config is not None else "kaiming",
         )
         # A change of rank keeps the parameters the same objects.
         self._parameters: dict[str, Tensor] = {**exchanged_parameters(self.whole), **feature_statistics(self.whole)}

@@ -14,8 +14,9 @@ from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
-from lora_dp.fed.models.frozen_front import Front, HeadAlone, head_is_last
-from lora_dp.fed.models.loading import load_model, vocabulary_of
+from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks, head_is_last
+from lora_dp.fed.models.loading import LoadedModel, load_model, vocabulary_of
+from lora_dp.fed.models.pooling import blocks_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.local_training import LocalTraining
@@ -117,7 +118,14 @@ def open_job(
     torch.manual_seed(seed)
     raw = open_data(config.data) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
-    loaded = load_model(config.model, raw.num_labels, raw.kind, seed=seed, adapted=config.method.has_adapters)
+    loaded = load_model(
+        config.model,
+        raw.num_labels,
+        raw.kind,
+        seed=seed,
+        adapter=config.method.adapter,
+        adapted=config.method.has_adapters,
+    )
     if config.privacy.sums_share and loaded.features == "own":
         raise ValueError(
             f"sums_share starts a head on features of unit length, but {config.model.name} keeps its own head: choose "
@@ -125,15 +133,7 @@ def open_job(
         )
     splits = encode(raw, loaded.spec)
     model = loaded.model.to(device)
-    workspace, train, validation = Workspace(model), splits.train, splits.validation
-    if not config.method.has_adapters and head_is_last(model, loaded.heads, loaded.spec):
-        [head] = loaded.heads
-        workspace = Workspace(HeadAlone(model, head), model)
-        front = Front(model, head, config.model.precision)
-        vocabulary = vocabulary_of(model)
-        train, validation = (
-            KeptActivations(part, front, with_inputs=False, vocabulary=vocabulary) for part in (train, validation)
-        )
+    workspace, train, validation = _without_front(config, loaded, model, splits)
     parts = partition(
         splits.train.labels.numpy(),
         chosen.clients,
@@ -168,6 +168,32 @@ def open_job(
     _check_method(method, plan)
     trainer = Trainer(workspace, method, training, plan, seed, config.run.reproducible)
     return Job(trainer, train, parts, validation, ranks)
+
+
+def _without_front(
+    config: RunConfig, loaded: LoadedModel, model: nn.Module, splits: Splits
+) -> tuple[Workspace, Examples, Examples]:
+    """The model and the examples; where a front of the model is frozen, the rest, on what the front makes of them."""
+    precision, first = config.model.precision, 0
+    if not config.method.has_adapters and head_is_last(model, loaded.heads, loaded.spec):
+        [head] = loaded.heads
+        front = Front(model, precision, head=head)
+        rest: nn.Module = HeadAlone(model, head)
+    elif config.model.adapt_last is not None and (first := len(blocks_of(model)) - config.model.adapt_last):
+        blocks = blocks_of(model)
+        places = [block - 1 if block > 0 else block + len(blocks) for block in config.model.feature_blocks]
+        # Blocks whose outputs are features, and the one before the first that is adapted.
+        kept = {first - 1, *(place for place in places if place < first)}
+        front = Front(model, precision, blocks=blocks[:first], kept=sorted(kept))
+        rest = LastBlocks(model, front)
+    else:
+        return Workspace(model), splits.train, splits.validation
+    vocabulary = vocabulary_of(model)
+    train, validation = (
+        KeptActivations(part, front, with_inputs=first > 0, vocabulary=vocabulary)
+        for part in (splits.train, splits.validation)
+    )
+    return Workspace(rest, model), train, validation
 
 
 def match_threads(model: nn.Module) -> None:

@@ -44,6 +44,8 @@ def signature(update: Update | None) -> int:
         {"method": "deer"},
         {"method": "galore", "epsilon": "none"},
         {"method": "flora", "ranks": [2, 4, 3]},
+        {"method": "lora-xs"},
+        {"method": "fedsvd", "unit": "client"},
         {"method": "la-lora", "unit": "client", "noise_by": "client"},
         {"method": "flat-lora:ffa-lora", "unit": "client", "clients_per_round": 2},
     ],

@@ -10,6 +10,9 @@ import torch
 from lora_dp.fed.methods import METHODS, factor, get_method
 from lora_dp.fed.methods.dp_lora import DPLoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
+from lora_dp.fed.rounds.messages import Workspace
+from lora_dp.lora.config import LoRAConfig
+from lora_dp.lora.injection import inject_lora
 from tests.fed.small import PLAIN, TRAINING, Adapted, make_federation, products, updates
 
 
@@ -26,6 +29,8 @@ from tests.fed.small import PLAIN, TRAINING, Adapted, make_federation, products,
         ("rac-lora", ["B"] * 3),
         ("galore", ["A", "B", "A"]),
         ("head-only", ["AB"] * 3),
+        ("fedsvd", ["B"] * 3),
+        ("lora-xs", ["AB"] * 3),
         ("flat-lora", ["AB"] * 3),
         ("flat-lora:rolora", ["B", "A", "B"]),
     ],
@@ -204,6 +209,23 @@ def test_flat_lora_rises_on_a_half_cosine_and_survives_an_exception():
     with pytest.raises(KeyError), flat.local_step(model, 5, 10, torch.Generator()):
         raise KeyError
     assert model[1].weight.data_ptr() == weight.data_ptr()
+
+
+# The start of A
+
+
+@pytest.mark.parametrize(("init_a", "orthonormal"), [("kaiming", False), ("orthonormal", True)])
+@pytest.mark.parametrize(("method", "drawn"), [("flora", "A"), ("rac-lora", "A"), ("rac-lora", "B")])
+def test_a_factor_that_is_drawn_anew_starts_as_the_model_s_own(method, drawn, init_a, orthonormal):
+    made = get_method(method, {"trained": "AB".replace(drawn, "")} if method == "rac-lora" else None)
+    model = inject_lora(
+        torch.nn.Sequential(torch.nn.Linear(9, 7)), LoRAConfig(r=3, target_modules=["0"], init_a=init_a)
+    )
+    workspace = Workspace(model)
+    fresh = made.begin(workspace.state(), workspace.layers, 1, torch.Generator().manual_seed(0))
+    rows = fresh[f"0.lora_{drawn}"] if drawn == "A" else fresh["0.lora_B"].t()
+    assert torch.allclose(rows @ rows.t(), torch.eye(3) / 3, atol=1e-6) is orthonormal
+    assert 0 < rows.abs().max() <= 1 / math.sqrt(rows.shape[1]) or orthonormal
 
 
 # Local settings

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_dp.fed.methods import factor, get_method
-from lora_dp.fed.methods.low_rank import LowRank
+from lora_dp.fed.methods.low_rank import LowRank, truncated_svd
 from tests.fed.small import federation_generators, make_federation, products, updates
 
 
@@ -22,6 +22,8 @@ from tests.fed.small import federation_generators, make_federation, products, up
         ("deer", True),
         ("rac-lora", True),
         ("galore", True),
+        ("fedsvd", True),
+        ("lora-xs", True),
         ("flora", True),
         ("la-lora", False),
         ("dp-lora", False),
@@ -168,6 +170,20 @@ def test_rac_lora_draws_a_fresh_frozen_factor_each_round():
             federation.run_round([0, 1, 2])
             assert not federation.server.state[f"1.lora_{trained}"].any()
         assert not any(a.equal(b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_a_cut_has_the_same_signs_however_it_was_computed():
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((5, 7, 2), (7, 5, 3), (4, 4, 4), (3, 8, 3)):
+        left, right = (torch.randn(s, generator=generator).double() for s in (shape[::2], (shape[2], shape[1])))
+        mixing = torch.randn(shape[2], shape[2], generator=generator).double()
+        cuts = [
+            truncated_svd(matrix, shape[2])
+            for matrix in (LowRank(left, right), LowRank(left @ mixing, mixing.inverse() @ right), left @ right)
+        ]
+        for cut in cuts[1:]:
+            torch.testing.assert_close((cut.left, cut.right), (cuts[0].left, cuts[0].right), rtol=1e-9, atol=1e-9)
+        assert (cuts[0].right.abs().amax(1) == cuts[0].right.amax(1)).all()
 
 
 def test_galore_finds_the_leading_subspace_of_the_gradient():

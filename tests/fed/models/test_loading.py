@@ -106,7 +106,7 @@ def test_the_seed_decides_and_leaves_the_global_state():
 
 
 def test_adapter_settings_reach_the_adapters():
-    config = ModelConfig(r=2, alpha=6, dropout=0.1, target_modules=["attn.qkv"])
+    config = ModelConfig(r=2, alpha=6, dropout=0.1, target_modules=["attn.qkv"], init_a="orthonormal")
     adapters = {
         name: module
         for name, module in load_model(config, 10, "image").model.named_modules()
@@ -115,6 +115,7 @@ def test_adapter_settings_reach_the_adapters():
     assert list(adapters) == [f"blocks.{i}.attn.qkv" for i in range(4)]
     for adapter in adapters.values():
         assert (adapter.r, adapter.scaling, adapter.dropout) == (2, 3.0, 0.1)
+        torch.testing.assert_close(adapter.lora_A @ adapter.lora_A.t(), torch.eye(2) / 3)
 
 
 def test_timm_model():

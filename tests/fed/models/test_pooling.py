@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from lora_dp.fed.data.encoding import ImageSpec
 from lora_dp.fed.models.loading import load_model
 from lora_dp.fed.models.options import ModelConfig
-from lora_dp.fed.models.pooling import POOLING, TokenMeans, Whitening, random_fields, says_mean, without_pooler
+from lora_dp.fed.models.pooling import (
+    POOLING,
+    TokenMeans,
+    Whitening,
+    blocks_of,
+    random_fields,
+    says_mean,
+    without_pooler,
+)
 from tests.fed.models.tiny_texts import LENGTHS, bert, texts
 from tests.tiny_models import build
 
@@ -208,6 +216,33 @@ def test_whitening_is_a_function_of_each_row_and_is_not_trained() -> None:
     torch.testing.assert_close(whitening(features)[:1], whitening(features[:1]))
     flat = Whitening(torch.ones(10, 3) * torch.tensor([1.0, 2.0, 3.0]) + torch.eye(10, 3))
     assert bool(flat(torch.randn(2, 3)).isfinite().all())
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "count"),
+    [
+        ("timm_vit", "blocks", 2),
+        ("vit", "vit.layers", 2),
+        ("roberta", "roberta.encoder.layer", 2),
+        ("gpt2", "transformer.h", 2),
+    ],
+)
+def test_blocks_are_the_longest_list_of_one_kind(kind: str, prefix: str, count: int) -> None:
+    assert blocks_of(build(kind)) == [f"{prefix}.{place}" for place in range(count)]
+
+
+def test_blocks_are_found_where_all_of_them_are_adapted() -> None:
+    plain = load_model(ModelConfig(), 10, "image", adapted=False).model
+    assert blocks_of(load_model(ModelConfig(adapt_last=4), 10, "image").model) == blocks_of(plain)
+
+
+def test_a_model_without_a_list_of_blocks_is_refused() -> None:
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Tanh()), nn.Sequential(nn.Tanh(), nn.Tanh())):
+        with pytest.raises(ValueError, match=r"^adapt_last needs a model that is a list of blocks"):
+            blocks_of(model)
 
 
 # Made-up images

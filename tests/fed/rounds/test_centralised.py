@@ -42,7 +42,7 @@ def perturbation(method: str, place: tuple[int, int, int], step: int, steps: int
     strength = get_method(method).rho / 2 * (1 - math.cos(math.pi * (step + 1) / steps))
 
     def noise(layer):
-        weight = (layer.weight + layer.lora_B @ layer.lora_A).detach()
+        weight = adapted_weight(layer)
         rows = [row.square().sum().sqrt() / math.sqrt(len(row)) for row in weight]
         return strength * torch.stack(rows)[:, None] * torch.randn(weight.shape, generator=generator).double()
 
@@ -51,7 +51,7 @@ def perturbation(method: str, place: tuple[int, int, int], step: int, steps: int
 
 def centralised(method: str, training, examples: ImageExamples, rounds: int) -> dict[str, Tensor]:
     """Plain full-batch torch; returns head and adapted weights W. Alternation goes on through the rounds."""
-    model = Adapted()
+    model = Adapted(adapter=get_method(method).adapter)
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, DPLoRALinear)}
     batch = examples.batch(range(len(examples)))
     made, base = get_method(method), method.removeprefix("flat-lora:")
@@ -72,7 +72,12 @@ def centralised(method: str, training, examples: ImageExamples, rounds: int) -> 
                 plain_step(model, optimizer, batch, cycle[step % len(cycle)], noise)
         finish(base, adapted, index)
     head = {f"4.{n}": p.detach() for n, p in model[4].named_parameters()}
-    return {**head, **{n: (m.weight + m.lora_B @ m.lora_A).detach() for n, m in adapted.items()}}
+    return {**head, **{n: adapted_weight(m) for n, m in adapted.items()}}
+
+
+def adapted_weight(layer: DPLoRALinear) -> Tensor:
+    core = getattr(layer, "lora_R", torch.eye(layer.r).double())
+    return (layer.weight + layer.lora_B @ core @ layer.lora_A).detach()
 
 
 @torch.no_grad()
@@ -82,6 +87,9 @@ def begin(method: str, adapted, index: int, generator: torch.Generator) -> None:
             drawn = torch.rand(layer.lora_A.shape, generator=generator, dtype=torch.float64) * 2 - 1
             layer.lora_A.copy_(drawn / math.sqrt(layer.in_features))
             layer.lora_B.zero_()
+        if method == "fedsvd" and index == 0:
+            values, vectors = torch.linalg.eigh(layer.lora_A @ layer.lora_A.t())
+            layer.lora_A.copy_(vectors / values.sqrt() @ vectors.t() @ layer.lora_A)
         if method == "galore" and index == 0:
             drawn = torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64)
             layer.lora_B.copy_(torch.linalg.qr(drawn)[0])
@@ -101,7 +109,7 @@ def finish(method: str, adapted, index: int) -> None:
         elif method == "galore":
             layer.lora_B.copy_(torch.linalg.qr(layer.lora_B)[0])
             layer.lora_A.zero_()
-        if method == "flexlora":
+        if method in ("flexlora", "fedsvd"):
             u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
             r = layer.r
             layer.lora_B.copy_(u[:, :r] * s[:r])
@@ -110,7 +118,7 @@ def finish(method: str, adapted, index: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("method", [*METHODS, "flat-lora:flora", "flat-lora:deer"])
+@pytest.mark.parametrize("method", [*METHODS, "flat-lora:flora", "flat-lora:deer", "flat-lora:lora-xs"])
 def test_one_client_without_privacy_is_the_centralised_optimizer(method, optimizer):
     training = replace(PLAIN, optimizer=optimizer, learning_rate=0.05, lr_ratio=3.0)
     federation = make_federation(method, training, sizes=(12,), epsilon=None)
@@ -121,9 +129,7 @@ def test_one_client_without_privacy_is_the_centralised_optimizer(method, optimiz
     federation.load_global_state()
     model = federation.model
     found = {f"4.{n}": p.detach() for n, p in model[4].named_parameters()}
-    found |= {
-        n: (m.weight + m.lora_B @ m.lora_A).detach() for n, m in model.named_modules() if isinstance(m, DPLoRALinear)
-    }
+    found |= {n: adapted_weight(m) for n, m in model.named_modules() if isinstance(m, DPLoRALinear)}
     start = Adapted()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=name)

@@ -14,9 +14,8 @@ from lora_dp.fed.rounds import update_statistics
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from lora_dp.fed.rounds.setup import Job, open_job
-from lora_dp.fed.rounds.update_statistics import UpdateRecorder, expected_noise_norm, filter_gain
+from lora_dp.fed.rounds.update_statistics import UpdateRecorder, expected_noise_norm
 from lora_dp.privacy.accounting import PoissonGaussian
-from lora_dp.privacy.filtering import GaussianFilter, LaplacianFilter
 
 START = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([3.0]), "frozen": torch.zeros(4)}
 
@@ -87,23 +86,6 @@ def test_nothing_was_added():
 def test_an_update_that_does_not_fit_is_refused(wrong):
     with pytest.raises(ValueError, match="client 7 does not fit"):
         UpdateRecorder([7]).add(7, wrong, START, None)
-
-
-@pytest.mark.parametrize(
-    "low_pass", [GaussianFilter(0.0), GaussianFilter(0.5), GaussianFilter(1.3), LaplacianFilter(0.7)], ids=repr
-)
-@pytest.mark.parametrize("shape", [(3, 40), (40, 3), (1, 9), (4, 5), (6, 6), (2, 13), (3, 4)])
-def test_the_gain_is_that_of_the_whole_matrix(low_pass, shape):
-    # F column by column: what becomes of every unit matrix.
-    columns = torch.stack(
-        [low_pass(unit.view(shape)).flatten() for unit in torch.eye(math.prod(shape), dtype=torch.float64)]
-    )
-    assert filter_gain(low_pass, shape) == pytest.approx(float(columns.square().sum()) / len(columns), rel=1e-12)
-
-
-def test_the_gain_of_a_wide_factor_is_cheap():
-    # The whole matrix would have 4e9 entries.
-    assert 0.2 < filter_gain(GaussianFilter(1.0), (16, 65536)) < 0.3
 
 
 NOISE_MULTIPLIER = 1000.0

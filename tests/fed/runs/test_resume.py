@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "deer": {"method": "deer", "rounds": 2},
     "flora": {"method": "flora", "ranks": [2, 4, 3]},
     "galore": {"method": "galore", "optimizer": "adamw"},
+    "lora-xs": {"method": "lora-xs", "clients_per_round": 2},
     "flat-lora": {"method": "flat-lora:lora-fair", "evaluate_every": 2},
     "server noise": {"method": "dp-lora", "unit": "client", "clients_per_round": 2, "delta": 0.01},
     "client noise": {"method": "deer", "unit": "client", "noise_by": "client", "delta": 0.01},

@@ -1,0 +1,1 @@
+"""Optimizers and averages for noisy gradients: all post-processing of what was released."""
