@@ -59,6 +59,7 @@ class FeatureHead(nn.Module):
         self._sums: FeatureSums | None = None
 
     def forward(self, features: Tensor) -> Tensor:
+        """Logits (…, K) of features (…, d); inside :meth:`summing`, scores (…, K + 1)."""
         units = unit_length(features)
         if self._sums is not None:
             scores: Tensor = self._sums(units)
@@ -90,7 +91,11 @@ class FeatureHead(nn.Module):
 
 
 def feature_head_of(model: nn.Module) -> tuple[str, FeatureHead] | None:
-    """The name and the module of a model's feature head; None if it has none."""
+    """The name and the module of a model's feature head; None if it has none.
+
+    >>> feature_head_of(nn.Sequential(nn.Tanh(), FeatureHead(4, 2)))[0]
+    '1'
+    """
     return next(((name, m) for name, m in model.named_modules() if isinstance(m, FeatureHead)), None)
 
 
@@ -111,6 +116,16 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         released: sums over its features.
         balanced: add the classes' shares in training, so that the head judges as if they were equally common.
         warm: begin with the weights of the nearest class mean; else with those that the head has.
+
+    Returns:
+        ``feature_mean`` and ``feature_scale`` (d,); balanced, ``class_prior`` (K,); warm, ``linear.weight`` (K, d) and
+        ``linear.bias`` (K,); in the dtype of the sums.
+
+    >>> sums = torch.tensor([[0.3, 0.4], [0.2, -0.1]])
+    >>> released = FeatureMoments(sums, torch.tensor([0.5, 0.5]), None, None, noise=0.0, weights=SumWeights(0.5, 0, 0))
+    >>> started_head(FeatureHead(2, 2), released, balanced=False, warm=True)["linear.weight"]
+    tensor([[ 0.2000,  1.0000],
+            [-0.2000, -1.0000]])
     """
     d, sums, noise = head.in_features, released.class_sums, released.noise
     shares = torch.full((head.out_features,), 1 / head.out_features, dtype=sums.dtype, device=sums.device)

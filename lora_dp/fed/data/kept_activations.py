@@ -33,6 +33,13 @@ class KeptActivations(Examples):
         front: activations of one of its batches, a function of each row alone up to rounding.
         with_inputs: whether batches have the source's inputs, too.
         vocabulary: number of tokens, for made-up texts.
+
+    >>> from lora_dp.fed.data.examples import ImageExamples
+    >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
+    >>> kept = KeptActivations(images, lambda batch: batch["pixel_values"].flatten(1)[:, :2], with_inputs=False)
+    >>> kept.prepare()
+    >>> kept.batch([2, 0])["activations"].shape
+    torch.Size([2, 2])
     """
 
     def __init__(

@@ -33,6 +33,11 @@ class TokenMeans(nn.Module):
     Raises:
         IndexError: in the forward pass, of a block that the backbone does not have.
         TypeError: there, of a backbone whose blocks do not give (N, tokens, d).
+
+    >>> import timm
+    >>> backbone = timm.create_model("test_vit", num_classes=0)
+    >>> TokenMeans(backbone, nn.Linear(128, 3), blocks=[1, -1])(torch.randn(2, 3, 160, 160)).shape
+    torch.Size([2, 3])
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, blocks: Sequence[int]):
@@ -47,6 +52,7 @@ class TokenMeans(nn.Module):
         return None if getter is None else getter()
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """What the head says of the features of whatever the backbone takes."""
         pooled = torch.cat([unit_length(mean) for mean in self._means(*args, **named)], 1)
         logits: Tensor = self.head(pooled if self.whitening is None else self.whitening(pooled))
         return logits
@@ -90,6 +96,11 @@ class Whitening(nn.Module):
     Args:
         features: of the public inputs, (N, d).
         ridge: keeps directions of next to no variance from being blown up.
+
+    >>> public = torch.randn(1000, 2) @ torch.tensor([[5.0, 0.0], [4.0, 0.1]])
+    >>> torch.cov(Whitening(public, ridge=1e-6)(public).t()).round(decimals=1).abs()
+    tensor([[1., 0.],
+            [0., 1.]])
     """
 
     centre: Tensor
@@ -104,6 +115,7 @@ class Whitening(nn.Module):
         self.register_buffer("matrix", (vectors / (values + ridge * values.mean()).sqrt()).to(features.dtype))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (N, d), turned and scaled."""
         return (features - self.centre) @ self.matrix
 
 
@@ -137,6 +149,9 @@ def random_fields(count: int, height: int, width: int, channels: int, seed: int 
 
     Natural images have amplitudes of about f^(−1) (Field 1987, doi 10.1364/JOSAA.4.002379), smooth ones a larger a.
     They hold nothing of anybody.
+
+    >>> random_fields(3, height=16, width=12, channels=1).shape
+    torch.Size([3, 1, 16, 12])
     """
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
