@@ -14,6 +14,7 @@ from lora_dp.nn.private_module import check_sizes
 MEAN, SCALE, PRIOR = "feature_mean", "feature_scale", "class_prior"
 _LEAST_SHARE = 0.02  # of a class: noise must not make it rarer
 _LEAST_VARIANCE = 0.1  # of a feature, in units of the mean one
+_LEAST_SPREAD = 1e-3  # of all features together: noise may make their mean longer than they are
 
 
 class FeatureHead(nn.Module):
@@ -58,6 +59,7 @@ class FeatureHead(nn.Module):
         self._sums: FeatureSums | None = None
 
     def forward(self, features: Tensor) -> Tensor:
+        """Logits (…, K) of features (…, d); inside :meth:`summing`, scores (…, K + 1)."""
         units = unit_length(features)
         if self._sums is not None:
             scores: Tensor = self._sums(units)
@@ -89,7 +91,11 @@ class FeatureHead(nn.Module):
 
 
 def feature_head_of(model: nn.Module) -> tuple[str, FeatureHead] | None:
-    """The name and the module of a model's feature head; None if it has none."""
+    """The name and the module of a model's feature head; None if it has none.
+
+    >>> feature_head_of(nn.Sequential(nn.Tanh(), FeatureHead(4, 2)))[0]
+    '1'
+    """
     return next(((name, m) for name, m in model.named_modules() if isinstance(m, FeatureHead)), None)
 
 
@@ -110,6 +116,16 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         released: sums over its features.
         balanced: add the classes' shares in training, so that the head judges as if they were equally common.
         warm: begin with the weights of the nearest class mean; else with those that the head has.
+
+    Returns:
+        ``feature_mean`` and ``feature_scale`` (d,); balanced, ``class_prior`` (K,); warm, ``linear.weight`` (K, d) and
+        ``linear.bias`` (K,); in the dtype of the sums.
+
+    >>> sums = torch.tensor([[0.3, 0.4], [0.2, -0.1]])
+    >>> released = FeatureMoments(sums, torch.tensor([0.5, 0.5]), None, None, noise=0.0, weights=SumWeights(0.5, 0, 0))
+    >>> started_head(FeatureHead(2, 2), released, balanced=False, warm=True)["linear.weight"]
+    tensor([[ 0.2000,  1.0000],
+            [-0.2000, -1.0000]])
     """
     d, sums, noise = head.in_features, released.class_sums, released.noise
     shares = torch.full((head.out_features,), 1 / head.out_features, dtype=sums.dtype, device=sums.device)
@@ -127,29 +143,31 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
     scale = torch.full_like(mean, 1.0)
     if released.second is not None:
         variance = released.second - mean.square()
-        level = variance.mean().clamp(min=1e-3 / d)
-        variance = level + shrunk(variance - level, noise / released.weights.second)
-        scale = (variance.clamp(min=_LEAST_VARIANCE * float(level)) * d).rsqrt()
+        # Their mean needs no release: features have length 1.
+        level = max(1 - float(mean.square().sum()), _LEAST_SPREAD) / d
+        variance = level + shrunk(variance - variance.mean(), noise / released.weights.second)
+        scale = (variance.clamp(min=_LEAST_VARIANCE * level) * d).rsqrt()
     values = {MEAN: mean, SCALE: scale}
     if balanced:
         values[PRIOR] = shares.log()
     if warm:
         # In scaled features every class has about the variance 1/d in every direction: the nearest class mean.
-        means = (sums / shares.unsqueeze(1) - mean) * scale
-        weight = torch.stack([shrunk(m, noise / float(p)) for m, p in zip(means, shares, strict=True)]) * d
-        values["linear.weight"] = weight
-        values["linear.bias"] = -0.5 * (weight * means).sum(1) + (0 if balanced else shares.log())
+        # Shrunk before they are scaled: all numbers of one have the same noise there.
+        means = sums / shares.unsqueeze(1) - mean
+        means = torch.stack([shrunk(m, noise / float(p)) for m, p in zip(means, shares, strict=True)]) * scale
+        values["linear.weight"] = means * d
+        values["linear.bias"] = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
     return values
 
 
 def shrunk(released: Tensor, noise: float) -> Tensor:
-    """x·max(0, 1 − (d − 2)s²/‖x‖²) of a released vector (d,) whose numbers have noise of deviation s.
+    """x·max(0, 1 − (d − 2)s²/‖x‖²) of a released vector (d,) whose numbers have noise of deviation s; x for d below 3.
 
     The positive-part James–Stein estimator, nearer to the truth in the mean than x is for d ≥ 3 (James and Stein 1961).
 
     >>> shrunk(torch.tensor([3.0, 0.0, 4.0]), noise=2.5)
     tensor([2.2500, 0.0000, 3.0000])
     """
-    if noise == 0:
+    if noise == 0 or released.numel() < 3:
         return released
     return released * max(0.0, 1 - (released.numel() - 2) * noise**2 / max(float(released.square().sum()), 1e-300))

@@ -135,10 +135,10 @@ class FeatureSums(nn.Module):
         return self.weights.sensitivity
 
     def forward(self, units: Tensor) -> Tensor:
-        """Scores (N, K + 1) of features (N, d) of length at most 1."""
-        counts = units.new_full((len(units), 1), self.weights.counts)
-        moments = torch.cat([self.weights.first * units, self.weights.second * units.square()], 1)
-        return torch.cat([self.by_class(torch.cat([units, counts], 1)), self.over_all(moments)], 1)
+        """Scores (…, K + 1) of features (…, d) of length at most 1, in front examples."""
+        counts = units.new_full((*units.shape[:-1], 1), self.weights.counts)
+        moments = torch.cat([self.weights.first * units, self.weights.second * units.square()], -1)
+        return torch.cat([self.by_class(torch.cat([units, counts], -1)), self.over_all(moments)], -1)
 
     def moments(self, noise: float) -> FeatureMoments:
         """What the sums hold after a step of rate 1 from zero.

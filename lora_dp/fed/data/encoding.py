@@ -35,7 +35,7 @@ class ImageSpec:
 
     def prepared(self, pixels: Tensor) -> Tensor:
         """Images uint8 (N, C, H, W), each with the usual mean and deviation where contrast is asked for."""
-        if not self.contrast:
+        if not self.contrast or not len(pixels):
             return pixels
         mean, std = self.usual or (sum(self.mean) / len(self.mean), sum(self.std) / len(self.std))
         parts = []
@@ -44,7 +44,7 @@ class ImageSpec:
             own, spread = values.mean((1, 2, 3), keepdim=True), values.std((1, 2, 3), keepdim=True)
             moved = (values - own) / spread.clamp(min=_FLAT) * std + mean
             parts.append((moved.clamp(0, 1) * 255).round().to(torch.uint8))
-        return torch.cat(parts) if parts else pixels
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)

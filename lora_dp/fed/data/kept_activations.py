@@ -16,6 +16,7 @@ ACTIVATIONS = "activations"
 _ROWS = 64
 _SEED = 20261130
 _LOUD = 100.0
+_WIDTH = 8  # of texts, where there are none
 
 
 class KeptActivations(Examples):
@@ -32,6 +33,13 @@ class KeptActivations(Examples):
         front: activations of one of its batches, a function of each row alone up to rounding.
         with_inputs: whether batches have the source's inputs, too.
         vocabulary: number of tokens, for made-up texts.
+
+    >>> from lora_dp.fed.data.examples import ImageExamples
+    >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
+    >>> kept = KeptActivations(images, lambda batch: batch["pixel_values"].flatten(1)[:, :2], with_inputs=False)
+    >>> kept.prepare()
+    >>> kept.batch([2, 0])["activations"].shape
+    torch.Size([2, 2])
     """
 
     def __init__(
@@ -58,7 +66,7 @@ class KeptActivations(Examples):
 
     def made_up(self, count: int, shape: Shape, vocabulary: int, generator: torch.Generator) -> Batch:
         """As the source's, with activations drawn at random."""
-        store = self._store_like(self._rows[:1].tolist())
+        store = self._store_of_all()
         sizes = (count, shape.width, store.shape[2]) if self.shapes_vary else (count, *store.shape[1:])
         made = self._source.made_up(count, shape, self._vocabulary, generator) if self._with_inputs else {}
         return {ACTIVATIONS: torch.randn(sizes, generator=generator), **made}
@@ -71,12 +79,14 @@ class KeptActivations(Examples):
 
     def _inputs(self, rows: Tensor) -> Batch:
         self._fill(rows.tolist())
+        kept = self._store_of_all()[rows]
+        if not self._with_inputs:
+            return {ACTIVATIONS: kept}
         inputs = self._source.batch(rows)
         del inputs["labels"]
-        kept = self._store_like(rows.tolist())[rows]
         if self.shapes_vary:
             kept = kept[:, : next(iter(inputs.values())).shape[1]]
-        return {ACTIVATIONS: kept, **(inputs if self._with_inputs else {})}
+        return {ACTIVATIONS: kept, **inputs}
 
     def _store(self) -> dict[str, Tensor]:
         return self._source.content()
@@ -86,17 +96,17 @@ class KeptActivations(Examples):
         joined = pad_sequence(kept, True) if self.shapes_vary else torch.stack(kept)
         return {ACTIVATIONS: joined, **(self._source._join(examples) if self._with_inputs else {})}
 
-    def _store_like(self, rows: Sequence[int]) -> Tensor:
-        """Where activations are kept, (all examples, …); its size is seen from one of these rows.
+    def _store_of_all(self) -> Tensor:
+        """Where activations are kept, (all examples, …); made-up inputs tell how large they are.
 
-        What is never written takes no memory: the tails of short texts.
+        No example is asked, which might be one that cannot be read. What is never written takes no memory: the tails of
+        short texts.
         """
         if not self._stores:
-            one = self._front(self._source.batch(rows[:1]))[0]
-            sizes = list(one.shape)
-            if self.shapes_vary:
-                sizes[0] = max(shape.width for shape in self._source.shapes(range(len(self._source))))
-            self._stores.append(torch.empty(len(self._source), *sizes, dtype=torch.float32))
+            shape = max(self._source.shapes(range(len(self._source))), default=Shape(_WIDTH))
+            generator = torch.Generator().manual_seed(_SEED)
+            one = self._front(self._source.made_up(1, shape, self._vocabulary, generator))[0]
+            self._stores.append(torch.zeros(len(self._source), *one.shape, dtype=torch.float32))
         return self._stores[0]
 
     def _fill(self, rows: Sequence[int]) -> None:
@@ -110,7 +120,7 @@ class KeptActivations(Examples):
                 part = alike[start : start + size]
                 whole = [part[place % len(part)] for place in range(size)]
                 found = self._front(self._source.batch(whole))[: len(part)].float().cpu()
-                store = self._store_like(part)
+                store = self._store_of_all()
                 if self.shapes_vary:
                     store[part, : found.shape[1]] = found
                 else:

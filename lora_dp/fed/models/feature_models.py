@@ -15,6 +15,13 @@ _MADE_UP = 3000
 _AT_ONCE = 256
 
 
+def blank_batch(spec: InputSpec) -> Batch:
+    """One example that holds nothing, such as a model takes."""
+    if isinstance(spec, ImageSpec):
+        return {"pixel_values": torch.zeros(1, spec.channels, spec.height, spec.width)}
+    return {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+
+
 def put_feature_head(model: nn.Module, heads: list[str], name: str) -> None:
     """In place of a model's linear head, one on the same features at unit length.
 
@@ -55,21 +62,17 @@ def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_l
     pooled = TokenMeans(backbone, nn.Identity(), config.feature_blocks).eval()
     try:
         with torch.no_grad():
-            [width] = {_features(pooled, batch).shape[1] for batch in _tried(spec)}
-    except (IndexError, AssertionError, ZeroDivisionError) as error:
+            width = _features(pooled, blank_batch(spec)).shape[1]
+    except IndexError as error:
         raise ValueError(f"{config.name} has no blocks {config.feature_blocks}: correct feature_blocks.") from error
+    except TypeError as error:
+        raise ValueError(f"{config.name} does not tell its blocks: choose features unit or own.") from error
     if config.whitening == "made-up":
         if not isinstance(spec, ImageSpec):
             raise ValueError("whitening made-up is for images: leave it out for texts.")
         pooled.whitening = Whitening(_made_up_features(pooled, spec))
     pooled.head = FeatureHead(width, num_labels)
     return pooled
-
-
-def _tried(spec: InputSpec) -> list[Batch]:
-    if isinstance(spec, ImageSpec):
-        return [{"pixel_values": torch.zeros(1, spec.channels, spec.height, spec.width)}]
-    return [{"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 2, dtype=torch.long)}]
 
 
 def _features(pooled: TokenMeans, batch: Batch) -> Tensor:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_dp.fed.data.encoding import InputSpec
 from lora_dp.fed.data.examples import Batch
+from lora_dp.fed.models.feature_models import blank_batch
 from lora_dp.fed.models.loading import logits, model_inputs
 from lora_dp.fed.models.options import Precision
+from lora_dp.isolation.trials import modes_kept
 
 
 class HeadAlone(nn.Module):
@@ -98,21 +101,42 @@ class Front:
                 raise _Found
 
         device = next(self._model.parameters()).device
-        modes = [(module, module.training) for module in self._model.modules()]
         if self._head is not None:
             handles = [self._head.register_forward_pre_hook(take_input)]
         else:
             handles = [self.blocks[place].register_forward_hook(take_output) for place in self.kept]
         try:
-            self._model.eval()
-            with contextlib.suppress(_Found):
+            with modes_kept(self._model), contextlib.suppress(_Found):
+                self._model.eval()
                 logits(self._model, {name: tensor.to(device) for name, tensor in batch.items()}, self._precision)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes:
-                module.training = mode
         return torch.cat(found, -1)
+
+
+@torch.no_grad()
+def head_is_last(model: nn.Module, heads: Sequence[str], spec: InputSpec) -> bool:
+    """Whether a model's logits are what its only head makes of one vector of each example.
+
+    Those of a decoder are not: its head has scores for all tokens, of which the last one's count. Nor are those of a
+    head that chooses a token itself.
+
+    Args:
+        model: the whole model.
+        heads: names of the modules that classify.
+        spec: what the model takes.
+    """
+    if len(heads) != 1:
+        return False
+    batch, device = blank_batch(spec), next(model.parameters()).device
+    given = Front(model, "float32", head=heads[0])(batch)
+    if given.dim() != 2:
+        return False
+    with modes_kept(model):
+        expected = logits(model.eval(), {name: tensor.to(device) for name, tensor in batch.items()})
+        alone: Tensor = HeadAlone(model, heads[0])(given)
+        return alone.shape == expected.shape and torch.allclose(alone.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 class _Found(Exception):

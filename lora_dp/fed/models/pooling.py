@@ -8,7 +8,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lora_dp.fed.hub import hub
+from lora_dp.lora.targets import is_linear
 from lora_dp.nn.feature_sums import unit_length
+from lora_dp.nn.lora_linear import DPLoRALinear
 
 POOLING = "1_Pooling/config.json"  # where sentence-transformers says how tokens are pooled
 
@@ -26,6 +29,15 @@ class TokenMeans(nn.Module):
 
     Attributes:
         whitening: applied in front of the head; None for none.
+
+    Raises:
+        IndexError: in the forward pass, of a block that the backbone does not have.
+        TypeError: there, of a backbone whose blocks do not give (N, tokens, d).
+
+    >>> import timm
+    >>> backbone = timm.create_model("test_vit", num_classes=0)
+    >>> TokenMeans(backbone, nn.Linear(128, 3), blocks=[1, -1])(torch.randn(2, 3, 160, 160)).shape
+    torch.Size([2, 3])
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, blocks: Sequence[int]):
@@ -40,6 +52,7 @@ class TokenMeans(nn.Module):
         return None if getter is None else getter()
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """What the head says of the features of whatever the backbone takes."""
         pooled = torch.cat([unit_length(mean) for mean in self._means(*args, **named)], 1)
         logits: Tensor = self.head(pooled if self.whitening is None else self.whitening(pooled))
         return logits
@@ -47,21 +60,31 @@ class TokenMeans(nn.Module):
     def _means(self, *args: Tensor, **named: Tensor) -> list[Tensor]:
         backbone: Any = self.backbone
         if hasattr(backbone, "forward_intermediates"):
-            places = [block - 1 if block > 0 else block for block in self.blocks]
-            wanted = [place % len(backbone.feature_info) for place in places]
+            wanted = [_place(block, len(backbone.feature_info)) for block in self.blocks]
             maps = backbone.forward_intermediates(
                 *args, indices=sorted(set(wanted)), intermediates_only=True, output_fmt="NCHW", norm=False
             )
             by_place = dict(zip(sorted(set(wanted)), maps, strict=True))
             return [by_place[place].mean((2, 3)) for place in wanted]
         output = self.backbone(*args, **named, output_hidden_states=True)
-        # After the last block comes what the model returns, its last normalisation included.
-        states = [*output.hidden_states[:-1], output.last_hidden_state]
+        # After the last block comes what the model returns, its last normalisation included; the first are embeddings.
+        states = [*output.hidden_states[1:-1], output.last_hidden_state]
+        chosen = [states[_place(block, len(states))] for block in self.blocks]
+        if any(state.dim() != 3 for state in chosen):
+            raise TypeError(f"The blocks of {type(backbone).__name__} give no tokens.")
         mask = named.get("attention_mask")
         if mask is None:
-            return [states[block].mean(1) for block in self.blocks]
-        own = mask.unsqueeze(-1).to(states[0].dtype)
-        return [(states[block] * own).sum(1) / own.sum(1).clamp(min=1) for block in self.blocks]
+            return [state.mean(1) for state in chosen]
+        own = mask.unsqueeze(-1).to(chosen[0].dtype)
+        return [(state * own).sum(1) / own.sum(1).clamp(min=1) for state in chosen]
+
+
+def _place(block: int, count: int) -> int:
+    """Where in a list of ``count`` a block is that is counted from 1, or from the last as −1."""
+    place = block - 1 if block > 0 else count + block
+    if not 0 <= place < count:
+        raise IndexError(f"There is no block {block} of {count}.")
+    return place
 
 
 class Whitening(nn.Module):
@@ -73,6 +96,11 @@ class Whitening(nn.Module):
     Args:
         features: of the public inputs, (N, d).
         ridge: keeps directions of next to no variance from being blown up.
+
+    >>> public = torch.randn(1000, 2) @ torch.tensor([[5.0, 0.0], [4.0, 0.1]])
+    >>> torch.cov(Whitening(public, ridge=1e-6)(public).t()).round(decimals=1).abs()
+    tensor([[1., 0.],
+            [0., 1.]])
     """
 
     centre: Tensor
@@ -87,14 +115,22 @@ class Whitening(nn.Module):
         self.register_buffer("matrix", (vectors / (values + ridge * values.mean()).sqrt()).to(features.dtype))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (N, d), turned and scaled."""
         return (features - self.centre) @ self.matrix
 
 
 def says_mean(name: str) -> bool:
     """Whether a model's folder, or its repository on the hub, says that its embedding is the mean over tokens."""
-    path = transformers.utils.cached_file(
-        name, POOLING, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    try:
+        with hub(name):
+            path = transformers.utils.cached_file(
+                name,
+                POOLING,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+    except OSError:  # there is no such model, which is told where it is loaded
+        return False
     if path is None:
         return False
     with open(path, encoding="utf-8") as file:
@@ -109,9 +145,13 @@ def without_pooler(backbone: nn.Module) -> nn.Module:
 
 
 def random_fields(count: int, height: int, width: int, channels: int, seed: int = 0) -> Tensor:
-    """Made-up images, uint8 (count, channels, height, width): random fields with spectra f^(−a), a from 1 to 3.
+    """Made-up images, uint8 (count, channels, height, width): random fields with amplitudes f^(−a), a from 1 to 3.
 
-    Such spectra are those of natural images (Field 1987, doi 10.1364/JOSAA.4.002379). They hold nothing of anybody.
+    Natural images have amplitudes of about f^(−1) (Field 1987, doi 10.1364/JOSAA.4.002379), smooth ones a larger a.
+    They hold nothing of anybody.
+
+    >>> random_fields(3, height=16, width=12, channels=1).shape
+    torch.Size([3, 1, 16, 12])
     """
     generator = torch.Generator().manual_seed(seed)
     rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
@@ -137,7 +177,8 @@ def blocks_of(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(child) for child in module}) != 1:
             continue
-        if len(module) > max(len(found), 1) and any(isinstance(part, nn.Linear) for part in module[0].modules()):
+        adaptable = any(is_linear(part) or isinstance(part, DPLoRALinear) for part in module[0].modules())
+        if adaptable and len(module) > max(len(found), 1):
             found = [f"{name}.{place}" if name else str(place) for place in range(len(module))]
     if not found:
         raise ValueError("adapt_last needs a model that is a list of blocks, and this one is none: leave it out.")

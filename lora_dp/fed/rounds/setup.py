@@ -14,7 +14,7 @@ from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
-from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks
+from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks, head_is_last
 from lora_dp.fed.models.loading import LoadedModel, load_model, vocabulary_of
 from lora_dp.fed.models.pooling import blocks_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
@@ -175,7 +175,7 @@ def _without_front(
 ) -> tuple[Workspace, Examples, Examples]:
     """The model and the examples; where a front of the model is frozen, the rest, on what the front makes of them."""
     precision, first = config.model.precision, 0
-    if not config.method.has_adapters and len(loaded.heads) == 1:
+    if not config.method.has_adapters and head_is_last(model, loaded.heads, loaded.spec):
         [head] = loaded.heads
         front = Front(model, precision, head=head)
         rest: nn.Module = HeadAlone(model, head)

@@ -1,4 +1,4 @@
-"""Examples encoded for a model: grey levels, classes, tokens and pairs of texts."""
+"""Examples encoded for a model: grey levels, contrast, classes, tokens and pairs of texts."""
 
 import numpy as np
 import pytest
@@ -17,6 +17,67 @@ def test_digits_keep_their_grey_levels():
     pixels = train.batch(range(50))["pixel_values"]
     assert pixels.min() == 0 and pixels.max() == 1
     assert (pixels * 16 - (pixels * 16).round()).abs().max() < 0.04
+
+
+def mixed_images(count: int) -> torch.Tensor:
+    """uint8 (N, 3, 6, 5), of contrasts from none to much."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(count, 3, 6, 5, generator=generator) * torch.linspace(0, 90, count)[:, None, None, None]
+    return (values + 255 * torch.rand(count, 1, 1, 1, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+
+def test_each_image_is_given_the_usual_mean_and_deviation():
+    spec = ImageSpec(6, 5, 3, (0.1, 0.2, 0.3), (0.2, 0.3, 0.4), usual=(0.4, 0.15), contrast=True)
+    pixels = mixed_images(20)
+    found = spec.prepared(pixels)
+    assert found.dtype == torch.uint8 and found.shape == pixels.shape
+    values = pixels.double() / 255
+    mean, deviation = values.mean((1, 2, 3), keepdim=True), values.std((1, 2, 3), keepdim=True)
+    expected = ((values - mean) / deviation.clamp(min=0.02) * 0.15 + 0.4).clamp(0, 1) * 255
+    assert float((found.double() - expected).abs().max()) <= 0.5 + 1e-3  # to the nearest grey level
+    contrasted = found[10:].double() / 255
+    assert contrasted.mean((1, 2, 3)).sub(0.4).abs().max() < 0.02
+    assert contrasted.std((1, 2, 3)).sub(0.15).abs().max() < 0.02
+
+
+def test_without_a_usual_contrast_it_is_the_one_that_is_normalised_by():
+    spec = ImageSpec(6, 5, 3, (0.4, 0.5, 0.6), (0.1, 0.1, 0.25), contrast=True)
+    named = ImageSpec(6, 5, 3, (0.0,) * 3, (1.0,) * 3, usual=(0.5, 0.15), contrast=True)
+    pixels = mixed_images(20)
+    assert int((spec.prepared(pixels).int() - named.prepared(pixels).int()).abs().max()) <= 1
+
+
+def test_a_flat_image_is_not_blown_up():
+    spec = ImageSpec(6, 5, 1, (0.5,), (0.5,), usual=(0.4, 0.2), contrast=True)
+    flat = torch.full((1, 1, 6, 5), 200, dtype=torch.uint8)
+    assert torch.equal(spec.prepared(flat), torch.full_like(flat, 102))
+    flat[0, 0, 2, 2] = 201  # a grey level beside the others: 1/255 of contrast, over 0.02
+    assert int(spec.prepared(flat).max()) <= 102 + 11
+
+
+def test_each_image_is_prepared_by_itself():
+    spec = ImageSpec(6, 5, 3, (0.5,) * 3, (0.5,) * 3, usual=(0.4, 0.2), contrast=True)
+    pixels = mixed_images(300)  # more than are taken at once
+    found = spec.prepared(pixels)
+    assert torch.equal(found, torch.cat([spec.prepared(pixels[row : row + 1]) for row in range(300)]))
+    assert torch.equal(spec.prepared(pixels.flip(0)), found.flip(0))
+    assert spec.prepared(pixels[:0]).shape == (0, 3, 6, 5)
+
+
+def test_as_they_are_images_stay():
+    pixels = mixed_images(4)
+    assert ImageSpec(6, 5, 3, (0.5,) * 3, (0.5,) * 3, usual=(0.4, 0.2)).prepared(pixels) is pixels
+
+
+def test_both_splits_are_prepared():
+    plain, prepared = (
+        encode(open_data(DataConfig()), ImageSpec(8, 8, 1, (0.0,), (1.0,), (0.3, 0.1), contrast))
+        for contrast in (False, True)
+    )
+    for before, after in ((plain.train, prepared.train), (plain.validation, prepared.validation)):
+        means = after.batch(range(50))["pixel_values"].mean((1, 2, 3))
+        assert float((means - 0.3).abs().max()) < 0.03
+        assert float((before.batch(range(50))["pixel_values"].mean((1, 2, 3)) - 0.3).abs().max()) > 0.03
 
 
 def test_string_labels_become_classes_and_texts_tokens(tmp_path):

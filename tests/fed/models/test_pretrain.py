@@ -42,6 +42,10 @@ def test_writes_a_model_that_the_federation_opens(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(models, "DEFAULT_WEIGHTS", path)
     loaded = load_model(ModelConfig(), 10, "image")
     splits = encode(open_data(DataConfig(dataset=str(folder))), loaded.spec)
+    # the contrast of what it was trained on: mean of all pixels, and the mean of each image's deviation
+    values = splits.train.batch(range(len(splits.train)))["pixel_values"].double() / 2 + 0.5
+    assert card["pixels"] == pytest.approx([float(values.mean()), float(values.std((1, 2, 3)).mean())], abs=1e-4)
+    assert loaded.spec.usual == tuple(card["pixels"]) and not loaded.spec.contrast
     batch = splits.validation.batch(range(80))
     with torch.no_grad():
         hits = models.logits(loaded.model.eval(), batch).argmax(1) == batch["labels"]
