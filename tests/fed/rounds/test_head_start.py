@@ -152,6 +152,19 @@ def test_a_clients_whole_contribution_is_clipped(monkeypatch, way):
     assert not flat(summed.released(federation)).any()
 
 
+def test_an_example_adds_what_it_should_and_no_more_than_the_bound(monkeypatch):
+    """Beneath the noise they are the means; features that are longer than they should be are cut to the bound."""
+    monkeypatch.setattr("lora_dp.privacy.mechanism.add_noise", lambda values, *_: [value.double() for value in values])
+    monkeypatch.setattr("lora_dp.engine.optimizer.find_fused_step", lambda *_: None)
+    federation = summed.summed(EXAMPLE, sizes=(12, 20))
+    exact = summed.pooled(federation, (12, 20))
+    torch.testing.assert_close(flat(summed.released(federation)), flat(exact), rtol=1e-6, atol=1e-9)
+    monkeypatch.setattr("lora_dp.nn.feature_head.unit_length", lambda x: x * 100)
+    alone = summed.summed(EXAMPLE, sizes=(1, 1), parts=[make_examples(1, 0)] * 2)
+    norm = float(flat(summed.released(alone)).norm())
+    assert BOUND * (1 - 1e-6) < norm <= BOUND
+
+
 def test_what_the_server_takes_from_one_client_is_clipped_to_the_bound(monkeypatch):
     """Within a rounding of the bound it is no fault, and cut all the same."""
     monkeypatch.setattr("lora_dp.privacy.mechanism.add_noise", lambda values, *_: [value.double() for value in values])
