@@ -16,7 +16,7 @@ from lora_dp.engine.pass_clipper import PassClipper
 from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
 from lora_dp.engine.step_options import StepOptions
-from lora_dp.engine.told_noise import check_noise_can_be_told, noise_in_gradients, noise_of_mean
+from lora_dp.engine.told_noise import check_noise_can_be_told, noise_in_gradients, noise_of_batch
 from lora_dp.engine.validation import PrivateParameter, check_dtype, check_holds, check_optimizer, unfrozen
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.loss_checks.backward_calls import backward_unseen
@@ -505,7 +505,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             with self.batch.whole_or_lost():
                 released = self.mechanism.release([total(value) for value in sums])
-            std = noise_of_mean(trained, self.mechanism, self.expected_batch_size)
+            std = noise_of_batch(trained, self.mechanism, self.expected_batch_size)
             for p, noisy in zip(trained, released, strict=True):
                 gradient = noisy.div_(self.expected_batch_size)
                 if self._options.shrinkage is not None:

@@ -38,7 +38,7 @@ def check_noise_can_be_told(optimizer: torch.optim.Optimizer, options: StepOptio
     aware.set_noise_std({})
 
 
-def noise_of_mean(trained: Sequence[PrivateParameter], mechanism: Mechanism, expected_batch_size: int) -> float:
+def noise_of_batch(trained: Sequence[PrivateParameter], mechanism: Mechanism, expected_batch_size: int) -> float:
     """σC/L, the grid's rounding included: what every entry of the noised sum over L has."""
     return mechanism.noise_std(sum(p.parameter.numel() for p in trained)) / expected_batch_size
 
@@ -54,7 +54,7 @@ def noise_in_gradients(
 
     Args:
         trained: the parameters of this step.
-        std: of the noise before the two, :func:`noise_of_mean`.
+        std: of the noise before the two, :func:`noise_of_batch`.
         low_pass: the filter on LoRA's factors.
         regulators: by ``id`` of the parameter; not together with a filter.
 

@@ -362,9 +362,10 @@ class RunConfig:
         _require(
             chosen.server_optimizer != "adam"
             or not method.regulates_noise
+            and self.privacy.mechanism != "as-released"
             and (chosen.optimizer == "sgd" or whole_clients or self.privacy.target is None),
-            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd and a method whose "
-            "noise is not regulated.",
+            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd, mechanism sound "
+            "and a method whose noise is not regulated.",
         )
         if chosen.server_lr is None:
             chosen.server_lr = 0.03 if chosen.server_optimizer == "adam" else 1.0

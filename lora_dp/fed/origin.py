@@ -16,6 +16,11 @@ from lora_dp.hash_chain import canonical
 SERVERS_OWN = frozenset(
     (
         "weighting",
+        "balanced",
+        "warm_start",
+        "server_optimizer",
+        "server_lr",
+        "averaging",
         "min_clients",
         "client_timeout",
         "fault_norm",

@@ -67,6 +67,15 @@ class FeatureHead(nn.Module):
         logits: Tensor = self.linear((units - self.feature_mean) * self.feature_scale)
         return logits + self.class_prior if self.training else logits
 
+    def empty_sums(self, weights: SumWeights) -> FeatureSums:
+        """Sums of nothing, of this head's sizes, where the head is.
+
+        >>> head.empty_sums(SumWeights()).by_class.weight.shape
+        torch.Size([2, 5])
+        """
+        reference = self.feature_mean
+        return FeatureSums(self.in_features, self.out_features, weights, device=reference.device, dtype=reference.dtype)
+
     @contextmanager
     def summing(self, weights: SumWeights) -> Iterator[FeatureSums]:
         """Inside, the head returns the scores of feature sums, which alone of it are trained.
@@ -76,10 +85,7 @@ class FeatureHead(nn.Module):
         torch.Size([3, 3])
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        reference = self.feature_mean
-        self._sums = FeatureSums(
-            self.in_features, self.out_features, weights, device=reference.device, dtype=reference.dtype
-        )
+        self._sums = self.empty_sums(weights)
         for parameter in trained:
             parameter.requires_grad_(False)
         try:

@@ -1,5 +1,7 @@
 """What plants each fault of the federation: in the server, in a client, in the log of rounds, in who has which data."""
 
+import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,14 +11,16 @@ from torch import Tensor
 
 import lora_dp.fed.data.partition
 import lora_dp.fed.rounds.client
+import lora_dp.fed.rounds.head_start
 import lora_dp.fed.rounds.server_noise
 import lora_dp.fed.rounds.setup
 from lora_dp.fed.flower.ledger import ClientLedger
 from lora_dp.fed.flower.policy import Policy
-from lora_dp.fed.rounds.ledgers import AheadLog
+from lora_dp.fed.rounds.ledgers import Account, AheadLog
+from lora_dp.fed.rounds.local_training import SUM_WEIGHTS, LocalSteps
 from lora_dp.fed.rounds.server_noise import NoisySum
 from lora_dp.hash_chain import START
-from lora_dp.privacy.accounting import Ledger
+from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from tests.faults.planting import Planting
 
 
@@ -146,3 +150,100 @@ def damaged_ledgers_begun_anew(planting: Planting) -> None:
         return anew
 
     planting.replace(ClientLedger, "_read", planted)
+
+
+# Feature sums
+
+
+def sums_not_clipped(planting: Planting) -> None:
+    """Of a whole client: neither by itself nor by the server."""
+
+    def planted(clip: Any) -> Any:
+        return lambda change, bound: clip(change, math.inf if "by_class.weight" in change else bound)
+
+    for place in (lora_dp.fed.rounds.client, lora_dp.fed.rounds.head_start):
+        planting.replace(place, "clipped", planted)
+
+
+def sums_of_examples_not_clipped(planting: Planting) -> None:
+    def planted(of_sums: Any) -> Any:
+        return lambda *arguments: replace(of_sums(*arguments), clipping="automatic")
+
+    planting.replace(LocalSteps, "of_sums", planted)
+
+
+def sums_noised_for_less(planting: Planting) -> None:
+    """As if an example added its class's part alone, with a sensitivity that is √2 smaller or more."""
+
+    def planted(of_sums: Any) -> Any:
+        def quieter(event: PoissonGaussian, *arguments: Any) -> Any:
+            event = PoissonGaussian(event.noise_multiplier / math.sqrt(2), event.sample_rate)
+            return of_sums(event, *arguments)
+
+        return quieter
+
+    planting.replace(LocalSteps, "of_sums", planted)
+    planting.replace(lora_dp.fed.rounds.client.Trainer, "_check_ledger", lambda _: lambda *arguments: None)
+
+
+def sums_of_clients_noised_for_less(planting: Planting) -> None:
+    def planted(make: Any) -> Any:
+        return lambda bound, noise_multiplier, source: make(
+            bound, noise_multiplier / (math.sqrt(2) if bound == SUM_WEIGHTS.sensitivity else 1), source
+        )
+
+    for place in (lora_dp.fed.rounds.client, lora_dp.fed.rounds.head_start):
+        planting.replace(place, "client_mechanism", planted)
+
+
+def sums_not_counted(planting: Planting) -> None:
+    planting.replace(Account, "add_sums", lambda _: lambda self, clients: None)
+
+
+def sums_counted_once(planting: Planting) -> None:
+    """However often a crash had them released."""
+
+    def planted(add: Any) -> Any:
+        return lambda self, clients: None if self._sums.any() else add(self, clients)
+
+    planting.replace(Account, "add_sums", planted)
+
+
+def sums_begun_again_beyond_the_budget(planting: Planting) -> None:
+    planting.replace(Account, "has_room_for_sums", lambda _: lambda self: True)
+
+
+def noise_on_class_sums_only(planting: Planting) -> None:
+    """Moments over all classes leave as they are."""
+
+    def planted(train: Any) -> Any:
+        def silent(self: Any, client: int, examples: Any, task: Any, *rest: Any) -> Any:
+            update = train(self, client, examples, task, *rest)
+            if task.sums:
+                plan = replace(self.plan, epsilon=None)
+                exact = train(replace(self, plan=plan), client, examples, task, *rest)
+                update.tensors["over_all.weight"] = exact.tensors["over_all.weight"]
+            return update
+
+        return silent
+
+    planting.replace(lora_dp.fed.rounds.client.Trainer, "train", planted)
+
+
+def warm_start_from_plain_sums(planting: Planting) -> None:
+    """The server starts the head from sums that it has asked for without noise."""
+
+    def planted(mean: Any) -> Any:
+        def plain(federation: Any, *arguments: Any) -> Any:
+            trainer, engine = federation.trainer, federation.engine
+            bare = copy.copy(engine)
+            bare.trainer = replace(trainer, plan=replace(trainer.plan, epsilon=None))
+            federation.plan, federation.engine, kept = bare.trainer.plan, bare, federation.plan
+            try:
+                return mean(federation, *arguments)
+            finally:
+                federation.plan, federation.engine = kept, engine
+
+        return plain
+
+    planting.replace(lora_dp.fed.rounds.head_start, "_mean_sums", planted)

@@ -19,9 +19,12 @@ from tests.fed.option_ways import CHOSEN, GROUPS, HINTS, WAYS, by_flower, choice
 def test_these_options_are_one_of_some_words():
     assert {
         "accountant",
+        "averaging",
         "clipping",
+        "contrast",
         "engine",
         "epsilon",
+        "features",
         "init_a",
         "low_pass",
         "mechanism",
@@ -29,8 +32,10 @@ def test_these_options_are_one_of_some_words():
         "optimizer",
         "partition",
         "precision",
+        "server_optimizer",
         "unit",
         "weighting",
+        "whitening",
     } == set(CHOSEN)
 
 

@@ -105,6 +105,11 @@ def check_auditable(config: RunConfig, options: AuditConfig) -> None:
         )
     if privacy.target is None:
         raise ValueError("epsilon none claims nothing: there is no ε to audit.")
+    if privacy.sums_share:
+        raise ValueError(
+            "sums_share releases feature sums before the first round, in which no canary is planted: audit the run "
+            "without it."
+        )
     if config.federation.engine != "local":
         raise ValueError(
             f"engine {config.federation.engine} trains in other processes, where no canary can be planted: set engine "

@@ -57,7 +57,7 @@ def most_gradients(game: Game) -> int:
     """How many canaries find a coordinate of their own in every part that is clipped by itself, whatever a step
     trains."""
     trainer, rank = game.job.trainer, game.job.ranks[game.client]
-    by_layer, share = trainer.plan.clipping == "per_layer", rank / trainer.workspace.layers.r
+    by_layer, share = trainer.plan.clipping == "per_layer", rank / max(1, trainer.workspace.layers.r)
     state = trainer.workspace.state()
     least = []
     for trained in ("A", "B"):

@@ -73,9 +73,13 @@ class KeptActivations(Examples):
 
     def prepare(self) -> None:
         """Computes what is not known of these examples; what cannot be is left to the batch that asks for it."""
-        for row in self._rows[~self._known[self._rows]].split(_ROWS):
-            with contextlib.suppress(Exception):
-                self._fill(row.tolist())
+        unknown = self._rows[~self._known[self._rows]].tolist()
+        try:
+            self._fill(unknown)  # all at once: each shape is then few batches
+        except Exception:
+            for row in unknown:
+                with contextlib.suppress(Exception):
+                    self._fill([row])
 
     def _inputs(self, rows: Tensor) -> Batch:
         self._fill(rows.tolist())

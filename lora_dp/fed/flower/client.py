@@ -170,7 +170,7 @@ class _Node:
     def train(self, client: int, task: Task, ledger: ClientLedger | None) -> Update:
         trainer, examples = self.trainer, self.examples(client)
         plan, most = trainer.plan, trainer.workspace.layers.r
-        if not (task.round < plan.rounds and task.turn < plan.turns and 1 <= task.rank <= most):
+        if not (task.round < plan.rounds and task.turn < plan.turns and min(1, most) <= task.rank <= most):
             raise Refused(
                 f"was asked for turn {task.turn} of round {task.round} at rank {task.rank}: the run has no such"
             )

@@ -154,11 +154,6 @@ RULES: Mapping[str, Rule] = {
     "lr_ratio": _RATE,
     "low_pass": OneOf(("none", "gaussian", "laplacian")),
     "low_pass_strength": Between(0, 1000),
-    "balanced": _BOOLS,
-    "warm_start": _BOOLS,
-    "server_optimizer": OneOf(("average", "momentum", "adam")),
-    "server_lr": _RATE,
-    "averaging": OneOf(("none", "tail", "ema")),
     "seed": Between(0, 2**63 - 1, whole=True),
 }
 # Where its owner has declared that a node needs no privacy of its own.

@@ -17,7 +17,7 @@ class LoRAXS(Method):
     """
 
     name = "lora-xs"
-    learning_rates: ClassVar = {1: 0.15, 3: 0.3, 8: 1, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.1, 3: 0.2, 8: 0.3, inf: 0.3}
     adapter: ClassVar[Adapter] = "xs"
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:

@@ -8,15 +8,19 @@ import torch
 from lora_dp.errors import TooFewClients
 from lora_dp.fed.methods import State, WeightedAverage
 from lora_dp.fed.rounds.federation import Federation
-from lora_dp.fed.rounds.local_training import summing
+from lora_dp.fed.rounds.local_training import SUM_WEIGHTS, summed_head
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.privacy_plan import client_mechanism, clipped
 from lora_dp.fed.rounds.seeds import Stream
 from lora_dp.fed.rounds.server import nbytes
 from lora_dp.fed.rounds.update_checks import fault
 from lora_dp.fed.safe_text import harmless
-from lora_dp.nn.feature_head import feature_head_of, started_head
+from lora_dp.nn.feature_head import started_head
 from lora_dp.nn.feature_sums import FeatureMoments, FeatureSums
+from lora_dp.privacy.accounting import PrivacyBudgetExceeded
+
+# Sums may be as long as the bound: a rounding in float32 must not make an honest client's too long.
+_ROUNDING = 1 + 2.0**-10
 
 
 def start_head(federation: Federation, on_step: Callable[[], None] = lambda: None) -> tuple[int, int]:
@@ -29,17 +33,19 @@ def start_head(federation: Federation, on_step: Callable[[], None] = lambda: Non
 
     Raises:
         ValueError: the model has no feature head.
+        PrivacyBudgetExceeded: sums were released before, and the budget has no room for once more.
         TooFewClients: fewer than ``min_clients`` sent sums that can be used.
     """
+    name, head = summed_head(federation.workspace.whole)
     clients = list(range(federation.clients))
+    if not federation.account.has_room_for_sums():
+        raise PrivacyBudgetExceeded(
+            "Feature sums were released before a crash, and once more would lead above the budget: begin a new run."
+        )
     federation.account.add_sums(clients)
     if federation.log is not None:
         federation.log.append(0, [] if federation.plan.server_adds_noise else clients)
-    found = feature_head_of(federation.workspace.whole)
-    with summing(federation.model) as sums:
-        moments, down, up = _mean_sums(federation, sums, clients, on_step)
-    assert found is not None  # as summing has seen
-    name, head = found
+    moments, down, up = _mean_sums(federation, head.empty_sums(SUM_WEIGHTS), clients, on_step)
     training = federation.trainer.training
     values = started_head(head, moments, balanced=training.balanced, warm=training.warm_start)
     federation.server.apply({f"{name}.{part}": value for part, value in values.items()})
@@ -52,6 +58,7 @@ def _mean_sums(
     """The mean of all clients' sums, with the noise that it has, and the bytes that travelled."""
     plan, bound = federation.plan, sums.sensitivity
     assert plan.sums_event is not None
+    noise_multiplier = plan.sums_event.noise_multiplier
     zero: State = {name: torch.zeros_like(parameter) for name, parameter in sums.named_parameters()}
     numbers = sum(tensor.numel() for tensor in zero.values())
     tasks = {
@@ -70,8 +77,8 @@ def _mean_sums(
         waiting.remove(reply.client)
         # A client's own noise, on a mean over its examples or on one vector of its own.
         divisor = int(federation.account.sizes[reply.client]) if plan.examples_are_protected else 1
-        own = 0.0 if plan.server_adds_noise else plan.sums_event.noise_multiplier * bound / divisor
-        reason = reply.failure or fault(reply.update, checked, zero, bound, own * math.sqrt(numbers))
+        own = 0.0 if plan.server_adds_noise else noise_multiplier * bound / divisor
+        reason = reply.failure or fault(reply.update, checked, zero, bound * _ROUNDING, own * math.sqrt(numbers))
         if reason is not None:
             problems.append(f"client {reply.client} {harmless(reason)}")
             continue
@@ -89,6 +96,7 @@ def _mean_sums(
         down += nbytes(tasks[federation.ranks[reply.client]].state)
         up += nbytes(tensors)
         arrived += 1
+    problems += [f"client {client} sent nothing" for client in sorted(waiting)]
     if not plan.server_adds_noise and arrived < max(1, federation.min_clients):
         raise TooFewClients(
             f"Too few clients sent feature sums: {arrived} of {len(clients)}, min_clients is {federation.min_clients} "
@@ -96,11 +104,12 @@ def _mean_sums(
         )
     if plan.server_adds_noise:
         source = federation.trainer.source(Stream.SUMS_NOISE)
-        mechanism = client_mechanism(bound, plan.sums_event.noise_multiplier, source)
+        mechanism = client_mechanism(bound, noise_multiplier, source)
         released = mechanism.release(list(total.values()))
         values = {name: noisy / len(clients) for name, noisy in zip(total, released, strict=True)}
-        noise = plan.sums_event.noise_multiplier * bound / len(clients)
-        down, up = nbytes(tasks[federation.workspace.layers.r].state) * len(clients), nbytes(zero) * len(clients)
+        noise = noise_multiplier * bound / len(clients)
+        # Of all clients: who answered is not told.
+        down, up = sum(nbytes(tasks[rank].state) for rank in federation.ranks), nbytes(zero) * len(clients)
     else:
         values = mean.result()  # type: ignore[assignment]
         noise = math.sqrt(variance) / weights

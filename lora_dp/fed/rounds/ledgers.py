@@ -101,6 +101,13 @@ class Account:
         """Counts that these clients are about to release feature sums."""
         np.add.at(self._sums, [0] if self.plan.server_adds_noise else list(clients), 1)
 
+    def has_room_for_sums(self) -> bool:
+        """Whether one release of feature sums more leads no client above its budget; the plan is for one."""
+        if not self.plan.private or not self._sums.any():
+            return True
+        assert self.plan.epsilon is not None
+        return all(self._epsilon(event, count, sums + 1) <= self.plan.epsilon for event, count, sums in self._kinds())
+
     def add_round(self, clients: Iterable[int]) -> None:
         """Counts a round that these clients are about to take part in."""
         members = [0] if self.plan.server_adds_noise else list(clients)
@@ -113,16 +120,20 @@ class Account:
     def worst_epsilon(self, *, exact: bool = True) -> float:
         """The largest ε of all clients; an upper bound of it, quickly, where ``exact`` is not asked for and they differ
         in more than a few ways."""
-        counts, sums = (np.broadcast_to(each, self.sizes.shape) for each in (self._counts, self._sums))
-        triples = np.unique(np.stack([self.sizes, counts, sums]), axis=1).T.tolist()
-        kinds = {(self._events[size], count, beside) for size, count, beside in triples}
+        kinds = self._kinds()
         if exact or len(kinds) <= _FEW or not self.plan.private:
             return max(self._epsilon(*kind) for kind in kinds)
         bound = max(self._ledger(*kind).epsilon(self.plan.delta, "rdp") for kind in kinds)
         # The noise was calibrated so that no planned number of releases exceeds the budget.
         assert self.plan.epsilon is not None
-        within = int(counts.max()) <= self.plan.planned_releases and int(sums.max()) <= 1
+        within = int(self._counts.max()) <= self.plan.planned_releases and int(self._sums.max()) <= 1
         return min(bound, self.plan.epsilon) if within else bound
+
+    def _kinds(self) -> set[tuple[PoissonGaussian, int, int]]:
+        """One release, how many there were, and how many of feature sums: of each kind of client that there is."""
+        counts, sums = (np.broadcast_to(each, self.sizes.shape) for each in (self._counts, self._sums))
+        triples = np.unique(np.stack([self.sizes, counts, sums]), axis=1).T.tolist()
+        return {(self._events[size], count, beside) for size, count, beside in triples}
 
     def noise_multipliers(self) -> list[float]:
         """σ of each kind of client."""

@@ -13,7 +13,7 @@ from lora_dp.fed.methods import factor
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.server_options import Averaging, ServerOptimizerName
 from lora_dp.losses import feature_sums_loss
-from lora_dp.nn.feature_head import feature_head_of
+from lora_dp.nn.feature_head import FeatureHead, feature_head_of
 from lora_dp.nn.feature_sums import FeatureSums, SumWeights
 from lora_dp.privacy.accounting import PoissonGaussian
 from lora_dp.privacy.clipping import ClippingName
@@ -111,16 +111,15 @@ def summing(model: nn.Module) -> Iterator[FeatureSums]:
     Raises:
         ValueError: the model has no feature head.
     """
-    found = feature_head_of(model)
-    if found is None:
-        raise ValueError("Feature sums need a head on features of unit length: choose features unit or mean.")
+    name, head = summed_head(model)
     frozen = [p for p in model.parameters() if p.requires_grad]
-    with found[1].summing(SUM_WEIGHTS) as sums:
+    modes = [(module, module.training) for module in model.modules()]
+    with head.summing(SUM_WEIGHTS) as sums:
         model.train()
-        for name, module in model.named_modules():
-            if module is not model and not f"{found[0]}.".startswith(f"{name}."):
+        for inside, module in model.named_modules():
+            if module is not model and not f"{name}.".startswith(f"{inside}."):
                 module.training = False
-        found[1].train()
+        head.train()
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -128,3 +127,17 @@ def summing(model: nn.Module) -> Iterator[FeatureSums]:
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+            for module, mode in modes:
+                module.training = mode
+
+
+def summed_head(model: nn.Module) -> tuple[str, FeatureHead]:
+    """The name and the module of the head whose features are summed.
+
+    Raises:
+        ValueError: the model has no feature head.
+    """
+    found = feature_head_of(model)
+    if found is None:
+        raise ValueError("Feature sums need a head on features of unit length: choose features unit or mean.")
+    return found

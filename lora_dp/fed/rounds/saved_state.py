@@ -28,7 +28,7 @@ def restore(federation: Federation, tensors: dict[str, torch.Tensor], numbers: d
     Raises:
         ValueError: it belongs to another model.
     """
-    beside = {key: tensor for key, tensor in tensors.items() if ":" in key}
+    beside = {key: tensor.to(federation.device) for key, tensor in tensors.items() if ":" in key}
     federation.server.restore({k: t for k, t in tensors.items() if k not in beside}, numbers["server"])
     average, held = federation.average, "average:"
     moments = {key: tensor for key, tensor in beside.items() if not key.startswith(held)}

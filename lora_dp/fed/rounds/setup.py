@@ -117,7 +117,7 @@ def open_job(
     seed, chosen = config.run.seed, config.federation
     torch.manual_seed(seed)
     raw = open_data(config.data) if raw is None else raw
-    ranks = chosen.client_ranks(config.model.r, derived_seed(seed, Stream.RANKS))
+    ranks = chosen.client_ranks(config.model.r if config.method.has_adapters else 0, derived_seed(seed, Stream.RANKS))
     loaded = load_model(
         config.model,
         raw.num_labels,

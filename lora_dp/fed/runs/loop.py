@@ -128,10 +128,11 @@ def _train(
         down = up = 0
         if federation.plan.sums_event is not None:
             down, up = start_head(federation, report.step)
-            checkpoint.write(folder.path, 0, *saved_state.checkpoint(federation))
         result = federation.start(up, down)
         results.append(result)
         folder.add_metrics(result)
+        if federation.plan.sums_event is not None:  # what was released is not to be released again
+            checkpoint.write(folder.path, 0, *saved_state.checkpoint(federation))
     report.round(results[-1], planned)
     while federation.rounds_done < planned:
         following = federation.rounds_done + 1

@@ -18,6 +18,7 @@ from lora_dp.fed.flower.ledger import ClientLedger, Refused
 from lora_dp.fed.flower.server import FlowerEngine, connected
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.head_start import start_head
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from tests.fed.flower.loopback import LoopbackGrid
 from tests.fed.small import TRAINING, plan_for
@@ -277,3 +278,91 @@ def test_a_ledger_is_plain_json(tmp_path):
     federation.run_round()
     [entry] = json.loads((tmp_path / "ledger.json").read_text())["entries"]
     assert entry["count"] == 2 and entry["noise_multiplier"] > 0
+
+
+# Feature sums
+
+
+def summed_ledger(path: Path, **changes: Any) -> tuple[Any, ClientLedger]:
+    changes = {"sums_share": 0.1, "batch_size": 1000, **changes}
+    plan = plan_for(get_method("dp-lora"), TRAINING, **changes)
+    return plan, ClientLedger(path, plan.unit).of_run("0" * 64)
+
+
+@pytest.mark.parametrize("whole", [{}, {"unit": "client", "noise_by": "client"}])
+def test_sums_are_released_once_and_take_no_steps_place(tmp_path, whole):
+    """Nor the reverse: neither all steps nor the sums leave room for more of the other."""
+    plan, ledger = summed_ledger(tmp_path / "ledger.json", **whole)
+    sums, event = plan.sums_event, plan.event(20)
+    ledger.spend(plan, sums, reproducible=False, sums=True)
+    with pytest.raises(Refused, match="has released all that this run's plan accounts for"):
+        ledger.spend(plan, sums, reproducible=False, sums=True)
+    for _ in range(plan.planned_releases // plan.releases_per_turn):
+        ledger.spend(plan, event, reproducible=False)
+    for again in (False, True):
+        with pytest.raises(Refused, match="has released all that this run's plan accounts for"):
+            ledger.spend(plan, sums if again else event, reproducible=False, sums=again)
+    found = Ledger.load(ledger.path)
+    assert found.entries == ((sums, 1), (event, plan.planned_releases))
+    assert 8 * 0.998 < found.epsilon(1e-5, "rdp") <= 8
+    runs = json.loads(ledger.path.read_text())["node"]["runs"]
+    assert runs == {"0" * 64: plan.planned_releases, f"{'0' * 64} sums": 1}
+
+
+def test_steps_first_leave_room_for_the_sums(tmp_path):
+    plan, ledger = summed_ledger(tmp_path / "ledger.json")
+    for _ in range(4):
+        ledger.spend(plan, plan.event(20), reproducible=False)
+    ledger.spend(plan, plan.sums_event, reproducible=False, sums=True)
+    assert Ledger.load(ledger.path).epsilon(1e-5, "rdp") <= 8
+
+
+def test_sums_beyond_the_nodes_own_budget_are_refused(tmp_path):
+    plan, ledger = summed_ledger(tmp_path / "ledger.json", sums_share=0.9)
+    with pytest.raises(Refused, match="has no budget left"):
+        replace(ledger, epsilon=3.0, delta=1e-5).spend(plan, plan.sums_event, reproducible=False, sums=True)
+    assert not ledger.path.exists()
+
+
+SUMS = {"method": "head-only", "features": "unit", "sums_share": 0.1, "batch_size": 4096}
+
+
+@pytest.mark.slow
+def test_a_nodes_ledger_has_the_sums_before_they_are_computed_and_holds_what_the_server_counts(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.json"
+    federation = connected(tiny(**SUMS, rounds=2), grid(path, epsilon=8.0, delta=1e-5))
+    train, seen = Trainer.train, []
+
+    def noted(self: Trainer, client: int, examples: Any, task: Any, *rest: Any) -> Any:
+        if client == 1:
+            seen.append((task.sums, Ledger.load(path).steps if path.exists() else 0))
+        return train(self, client, examples, task, *rest)
+
+    monkeypatch.setattr(Trainer, "train", noted)
+    start_head(federation)
+    sums = federation.plan.sums_event
+    assert Ledger.load(path).entries == ((sums, 1),)
+    [again] = federation.engine.train([(1, replace(federation.server.task(0, 0, 0), sums=True))], lambda: None)
+    assert "has released all that this run's plan accounts for" in str(again.failure)
+    for _ in range(2):
+        assert federation.run_round().participants == [0, 1]
+    assert seen == [(True, 1), (False, 3), (False, 5)]
+    found = Ledger.load(path)
+    assert found.entries == ((sums, 1), (federation.account.event(1), 4))
+    assert 8 * 0.998 < found.epsilon(1e-5, "rdp") == federation.account.epsilon(1) <= 8
+
+
+@pytest.mark.slow
+def test_a_node_refuses_sums_that_the_run_does_not_have(tmp_path):
+    """Nothing is opened in the ledger for them."""
+    path = tmp_path / "ledger.json"
+    federation = connected(tiny(), grid(path))
+    task = replace(federation.server.task(0, 0, 4), sums=True)
+    [reply] = federation.engine.train([(1, task)], lambda: None)
+    assert reply.failure == "was asked for feature sums, which the run does not have, or not there"
+    summed = connected(tiny(**SUMS), grid(path))
+    for changes in ({"round": 1}, {"round": 2}):
+        task = replace(summed.server.task(0, 0, 0), sums=True, **changes)
+        [reply] = summed.engine.train([(1, task)], lambda: None)
+        assert reply.failure == "was asked for feature sums, which the run does not have, or not there"
+    assert not path.exists()

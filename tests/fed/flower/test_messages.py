@@ -1,5 +1,7 @@
 """What travels between the server and its nodes."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("flwr")
@@ -26,6 +28,26 @@ def test_tasks_and_updates_travel_unchanged():
     for state in (back.state, update.tensors):
         assert state.keys() == STATE.keys()
         assert all(t.equal(STATE[name]) and t.dtype == STATE[name].dtype for name, t in state.items())
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_whether_sums_are_asked_for_travels(sums):
+    content = messages.pack_task(messages.pack_config(""), replace(TASK, sums=sums), messages.pack_tensors(STATE))
+    assert messages.unpack_task(content).sums is sums
+
+
+@pytest.mark.parametrize("said", [1, 0, "yes", "", 1.0, [True]])
+def test_what_is_no_truth_value_asks_for_nothing(said):
+    content = messages.pack_task(messages.pack_config(""), TASK, messages.pack_tensors(STATE))
+    content.config_records[messages.TASK]["sums"] = said
+    with pytest.raises(TypeError, match="no truth value"):
+        messages.unpack_task(content)
+
+
+def test_a_task_of_a_server_that_knows_no_sums_is_for_a_turn():
+    content = messages.pack_task(messages.pack_config(""), TASK, messages.pack_tensors(STATE))
+    del content.config_records[messages.TASK]["sums"]
+    assert messages.unpack_task(content).sums is False
 
 
 def test_nodes_get_neither_the_output_folder_nor_the_servers_device(tmp_path):

@@ -25,6 +25,7 @@ from lora_dp.fed.flower import messages
 from lora_dp.fed.flower import server as flower
 from lora_dp.fed.flower.server import FlowerEngine, connected, options_of, simulate
 from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.head_start import start_head
 from lora_dp.fed.rounds.messages import Update
 from lora_dp.fed.rounds.setup import open_job
 from tests.fed.flower.loopback import LoopbackGrid
@@ -48,13 +49,17 @@ def signature(update: Update | None) -> int:
         {"method": "fedsvd", "unit": "client"},
         {"method": "la-lora", "unit": "client", "noise_by": "client"},
         {"method": "flat-lora:ffa-lora", "unit": "client", "clients_per_round": 2},
+        {"method": "head-only", "features": "unit", "sums_share": 0.1, "warm_start": True, "server_optimizer": "adam"},
+        {"method": "dp-lora", "features": "unit", "sums_share": 0.1, "unit": "client", "averaging": "ema"},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
 def test_two_rounds_are_those_of_the_engine_in_one_process(options):
     config = tiny(**options)
     there, here = connected(config, LoopbackGrid(nodes())), Federation.from_config(config)
-    steps = []
+    steps: list[int] = []
+    if there.plan.sums_event is not None:
+        assert start_head(there) == start_head(here)
     for _ in range(2):
         found = there.run_round(on_step=lambda: steps.append(1))
         expected = here.run_round()

@@ -182,3 +182,71 @@ def test_a_log_of_no_round_is_not_that_of_a_run_that_has_done_one(tmp_path):
     assert replayed(found) == [0, 0, 0]
     with pytest.raises(LogError, match="ends before round 1"):
         replayed(found, 1)
+
+
+# Feature sums, round 0
+
+SUMS = {"sums_share": 0.1, "batch_size": 1000}
+ALL = [0, 1, 2]
+SUMMED = {"example": {}, "client": {"unit": "client", "noise_by": "client"}, "server": {"unit": "client"}}
+
+
+def sums_of(found):
+    return [dict(found.ledger(client).entries).get(found.plan.sums_event, 0) for client in range(3)]
+
+
+@pytest.mark.parametrize("way", SUMMED)
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_sums_are_counted_by_the_log_alone_and_again_after_a_crash(tmp_path, way, reproducible):
+    """They were released again with other noise; a reproducible run's are the same bits."""
+    changes = {**SUMS, **SUMMED[way]}
+    clients = [] if way == "server" else ALL
+    found = log(tmp_path, (0, clients), (0, clients), (1, clients), reproducible=reproducible, **changes)
+    counted = AheadLog(tmp_path / LOG).counted(plan(**changes))
+    assert sums_of(counted) == [1 if reproducible else 2] * 3
+    assert counts(counted) == [counted.plan.releases_per_round] * 3
+    whole = account(**changes)
+    for _ in range(1 if reproducible else 2):
+        whole.add_sums(ALL)
+    whole.add_round(ALL)
+    assert counted.worst_epsilon() == whole.worst_epsilon()
+    fresh = account(**changes)
+    found.replay(fresh, rounds_done=1, reproducible=reproducible)
+    assert fresh.worst_epsilon() == whole.worst_epsilon() and fresh.eligible() == whole.eligible()
+
+
+@pytest.mark.parametrize(
+    "reproducible, done, sums, steps",
+    [(False, -1, 2, 3), (False, 0, 2, 3), (True, -1, 0, 0), (True, 0, 1, 0), (True, 1, 1, 3)],
+)
+def test_sums_of_a_run_that_goes_on(tmp_path, reproducible, done, sums, steps):
+    """What a reproducible run will release again is not counted yet: without a checkpoint, the sums too."""
+    found = log(tmp_path, (0, ALL), (0, ALL), (1, ALL), reproducible=reproducible, **SUMS)
+    fresh = account(**SUMS)
+    found.replay(fresh, rounds_done=done, reproducible=reproducible)
+    assert sums_of(fresh) == [sums] * 3 and counts(fresh) == [steps] * 3
+
+
+@pytest.mark.parametrize(
+    "numbers, line", [([0, 0, 1, 2], None), ([1, 2], None), ([0, 1, 0], 4), ([1, 0], 3), ([0, 2], 3), ([-1], 2)]
+)
+def test_sums_come_before_the_first_round(tmp_path, numbers, line):
+    found = log(tmp_path, *((number, ALL) for number in numbers), **SUMS)
+    for read in (lambda: replayed(found, **SUMS), lambda: counts(found.counted(plan(**SUMS)))):
+        if line is None:
+            assert read() == [6 if 2 in numbers else 3] * 3
+        else:
+            with pytest.raises(LogError, match=f"line {line} is damaged"):
+                read()
+
+
+@pytest.mark.parametrize("before, now", [(0.0, 0.1), (0.1, 0.0), (0.1, 0.2)])
+def test_a_log_of_another_share_is_refused(tmp_path, before, now):
+    """Its sums had other noise."""
+    found = log(tmp_path, sums_share=before, batch_size=1000)
+    for read in (
+        lambda: replayed(found, sums_share=now, batch_size=1000),
+        lambda: found.counted(plan(sums_share=now, batch_size=1000)),
+    ):
+        with pytest.raises(LogError, match=r"other terms \(.*sums.* differ\)"):
+            read()

@@ -9,7 +9,7 @@ import pytest
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.ledgers import LOG
 from lora_dp.fed.rounds.privacy_plan import UNITS
-from lora_dp.privacy.accounting import Ledger, PrivacyBudgetExceeded
+from lora_dp.privacy.accounting import Ledger, PrivacyBudgetExceeded, max_steps
 from tests.fed.rounds.accounts import SIZES, account, counts, log
 from tests.fed.small import TRAINING, make_federation, plan_for
 
@@ -171,6 +171,7 @@ def test_what_a_report_and_the_terms_say_is_what_was_planned():
         "planned_releases": 9,
         "sizes": [12, 20, 9],
         "clients": 3,
+        "sums": None,
         "events": [[noise[client], rates[client]] for client in (2, 0, 1)],
         "options": None,
     }
@@ -242,3 +243,98 @@ def test_participants_cannot_be_named_where_the_secret_draw_amplifies():
         federation.run_round([0, 1])
     assert federation.rounds_done == 0 and federation.account.releases(0) == 0
     federation.run_round()
+
+
+# Feature sums
+
+SUMS = {"sums_share": 0.1, "batch_size": 1000}
+SUMMED = {"example": {}, "client": {"unit": "client", "noise_by": "client"}, "server": {"unit": "client"}}
+
+
+@pytest.mark.parametrize("way", SUMMED)
+def test_sums_are_an_entry_of_their_own_in_every_ledger(way):
+    found = account(**SUMS, **SUMMED[way])
+    event, sums = found.event(0), found.plan.sums_event
+    assert found.ledger(0).steps == 0 and found.has_room_for_sums()
+    found.add_sums(range(3))
+    assert counts(found) == [0, 0, 0] and found.ledger(1).entries == ((sums, 1),)
+    assert found.terms()["sums"] == [sums.noise_multiplier, 1.0]
+    alone = Ledger()
+    alone.append(sums)
+    assert found.epsilon(2) == found.worst_epsilon() == alone.epsilon(1e-5, "rdp") > 0
+    for index in range(4):
+        assert found.eligible() == [0, 1, 2], index
+        found.add_round([0, 1, 2])
+    assert found.eligible() == []
+    assert found.ledger(0).entries == ((sums, 1), (event, found.plan.planned_releases))
+    assert 8 * 0.998 < found.worst_epsilon() <= 8
+    [entry, *_] = found.report()["clients"]
+    assert entry["ledger"]["entries"][0]["noise_multiplier"] == sums.noise_multiplier
+
+
+@pytest.mark.parametrize("way", SUMMED)
+def test_sums_that_a_crash_had_released_twice_leave_as_many_rounds_as_fit(way):
+    found = account(**SUMS, **SUMMED[way], rounds=9, participations=9)
+    for _ in range(2):
+        found.add_sums(range(3))
+    before = Ledger()
+    before.append(found.plan.sums_event, 2)
+    fits = max_steps(before, found.event(0), 8.0, 1e-5, "rdp")
+    assert 0 < fits < found.plan.planned_releases
+    rounds = 0
+    while found.eligible():
+        assert found.eligible() == [0, 1, 2]
+        found.add_round([0, 1, 2])
+        rounds += 1
+    assert rounds == fits // found.plan.releases_per_round
+    assert found.worst_epsilon() <= 8 < _after(found, fits + 1)
+
+
+def _after(found, releases: int) -> float:
+    ledger = Ledger()
+    ledger.append(found.plan.sums_event, 2)
+    ledger.append(found.event(0), releases)
+    return ledger.epsilon(1e-5, "rdp")
+
+
+def test_only_whose_sums_were_repeated_has_fewer_rounds():
+    found = account(**SUMS, rounds=9, participations=9)
+    found.add_sums(range(3))
+    found.add_sums([1])
+    rounds = 0
+    while found.eligible() == [0, 1, 2]:
+        found.add_round(range(3))
+        rounds += 1
+    assert rounds < 9
+    while found.eligible():
+        assert found.eligible() == [0, 2]
+        found.add_round([0, 2])
+    assert counts(found) == [27, 3 * rounds, 27] and found.worst_epsilon() <= 8
+
+
+@pytest.mark.parametrize("share, room", [(0.3, 3), (0.45, 2), (0.51, 1)])
+@pytest.mark.parametrize("way", SUMMED)
+def test_whether_there_is_room_for_sums_once_more_is_what_they_add_up_to(way, share, room):
+    found = account(**{**SUMS, "sums_share": share}, **SUMMED[way])
+    times = 0
+    while found.has_room_for_sums():
+        found.add_sums(range(3))
+        times += 1
+    assert times == room
+    ledger = Ledger()
+    ledger.append(found.plan.sums_event, times + 1)
+    assert found.worst_epsilon() <= 8 < ledger.epsilon(1e-5, "rdp")
+    free = account(epsilon=None, sums_share=share)
+    free.add_sums(range(3))
+    assert free.has_room_for_sums() and free.eligible() == [0, 1, 2] and free.worst_epsilon() == math.inf
+
+
+@pytest.mark.slow
+def test_the_quick_bound_counts_the_sums():
+    """Also those that came twice: then the budget is no bound."""
+    found = account(sizes=MANY, batch_size=1, sums_share=0.45, participations=5)
+    found.add_sums(range(len(MANY)))
+    assert 0 < found.worst_epsilon() <= found.worst_epsilon(exact=False) <= 8
+    for _ in range(2):
+        found.add_sums([3])
+    assert found.worst_epsilon(exact=False) == found.worst_epsilon() == found.epsilon(3) > 8

@@ -3,6 +3,7 @@
 import bisect
 import math
 from dataclasses import asdict, replace
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.rounds.privacy_plan import LARGEST_SIZE, PrivacyPlan, check_size, client_mechanism, clipped, finite
-from lora_dp.privacy.accounting import Ledger
+from lora_dp.privacy.accounting import Ledger, PoissonGaussian, calibrate_noise_multiplier
 from lora_dp.privacy.randomness import SecureSource
 from tests.fed.small import TRAINING, plan_for
 
@@ -101,17 +102,60 @@ def test_how_often_a_client_releases(method, changes, turn, round_, planned):
     assert (found.releases_per_turn, found.releases_per_round, found.planned_releases) == (turn, round_, planned)
 
 
+UNITS_OF_PRIVACY = [
+    {},
+    {"unit": "client", "noise_by": "client"},
+    {"unit": "client", "noise_by": "server", "client_rate": 0.5},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"unit": "client", "noise_by": "client"}, {"unit": "client", "noise_by": "server", "client_rate": 0.5}],
-)
+@pytest.mark.parametrize("changes", UNITS_OF_PRIVACY)
 def test_what_the_plan_releases_spends_the_budget_and_no_more(changes):
     found = plan("deer", delta=1e-3, **changes)
     ledger, event = Ledger(), found.event(20)
     ledger.append(event, found.planned_releases)
     assert 8 * 0.998 < ledger.epsilon(1e-3, "rdp") <= 8
     assert event.sample_rate == {"example": 0.4, "client": 1.0}[found.unit] * found.client_rate
+
+
+@pytest.mark.parametrize(
+    ("accountant", "share"), [("rdp", 0.1), ("rdp", 0.7), pytest.param("pld", 0.25, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("changes", UNITS_OF_PRIVACY)
+def test_feature_sums_and_all_steps_together_spend_the_budget_and_no_more(changes, share, accountant):
+    found = plan(delta=1e-3, batch_size=1000, sums_share=share, accountant=accountant, **changes)
+    sums, event = found.sums_event, found.event(20)
+    assert sums.sample_rate == 1 and event.sample_rate == found.client_rate
+    ledger = Ledger()
+    ledger.append(sums)
+    assert ledger.epsilon(1e-3, accountant) < 8
+    ledger.append(event, found.planned_releases)
+    assert 8 * 0.998 < ledger.epsilon(1e-3, accountant) <= 8
+
+
+def test_the_noise_of_feature_sums_is_that_of_their_share():
+    """Alone at the whole budget it is σ, exactly what one Gaussian release needs; at a part p of it, σ/√p."""
+    alone = plan(accountant="pld", sums_share=0.999999).sums_event.noise_multiplier
+    # One Gaussian release is (ε, δ) by the exact condition (Balle and Wang 2018, arXiv 1805.06830, theorem 8).
+    normal = NormalDist()
+
+    def delta(noise: float) -> float:
+        return normal.cdf(0.5 / noise - 8 * noise) - math.exp(8) * normal.cdf(-0.5 / noise - 8 * noise)
+
+    assert 0.97e-5 < delta(alone) <= 1e-5
+    for share in (0.1, 0.25, 0.5):
+        found = plan(accountant="pld", sums_share=share)
+        assert found.sums_event.noise_multiplier == pytest.approx(alone / math.sqrt(share), rel=1e-5)
+    with_sums = plan(sums_share=0.25)
+    assert with_sums.event(20).noise_multiplier > plan().event(20).noise_multiplier
+
+
+def test_without_a_share_there_are_no_sums_and_all_is_as_before():
+    assert plan().sums_event is None and plan(epsilon=None).sums_event is None
+    assert plan(epsilon=None, sums_share=0.1).sums_event == PoissonGaussian(0.0, 1.0)
+    found = plan()
+    assert found.event(20).noise_multiplier == calibrate_noise_multiplier(8.0, 1e-5, 0.4, 12, "rdp")
 
 
 def test_turns_of_one_draw_share_its_event_and_others_have_their_own():

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from lora_dp.fed.config import RunConfig
 from lora_dp.fed.launch import resume
+from lora_dp.fed.rounds.ledgers import LOG, AheadLog
+from lora_dp.fed.rounds.setup import plan_of
 from lora_dp.fed.runs import checkpoint
 from lora_dp.privacy.accounting import Ledger
 from tests.fed.chained import hold
@@ -40,6 +43,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "server noise": {"method": "dp-lora", "unit": "client", "clients_per_round": 2, "delta": 0.01},
     "client noise": {"method": "deer", "unit": "client", "noise_by": "client", "delta": 0.01},
     "rare checkpoints": {"method": "rolora", "checkpoint_every": 2, "rounds": 4},
+    "feature sums": {
+        "method": "head-only",
+        "features": "unit",
+        "sums_share": 0.2,
+        "warm_start": True,
+        "server_optimizer": "momentum",
+        "averaging": "tail",
+    },
+    "feature sums, server noise": {
+        "method": "dp-lora",
+        "features": "unit",
+        "sums_share": 0.2,
+        "balanced": True,
+        "server_optimizer": "adam",
+        "averaging": "ema",
+        "unit": "client",
+        "delta": 0.01,
+    },
 }
 Work = Callable[..., dict[str, Any]]
 
@@ -142,6 +163,37 @@ def sites(kind: str) -> list[tuple[str, str, int]]:
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_a_run_killed_at_a_write_ends_with_the_same_bits(work, whole, tmp_path, kind, crash):
+    folder, options = tmp_path / "run", {**TINY, **KINDS[kind]}
+    assert work(folder, options=options, crash=crash)["status"] == -9
+    finish(work, folder, options)
+    assert outcome(folder) == outcome(whole(kind)[0])
+
+
+# Before the first round: the first time that each is written.
+AT_THE_SUMS = [
+    ("log", "before", 1),
+    ("log", "after", 1),
+    ("training", "after", 2),
+    ("metrics", "after", 1),
+    ("tensors", "after", 1),
+    ("log", "after", 2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "crash"),
+    [
+        ("feature sums", ("metrics", "before", 1)),
+        ("feature sums", ("numbers", "after", 1)),
+        ("feature sums, server noise", ("metrics", "after", 3)),
+        *(pytest.param("feature sums", site, marks=pytest.mark.long) for site in AT_THE_SUMS),
+        pytest.param("feature sums, server noise", ("metrics", "before", 1), marks=pytest.mark.long),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_a_run_killed_around_its_feature_sums_ends_with_the_same_bits(work, whole, tmp_path, kind, crash):
+    """The server's optimizer and average, too, go on where they were."""
     folder, options = tmp_path / "run", {**TINY, **KINDS[kind]}
     assert work(folder, options=options, crash=crash)["status"] == -9
     finish(work, folder, options)
@@ -275,3 +327,49 @@ def test_a_budget_spent_on_lost_rounds_is_spent(work, tmp_path):
     assert (summary["status"], summary["rounds"]) == ("budget spent", 2)
     assert [entry["round"] for entry in lines(folder / "ledger.jsonl")[1:]] == [1, 1, 1, 2]
     assert [client["steps"] for client in json.loads((folder / "ledger.json").read_text())["clients"]] == [4, 4, 4]
+
+
+SUMS = {**TINY, "method": "head-only", "features": "unit", "batch_size": 4096, "rounds": 6, "reproducible": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "crash", "twice"),
+    [
+        ({}, ["training", "before", 2], True),
+        ({"unit": "client", "noise_by": "client"}, ["metrics", "before", 1], True),
+        ({"unit": "client"}, ["training", "after", 1], True),
+        pytest.param({}, ["log", "after", 2], False, marks=pytest.mark.long),
+    ],
+)
+def test_sums_that_may_have_left_are_counted(work, tmp_path, way, crash, twice):
+    """By the log alone where the run was killed, and in the end; rounds fill what is left of the budget."""
+    folder, options = tmp_path / "run", {**SUMS, **way, "delta": 0.001, "sums_share": 0.3}
+    assert work(folder, options=options, crash=crash)["status"] == -9
+    config = RunConfig.from_flat(options)
+    killed = AheadLog(folder / LOG).counted(plan_of(config))
+    assert killed is not None and killed.worst_epsilon() > 0
+    assert dict(killed.ledger(0).entries)[killed.plan.sums_event] == 1
+    finish(work, folder, options)
+    begun = [entry["round"] for entry in lines(folder / "ledger.jsonl")[1:]]
+    rounds = json.loads((folder / "summary.json").read_text())["rounds"]
+    assert begun == ([0, 0, *range(1, rounds + 1)] if twice else [0, 1, *range(1, rounds + 1)])
+    counted = AheadLog(folder / LOG).counted(plan_of(config))
+    account = json.loads((folder / "ledger.json").read_text())
+    assert counted is not None and counted.worst_epsilon() == pytest.approx(account["worst_epsilon"], rel=1e-12)
+    assert rounds < 6 and account["worst_epsilon"] <= 8
+    for client in account["clients"]:
+        ledger = Ledger()
+        ledger.load_state_dict(client["ledger"])
+        assert dict(ledger.entries)[counted.plan.sums_event] == (2 if twice else 1)
+
+
+@pytest.mark.slow
+def test_sums_that_would_lead_above_the_budget_are_not_released_again(work, tmp_path):
+    """The run ends with what it has, which is its start."""
+    folder, options = tmp_path / "run", {**SUMS, "sums_share": 0.6}
+    assert work(folder, options=options, crash=["metrics", "before", 1])["status"] == -9
+    finish(work, folder, options)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("budget spent", 0) and summary["worst_epsilon"] <= 8
+    assert [entry["round"] for entry in lines(folder / "ledger.jsonl")[1:]] == [0]
