@@ -20,7 +20,7 @@ def small_tokenizer(folder: Path) -> None:
 
 
 def bert(vocabulary: int = 40) -> transformers.BertModel:
-    """Of three blocks and width 16, in evaluation mode, with weights so large that all matter; it has dropout."""
+    """Of three blocks and width 16, in evaluation mode, without dropout, with weights so large that all matter."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=vocabulary,
@@ -30,6 +30,8 @@ def bert(vocabulary: int = 40) -> transformers.BertModel:
         intermediate_size=20,
         max_position_embeddings=32,
         pad_token_id=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model = transformers.BertModel(config)
     for parameter in model.parameters():

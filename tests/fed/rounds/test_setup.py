@@ -3,9 +3,15 @@
 from typing import Any
 
 import pytest
+import torch
 
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.models.frozen_front import LastBlocks
+from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.rounds.setup import open_job
+from tests.fed.data.word_tokenizer import write
+from tests.fed.models.tiny_texts import bert_folder
 
 TINY = {"clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
@@ -20,3 +26,31 @@ def test_an_opened_job_has_the_same_digest_again_and_another_under_another_seed(
     assert of() == first == of(rounds=9, lr=0.5, evaluate_every=3)
     for options in ({"seed": 1}, {"split_seed": 1}, {"partition": "dirichlet"}, {"validation_fraction": 0.25}):
         assert of(**options) != first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_a_round_on_the_last_blocks_is_that_of_the_whole_model(kind, tmp_path, monkeypatch):
+    """What lies before is computed once; the same examples give the same adapters and loss, up to rounding."""
+    options: dict[str, Any] = {"method": "dp-lora", "adapt_last": 1, "reproducible": True, "local_steps": 1}
+    if kind == "texts":  # of several widths, which meet in one batch where they are evaluated
+        texts = [" ".join("ab"[(i * j) % 2] for j in range(10 if i % 3 else 2)) for i in range(24)]
+        (tmp_path / "model").mkdir()
+        options["dataset"] = write(tmp_path / "data", train={"text": texts, "label": [0, 1] * 12})
+        options |= {"model": bert_folder(tmp_path / "model"), "features": "mean", "feature_blocks": [1, -1]}
+    found = []
+    for apart in (True, False):
+        if not apart:
+            monkeypatch.setattr(
+                "lora_dp.fed.rounds.setup._without_front",
+                lambda config, loaded, model, splits: (Workspace(model), splits.train, splits.validation),
+            )
+        federation = Federation.from_config(RunConfig.from_flat({**TINY, **options}))
+        assert isinstance(federation.model, LastBlocks) == apart
+        result = federation.run_round([0, 1])
+        found.append((federation.server.state, result))
+    (states, result), (expected, whole) = found
+    assert states.keys() == expected.keys() and any("lora_A" in name for name in states)
+    for name, tensor in states.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+    assert result.loss == pytest.approx(whole.loss, rel=1e-3) and result.bytes_up == whole.bytes_up
