@@ -22,6 +22,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/fed/__main__.py": ("tests/fed/test_cli.py",),
     # Figures, and how they look, are seen on the pages.
     "lora_dp/fed/page/figures.py": ("tests/fed/page/test_run_page.py", "tests/fed/page/test_comparison_page.py"),
+    # Names of choices alone.
+    "lora_dp/fed/server_options.py": ("tests/fed/rounds/test_server_optimizer.py",),
     "lora_dp/fed/plot_style.py": ("tests/fed/compare/test_tables.py", "tests/fed/diagnostics/test_plots.py"),
     # One table of tests is for all methods.
     "lora_dp/fed/methods/base.py": ("tests/fed/methods/test_methods.py", "tests/fed/methods/test_own_method.py"),
