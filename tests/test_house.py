@@ -42,9 +42,6 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/fed/methods/rolora.py": ("tests/fed/methods/test_methods.py",),
     # A protocol alone, which the engine of one process keeps.
     "lora_dp/fed/rounds/engines.py": ("tests/fed/rounds/test_local_engine.py",),
-    "lora_dp/fed/server_options.py": ("tests/fed/rounds/test_server_optimizer.py",),
-    "lora_dp/fed/rounds/evaluation.py": ("tests/fed/runs/test_results.py", "tests/fed/methods/test_head_only.py"),
-    "lora_dp/fed/rounds/saved_state.py": ("tests/fed/runs/test_checkpoint.py",),
     "lora_dp/fed/rounds/messages.py": ("tests/fed/methods/test_products.py", "tests/fed/rounds/test_fixed_shapes.py"),
     "lora_dp/fed/rounds/regulators.py": ("tests/fed/rounds/test_units.py",),
     # Parts of kernels, which run within them.
