@@ -152,7 +152,7 @@ def test_an_example_adds_what_it_should_and_no_more_than_the_bound(monkeypatch):
     monkeypatch.setattr("lora_dp.nn.feature_head.unit_length", lambda x: x * 100)
     alone = summed.summed(EXAMPLE, sizes=(1, 1), parts=[make_examples(1, 0)] * 2)
     norm = float(flat(summed.released(alone)).norm())
-    assert BOUND * (1 - 1e-6) < norm <= BOUND
+    assert BOUND * (1 - 1e-5) < norm <= BOUND  # with the margin of the clip rule
 
 
 def test_what_the_server_takes_from_one_client_is_clipped_to_the_bound(monkeypatch):
