@@ -34,6 +34,8 @@ REAL = {
     "lr": (1e-12, 1e6),
     "lr_ratio": (1e-12, 1e6),
     "low_pass_strength": (0, 1000),
+    "sums_share": (0, 1),
+    "server_lr": (1e-12, 1e6),
 }
 NONE_TOO = {"alpha", "clients_per_round"}
 
