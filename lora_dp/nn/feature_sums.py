@@ -102,7 +102,7 @@ class FeatureSums(nn.Module):
     >>> sums = FeatureSums(3, 2)
     >>> u, y = unit_length(torch.eye(3)), torch.tensor([0, 1, 1])
     >>> feature_sums_loss(sums(u), y).sum().backward()
-    >>> -sums.by_class.weight.grad  # class sums, and counts by half
+    >>> 0 - sums.by_class.weight.grad  # class sums, and counts by half
     tensor([[1.0000, 0.0000, 0.0000, 0.5000],
             [0.0000, 1.0000, 1.0000, 1.0000]])
     """

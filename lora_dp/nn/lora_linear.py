@@ -214,7 +214,7 @@ class DPLoRALinear(PrivateModule):
         """B (d_out, r) and A (r, d_in), by which the adapted weight is W0 + s · B A.
 
         >>> [tuple(factor.shape) for factor in layer.factors()]
-        [(4, 3), (3, 6)]
+        [(4, 2), (2, 6)]
         """
         return self.lora_B, self.lora_A
 

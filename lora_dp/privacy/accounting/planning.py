@@ -42,7 +42,7 @@ def calibrate_noise_multiplier(
     >>> before = Ledger()
     >>> before.append(PoissonGaussian(noise_multiplier=2.0, sample_rate=1.0))
     >>> round(calibrate_noise_multiplier(8, 1e-5, 0.01, 1000, spent=before), 3)
-    0.625
+    0.594
     """
     check_epsilon(target_epsilon)
     check_delta(target_delta)
