@@ -245,7 +245,7 @@ def test_the_servers_average_takes_these_weights(tmp_path):
 
     config = tiny(rounds=1, method="dp-lora", fault_norm=1e9)
     federation = connected(config, LoopbackGrid(nodes(), behave))
-    assert [federation._weight(client) for client in range(3)] == [10, 10, 100]
+    assert [federation.weight(client) for client in range(3)] == [10, 10, 100]
     start = dict(federation.server.state)
     updates: dict[int, dict[str, torch.Tensor]] = {}
     train = federation.engine.train

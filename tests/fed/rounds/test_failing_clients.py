@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lora_dp.fed.rounds.client
 from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.rounds.seeds import Stream
 from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.rounds.failing_models import COUNT, FAILURES, ODD, ONE_STEP, WHOLE, Mixing, failing
 from tests.fed.small import TRAINING, Doubles, make_examples, make_federation
@@ -120,7 +121,8 @@ def test_a_whole_client_on_whose_data_training_fails_changes_nothing(kind, noise
     expected = dict(task.state)
     if noise_by == "client":
         event = federation.plan.event(COUNT)
-        expected = federation.trainer._noised(expected, task, event, (1, 0, 0))
+        bound = federation.plan.max_update_norm
+        expected = federation.trainer._noised(expected, task, event, bound, (1, 0, 0), Stream.NOISE)
         assert all(float((expected[name] - task.state[name]).abs().max()) > 0.1 for name in expected)
     assert all(found[name].equal(expected[name]) for name in found) and found.keys() == expected.keys()
 

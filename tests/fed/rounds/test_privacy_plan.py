@@ -241,7 +241,7 @@ def test_a_change_is_clipped_as_a_whole():
 
 
 def test_the_mechanism_on_whole_updates_clips_at_their_bound():
-    found = client_mechanism(plan(unit="client", max_update_norm=0.25), 1.5, SecureSource())
+    found = client_mechanism(0.25, 1.5, SecureSource())
     assert found.rule.sensitivity == 0.25 and found.noise_std(1) == pytest.approx(1.5 * 0.25, rel=1e-6)
 
 

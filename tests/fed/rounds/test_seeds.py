@@ -12,7 +12,7 @@ def test_a_seed_has_63_bits_of_which_every_one_varies():
 
 def test_no_two_streams_of_a_seed_coincide():
     """One stream's numbers would else tell of another's: a public perturbation, say, of the noise."""
-    assert len(Stream) == len(Stream.__members__) == 7
+    assert len(Stream) == len(Stream.__members__) == 9
 
 
 def test_a_seed_means_the_same_in_every_version():
@@ -25,5 +25,7 @@ def test_a_seed_means_the_same_in_every_version():
         ("RANKS", 5),
         ("BEGIN", 6),
         ("SERVER_NOISE", 7),
+        ("SUMS", 8),
+        ("SUMS_NOISE", 9),
     ]
     assert derived_seed(0, Stream.NOISE, 3, 1, 4) == derived_seed(0, 3, 3, 1, 4) == 4219495833034697420
