@@ -211,7 +211,7 @@ def feature_sums_loss(scores: Tensor, labels: Tensor) -> Tensor:
         TypeError, ValueError: no tensors; shapes that do not belong together.
 
     >>> feature_sums_loss(torch.tensor([[1.0, 2.0, 0.5], [1.0, 2.0, 0.5]]), torch.tensor([1, -100]))
-    tensor([-2.5000, 0.0000])
+    tensor([-2.5000,  0.0000])
     """
     check_tensors("feature_sums_loss", scores=scores, labels=labels)
     if scores.dim() != 2 or labels.shape != scores.shape[:1]:
