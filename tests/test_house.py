@@ -44,6 +44,10 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/fed/rounds/engines.py": ("tests/fed/rounds/test_local_engine.py",),
     "lora_dp/fed/rounds/messages.py": ("tests/fed/methods/test_products.py", "tests/fed/rounds/test_fixed_shapes.py"),
     "lora_dp/fed/rounds/regulators.py": ("tests/fed/rounds/test_units.py",),
+    "lora_dp/fed/data/other_company.py": (
+        "tests/fed/rounds/test_fixed_shapes.py",
+        "tests/fed/data/test_kept_activations.py",
+    ),
     # Parts of kernels, which run within them.
     "kernels/__main__.py": ("tests/kernels/test_resources.py",),
     "kernels/adapted_product.py": ("tests/kernels/test_products.py",),

@@ -32,7 +32,7 @@ class FederationConfig:
 
     method: str = "la-lora"
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
-    rac-lora, galore, fedsvd, lora-xs; or flat-lora:NAME, Flat-LoRA over another."""
+    rac-lora, galore, fedsvd, lora-xs, head-only; or flat-lora:NAME, Flat-LoRA over another."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5
@@ -355,9 +355,11 @@ class RunConfig:
             "balanced and warm_start need the release of feature sums: set sums_share, for example to 0.1.",
         )
         _require(
-            method.averages_factors or (chosen.server_optimizer, chosen.averaging) == ("average", "none"),
+            method.averages_factors
+            or (chosen.server_optimizer, chosen.averaging) == ("average", "none")
+            and chosen.server_lr in (None, 1),
             f"{method.name} does more than average, so that no server optimizer or averaging fits: leave "
-            "server_optimizer and averaging out.",
+            "server_optimizer, server_lr and averaging out.",
         )
         _require(
             chosen.server_optimizer != "adam"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_dp.nn.feature_sums import FeatureMoments, FeatureSums, SumWeights, unit_length
 from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.private_module import check_sizes
+from lora_dp.privacy.shrinkage import JamesStein
 
 MEAN, SCALE, PRIOR = "feature_mean", "feature_scale", "class_prior"
 _LEAST_SHARE = 0.02  # of a class: noise must not make it rarer
@@ -114,8 +115,9 @@ def feature_statistics(model: nn.Module) -> dict[str, Tensor]:
 def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool, warm: bool) -> dict[str, Tensor]:
     """Values for the head's tensors, by name, from released sums: post-processing, which costs no privacy.
 
-    Mean and variances of the features are shrunk as far as their noise asks for (:func:`shrunk`): under much noise the
-    mean is 0 and all variances are alike. Features are scaled to length 1 in the mean.
+    Mean and variances of the features are shrunk as far as their noise asks for
+    (:class:`lora_dp.privacy.shrinkage.JamesStein`): under much noise the mean is 0 and all variances are alike.
+    Features are scaled to length 1 in the mean.
 
     Args:
         head: to be started; it is not changed.
@@ -133,7 +135,7 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
     tensor([[ 0.2000,  1.0000],
             [-0.2000, -1.0000]])
     """
-    d, sums, noise = head.in_features, released.class_sums, released.noise
+    d, sums, noise, shrunk = head.in_features, released.class_sums, released.noise, JamesStein()
     shares = torch.full((head.out_features,), 1 / head.out_features, dtype=sums.dtype, device=sums.device)
     if released.shares is not None:
         shares = released.shares + (1 - released.shares.sum()) / len(shares)
@@ -164,16 +166,3 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         values["linear.weight"] = means * d
         values["linear.bias"] = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
     return values
-
-
-def shrunk(released: Tensor, noise: float) -> Tensor:
-    """x·max(0, 1 − (d − 2)s²/‖x‖²) of a released vector (d,) whose numbers have noise of deviation s; x for d below 3.
-
-    The positive-part James–Stein estimator, nearer to the truth in the mean than x is for d ≥ 3 (James and Stein 1961).
-
-    >>> shrunk(torch.tensor([3.0, 0.0, 4.0]), noise=2.5)
-    tensor([2.2500, 0.0000, 3.0000])
-    """
-    if noise == 0 or released.numel() < 3:
-        return released
-    return released * max(0.0, 1 - (released.numel() - 2) * noise**2 / max(float(released.square().sum()), 1e-300))

@@ -98,14 +98,20 @@ def squared_norm(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch.to(next(model.parameters()))).square().sum((1, 2)).mean()
 
 
+# Of adapters and their inputs.
+SIZES = {
+    "n": st.integers(0, 6),
+    "tokens": st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    "d_in": st.integers(1, 17),
+    "d_out": st.integers(1, 17),
+    "r": st.integers(1, 4),
+}
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(0, 6),
-    tokens=st.lists(st.integers(1, 5), min_size=1, max_size=2),
-    d_in=st.integers(1, 17),
-    d_out=st.integers(1, 17),
-    r=st.integers(1, 4),
+    **SIZES,
     phases=st.sampled_from(["A", "B", "AB"]),
     rule=st.sampled_from(RULES),
     method=st.sampled_from(["auto", "direct", "ghost"]),
@@ -122,11 +128,7 @@ def test_lora_linear(n, tokens, d_in, d_out, r, phases, rule, method, reduction,
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.integers(0, 6),
-    tokens=st.lists(st.integers(1, 5), min_size=1, max_size=2),
-    d_in=st.integers(1, 17),
-    d_out=st.integers(1, 17),
-    r=st.integers(1, 4),
+    **SIZES,
     rule=st.sampled_from(RULES),
     method=st.sampled_from(["auto", "direct", "ghost"]),
     bias=st.booleans(),

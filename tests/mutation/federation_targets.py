@@ -97,6 +97,9 @@ FEDERATION: dict[str, Target] = {
             "tests/fed/rounds/test_secrets.py",
         )
     ),
+    "lora_dp/fed/data/other_company.py": Target(
+        ("tests/fed/rounds/test_fixed_shapes.py", "tests/fed/data/test_kept_activations.py")
+    ),
     "lora_dp/fed/rounds/fixed_shapes.py": Target(
         ("tests/fed/rounds/test_fixed_shapes.py", "tests/fed/rounds/test_text_shapes.py")
     ),

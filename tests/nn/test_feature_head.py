@@ -10,17 +10,9 @@ from torch import Tensor, nn
 
 from lora_dp import LoRAConfig, inject_lora, load_adapter, save_adapter
 from lora_dp.losses import feature_sums_loss
-from lora_dp.nn.feature_head import (
-    MEAN,
-    PRIOR,
-    SCALE,
-    FeatureHead,
-    feature_head_of,
-    feature_statistics,
-    shrunk,
-    started_head,
-)
+from lora_dp.nn.feature_head import MEAN, PRIOR, SCALE, FeatureHead, feature_head_of, feature_statistics, started_head
 from lora_dp.nn.feature_sums import FeatureMoments, SumWeights, unit_length
+from lora_dp.privacy.shrinkage import JamesStein
 from tests.support import RULES, assert_close, brute_force, clip_and_sum, make_private, private_gradients
 
 
@@ -313,7 +305,7 @@ def test_two_views_of_the_mean_are_joined_by_the_inverse_of_their_variances() ->
     joined = mean + (1 - w) * views[0] + w * views[1]
     torch.testing.assert_close(
         started_head(head, released, balanced=False, warm=False)[MEAN],
-        shrunk(joined, math.sqrt(best)),
+        JamesStein()(joined, math.sqrt(best)),
         rtol=1e-12,
         atol=0,
     )
@@ -380,7 +372,7 @@ def test_shrinking_lowers_the_risk_and_never_lengthens() -> None:
             truth = torch.full((d,), length / math.sqrt(d), dtype=torch.float64)
             noise = 0.5
             raw = truth + noise * torch.randn(500, d, dtype=torch.float64, generator=generator)
-            found = torch.stack([shrunk(row, noise) for row in raw])
+            found = torch.stack([JamesStein()(row, noise) for row in raw])
             assert bool((found.norm(dim=1) <= raw.norm(dim=1) * (1 + 1e-12)).all())
             assert float((found - truth).square().sum()) < float((raw - truth).square().sum())
 
@@ -389,17 +381,17 @@ def test_shrinking_lowers_the_risk_and_never_lengthens() -> None:
 def test_shrinking_never_lengthens_short_vectors(d: int) -> None:
     """For d < 3 no such estimator is nearer to the truth, and none is needed."""
     x = torch.full((d,), 0.5, dtype=torch.float64)
-    found = shrunk(x, 1.0)
+    found = JamesStein()(x, 1.0)
     assert float(found.norm()) <= float(x.norm()) and bool((found >= 0).all())
-    assert not shrunk(torch.zeros(d), 1.0).any()
+    assert not JamesStein()(torch.zeros(d), 1.0).any()
 
 
 def test_without_noise_nothing_is_shrunk() -> None:
     x = torch.randn(7)
-    assert torch.equal(shrunk(x, 0.0), x)
+    assert torch.equal(JamesStein()(x, 0.0), x)
 
 
 def test_the_factor_is_that_of_james_and_stein() -> None:
     x = torch.randn(9, dtype=torch.float64)
     expected = x * (1 - 7 * 0.04 / float(x @ x))
-    torch.testing.assert_close(shrunk(x, 0.2), expected)
+    torch.testing.assert_close(JamesStein()(x, 0.2), expected)

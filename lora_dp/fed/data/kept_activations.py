@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_dp.fed.data.examples import Batch, Examples, Indices, Shape
+from lora_dp.fed.data.other_company import in_other_company, rows_stayed
 from lora_dp.fed.safe_text import described
 
 _LOG = logging.getLogger(__name__)
 ACTIVATIONS = "activations"
 _ROWS = 64
 _SEED = 20261130
-_LOUD = 100.0
 _WIDTH = 8  # of texts, where there are none
 
 
@@ -140,20 +140,8 @@ class KeptActivations(Examples):
     def _try(self, shape: Shape) -> bool:
         generator = torch.Generator().manual_seed(_SEED)
         batch, others = (self._source.made_up(_ROWS, shape, self._vocabulary, generator) for _ in range(2))
-        place = torch.arange(_ROWS)
-        moved, even = place.roll(1), place % 2 == 0
-
-        def joined(name: str) -> Tensor:
-            loud = others[name] * _LOUD if others[name].is_floating_point() else others[name]
-            return torch.where(even.view(-1, *[1] * (loud.dim() - 1)), batch[name], loud)
-
         try:
-            found = self._front(batch)
-            return (
-                torch.equal(found[moved], self._front({name: tensor[moved] for name, tensor in batch.items()}))
-                and torch.equal(found[even], self._front({name: joined(name) for name in batch})[even])
-                and torch.equal(found[:1], self._front({name: t[place * 0] for name, t in batch.items()})[:1])
-            )
+            return rows_stayed([self._front(company) for company in in_other_company(batch, others)])
         except Exception as error:
             _LOG.warning("A model's frozen part cannot be tried, so each example is by itself: %s", described(error))
             return False

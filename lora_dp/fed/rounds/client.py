@@ -208,9 +208,7 @@ class Trainer:
             if self.on_turn is not None:
                 self.on_turn(place[0], optimizer, batches)
             failures = Failures()
-            shape = OneShape(
-                self.workspace, optimizer, examples, steps.rows, self.training.precision, failures, steps.loss
-            )
+            shape = OneShape(self.workspace, optimizer, examples, steps, self.training.precision, failures)
             for rows in batches.take(steps.count):
                 step, planned = optimizer.steps_taken, plan.rounds * self.training.local_steps
 

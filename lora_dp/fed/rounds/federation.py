@@ -1,6 +1,5 @@
 """The round loop: draws clients, carries tasks to them by an engine, checks and combines what comes back."""
 
-import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from lora_dp.fed.rounds.engines import Engine
 from lora_dp.fed.rounds.evaluation import evaluate
 from lora_dp.fed.rounds.ledgers import Account, AheadLog
 from lora_dp.fed.rounds.local_engine import LocalEngine
-from lora_dp.fed.rounds.mean_noise import noise_of_mean
+from lora_dp.fed.rounds.mean_noise import Averaged, noise_of_mean
 from lora_dp.fed.rounds.messages import Reply, Task
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.fed.rounds.server import Server, draw_clients, nbytes, poisson_clients
@@ -208,7 +207,7 @@ class Federation:
         if self.log is not None:
             self.log.append(index + 1, [] if self.plan.server_adds_noise else drawn)
         self.recorded = []
-        before = self.server.snapshot(), copy.deepcopy((self.optimizer, self.average))
+        before = self.server.snapshot(), self.optimizer.snapshot(), self.average.snapshot()
         try:
             up, down, remaining, failed = self._run_turns(index, drawn, on_step)
             self.average.add(self.server.state, index + 1)
@@ -216,7 +215,7 @@ class Federation:
         except BaseException:
             # Interrupted or with too few updates: the global state stays that of the last whole round.
             self.server.go_back(before[0])
-            self.optimizer, self.average = before[1]
+            _, self.optimizer, self.average = before
             raise
         self.rounds_done += 1
         secret = self.plan.private and (self.plan.server_adds_noise or not self.trainer.reproducible)
@@ -267,8 +266,7 @@ class Federation:
         reasons: list[str] = []
         details: list[str] = []
         waiting = set(drawn)
-        # Of each client in the mean: its weight, rank and number of examples.
-        averaged: list[tuple[float, int, int]] = []
+        averaged: list[Averaged] = []
         up = down = arrived = 0
         tasks = {rank: server.task(index, turn, rank) for rank in {self.ranks[client] for client in drawn}}
         for reply in self._replies(drawn, tasks, on_step):
@@ -317,7 +315,7 @@ class Federation:
             assert plain is not None
             mean = plain.result()
             self.recorded.append({"round": index + 1, "turn": turn, **recorder.summary()})
-        if self.optimizer.name != "average" or self.optimizer.rate != 1:
+        if not self.optimizer.takes_the_mean:
             noise = noise_of_mean(self.trainer, server, index, turn, averaged)
             mean = dict(self.optimizer.stepped(mean, server.state, noise))  # type: ignore[arg-type]
         server.apply(self.method.combine(mean, server.state, server.layers, index, turn))

@@ -20,7 +20,7 @@ trained on by itself, which has neither place nor company.
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Batch, Examples, Shape
+from lora_dp.fed.data.other_company import in_other_company, rows_stayed
 from lora_dp.fed.models.loading import logits, vocabulary_of
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.rounds.contained_failures import Failures
+from lora_dp.fed.rounds.local_training import LocalSteps
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.safe_text import described
 from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.deterministic import Still
-from lora_dp.losses import classification_loss, feature_sums_loss
 from lora_dp.nn.lora_linear import DPLoRALinear
 
 _LOG = logging.getLogger(__name__)
@@ -45,8 +46,6 @@ _SEED = 20261129
 _ROWS = 8
 # Arguments of ops that are tensors and say where groups of rows begin: products of mixed experts, packed sequences.
 _GROUPS = frozenset(("offs", "offsets", "batch_sizes", "cum_seq_q", "cum_seq_k", "cu_seqlens_q", "cu_seqlens_k"))
-# How much larger the inputs of the other company are.
-_LOUD = 100.0
 
 
 def rows_of_a_part(batch_size: int, examples: int, shapes_vary: bool) -> int:
@@ -71,10 +70,9 @@ class OneShape:
         workspace: the model, private by ``optimizer``.
         optimizer: active.
         examples: the client's.
-        batch_size: the expected size of a batch.
+        steps: how a batch of the client's is trained on.
         precision: in which the model runs.
         failures: takes note of a model that cannot be tried.
-        loss: of each example (N,), from scores and labels.
     """
 
     def __init__(
@@ -82,15 +80,14 @@ class OneShape:
         workspace: Workspace,
         optimizer: PrivateOptimizer,
         examples: Examples,
-        batch_size: int,
+        steps: LocalSteps,
         precision: Precision,
         failures: Failures,
-        loss: Callable[[Tensor, Tensor], Tensor] = classification_loss,
     ) -> None:
-        self._loss = loss
+        self._steps = steps
         self._workspace, self._optimizer, self._examples = workspace, optimizer, examples
         self._precision, self._failures = precision, failures
-        self._rows = rows_of_a_part(batch_size, len(examples), examples.shapes_vary)
+        self._rows = rows_of_a_part(steps.rows, len(examples), examples.shapes_vary)
 
     def parts(self, rows: Sequence[int]) -> Iterator[tuple[list[int], int]]:
         """The examples of one batch, some at a time, and with how many rows the model is to be called for them."""
@@ -154,35 +151,23 @@ class OneShape:
             for _ in range(2)
         )
         labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
-        place = torch.arange(self._rows, device=device)
-        moved, even = place.roll(1), place % 2 == 0
-        joined = {
-            name: torch.where(even.view(-1, *[1] * (tensor.dim() - 1)), tensor, _loud(others[name]))
-            for name, tensor in batch.items()
-        }
-        companies = (
-            (batch, labels),
-            ({name: tensor[moved] for name, tensor in batch.items()}, labels[moved]),
-            (joined, torch.where(even, labels, labels + 1)),
-            ({name: tensor[place * 0] for name, tensor in batch.items()}, labels[place * 0]),
-        )
+        companies = in_other_company({**batch, "labels": labels}, {**others, "labels": labels + 1})
         with Ops(self._workspace.model, self._optimizer.recorder) as ops:
-            found = [(self._found(*company), ops.taken()) for company in companies]
+            found = [(self._found(company), ops.taken()) for company in companies]
         kept, (_, done) = [tensors for tensors, _ in found], found[0]
         return (
             not ops.grouped
             and all(again == done for _, again in found)
-            and all(
-                torch.equal(a[moved], b) and torch.equal(a[even], c[even]) and torch.equal(a[:1], d[:1])
-                for a, b, c, d in zip(*kept, strict=True)
-            )
+            and all(rows_stayed(tensors) for tensors in zip(*kept, strict=True))
         )
 
-    def _found(self, batch: Batch, labels: Tensor) -> list[Tensor]:
+    def _found(self, batch: Batch) -> list[Tensor]:
         """All that the private step would keep of each row."""
+        labels = batch["labels"]
         with Still():
             scores = logits(self._workspace.model, batch, self._precision)
-            self._optimizer.backward(self._loss(scores, labels % (scores.shape[1] - (self._loss is feature_sums_loss))))
+            classes = scores.shape[1] - self._steps.spare_scores
+            self._optimizer.backward(self._steps.loss(scores, labels % classes))
             finished = self._optimizer.recorder.take()
             return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
 
@@ -229,7 +214,3 @@ class Ops(TorchDispatchMode):
 
     def _set(self, inside: bool) -> None:
         self._inside = inside
-
-
-def _loud(tensor: Tensor) -> Tensor:
-    return tensor * _LOUD if tensor.is_floating_point() else tensor

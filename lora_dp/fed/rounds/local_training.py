@@ -70,6 +70,7 @@ class LocalSteps:
         bound, clipping, phases, low_pass, regulate_noise: as the engine takes them.
         optimizer: makes one over what is trained.
         loss: of each example (N,), from scores and labels.
+        spare_scores: how many of the scores are no class's.
     """
 
     event: PoissonGaussian
@@ -84,6 +85,7 @@ class LocalSteps:
     regulate_noise: bool
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     loss: Callable[[Tensor, Tensor], Tensor]
+    spare_scores: int = 0
 
     @classmethod
     def of_sums(cls, event: PoissonGaussian, sums: FeatureSums, rows: int, examples: Sized) -> "LocalSteps":
@@ -101,6 +103,7 @@ class LocalSteps:
             regulate_noise=False,
             optimizer=lambda _: torch.optim.SGD(sums.parameters(), lr=1.0),
             loss=feature_sums_loss,
+            spare_scores=1,
         )
 
 

@@ -4,7 +4,7 @@ All of it sees released values alone: post-processing, which costs no privacy.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class ServerOptimizer:
     second: State = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def takes_the_mean(self) -> bool:
+        """Whether the mean is the next state as it is."""
+        return self.name == "average" and self.rate == 1
+
     def stepped(self, mean: State, start: Mapping[str, Tensor], noise: Mapping[str, float]) -> State:
         """The state in place of the mean.
 
@@ -53,7 +58,7 @@ class ServerOptimizer:
             start: what they started from.
             noise: s by name, the deviation of the noise in each number of the mean; 0 without.
         """
-        if self.name == "average" and self.rate == 1:
+        if self.takes_the_mean:
             return mean
         return {name: self._moved(name, value, start[name], noise.get(name, 0.0)) for name, value in mean.items()}
 
@@ -71,6 +76,10 @@ class ServerOptimizer:
             signal = second / (1 - slow**count) - noise**2
             step = first / (1 - decay**count) / signal.clamp(min=(FLOOR * noise) ** 2 + _EPS**2).sqrt()
         return (start.double() + self.rate * step).to(mean.dtype)
+
+    def snapshot(self) -> "ServerOptimizer":
+        """As it is now; tensors are replaced and never changed, so nothing is copied."""
+        return replace(self, first=dict(self.first), second=dict(self.second), steps=dict(self.steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
@@ -115,6 +124,10 @@ class StateAverage:
             before = self.held.get(name)
             new = tensor.double()
             self.held[name] = new if before is None else before + part * (new - before)
+
+    def snapshot(self) -> "StateAverage":
+        """As it is now; tensors are replaced and never changed, so nothing is copied."""
+        return replace(self, held=dict(self.held))
 
     def of(self, state: State) -> State:
         """The state with averages in place of what is averaged."""

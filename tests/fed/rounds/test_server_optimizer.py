@@ -163,7 +163,7 @@ def test_what_was_merged_is_not_averaged_and_without_a_kind_nothing_is():
 
 
 @pytest.mark.parametrize("method", ["flora", "flexlora", "lora-fair", "rac-lora", "galore", "flat-lora:lora-fair"])
-@pytest.mark.parametrize("option", [{"server_optimizer": "momentum"}, {"averaging": "tail"}])
+@pytest.mark.parametrize("option", [{"server_optimizer": "momentum"}, {"server_lr": 0.5}, {"averaging": "tail"}])
 def test_a_method_that_does_more_than_average_takes_none(method, option):
     RunConfig.from_flat({"method": method})
     with pytest.raises(ValueError, match="does more than average, so that no server optimizer or averaging fits"):

@@ -156,6 +156,13 @@ def sites(kind: str) -> list[tuple[str, str, int]]:
     return [*each_round, ("training", "after", 5), ("ledger", "before", 1), *at_the_end, ("summary", "before", 1)]
 
 
+def check_killed(work, whole, folder, kind, crash):
+    options = {**TINY, **KINDS[kind]}
+    assert work(folder, options=options, crash=crash)["status"] == -9
+    finish(work, folder, options)
+    assert outcome(folder) == outcome(whole(kind)[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "crash"),
@@ -163,10 +170,7 @@ def sites(kind: str) -> list[tuple[str, str, int]]:
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
 def test_a_run_killed_at_a_write_ends_with_the_same_bits(work, whole, tmp_path, kind, crash):
-    folder, options = tmp_path / "run", {**TINY, **KINDS[kind]}
-    assert work(folder, options=options, crash=crash)["status"] == -9
-    finish(work, folder, options)
-    assert outcome(folder) == outcome(whole(kind)[0])
+    check_killed(work, whole, tmp_path / "run", kind, crash)
 
 
 # Before the first round: the first time that each is written.
@@ -194,10 +198,7 @@ AT_THE_SUMS = [
 )
 def test_a_run_killed_around_its_feature_sums_ends_with_the_same_bits(work, whole, tmp_path, kind, crash):
     """The server's optimizer and average, too, go on where they were."""
-    folder, options = tmp_path / "run", {**TINY, **KINDS[kind]}
-    assert work(folder, options=options, crash=crash)["status"] == -9
-    finish(work, folder, options)
-    assert outcome(folder) == outcome(whole(kind)[0])
+    check_killed(work, whole, tmp_path / "run", kind, crash)
 
 
 @pytest.mark.slow
