@@ -157,7 +157,7 @@ def noise_only_on(planting: Planting, noisy: Callable[[PrivateParameter, Sequenc
                     new if noisy(p, trained) else old for p, new, old in zip(trained, released, values, strict=True)
                 ]
 
-            with _given(self, SimpleNamespace(release=release)):
+            with _given(self, SimpleNamespace(release=release, noise_std=mechanism.noise_std)):
                 step(self, trained, sums)
 
         return planted

@@ -54,7 +54,7 @@ def calibrate_noise_multiplier(
     if spent is not None and not isinstance(spent, Ledger):
         raise TypeError(f"spent must be a Ledger of what was released before, not {spent!r}: leave it out for none.")
     before = gathered(spent.entries) if spent is not None else ()
-    reached = composed_epsilon(before, float(target_delta), accountant)
+    reached = composed_epsilon(before, float(target_delta), accountant) if before else 0.0
     if reached >= target_epsilon:
         raise ValueError(
             f"What was spent before has epsilon {reached:.4g}, which leaves nothing of {target_epsilon:g}: take a "
