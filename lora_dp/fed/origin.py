@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.data.content_digest import add_values
 from lora_dp.fed.data.examples import Examples
-from lora_dp.hash_chain import canonical
 
 # The server's own business: no release of a client hangs on them, nor does which examples it has.
 SERVERS_OWN = frozenset(
@@ -70,16 +70,11 @@ def examples_digest(train: Examples, parts: Sequence[np.ndarray | range], valida
         validation: those to evaluate on.
     """
     digest = hashlib.sha256()
-
-    def add(name: str, values: np.ndarray) -> None:
-        digest.update(canonical([name, str(values.dtype), list(values.shape)]).encode())
-        digest.update(np.ascontiguousarray(values).data)
-
     for role, examples in (("train", train), ("validation", validation)):
         for name, tensor in examples.content().items():
-            add(f"{role} {name}", tensor.numpy())
+            add_values(digest, f"{role} {name}", tensor.numpy())
     for part in parts:
-        add("part", np.asarray(part))
+        add_values(digest, "part", np.asarray(part))
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Running the cells of a grid, in this process or several: resumed where they were cut short, and none stops the
 others."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from rich.console import Console
 from lora_dp.errors import TooFewClients
 from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig, read_config
+from lora_dp.fed.data.kept_activations import shared_activations
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.setup import plan_of
 from lora_dp.fed.runs.folder import RunFolder
@@ -114,11 +116,12 @@ def _check_unspent(config: RunConfig, path: Path, reason: ValueError) -> None:
 
 def _here(jobs: Sequence[RunConfig]) -> Generator[Result, None, None]:
     """One job after another in this process, up to the first that is interrupted."""
-    for job in jobs:
-        result = run_one(job)
-        yield result
-        if result[1] == INTERRUPTED:
-            return
+    with shared_activations():
+        for job in jobs:
+            result = run_one(job)
+            yield result
+            if result[1] == INTERRUPTED:
+                return
 
 
 def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result, None, None]:
@@ -154,6 +157,7 @@ def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result
 
 
 _stopping: Event
+_process = contextlib.ExitStack()  # what lasts as long as a process of the pool
 
 
 def _start_worker(stop: Event) -> None:
@@ -162,6 +166,7 @@ def _start_worker(stop: Event) -> None:
     _stopping = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _process.enter_context(shared_activations())
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
 
 

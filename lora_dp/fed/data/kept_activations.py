@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_dp.fed.data.content_digest import content_digest
 from lora_dp.fed.data.examples import Batch, Examples, Indices, Shape
 from lora_dp.fed.data.other_company import in_other_company, rows_stayed
 from lora_dp.fed.safe_text import described
@@ -19,38 +21,72 @@ _SEED = 20261130
 _WIDTH = 8  # of texts, where there are none
 
 
+class _Store(NamedTuple):
+    """What is known of a source's activations. All views of it have one, and within :func:`shared_activations` all
+    runs."""
+
+    known: Tensor
+    values: list[Tensor]  # empty until the first activations say how large they are
+    apart: dict[Shape, bool]
+
+
+_shared: dict[str, _Store] | None = None
+
+
+@contextlib.contextmanager
+def shared_activations() -> Iterator[None]:
+    """Inside, runs of one process on the same examples and the same frozen front share their activations.
+
+    They are found by the content of both, so that a run never gets another's. Memory is given back at the end.
+    """
+    global _shared
+    before = _shared
+    _shared = {}
+    try:
+        yield
+    finally:
+        _shared = before
+
+
 class KeptActivations(Examples):
     """Examples whose batches have ``activations``, float32: (N, d), or (N, T, d) with the T of the source's batch.
 
-    They are computed when they are first asked for, or by :meth:`prepare`.
+        They are computed when they are first asked for, or by :meth:`prepare`.
 
-    An example's activations hang on it alone, to the last bit: the front is given batches of one shape, and where a
-    trial on made-up inputs shows that a row's rounding hangs on its company, each example by itself. Who reads the
-    rounding of one example would else learn of others.
+        An example's activations hang on it alone, to the last bit: the front is given batches of one shape, and where a
+        trial on made-up inputs shows that a row's rounding hangs on its company, each example by itself. Who reads the
+        rounding of one example would else learn of others.
 
-    Args:
-        source: the examples.
-        front: activations of one of its batches, a function of each row alone up to rounding.
-        with_inputs: whether batches have the source's inputs, too.
-        vocabulary: number of tokens, for made-up texts.
+        Args:
+            source: the examples.
+            front: activations of one of its batches, a function of each row alone up to rounding.
+            with_inputs: whether batches have the source's inputs, too.
+            vocabulary: number of tokens, for made-up texts.
+            front_digest: of all that the front's values follow from; None: other runs' activations are never taken.
 
-    >>> from lora_dp.fed.data.examples import ImageExamples
-    >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
-    >>> kept = KeptActivations(images, lambda batch: batch["pixel_values"].flatten(1)[:, :2], with_inputs=False)
-    >>> kept.prepare()
-    >>> kept.batch([2, 0])["activations"].shape
-    torch.Size([2, 2])
+        >>> from lora_dp.fed.data.content_digest import content_digest
+    from lora_dp.fed.data.examples import ImageExamples
+        >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
+        >>> kept = KeptActivations(images, lambda batch: batch["pixel_values"].flatten(1)[:, :2], with_inputs=False)
+        >>> kept.prepare()
+        >>> kept.batch([2, 0])["activations"].shape
+        torch.Size([2, 2])
     """
 
     def __init__(
-        self, source: Examples, front: Callable[[Batch], Tensor], *, with_inputs: bool, vocabulary: int = 2
+        self,
+        source: Examples,
+        front: Callable[[Batch], Tensor],
+        *,
+        with_inputs: bool,
+        vocabulary: int = 2,
+        front_digest: str | None = None,
     ) -> None:
         super().__init__(source.labels)
         self._source, self._front, self._with_inputs, self._vocabulary = source, front, with_inputs, vocabulary
-        self._known = torch.zeros(len(source), dtype=torch.bool)
-        # Shared by all views, so a list: made when the first activations say how large they are.
-        self._stores: list[Tensor] = []
-        self._apart: dict[Shape, bool] = {}
+        self._kept = _Store(torch.zeros(len(source), dtype=torch.bool), [], {})
+        if _shared is not None and front_digest is not None:
+            self._kept = _shared.setdefault(f"{front_digest} {content_digest(source.content())}", self._kept)
 
     @property
     def shapes_vary(self) -> bool:
@@ -73,7 +109,7 @@ class KeptActivations(Examples):
 
     def prepare(self) -> None:
         """Computes what is not known of these examples; what cannot be is left to the batch that asks for it."""
-        unknown = self._rows[~self._known[self._rows]].tolist()
+        unknown = self._rows[~self._kept.known[self._rows]].tolist()
         try:
             self._fill(unknown)  # all at once: each shape is then few batches
         except Exception:
@@ -106,15 +142,15 @@ class KeptActivations(Examples):
         No example is asked, which might be one that cannot be read. What is never written takes no memory: the tails of
         short texts.
         """
-        if not self._stores:
+        if not self._kept.values:
             shape = max(self._source.shapes(range(len(self._source))), default=Shape(_WIDTH))
             generator = torch.Generator().manual_seed(_SEED)
             one = self._front(self._source.made_up(1, shape, self._vocabulary, generator))[0]
-            self._stores.append(torch.zeros(len(self._source), *one.shape, dtype=torch.float32))
-        return self._stores[0]
+            self._kept.values.append(torch.zeros(len(self._source), *one.shape, dtype=torch.float32))
+        return self._kept.values[0]
 
     def _fill(self, rows: Sequence[int]) -> None:
-        unknown = sorted({row for row in rows if not self._known[row]})
+        unknown = sorted({row for row in rows if not self._kept.known[row]})
         by_shape: dict[Shape, list[int]] = {}
         for row, shape in zip(unknown, self._source.shapes(unknown), strict=True):
             by_shape.setdefault(shape, []).append(row)
@@ -129,13 +165,13 @@ class KeptActivations(Examples):
                     store[part, : found.shape[1]] = found
                 else:
                     store[part] = found
-                self._known[part] = True
+                self._kept.known[part] = True
 
     def _rows_apart(self, shape: Shape) -> bool:
         """Whether each row's activations are the same to the last bit wherever it stands, and beside whomever."""
-        if shape not in self._apart:
-            self._apart[shape] = self._try(shape)
-        return self._apart[shape]
+        if shape not in self._kept.apart:
+            self._kept.apart[shape] = self._try(shape)
+        return self._kept.apart[shape]
 
     def _try(self, shape: Shape) -> bool:
         generator = torch.Generator().manual_seed(_SEED)

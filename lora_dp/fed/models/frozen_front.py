@@ -6,16 +6,18 @@ blocks. The front runs in eval mode: without dropout, on each example once (:mod
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_dp.fed.data.content_digest import content_digest
 from lora_dp.fed.data.encoding import InputSpec
 from lora_dp.fed.data.examples import Batch
 from lora_dp.fed.models.feature_models import blank_batch
 from lora_dp.fed.models.loading import logits, model_inputs
-from lora_dp.fed.models.options import Precision
+from lora_dp.fed.models.options import ModelConfig, Precision
 from lora_dp.isolation.trials import modes_kept
 
 
@@ -113,6 +115,27 @@ class Front:
             for handle in handles:
                 handle.remove()
         return torch.cat(found, -1)
+
+    def digest(self, heads: Sequence[str], config: ModelConfig) -> str:
+        """Of all that the activations of a batch follow from: frozen weights, and the options of the model.
+
+        Heads and adapters are left out, which come after what is kept.
+
+        Args:
+            heads: names of the modules that are trained in full.
+            config: that the model was loaded by.
+        """
+        names = {id(module): name for name, module in self._model.named_modules()}
+        inside = tuple(f"{names[id(block)]}." for block in self.blocks)
+        frozen = {
+            name: tensor
+            for name, tensor in self._model.state_dict().items()
+            if name.startswith(inside)
+            or not name.startswith(tuple(f"{head}." for head in heads))
+            and not name.rpartition(".")[2].startswith("lora_")
+        }
+        options = replace(config, r=ModelConfig.r, alpha=None, dropout=0.0, init_a="kaiming")
+        return f"{content_digest(frozen)} {options} {inside} {self.kept}"
 
 
 @torch.no_grad()

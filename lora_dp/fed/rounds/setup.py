@@ -188,9 +188,9 @@ def _without_front(
         rest = LastBlocks(model, front)
     else:
         return Workspace(model), splits.train, splits.validation
-    vocabulary = vocabulary_of(model)
+    vocabulary, made_by = vocabulary_of(model), front.digest(loaded.heads, config.model)
     train, validation = (
-        KeptActivations(part, front, with_inputs=first > 0, vocabulary=vocabulary)
+        KeptActivations(part, front, with_inputs=first > 0, vocabulary=vocabulary, front_digest=made_by)
         for part in (splits.train, splits.validation)
     )
     return Workspace(rest, model), train, validation

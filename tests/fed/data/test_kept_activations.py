@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_dp.fed.data.encoding import ImageSpec, RawData, TextSpec, encode
 from lora_dp.fed.data.examples import Batch, Examples, ImageExamples, Shape, TextExamples
-from lora_dp.fed.data.kept_activations import ACTIVATIONS, KeptActivations
+from lora_dp.fed.data.kept_activations import ACTIVATIONS, KeptActivations, shared_activations
 from lora_dp.fed.data.unreadable import UnreadableExample, encode_training
 from lora_dp.fed.origin import examples_digest
 from tests.fed.data.word_tokenizer import Words
@@ -334,3 +334,25 @@ def test_their_content_is_the_sources_and_not_what_was_computed() -> None:
     pixels[5, 0, 0, 0] ^= 1
     assert digest(kept(ImageExamples(pixels, source.labels, [0.5], [0.25]), front)) != before
     assert digest(examples.subset([1, 0])) != digest(examples.subset([0, 1]))
+
+
+# Shared by the runs of one process
+
+
+def test_runs_share_what_one_front_makes_of_the_same_examples() -> None:
+    """Another front, other examples, or a run outside get nothing of it."""
+
+    def computed(source: Examples, front_digest: str | None) -> int:
+        front = ImageFront()
+        examples = kept(source, front, front_digest=front_digest)
+        examples.prepare()
+        assert torch.equal(examples.batch([7])[ACTIVATIONS], ImageFront()(source.batch([7])))
+        return len(front.rows)
+
+    with shared_activations():
+        assert computed(images(), "one") > 0
+        assert computed(images(), "one") == 0
+        assert computed(images(), "other") > 0
+        assert computed(images(149), "one") > 0
+        assert computed(images(), None) > 0
+    assert computed(images(), "one") > 0

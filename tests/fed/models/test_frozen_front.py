@@ -245,3 +245,21 @@ def test_models_with_such_heads_keep_examples_apart(tmp_path) -> None:
 
     with pytest.raises(IsolationError):
         check_isolation(Centred(model, loaded.heads[0]), (), {ACTIVATIONS: given}, 3, targets=labels, criterion=losses)
+
+
+def test_a_front_is_told_by_what_its_values_follow_from() -> None:
+    """Starts of heads and adapters are not among them; weights, blocks and options are."""
+
+    def told(seed: int = 0, change: str | None = None, last: int = 1, **options: Any) -> str:
+        config = ModelConfig(adapt_last=last, **options)
+        loaded = load_model(config, 3, "image", seed=seed)
+        blocks = blocks_of(loaded.model)
+        if change is not None:
+            next(loaded.model.get_submodule(change).parameters()).data.view(-1)[0] += 1e-3
+        front = Front(loaded.model, "float32", blocks=blocks[:-last], kept=[len(blocks) - last - 1])
+        return front.digest(loaded.heads, config)
+
+    blocks = blocks_of(load_model(ModelConfig(), 3, "image").model)
+    assert told() == told(seed=1) == told(r=2, alpha=3.0)
+    others = [told(change=blocks[0]), told(last=2), told(features="mean"), told(features="mean", feature_blocks=[1])]
+    assert len({told(), *others}) == 1 + len(others)
