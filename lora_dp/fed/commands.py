@@ -291,10 +291,11 @@ def _report(options: dict[str, Any], console: Console, began: float) -> int:
 
 
 def _compare(options: dict[str, Any], console: Console, began: float) -> int:
-    chosen = CompareConfig(**{field.name: options.pop(field.name) for field in dataclasses.fields(CompareConfig)})
+    names = [field.name for field in dataclasses.fields(CompareConfig) if field.name in options]
+    chosen = CompareConfig(**{name: options.pop(name) for name in names})
     for method in chosen.methods:
         get_method(method, options.get("method_options"))
-    check_place(options["dataset"])
+    check_place(options.get("dataset", DataConfig.dataset))
     with opening(console, f"a grid of {len(chosen.methods)} methods at {len(chosen.epsilons)} budgets"):
         from lora_dp.fed.compare.comparison import compare
         from lora_dp.fed.compare.grid import read_failures
@@ -351,7 +352,8 @@ def main(command: str, arguments: Sequence[str], began: float) -> int:
     words = _as_lists([_underscored(word) for word in arguments])
     parser = make_parser()
     parser.check_files(words)
-    options = parser.parse_args(words).as_dict()
+    # Those given alone: what is left out, the method may choose.
+    options = parser.parse_args(words, defaults=False).as_dict()
     options.pop("config", None)
     try:
         with needing("lora_dp.fed", "fed"):

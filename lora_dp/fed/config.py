@@ -398,7 +398,7 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, options: Mapping[str, Any]) -> "RunConfig":
-        """From flat options, as on the command line; those left out keep their defaults.
+        """From flat options, as on the command line; those left out are the method's recipe's, or keep their defaults.
 
         Raises:
             ValueError: an option out of its range, or unknown.
@@ -407,7 +407,7 @@ class RunConfig:
         Traceback (most recent call last):
         ValueError: Unknown options: ephsilon (did you mean epsilon?).
         """
-        given = dict(options)
+        given = {**recipe(options), **options}
         if "model" in given:
             given["name"] = given.pop("model")
         groups: dict[str, Any] = {}
@@ -438,6 +438,33 @@ class RunConfig:
             title = heading(type(getattr(self, group.name)))
             parts.append(f"\n# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip()}")
         return "\n".join(parts) + "\n"
+
+
+def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method of these flat options chooses for those that are left out, as far as it fits the others.
+
+    It is for a head on features of unit length: with features own or auto there is none.
+
+    >>> recipe({"method": "quiet-lora"})["server_optimizer"]
+    'momentum'
+    >>> recipe({"method": "la-lora"})
+    {}
+    """
+    name = options.get("method", FederationConfig.method)
+    if not isinstance(name, str) or options.get("features", "fitting") in ("own", "auto"):
+        return {}
+    method = get_method(name, options.get("method_options"))
+    chosen = dict(method.recipe)
+    whole_clients = options.get("unit") == "client"
+    if whole_clients:
+        for of_examples in ("clipping", "max_grad_norm"):
+            chosen.pop(of_examples, None)
+    if options.get("sums_share") == 0:
+        chosen.pop("balanced", None)
+    if method.recipe_rates and options.get("optimizer", "sgd") == "sgd":
+        budget = PrivacyConfig(epsilon=options.get("epsilon", PrivacyConfig.epsilon)).target
+        chosen["lr"] = method.learning_rate(None if whole_clients else budget, by_recipe=True)
+    return chosen
 
 
 def heading(group: type) -> str:

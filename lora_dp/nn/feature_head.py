@@ -123,11 +123,12 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         head: to be started; it is not changed.
         released: sums over its features.
         balanced: add the classes' shares in training, so that the head judges as if they were equally common.
-        warm: begin with the weights of the nearest class mean; else with those that the head has.
+        warm: begin with the weights of the nearest class mean; else with those that the head has, turned so that
+            centred and scaled features give the same logits as before.
 
     Returns:
-        ``feature_mean`` and ``feature_scale`` (d,); balanced, ``class_prior`` (K,); warm, ``linear.weight`` (K, d) and
-        ``linear.bias`` (K,); in the dtype of the sums.
+        ``feature_mean`` and ``feature_scale`` (d,), ``linear.weight`` (K, d) and ``linear.bias`` (K,); balanced,
+        ``class_prior`` (K,); in the dtype of the sums.
 
     >>> sums = torch.tensor([[0.3, 0.4], [0.2, -0.1]])
     >>> released = FeatureMoments(sums, torch.tensor([0.5, 0.5]), None, None, noise=0.0, weights=SumWeights(0.5, 0, 0))
@@ -165,4 +166,10 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         means = torch.stack([shrunk(m, noise / float(p)) for m, p in zip(means, shares, strict=True)]) * scale
         values["linear.weight"] = means * d
         values["linear.bias"] = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
+        return values
+    # W·(u − m₀)·s₀ + b₀ in terms of (u − m)·s.
+    weight, bias = (head.linear.get_parameter(name).detach().to(sums) for name in ("weight", "bias"))
+    plain = weight * head.feature_scale.to(sums)
+    values["linear.weight"] = plain / scale
+    values["linear.bias"] = bias + plain @ (mean - head.feature_mean.to(sums))
     return values

@@ -230,11 +230,22 @@ def test_switches_decide_what_is_started() -> None:
     for balanced in (True, False):
         for warm in (True, False):
             found = started_head(head, released, balanced=balanced, warm=warm)
-            expected = {MEAN, SCALE} | ({PRIOR} if balanced else set())
-            expected |= {"linear.weight", "linear.bias"} if warm else set()
+            expected = {MEAN, SCALE, "linear.weight", "linear.bias"} | ({PRIOR} if balanced else set())
             assert set(found) == expected
             assert all(tensor.shape == before[name].shape for name, tensor in found.items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+
+
+def test_a_head_that_has_learnt_judges_as_before_on_features_that_are_now_centred_and_scaled() -> None:
+    """And again, where it had been centred and scaled before."""
+    units, labels = clusters()
+    head = FeatureHead(6, 3, dtype=torch.float64).eval()
+    for released in (exact_moments(units, labels, 3), exact_moments(units[::3], labels[::3], 3)):
+        before = head(units)
+        values = started_head(head, released, balanced=True, warm=False)
+        assert not torch.equal(values[SCALE], head.feature_scale)
+        head.load_state_dict({**head.state_dict(), **values})
+        torch.testing.assert_close(head(units), before, rtol=1e-10, atol=1e-12)
 
 
 def test_what_was_not_released_is_made_without() -> None:

@@ -31,12 +31,14 @@ from lora_dp.fed.methods.head_only import HeadOnly
 from lora_dp.fed.methods.la_lora import LALoRA
 from lora_dp.fed.methods.lora_fair import LoRAFAIR
 from lora_dp.fed.methods.lora_xs import LoRAXS
+from lora_dp.fed.methods.quiet_lora import QuietLoRA
 from lora_dp.fed.methods.rac_lora import RACLoRA
 from lora_dp.fed.methods.rolora import RoLoRA
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
     for cls in (
+        QuietLoRA,
         LALoRA,
         DPLoRA,
         FFALoRA,
@@ -185,6 +187,7 @@ __all__ = [
     "LoRAXS",
     "Method",
     "Phases",
+    "QuietLoRA",
     "RACLoRA",
     "RoLoRA",
     "State",

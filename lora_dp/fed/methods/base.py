@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from lora_dp.engine.phases import Phases
 from lora_dp.fed.methods.low_rank import LowRank, LowRankSum, Matrix, orthonormal
@@ -155,6 +155,10 @@ class Method(ABC):
         adapter: the adapters that the method trains: "lora", or "xs" (:mod:`lora_dp.nn.lora_xs_linear`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
         has_adapters: whether the model gets adapters; else its head alone is trained.
+        adapts_last: the last so many blocks alone are adapted, where the model is a list of blocks and no option says
+            otherwise; None for all.
+        recipe: values of a run's options where they are left out; for a head on features of unit length.
+        recipe_rates: learning rates with that recipe, as ``learning_rates``.
 
     >>> class WarmUp(Method):
     ...     name = "warm-up"
@@ -175,6 +179,9 @@ class Method(ABC):
     adapter: ClassVar[Adapter] = "lora"
     released_mechanism: ClassVar[bool] = False
     has_adapters: ClassVar[bool] = True
+    adapts_last: ClassVar[int | None] = None
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    recipe_rates: ClassVar[Mapping[float, float]] = {}
 
     @abstractmethod
     def phases(self, round_index: int, turn: int = 0) -> Phases:
@@ -185,9 +192,9 @@ class Method(ABC):
         """Whether the server's average is the next global state, so that a server optimizer may step in its place."""
         return type(self).combine is Method.combine and type(self).begin is Method.begin
 
-    def learning_rate(self, epsilon: float | None) -> float:
+    def learning_rate(self, epsilon: float | None, *, by_recipe: bool = False) -> float:
         """SGD's default learning rate: that of the nearest ε (in ratio) at which the method was tuned."""
-        tuned = self.learning_rates
+        tuned = self.recipe_rates if by_recipe else self.learning_rates
         if epsilon is None:
             return tuned[math.inf]
         return tuned[min((e for e in tuned if e < math.inf), key=lambda e: abs(math.log(e / epsilon)))]

@@ -1,5 +1,6 @@
 """Models whose head is a linear one on features of unit length, built around a loaded backbone."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from lora_dp.fed.data.encoding import ImageSpec, InputSpec
 from lora_dp.fed.data.examples import Batch, ImageExamples
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.models.pooling import TokenMeans, Whitening, random_fields
+from lora_dp.isolation.trials import modes_kept
 from lora_dp.nn.feature_head import FeatureHead
 
 _MADE_UP = 3000
 _AT_ONCE = 256
+_TEXTS, _TOKENS = 64, 16
 
 
 def blank_batch(spec: InputSpec) -> Batch:
@@ -22,13 +25,21 @@ def blank_batch(spec: InputSpec) -> Batch:
     return {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
 
 
-def put_feature_head(model: nn.Module, heads: list[str], name: str) -> None:
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a model knows; 2 where it takes none."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return int(getattr(embedding, "num_embeddings", 2))
+
+
+def put_feature_head(model: nn.Module, heads: list[str], name: str, keep_for: InputSpec | None = None) -> None:
     """In place of a model's linear head, one on the same features at unit length.
 
     Args:
         model: changed in place.
         heads: names of the modules that classify.
         name: of the model, for messages.
+        keep_for: what the model takes, where the head is to go on from the weights that it has. They are multiplied by
+            the features' usual length, which is measured on made-up inputs. None for a new head.
 
     Raises:
         ValueError: it has another kind of head.
@@ -36,8 +47,29 @@ def put_feature_head(model: nn.Module, heads: list[str], name: str) -> None:
     head = model.get_submodule(heads[0])
     if len(heads) != 1 or not isinstance(head, nn.Linear):
         raise ValueError(f"The head of {name} is not one linear layer: choose features own, or mean for an encoder.")
+    new = FeatureHead(head.in_features, head.out_features)
+    if keep_for is not None:
+        with torch.no_grad():
+            new.linear.get_parameter("weight").copy_(head.weight * _usual_length(model, head, keep_for))
+            if head.bias is not None:
+                new.linear.get_parameter("bias").copy_(head.bias)
     parent, _, child = heads[0].rpartition(".")
-    setattr(model.get_submodule(parent), child, FeatureHead(head.in_features, head.out_features))
+    setattr(model.get_submodule(parent), child, new)
+
+
+@torch.no_grad()
+def _usual_length(model: nn.Module, head: nn.Module, spec: InputSpec) -> Tensor:
+    """Mean length of what a head is given of made-up inputs."""
+    lengths: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: lengths.append(args[0].norm(dim=-1).flatten()))
+    try:
+        with modes_kept(model):
+            model.eval()
+            for batch in _made_up(spec, vocabulary_of(model)):
+                _called(model, batch)
+    finally:
+        handle.remove()
+    return torch.cat(lengths).mean()
 
 
 def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_labels: int) -> TokenMeans:
@@ -62,7 +94,7 @@ def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_l
     pooled = TokenMeans(backbone, nn.Identity(), config.feature_blocks).eval()
     try:
         with torch.no_grad():
-            width = _features(pooled, blank_batch(spec)).shape[1]
+            width = _called(pooled, blank_batch(spec)).shape[1]
     except IndexError as error:
         raise ValueError(f"{config.name} has no blocks {config.feature_blocks}: correct feature_blocks.") from error
     except TypeError as error:
@@ -75,17 +107,26 @@ def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_l
     return pooled
 
 
-def _features(pooled: TokenMeans, batch: Batch) -> Tensor:
+def _called(model: nn.Module, batch: Batch) -> Tensor:
     if "pixel_values" in batch:
-        features: Tensor = pooled(batch["pixel_values"])
+        features: Tensor = model(batch["pixel_values"])
         return features
-    named: Tensor = pooled(**batch)
+    named: Tensor = model(**batch)
     return named
+
+
+def _made_up(spec: InputSpec, vocabulary: int) -> Iterator[Batch]:
+    """Made-up inputs, images prepared as private ones are."""
+    if not isinstance(spec, ImageSpec):
+        tokens = torch.randint(vocabulary, (_TEXTS, _TOKENS), generator=torch.Generator().manual_seed(0))
+        yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        return
+    pixels = random_fields(_MADE_UP, spec.height, spec.width, spec.channels)
+    examples = ImageExamples(spec.prepared(pixels), torch.zeros(_MADE_UP, dtype=torch.long), spec.mean, spec.std)
+    for batch in examples.batches(_AT_ONCE):
+        yield {"pixel_values": batch["pixel_values"]}
 
 
 @torch.no_grad()
 def _made_up_features(pooled: TokenMeans, spec: ImageSpec) -> Tensor:
-    """Features of made-up images, prepared as private ones are."""
-    pixels = random_fields(_MADE_UP, spec.height, spec.width, spec.channels)
-    examples = ImageExamples(spec.prepared(pixels), torch.zeros(_MADE_UP, dtype=torch.long), spec.mean, spec.std)
-    return torch.cat([_features(pooled, {"pixel_values": b["pixel_values"]}) for b in examples.batches(_AT_ONCE)])
+    return torch.cat([_called(pooled, batch) for batch in _made_up(spec, 0)])

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from lora_dp.fed.data.kept_activations import ACTIVATIONS
 from lora_dp.fed.hub import hub, reachable, unreachable
 from lora_dp.fed.models.feature_models import on_token_means, put_feature_head
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, Features, ModelConfig, Precision
-from lora_dp.fed.models.pooling import blocks_of, says_mean, without_pooler
+from lora_dp.fed.models.pooling import blocks_of, is_list_of_blocks, says_mean, without_pooler
 from lora_dp.lora.config import ALL_LINEAR, LoRAConfig
 from lora_dp.lora.injection import inject_lora
 from lora_dp.lora.targets import Modules, find_targets
@@ -40,11 +40,20 @@ class LoadedModel:
     heads: list[str]
     """Names of the modules trained in full."""
     features: Features
-    """What the head is given, "auto" resolved."""
+    """What the head is given: own, unit or mean."""
+    adapted_last: int | None
+    """The last so many blocks alone have adapters; None: of no blocks in particular."""
 
 
 def load_model(
-    config: ModelConfig, num_labels: int, kind: Kind, *, seed: int = 0, adapter: Adapter = "lora", adapted: bool = True
+    config: ModelConfig,
+    num_labels: int,
+    kind: Kind,
+    *,
+    seed: int = 0,
+    adapter: Adapter = "lora",
+    adapted: bool = True,
+    adapts_last: int | None = None,
 ) -> LoadedModel:
     """Loads the backbone in float32, fits its head to ``num_labels`` and injects adapters.
 
@@ -56,8 +65,10 @@ def load_model(
         config: of the model.
         num_labels: number of classes.
         kind: of the data.
-        seed: of adapters and head.
+        seed: of what starts at random.
+        adapter: "lora", or "xs".
         adapted: whether there are adapters; else the head alone is trained.
+        adapts_last: ``adapt_last`` where ``config`` names neither that nor layers, and the model is a list of blocks.
 
     Raises:
         ValueError: unknown model, a model for another kind of data, no head found, wrong adapter settings, or features
@@ -65,48 +76,77 @@ def load_model(
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        path = Path(config.name).expanduser()
-        features: Features = "own" if config.features == "auto" else config.features
-        if config.name == "default":
-            model, spec, heads = _load_default(num_labels, kind)
-        elif path.exists() or config.name.startswith(("/", ".", "~")):
-            if not (path / "config.json").is_file():
-                raise ValueError(f"no config.json in {config.name}: give a folder written by save_pretrained")
-            model, spec, heads, features = _load_language_or_vision(str(path), num_labels, kind, config.features)
-        elif timm.is_model(config.name):
-            model, spec, heads = _load_timm(config.name, config.pretrained, num_labels, kind)
-        else:
-            model, spec, heads, features = _load_language_or_vision(config.name, num_labels, kind, config.features)
+        loaded = _load(config, num_labels, kind)
+        model, spec, heads, features = loaded.model, loaded.spec, loaded.heads, loaded.features
+        fitting = config.features == "fitting" and features == "mean" and isinstance(spec, ImageSpec)
+        whitening = "made-up" if fitting else config.whitening
         if config.contrast == "model" and not isinstance(spec, ImageSpec):
             raise ValueError("contrast model is for images: leave it out for texts.")
         if isinstance(spec, ImageSpec):
-            spec = replace(spec, contrast=config.contrast == "model")
+            spec = replace(spec, contrast=fitting or config.contrast == "model")
         if features == "mean":
-            model, heads = on_token_means(model, spec, config, num_labels), ["head"]
+            model, heads = on_token_means(model, spec, replace(config, whitening=whitening), num_labels), ["head"]
         elif features == "unit":
-            put_feature_head(model, heads, config.name)
+            put_feature_head(model, heads, config.name, spec if loaded.brings_head else None)
+        last = config.adapt_last if adapted else None
+        if adapted and last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
+            last = adapts_last
         lora = LoRAConfig(
             r=config.r,
             alpha=config.alpha,
-            target_modules=_adapted_layers(model, config, heads) if adapted else [],
+            target_modules=_adapted_layers(model, config, heads, last) if adapted else [],
             trainable_modules=heads,
             dropout=config.dropout,
             init_a=config.init_a,
             adapter=adapter,
         )
-        return LoadedModel(inject_lora(model, lora).train(), spec, heads, features)
+        return LoadedModel(inject_lora(model, lora).train(), spec, heads, features, last)
 
 
-def _adapted_layers(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
+class _Loaded(NamedTuple):
+    """A model as it was stored, and whether its head is one for these classes."""
+
+    model: nn.Module
+    spec: InputSpec
+    heads: list[str]
+    features: Features
+    brings_head: bool
+
+
+def _load(config: ModelConfig, num_labels: int, kind: Kind) -> _Loaded:
+    name, path = config.name, Path(config.name).expanduser()
+    if name == "default":
+        model, spec, heads, brings = _load_default(num_labels, kind)
+    elif path.exists() or name.startswith(("/", ".", "~")):
+        if not (path / "config.json").is_file():
+            raise ValueError(f"no config.json in {name}: give a folder written by save_pretrained")
+        return _load_language_or_vision(str(path), num_labels, kind, config.features)
+    elif timm.is_model(name):
+        model, spec, heads, brings = _load_timm(name, config.pretrained, num_labels, kind)
+    else:
+        return _load_language_or_vision(name, num_labels, kind, config.features)
+    return _Loaded(model, spec, heads, _resolved(config.features, brings), brings)
+
+
+def _resolved(features: Features, brings_head: bool) -> Features:
+    """Features of a model that does not say itself which fit it."""
+    if features == "fitting":
+        return "unit" if brings_head else "mean"
+    return "own" if features == "auto" else features
+
+
+def _adapted_layers(
+    model: nn.Module, config: ModelConfig, heads: Sequence[str], last_blocks: int | None
+) -> list[str] | str:
     """As LoRAConfig.target_modules."""
-    if config.adapt_last is None:
+    if last_blocks is None:
         return config.target_modules
     blocks = blocks_of(model)
-    if config.adapt_last > len(blocks):
-        raise ValueError(f"adapt_last is {config.adapt_last}, but {config.name} has {len(blocks)} blocks: lower it.")
+    if last_blocks > len(blocks):
+        raise ValueError(f"adapt_last is {last_blocks}, but {config.name} has {len(blocks)} blocks: lower it.")
     modules = Modules.of(model)
     whole = modules.beneath(modules.names[root] for root in heads)
-    last = tuple(f"{block}." for block in blocks[-config.adapt_last :])
+    last = tuple(f"{block}." for block in blocks[-last_blocks:])
     return [name for name in find_targets(model, modules, ALL_LINEAR, whole) if name.startswith(last)]
 
 
@@ -129,18 +169,12 @@ def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def vocabulary_of(model: nn.Module) -> int:
-    """How many tokens a model knows; 2 where it takes none."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return int(getattr(embedding, "num_embeddings", 2))
-
-
 def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:
     """The embedded model's class with the arguments stored beside its weights, at random."""
     return VisionTransformer(**architecture, num_classes=num_labels)
 
 
-def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
+def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str], bool]:
     if kind != "image":
         raise ValueError(
             "the default model takes images but the data set holds texts: give a language model by --model"
@@ -149,17 +183,20 @@ def _load_default(num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, li
     architecture = card["architecture"]
     model = build_default(architecture, num_labels)
     state = {name: tensor.float() for name, tensor in load_file(DEFAULT_WEIGHTS).items()}
-    if num_labels != card["num_labels"]:
+    brings_head = num_labels == card["num_labels"]
+    if not brings_head:
         state |= {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     model.load_state_dict(state)
     size = architecture["img_size"]
     spec = ImageSpec(
         size, size, architecture["in_chans"], tuple(card["mean"]), tuple(card["std"]), tuple(card["pixels"])
     )
-    return model, spec, ["head"]
+    return model, spec, ["head"], brings_head
 
 
-def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
+def _load_timm(
+    name: str, pretrained: bool, num_labels: int, kind: Kind
+) -> tuple[nn.Module, InputSpec, list[str], bool]:
     if kind != "image":
         raise ValueError(f"{name} takes images but the data set holds texts: give a language model by --model")
     try:
@@ -175,16 +212,19 @@ def _load_timm(name: str, pretrained: bool, num_labels: int, kind: Kind) -> tupl
     heads = [name for name, module in model.named_modules() if any(module is head for head in classifiers)]
     if not heads:
         raise ValueError(f"timm's {name} has no classifier to train: choose another model")
-    return model, ImageSpec(height, width, channels, tuple(data["mean"]), tuple(data["std"])), heads
+    brings_head = pretrained and model.pretrained_cfg.get("num_classes") == num_labels
+    return model, ImageSpec(height, width, channels, tuple(data["mean"]), tuple(data["std"])), heads, brings_head
 
 
-def _load_language_or_vision(
-    name: str, num_labels: int, kind: Kind, features: Features
-) -> tuple[nn.Module, InputSpec, list[str], Features]:
+def _load_language_or_vision(name: str, num_labels: int, kind: Kind, features: Features) -> _Loaded:
     """A model of Transformers, with its own head or one on the mean over tokens."""
     if kind == "text" and (features == "mean" or features == "auto" and says_mean(name)):
-        return *_load_encoder(name), [], "mean"
-    return *_load_transformers(name, num_labels, kind), "own" if features == "auto" else features
+        return _Loaded(*_load_encoder(name), [], "mean", brings_head=False)
+    model, spec, heads, brings = _load_transformers(name, num_labels, kind)
+    features = _resolved(features, brings)
+    if kind == "text" and features == "mean":
+        return _Loaded(*_load_encoder(name), [], "mean", brings_head=False)
+    return _Loaded(model, spec, heads, features, brings)
 
 
 def _load_encoder(name: str) -> tuple[nn.Module, InputSpec]:
@@ -199,7 +239,7 @@ def _load_encoder(name: str) -> tuple[nn.Module, InputSpec]:
     return without_pooler(backbone), spec
 
 
-def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str]]:
+def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Module, InputSpec, list[str], bool]:
     auto = (
         transformers.AutoModelForImageClassification
         if kind == "image"
@@ -207,8 +247,13 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     )
     try:
         with hub(name), _quiet_transformers():
-            model = auto.from_pretrained(
-                name, num_labels=num_labels, ignore_mismatched_sizes=True, dtype=torch.float32, **_NO_CODE
+            model, found = auto.from_pretrained(
+                name,
+                num_labels=num_labels,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **_NO_CODE,
             )
             if getattr(model.config, "attention_type", None) == "block_sparse":
                 # BigBird does so by itself at the first batch of short texts, and keeps it for all that come later.
@@ -226,7 +271,9 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     ]
     if not heads or not hasattr(model, model.base_model_prefix):
         raise ValueError(f"cannot tell the head of {name} from its backbone: choose another model")
-    return model, spec, heads
+    new = {*found["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"])}
+    brings_head = len(heads) == 1 and not any(key.startswith(f"{heads[0]}.") for key in new)
+    return model, spec, heads, brings_head
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> ValueError:

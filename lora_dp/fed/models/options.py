@@ -9,7 +9,7 @@ from lora_dp.lora.config import LoRAConfig
 from lora_dp.nn.adapter_start import InitA
 
 Precision = Literal["float32", "bf16"]
-Features = Literal["auto", "own", "unit", "mean"]
+Features = Literal["auto", "own", "unit", "mean", "fitting"]
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "digits_vit.safetensors"
 
 
@@ -36,7 +36,8 @@ class ModelConfig:
     """float32, or bf16: products in half precision (autocast), norms, sums and weights in float32."""
     features: Features = "auto"
     """What the head is given: own: the model's own head as it is; unit: what that head is given, at unit length; mean:
-    means over tokens after feature_blocks; auto: mean where the model says so, else own."""
+    means over tokens after feature_blocks; auto: mean where the model says so, else own; fitting: unit where the model
+    brings a head for these classes, else mean, with contrast model and whitening made-up for images."""
     feature_blocks: list[int] = field(default_factory=lambda: [-1])
     """With features mean: after which blocks, from 1, or from the last as in -1; several are put side by side."""
     contrast: Literal["as-is", "model"] = "as-is"

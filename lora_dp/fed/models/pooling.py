@@ -164,6 +164,15 @@ def random_fields(count: int, height: int, width: int, channels: int, seed: int 
     return (smooth * 64 + 128).clamp(0, 255).to(torch.uint8)
 
 
+def is_list_of_blocks(model: nn.Module) -> bool:
+    """Whether :func:`blocks_of` finds any.
+
+    >>> is_list_of_blocks(nn.Linear(2, 2))
+    False
+    """
+    return bool(_blocks(model))
+
+
 def blocks_of(model: nn.Module) -> list[str]:
     """Names of a model's blocks, in order: the longest list of modules of one class with linear layers in them.
 
@@ -173,6 +182,12 @@ def blocks_of(model: nn.Module) -> list[str]:
     >>> blocks_of(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])))
     ['1.0', '1.1']
     """
+    if not (found := _blocks(model)):
+        raise ValueError("adapt_last needs a model that is a list of blocks, and this one is none: leave it out.")
+    return found
+
+
+def _blocks(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(child) for child in module}) != 1:
@@ -180,6 +195,4 @@ def blocks_of(model: nn.Module) -> list[str]:
         adaptable = any(is_linear(part) or isinstance(part, DPLoRALinear) for part in module[0].modules())
         if adaptable and len(module) > max(len(found), 1):
             found = [f"{name}.{place}" if name else str(place) for place in range(len(module))]
-    if not found:
-        raise ValueError("adapt_last needs a model that is a list of blocks, and this one is none: leave it out.")
     return found

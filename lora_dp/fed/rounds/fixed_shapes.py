@@ -31,7 +31,8 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Batch, Examples, Shape
 from lora_dp.fed.data.other_company import in_other_company, rows_stayed
-from lora_dp.fed.models.loading import logits, vocabulary_of
+from lora_dp.fed.models.feature_models import vocabulary_of
+from lora_dp.fed.models.loading import logits
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.rounds.contained_failures import Failures
 from lora_dp.fed.rounds.local_training import LocalSteps

@@ -14,8 +14,9 @@ from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
+from lora_dp.fed.models.feature_models import vocabulary_of
 from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks, head_is_last
-from lora_dp.fed.models.loading import LoadedModel, load_model, vocabulary_of
+from lora_dp.fed.models.loading import LoadedModel, load_model
 from lora_dp.fed.models.pooling import blocks_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
@@ -125,6 +126,7 @@ def open_job(
         seed=seed,
         adapter=config.method.adapter,
         adapted=config.method.has_adapters,
+        adapts_last=config.method.adapts_last,
     )
     if config.privacy.sums_share and loaded.features == "own":
         raise ValueError(
@@ -179,7 +181,7 @@ def _without_front(
         [head] = loaded.heads
         front = Front(model, precision, head=head)
         rest: nn.Module = HeadAlone(model, head)
-    elif config.model.adapt_last is not None and (first := len(blocks_of(model)) - config.model.adapt_last):
+    elif loaded.adapted_last is not None and (first := len(blocks_of(model)) - loaded.adapted_last):
         blocks = blocks_of(model)
         places = [block - 1 if block > 0 else block + len(blocks) for block in config.model.feature_blocks]
         # Blocks whose outputs are features, and the one before the first that is adapted.

@@ -15,7 +15,7 @@ from lora_dp.nn.feature_head import FeatureHead
 from lora_dp.nn.feature_sums import SumWeights, unit_length
 from tests.fed.data.word_tokenizer import Words
 from tests.fed.models.tiny_texts import LENGTHS, bert, texts
-from tests.tiny_models import HEADS, build
+from tests.tiny_models import HEADS, IMAGES, build
 
 PIXELS = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 TOKENS = TextSpec(Words(), 20)  # type: ignore[arg-type]
@@ -45,6 +45,32 @@ def test_the_head_is_given_what_the_models_own_was(kind: str) -> None:
     assert isinstance(head, FeatureHead) and head.out_features == classes
     found = model.eval()(images())
     torch.testing.assert_close(getattr(found, "logits", found), head.linear(unit_length(seen[0])))
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_vit"])
+def test_a_head_that_is_kept_judges_as_before_up_to_the_features_length(kind: str) -> None:
+    model, name = build(kind).eval(), HEADS[kind]
+    lengths: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: lengths.append(args[0].norm(dim=-1)))
+    before = model(images(64))
+    handle.remove()
+    weight = model.get_submodule(name).weight.detach().clone()
+    put_feature_head(model, [name], kind, PIXELS)
+    head = model.get_submodule(name)
+    factor = head.linear.weight.norm() / weight.norm()
+    torch.testing.assert_close(head.linear.weight, factor * weight)
+    assert 0.5 * lengths[0].mean() < factor < 2 * lengths[0].mean()
+    after = model(images(64))
+    before, after = (getattr(out, "logits", out) - head.linear.bias for out in (before, after))
+    torch.testing.assert_close(after, before * (factor / lengths[0]).unsqueeze(1))
+
+
+def test_the_length_of_a_language_models_features_is_measured_on_made_up_tokens() -> None:
+    """The last normalisation of a decoder leaves every token at the length √d."""
+    model = build("gpt2").eval()
+    weight = model.score.weight.detach().clone()
+    put_feature_head(model, ["score"], "gpt2", TOKENS)
+    torch.testing.assert_close(model.score.linear.weight, weight * weight.shape[1] ** 0.5, rtol=1e-3, atol=0)
 
 
 def test_a_decoder_has_one_on_each_token_and_sums_of_the_one_that_counts() -> None:

@@ -1,0 +1,21 @@
+"""QuietLoRA, our own: few trained numbers on features that are ready for them, and noise that is averaged before use."""
+
+from collections.abc import Mapping
+from math import inf
+from typing import Any, ClassVar
+
+from lora_dp.fed.methods.head_only import HeadOnly
+from lora_dp.fed.methods.lora_xs import LoRAXS
+
+
+class QuietLoRA(LoRAXS):
+    """LoRA-XS cores in the last block beside a head on features of unit length, in rounds of one large step.
+
+    What is private costs noise once: a release of class sums centres and scales the features, and the rest of the
+    budget goes to few steps. docs/explanation/quiet-lora.md derives the parts, and says when it loses.
+    """
+
+    name = "quiet-lora"
+    adapts_last: ClassVar[int | None] = 1
+    recipe: ClassVar[Mapping[str, Any]] = HeadOnly.recipe
+    recipe_rates: ClassVar = {1: 2.0, 3: 5.0, 8: 5.0, inf: 5.0}
