@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, encode
+from lora_dp.fed.data.encoding import ImageSpec, InputSpec, RawData, Splits, encode
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
@@ -19,6 +19,7 @@ from lora_dp.fed.models.loading import LoadedModel, load_model, vocabulary_of
 from lora_dp.fed.models.pooling import blocks_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.kept_data import frozen_digest, made_once
 from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
@@ -116,7 +117,8 @@ def open_job(
     device = _device(config.run.device)
     seed, chosen = config.run.seed, config.federation
     torch.manual_seed(seed)
-    raw = open_data(config.data) if raw is None else raw
+    own_data = raw is None
+    raw = made_once("opened", config.data, lambda: open_data(config.data)) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r if config.method.has_adapters else 0, derived_seed(seed, Stream.RANKS))
     loaded = load_model(
         config.model,
@@ -131,7 +133,13 @@ def open_job(
             f"sums_share starts a head on features of unit length, but {config.model.name} keeps its own head: choose "
             "features unit or mean, or leave sums_share out."
         )
-    splits = encode(raw, loaded.spec)
+    spec = loaded.spec
+    if own_data:
+        # A tokenizer is made anew with each model, and is the same for the same name.
+        same = spec if isinstance(spec, ImageSpec) else (config.model.name, spec.max_length)
+        splits = made_once("encoded", (config.data, same), lambda: encode(raw, spec))
+    else:
+        splits = encode(raw, spec)
     model = loaded.model.to(device)
     workspace, train, validation = _without_front(config, loaded, model, splits)
     parts = partition(
@@ -179,6 +187,10 @@ def _without_front(
         [head] = loaded.heads
         front = Front(model, precision, head=head)
         rest: nn.Module = HeadAlone(model, head)
+        same = config.data, loaded.spec if isinstance(loaded.spec, ImageSpec) else config.model.name
+        key = *same, config.model, str(next(model.parameters()).device), frozen_digest(model)
+        train, validation = made_once("features", key, lambda: _activations(front, model, splits, with_inputs=False))
+        return Workspace(rest, model), train, validation
     elif config.model.adapt_last is not None and (first := len(blocks_of(model)) - config.model.adapt_last):
         blocks = blocks_of(model)
         places = [block - 1 if block > 0 else block + len(blocks) for block in config.model.feature_blocks]
@@ -188,12 +200,18 @@ def _without_front(
         rest = LastBlocks(model, front)
     else:
         return Workspace(model), splits.train, splits.validation
+    train, validation = _activations(front, model, splits, with_inputs=True)
+    return Workspace(rest, model), train, validation
+
+
+def _activations(front: Front, model: nn.Module, splits: Splits, *, with_inputs: bool) -> tuple[Examples, Examples]:
+    """Of the private and the public examples."""
     vocabulary = vocabulary_of(model)
     train, validation = (
-        KeptActivations(part, front, with_inputs=first > 0, vocabulary=vocabulary)
+        KeptActivations(part, front, with_inputs=with_inputs, vocabulary=vocabulary)
         for part in (splits.train, splits.validation)
     )
-    return Workspace(rest, model), train, validation
+    return train, validation
 
 
 def match_threads(model: nn.Module) -> None:
