@@ -115,7 +115,7 @@ def _search(outcomes: Outcomes, cells: DataFrame) -> list[str]:
     parts = [
         f"Settings: {ranges}; for each method at each ε the best of {trials}, drawn at random on a log scale and alike "
         f"for all, by mean {metric} on these validation data over seed{'s' * (len(grid.tuning_seeds) > 1)} {seeds}.",
-        f"Where the best lay in the outer {100 * search.EDGE:.0f} % of a range, "
+        f"Where the best lay in the outer {100 * search.edge(trials):.3g} % of a range, "
         f"{math.ceil(search.EXTRA * trials)} more were drawn beyond it, at most {search.EXTENSIONS} times: in "
         f"{widened} of {len(standings)} searches; {at_edge} of {len(complete)} chose at an edge after it.",
     ]

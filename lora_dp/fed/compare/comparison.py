@@ -202,7 +202,7 @@ def _check_definition(grid: Grid, folder: Path) -> None:
     if not (folder / DEFINITION).exists():
         _write_definition(folder, new)
         return
-    old = {**own_defaults(), **defaults(), **read_definition(folder)}
+    old = {**defaults(), **own_defaults(), **read_definition(folder)}
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if different == ["search_trials"] and new["search_trials"] > old["search_trials"]:
         _write_definition(folder, new)  # further ones follow those that were drawn

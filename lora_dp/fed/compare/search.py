@@ -15,8 +15,8 @@ Places = Mapping[str, float]
 # Minus the mean of the metric and the mean loss, over the tuning seeds: the smaller, the better.
 Score = tuple[float, float]
 DIVERGED: Score = (math.inf, math.inf)
-# The outer part of a range at each end, and how far a range is widened, as shares of the range as it was given.
-EDGE, WIDER = 0.1, 0.5
+# How far a range is widened, as a share of the range as it was given.
+WIDER = 0.5
 # How often at most, and the share of search_trials that is tried then.
 EXTENSIONS, EXTRA = 2, 1 / 3
 _NEAR = 0.1
@@ -90,20 +90,32 @@ def draws(seed: int, stream: int, count: int, options: int) -> np.ndarray:
     return found
 
 
-def sides(places: Places, reach: Mapping[str, tuple[float, float]]) -> dict[str, int]:
+def edge(trials: int) -> float:
+    """The share of a range that is its outer part at each end: a tenth, and more where few trials leave wider gaps.
+
+    Below a third, so that no setting is at an edge of the range that was widened beyond it.
+
+    >>> edge(4), edge(8), edge(20)
+    (0.25, 0.125, 0.1)
+    """
+    return max(0.1, min(0.25, 1 / trials))
+
+
+def sides(places: Places, reach: Mapping[str, tuple[float, float]], outer: float) -> dict[str, int]:
     """Options whose place is in the outer part of what has been searched, with −1 for the lower end and 1 for the
     upper.
 
     Args:
         places: of one setting.
         reach: lowest and highest place that were searched, by option.
+        outer: share of the outer part at each end.
 
-    >>> sides({"lr": 0.95, "rounds": 0.5}, {"lr": (0.0, 1.0), "rounds": (0.0, 1.0)})
+    >>> sides({"lr": 0.95, "rounds": 0.5}, {"lr": (0.0, 1.0), "rounds": (0.0, 1.0)}, 0.1)
     {'lr': 1}
     """
     found = {}
     for name, (low, high) in reach.items():
-        margin = EDGE * (high - low)
+        margin = outer * (high - low)
         if places[name] < low + margin:
             found[name] = -1
         elif places[name] > high - margin:
@@ -121,11 +133,10 @@ class Search:
         valid: whether a run can have the values at these places.
 
     >>> search = Search(["lr"], trials=2, seed=0, valid=lambda places: True)
-    >>> names = [setting.name for setting in search.standing({}).settings]
-    >>> names
-    ['s0', 's1']
-    >>> search.standing({"s0": (-0.9, 0.3), "s1": DIVERGED}).complete in (True, False)
-    True
+    >>> {setting.name: round(setting.places["lr"], 2) for setting in search.standing({}).settings}
+    {'s0': 0.1, 's1': 0.6}
+    >>> search.standing({"s0": DIVERGED, "s1": (-0.9, 0.3)}).best.name
+    's1'
     """
 
     def __init__(self, options: Sequence[str], trials: int, seed: int, valid: Callable[[Places], bool]) -> None:
@@ -147,7 +158,7 @@ class Search:
             best = min(settings, key=lambda setting: scores[setting.name])
             if scores[best.name] == DIVERGED:
                 return Standing(settings, complete=True)
-            near = sides(best.places, reach)
+            near = sides(best.places, reach, edge(self.trials))
             if not near or extension == EXTENSIONS:
                 break
             for name, side in near.items():
