@@ -24,7 +24,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/fed/page/figures.py": ("tests/fed/page/test_run_page.py", "tests/fed/page/test_comparison_page.py"),
     # Names of choices alone.
     "lora_dp/fed/server_options.py": ("tests/fed/rounds/test_server_optimizer.py",),
-    "lora_dp/fed/plot_style.py": ("tests/fed/compare/test_tables.py", "tests/fed/diagnostics/test_plots.py"),
+    "lora_dp/fed/plot_style.py": ("tests/fed/compare/test_plot.py", "tests/fed/diagnostics/test_plots.py"),
     # One table of tests is for all methods.
     "lora_dp/fed/methods/base.py": ("tests/fed/methods/test_methods.py", "tests/fed/methods/test_own_method.py"),
     "lora_dp/fed/methods/by_product.py": ("tests/fed/methods/test_products.py",),

@@ -59,7 +59,7 @@ canaries; exit code 1 means that the claimed ε is refuted at the stated confide
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
-_LISTS = ("--methods", "--epsilons", "--seeds", "--learning_rates", "--ranks")
+_LISTS = ("--methods", "--epsilons", "--seeds", "--tuning_seeds", "--ranks", "--search")
 # What jsonargparse says of types, in plain words.
 _PLAIN = (
     (r'Parser key "([\w.]+)": ', r"--\1: "),
@@ -298,7 +298,7 @@ def _compare(options: dict[str, Any], console: Console, began: float) -> int:
     check_place(options.get("dataset", DataConfig.dataset))
     with opening(console, f"a grid of {len(chosen.methods)} methods at {len(chosen.epsilons)} budgets"):
         from lora_dp.fed.compare.comparison import compare
-        from lora_dp.fed.compare.grid import read_failures
+        from lora_dp.fed.compare.outcomes import read_failures
     return 1 if read_failures(compare(chosen, options, console)) else 0
 
 
@@ -369,9 +369,10 @@ def _as_lists(words: list[str]) -> list[str]:
     """--seeds 0,1,2 is --seeds [0,1,2]."""
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name in _LISTS and equals:
+        is_list = name in _LISTS or name.startswith("--search.")
+        if is_list and equals:
             words[index] = f"{name}={_bracketed(value)}"
-        elif name in _LISTS and index + 1 < len(words):
+        elif is_list and index + 1 < len(words):
             words[index + 1] = _bracketed(words[index + 1])
     return words
 

@@ -24,10 +24,10 @@ def test_compare_tells_the_shell_that_a_run_failed(monkeypatch, tmp_path, capsys
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(lora_dp.fed.launch, "run", broken)
-    options = ["--methods", "la-lora", "--epsilons", "8", "--learning-rates", "0.1,0.3", "--seeds", "0"]
+    options = ["--methods", "la-lora", "--epsilons", "8", "--search.lr", "0.1,0.3", "--seeds", "0"]
     assert cli.main(["compare", *options, "--output", str(tmp_path / "grid")]) == 1
     shown = capsys.readouterr().out
-    assert "trial of lr 0.3   failed: RuntimeError: no memory" in shown
+    assert "trial s7, seed 100   failed: RuntimeError: no memory" in shown
 
 
 @pytest.mark.parametrize("command", ["resume", "report", "inspect"])

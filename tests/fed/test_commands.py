@@ -189,8 +189,8 @@ def test_methods_options_ranks_and_units(ran):
 @pytest.mark.parametrize(
     "words",
     [
-        "--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3",
-        "--methods=[la-lora,flat-lora:deer] --epsilons=[1,none] --seeds=3",
+        "--methods la-lora,flat-lora:deer --epsilons 1,none --seeds 3 --search.lr 0.3,10 --search.max-grad-norm=0.1,1",
+        "--methods=[la-lora,flat-lora:deer] --epsilons=[1,none] --seeds=3 --search={lr:[0.3,10],max_grad_norm:[0.1,1]}",
     ],
 )
 def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
@@ -206,6 +206,7 @@ def test_compare_takes_lists_and_common_options(monkeypatch, words, tmp_path):
     assert cli.main(["compare", *words.split(), "--local-steps", "3", "--processes", "2"]) == 0
     [(grid, common)] = seen
     assert (grid.methods, grid.epsilons, grid.seeds) == (["la-lora", "flat-lora:deer"], [1.0, "none"], [3])
+    assert grid.search == {"lr": [0.3, 10.0], "max_grad_norm": [0.1, 1.0]} and grid.tuning_seeds == [100, 101]
     assert grid.processes == 2 and common["local_steps"] == 3
     assert not {"method", "epsilon", "seed", "output"} & set(common)
     RunConfig.from_flat(common)

@@ -1,35 +1,45 @@
-"""A grid of runs, methods × ε × seeds: which cells there are, what tunes them, and what has become of them."""
+"""A grid of runs, methods × ε × seeds: its cells, the trials of settings before them, and how each is configured."""
 
-import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pandas import DataFrame
 
 from lora_dp.fed.compare import tables
 from lora_dp.fed.compare.options import CompareConfig
-from lora_dp.fed.config import RunConfig
-from lora_dp.fed.runs.folder import ENDED
+from lora_dp.fed.compare.search import MOST_OPTIONS, Places, Search
+from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig
+from lora_dp.fed.did_you_mean import closest
+from lora_dp.fed.models.options import ModelConfig
 
 DEFINITION = "compare.yaml"
-FAILURES = "failures.json"
-_OWN = ("methods", "epsilons", "seeds", "learning_rates", "tuning_seed")
+LR_FACTOR = "lr_factor"
+_OWN = ("methods", "epsilons", "seeds", "metric", "search", "search_trials", "search_seed", "tuning_seeds")
 _BY_GRID = ("method", "epsilon", "seed", "output")
+# What they say is the problem, not how a method solves it.
+_PROBLEM = ("epsilon", "delta", "clients", "dirichlet_alpha", "client_timeout")
 Budget = float | Literal["none"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison, or a trial of a learning rate before it."""
+    """One run of a comparison, or a trial before it.
+
+    Attributes:
+        trial: name of the setting that is tried; None for a run of the table.
+
+    >>> Cell("la-lora", 8.0, 100, "s3").path.as_posix()
+    'trials/la-lora/eps8/s3/seed100'
+    """
 
     method: str
     epsilon: Budget
     seed: int
-    trial: float | None = None
+    trial: str | None = None
 
     @property
     def path(self) -> Path:
@@ -38,10 +48,10 @@ class Cell:
         place = Path(self.method.replace(":", "-")) / f"eps{budget}"
         if self.trial is None:
             return "cells" / place / f"seed{self.seed}"
-        return "trials" / place / f"lr{self.trial:.12g}"
+        return "trials" / place / self.trial / f"seed{self.seed}"
 
     def __str__(self) -> str:
-        what = f"seed {self.seed}" if self.trial is None else f"trial of lr {self.trial:g}"
+        what = f"seed {self.seed}" if self.trial is None else f"trial {self.trial}, seed {self.seed}"
         return f"{self.method}, {tables.budget_name(self.epsilon)}, {what}"
 
 
@@ -49,63 +59,127 @@ class Grid:
     """All cells of a comparison, and what they have in common.
 
     Args:
-        config: methods, budgets and seeds.
+        config: methods, budgets, seeds and what is searched.
         common: options of a run as :meth:`~lora_dp.fed.RunConfig.from_flat` takes them, without those that
             the grid sets.
 
+    Attributes:
+        cells: the runs of the table.
+        searches: of each method and budget; empty where nothing is searched.
+        common: as given: what is left out, each method may choose.
+
     Raises:
-        ValueError: an option that the grid sets, or one that does not fit a cell, which is named.
+        ValueError: an option that the grid sets, one that cannot be searched, or one that does not fit a cell, which
+            is named.
+
+    >>> grid = Grid(CompareConfig(epsilons=[8.0], search={"lr_factor": [0.1, 10]}, search_trials=4), {"rounds": 5})
+    >>> len(grid.cells), sorted(grid.searches)[0]
+    (12, ('dp-lora', 8.0))
+    >>> grid.values("dp-lora", 8.0, {"lr_factor": 1.0})  # ten times its own rate, which is 0.5
+    {'lr': 5.0}
     """
 
     def __init__(self, config: CompareConfig, common: Mapping[str, Any]) -> None:
         if found := [name for name in _BY_GRID if name in common]:
             raise ValueError(f"The grid sets {found[0]} of its cells: leave it out of the common options.")
-        self.rates = config.learning_rates or []
-        if self.rates and common.get("lr") is not None:
-            raise ValueError("lr and learning_rates were both given: leave one out.")
         self.cells = [Cell(m, e, s) for m in config.methods for e in config.epsilons for s in config.seeds]
-        self.trials = [
-            Cell(m, e, config.tuning_seed, rate) for m in config.methods for e in config.epsilons for rate in self.rates
-        ]
-        self.common = {**defaults(), **common}
+        self.common = dict(common)
+        self.metric, self.tuning_seeds, self._ranges = config.metric, list(config.tuning_seeds), config.search
+        self._whole = _searchable()
+        self._check_search()
         self._own = {name: getattr(config, name) for name in _OWN}
-        for cell in self.trials + self.cells:
-            try:
-                self.config(cell, cell.trial)
-            except ValueError as error:
-                raise ValueError(f"The cell {cell} cannot be run: {error}") from error
-        everything = self.trials + self.cells
-        if len({cell.path for cell in everything}) < len(everything):
-            raise ValueError("Two cells of the grid would share a folder: leave out methods or budgets nearly alike.")
+        groups = [(m, e) for m in config.methods for e in config.epsilons] if self._ranges else []
+        self.searches = {
+            (method, epsilon): Search(
+                list(self._ranges),
+                config.search_trials,
+                config.search_seed,
+                functools.partial(self._fits, method, epsilon),
+            )
+            for method, epsilon in groups
+        }
+        self._check_cells()
 
-    def config(self, cell: Cell, rate: float | None) -> RunConfig:
-        """The configuration of a cell or a trial, at a learning rate, or at that of the common options or the method.
+    def _check_search(self) -> None:
+        for name in self._ranges:
+            if name != LR_FACTOR and name not in self._whole:
+                meant = closest(name, [*self._whole, LR_FACTOR])
+                raise ValueError(
+                    f"search cannot have {name}{f' (did you mean {meant}?)' if meant else ''}: give numeric options "
+                    "of training, or lr_factor."
+                )
+            given = "lr" if name == LR_FACTOR else name
+            if given in self.common:
+                raise ValueError(f"{given} and search's {name} were both given: leave one out.")
+        if LR_FACTOR in self._ranges and "lr" in self._ranges:
+            raise ValueError("search has both lr and lr_factor: leave one out.")
+        if len(self._ranges) > MOST_OPTIONS:
+            raise ValueError(f"search has {len(self._ranges)} options: leave some out, {MOST_OPTIONS} are the most.")
+
+    def _check_cells(self) -> None:
+        """All that can be known before the first run is checked before it."""
+        paths = {cell.path for cell in self.cells}
+        if len(paths) < len(self.cells):
+            raise ValueError("Two cells of the grid would share a folder: leave out methods or budgets nearly alike.")
+        for cell in self.cells:
+            self._check(cell, None)
+        for (method, epsilon), search in self.searches.items():
+            for setting in search.standing({}).settings:
+                for seed in self.tuning_seeds:
+                    self._check(Cell(method, epsilon, seed, setting.name), setting.places)
+
+    def _check(self, cell: Cell, places: Places | None) -> None:
+        try:
+            self.config(cell, places)
+        except ValueError as error:
+            raise ValueError(f"The cell {cell} cannot be run: {error}") from error
+
+    def _fits(self, method: str, epsilon: Budget, places: Places) -> bool:
+        try:
+            self.config(Cell(method, epsilon, 0), places)
+        except ValueError:
+            return False
+        return True
+
+    def values(self, method: str, epsilon: Budget, places: Places) -> dict[str, Any]:
+        """The options that stand at some places of the search, four digits each.
+
+        Args:
+            places: by option, 0 and 1 at the ends of its range.
+        """
+        found: dict[str, Any] = {}
+        for name, place in places.items():
+            low, high = self._ranges[name]
+            value = low * (high / low) ** place
+            if name == LR_FACTOR:
+                own = self._run(method, epsilon, 0, {}).optimization.lr
+                assert own is not None
+                found["lr"] = float(f"{value * own:.4g}")
+            else:
+                found[name] = round(value) if self._whole[name] else float(f"{value:.4g}")
+        return found
+
+    def config(self, cell: Cell, places: Places | None) -> RunConfig:
+        """The configuration of a cell or a trial at some places of the search; None where nothing is searched.
 
         Raises:
             ValueError: an option does not fit.
         """
-        tuned = {} if rate is None else {"lr": rate}
-        return RunConfig.from_flat(
-            {**self.common, "method": cell.method, "epsilon": cell.epsilon, "seed": cell.seed, **tuned}
-        )
+        tuned = {} if places is None else self.values(cell.method, cell.epsilon, places)
+        return self._run(cell.method, cell.epsilon, cell.seed, tuned)
 
-    def chosen_rate(self, folder: Path, cell: Cell) -> float | None:
-        """What the trials of a cell's method and budget chose, or None: nothing was to be tried, or not all trials
-        have ended. One that stopped for want of usable updates has diverged, and is not chosen."""
-        found = []
-        for trial in self.trials:
-            if (trial.method, trial.epsilon) == (cell.method, cell.epsilon):
-                summary = _summary(folder / trial.path)
-                if summary.get("status") in ENDED:
-                    found.append((-summary["accuracy_after"], summary["loss_after"], trial.trial))
-                elif summary.get("status") != "stopped":
-                    return None
-        return min(found)[2] if found else None
+    def _run(self, method: str, epsilon: Budget, seed: int, tuned: Mapping[str, Any]) -> RunConfig:
+        return RunConfig.from_flat({**self.common, "method": method, "epsilon": epsilon, "seed": seed, **tuned})
 
     @property
     def example(self) -> RunConfig:
         """The configuration of one cell, for what all have in common."""
-        return self.config(self.cells[0], None)
+        return self._run(self.cells[0].method, self.cells[0].epsilon, self.cells[0].seed, {})
+
+    @property
+    def searched(self) -> dict[str, tuple[str, list[float]]]:
+        """For each option of a run that is searched, its name in search, and the range."""
+        return {"lr" if name == LR_FACTOR else name: (name, list(ends)) for name, ends in self._ranges.items()}
 
     def definition(self) -> dict[str, Any]:
         """Everything that defines the results, as plain values."""
@@ -117,79 +191,32 @@ class Grid:
         """The grid of an existing comparison.
 
         Raises:
-            ValueError: there is none, or its definition is damaged.
+            ValueError: there is none, or its definition is damaged or of an earlier version.
         """
         given = read_definition(folder)
         own = {name: given.pop(name) for name in _OWN if name in given}
         return cls(CompareConfig(**own), given)
 
 
-def ended_summary(path: Path) -> dict[str, Any] | None:
-    """The summary of a cell that has ended, else None."""
-    summary = _summary(path)
-    return summary if summary.get("status") in ENDED else None
+def _searchable() -> dict[str, bool]:
+    """Numeric options that are a method's to choose, and whether each takes whole numbers alone."""
+    found = {}
+    for kind in (FederationConfig, PrivacyConfig, OptimizationConfig, ModelConfig):
+        for name, hint in get_type_hints(kind).items():
+            kinds = set(get_args(hint) or (hint,))
+            if kinds & {int, float} and get_origin(hint) is not list and name not in _PROBLEM:
+                found[name] = float not in kinds
+    return found
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    """summary.json of a run's folder; empty where there is none that can be read."""
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+def own_defaults() -> dict[str, Any]:
+    """The same of the grid's own options.
 
-
-def read_failures(folder: Path) -> dict[str, str]:
-    """Why cells failed in the last call, by their folder within that of the comparison."""
-    try:
-        entries = json.loads((folder / FAILURES).read_text(encoding="utf-8"))
-        return {entry["folder"]: entry["reason"] for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def read_cells(grid: Grid, folder: Path) -> DataFrame:
-    """One row a cell, in the order of the grid: its definition, its status, and all numbers of its summary."""
-    return _read(grid, grid.cells, folder)
-
-
-def read_trials(grid: Grid, folder: Path) -> DataFrame:
-    """The same of the trials of learning rates."""
-    return _read(grid, grid.trials, folder)
-
-
-def _read(grid: Grid, cells: Sequence[Cell], folder: Path) -> DataFrame:
-    failures = read_failures(folder)
-    rows = []
-    for cell in cells:
-        summary = ended_summary(folder / cell.path)
-        reason = failures.get(cell.path.as_posix()) if summary is None else None
-        status = summary["status"] if summary else "failed" if reason else "not finished"
-        rate = grid.chosen_rate(folder, cell) if cell.trial is None else cell.trial
-        if rate is None and not grid.rates:
-            rate = grid.config(cell, None).optimization.lr
-        rows.append(tables.row(cell.method, cell.epsilon, cell.seed, rate, status, reason, cell.path, summary or {}))
-    return tables.frame(rows)
-
-
-def grid_caption(grid: Grid, cells: DataFrame, trials: DataFrame) -> str:
-    """What the table shows, and what must be known to read it.
-
-    Args:
-        cells: of :func:`read_cells`.
-        trials: of :func:`read_trials`.
+    >>> own_defaults()["search_trials"]
+    8
     """
-    return tables.caption(grid.example, cells, trials, common_rate=grid.common.get("lr"))
-
-
-def defaults() -> dict[str, Any]:
-    """The options of a run that cells have in common, as flat options."""
-    found: dict[str, Any] = {}
-    for group in dataclasses.fields(RunConfig):
-        kind: Any = group.default_factory
-        values = vars(kind())
-        found |= {"model": values.pop("name"), **values} if group.name == "model" else values
-    return {name: value for name, value in found.items() if name not in _BY_GRID}
+    config = CompareConfig()
+    return {name: getattr(config, name) for name in _OWN}
 
 
 def read_definition(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Options of a comparison: its grid."""
+"""Options of a comparison: its grid, and the search of settings before it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+Metric = Literal["accuracy", "balanced-accuracy"]
 
 
 @dataclass
@@ -14,31 +16,47 @@ class CompareConfig:
     epsilons: list[float | Literal["none"]] = field(default_factory=lambda: [1.0, 3.0, 8.0, "none"])
     """Budgets of every client, none for no privacy: the columns."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Each cell is run once with each of these; the table has mean and spread over them."""
-    learning_rates: list[float] | None = None
-    """Learning rates to try: each method at each ε is run once with each, on tuning_seed, and its cells take the rate
-    with the best accuracy (with the lower loss where equal). By default lr, or the method's own."""
-    tuning_seed: int = 100
-    """Seed of those trials; none of seeds."""
+    """Each cell is run once with each of these; the table has mean and confidence interval over them."""
+    metric: Metric = "accuracy"
+    """What settings are chosen by and the table shows: accuracy, or its mean over classes."""
+    search: dict[str, list[float]] = field(default_factory=dict)
+    """Ranges of numeric options to search at random, on a log scale, for each method at each ε by itself, as in
+    --search.lr 0.3,10; lr_factor is in multiples of the method's own lr. By default nothing is searched."""
+    search_trials: int = 8
+    """Settings drawn for each method at each ε, a third more where the best is at the edge of a range."""
+    search_seed: int = 0
+    """Seed of these draws, which are the same for all methods."""
+    tuning_seeds: list[int] = field(default_factory=lambda: [100, 101])
+    """Every setting is run with each of these; none of seeds."""
     processes: int = 1
     """Runs at the same time, each in a process of its own with one thread for the CPU."""
+    minutes: float | None = None
+    """No run begins after so many minutes; the next call goes on. By default no limit."""
     output: Path | None = None
     """Folder of the comparison, the same again to go on with it; by default runs/<time>-compare."""
 
     def __post_init__(self) -> None:
         self.epsilons = ["none" if e in ("none", "inf", None, float("inf")) else float(e) for e in self.epsilons]
-        if self.processes < 1:
-            raise ValueError(f"processes must be at least 1, not {self.processes}.")
-        for name in ("methods", "epsilons", "seeds", "learning_rates"):
+        for name in ("processes", "search_trials"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.search_seed < 0:
+            raise ValueError(f"search_seed must not be negative, not {self.search_seed}.")
+        if self.minutes is not None and not self.minutes >= 0:
+            raise ValueError(f"minutes must not be negative, not {self.minutes}.")
+        for name in ("methods", "epsilons", "seeds", "tuning_seeds"):
             values = getattr(self, name)
-            if values is None:
-                continue
             if not values:
                 raise ValueError(f"{name} is empty: give at least one.")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has {max(values, key=values.count)} twice: leave one out.")
-        if self.learning_rates and self.tuning_seed in self.seeds:
+        for name, ends in self.search.items():
+            if len(ends) != 2 or not 0 < ends[0] < ends[1] < float("inf"):
+                raise ValueError(
+                    f"search gives {name} as {ends}: give the two ends of its range, as in [0.1, 10], both positive."
+                )
+        if self.search and (shared := set(self.tuning_seeds) & set(self.seeds)):
             raise ValueError(
-                f"tuning_seed {self.tuning_seed} is one of seeds: choose another, so that no run of the "
-                "table has chosen its own learning rate."
+                f"tuning_seeds and seeds both have {min(shared)}: leave it out of one, so that no run of the table has "
+                "chosen its own setting."
             )

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
@@ -20,7 +20,7 @@ from rich.console import Console
 from lora_dp.errors import TooFewClients
 from lora_dp.fed import launch
 from lora_dp.fed.config import RunConfig, read_config
-from lora_dp.fed.data.kept_activations import shared_activations
+from lora_dp.fed.rounds.kept_data import data_kept
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.setup import plan_of
 from lora_dp.fed.runs.folder import RunFolder
@@ -48,13 +48,16 @@ INTERRUPTED = Why.of("interrupted")
 Result = tuple[Path, Why | None]
 
 
-def run_all(jobs: Sequence[RunConfig], processes: int) -> Generator[Result, None, None]:
+def run_all(jobs: deque[RunConfig], processes: int) -> Generator[Result, None, None]:
     """Runs all jobs, each with its folder as output, and gives each result when it is there.
+
+    Whoever takes the results may add jobs, or clear those that have not begun: each is taken off when it begins. Jobs
+    on the same data open them once in each process.
 
     In one process it stops after a job that Ctrl-C interrupted. With several, KeyboardInterrupt comes through (or the
     generator is closed) once all processes have written what they have.
     """
-    return _here(jobs) if processes == 1 else _in_processes(jobs, max(1, min(processes, len(jobs))))
+    return _here(jobs) if processes == 1 else _in_processes(jobs, processes)
 
 
 def run_one(config: RunConfig) -> Result:
@@ -114,19 +117,19 @@ def _check_unspent(config: RunConfig, path: Path, reason: ValueError) -> None:
         ) from reason
 
 
-def _here(jobs: Sequence[RunConfig]) -> Generator[Result, None, None]:
+def _here(jobs: deque[RunConfig]) -> Generator[Result, None, None]:
     """One job after another in this process, up to the first that is interrupted."""
-    with shared_activations():
-        for job in jobs:
-            result = run_one(job)
+    with data_kept():
+        while jobs:
+            result = run_one(jobs.popleft())
             yield result
             if result[1] == INTERRUPTED:
                 return
 
 
-def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result, None, None]:
+def _in_processes(waiting: deque[RunConfig], processes: int) -> Generator[Result, None, None]:
     """Several jobs at a time. Where a process dies, those that were under way are tried once more, each alone."""
-    waiting, context = deque(jobs), multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     while waiting:
         stop = context.Event()
         suspects: list[RunConfig] = []
@@ -153,11 +156,11 @@ def _in_processes(jobs: Sequence[RunConfig], processes: int) -> Generator[Result
             if processes == 1:
                 yield job.run.output or Path(), Why.of("its process died (was memory short?)")
             else:
-                yield from _in_processes([job], 1)
+                yield from _in_processes(deque([job]), 1)
 
 
 _stopping: Event
-_process = contextlib.ExitStack()  # what lasts as long as a process of the pool
+_for_life = contextlib.ExitStack()
 
 
 def _start_worker(stop: Event) -> None:
@@ -166,7 +169,7 @@ def _start_worker(stop: Event) -> None:
     _stopping = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _process.enter_context(shared_activations())
+    _for_life.enter_context(data_kept())
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
 
 

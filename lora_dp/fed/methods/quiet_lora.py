@@ -1,4 +1,4 @@
-"""QuietLoRA, our own: few trained numbers on features that are ready for them, and noise that is averaged before use."""
+"""QuietLoRA, our own: few trained numbers on features that fit them, and noise that is averaged before it is used."""
 
 from collections.abc import Mapping
 from math import inf

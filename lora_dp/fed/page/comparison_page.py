@@ -8,7 +8,10 @@ import numpy as np
 import yaml
 
 from lora_dp.fed.compare import tables
-from lora_dp.fed.compare.grid import Grid, grid_caption, read_cells, read_trials
+from lora_dp.fed.compare.caption import METRIC_NAMES, caption
+from lora_dp.fed.compare.grid import Grid
+from lora_dp.fed.compare.options import Metric
+from lora_dp.fed.compare.outcomes import Outcomes
 from lora_dp.fed.page import figures
 from lora_dp.fed.runs.folder import ENDED, read_results
 from lora_dp.fed.runs.report import notes
@@ -21,7 +24,8 @@ def content(folder: Path) -> dict[str, Any]:
         ValueError: the definition is damaged, or does not fit this version.
     """
     grid = Grid.read(folder)
-    cells, trials = read_cells(grid, folder), read_trials(grid, folder)
+    outcomes = Outcomes(grid, folder)
+    cells, trials = outcomes.cells_frame(), outcomes.trials_frame()
     ended, kept = cells["status"].isin(ENDED), tables.are_kept(cells)
     config = grid.example
     budgets = sorted(cells["epsilon"].unique(), key=lambda budget: float("inf") if budget == "none" else budget)
@@ -36,9 +40,10 @@ def content(folder: Path) -> dict[str, Any]:
         "finished": int(ended.sum()),
         "warnings": [text for text in notes(config).values() if text],
         "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
-        "table": _table(cells),
-        "caption": grid_caption(grid, cells, trials),
-        "plot": figures.grid(cells) if ended.any() else None,
+        "metric": METRIC_NAMES[grid.metric],
+        "table": _table(cells, grid.metric),
+        "caption": caption(outcomes, cells),
+        "plot": figures.grid(cells, grid.metric) if ended.any() else None,
         "curves": _curves(folder, cells[ended], budgets),
         "cells": [_cell(folder, row) for row in cells.to_dict("records")],
         "trials": [_cell(folder, row) for row in trials.to_dict("records")],
@@ -71,10 +76,10 @@ def _curves(folder: Path, cells: Any, budgets: list[Any]) -> list[tuple[str, Any
     return found
 
 
-def _table(cells: Any) -> dict[str, Any]:
+def _table(cells: Any, metric: Metric) -> dict[str, Any]:
     """Column heads and rows (method, [(text, best)]); the best of a column is told by a mark that no text has."""
     mark = "\0"
-    shown = tables.table(cells, lambda entry: entry + mark)
+    shown = tables.table(cells, metric, lambda entry: entry + mark)
     return {
         "head": list(shown.columns),
         "rows": [

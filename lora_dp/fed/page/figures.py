@@ -10,7 +10,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from lora_dp.fed.compare import tables
+from lora_dp.fed.compare import plot
+from lora_dp.fed.compare.options import Metric
 from lora_dp.fed.page.number_format import size
 from lora_dp.fed.plot_style import BLUE, GREEN, PURPLE, QUIET, STYLE
 
@@ -79,7 +80,7 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str
         figure = Figure(figsize=(_SIZE[0], _SIZE[1] + 0.22 * math.ceil(len(lines) / 3)), layout="constrained")
         axes = figure.subplots()
         for index, (method, (rounds, values)) in enumerate(lines.items()):
-            colour, marker = tables.mark(index)
+            colour, marker = plot.mark(index)
             axes.plot(
                 rounds,
                 values,
@@ -95,10 +96,10 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str
         return _svg(figure, name)
 
 
-def grid(cells: Any) -> Markup:
-    """The plot of a comparison (:func:`lora_dp.fed.compare.tables.draw`)."""
+def grid(cells: Any, metric: Metric) -> Markup:
+    """The picture of a comparison (:func:`lora_dp.fed.compare.plot.draw`)."""
     with matplotlib.rc_context(_style()):
-        return _svg(tables.draw(cells, (5.6, 4.0)), "Accuracy against ε by method; the table has the numbers")
+        return _svg(plot.draw(cells, metric, 8.0), "Accuracy by ε and method; the table has the numbers")
 
 
 def _finish(axes: Any, rounds: Sequence[int], kind: str) -> None:

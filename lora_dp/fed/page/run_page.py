@@ -56,6 +56,7 @@ def content(folder: Path) -> dict[str, Any]:
         "warnings": [text for name, own in notes(config).items() if (text := summary.get(name, own))],
         "before": evaluated[0].accuracy if evaluated else None,
         "after": evaluated[-1].accuracy if evaluated else None,
+        "after_by_class": evaluated[-1].balanced_accuracy if evaluated else None,
         "after_round": evaluated[-1].round if evaluated else None,
         "private": privacy.target is not None and not released,
         "follows_seed": config.run.reproducible,

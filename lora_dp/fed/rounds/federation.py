@@ -17,7 +17,7 @@ from lora_dp.fed.models.loading import model_inputs
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.engines import Engine
-from lora_dp.fed.rounds.evaluation import evaluate
+from lora_dp.fed.rounds.evaluation import Evaluation, evaluate
 from lora_dp.fed.rounds.ledgers import Account, AheadLog
 from lora_dp.fed.rounds.local_engine import LocalEngine
 from lora_dp.fed.rounds.mean_noise import Averaged, noise_of_mean
@@ -52,6 +52,7 @@ class RoundResult:
             expected number of clients.
         seconds: duration; None with privacy, since it grows with the batches, whose sizes are secret.
         failed: clients that were left out, each with the reason.
+        balanced_accuracy: as the accuracy, mean over classes; None, too, in a round of an earlier version.
     """
 
     round: int
@@ -64,6 +65,7 @@ class RoundResult:
     bytes_down: int
     seconds: float | None
     failed: list[dict[str, Any]] = field(default_factory=list)
+    balanced_accuracy: float | None = None
 
 
 class Federation:
@@ -211,7 +213,7 @@ class Federation:
         try:
             up, down, remaining, failed = self._run_turns(index, drawn, on_step)
             self.average.add(self.server.state, index + 1)
-            loss, accuracy = self.evaluate() if evaluate else (None, None)
+            loss, accuracy, balanced = self.evaluate() if evaluate else (None, None, None)
         except BaseException:
             # Interrupted or with too few updates: the global state stays that of the last whole round.
             self.server.go_back(before[0])
@@ -232,6 +234,7 @@ class Federation:
             down,
             seconds,
             failed,
+            balanced,
         )
 
     def _run_turns(
@@ -380,8 +383,8 @@ class Federation:
                 "run noise alone. Choose another model."
             ) from error
 
-    def evaluate(self) -> tuple[float, float]:
-        """Mean cross-entropy (nats) and accuracy (0 … 1) of the global model on the validation data."""
+    def evaluate(self) -> Evaluation:
+        """Loss and accuracies of the global model on the validation data."""
         self.load_global_state()
         return evaluate(self.model, self.validation, self.device, self.trainer.training.precision)
 
@@ -392,7 +395,9 @@ class Federation:
     def start(self, bytes_up: int = 0, bytes_down: int = 0) -> RoundResult:
         """The global model before the first round, as round 0, with the bytes that its head's start took."""
         begin = time.perf_counter()
-        loss, accuracy = self.evaluate()
+        loss, accuracy, balanced = self.evaluate()
         seconds = time.perf_counter() - begin
         epsilon = self.account.worst_epsilon()
-        return RoundResult(0, "", [], loss, accuracy, epsilon, bytes_up, bytes_down, seconds)
+        return RoundResult(
+            0, "", [], loss, accuracy, epsilon, bytes_up, bytes_down, seconds, balanced_accuracy=balanced
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_dp.fed.config import RunConfig
-from lora_dp.fed.data.encoding import InputSpec, RawData, Splits, encode
+from lora_dp.fed.data.encoding import ImageSpec, InputSpec, RawData, Splits, encode
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
@@ -20,6 +20,7 @@ from lora_dp.fed.models.loading import LoadedModel, load_model
 from lora_dp.fed.models.pooling import blocks_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.kept_data import made_once
 from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
@@ -117,7 +118,8 @@ def open_job(
     device = _device(config.run.device)
     seed, chosen = config.run.seed, config.federation
     torch.manual_seed(seed)
-    raw = open_data(config.data) if raw is None else raw
+    own_data = raw is None
+    raw = made_once("opened", config.data, lambda: open_data(config.data)) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r if config.method.has_adapters else 0, derived_seed(seed, Stream.RANKS))
     loaded = load_model(
         config.model,
@@ -133,7 +135,13 @@ def open_job(
             f"sums_share starts a head on features of unit length, but {config.model.name} keeps its own head: choose "
             "features unit or mean, or leave sums_share out."
         )
-    splits = encode(raw, loaded.spec)
+    spec = loaded.spec
+    if own_data:
+        # A tokenizer is made anew with each model, and is the same for the same name.
+        same = spec if isinstance(spec, ImageSpec) else (config.model.name, spec.max_length)
+        splits = made_once("encoded", (config.data, same), lambda: encode(raw, spec))
+    else:
+        splits = encode(raw, spec)
     model = loaded.model.to(device)
     workspace, train, validation = _without_front(config, loaded, model, splits)
     parts = partition(

@@ -55,6 +55,8 @@ def summarise(
         "rounds": results[-1].round,
         "accuracy_before": first.accuracy,
         "accuracy_after": last.accuracy,
+        "balanced_accuracy_before": first.balanced_accuracy,
+        "balanced_accuracy_after": last.balanced_accuracy,
         "loss_before": first.loss,
         "loss_after": last.loss,
         "target_epsilon": config.privacy.target,
@@ -254,6 +256,8 @@ class ConsoleReport:
         table.add_column(overflow="fold")
         table.add_row("accuracy before", f"{100 * summary['accuracy_before']:.1f} %")
         table.add_row("accuracy after", f"[bold]{100 * summary['accuracy_after']:.1f} %[/]")
+        if summary["balanced_accuracy_after"] is not None:  # resumed from rounds of an earlier version
+            table.add_row("mean over classes", f"{100 * summary['balanced_accuracy_after']:.1f} %")
         table.add_row(f"worst ε at δ = {summary['delta']:g}", f"[bold]{worst}[/]")
         table.add_row("sent up, down", f"{_size(summary['bytes_up'])}, {_size(summary['bytes_down'])}")
         table.add_row("time", f"{time.monotonic() - self._begin:.0f} s")

@@ -1,6 +1,7 @@
 """Small grids, and a run of theirs that ends at once."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ from rich.console import Console
 
 from lora_dp.fed.compare.comparison import compare
 from lora_dp.fed.compare.options import CompareConfig
+from lora_dp.fed.config import RunConfig
 
+# Accuracy and loss that a run ends with; None where it diverges.
+Verdict = Callable[[RunConfig], tuple[float, float] | None]
 SMALL = {"clients": 2, "rounds": 2, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 ACCURACY = {
     ("la-lora", 1.0): (0.9011, 0.9123, 0.8876),

@@ -6,8 +6,10 @@ import pytest
 from rich.console import Console
 
 from lora_dp.fed import launch
+from lora_dp.fed.compare import comparison as module
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.runs import loop
+from tests.fed.compare.conftest import Runner
 from tests.fed.compare.small_grids import grid_config, quietly
 
 
@@ -21,7 +23,7 @@ def test_a_failed_cell_is_a_dash_and_the_others_go_on(tmp_path, fake):
     }
     shown = quietly(grid_config(tmp_path / "grid"))
     text = (tmp_path / "grid" / "comparison.md").read_text()
-    assert re.search(r"`dp-lora` +\| 85.0 ± 7.1 \(n = 2\) +\| – +\|", text)
+    assert re.search(r"`dp-lora` +\| 85.0 ± 63.5† \(n = 2\) +\| – +\|", text)
     assert "- dp-lora, ε = 1, seed 0: RuntimeError, in words that the console alone shows" in text
     assert "4 of 12 runs are missing" in text
     assert "failed: dp-lora, ε = 8, seed 2: bad" in shown
@@ -89,10 +91,41 @@ def test_ctrl_c_leaves_tables_and_goes_on(tmp_path, fake):
         quietly(grid_config(tmp_path / "grid"))
     assert len(fake.ran) == 4
     text = (tmp_path / "grid" / "comparison.md").read_text()
-    assert "90.0 ± 1.2" in text and "9 of 12 runs are missing" in text and "Failed" not in text
+    assert "90.0 ± 3.1" in text and "9 of 12 runs are missing" in text and "Failed" not in text
     fake.broken = {}
     quietly(grid_config(tmp_path / "grid"))
     assert fake.resumed == ["la-lora/eps8/seed0"] and len(fake.ran) == 12
+
+
+class Clock:
+    """A minute passes with every run."""
+
+    def __init__(self, fake: Runner) -> None:
+        self._fake = fake
+
+    def monotonic(self) -> float:
+        return 1000.0 + 60 * len(self._fake.configs)
+
+
+def test_no_run_begins_when_the_minutes_are_up(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(module, "time", Clock(fake))
+    shown = quietly(grid_config(tmp_path / "grid", minutes=5))
+    assert len(fake.ran) == 5
+    assert f"7 runs are left: the same command with --output {tmp_path / 'grid'} goes on" in shown.splitlines()
+    assert "7 of 12 runs are missing" in (tmp_path / "grid" / "comparison.md").read_text()
+    assert not (tmp_path / "grid" / "failures.json").exists()
+    assert "are left" in quietly(grid_config(tmp_path / "grid", minutes=0)) and len(fake.ran) == 5
+    fake.configs.clear()
+    shown = quietly(grid_config(tmp_path / "grid", minutes=7.5))
+    assert len(fake.ran) == len(set(fake.ran)) == 12 and "are left" not in shown
+
+
+def test_trials_count_among_the_runs_that_are_left(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(module, "time", Clock(fake))
+    options = {"epsilons": [1], "search": {"lr": [0.1, 1.0]}, "search_trials": 2}
+    shown = quietly(grid_config(tmp_path / "grid", minutes=3, **options))
+    assert fake.ran == ["la-lora/eps1/s0/seed100", "la-lora/eps1/s1/seed100", "dp-lora/eps1/s0/seed100"]
+    assert "11 runs are left" in shown and "failed" not in shown
 
 
 def test_one_process_at_a_time_holds_a_comparison(tmp_path, fake, monkeypatch):

@@ -129,7 +129,7 @@ def test_the_grid_can_be_run(path):
     assert len(grid.cells) == len(config.methods) * len(config.epsilons) * len(config.seeds) >= 20
     for name in (common["dataset"], common["model"]):
         assert not name.startswith(("/", ".", "~"))
-    assert set(config.learning_rates) and common["delta"] == 1e-5
+    assert config.search and len(config.tuning_seeds) > 1 and common["delta"] == 1e-5
     assert f"--config experiments/{path.relative_to(FOLDER)} " in path.read_text()
 
 
@@ -162,7 +162,9 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
             "8",
             "--seeds",
             "0",
-            "--learning_rates",
+            "--search",
+            "{}",
+            "--lr",
             "0.01",
             "--clients",
             "2",

@@ -5,6 +5,7 @@ import yaml
 from rich.console import Console
 
 from lora_dp.fed.compare.comparison import Cell, Grid, compare
+from lora_dp.fed.compare.options import CompareConfig
 from tests.fed.compare.small_grids import SMALL, grid_config, quietly
 
 
@@ -44,6 +45,25 @@ def test_all_cells_are_checked_before_the_first_runs(tmp_path, fake):
     assert fake.ran == [] and not (tmp_path / "grid").exists()
 
 
+@pytest.mark.parametrize(
+    ("search", "common", "message"),
+    [
+        ({"lrr": [0.1, 1]}, {}, r"search cannot have lrr \(did you mean lr\?\)"),
+        ({"epsilon": [1, 8]}, {}, "search cannot have epsilon"),
+        ({"clients": [2, 8]}, {}, "search cannot have clients"),
+        ({"feature_blocks": [1, 2]}, {}, "search cannot have feature_blocks"),
+        ({"lr": [0.1, 1], "lr_factor": [0.1, 1]}, {}, "both lr and lr_factor: leave one out"),
+        ({"lr_factor": [0.1, 1]}, {"lr": 0.3}, "lr and search's lr_factor were both given"),
+        ({"rounds": [3, 9]}, {"rounds": 5}, "rounds and search's rounds were both given"),
+        ({"sums_share": [0.1, 2]}, {}, r"cell la-lora, ε = 1, trial s\d, seed 100 cannot be run: sums_share must be"),
+    ],
+)
+def test_what_cannot_be_searched(search, common, message):
+    with pytest.raises(ValueError, match=message):
+        Grid(CompareConfig(search=search), common)
+
+
 def test_cells_folders():
     assert Cell("flat-lora:deer", 0.5, 3).path.as_posix() == "cells/flat-lora-deer/eps0.5/seed3"
+    assert Cell("deer", 8.0, 100, "s3.1").path.as_posix() == "trials/deer/eps8/s3.1/seed100"
     assert Cell("deer", "none", 0).path.as_posix() == "cells/deer/epsnone/seed0"

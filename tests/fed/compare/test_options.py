@@ -15,8 +15,23 @@ from lora_dp.fed.compare.options import CompareConfig
         ({"epsilons": ["none", math.inf]}, "epsilons has none twice"),
         ({"methods": []}, "methods is empty"),
         ({"processes": 0}, "processes must be at least 1"),
+        ({"search_trials": 0}, "search_trials must be at least 1"),
+        ({"search_seed": -1}, "search_seed must not be negative"),
+        ({"minutes": -0.5}, "minutes must not be negative"),
+        ({"minutes": math.nan}, "minutes must not be negative"),
+        ({"tuning_seeds": []}, "tuning_seeds is empty"),
+        ({"search": {"lr": [0.1]}}, r"search gives lr as \[0.1\]: give the two ends"),
+        ({"search": {"lr": [0.1, 1, 10]}}, "give the two ends"),
+        ({"search": {"lr": [0.0, 1.0]}}, "give the two ends"),
+        ({"search": {"lr": [1.0, 1.0]}}, "give the two ends"),
+        ({"search": {"lr": [1.0, math.inf]}}, "give the two ends"),
+        ({"search": {"lr": [0.1, 1.0]}, "tuning_seeds": [1, 7]}, "tuning_seeds and seeds both have 1"),
     ],
 )
 def test_grids_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         CompareConfig(**options)
+
+
+def test_seeds_that_are_not_used_to_tune_may_be_those_of_the_table():
+    assert CompareConfig(tuning_seeds=[0]).seeds == [0, 1, 2]

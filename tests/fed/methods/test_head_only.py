@@ -14,7 +14,7 @@ from lora_dp.fed.launch import run
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.models.frozen_front import HeadAlone
 from lora_dp.fed.models.loading import load_model
-from lora_dp.fed.rounds.evaluation import evaluate
+from lora_dp.fed.rounds.evaluation import Evaluation, evaluate
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.runs.results import load_result
 from tests.fed.data.word_tokenizer import write
@@ -24,8 +24,8 @@ from tests.fed.tiny_runs import adapter, tiny
 CPU = torch.device("cpu")
 
 
-def loaded_again(folder: Path, config: RunConfig) -> tuple[float, float]:
-    """Loss and accuracy of what a run has left, in a model that is opened anew from its configuration."""
+def loaded_again(folder: Path, config: RunConfig) -> Evaluation:
+    """What is achieved by what a run has left, in a model that is opened anew from its configuration."""
     raw = open_data(config.data)
     loaded = load_model(config.model, raw.num_labels, raw.kind, seed=7, adapted=False)
     load_result(loaded.model, folder)
@@ -48,7 +48,7 @@ def test_what_a_run_leaves_is_as_good_when_it_is_loaded_again(tmp_path, options:
     before = outcome.rounds[0]
     assert last.loss is not None and last.loss != before.loss and 0 < last.epsilon <= 8
     found = loaded_again(tmp_path / "run", config)
-    assert found == pytest.approx((last.loss, last.accuracy), rel=1e-4)
+    assert found == pytest.approx((last.loss, last.accuracy, last.balanced_accuracy), rel=1e-4)
     tensors = {name.removeprefix("base_model.model.") for name in adapter(tmp_path / "run")}
     if "features" not in options:
         assert tensors == {"head.weight", "head.bias"}

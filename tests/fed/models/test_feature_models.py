@@ -15,7 +15,7 @@ from lora_dp.nn.feature_head import FeatureHead
 from lora_dp.nn.feature_sums import SumWeights, unit_length
 from tests.fed.data.word_tokenizer import Words
 from tests.fed.models.tiny_texts import LENGTHS, bert, texts
-from tests.tiny_models import HEADS, IMAGES, build
+from tests.tiny_models import HEADS, build
 
 PIXELS = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 TOKENS = TextSpec(Words(), 20)  # type: ignore[arg-type]

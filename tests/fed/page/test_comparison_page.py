@@ -34,10 +34,10 @@ def test_a_comparison(tmp_path):
     folder = make_comparison(tmp_path / "grid")
     text = write_page(folder).read_text(encoding="utf-8")
     page = Page(text)
-    assert '<td class="n best">85.0 ± 7.1</td>' in text and '<td class="n">70.0 ± 0.0</td>' in text
+    assert '<td class="n best">85.0 ± 63.5</td>' in text and '<td class="n">70.0 ± 0.0†</td>' in text
     assert "4 of 8 runs finished" in page.plain and "4 of 8 runs are missing" in page.plain
     assert "dp-lora, no privacy, seed 1 a < b & no memory" in page.plain
-    assert "Mean ± sample standard deviation over n = 2 seeds (0, 1)" in page.plain
+    assert "Mean ± half of the 95 % confidence interval (Student's t) over n = 2 seeds (0, 1)" in page.plain
     assert page.tags.count("svg") == 1
     heads = re.findall(r"<th class=\"n\">([^<]*)</th>", text.split("Accuracy by method and budget")[1])[:2]
     assert heads == ["ε = 1", "no privacy"]

@@ -148,8 +148,8 @@ def test_a_round_tells_who_took_part_what_was_trained_and_what_it_came_to():
         result = federation.run_round(evaluate=number != 2)
         assert (result.round, result.phases, result.participants) == (number, factor, [0])
         assert result.failed == [{"client": 1, "reason": "sent nothing"}] and result.epsilon == math.inf
-        found = (result.loss, result.accuracy)
-        assert found == ((None, None) if number == 2 else federation.evaluate())
+        found = (result.loss, result.accuracy, result.balanced_accuracy)
+        assert found == ((None,) * 3 if number == 2 else federation.evaluate())
     assert begun("la-lora").run_round().phases == "BA" and begun("deer").run_round().phases == "B A"
 
 
@@ -178,7 +178,7 @@ def test_the_start_is_round_0_of_nobody():
     federation = begun(privacy=CLIENT)
     result = federation.start()
     assert (result.round, result.phases, result.participants, result.failed) == (0, "", [], [])
-    assert (result.loss, result.accuracy) == federation.evaluate()
+    assert (result.loss, result.accuracy, result.balanced_accuracy) == federation.evaluate()
     assert result.epsilon == result.bytes_up == result.bytes_down == 0
 
 
@@ -340,7 +340,7 @@ def test_the_global_model_is_evaluated_as_it_is_used_on_all_validation_data():
         for name, tensor in federation.server.state.items()
     }
     model.train()
-    loss, accuracy = federation.evaluate()
+    loss, accuracy, _ = federation.evaluate()
     batch = federation.validation.batch(range(600))
     scores = model.eval()(batch["pixel_values"])
     assert type(loss) is type(accuracy) is float

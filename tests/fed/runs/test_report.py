@@ -18,7 +18,19 @@ from lora_dp.fed.runs.report import ConsoleReport, draw_curves, summarise
 
 
 def result(index: int, accuracy: float, epsilon: float) -> RoundResult:
-    return RoundResult(index, "BA" if index else "", [0, 1], 1.0 - accuracy, accuracy, epsilon, 1_250_000, 750_000, 0.5)
+    return RoundResult(
+        index,
+        "BA" if index else "",
+        [0, 1],
+        1.0 - accuracy,
+        accuracy,
+        epsilon,
+        1_250_000,
+        750_000,
+        0.5,
+        [],
+        accuracy / 2,
+    )
 
 
 RESULTS = [result(0, 0.5, 0.0), result(1, 0.7, 4.0), result(2, 0.8, 7.9)]
@@ -40,6 +52,7 @@ def test_summary():
     assert (summary["accuracy_before"], summary["accuracy_after"], summary["worst_epsilon"]) == (0.5, 0.8, 7.9)
     assert summary["noise_multiplier"] == {"smallest": 1.25, "largest": 1.5}
     assert (summary["bytes_up"], summary["bytes_down"], summary["seconds"]) == (3_750_000, 2_250_000, 1.5)
+    assert (summary["balanced_accuracy_before"], summary["balanced_accuracy_after"]) == (0.25, 0.4)
     assert summary["release"] is None
     assert "research only" in summarise(config(reproducible=True), RESULTS, ACCOUNT, "finished", [1.0])["release"]
 

@@ -18,5 +18,6 @@ def test_the_result_on_disk_is_what_was_evaluated(tmp_path, method):
     before = fresh.evaluate()
     load_result(fresh.model, tmp_path / "run")
     after = evaluate(fresh.model, fresh.validation, fresh.device)
-    assert after == pytest.approx((outcome.rounds[-1].loss, outcome.rounds[-1].accuracy), rel=1e-5)
+    last = outcome.rounds[-1]
+    assert after == pytest.approx((last.loss, last.accuracy, last.balanced_accuracy), rel=1e-5)
     assert after != pytest.approx(before, rel=1e-3)
