@@ -32,7 +32,7 @@ class FederationConfig:
 
     method: str = "la-lora"
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
-    rac-lora, galore, fedsvd, lora-xs, head-only; or flat-lora:NAME, Flat-LoRA over another."""
+    rac-lora, galore, fedsvd, lora-xs, head-only, quiet-lora; or flat-lora:NAME, Flat-LoRA over another."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5
@@ -159,7 +159,7 @@ class PrivacyConfig:
     """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer."""
     sums_share: float = 0.0
     """Part of the budget for one release of class sums and moments of the features before the first round, which start
-    and scale the head; 0 for none, 0.1 is usual."""
+    and scale the head; 0 for none, 0.1 is usual. With features fitting, for a new head alone."""
     accountant: Literal["pld", "rdp"] = "pld"
     """How steps are composed: privacy loss distributions (tight), or Rényi (faster)."""
     mechanism: Literal["sound", "as-released"] = "sound"
@@ -282,6 +282,14 @@ class RunOptions:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
+# What RunConfig.settle may change.
+_SETTLED = {
+    "model": ("features", "contrast", "whitening", "adapt_last"),
+    "privacy": ("sums_share",),
+    "optimization": ("balanced", "warm_start"),
+}
+
+
 @dataclass
 class RunConfig:
     """Everything that defines a run.
@@ -395,6 +403,26 @@ class RunConfig:
         1
         """
         return get_method(self.federation.method, self.federation.method_options)
+
+    def settle(self, model: ModelConfig, *, head_is_new: bool) -> None:
+        """Writes down what was found out when the model was opened, so that the same is opened again.
+
+        Args:
+            model: its options, with none left that the model is to decide.
+            head_is_new: whether the head knows nothing of the classes. One that does needs no feature sums.
+        """
+        if self.model.features == "fitting" and not head_is_new:
+            self.privacy.sums_share = 0.0
+            self.optimization.balanced = self.optimization.warm_start = False
+        self.model = model
+
+    def settled_as(self, other: "RunConfig") -> "RunConfig":
+        """This one with what another, of the same run, has settled (:meth:`settle`)."""
+        mine, its = dataclasses.asdict(self), dataclasses.asdict(other)
+        for group, names in _SETTLED.items():
+            if self.model.features in ("fitting", "auto"):
+                mine[group] |= {name: its[group][name] for name in names}
+        return RunConfig(**{f.name: f.default_factory(**mine[f.name]) for f in dataclasses.fields(self)})  # type: ignore
 
     @classmethod
     def from_flat(cls, options: Mapping[str, Any]) -> "RunConfig":

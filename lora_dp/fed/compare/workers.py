@@ -84,7 +84,8 @@ def _run_or_resume(config: RunConfig, path: Path) -> launch.Outcome:
     # Refused while another process is at work there, whose folder must stay where it is.
     RunFolder(path).close()
     try:
-        if read_config(path).to_yaml() == config.to_yaml():
+        stored = read_config(path)
+        if stored.to_yaml() == config.settled_as(stored).to_yaml():
             return launch.resume(path, quiet)
     except LogError:
         raise

@@ -38,7 +38,6 @@ from lora_dp.fed.methods.rolora import RoLoRA
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
     for cls in (
-        QuietLoRA,
         LALoRA,
         DPLoRA,
         FFALoRA,
@@ -53,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
         LoRAXS,
         FlatLoRA,
         HeadOnly,
+        QuietLoRA,
     )
 }
 ENTRY_POINTS = "lora_dp.methods"

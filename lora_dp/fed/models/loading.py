@@ -39,10 +39,10 @@ class LoadedModel:
     """What the model takes: encode the data with it."""
     heads: list[str]
     """Names of the modules trained in full."""
-    features: Features
-    """What the head is given: own, unit or mean."""
-    adapted_last: int | None
-    """The last so many blocks alone have adapters; None: of no blocks in particular."""
+    config: ModelConfig
+    """By which it was loaded, with features, contrast, whitening and adapt_last as the model decided."""
+    head_is_new: bool
+    """Whether the head knows nothing of these classes yet."""
 
 
 def load_model(
@@ -76,31 +76,31 @@ def load_model(
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        loaded = _load(config, num_labels, kind)
-        model, spec, heads, features = loaded.model, loaded.spec, loaded.heads, loaded.features
-        fitting = config.features == "fitting" and features == "mean" and isinstance(spec, ImageSpec)
-        whitening = "made-up" if fitting else config.whitening
+        model, spec, heads, features, brings_head = _load(config, num_labels, kind)
+        if config.features == "fitting" and features == "mean" and isinstance(spec, ImageSpec):
+            config = replace(config, features=features, contrast="model", whitening="made-up")
+        else:
+            config = replace(config, features=features)
         if config.contrast == "model" and not isinstance(spec, ImageSpec):
             raise ValueError("contrast model is for images: leave it out for texts.")
         if isinstance(spec, ImageSpec):
-            spec = replace(spec, contrast=fitting or config.contrast == "model")
+            spec = replace(spec, contrast=config.contrast == "model")
         if features == "mean":
-            model, heads = on_token_means(model, spec, replace(config, whitening=whitening), num_labels), ["head"]
+            model, heads = on_token_means(model, spec, config, num_labels), ["head"]
         elif features == "unit":
-            put_feature_head(model, heads, config.name, spec if loaded.brings_head else None)
-        last = config.adapt_last if adapted else None
-        if adapted and last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
-            last = adapts_last
+            put_feature_head(model, heads, config.name, spec if brings_head else None)
+        if adapted and config.adapt_last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
+            config = replace(config, adapt_last=adapts_last)
         lora = LoRAConfig(
             r=config.r,
             alpha=config.alpha,
-            target_modules=_adapted_layers(model, config, heads, last) if adapted else [],
+            target_modules=_adapted_layers(model, config, heads) if adapted else [],
             trainable_modules=heads,
             dropout=config.dropout,
             init_a=config.init_a,
             adapter=adapter,
         )
-        return LoadedModel(inject_lora(model, lora).train(), spec, heads, features, last)
+        return LoadedModel(inject_lora(model, lora).train(), spec, heads, config, not brings_head)
 
 
 class _Loaded(NamedTuple):
@@ -135,18 +135,16 @@ def _resolved(features: Features, brings_head: bool) -> Features:
     return "own" if features == "auto" else features
 
 
-def _adapted_layers(
-    model: nn.Module, config: ModelConfig, heads: Sequence[str], last_blocks: int | None
-) -> list[str] | str:
+def _adapted_layers(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
     """As LoRAConfig.target_modules."""
-    if last_blocks is None:
+    if config.adapt_last is None:
         return config.target_modules
     blocks = blocks_of(model)
-    if last_blocks > len(blocks):
-        raise ValueError(f"adapt_last is {last_blocks}, but {config.name} has {len(blocks)} blocks: lower it.")
+    if config.adapt_last > len(blocks):
+        raise ValueError(f"adapt_last is {config.adapt_last}, but {config.name} has {len(blocks)} blocks: lower it.")
     modules = Modules.of(model)
     whole = modules.beneath(modules.names[root] for root in heads)
-    last = tuple(f"{block}." for block in blocks[-last_blocks:])
+    last = tuple(f"{block}." for block in blocks[-config.adapt_last :])
     return [name for name in find_targets(model, modules, ALL_LINEAR, whole) if name.startswith(last)]
 
 

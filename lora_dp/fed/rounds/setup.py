@@ -130,7 +130,8 @@ def open_job(
         adapted=config.method.has_adapters,
         adapts_last=config.method.adapts_last,
     )
-    if config.privacy.sums_share and loaded.features == "own":
+    config.settle(loaded.config, head_is_new=loaded.head_is_new)
+    if config.privacy.sums_share and config.model.features == "own":
         raise ValueError(
             f"sums_share starts a head on features of unit length, but {config.model.name} keeps its own head: choose "
             "features unit or mean, or leave sums_share out."
@@ -189,7 +190,7 @@ def _without_front(
         [head] = loaded.heads
         front = Front(model, precision, head=head)
         rest: nn.Module = HeadAlone(model, head)
-    elif loaded.adapted_last is not None and (first := len(blocks_of(model)) - loaded.adapted_last):
+    elif config.model.adapt_last is not None and (first := len(blocks_of(model)) - config.model.adapt_last):
         blocks = blocks_of(model)
         places = [block - 1 if block > 0 else block + len(blocks) for block in config.model.feature_blocks]
         # Blocks whose outputs are features, and the one before the first that is adapted.

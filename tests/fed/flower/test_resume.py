@@ -27,6 +27,7 @@ QUIET = Console(quiet=True)
 def config(output: Path) -> Any:
     return options_of(
         {
+            "method": "la-lora",
             "clients": 2,
             "rounds": 3,
             "local-steps": 1,
