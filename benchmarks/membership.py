@@ -59,15 +59,7 @@ def train(epsilon: float | None, rounds: int, members: np.ndarray, name: str) ->
     alike, as public seeds let an attacker do too; batches and noise are each model's own.
     """
     config = RunConfig.from_flat(
-        {
-            "method": "la-lora",
-            "clients": 1,
-            "rounds": rounds,
-            "epsilon": epsilon,
-            "delta": DELTA,
-            "evaluate_every": rounds,
-            "device": "cpu",
-        }
+        {"clients": 1, "rounds": rounds, "epsilon": epsilon, "delta": DELTA, "evaluate_every": rounds, "device": "cpu"}
     )
     job = open_job(config)
     workspace, pool = job.trainer.workspace, job.train.subset(range(members.shape[1]))
@@ -122,7 +114,7 @@ def main(models: int = 32, rounds: int = 40, output: Path = Path("benchmarks/res
             there are not trained again.
     """
     output.mkdir(parents=True, exist_ok=True)
-    examples = len(open_job(RunConfig.from_flat({"method": "la-lora", "clients": 1, "device": "cpu"})).train)
+    examples = len(open_job(RunConfig.from_flat({"clients": 1, "device": "cpu"})).train)
     members, store = halves(models, examples), output / "confidences.npz"
     known = dict(np.load(store)) if store.exists() else {}
     found: dict[str, dict[str, Any]] = {}

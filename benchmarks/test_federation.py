@@ -172,7 +172,7 @@ def test_training(clients: int, rounds: int, tmp_path: Path, benchmark: Any) -> 
 
 def test_overhead(rounds: int, tmp_path: Path, benchmark: Any) -> None:
     """The default run with 100 clients: all of a round but the turns of its clients, against these turns."""
-    config = RunConfig.from_flat({"method": "la-lora", "clients": 100, "device": "cpu"})
+    config = RunConfig.from_flat({"clients": 100, "device": "cpu"})
     job = open_job(config)
     bare = Bare(**vars(job.trainer))
     federation = Federation(

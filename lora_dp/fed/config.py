@@ -12,6 +12,7 @@ import yaml
 from lora_dp.fed.data.options import DataConfig
 from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.methods import Method, get_method
+from lora_dp.fed.methods.base import nearest_rate
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.option_types import check_types
 from lora_dp.fed.server_options import Averaging, ServerOptimizerName
@@ -491,7 +492,7 @@ def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
         chosen.pop("balanced", None)
     if method.recipe_rates and options.get("optimizer", "sgd") == "sgd":
         budget = PrivacyConfig(epsilon=options.get("epsilon", PrivacyConfig.epsilon)).target
-        chosen["lr"] = method.learning_rate(None if whole_clients else budget, by_recipe=True)
+        chosen["lr"] = nearest_rate(method.recipe_rates, None if whole_clients else budget)
     return chosen
 
 

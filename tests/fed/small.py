@@ -94,7 +94,7 @@ def make_federation(
         from lora_dp.fed.methods import Layers
 
         workspace.layers = Layers(workspace.layers.shapes, r, alpha)
-    privacy = {"method": "la-lora", "clients": len(sizes), "examples": sum(sizes), **privacy}
+    privacy = {"clients": len(sizes), "examples": sum(sizes), **privacy}
     trainer = Trainer(workspace, made, training, plan_for(made, training, **privacy), seed, reproducible)
     parts = [make_examples(size, number) for number, size in enumerate(sizes)]
     return Federation(

@@ -13,20 +13,7 @@ from lora_dp.fed import cli
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.client import Trainer
 
-SMALL = [
-    "--method",
-    "la-lora",
-    "--clients",
-    "2",
-    "--rounds",
-    "1",
-    "--local-steps",
-    "1",
-    "--batch_size",
-    "8",
-    "--accountant",
-    "rdp",
-]
+SMALL = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch_size", "8", "--accountant", "rdp"]
 
 
 @pytest.mark.slow

@@ -25,15 +25,7 @@ from tests.fed.chained import forge
 from tests.fed.small import TRAINING, make_examples, plan_for
 
 PLAN = plan_for(get_method("dp-lora"), TRAINING)
-TINY = {
-    "method": "la-lora",
-    "clients": 2,
-    "rounds": 4,
-    "local_steps": 1,
-    "batch_size": 16,
-    "accountant": "rdp",
-    "device": "cpu",
-}
+TINY = {"clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 # Another value of every option, with what else it takes to be one.
 OTHERS: dict[str, dict[str, Any]] = {
     "method": {"method": "deer"},

@@ -8,15 +8,7 @@ from safetensors.torch import load_file
 
 from lora_dp.fed.config import RunConfig
 
-TINY = {
-    "method": "la-lora",
-    "clients": 2,
-    "rounds": 2,
-    "local_steps": 2,
-    "batch_size": 16,
-    "accountant": "rdp",
-    "device": "cpu",
-}
+TINY = {"clients": 2, "rounds": 2, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
 
 def tiny(output: Path | None = None, **options) -> RunConfig:

@@ -33,6 +33,17 @@ def factor(name: str) -> Literal["A", "B"] | None:
     return "A" if last == "lora_A" else "B" if last == "lora_B" else None
 
 
+def nearest_rate(rates: Mapping[float, float], epsilon: float | None) -> float:
+    """Of rates by ε (inf: no privacy), that of the nearest in ratio; None is no privacy.
+
+    >>> nearest_rate({1: 0.1, 8: 0.5, math.inf: 0.3}, 2.0)
+    0.1
+    """
+    if epsilon is None:
+        return rates[math.inf]
+    return rates[min((e for e in rates if e < math.inf), key=lambda e: abs(math.log(e / epsilon)))]
+
+
 @dataclass(frozen=True)
 class Layers:
     """The adapted layers of the model.
@@ -192,12 +203,9 @@ class Method(ABC):
         """Whether the server's average is the next global state, so that a server optimizer may step in its place."""
         return type(self).combine is Method.combine and type(self).begin is Method.begin
 
-    def learning_rate(self, epsilon: float | None, *, by_recipe: bool = False) -> float:
+    def learning_rate(self, epsilon: float | None) -> float:
         """SGD's default learning rate: that of the nearest ε (in ratio) at which the method was tuned."""
-        tuned = self.recipe_rates if by_recipe else self.learning_rates
-        if epsilon is None:
-            return tuned[math.inf]
-        return tuned[min((e for e in tuned if e < math.inf), key=lambda e: abs(math.log(e / epsilon)))]
+        return nearest_rate(self.learning_rates, epsilon)
 
     def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
         """Whether a turn changes this parameter, so that it is sent up: its factors, and the head always.

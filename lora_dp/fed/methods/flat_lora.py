@@ -61,8 +61,8 @@ class FlatLoRA(Method):
     def phases(self, round_index: int, turn: int = 0) -> Phases:
         return self.base.phases(round_index, turn)
 
-    def learning_rate(self, epsilon: float | None, *, by_recipe: bool = False) -> float:
-        return self.base.learning_rate(epsilon, by_recipe=by_recipe)
+    def learning_rate(self, epsilon: float | None) -> float:
+        return self.base.learning_rate(epsilon)
 
     def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
         return self.base.trains(parameter, round_index, turn)

@@ -17,7 +17,6 @@ from lora_dp.fed.runs.results import load_result
 from tests.fed.diagnostics.recorded_updates import write_updates
 
 TINY = {
-    "method": "la-lora",
     "clients": 2,
     "rounds": 2,
     "local_steps": 2,

@@ -11,7 +11,6 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.rounds.messages import Task, Update
 
 TINY = {
-    "method": "la-lora",
     "clients": 3,
     "rounds": 2,
     "local_steps": 2,

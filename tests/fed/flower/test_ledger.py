@@ -24,15 +24,7 @@ from tests.fed.flower.loopback import LoopbackGrid
 from tests.fed.small import TRAINING, plan_for
 
 UNPROTECTED = "sends nothing that secret noise of its own does not protect"
-TINY = {
-    "method": "la-lora",
-    "clients": 2,
-    "rounds": 3,
-    "local_steps": 2,
-    "batch_size": 16,
-    "accountant": "rdp",
-    "device": "cpu",
-}
+TINY = {"clients": 2, "rounds": 3, "local_steps": 2, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)

@@ -40,9 +40,7 @@ def turns(path: Path) -> int:
 
 def refused(node: dict[str, Any]) -> set[str]:
     """What a node says of its settings, to a server that asks who it is and to one that asks for a turn."""
-    config = messages.pack_config(
-        RunConfig.from_flat({"method": "la-lora", "clients": 2, "engine": "deployed"}).to_yaml()
-    )
+    config = messages.pack_config(RunConfig.from_flat({"clients": 2, "engine": "deployed"}).to_yaml())
     asked, task = RecordDict({messages.CONFIG: config}), Task(0, 0, 4, {})
     introduced = messages.unpack_introduction(flower_client._answered(flower_client._introduce, asked, node))
     content = messages.pack_task(config, task, messages.pack_tensors({}))

@@ -27,7 +27,6 @@ QUIET = Console(quiet=True)
 def config(output: Path) -> Any:
     return options_of(
         {
-            "method": "la-lora",
             "clients": 2,
             "rounds": 3,
             "local-steps": 1,

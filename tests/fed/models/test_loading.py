@@ -137,7 +137,7 @@ def test_nested_head_of_a_timm_model():
 def test_sentence_encoder_from_a_local_folder():
     loaded = load_model(ModelConfig(name=str(MINILM), features="own", target_modules=["query", "value"]), 2, "text")
     check_adapted(loaded, "bert.")
-    assert loaded.heads == ["classifier"] and loaded.features == "own"
+    assert loaded.heads == ["classifier"] and loaded.config.features == "own"
     reference = transformers.AutoModel.from_pretrained(MINILM)
     assert torch.equal(
         loaded.model.bert.encoder.layer[3].attention.self.query.weight,
@@ -160,7 +160,7 @@ def test_a_sentence_encoder_says_itself_that_its_tokens_are_averaged():
     """The very embedding that it was trained for, at unit length: cosines of paraphrases are the highest."""
     loaded = load_model(ModelConfig(name=str(MINILM), target_modules=["query", "value"]), 2, "text")
     check_adapted(loaded, "backbone.")
-    assert (loaded.heads, loaded.features) == (["head"], "mean")
+    assert (loaded.heads, loaded.config.features) == (["head"], "mean")
     assert not any("pooler" in name for name, _ in loaded.model.named_modules())
     texts, labels = ["A man plays the guitar.", "Someone is playing a guitar.", "Shares fell."], np.array([1, 0, 0])
     train = encode(RawData("text", ["bad", "good"], texts, labels, texts, labels, 128), loaded.spec).train
@@ -313,12 +313,12 @@ def test_auto_takes_means_where_the_model_says_so_and_else_its_own_head(tmp_path
         if mean is not None:
             says(tmp_path, mean)
         loaded = load_model(ModelConfig(name=name), 3, "text")
-        assert (loaded.features, loaded.heads) == (features, heads)
+        assert (loaded.config.features, loaded.heads) == (features, heads)
     for chosen in ("own", "unit"):  # what is chosen counts, whatever the model says
         loaded = load_model(ModelConfig(name=name, features=chosen), 3, "text")
-        assert (loaded.features, loaded.heads) == (chosen, ["classifier"])
-    assert load_model(ModelConfig(), 10, "image").features == "own"
-    assert load_model(ModelConfig(name="test_vit", pretrained=False), 10, "image").features == "own"
+        assert (loaded.config.features, loaded.heads) == (chosen, ["classifier"])
+    assert load_model(ModelConfig(), 10, "image").config.features == "own"
+    assert load_model(ModelConfig(name="test_vit", pretrained=False), 10, "image").config.features == "own"
 
 
 @pytest.mark.parametrize("features", ["unit", "mean"])
@@ -328,7 +328,7 @@ def test_adapters_are_in_the_backbone_and_the_feature_head_is_trained(tmp_path, 
     layers = ["qkv"] if kind == "image" else ["query"]
     loaded = load_model(ModelConfig(name=name, features=features, target_modules=layers), 3, kind)
     check_adapted(loaded)
-    assert loaded.features == features and isinstance(loaded.model.get_submodule(loaded.heads[0]), FeatureHead)
+    assert loaded.config.features == features and isinstance(loaded.model.get_submodule(loaded.heads[0]), FeatureHead)
     assert loaded.model.training
 
 

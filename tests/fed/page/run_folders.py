@@ -100,7 +100,7 @@ def account(clients: int = 2) -> dict:
 
 def make_run(path: Path, *, ended: bool = True, rounds: list[dict] = ROUNDS, ledger: dict | None = None, **options):
     path.mkdir(parents=True)
-    config = RunConfig.from_flat({"method": "la-lora", "clients": 2, "rounds": 2, **options})
+    config = RunConfig.from_flat({"clients": 2, "rounds": 2, **options})
     (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rounds))
     if ended:

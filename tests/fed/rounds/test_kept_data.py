@@ -32,15 +32,7 @@ def test_shared_data_change_no_bit_of_a_run(tmp_path, monkeypatch, options):
     opened: list[str] = []
     open_data = setup.open_data
     monkeypatch.setattr(setup, "open_data", lambda config: opened.append(config.dataset) or open_data(config))
-    small = {
-        "method": "la-lora",
-        "clients": 2,
-        "rounds": 1,
-        "local_steps": 1,
-        "accountant": "rdp",
-        "device": "cpu",
-        "reproducible": True,
-    }
+    small = {"clients": 2, "rounds": 1, "local_steps": 1, "accountant": "rdp", "device": "cpu", "reproducible": True}
 
     def ended(name: str, seed: int) -> object:
         config = RunConfig.from_flat({**small, **options, "seed": seed, "output": tmp_path / name})

@@ -22,7 +22,6 @@ from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.small import make_federation
 
 TINY = {
-    "method": "la-lora",
     "clients": 2,
     "rounds": 2,
     "local_steps": 1,

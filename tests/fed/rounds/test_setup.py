@@ -13,15 +13,7 @@ from lora_dp.fed.rounds.setup import open_job
 from tests.fed.data.word_tokenizer import write
 from tests.fed.models.tiny_texts import bert_folder
 
-TINY = {
-    "method": "la-lora",
-    "clients": 2,
-    "rounds": 4,
-    "local_steps": 1,
-    "batch_size": 16,
-    "accountant": "rdp",
-    "device": "cpu",
-}
+TINY = {"clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
 
 @pytest.mark.slow

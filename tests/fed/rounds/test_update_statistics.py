@@ -90,7 +90,6 @@ def test_an_update_that_does_not_fit_is_refused(wrong):
 
 NOISE_MULTIPLIER = 1000.0
 BASE = {
-    "method": "la-lora",
     "clients": 2,
     "rounds": 4,
     "local_steps": 5,

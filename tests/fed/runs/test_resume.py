@@ -24,7 +24,6 @@ from tests.fed.crashing import warm_process
 
 SEED, KILLS = 20261123, int(os.environ.get("KILLS", "3"))
 TINY = {
-    "method": "la-lora",
     "clients": 3,
     "rounds": 3,
     "local_steps": 1,
