@@ -20,6 +20,7 @@ from lora_dp.isolation.collation.trial import drawn_for_test
 from lora_dp.nn.layers import DPEmbedding
 from lora_dp.ops.clip_and_sum import tables_captured
 from lora_dp.optim.disk import DiSK
+from lora_dp.privacy.adaptive_clipping import QuantileClipping
 
 # As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
 _WARMUP = 3
@@ -49,7 +50,8 @@ class GraphedStep:
             the expected size, which Poisson sampling rarely passes.
 
     Raises:
-        ValueError: batch_size below 1, or a trainable embedding, by name; or the optimizer wraps :class:`lora_dp.DiSK`.
+        ValueError: batch_size below 1, or a trainable embedding, by name; or the optimizer wraps :class:`lora_dp.DiSK`,
+            or its bound moves (:class:`lora_dp.AdaptiveClipping`).
         TypeError: batch_size is no whole number, or another argument is of another kind.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -76,6 +78,11 @@ class GraphedStep:
         if isinstance(optimizer.original_optimizer, DiSK):
             raise ValueError(
                 "DiSK has no graphed step, for a replayed graph does not move the model ahead: call step()."
+            )
+        if isinstance(optimizer.mechanism.rule, QuantileClipping):
+            raise ValueError(
+                "AdaptiveClipping has no graphed step, for a replayed graph would clip at the bound that it was "
+                "captured with: call step()."
             )
         for name, module in model.named_modules():
             if isinstance(module, DPEmbedding) and module.private_parameters():

@@ -34,9 +34,10 @@ from lora_dp.privacy.accounting import (
 from lora_dp.privacy.accounting.budget import Budget
 from lora_dp.privacy.accounting.history import History, read_runs
 from lora_dp.privacy.accounting.ledger import begins
-from lora_dp.privacy.clipping import ClippingName, make_clip_rule
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
+from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter
-from lora_dp.privacy.mechanism import Mechanism
+from lora_dp.privacy.mechanism import make_mechanism
 from lora_dp.privacy.randomness import SecureSource, SeededSource
 from lora_dp.privacy.secret_state import renew
 from lora_dp.privacy.shrinkage import Shrinkage
@@ -113,7 +114,7 @@ class PrivacyEngine:
         data_loader: DataLoader[Any],
         noise_multiplier: float,
         max_grad_norm: float,
-        clipping: ClippingName = "flat",
+        clipping: ClippingName | AdaptiveClipping = "flat",
         phases: Phases = "AB",
         loss_reduction: LossReduction = "mean",
         low_pass: Filter | None = None,
@@ -129,7 +130,9 @@ class PrivacyEngine:
             data_loader: its batch size is the expected batch size; batches are drawn by Poisson sampling.
             noise_multiplier: σ, in units of ``max_grad_norm``.
             max_grad_norm: clip bound C; inf (with σ = 0) means no clipping.
-            clipping: "flat", "per_layer" (each layer at C / √layers) or "automatic".
+            clipping: "flat", "per_layer" (each layer at C / √layers), "automatic", or
+                :class:`lora_dp.AdaptiveClipping`, whose bound follows a quantile of the norms from C on. Its count is
+                released with the gradient: σ is of both together.
             phases: which of LoRA's factors each step trains: "B", "A", "AB" (both) or "BA" (alternating).
             loss_reduction: how a loss that is one number joins the examples: "mean" or "sum". Losses (N,) that are
                 given to :meth:`PrivateOptimizer.backward` need none.
@@ -173,7 +176,7 @@ class PrivacyEngine:
         max_grad_norm: float,
         epochs: float | None = None,
         steps: int | None = None,
-        clipping: ClippingName = "flat",
+        clipping: ClippingName | AdaptiveClipping = "flat",
         phases: Phases = "AB",
         loss_reduction: LossReduction = "mean",
         low_pass: Filter | None = None,
@@ -245,7 +248,7 @@ class PrivacyEngine:
         check_not_wrapped(model)
         warn_of_half_precision(model)
         parameters = cover(model)
-        mechanism = Mechanism(make_clip_rule(options.clipping, max_grad_norm), noise_multiplier, self.source)
+        mechanism = make_mechanism(options.clipping, max_grad_norm, noise_multiplier, self.source)
         loader = PrivateDataLoader(
             data_loader,
             self.source,

@@ -44,7 +44,8 @@ class PassClipper:
                 key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
                 for row, (key, slot) in enumerate(slots)
             }
-            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
+            count = mechanism.centred_count(sq_norms, mask, scale)
+            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum(), count)
 
     def _layers(self, found: tuple[int, ...], trained: frozenset[int], device: torch.device) -> tuple[Tensor, int]:
         """The number of each found parameter's layer among those trained, and how many these are."""

@@ -7,6 +7,7 @@ from lora_dp.argument_checks import check_flag
 from lora_dp.engine.phases import Phases
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.nn.per_example import NormMethod
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter, check_filter
 from lora_dp.privacy.shrinkage import Shrinkage, check_shrinkage
@@ -21,7 +22,7 @@ class StepOptions:
         TypeError: a value of another type.
     """
 
-    clipping: ClippingName = "flat"
+    clipping: ClippingName | AdaptiveClipping = "flat"
     phases: Phases = "AB"
     loss_reduction: LossReduction = "mean"
     low_pass: Filter | None = None

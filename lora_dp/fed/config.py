@@ -155,8 +155,11 @@ class PrivacyConfig:
     """Largest norm of one example's gradient after clipping (unit example)."""
     max_update_norm: float = 1.0
     """Largest norm of a client's whole update after clipping (unit client)."""
-    clipping: Literal["automatic", "flat", "per_layer"] = "automatic"
-    """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer."""
+    clipping: Literal["automatic", "flat", "per_layer", "adaptive"] = "automatic"
+    """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer;
+    adaptive: as flat, at a bound that follows a quantile of the norms from max_grad_norm on, anew in each turn."""
+    clip_quantile: float = 0.5
+    """With clipping adaptive: the part of a client's examples that should lie within the bound."""
     sums_share: float = 0.0
     """Part of the budget for one release of class sums and moments of the features before the first round, which start
     and scale the head; 0 for none, 0.1 is usual."""
@@ -187,13 +190,20 @@ class PrivacyConfig:
             "sums_share has no meaning with mechanism as-released, whose noise is not accounted: leave it out.",
         )
         by_client = {"noise_by": "server", "max_update_norm": 1.0}
-        by_example = {"max_grad_norm": 1.0, "clipping": "automatic"}
+        by_example = {"max_grad_norm": 1.0, "clipping": "automatic", "clip_quantile": 0.5}
+        _require(
+            0 < self.clip_quantile < 1, f"clip_quantile must lie between 0 and 1, not {self.clip_quantile}: try 0.5."
+        )
         if self.mechanism == "as-released":  # DEeR's bounds whole updates, LA-LoRA's reads its bound off the data
             idle, where = {**by_example, "noise_by": "server"}, "mechanism as-released"
         else:
             idle, where = (by_client if self.unit == "example" else by_example), f"unit {self.unit}"
         for name, usual in idle.items():
             _require(getattr(self, name) == usual, f"{name} has no effect with {where}: leave it out.")
+        _require(
+            self.clipping == "adaptive" or self.clip_quantile == 0.5,
+            f"clip_quantile has no effect with clipping {self.clipping}: choose adaptive.",
+        )
         _require(
             self.mechanism == "sound" or self.epsilon is not None,
             "mechanism as-released needs the epsilon that its noise is set for: leave epsilon none out.",
@@ -365,9 +375,10 @@ class RunConfig:
             chosen.server_optimizer != "adam"
             or not method.regulates_noise
             and self.privacy.mechanism != "as-released"
+            and self.privacy.clipping != "adaptive"
             and (chosen.optimizer == "sgd" or whole_clients or self.privacy.target is None),
-            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd, mechanism sound "
-            "and a method whose noise is not regulated.",
+            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd, mechanism "
+            "sound, a bound that stays, and a method whose noise is not regulated.",
         )
         if chosen.server_lr is None:
             chosen.server_lr = 0.03 if chosen.server_optimizer == "adam" else 1.0

@@ -33,6 +33,7 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.validation import PrivateParameter
 from lora_dp.nn.per_example import Slot
 from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping, QuantileClipping
 from lora_dp.privacy.clipping import FlatClipping, PerLayerClipping
 from lora_dp.privacy.mechanism import Mechanism, total
 from lora_dp.privacy.randomness import SeededSource
@@ -69,6 +70,14 @@ def whole_bound_for_each_layer(planting: Planting) -> None:
         return (self.max_grad_norm / by_layer.sqrt()).clamp(max=1.0)[layers]
 
     planting.replace(PerLayerClipping, "coefficients", lambda _: planted)
+
+
+def quantile_for_nothing(planting: Planting) -> None:
+    planting.replace(AdaptiveClipping, "gradient_noise", lambda _: lambda self, noise_multiplier: noise_multiplier)
+
+
+def count_without_noise(planting: Planting) -> None:
+    planting.replace(QuantileClipping, "released", lambda _: lambda self, count: float(count))
 
 
 def nan_passes(planting: Planting) -> None:

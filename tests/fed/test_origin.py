@@ -50,6 +50,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 2.0},
     "max_update_norm": {"unit": "client", "max_update_norm": 2.0},
     "clipping": {"clipping": "flat"},
+    "clip_quantile": {"clipping": "adaptive", "clip_quantile": 0.7},
     "sums_share": {"sums_share": 0.2},
     "accountant": {"accountant": "rdp"},
     "mechanism": {"mechanism": "as-released"},

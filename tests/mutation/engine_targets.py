@@ -38,6 +38,9 @@ ENGINE: dict[str, Target] = {
         ),
         ("tests/kernels/test_private_step.py",),
     ),
+    "lora_dp/privacy/adaptive_clipping.py": Target(
+        ("tests/privacy/test_adaptive_clipping.py", "tests/engine/test_moving_bound.py")
+    ),
     "lora_dp/privacy/clipping.py": Target(
         ("tests/privacy/test_clipping.py", "tests/engine/test_setup_refusals.py", "tests/pitfalls/test_clipping.py")
     ),

@@ -130,7 +130,7 @@ class Trainer:
             # turn.
             first=task.round * training.local_steps,
             bound=plan.max_grad_norm if protected else float("inf"),
-            clipping=plan.clipping if protected else "flat",
+            clipping=plan.step_clipping if protected else "flat",
             phases=self.method.phases(task.round, task.turn),
             low_pass=make_filter(training.low_pass, training.low_pass_strength),
             regulate_noise=self.method.regulates_noise and protected,

@@ -16,6 +16,7 @@ from lora_dp.losses import feature_sums_loss
 from lora_dp.nn.feature_head import FeatureHead, feature_head_of
 from lora_dp.nn.feature_sums import FeatureSums, SumWeights
 from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter, FilterName
 
@@ -79,7 +80,7 @@ class LocalSteps:
     count: int
     first: int
     bound: float
-    clipping: ClippingName
+    clipping: ClippingName | AdaptiveClipping
     phases: Phases
     low_pass: Filter | None
     regulate_noise: bool

@@ -97,6 +97,7 @@ def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
         privacy.mechanism,
         examples,
         privacy.sums_share,
+        privacy.clip_quantile,
     )
 
 

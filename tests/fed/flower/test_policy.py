@@ -31,6 +31,7 @@ REAL = {
     "delta": (1e-15, 1e-5),
     "max_grad_norm": (1e-3, 1e3),
     "max_update_norm": (1e-3, 1e3),
+    "clip_quantile": (0.01, 0.99),
     "lr": (1e-12, 1e6),
     "lr_ratio": (1e-12, 1e6),
     "low_pass_strength": (0, 1000),
