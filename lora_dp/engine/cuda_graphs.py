@@ -51,7 +51,7 @@ class GraphedStep:
 
     Raises:
         ValueError: batch_size below 1, or a trainable embedding, by name; or the optimizer wraps :class:`lora_dp.DiSK`,
-            or its bound moves (:class:`lora_dp.AdaptiveClipping`).
+            its bound moves (:class:`lora_dp.AdaptiveClipping`), or it takes several views of an example.
         TypeError: batch_size is no whole number, or another argument is of another kind.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -84,6 +84,8 @@ class GraphedStep:
                 "AdaptiveClipping has no graphed step, for a replayed graph would clip at the bound that it was "
                 "captured with: call step()."
             )
+        if optimizer.views > 1:
+            raise ValueError("Several views of each example have no graphed step: call step().")
         for name, module in model.named_modules():
             if isinstance(module, DPEmbedding) and module.private_parameters():
                 raise ValueError(f"'{name}' is a trainable embedding, which no graph can record: freeze it.")

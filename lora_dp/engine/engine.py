@@ -121,6 +121,7 @@ class PrivacyEngine:
         norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
         shrinkage: Shrinkage | None = None,
+        views: int = 1,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Make one training run private at a given noise.
 
@@ -142,6 +143,9 @@ class PrivacyEngine:
                 does not grow with the frozen factor (DEeR, :mod:`lora_dp.nn.regulator`); not with phases "AB".
             shrinkage: filter that knows the noise, on the noisy gradient of each parameter, before the regulator and
                 ``low_pass`` (:mod:`lora_dp.privacy.shrinkage`).
+            views: K rows of a batch for each example, all of one after those of another: (N·K, …), as of K augmented
+                copies. Their gradients are averaged before the clip (De et al. 2022, arXiv 2204.13650), so that an
+                example still moves the sum by at most C. Losses are of rows, (N·K,); a mask is of examples, (N,).
 
         Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
         torch afterwards must call it again before the next training pass, which else is refused.
@@ -162,7 +166,7 @@ class PrivacyEngine:
         >>> optimizer.sample_rate, optimizer.expected_batch_size, len(loader)
         (0.25, 16, 4)
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage)
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views)
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
     def make_private_with_epsilon(
@@ -183,6 +187,7 @@ class PrivacyEngine:
         norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
         shrinkage: Shrinkage | None = None,
+        views: int = 1,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
 
@@ -203,7 +208,7 @@ class PrivacyEngine:
         >>> round(optimizer.noise_multiplier, 2)
         0.63
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage)
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views)
         check_number("target_epsilon", target_epsilon)
         check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)

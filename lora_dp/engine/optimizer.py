@@ -77,6 +77,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     sample_rate = Fixed[float]()
     expected_batch_size = Fixed[int]()
     loss_reduction = Fixed[LossReduction]()
+    views = Fixed[int]()
     mechanism = Fixed[Mechanism]()
     ledger = Fixed[Ledger](_ACCOUNT)
     history = Fixed[History](_ACCOUNT)
@@ -110,7 +111,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
         self._phases = PhaseCycle(options.phases)
-        self._options, self.loss_reduction = options, options.loss_reduction
+        self._options, self.loss_reduction, self.views = options, options.loss_reduction, options.views
         self._before_release, self._adapters = before_release, adapters
         self.regulators: dict[int, Regulator] = {}
         self._clipper = PassClipper(self._covered, options.loss_reduction)
@@ -287,7 +288,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         )
         if self._moving is not None and not self.batch.examples:
             self._moving.choose("".join(sorted(factors)))
-        self._recorder.method = self._options.norm_method
+        self._recorder.method, self._recorder.views = self._options.norm_method, self.views
         self._recorder.losses.reduction = self.loss_reduction
         self._recorder.owner, self._recorder.on_pass = self, self._drawn.give
         self._set_regulators()
@@ -363,6 +364,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Args:
             losses: (N,), one for each example of the last forward, from the model's outputs (:mod:`lora_dp.losses`).
+                With ``views`` (N·views,), one for each row; an example's loss is the mean over its own.
             weight: a public number by which all are multiplied, such as a schedule's; never read off a batch, not 0.
             retain_graph: as torch's.
 
@@ -386,13 +388,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "backward() needs a training forward of the private model before it, with this optimizer active."
             )
-        if not isinstance(losses, Tensor) or losses.shape != (finished.n,):
+        if not isinstance(losses, Tensor) or losses.shape != (finished.rows,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"optimizer.backward takes the loss of each of the {finished.n} examples, shape ({finished.n},), got "
-                f"{shape}: use reduction='none' and join what belongs to one example, or a loss of lora_dp.losses."
+                f"optimizer.backward takes the loss of each of the {finished.rows} "
+                f"{'examples' if finished.views == 1 else 'rows'}, shape ({finished.rows},), got {shape}: use "
+                "reduction='none' and join what belongs to one example, or a loss of lora_dp.losses."
             )
-        self._recorder.losses.vector(losses, finished.n)
+        self._recorder.losses.vector(losses, finished.rows)
         finished.summed = True
         backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
         self._recorder.losses.after_backward()
@@ -402,9 +405,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: runs forward and backward once, as torch's; its value is returned.
-            mask: (N,) bool; an example with False contributes nothing: padding up to a fixed batch size, or one that is
-                to be left out. An example's entry must depend on that example alone. With ``loss_reduction="mean"`` the
-                loss must be the mean over all N, those with False included.
+            mask: (N,) bool; an example with False contributes nothing, with all its views: padding up to a fixed batch
+                size, or one that is to be left out. An example's entry must depend on that example alone. With
+                ``loss_reduction="mean"`` the loss must be the mean over all N, those with False included.
 
         Raises:
             PrivacyBudgetExceeded: the step would overrun the target ε; nothing has been released.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from lora_dp.argument_checks import check_flag
+from lora_dp.argument_checks import check_count, check_flag
 from lora_dp.engine.phases import Phases
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.nn.per_example import NormMethod
@@ -18,7 +18,7 @@ class StepOptions:
     """What :meth:`lora_dp.PrivacyEngine.make_private` takes by these names, where each is explained.
 
     Raises:
-        ValueError: a choice that is none, or ``regulate_noise`` with phases "AB".
+        ValueError: a choice that is none, fewer views than one, or ``regulate_noise`` with phases "AB".
         TypeError: a value of another type.
     """
 
@@ -29,11 +29,13 @@ class StepOptions:
     norm_method: NormMethod = "auto"
     regulate_noise: bool = False
     shrinkage: Shrinkage | None = None
+    views: int = 1
 
     def __post_init__(self) -> None:
         check_filter(self.low_pass)
         check_shrinkage(self.shrinkage)
         check_flag("regulate_noise", self.regulate_noise)
+        check_count("views", self.views)
         for name, choices in (("loss_reduction", LossReduction), ("norm_method", NormMethod)):
             if (value := getattr(self, name)) not in (known := get_args(choices)):
                 *others, last = map(repr, known)

@@ -20,6 +20,7 @@ from tests.faults.plants import (
     same_noise_in_each_layer,
     silent_release,
     squares_in_float32,
+    views_summed_after_the_clip,
     whole_bound_for_each_layer,
 )
 
@@ -51,6 +52,16 @@ CLIPPING_AND_NOISE = [
         (
             "tests/pitfalls/test_noise.py::test_noise_matches_sensitivity[per_layer]",
             "tests/privacy/test_clipping.py::test_per_layer",
+        ),
+    ),
+    Fault(
+        "views of an example are clipped one by one and summed",
+        "an example moves the sum by as many times C as it has views.",
+        views_summed_after_the_clip,
+        (
+            "tests/engine/test_views.py::test_an_example_moves_the_sum_by_at_most_the_bound[vector-direct]",
+            "tests/engine/test_views.py::test_an_example_moves_the_sum_by_at_most_the_bound[mean-ghost]",
+            "tests/engine/test_views.py::test_views_that_are_alike_are_as_one[2-flat]",
         ),
     ),
     Fault(

@@ -31,7 +31,7 @@ from lora_dp import DPLoRALinear, GaussianFilter, LoRAConfig, inject_lora
 from lora_dp.engine.logical_batch import Clipped
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.validation import PrivateParameter
-from lora_dp.nn.per_example import Slot
+from lora_dp.nn.per_example import PassRecorder, Slot
 from lora_dp.privacy.accounting import PoissonGaussian
 from lora_dp.privacy.adaptive_clipping import AdaptiveClipping, QuantileClipping
 from lora_dp.privacy.clipping import FlatClipping, PerLayerClipping
@@ -78,6 +78,24 @@ def quantile_for_nothing(planting: Planting) -> None:
 
 def count_without_noise(planting: Planting) -> None:
     planting.replace(QuantileClipping, "released", lambda _: lambda self, count: float(count))
+
+
+def views_summed_after_the_clip(planting: Planting) -> None:
+    """The batch's number of examples stays right, as whoever forgets the mean alone would leave it."""
+
+    def planted(open_pass: Any) -> Any:
+        def by_row(self: PassRecorder, rows: int) -> None:
+            views, self.views = self.views, 1
+            open_pass(self, rows)
+            self.views = views
+
+        return by_row
+
+    def counted(take: Any) -> Any:
+        return lambda self, clipped, *rows: take(self, clipped, *(number // self.views for number in rows))
+
+    planting.replace(PassRecorder, "open", planted)
+    planting.replace(PrivateOptimizer, "take", counted)
 
 
 def nan_passes(planting: Planting) -> None:

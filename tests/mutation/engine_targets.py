@@ -229,6 +229,7 @@ ENGINE: dict[str, Target] = {
     "lora_dp/engine/pass_clipper.py": Target(
         (
             "tests/engine/test_pass_clipper.py",
+            "tests/engine/test_views.py",
             "tests/engine/test_engine.py",
             "tests/isolation/loss_checks/test_loss_vectors.py",
             "tests/engine/test_gradients.py",

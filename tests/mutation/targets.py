@@ -41,7 +41,6 @@ SETTLED = (
     "lora_dp/engine/data_loader.py",
     "lora_dp/isolation/batches/sizes.py",
     "lora_dp/isolation/batches/tables.py",
-    "lora_dp/nn/per_example.py",
     "lora_dp/engine/recorder.py",
     "lora_dp/hash_chain.py",
     "lora_dp/lora/bypassed_layers.py",
@@ -61,5 +60,4 @@ SETTLED = (
     "lora_dp/isolation/batches/shared_arguments.py",
     "lora_dp/privacy/accounting/budget.py",
     "lora_dp/isolation/loss_checks/backward_calls.py",
-    "lora_dp/engine/hooks.py",
 )
