@@ -129,7 +129,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     @property
     def max_grad_norm(self) -> float:
-        """C of the next step, which moves with :class:`lora_dp.AdaptiveClipping` alone."""
+        """C of the next step, which moves with :class:`lora_dp.AdaptiveClipping` alone.
+
+        >>> optimizer.max_grad_norm
+        1.0
+        """
         return self.mechanism.rule.max_grad_norm
 
     @max_grad_norm.setter

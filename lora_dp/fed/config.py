@@ -242,6 +242,10 @@ class OptimizationConfig:
     """With sums_share: judge as if classes were equally common, by the class shares that were released."""
     warm_start: bool = False
     """With sums_share: begin with the head of the nearest class mean."""
+    views: int = 1
+    """Randomly shifted copies of each image in a step, whose gradients are averaged before they are clipped."""
+    mirror: bool = False
+    """With views: mirror each copy, left for right, by chance; not for digits or letters."""
     server_optimizer: ServerOptimizerName = "average"
     """The server's step from the mean of a round: average takes it as it is, momentum adds 0.9 of the last step, adam
     scales each number, with the known variance of the noise taken out."""
@@ -258,6 +262,8 @@ class OptimizationConfig:
             _require(value is None or value > 0, f"{name} must be positive, not {value}.")
         for name in ("lr", "lr_ratio", "server_lr", "low_pass_strength"):
             _require(getattr(self, name) != math.inf, f"{name} must be finite, not inf.")
+        _require(self.views >= 1, f"views must be at least 1, not {self.views}.")
+        _require(self.views > 1 or not self.mirror, "mirror has no effect without views: set views, for example to 4.")
         strength = self.low_pass_strength
         _require(strength is None or strength >= 0, f"low_pass_strength must not be negative, not {strength}.")
         _require(
@@ -340,6 +346,10 @@ class RunConfig:
                 f"mechanism as-released is there for la-lora and deer, not for {method.name}: leave it out for the "
                 "sound one.",
             )
+        _require(
+            self.privacy.mechanism == "sound" or chosen.views == 1,
+            "mechanism as-released takes each image as it is: leave views out.",
+        )
         _require(
             not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
             "mechanism as-released runs on engine local only.",

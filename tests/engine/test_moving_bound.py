@@ -132,14 +132,15 @@ def test_padding_and_a_count_of_an_earlier_batch_do_not_count():
     found = []
     for padded in (False, True):
         model = mlp()
-        optimizer = moving(model, batch_size=4, max_grad_norm=0.8, lr=0.0)
+        optimizer = moving(model, batch_size=4, noise_multiplier=0.0, max_grad_norm=0.8, quantile=0.3, lr=0.0)
         x, y = examples(6)
         optimizer.batch.expect(4)
         rows = range(6) if padded else range(4)
         cross_entropy(model, (x[list(rows)], y[list(rows)])).backward()
         optimizer.step(mask=torch.arange(6) < 4 if padded else None)
-        optimizer.step_on_empty_batch()
         found.append(optimizer.max_grad_norm)
+        optimizer.step_on_empty_batch()
+        assert optimizer.max_grad_norm == pytest.approx(found[-1] * math.exp(-0.2 * 0.2))
     assert found[0] == found[1]
 
 

@@ -59,6 +59,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "lr_ratio": {"lr_ratio": 3.0},
     "low_pass": {"low_pass": "none"},
     "low_pass_strength": {"low_pass_strength": 0.125},
+    "views": {"views": 4},
+    "mirror": {"views": 4, "mirror": True},
     "balanced": {"sums_share": 0.1, "balanced": True},
     "warm_start": {"sums_share": 0.1, "warm_start": True},
     "server_optimizer": {"server_optimizer": "momentum"},

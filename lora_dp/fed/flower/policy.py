@@ -153,6 +153,8 @@ RULES: Mapping[str, Rule] = {
     "optimizer": OneOf(("sgd", "adamw")),
     "lr": _RATE,
     "lr_ratio": _RATE,
+    "views": _count(64),
+    "mirror": _BOOLS,
     "low_pass": OneOf(("none", "gaussian", "laplacian")),
     "low_pass_strength": Between(0, 1000),
     "seed": Between(0, 2**63 - 1, whole=True),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.engine.phases import Phases
+from lora_dp.fed.data.augmentation import Views
 from lora_dp.fed.methods import factor
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.server_options import Averaging, ServerOptimizerName
@@ -31,6 +32,7 @@ class LocalTraining:
         learning_rate: of A and the head; B's is this times `lr_ratio`.
         balanced, warm_start: what the released feature sums are used for, beside centring and scaling.
         server_optimizer, server_learning_rate, averaging: what the server does with the mean of a round.
+        views: of each image in a step.
     """
 
     optimizer: Literal["sgd", "adamw"]
@@ -46,6 +48,7 @@ class LocalTraining:
     averaging: Averaging = "none"
     balanced: bool = False
     warm_start: bool = False
+    views: Views = Views()
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """A fresh optimizer over the model's trainable parameters, B's with its own learning rate."""
@@ -72,6 +75,7 @@ class LocalSteps:
         optimizer: makes one over what is trained.
         loss: of each example (N,), from scores and labels.
         spare_scores: how many of the scores are no class's.
+        views: of each example.
     """
 
     event: PoissonGaussian
@@ -87,6 +91,7 @@ class LocalSteps:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     loss: Callable[[Tensor, Tensor], Tensor]
     spare_scores: int = 0
+    views: Views = Views()
 
     @classmethod
     def of_sums(cls, event: PoissonGaussian, sums: FeatureSums, rows: int, examples: Sized) -> "LocalSteps":

@@ -20,6 +20,7 @@ WHOLE = {
     "rounds": (1, 10**6),
     "local_steps": (1, 10**4),
     "batch_size": (1, 4096),
+    "views": (1, 64),
     "seed": (0, 2**63 - 1),
 }
 REAL = {
