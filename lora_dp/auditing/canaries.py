@@ -198,6 +198,7 @@ class PlantedCanaries:
                     take(optimizer.clip(_as_pass(rows, directions, optimizer), None), 0, 0)
                 known = dict(background)
                 background.clear()
+                bound = optimizer.mechanism.rule.sensitivity  # of this step: the next one may have another
                 step()
                 released = []
                 for key, parameter in directions.parameters.items():
@@ -210,7 +211,7 @@ class PlantedCanaries:
                     if (regulator := regulators.get(key)) is not None:
                         seen = regulator.measured(seen)
                     released.append((seen - known[key] if key in known else seen).flatten().cpu())
-                self._observe(directions.project(torch.cat(released)), optimizer)
+                self._observe(directions.project(torch.cat(released)) / bound, optimizer)
 
             return stepped
 
@@ -222,8 +223,7 @@ class PlantedCanaries:
         """All that the optimizers took under whose ledgers canaries were planted."""
         return sum(ledger.steps - before for ledger, before in self._ledgers)
 
-    def _observe(self, projections: Tensor, optimizer: PrivateOptimizer) -> None:
-        x = projections / optimizer.mechanism.rule.sensitivity
+    def _observe(self, x: Tensor, optimizer: PrivateOptimizer) -> None:
         sigma, rate = optimizer.event.noise_multiplier, torch.tensor(optimizer.event.sample_rate, dtype=torch.float64)
         # Without claimed noise there is no likelihood; the sum separates the coins as well.
         self.scores += x if sigma == 0 else torch.logaddexp(torch.log1p(-rate), rate.log() + (x - 0.5) / sigma**2)

@@ -20,6 +20,7 @@ from lora_dp.isolation.collation.trial import drawn_for_test
 from lora_dp.nn.layers import DPEmbedding
 from lora_dp.ops.clip_and_sum import tables_captured
 from lora_dp.optim.disk import DiSK
+from lora_dp.privacy.adaptive_clipping import QuantileClipping
 
 # As torch.cuda.make_graphed_callables: libraries set themselves up in the first calls, which no graph may hold.
 _WARMUP = 3
@@ -49,7 +50,8 @@ class GraphedStep:
             the expected size, which Poisson sampling rarely passes.
 
     Raises:
-        ValueError: batch_size below 1, or a trainable embedding, by name; or the optimizer wraps :class:`lora_dp.DiSK`.
+        ValueError: batch_size below 1, or a trainable embedding, by name; or the optimizer wraps :class:`lora_dp.DiSK`,
+            its bound moves (:class:`lora_dp.AdaptiveClipping`), or it takes several views of an example.
         TypeError: batch_size is no whole number, or another argument is of another kind.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -77,6 +79,13 @@ class GraphedStep:
             raise ValueError(
                 "DiSK has no graphed step, for a replayed graph does not move the model ahead: call step()."
             )
+        if isinstance(optimizer.mechanism.rule, QuantileClipping):
+            raise ValueError(
+                "AdaptiveClipping has no graphed step, for a replayed graph would clip at the bound that it was "
+                "captured with: call step()."
+            )
+        if optimizer.views > 1:
+            raise ValueError("Several views of each example have no graphed step: call step().")
         for name, module in model.named_modules():
             if isinstance(module, DPEmbedding) and module.private_parameters():
                 raise ValueError(f"'{name}' is a trainable embedding, which no graph can record: freeze it.")

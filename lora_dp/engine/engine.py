@@ -34,9 +34,10 @@ from lora_dp.privacy.accounting import (
 from lora_dp.privacy.accounting.budget import Budget
 from lora_dp.privacy.accounting.history import History, read_runs
 from lora_dp.privacy.accounting.ledger import begins
-from lora_dp.privacy.clipping import ClippingName, make_clip_rule
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
+from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter
-from lora_dp.privacy.mechanism import Mechanism
+from lora_dp.privacy.mechanism import make_mechanism
 from lora_dp.privacy.randomness import SecureSource, SeededSource
 from lora_dp.privacy.secret_state import renew
 from lora_dp.privacy.shrinkage import Shrinkage
@@ -113,13 +114,14 @@ class PrivacyEngine:
         data_loader: DataLoader[Any],
         noise_multiplier: float,
         max_grad_norm: float,
-        clipping: ClippingName = "flat",
+        clipping: ClippingName | AdaptiveClipping = "flat",
         phases: Phases = "AB",
         loss_reduction: LossReduction = "mean",
         low_pass: Filter | None = None,
         norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
         shrinkage: Shrinkage | None = None,
+        views: int = 1,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Make one training run private at a given noise.
 
@@ -129,7 +131,9 @@ class PrivacyEngine:
             data_loader: its batch size is the expected batch size; batches are drawn by Poisson sampling.
             noise_multiplier: σ, in units of ``max_grad_norm``.
             max_grad_norm: clip bound C; inf (with σ = 0) means no clipping.
-            clipping: "flat", "per_layer" (each layer at C / √layers) or "automatic".
+            clipping: "flat", "per_layer" (each layer at C / √layers), "automatic", or
+                :class:`lora_dp.AdaptiveClipping`, whose bound follows a quantile of the norms from C on. Its count is
+                released with the gradient: σ is of both together.
             phases: which of LoRA's factors each step trains: "B", "A", "AB" (both) or "BA" (alternating).
             loss_reduction: how a loss that is one number joins the examples: "mean" or "sum". Losses (N,) that are
                 given to :meth:`PrivateOptimizer.backward` need none.
@@ -139,6 +143,9 @@ class PrivacyEngine:
                 does not grow with the frozen factor (DEeR, :mod:`lora_dp.nn.regulator`); not with phases "AB".
             shrinkage: filter that knows the noise, on the noisy gradient of each parameter, before the regulator and
                 ``low_pass`` (:mod:`lora_dp.privacy.shrinkage`).
+            views: K rows of a batch for each example, all of one after those of another: (N·K, …), as of K augmented
+                copies. Their gradients are averaged before the clip (De et al. 2022, arXiv 2204.13650), so that an
+                example still moves the sum by at most C. Losses are of rows, (N·K,); a mask is of examples, (N,).
 
         Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
         torch afterwards must call it again before the next training pass, which else is refused.
@@ -159,7 +166,7 @@ class PrivacyEngine:
         >>> optimizer.sample_rate, optimizer.expected_batch_size, len(loader)
         (0.25, 16, 4)
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage)
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views)
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
     def make_private_with_epsilon(
@@ -173,13 +180,14 @@ class PrivacyEngine:
         max_grad_norm: float,
         epochs: float | None = None,
         steps: int | None = None,
-        clipping: ClippingName = "flat",
+        clipping: ClippingName | AdaptiveClipping = "flat",
         phases: Phases = "AB",
         loss_reduction: LossReduction = "mean",
         low_pass: Filter | None = None,
         norm_method: NormMethod = "auto",
         regulate_noise: bool = False,
         shrinkage: Shrinkage | None = None,
+        views: int = 1,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
 
@@ -200,7 +208,7 @@ class PrivacyEngine:
         >>> round(optimizer.noise_multiplier, 2)
         0.63
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage)
+        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views)
         check_number("target_epsilon", target_epsilon)
         check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)
@@ -245,7 +253,7 @@ class PrivacyEngine:
         check_not_wrapped(model)
         warn_of_half_precision(model)
         parameters = cover(model)
-        mechanism = Mechanism(make_clip_rule(options.clipping, max_grad_norm), noise_multiplier, self.source)
+        mechanism = make_mechanism(options.clipping, max_grad_norm, noise_multiplier, self.source)
         loader = PrivateDataLoader(
             data_loader,
             self.source,

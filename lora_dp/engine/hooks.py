@@ -183,21 +183,22 @@ class ModelHooks:
         different length whose padding was taken out are told apart by nothing else. Try again, too, where a layer is
         the first time called, or left out: one example may have decided that for all."""
         found = self.recorder.current
-        if found is None or found.n < 2 or self.recorder.capturing or not self.recorder.per_example:
+        if found is None or found.rows < 2 or self.recorder.capturing or not self.recorder.per_example:
             return
-        rows = tuple((slot.name, slot.rows // found.n) for slot in found.slots.values() if slot.rows > found.n)
+        n = found.rows
+        rows = tuple((slot.name, slot.rows // n) for slot in found.slots.values() if slot.rows > n)
         # By layer: the next phase trains another factor of the same.
         kinds: set[Hashable] = {(slot.name.rpartition(".")[0], slot.rows > 0) for slot in found.slots.values()}
         if rows:
-            kinds.add((rows, widths((args, kwargs), found.n)))
+            kinds.add((rows, widths((args, kwargs), n)))
         if unknown := kinds - self.recorder.tested.keys():
             if not self.recorder.losses.tested:
-                seen = self.recorder.sizes.look(self._named(module, args, kwargs, found.n), found.n)
+                seen = self.recorder.sizes.look(self._named(module, args, kwargs, n), n)
                 check_isolation(
                     module,
                     args,
                     kwargs,
-                    found.n,
+                    n,
                     reduction=self.recorder.losses.reduction,
                     number_varies=not self.recorder.sizes_fixed,
                     seen=seen,

@@ -35,10 +35,17 @@ class Drawn(deque[int]):
 
 
 class Clipped(NamedTuple):
-    """Clipped sums, some not yet formed, by the ``id`` of their parameter; how many examples were not finite."""
+    """What a pass adds, private still.
+
+    Attributes:
+        sums: clipped sums, some not yet formed, by the ``id`` of their parameter.
+        non_finite: how many examples were not finite.
+        centred_count: Σᵢ mᵢ(bᵢ − ½) where the clip bound follows a quantile, else 0.
+    """
 
     sums: dict[int, Tensor | ExampleSum]
     non_finite: Tensor | int
+    centred_count: Tensor | float = 0.0
 
 
 class LogicalBatch:
@@ -50,6 +57,7 @@ class LogicalBatch:
         stepped: whether a step has been taken.
         non_finite_examples: how many had a gradient that is not finite. It depends on private data: for debugging
             only, and never released.
+        centred_count: of the micro-batches that were added; private, and released with noise alone.
     """
 
     def __init__(self, drawn: Drawn):
@@ -59,6 +67,7 @@ class LogicalBatch:
         self._lost: str | None = None
         self.more_follows = self.stepped = self._looked = False
         self.non_finite_examples: Tensor | int = 0
+        self.centred_count: Tensor | float = 0.0
 
     def expect(self, size: int) -> None:
         """Told by the private loader: a batch of ``size`` examples was drawn."""
@@ -82,6 +91,7 @@ class LogicalBatch:
         self.examples += examples
         self._kept += kept
         self.non_finite_examples = self.non_finite_examples + clipped.non_finite
+        self.centred_count = self.centred_count + clipped.centred_count
         # A whole batch stays as it is, to be summed, noised and used in one pass; parts of one are added up.
         whole = not self._sums and not self.more_follows
         for key, part in clipped.sums.items():
@@ -93,7 +103,7 @@ class LogicalBatch:
 
     def collect(self) -> dict[int, Tensor | ExampleSum]:
         """What was added, and the next batch begins."""
-        sums, self._sums, self.examples, self._kept = self._sums, {}, 0, 0
+        sums, self._sums, self.examples, self._kept, self.centred_count = self._sums, {}, 0, 0, 0.0
         return sums
 
     def check_whole(self) -> None:

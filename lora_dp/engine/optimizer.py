@@ -30,10 +30,11 @@ from lora_dp.ops.registry import wide_dtype
 from lora_dp.optim.known_noise import noise_aware
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.accounting.history import History, Run, read_runs
+from lora_dp.privacy.adaptive_clipping import QuantileClipping
 from lora_dp.privacy.mechanism import Mechanism, total
 from lora_dp.privacy.secret_state import end_pass
 
-_LEDGER_STEPS, _LEDGER_RUNS = "ledger_steps", "ledger_runs"
+_LEDGER_STEPS, _LEDGER_RUNS, _CLIP_BOUNDS = "ledger_steps", "ledger_runs", "clip_bounds"
 _ACCOUNT = (
     "'{name}' is fixed, for the engine computes ε from what this optimizer writes to it: a saved account is taken up "
     "by engine.load_state_dict."
@@ -73,10 +74,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     event = Fixed[PoissonGaussian]()
     noise_multiplier = Fixed[float]()
-    max_grad_norm = Fixed[float]()
     sample_rate = Fixed[float]()
     expected_batch_size = Fixed[int]()
     loss_reduction = Fixed[LossReduction]()
+    views = Fixed[int]()
     mechanism = Fixed[Mechanism]()
     ledger = Fixed[Ledger](_ACCOUNT)
     history = Fixed[History](_ACCOUNT)
@@ -101,8 +102,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
     ):
         self.original_optimizer = optimizer
         self.mechanism, self.event, self.history, self.ledger = mechanism, event, history, history.ledger
-        self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.rule.max_grad_norm
-        self.sample_rate, self.expected_batch_size = event.sample_rate, expected_batch_size
+        self.noise_multiplier, self.sample_rate = event.noise_multiplier, event.sample_rate
+        self.expected_batch_size = expected_batch_size
         self.steps_taken = 0
         # Of a state of an earlier PrivateOptimizer that was loaded into this one of torch's.
         self._restored, self._restored_runs = max(_spent(group, 0) for group in optimizer.param_groups)
@@ -110,11 +111,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._covered = {id(p.parameter): p for p in parameters}
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
         self._phases = PhaseCycle(options.phases)
-        self._options, self.loss_reduction = options, options.loss_reduction
+        self._options, self.loss_reduction, self.views = options, options.loss_reduction, options.views
         self._before_release, self._adapters = before_release, adapters
         self.regulators: dict[int, Regulator] = {}
         self._clipper = PassClipper(self._covered, options.loss_reduction)
         self._drawn, self.batch = drawn, LogicalBatch(drawn)
+        self._moving = mechanism.rule if isinstance(mechanism.rule, QuantileClipping) else None
         if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
             raise TypeError(
                 f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
@@ -124,6 +126,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
         check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])
         check_noise_can_be_told(optimizer, options)
         self.activate()
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C of the next step, which moves with :class:`lora_dp.AdaptiveClipping` alone.
+
+        >>> optimizer.max_grad_norm
+        1.0
+        """
+        return self.mechanism.rule.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: object) -> NoReturn:
+        raise AttributeError(Fixed().refusal.format(name="max_grad_norm"))
 
     # What torch's schedulers and users see of an optimizer is the wrapped one's.
     @property
@@ -166,14 +181,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # In the groups, too: torch's optimizers keep it there, where one of them is given this state.
         spent = {_LEDGER_STEPS: self.ledger.steps, _LEDGER_RUNS: [list(run) for run in self.history.runs]}
         groups = [{**group, **spent} for group in state["param_groups"]]
-        return {**state, "param_groups": groups, "steps_taken": self.steps_taken, **spent}
+        moved = {} if self._moving is None else {_CLIP_BOUNDS: self._moving.state_dict()}
+        return {**state, "param_groups": groups, "steps_taken": self.steps_taken, **spent, **moved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, or the state of a plain optimizer over the same parameters.
 
         Raises:
-            ValueError: no state of an optimizer, or of one over other parameters, or its runs cannot be read.
+            ValueError: no state of an optimizer, or of one over other parameters, or its runs cannot be read; or its
+                clip bound moved and this one's is fixed.
             TypeError: ``steps_taken`` or ``ledger_steps`` is no whole number.
+            RuntimeError: a bound that moves, in the middle of a logical batch.
 
         >>> saved = optimizer.state_dict()
         >>> saved["param_groups"][0]["lr"] = 0.05
@@ -190,10 +208,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # The ledger may have steps of earlier optimizers, too.
         check_count("steps_taken", steps_taken, least=0)
         ledger_steps, runs = _spent(state_dict, steps_taken)
+        self._load_bounds(state_dict.get(_CLIP_BOUNDS))
         self.original_optimizer.load_state_dict(state_dict)
         self.steps_taken, self._restored, self._restored_runs = steps_taken, max(steps_taken, ledger_steps), runs
         if self._recorder.owner is self:
             self.activate()
+
+    def _load_bounds(self, saved: Any) -> None:
+        if saved is None:
+            return
+        if self._moving is None:
+            raise ValueError("The saved bound moved, and this one is fixed: give make_private AdaptiveClipping again.")
+        self.batch.check_whole()  # what was clipped at one bound must not get the noise of another
+        check_kind(_CLIP_BOUNDS, saved, dict, "give what optimizer.state_dict() returned")
+        self._moving.load_state_dict(saved)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the parameters must be covered.
@@ -240,7 +268,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return (
-            f"PrivateOptimizer(noise_multiplier={self.mechanism.noise_multiplier:g}, "
+            f"PrivateOptimizer(noise_multiplier={self.noise_multiplier:g}, "
             f"clipping={self.mechanism.rule}, phases='{self._phases.name}', {self.original_optimizer!r})"
         )
 
@@ -262,7 +290,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorder.trained = frozenset(
             key for key, p in self._covered.items() if p.factor is None or p.factor in factors
         )
-        self._recorder.method = self._options.norm_method
+        if self._moving is not None and not self.batch.examples:
+            self._moving.choose("".join(sorted(factors)))
+        self._recorder.method, self._recorder.views = self._options.norm_method, self.views
         self._recorder.losses.reduction = self.loss_reduction
         self._recorder.owner, self._recorder.on_pass = self, self._drawn.give
         self._set_regulators()
@@ -338,6 +368,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Args:
             losses: (N,), one for each example of the last forward, from the model's outputs (:mod:`lora_dp.losses`).
+                With ``views`` (N·views,), one for each row; an example's loss is the mean over its own.
             weight: a public number by which all are multiplied, such as a schedule's; never read off a batch, not 0.
             retain_graph: as torch's.
 
@@ -361,13 +392,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "backward() needs a training forward of the private model before it, with this optimizer active."
             )
-        if not isinstance(losses, Tensor) or losses.shape != (finished.n,):
+        if not isinstance(losses, Tensor) or losses.shape != (finished.rows,):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"optimizer.backward takes the loss of each of the {finished.n} examples, shape ({finished.n},), got "
-                f"{shape}: use reduction='none' and join what belongs to one example, or a loss of lora_dp.losses."
+                f"optimizer.backward takes the loss of each of the {finished.rows} "
+                f"{'examples' if finished.views == 1 else 'rows'}, shape ({finished.rows},), got {shape}: use "
+                "reduction='none' and join what belongs to one example, or a loss of lora_dp.losses."
             )
-        self._recorder.losses.vector(losses, finished.n)
+        self._recorder.losses.vector(losses, finished.rows)
         finished.summed = True
         backward_unseen(losses.sum() * weight, retain_graph=retain_graph)
         self._recorder.losses.after_backward()
@@ -377,9 +409,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: runs forward and backward once, as torch's; its value is returned.
-            mask: (N,) bool; an example with False contributes nothing: padding up to a fixed batch size, or one that is
-                to be left out. An example's entry must depend on that example alone. With ``loss_reduction="mean"`` the
-                loss must be the mean over all N, those with False included.
+            mask: (N,) bool; an example with False contributes nothing, with all its views: padding up to a fixed batch
+                size, or one that is to be left out. An example's entry must depend on that example alone. With
+                ``loss_reduction="mean"`` the loss must be the mean over all N, those with False included.
 
         Raises:
             PrivacyBudgetExceeded: the step would overrun the target ε; nothing has been released.
@@ -475,7 +507,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"{self.ledger.steps}, perhaps of another run, so that ε would leave out the others: restore it by "
                 "engine.load_state_dict(...) with what engine.state_dict() returned."
             )
-        collected = self.batch.collect()
+        count, collected = self.batch.centred_count, self.batch.collect()
         self._before_release()
         self.ledger.append(self.event)
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
@@ -496,6 +528,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
                     self._options.low_pass,
                     self.expected_batch_size,
                 )
+        if self._moving is not None:  # after the step, whose noise is that of the bound before
+            with self.batch.whole_or_lost():
+                self._moving.follow(count, self.expected_batch_size)
         self.steps_taken += 1
         self._recorder.losses.steps += 1
         self.batch.stepped = True

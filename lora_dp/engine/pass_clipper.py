@@ -30,8 +30,9 @@ class PassClipper:
         slots = [(key, slot) for key, slot in finished.slots.items() if slot.filled]
         if not slots or finished.n == 0:
             return Clipped({}, 0)
-        # A mean over the micro-batch has divided each example's gradient by N.
-        scale = float(finished.n) if self._loss_reduction == "mean" and not finished.summed else 1.0
+        # Slots hold sums over views, of which the mean is clipped. A mean over all rows has divided by N, too.
+        by_mean = self._loss_reduction == "mean" and not finished.summed
+        scale = float(finished.n) if by_mean else 1 / finished.views
         with torch.no_grad():
             device = slots[0][1].leaf.device
             sq_norms = torch.stack([slot.norms().to(device) for _, slot in slots]).square_()
@@ -44,7 +45,8 @@ class PassClipper:
                 key: by_row[row] if row in by_row else slot.recomputed_sum(coefficients[row].to(slot.leaf.device))
                 for row, (key, slot) in enumerate(slots)
             }
-            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum())
+            count = mechanism.centred_count(sq_norms, mask, scale)
+            return Clipped(sums, (~torch.isfinite(sq_norms.sum(0))).sum(), count)
 
     def _layers(self, found: tuple[int, ...], trained: frozenset[int], device: torch.device) -> tuple[Tensor, int]:
         """The number of each found parameter's layer among those trained, and how many these are."""

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from lora_dp.argument_checks import check_flag
+from lora_dp.argument_checks import check_count, check_flag
 from lora_dp.engine.phases import Phases
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.nn.per_example import NormMethod
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter, check_filter
 from lora_dp.privacy.shrinkage import Shrinkage, check_shrinkage
@@ -17,22 +18,24 @@ class StepOptions:
     """What :meth:`lora_dp.PrivacyEngine.make_private` takes by these names, where each is explained.
 
     Raises:
-        ValueError: a choice that is none, or ``regulate_noise`` with phases "AB".
+        ValueError: a choice that is none, fewer views than one, or ``regulate_noise`` with phases "AB".
         TypeError: a value of another type.
     """
 
-    clipping: ClippingName = "flat"
+    clipping: ClippingName | AdaptiveClipping = "flat"
     phases: Phases = "AB"
     loss_reduction: LossReduction = "mean"
     low_pass: Filter | None = None
     norm_method: NormMethod = "auto"
     regulate_noise: bool = False
     shrinkage: Shrinkage | None = None
+    views: int = 1
 
     def __post_init__(self) -> None:
         check_filter(self.low_pass)
         check_shrinkage(self.shrinkage)
         check_flag("regulate_noise", self.regulate_noise)
+        check_count("views", self.views)
         for name, choices in (("loss_reduction", LossReduction), ("norm_method", NormMethod)):
             if (value := getattr(self, name)) not in (known := get_args(choices)):
                 *others, last = map(repr, known)

@@ -156,8 +156,11 @@ class PrivacyConfig:
     """Largest norm of one example's gradient after clipping (unit example)."""
     max_update_norm: float = 1.0
     """Largest norm of a client's whole update after clipping (unit client)."""
-    clipping: Literal["automatic", "flat", "per_layer"] = "automatic"
-    """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer."""
+    clipping: Literal["automatic", "flat", "per_layer", "adaptive"] = "automatic"
+    """automatic: normalise every example's gradient; flat: shrink the long ones; per_layer: shrink layer by layer;
+    adaptive: as flat, at a bound that follows a quantile of the norms from max_grad_norm on, anew in each turn."""
+    clip_quantile: float = 0.5
+    """With clipping adaptive: the part of a client's examples that should lie within the bound."""
     sums_share: float = 0.0
     """Part of the budget for one release of class sums and moments of the features before the first round, which start
     and scale the head; 0 for none, 0.1 is usual. With features fitting, for a new head alone."""
@@ -188,13 +191,20 @@ class PrivacyConfig:
             "sums_share has no meaning with mechanism as-released, whose noise is not accounted: leave it out.",
         )
         by_client = {"noise_by": "server", "max_update_norm": 1.0}
-        by_example = {"max_grad_norm": 1.0, "clipping": "automatic"}
+        by_example = {"max_grad_norm": 1.0, "clipping": "automatic", "clip_quantile": 0.5}
+        _require(
+            0 < self.clip_quantile < 1, f"clip_quantile must lie between 0 and 1, not {self.clip_quantile}: try 0.5."
+        )
         if self.mechanism == "as-released":  # DEeR's bounds whole updates, LA-LoRA's reads its bound off the data
             idle, where = {**by_example, "noise_by": "server"}, "mechanism as-released"
         else:
             idle, where = (by_client if self.unit == "example" else by_example), f"unit {self.unit}"
         for name, usual in idle.items():
             _require(getattr(self, name) == usual, f"{name} has no effect with {where}: leave it out.")
+        _require(
+            self.clipping == "adaptive" or self.clip_quantile == 0.5,
+            f"clip_quantile has no effect with clipping {self.clipping}: choose adaptive.",
+        )
         _require(
             self.mechanism == "sound" or self.epsilon is not None,
             "mechanism as-released needs the epsilon that its noise is set for: leave epsilon none out.",
@@ -233,6 +243,10 @@ class OptimizationConfig:
     """With sums_share: judge as if classes were equally common, by the class shares that were released."""
     warm_start: bool = False
     """With sums_share: begin with the head of the nearest class mean."""
+    views: int = 1
+    """Randomly shifted copies of each image in a step, whose gradients are averaged before they are clipped."""
+    mirror: bool = False
+    """With views: mirror each copy, left for right, by chance; not for digits or letters."""
     server_optimizer: ServerOptimizerName = "average"
     """The server's step from the mean of a round: average takes it as it is, momentum adds 0.9 of the last step, adam
     scales each number, with the known variance of the noise taken out."""
@@ -249,6 +263,8 @@ class OptimizationConfig:
             _require(value is None or value > 0, f"{name} must be positive, not {value}.")
         for name in ("lr", "lr_ratio", "server_lr", "low_pass_strength"):
             _require(getattr(self, name) != math.inf, f"{name} must be finite, not inf.")
+        _require(self.views >= 1, f"views must be at least 1, not {self.views}.")
+        _require(self.views > 1 or not self.mirror, "mirror has no effect without views: set views, for example to 4.")
         strength = self.low_pass_strength
         _require(strength is None or strength >= 0, f"low_pass_strength must not be negative, not {strength}.")
         _require(
@@ -340,6 +356,10 @@ class RunConfig:
                 "sound one.",
             )
         _require(
+            self.privacy.mechanism == "sound" or chosen.views == 1,
+            "mechanism as-released takes each image as it is: leave views out.",
+        )
+        _require(
             not (self.privacy.mechanism == "as-released" and federation.engine != "local"),
             "mechanism as-released runs on engine local only.",
         )
@@ -374,9 +394,10 @@ class RunConfig:
             chosen.server_optimizer != "adam"
             or not method.regulates_noise
             and self.privacy.mechanism != "as-released"
+            and self.privacy.clipping != "adaptive"
             and (chosen.optimizer == "sgd" or whole_clients or self.privacy.target is None),
-            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd, mechanism sound "
-            "and a method whose noise is not regulated.",
+            "server_optimizer adam must know the noise in a mean: choose momentum, or optimizer sgd, mechanism "
+            "sound, a bound that stays, and a method whose noise is not regulated.",
         )
         if chosen.server_lr is None:
             chosen.server_lr = 0.03 if chosen.server_optimizer == "adam" else 1.0

@@ -292,16 +292,24 @@ class Slot:
 
 
 class Pass:
-    """One forward and backward of one micro-batch: N, and the slots of the trained parameters by their ``id``."""
+    """One forward and backward of one micro-batch: N, and the slots of the trained parameters by their ``id``.
 
-    def __init__(self, n: int, slots: dict[int, Slot]):
-        self.n = n
+    Attributes:
+        views: rows that the model was given of each example; ``rows``, of all of them.
+    """
+
+    def __init__(self, n: int, slots: dict[int, Slot], views: int = 1):
+        self.n, self.views = n, views
         self.slots = slots
         # A private layer ran without gradients inside this training forward: a reentrant checkpoint will run it again
         # in backward, and must then find this very pass.
         self.reentrant = False
         # The loss handed over was a vector, and so their sum was differentiated, whatever reduction was declared.
         self.summed = False
+
+    @property
+    def rows(self) -> int:
+        return self.n * self.views
 
     @property
     def filled(self) -> bool:
@@ -319,6 +327,7 @@ class PassRecorder:
         parameters: qualified name of each parameter, and the parameter, by ``id``.
         trained: ids of the parameters that the current phase trains.
         method: how norms are computed ("auto", "direct" or "ghost").
+        views: rows of each example. They are to a slot what tokens are: what it finds of an example is their sum.
         current: the pass that is recorded; ``superseded``, those before it that no step took.
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
         per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
@@ -330,17 +339,25 @@ class PassRecorder:
         self.parameters: dict[int, tuple[str, nn.Parameter]] = {}
         self.trained: frozenset[int] = frozenset()
         self.method: NormMethod = "auto"
+        self.views = 1
         self.current: Pass | None = None
         self.superseded: list[Pass] = []
         self.suspended = self.tried = self.uses_checked = False
         self.per_example = True
 
-    def open(self, n: int) -> None:
-        """Begin a pass over a micro-batch of ``n`` examples.
+    def open(self, rows: int) -> None:
+        """Begin a pass over a micro-batch of so many rows: ``views`` of each example.
 
         Raises:
             RuntimeError: the pass before has gradients that no step has taken.
+            ValueError: the rows are not ``views`` of each example.
         """
+        n, more = divmod(rows, self.views)
+        if more:
+            raise ValueError(
+                f"A batch of {rows} rows does not hold {self.views} views of each example: give the model all views of "
+                "one example after those of another, by x.flatten(0, 1) of (N, views, …)."
+            )
         if self.pending:
             raise RuntimeError(
                 "A second forward pass began before the gradients of the first were used: call optimizer.step() "
@@ -359,6 +376,7 @@ class PassRecorder:
                 for key, entry in self.parameters.items()
                 if key in self.trained and entry[1].requires_grad
             },
+            self.views,
         )
 
     def take(self) -> Pass:

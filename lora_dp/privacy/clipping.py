@@ -45,7 +45,10 @@ ClippingName = Literal["flat", "per_layer", "automatic"]
 class ClipRule(Protocol):
     """What the private step needs of a clip rule."""
 
-    max_grad_norm: float
+    @property
+    def max_grad_norm(self) -> float:
+        """C."""
+        ...
 
     def coefficients(self, sq_norms: Tensor, layers: Tensor, layer_count: int) -> Tensor:
         """cᵢ for each parameter and example.

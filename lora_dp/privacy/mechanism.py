@@ -12,12 +12,21 @@ from lora_dp.argument_checks import Fixed
 from lora_dp.ops.clip_and_sum import can_clip_and_sum, clip_and_sum
 from lora_dp.ops.clipped_sum import clipped_sum_kept
 from lora_dp.ops.private_update import ExampleSum
-from lora_dp.privacy.clipping import AutomaticClipping, ClipRule, FlatClipping, PerLayerClipping
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping, QuantileClipping
+from lora_dp.privacy.clipping import (
+    AutomaticClipping,
+    ClippingName,
+    ClipRule,
+    FlatClipping,
+    PerLayerClipping,
+    make_clip_rule,
+)
 from lora_dp.privacy.noise import NoiseSource, add_noise, grid_sensitivity, grid_step
 
 # What the kernel calls the rules that it knows.
 _KERNEL_RULES: dict[type, Literal["flat", "per_layer", "automatic"]] = {
     FlatClipping: "flat",
+    QuantileClipping: "flat",
     PerLayerClipping: "per_layer",
     AutomaticClipping: "automatic",
 }
@@ -115,10 +124,34 @@ class Mechanism:
         )
         return coefficients, dict(zip(kept, sums, strict=True))
 
+    def centred_count(self, sq_norms: Tensor, mask: Tensor | None, scale: float) -> Tensor | float:
+        """Σᵢ mᵢ(bᵢ − ½) where the bound follows a quantile (:mod:`lora_dp.privacy.adaptive_clipping`), else 0.
+
+        Args:
+            sq_norms, mask, scale: as for :meth:`clipped_sums`.
+        """
+        if not isinstance(self.rule, QuantileClipping):
+            return 0.0
+        return self.rule.centred_count(sq_norms * (scale * scale), mask)
+
     def release(self, sums: Sequence[Tensor]) -> list[Tensor]:
         """The clipped sums of all trained parameters, noised: same shapes, float64."""
         std = self.noise_std(sum(value.numel() for value in sums))
         return add_noise([value.to(sums[0].device) for value in sums], std, self.rule.sensitivity, self.source)
+
+
+def make_mechanism(
+    clipping: ClippingName | AdaptiveClipping, max_grad_norm: float, noise_multiplier: float, source: NoiseSource
+) -> Mechanism:
+    """The mechanism whose release, a noised count included where there is one, has this noise multiplier.
+
+    Raises:
+        ValueError: as :class:`Mechanism` and the clip rule say.
+    """
+    if not isinstance(clipping, AdaptiveClipping):
+        return Mechanism(make_clip_rule(clipping, max_grad_norm), noise_multiplier, source)
+    rule = QuantileClipping(clipping, max_grad_norm, noise_multiplier, source)
+    return Mechanism(rule, clipping.gradient_noise(noise_multiplier), source)
 
 
 def total(clipped: Tensor | ExampleSum) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dp import GaussianFilter, PrivacyEngine, PrivateOptimizer
+from lora_dp import AdaptiveClipping, GaussianFilter, PrivacyEngine, PrivateOptimizer
 from lora_dp.auditing import GradientCanaries, PlantedCanaries, audit
 from tests.auditing.tiny import EXAMPLES, private_model, train
 
@@ -108,6 +108,16 @@ def test_without_noise_the_auditor_reads_the_coins(options: dict[str, Any]) -> N
     assert planted.steps == 2
     expected = 2.0 * torch.tensor(included, dtype=torch.float64)
     assert torch.allclose(planted.scores, expected, atol=5e-3)
+
+
+def test_a_canary_is_measured_by_the_bound_of_its_step() -> None:
+    """Where the bound moves: without noise an included one has 1 of it in each step."""
+    options = {"noise_multiplier": 0.0, "clipping": AdaptiveClipping(quantile=0.9, rate=2.0)}
+    model, optimizer, loader = private_model(**options)
+    planted = plant([True, False, True], optimizer, loader)
+    train(model, optimizer, loader, 3, "mean")
+    assert not 0.9 < optimizer.max_grad_norm < 1.1
+    assert planted.scores.tolist() == pytest.approx([3, 0, 3], abs=1e-4)
 
 
 def test_scores_are_the_likelihood_ratio_of_the_claimed_mechanism() -> None:

@@ -4,6 +4,7 @@ from tests.faults.fed_plants import same_noise_at_each_client
 from tests.faults.planting import AUDIT, FULL, PHASE_A, Fault
 from tests.faults.plants import (
     clip_the_batch,
+    count_without_noise,
     filter_before_the_noise,
     half_the_noise,
     nan_passes,
@@ -14,10 +15,12 @@ from tests.faults.plants import (
     noise_for_each_micro_batch,
     noise_only_on,
     norms_in_float16,
+    quantile_for_nothing,
     same_noise_after_resuming,
     same_noise_in_each_layer,
     silent_release,
     squares_in_float32,
+    views_summed_after_the_clip,
     whole_bound_for_each_layer,
 )
 
@@ -49,6 +52,35 @@ CLIPPING_AND_NOISE = [
         (
             "tests/pitfalls/test_noise.py::test_noise_matches_sensitivity[per_layer]",
             "tests/privacy/test_clipping.py::test_per_layer",
+        ),
+    ),
+    Fault(
+        "views of an example are clipped one by one and summed",
+        "an example moves the sum by as many times C as it has views.",
+        views_summed_after_the_clip,
+        (
+            "tests/engine/test_views.py::test_an_example_moves_the_sum_by_at_most_the_bound[vector-direct]",
+            "tests/engine/test_views.py::test_an_example_moves_the_sum_by_at_most_the_bound[mean-ghost]",
+            "tests/engine/test_views.py::test_views_that_are_alike_are_as_one[2-flat]",
+        ),
+    ),
+    Fault(
+        "the quantile that the bound follows is not paid for",
+        "a second release beside the gradient, whose noise is as if there were none.",
+        quantile_for_nothing,
+        (
+            "tests/engine/test_moving_bound.py::test_the_gradient_pays_for_the_count[native]",
+            "tests/engine/test_moving_bound.py::test_the_gradient_pays_for_the_count[torch]",
+            "tests/privacy/test_adaptive_clipping.py::test_both_releases_together_have_the_accounted_noise[1.0-0.25]",
+        ),
+    ),
+    Fault(
+        "the count that moves the bound is not noised",
+        "the bound tells how many of the drawn examples lie within it.",
+        count_without_noise,
+        (
+            "tests/engine/test_moving_bound.py::test_the_count_is_noised",
+            "tests/privacy/test_adaptive_clipping.py::test_the_released_count_has_the_stated_noise[0.0-1.0-0.01]",
         ),
     ),
     Fault(

@@ -31,8 +31,9 @@ from lora_dp import DPLoRALinear, GaussianFilter, LoRAConfig, inject_lora
 from lora_dp.engine.logical_batch import Clipped
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.validation import PrivateParameter
-from lora_dp.nn.per_example import Slot
+from lora_dp.nn.per_example import PassRecorder, Slot
 from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping, QuantileClipping
 from lora_dp.privacy.clipping import FlatClipping, PerLayerClipping
 from lora_dp.privacy.mechanism import Mechanism, total
 from lora_dp.privacy.randomness import SeededSource
@@ -69,6 +70,32 @@ def whole_bound_for_each_layer(planting: Planting) -> None:
         return (self.max_grad_norm / by_layer.sqrt()).clamp(max=1.0)[layers]
 
     planting.replace(PerLayerClipping, "coefficients", lambda _: planted)
+
+
+def quantile_for_nothing(planting: Planting) -> None:
+    planting.replace(AdaptiveClipping, "gradient_noise", lambda _: lambda self, noise_multiplier: noise_multiplier)
+
+
+def count_without_noise(planting: Planting) -> None:
+    planting.replace(QuantileClipping, "released", lambda _: lambda self, count: float(count))
+
+
+def views_summed_after_the_clip(planting: Planting) -> None:
+    """The batch's number of examples stays right, as whoever forgets the mean alone would leave it."""
+
+    def planted(open_pass: Any) -> Any:
+        def by_row(self: PassRecorder, rows: int) -> None:
+            views, self.views = self.views, 1
+            open_pass(self, rows)
+            self.views = views
+
+        return by_row
+
+    def counted(take: Any) -> Any:
+        return lambda self, clipped, *rows: take(self, clipped, *(number // self.views for number in rows))
+
+    planting.replace(PassRecorder, "open", planted)
+    planting.replace(PrivateOptimizer, "take", counted)
 
 
 def nan_passes(planting: Planting) -> None:

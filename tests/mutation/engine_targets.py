@@ -38,6 +38,9 @@ ENGINE: dict[str, Target] = {
         ),
         ("tests/kernels/test_private_step.py",),
     ),
+    "lora_dp/privacy/adaptive_clipping.py": Target(
+        ("tests/privacy/test_adaptive_clipping.py", "tests/engine/test_moving_bound.py")
+    ),
     "lora_dp/privacy/clipping.py": Target(
         ("tests/privacy/test_clipping.py", "tests/engine/test_setup_refusals.py", "tests/pitfalls/test_clipping.py")
     ),
@@ -226,6 +229,7 @@ ENGINE: dict[str, Target] = {
     "lora_dp/engine/pass_clipper.py": Target(
         (
             "tests/engine/test_pass_clipper.py",
+            "tests/engine/test_views.py",
             "tests/engine/test_engine.py",
             "tests/isolation/loss_checks/test_loss_vectors.py",
             "tests/engine/test_gradients.py",

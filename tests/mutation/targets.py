@@ -21,8 +21,6 @@ SETTLED_NATIVE = (
     "csrc/bindings.cpp",
 )
 SETTLED = (
-    "lora_dp/privacy/mechanism.py",
-    "lora_dp/privacy/clipping.py",
     "lora_dp/engine/fused_step.py",
     "lora_dp/privacy/randomness.py",
     "lora_dp/privacy/accounting/steps.py",
@@ -43,13 +41,11 @@ SETTLED = (
     "lora_dp/engine/data_loader.py",
     "lora_dp/isolation/batches/sizes.py",
     "lora_dp/isolation/batches/tables.py",
-    "lora_dp/nn/per_example.py",
     "lora_dp/engine/recorder.py",
     "lora_dp/hash_chain.py",
     "lora_dp/lora/bypassed_layers.py",
     "lora_dp/fed/safe_text.py",
     "lora_dp/fed/data/unreadable.py",
-    "lora_dp/fed/rounds/contained_failures.py",
     "lora_dp/isolation/model_state/buffers.py",
     "lora_dp/isolation/model_state/parts.py",
     "lora_dp/isolation/batches/lists.py",
@@ -62,9 +58,6 @@ SETTLED = (
     "lora_dp/isolation/batches/padding.py",
     "lora_dp/isolation/check.py",
     "lora_dp/isolation/batches/shared_arguments.py",
-    "lora_dp/engine/logical_batch.py",
-    "lora_dp/engine/pass_clipper.py",
     "lora_dp/privacy/accounting/budget.py",
     "lora_dp/isolation/loss_checks/backward_calls.py",
-    "lora_dp/engine/hooks.py",
 )

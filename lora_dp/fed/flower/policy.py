@@ -137,7 +137,8 @@ RULES: Mapping[str, Rule] = {
     "noise_by": OneOf(("server", "client")),
     "sums_share": Between(0, 1),
     "accountant": OneOf(("pld", "rdp")),
-    "clipping": OneOf(("automatic", "flat", "per_layer")),
+    "clipping": OneOf(("automatic", "flat", "per_layer", "adaptive")),
+    "clip_quantile": Between(0.01, 0.99),
     "max_grad_norm": _BOUND,
     "max_update_norm": _BOUND,
     # How long and how training goes: noised steps, whatever these are; bounds are for time and memory.
@@ -152,6 +153,8 @@ RULES: Mapping[str, Rule] = {
     "optimizer": OneOf(("sgd", "adamw")),
     "lr": _RATE,
     "lr_ratio": _RATE,
+    "views": _count(64),
+    "mirror": _BOOLS,
     "low_pass": OneOf(("none", "gaussian", "laplacian")),
     "low_pass_strength": Between(0, 1000),
     "seed": Between(0, 2**63 - 1, whole=True),

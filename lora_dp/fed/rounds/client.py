@@ -130,12 +130,13 @@ class Trainer:
             # turn.
             first=task.round * training.local_steps,
             bound=plan.max_grad_norm if protected else float("inf"),
-            clipping=plan.clipping if protected else "flat",
+            clipping=plan.step_clipping if protected else "flat",
             phases=self.method.phases(task.round, task.turn),
             low_pass=make_filter(training.low_pass, training.low_pass_strength),
             regulate_noise=self.method.regulates_noise and protected,
             optimizer=training.make_optimizer,
             loss=classification_loss,
+            views=training.views,
         )
 
     def attempt(self, examples: Examples, task: Task) -> None:
@@ -201,6 +202,7 @@ class Trainer:
             phases=steps.phases,
             low_pass=steps.low_pass,
             regulate_noise=steps.regulate_noise,
+            views=steps.views.count,
         )
         optimizer.steps_taken = steps.first
         optimizer.activate()
@@ -213,7 +215,7 @@ class Trainer:
                 step, planned = optimizer.steps_taken, plan.rounds * self.training.local_steps
 
                 def backward(rows: Sequence[int], step: int = step, planned: int = planned) -> None:
-                    batch = {name: tensor.to(device) for name, tensor in examples.batch(rows).items()}
+                    batch = {name: tensor.to(device) for name, tensor in steps.views(examples.batch(rows)).items()}
                     # Of the step alone: how many batches before it were empty is secret.
                     perturbation = torch.Generator().manual_seed(
                         derived_seed(self.seed, Stream.PERTURBATION, *place, step)

@@ -119,7 +119,7 @@ def accumulate(
             recorder.discard()
             failures.add(error, len(rows))
         else:
-            optimizer.take(Clipped(sums, clipped.non_finite), size, len(rows))
+            optimizer.take(clipped._replace(sums=sums), size, len(rows))
             return
     if len(rows) == 1:
         optimizer.take(Clipped({}, 0), 1, 1)

@@ -106,6 +106,7 @@ class OneShape:
         ranks = tuple(layer.r for layer in model.modules() if isinstance(layer, DPLoRALinear))
         kind: Hashable = (
             self._rows,
+            self._steps.views.count,
             shape,
             ranks,
             self._optimizer.recorder.trained,
@@ -144,17 +145,20 @@ class OneShape:
 
     def _stays(self, shape: Shape, device: torch.device, generator: torch.Generator) -> bool:
         vocabulary = vocabulary_of(self._workspace.whole)
+        views = self._steps.views
         batch, others = (
             {
-                name: tensor.to(device)
-                for name, tensor in self._examples.made_up(self._rows, shape, vocabulary, generator).items()
+                name: views.gathered(tensor.to(device))
+                for name, tensor in self._examples.made_up(
+                    self._rows * views.count, shape, vocabulary, generator
+                ).items()
             }
             for _ in range(2)
         )
         labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
         companies = in_other_company({**batch, "labels": labels}, {**others, "labels": labels + 1})
         with Ops(self._workspace.model, self._optimizer.recorder) as ops:
-            found = [(self._found(company), ops.taken()) for company in companies]
+            found = [(self._found(views.spread(company)), ops.taken()) for company in companies]
         kept, (_, done) = [tensors for tensors, _ in found], found[0]
         return (
             not ops.grouped

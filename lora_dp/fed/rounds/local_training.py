@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.engine.phases import Phases
+from lora_dp.fed.data.augmentation import Views
 from lora_dp.fed.methods import factor
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.server_options import Averaging, ServerOptimizerName
@@ -16,6 +17,7 @@ from lora_dp.losses import feature_sums_loss
 from lora_dp.nn.feature_head import FeatureHead, feature_head_of
 from lora_dp.nn.feature_sums import FeatureSums, SumWeights
 from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter, FilterName
 
@@ -30,6 +32,7 @@ class LocalTraining:
         learning_rate: of A and the head; B's is this times `lr_ratio`.
         balanced, warm_start: what the released feature sums are used for, beside centring and scaling.
         server_optimizer, server_learning_rate, averaging: what the server does with the mean of a round.
+        views: of each image in a step.
     """
 
     optimizer: Literal["sgd", "adamw"]
@@ -45,6 +48,7 @@ class LocalTraining:
     averaging: Averaging = "none"
     balanced: bool = False
     warm_start: bool = False
+    views: Views = Views()
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """A fresh optimizer over the model's trainable parameters, B's with its own learning rate."""
@@ -71,6 +75,7 @@ class LocalSteps:
         optimizer: makes one over what is trained.
         loss: of each example (N,), from scores and labels.
         spare_scores: how many of the scores are no class's.
+        views: of each example.
     """
 
     event: PoissonGaussian
@@ -79,13 +84,14 @@ class LocalSteps:
     count: int
     first: int
     bound: float
-    clipping: ClippingName
+    clipping: ClippingName | AdaptiveClipping
     phases: Phases
     low_pass: Filter | None
     regulate_noise: bool
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     loss: Callable[[Tensor, Tensor], Tensor]
     spare_scores: int = 0
+    views: Views = Views()
 
     @classmethod
     def of_sums(cls, event: PoissonGaussian, sums: FeatureSums, rows: int, examples: Sized) -> "LocalSteps":

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_dp.fed.methods import State
 from lora_dp.fed.option_types import check_types
 from lora_dp.privacy.accounting import Accountant, Ledger, PoissonGaussian, calibrate_noise_multiplier
+from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName, make_clip_rule
 from lora_dp.privacy.mechanism import Mechanism
 from lora_dp.privacy.randomness import RandomSource
@@ -54,6 +55,7 @@ class PrivacyPlan:
         mechanism: "as-released" for what authors' code does, which guarantees nothing.
         examples: of all clients together; used for the noise of DEeR's released code alone.
         sums_share: part of the budget for one release of feature sums before the first round; 0 for none.
+        clip_quantile: of the norms, which the bound follows with clipping "adaptive".
 
     Raises:
         ValueError: a value of another type or none of the choices, or a private run in which not one party adds noise.
@@ -66,7 +68,7 @@ class PrivacyPlan:
     noise_by: NoiseBy
     max_grad_norm: float
     max_update_norm: float
-    clipping: ClippingName
+    clipping: ClippingName | Literal["adaptive"]
     batch_size: int
     steps: int
     turns: int
@@ -77,6 +79,7 @@ class PrivacyPlan:
     mechanism: MechanismName = "sound"
     examples: int = 0
     sums_share: float = 0.0
+    clip_quantile: float = 0.5
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -119,6 +122,18 @@ class PrivacyPlan:
     def server_adds_noise(self) -> bool:
         """Whether the server clips updates and noises their sum. The draw of clients is then secret."""
         return self.private and self.unit == "client" and self.noise_by == "server"
+
+    @property
+    def step_clipping(self) -> ClippingName | AdaptiveClipping:
+        """How the engine clips each example. A bound that moves begins at ``max_grad_norm`` in each turn, since a
+        client keeps nothing between turns: so it moves fast, by up to a factor of e^½ at the median.
+
+        >>> from lora_dp.fed.config import RunConfig
+        >>> from lora_dp.fed.rounds.setup import plan_of
+        >>> plan_of(RunConfig.from_flat({"clipping": "adaptive", "clip_quantile": 0.7})).step_clipping
+        AdaptiveClipping(quantile=0.7, rate=1.0, share=0.01)
+        """
+        return AdaptiveClipping(self.clip_quantile, rate=1.0) if self.clipping == "adaptive" else self.clipping
 
     @property
     def releases_per_turn(self) -> int:

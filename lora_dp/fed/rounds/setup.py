@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_dp.fed.config import RunConfig
+from lora_dp.fed.data.augmentation import Views
 from lora_dp.fed.data.encoding import ImageSpec, InputSpec, RawData, Splits, encode
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.data.kept_activations import KeptActivations
@@ -99,6 +100,7 @@ def plan_of(config: RunConfig, examples: int = 0) -> PrivacyPlan:
         privacy.mechanism,
         examples,
         privacy.sums_share,
+        privacy.clip_quantile,
     )
 
 
@@ -145,6 +147,11 @@ def open_job(
         splits = encode(raw, spec)
     model = loaded.model.to(device)
     workspace, train, validation = _without_front(config, loaded, model, splits)
+    if config.optimization.views > 1 and (raw.kind != "image" or isinstance(train, KeptActivations)):
+        raise ValueError(
+            "views are of images that all of the model is trained on: leave views out for texts, with adapt_last, and "
+            "with a method that has no adapters."
+        )
     parts = partition(
         splits.train.labels.numpy(),
         chosen.clients,
@@ -173,6 +180,7 @@ def open_job(
         optimization.averaging,
         optimization.balanced,
         optimization.warm_start,
+        Views(optimization.views, optimization.mirror),
     )
     plan = plan_of(config, len(splits.train))
     plan.check(max(len(part) for part in parts))

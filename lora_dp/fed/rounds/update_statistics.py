@@ -14,7 +14,6 @@ from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.privacy_plan import finite
 from lora_dp.fed.rounds.regulators import regulators
-from lora_dp.privacy.clipping import make_clip_rule
 from lora_dp.privacy.filter_gain import filter_gain, impulse_energy
 from lora_dp.privacy.filtering import Filter, make_filter
 
@@ -135,15 +134,18 @@ def expected_noise(trainer: Trainer, task: Task, examples: int, noise_multiplier
 
     Returns:
         None where single updates carry no noise (no privacy, the server's noise), where the mechanism is not the sound
-        one, or where no such formula holds: private steps of AdamW, whose moments divide by the noise.
+        one, or where no such formula holds: private steps of AdamW, whose moments divide by the noise, or at a bound
+        that moves.
     """
     plan, training, method = trainer.plan, trainer.training, trainer.method
     by_steps = plan.examples_are_protected
-    if not plan.private or plan.server_adds_noise or (by_steps and training.optimizer != "sgd"):
+    if not plan.private or plan.server_adds_noise:
+        return None
+    if by_steps and (training.optimizer != "sgd" or plan.clipping == "adaptive"):
         return None
     rules = regulators(method, task.state, task.round, task.turn)
     low_pass = make_filter(training.low_pass, training.low_pass_strength) if by_steps else None
-    bound = make_clip_rule(plan.clipping, plan.max_grad_norm).sensitivity if by_steps else plan.max_update_norm
+    bound = plan.max_grad_norm if by_steps else plan.max_update_norm
     one = noise_multiplier * bound / (min(training.batch_size, examples) if by_steps else 1)
     found = {}
     for name, tensor in task.state.items():

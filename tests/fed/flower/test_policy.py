@@ -20,6 +20,7 @@ WHOLE = {
     "rounds": (1, 10**6),
     "local_steps": (1, 10**4),
     "batch_size": (1, 4096),
+    "views": (1, 64),
     "seed": (0, 2**63 - 1),
 }
 REAL = {
@@ -31,6 +32,7 @@ REAL = {
     "delta": (1e-15, 1e-5),
     "max_grad_norm": (1e-3, 1e3),
     "max_update_norm": (1e-3, 1e3),
+    "clip_quantile": (0.01, 0.99),
     "lr": (1e-12, 1e6),
     "lr_ratio": (1e-12, 1e6),
     "low_pass_strength": (0, 1000),

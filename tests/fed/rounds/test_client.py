@@ -16,9 +16,11 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.fed.data.examples import ImageExamples, TextExamples
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.rounds.update_statistics import expected_noise
 from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.privacy.accounting import PoissonGaussian
+from lora_dp.privacy.adaptive_clipping import QuantileClipping
 from lora_dp.privacy.clipping import AutomaticClipping, FlatClipping, PerLayerClipping
 from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.rounds.small_turns import COUNT, ONE_STEP, trainer_of
@@ -101,6 +103,24 @@ def test_a_turn_clips_and_noises_examples_as_planned_or_not_at_all(privacy, clip
     else:
         assert (optimizer.noise_multiplier, optimizer.max_grad_norm) == (event.noise_multiplier, 0.7)
         assert type(optimizer.mechanism.rule) is rule
+
+
+def test_a_turn_follows_a_quantile_from_the_planned_bound_on():
+    """Anew in each turn, since a client keeps nothing between turns; what the ledger has is the plan's noise."""
+    seen: list[tuple[float, PrivateOptimizer]] = []
+    trainer = replace(
+        trainer_of(Adapted(), clipping="adaptive", max_grad_norm=0.7, clip_quantile=0.8),
+        on_turn=lambda _, optimizer, loader: seen.append((optimizer.max_grad_norm, optimizer)),
+    )
+    for _ in range(2):
+        turn(trainer, make_examples(COUNT, 1))
+    for begun, optimizer in seen:
+        assert begun == 0.7 != optimizer.max_grad_norm
+        assert isinstance(optimizer.mechanism.rule, QuantileClipping)
+        planned = trainer.plan.event(COUNT).noise_multiplier
+        assert optimizer.noise_multiplier == planned
+        assert optimizer.mechanism.rule.count_noise == pytest.approx(5 * planned)
+    assert expected_noise(trainer, Task(0, 0, 0, trainer.workspace.state()), COUNT, 1.0) is None
 
 
 @pytest.mark.parametrize("privacy", [{"max_grad_norm": 0.5}, {**WHOLE, "max_update_norm": 0.5}])

@@ -19,6 +19,7 @@ from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.contained_failures import GivenUp
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Task, Update
+from lora_dp.privacy.adaptive_clipping import QuantileClipping
 from lora_dp.privacy.mechanism import total
 from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.rounds.failing_models import COUNT, FAILURES, ODD, ONE_STEP, WHOLE, Mixing, failing
@@ -68,6 +69,21 @@ def test_an_example_on_which_training_fails_adds_nothing_and_takes_nothing_away(
     assert {name: tensor.shape for name, tensor in update.tensors.items()} == {
         name: tensor.shape for name, tensor in federation.server.state.items() if federation.method.trains(name, 0, 0)
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAILURES)
+def test_an_example_on_which_training_fails_is_not_counted_and_every_other_is_once(kind, monkeypatch):
+    """Where the bound follows a quantile. Everybody is drawn, and lies within a bound of 1000."""
+    counts: list[float] = []
+    noisy = QuantileClipping.follow
+    monkeypatch.setattr(
+        QuantileClipping, "follow", lambda self, count, size: [counts.append(float(count)), noisy(self, count, size)]
+    )
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self: list(range(self.size)))
+    federation = make_federation("dp-lora", ONE_STEP, clipping="adaptive", max_grad_norm=1000.0)
+    sums_of_a_turn(federation, failing(kind, monkeypatch))
+    assert counts == [(COUNT - 1) / 2]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lora_dp.fed.rounds.client
 from lora_dp.fed.config import FederationConfig, RunConfig
+from lora_dp.fed.data.augmentation import Views
 from lora_dp.fed.methods import State
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.fixed_shapes import OneShape, rows_of_a_part
@@ -353,3 +355,49 @@ def test_without_privacy_batches_are_given_as_they_are():
     on_outputs(federation.model, seen)
     federation.trainer.train(1, make_examples(13, 1), Task(0, 0, 2, federation.server.state))
     assert seen == [13] and not federation.workspace.rows_apart
+
+
+# Several views of an example
+
+
+def repeated(self: Views, batch: Any) -> Any:
+    return {name: tensor.repeat_interleave(self.count, 0) for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("rows", [[3], [0, 1, 2, 5, 7], list(range(12))])
+def test_views_that_are_alike_add_what_one_adds(rows, monkeypatch, caplog):
+    """Each example once, and none of the copies that fill a part; the shape of all rows is tried before."""
+    plain = make_federation("dp-lora", ONE_STEP)
+    expected = sum_of(plain, plain.server.state, rows)
+    monkeypatch.setattr(Views, "__call__", repeated)
+    seen: list[int] = []
+    several = make_federation("dp-lora", replace(ONE_STEP, views=Views(3)))
+    on_outputs(several.model, seen)
+    with caplog.at_level(logging.WARNING):
+        found = sum_of(several, several.server.state, rows)
+    assert apart(found, expected) < 1e-12
+    assert set(seen) == {3 * rows_of_a_part(ONE_STEP.batch_size, 12, False)} and caplog.text == ""
+
+
+def test_an_example_of_several_views_adds_at_most_the_bound_alone_and_beside_others():
+    federation = make_federation("dp-lora", replace(ONE_STEP, views=Views(4)), max_grad_norm=0.01)
+    state, sums = federation.server.state, []
+    for rows in ([0], [0, 1, 2, 3]):
+        found = sum_of(federation, state, rows)
+        sums.append(apart(found, {name: torch.zeros_like(tensor) for name, tensor in found.items()}))
+    assert 0.0099 < sums[0] <= 0.01 and sums[1] <= 0.04
+
+
+def test_what_is_evaluated_has_no_views(monkeypatch):
+    calls: list[int] = []
+
+    def counted(self: Views, batch: Any) -> Any:
+        calls.append(len(batch["labels"]))
+        return repeated(self, batch)
+
+    monkeypatch.setattr(Views, "__call__", counted)
+    federation = make_federation("dp-lora", replace(ONE_STEP, views=Views(2)))
+    federation.evaluate()
+    assert calls == []
+    federation.run_round([0])
+    assert calls
