@@ -45,8 +45,8 @@ def content(folder: Path) -> dict[str, Any]:
         "caption": caption(outcomes, cells),
         "plot": figures.grid(cells, grid.metric) if ended.any() else None,
         "curves": _curves(folder, cells[ended], budgets),
-        "cells": [_cell(folder, row) for row in cells.to_dict("records")],
-        "trials": [_cell(folder, row) for row in trials.to_dict("records")],
+        "cells": [_cell(folder, row, list(grid.searched)) for row in cells.to_dict("records")],
+        "trials": [_cell(folder, row, list(grid.searched)) for row in trials.to_dict("records")],
         "failures": [
             {**row, "trial": of is trials}
             for of in (trials, cells)
@@ -89,8 +89,9 @@ def _table(cells: Any, metric: Metric) -> dict[str, Any]:
     }
 
 
-def _cell(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """One cell with a link to its folder, or to its own page where it has one."""
+def _cell(folder: Path, row: dict[str, Any], searched: list[str]) -> dict[str, Any]:
+    """One cell with what was searched in words, and a link to its folder, or to its own page where it has one."""
+    tuned = ", ".join(f"{name} {row[name]:g}" for name in searched if name != "lr" and row[name] is not None)
     page = Path(row["folder"]) / "report.html"
     target = page.as_posix() if (folder / page).exists() else f"{row['folder']}/"
-    return {**row, "link": quote(target), "exists": (folder / row["folder"]).exists()}
+    return {**row, "tuned": tuned, "link": quote(target), "exists": (folder / row["folder"]).exists()}

@@ -208,7 +208,8 @@ def test_what_was_searched_is_told(tmp_path, fake):
     runs = pandas.read_csv(tmp_path / "grid" / "trials.csv", dtype={"epsilon": str})
     most = int((runs["epsilon"] == "1.0").sum())
     assert f"a run costs up to {most + 1} times its ε, at {most + 1} times δ" in words
-    assert f"{len(runs)} trials of settings" in write_page(tmp_path / "grid").read_text()
+    page = write_page(tmp_path / "grid").read_text()
+    assert f"{len(runs)} trials of settings" in page and f"max_grad_norm {runs['max_grad_norm'][0]:g}" in page
     assert Outcomes(Grid.read(tmp_path / "grid"), tmp_path / "grid").left() == 0
     with pytest.raises(ValueError, match="search differ"):
         searched(tmp_path / "grid", epsilons=[1, "none"], methods=["rolora"], search={"lr": [0.1, 1.0]})

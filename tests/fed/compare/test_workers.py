@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,28 @@ def test_a_cell_whose_log_of_releases_is_damaged_is_not_begun_anew(tmp_path, mon
     _, reason = workers.run_one(config)
     assert reason is not None and "is not whole" in reason.said and "do not go on with this run" in reason.said
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_may_be_added_and_cleared_while_others_run(tmp_path, monkeypatch, processes):
+    pools: list[int] = []
+    pool = workers.ProcessPoolExecutor
+    monkeypatch.setattr(
+        workers, "ProcessPoolExecutor", lambda count, *a, **k: pools.append(count) or pool(count, *a, **k)
+    )
+    jobs = [RunConfig.from_flat({"dataset": "/none", "output": tmp_path / str(index)}) for index in range(6)]
+    waiting, ended = deque(jobs[:1]), []
+    for path, reason in workers.run_all(waiting, processes):
+        assert reason is not None and "no folder" in reason.in_full
+        ended.append(path.name)
+        if len(ended) == 1:
+            waiting.extend(jobs[1:])
+        if len(ended) == 3:
+            waiting.clear()
+    # With two processes one more may have begun.
+    assert 3 <= len(ended) <= 2 + processes and len(set(ended)) == len(ended)
+    assert pools == [2] * (processes - 1)
 
 
 def spoil(cell: Path, how: str) -> None:
