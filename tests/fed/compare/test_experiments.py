@@ -35,9 +35,9 @@ ROWS = 24
 
 
 def options(path: Path, *more: str) -> tuple[CompareConfig, dict[str, Any]]:
-    given = compare_parser().parse_args(["--config", str(path), *more]).as_dict()
+    given = compare_parser().parse_args(["--config", str(path), *more], defaults=False).as_dict()
     given.pop("config")
-    own = {name: given.pop(name) for name in CompareConfig.__dataclass_fields__}
+    own = {name: given.pop(name) for name in CompareConfig.__dataclass_fields__ if name in given}
     return CompareConfig(**own), given
 
 
