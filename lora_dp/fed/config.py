@@ -32,7 +32,7 @@ class FederationConfig:
 
     method: str = "la-lora"
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
-    rac-lora, galore, fedsvd, lora-xs, head-only; or flat-lora:NAME, Flat-LoRA over another."""
+    rac-lora, galore, fedsvd, lora-xs, prism, head-only; or flat-lora:NAME, Flat-LoRA over another."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5

@@ -31,6 +31,7 @@ from lora_dp.fed.methods.head_only import HeadOnly
 from lora_dp.fed.methods.la_lora import LALoRA
 from lora_dp.fed.methods.lora_fair import LoRAFAIR
 from lora_dp.fed.methods.lora_xs import LoRAXS
+from lora_dp.fed.methods.prism import PRISM
 from lora_dp.fed.methods.rac_lora import RACLoRA
 from lora_dp.fed.methods.rolora import RoLoRA
 
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
         GaLore,
         FedSVD,
         LoRAXS,
+        PRISM,
         FlatLoRA,
         HeadOnly,
     )
@@ -168,6 +170,7 @@ def _checked(method: str, option: str, value: Any, default: Any) -> Any:
 __all__ = [
     "MERGED",
     "METHODS",
+    "PRISM",
     "Aggregation",
     "Contribution",
     "DEeR",

@@ -152,7 +152,8 @@ class Method(ABC):
         turns: exchanges of a round.
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
-        adapter: the adapters that the method trains: "lora", or "xs" (:mod:`lora_dp.nn.lora_xs_linear`).
+        adapter: the adapters that the method trains: "lora", "xs" (:mod:`lora_dp.nn.lora_xs_linear`), or "tangent"
+            (:mod:`lora_dp.nn.lora_tangent_linear`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
         has_adapters: whether the model gets adapters; else its head alone is trained.
 

@@ -116,7 +116,11 @@ class Workspace:
         Afterwards all is as it was.
         """
         held: list[tuple[Tensor, Tensor]] = []
-        scales = {f"{name}.lora_B": 1 / layer.scaling for name, layer in self._adapted.items()}
+        scales = {
+            f"{name}.lora_{outer}": 1 / layer.scaling
+            for name, layer in self._adapted.items()
+            for outer in ("B", "dA", "dB")
+        }
         with torch.no_grad():
             for name, layer in self._adapted.items():
                 if name in self._loaded:

@@ -46,6 +46,7 @@ def signature(update: Update | None) -> int:
         {"method": "galore", "epsilon": "none"},
         {"method": "flora", "ranks": [2, 4, 3]},
         {"method": "lora-xs"},
+        {"method": "prism"},
         {"method": "fedsvd", "unit": "client"},
         {"method": "la-lora", "unit": "client", "noise_by": "client"},
         {"method": "flat-lora:ffa-lora", "unit": "client", "clients_per_round": 2},

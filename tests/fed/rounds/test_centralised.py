@@ -12,7 +12,7 @@ from lora_dp.fed.data.examples import ImageExamples
 from lora_dp.fed.methods import METHODS, factor, get_method
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.nn.lora_linear import DPLoRALinear
-from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation
+from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation, tangent
 
 PLANNED_ROUNDS = 4
 MERGING = ("flora", "rac-lora", "galore")
@@ -77,7 +77,8 @@ def centralised(method: str, training, examples: ImageExamples, rounds: int) -> 
 
 def adapted_weight(layer: DPLoRALinear) -> Tensor:
     core = getattr(layer, "lora_R", torch.eye(layer.r).double())
-    return (layer.weight + layer.lora_B @ core @ layer.lora_A).detach()
+    beside = tangent({f"x.{name}": p.detach() for name, p in layer.named_parameters()}, "x")
+    return (layer.weight + layer.lora_B @ core @ layer.lora_A + beside).detach()
 
 
 @torch.no_grad()
@@ -109,11 +110,14 @@ def finish(method: str, adapted, index: int) -> None:
         elif method == "galore":
             layer.lora_B.copy_(torch.linalg.qr(layer.lora_B)[0])
             layer.lora_A.zero_()
-        if method in ("flexlora", "fedsvd"):
-            u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
+        if method in ("flexlora", "fedsvd", "prism"):
+            u, s, vh = torch.linalg.svd(adapted_weight(layer) - layer.weight)
             r = layer.r
             layer.lora_B.copy_(u[:, :r] * s[:r])
             layer.lora_A.copy_(vh[:r])
+        if method == "prism":
+            layer.lora_dA.zero_()
+            layer.lora_dB.zero_()
 
 
 @pytest.mark.slow
