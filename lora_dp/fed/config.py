@@ -32,7 +32,7 @@ class FederationConfig:
 
     method: str = "la-lora"
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
-    rac-lora, galore, fedsvd, lora-xs, prism, head-only; or flat-lora:NAME, Flat-LoRA over another."""
+    rac-lora, galore, fedsvd, lora-xs, prism, fedask, head-only; or flat-lora:NAME, Flat-LoRA over another."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5
@@ -54,7 +54,7 @@ class FederationConfig:
     examples, and equal where whole clients are protected."""
     ranks: list[int] | dict[str, float] | None = None
     """Ranks of the clients' adapters where they differ: one a client, or shares by rank as in {4: 0.75, 8: 0.25}; for
-    flora and flexlora."""
+    flora, flexlora and fedask."""
     min_clients: int = 1
     """Fewest updates a round is combined from (fewer clients drawn need only as many as were drawn); with less, the run
     stops. Not with noise by the server, whose rounds go on with noise alone."""

@@ -21,6 +21,7 @@ from lora_dp.fed.methods.base import (
 )
 from lora_dp.fed.methods.deer import DEeR
 from lora_dp.fed.methods.dp_lora import DPLoRA
+from lora_dp.fed.methods.fedask import FedASK
 from lora_dp.fed.methods.fedsvd import FedSVD
 from lora_dp.fed.methods.ffa_lora import FFALoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
@@ -51,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
         FedSVD,
         LoRAXS,
         PRISM,
+        FedASK,
         FlatLoRA,
         HeadOnly,
     )
@@ -177,6 +179,7 @@ __all__ = [
     "DPLoRA",
     "FFALoRA",
     "FLoRA",
+    "FedASK",
     "FedSVD",
     "FlatLoRA",
     "FlexLoRA",

@@ -45,6 +45,7 @@ def signature(update: Update | None) -> int:
         {"method": "deer"},
         {"method": "galore", "epsilon": "none"},
         {"method": "flora", "ranks": [2, 4, 3]},
+        {"method": "fedask", "ranks": [2, 4, 3]},
         {"method": "lora-xs"},
         {"method": "prism"},
         {"method": "fedsvd", "unit": "client"},

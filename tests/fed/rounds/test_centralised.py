@@ -115,6 +115,10 @@ def finish(method: str, adapted, index: int) -> None:
             r = layer.r
             layer.lora_B.copy_(u[:, :r] * s[:r])
             layer.lora_A.copy_(vh[:r])
+        if method == "fedask":
+            u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
+            layer.lora_B.copy_(u[:, : layer.r] * s[: layer.r].sqrt())
+            layer.lora_A.copy_(s[: layer.r, None].sqrt() * vh[: layer.r])
         if method == "prism":
             layer.lora_dA.zero_()
             layer.lora_dB.zero_()
