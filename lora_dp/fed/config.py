@@ -32,7 +32,8 @@ class FederationConfig:
 
     method: str = "la-lora"
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
-    rac-lora, galore, fedsvd, lora-xs, prism, fedask, head-only; or flat-lora:NAME, Flat-LoRA over another."""
+    rac-lora, galore, fedsvd, lora-xs, prism, fedask, dp-fedadamw, head-only; or flat-lora:NAME, Flat-LoRA over another
+    one."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5
@@ -92,8 +93,8 @@ class FederationConfig:
             return
         _require(
             get_method(self.method, self.method_options).ranks_may_differ,
-            f"{self.method} averages factors, so that all clients need one rank: leave ranks out, or take flora or "
-            "flexlora.",
+            f"{self.method} averages factors, so that all clients need one rank: leave ranks out, or take flora, "
+            "flexlora or fedask.",
         )
         if isinstance(self.ranks, dict):
             _require(
@@ -219,7 +220,7 @@ class OptimizationConfig:
     """Local optimisation"""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """A client's optimizer; its state starts anew in every round."""
+    """A client's optimizer; its state starts anew in every round. dp-fedadamw has its own."""
     lr: float | None = None
     """Learning rate of A and the head; by default sgd's was tuned for method and epsilon, adamw's is 0.001."""
     lr_ratio: float | None = None
@@ -345,6 +346,10 @@ class RunConfig:
         )
         if federation.largest_rank is not None:
             self.model.r = federation.largest_rank
+        _require(
+            not method.own_optimizer or chosen.optimizer == "sgd",
+            f"{method.name} has an optimizer of its own: leave optimizer out.",
+        )
         if chosen.lr is None:
             sgd = chosen.optimizer == "sgd"
             # A client that is protected as a whole trains without noise of its own.

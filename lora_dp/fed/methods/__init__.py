@@ -13,6 +13,7 @@ from lora_dp.fed.methods.base import (
     Aggregation,
     Contribution,
     Layers,
+    LocalTurn,
     Method,
     Phases,
     State,
@@ -20,6 +21,7 @@ from lora_dp.fed.methods.base import (
     factor,
 )
 from lora_dp.fed.methods.deer import DEeR
+from lora_dp.fed.methods.dp_fedadamw import DPFedAdamW
 from lora_dp.fed.methods.dp_lora import DPLoRA
 from lora_dp.fed.methods.fedask import FedASK
 from lora_dp.fed.methods.fedsvd import FedSVD
@@ -53,6 +55,7 @@ METHODS: dict[str, type[Method]] = {
         LoRAXS,
         PRISM,
         FedASK,
+        DPFedAdamW,
         FlatLoRA,
         HeadOnly,
     )
@@ -176,6 +179,7 @@ __all__ = [
     "Aggregation",
     "Contribution",
     "DEeR",
+    "DPFedAdamW",
     "DPLoRA",
     "FFALoRA",
     "FLoRA",
@@ -189,6 +193,7 @@ __all__ = [
     "Layers",
     "LoRAFAIR",
     "LoRAXS",
+    "LocalTurn",
     "Method",
     "Phases",
     "RACLoRA",

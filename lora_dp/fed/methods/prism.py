@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from math import inf
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from lora_dp.fed.methods.base import Contribution, Layers, Method, Phases, State, factor
+from lora_dp.fed.methods.base import Contribution, Layers, LocalTurn, Method, Phases, State, factor
 from lora_dp.fed.methods.low_rank import LowRank, dense, truncated_svd
 from lora_dp.lazy_torch import torch
 from lora_dp.nn.adapter_start import Adapter
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 class PRISM(Method):
@@ -32,6 +35,20 @@ class PRISM(Method):
 
     def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
         return factor(parameter) is None and super().trains(parameter, round_index, turn)
+
+    def optimizer(self, turn: LocalTurn) -> Optimizer:
+        """The run's; moments see noise of the tangent space alone, from which dA's part along A is taken."""
+        made = super().optimizer(turn)
+        if turn.kind is not torch.optim.SGD:
+
+            def project(*_: object) -> None:
+                for name, dA in turn.tensors.items():
+                    if name.endswith(".lora_dA") and dA.grad is not None:
+                        lora_A = turn.tensors[f"{name.removesuffix('dA')}A"]
+                        dA.grad.sub_((dA.grad @ lora_A.t()) @ lora_A)
+
+            made.register_step_pre_hook(project)
+        return made
 
     def combine(
         self, mean: Contribution, state: State, layers: Layers, round_index: int, turn: int = 0

@@ -135,11 +135,16 @@ def expected_noise(trainer: Trainer, task: Task, examples: int, noise_multiplier
 
     Returns:
         None where single updates carry no noise (no privacy, the server's noise), where the mechanism is not the sound
-        one, or where no such formula holds: private steps of AdamW, whose moments divide by the noise.
+        one, or where no such formula holds: private steps of AdamW, or of a method's own optimizer, whose moments
+        divide by the noise.
     """
     plan, training, method = trainer.plan, trainer.training, trainer.method
     by_steps = plan.examples_are_protected
-    if not plan.private or plan.server_adds_noise or (by_steps and training.optimizer != "sgd"):
+    if (
+        not plan.private
+        or plan.server_adds_noise
+        or (by_steps and (training.optimizer != "sgd" or method.own_optimizer))
+    ):
         return None
     rules = regulators(method, task.state, task.round, task.turn)
     low_pass = make_filter(training.low_pass, training.low_pass_strength) if by_steps else None

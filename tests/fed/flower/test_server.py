@@ -48,6 +48,8 @@ def signature(update: Update | None) -> int:
         {"method": "fedask", "ranks": [2, 4, 3]},
         {"method": "lora-xs"},
         {"method": "prism"},
+        {"method": "dp-fedadamw"},
+        {"method": "dp-fedadamw", "unit": "client", "noise_by": "client"},
         {"method": "fedsvd", "unit": "client"},
         {"method": "la-lora", "unit": "client", "noise_by": "client"},
         {"method": "flat-lora:ffa-lora", "unit": "client", "clients_per_round": 2},
