@@ -1,12 +1,15 @@
 """PRISM in a federation: exact averages of tangent vectors, and the best cut to rank r afterwards."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lora_dp.fed.methods import Layers, factor, get_method
 from lora_dp.fed.methods.prism import retracted
+from lora_dp.fed.rounds.messages import Task
 from tests.fed.methods.test_fedsvd import is_orthonormal
-from tests.fed.small import make_federation, products, updates
+from tests.fed.small import TRAINING, make_federation, products, updates
 
 UNITS = [{}, {"unit": "client", "noise_by": "server"}, {"unit": "client", "noise_by": "client"}, {"epsilon": None}]
 
@@ -71,6 +74,28 @@ def test_a_round_begins_at_a_point_of_its_own_tangent_space(privacy):
             assert (gram - gram.diag().diag()).abs().max() < 1e-12 and gram.diagonal().min() > 0
     if privacy.get("epsilon", 1.0) is not None:
         assert 0 < federation.account.worst_epsilon() <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "projected"), [("adamw", True), ("sgd", False)])
+def test_moments_see_noise_of_the_tangent_space_alone(optimizer, projected):
+    """SGD has none, and dA's part along A's rows changes nothing."""
+    federation, along = make_federation("prism", replace(TRAINING, optimizer=optimizer)), []
+    federation.run_round([0, 1, 2])
+    state = federation.server.state
+
+    def watch(client, private, batches):
+        model = federation.model
+
+        def record(*_):
+            gradients = {name: model.get_submodule(name).lora_dA.grad for name in ("1", "3")}
+            along.extend((g @ state[f"{name}.lora_A"].t()).norm() / g.norm() for name, g in gradients.items())
+
+        private.register_step_pre_hook(record)
+
+    replace(federation.trainer, on_turn=watch).train(0, federation.engine.parts[0], Task(1, 0, 2, state))
+    assert len(along) == 6
+    assert max(along) < 1e-12 if projected else min(along) > 1e-3
 
 
 def test_single_precision_does_not_drift():
