@@ -50,9 +50,9 @@ class DPFedAdamW(Method):
     def beside(self, state: State, whole_clients: bool) -> State:
         trained = {name: tensor for name, tensor in state.items() if self.trains(name, 0)}
         kept = {name + DIRECTION: tensor.new_zeros(tensor.shape) for name, tensor in trained.items()}
-        return (
-            kept if whole_clients else kept | {name + SECOND: tensor.new_zeros(1) for name, tensor in trained.items()}
-        )
+        if not whole_clients:
+            kept |= {name + SECOND: tensor.new_zeros(1) for name, tensor in trained.items()}
+        return kept
 
     def optimizer(self, turn: LocalTurn) -> Optimizer:
         from lora_dp.optim.block_adam import BlockAdamW  # and torch with it
