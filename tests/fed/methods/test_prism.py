@@ -7,9 +7,9 @@ import torch
 
 from lora_dp.fed.methods import Layers, factor, get_method
 from lora_dp.fed.methods.prism import retracted
-from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.rounds.messages import Task, Workspace
 from tests.fed.methods.test_fedsvd import is_orthonormal
-from tests.fed.small import TRAINING, make_federation, products, updates
+from tests.fed.small import TRAINING, Adapted, make_federation, products, updates
 
 UNITS = [{}, {"unit": "client", "noise_by": "server"}, {"unit": "client", "noise_by": "client"}, {"epsilon": None}]
 
@@ -96,6 +96,19 @@ def test_moments_see_noise_of_the_tangent_space_alone(optimizer, projected):
     replace(federation.trainer, on_turn=watch).train(0, federation.engine.parts[0], Task(1, 0, 2, state))
     assert len(along) == 6
     assert max(along) < 1e-12 if projected else min(along) > 1e-3
+
+
+def test_random_coordinates_do_not_follow_what_a_server_may_scale():
+    """Trials of a client hold random numbers in the adapters, whose output must not grow with alpha."""
+    found = []
+    for scaling in (1.0, 1e8):
+        model = Adapted(adapter="tangent")
+        layer, x = model[1], torch.ones(2, 12).double()
+        layer.scaling = scaling
+        with Workspace(model).at_random(torch.Generator().manual_seed(0)):
+            found.append((layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).detach())
+    assert found[0].any()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_single_precision_does_not_drift():
