@@ -34,7 +34,7 @@ class DPFedAdamW(Method):
     pull: float = 0.5
 
     name: ClassVar[str] = "dp-fedadamw"
-    learning_rates: ClassVar = {1: 0.003, 3: 0.005, 8: 0.01, inf: 0.01}
+    learning_rates: ClassVar = {1: 0.0005, 3: 0.0005, 8: 0.0005, inf: 0.003}
     own_optimizer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

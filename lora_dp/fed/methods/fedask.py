@@ -35,7 +35,7 @@ class FedASK(ByProduct):
     oversampling: int = 8
 
     name: ClassVar[str] = "fedask"
-    learning_rates: ClassVar = {1: 0.1, 3: 0.2, 8: 0.5, inf: 0.3}
+    learning_rates: ClassVar = {1: 0.07, 3: 0.2, 8: 0.5, inf: 0.3}
 
     def __post_init__(self) -> None:
         if not self.oversampling >= 0:
