@@ -33,7 +33,8 @@ class FederationConfig:
 
     method: str = "la-lora"
     """How clients train and the server combines: la-lora, dp-lora, ffa-lora, rolora, deer, flora, flexlora, lora-fair,
-    rac-lora, galore, fedsvd, lora-xs, head-only, quiet-lora; or flat-lora:NAME, Flat-LoRA over another."""
+    rac-lora, galore, fedsvd, lora-xs, prism, fedask, dp-fedadamw, head-only, quiet-lora; or flat-lora:NAME, Flat-LoRA
+    over another."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Options of the method itself, for example --method-options.objective cosine (lora-fair)."""
     clients: int = 5
@@ -55,7 +56,7 @@ class FederationConfig:
     examples, and equal where whole clients are protected."""
     ranks: list[int] | dict[str, float] | None = None
     """Ranks of the clients' adapters where they differ: one a client, or shares by rank as in {4: 0.75, 8: 0.25}; for
-    flora and flexlora."""
+    flora, flexlora and fedask."""
     min_clients: int = 1
     """Fewest updates a round is combined from (fewer clients drawn need only as many as were drawn); with less, the run
     stops. Not with noise by the server, whose rounds go on with noise alone."""
@@ -93,8 +94,8 @@ class FederationConfig:
             return
         _require(
             get_method(self.method, self.method_options).ranks_may_differ,
-            f"{self.method} averages factors, so that all clients need one rank: leave ranks out, or take flora or "
-            "flexlora.",
+            f"{self.method} averages factors, so that all clients need one rank: leave ranks out, or take flora, "
+            "flexlora or fedask.",
         )
         if isinstance(self.ranks, dict):
             _require(
@@ -230,7 +231,7 @@ class OptimizationConfig:
     """Local optimisation"""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """A client's optimizer; its state starts anew in every round."""
+    """A client's optimizer; its state starts anew in every round. dp-fedadamw has its own."""
     lr: float | None = None
     """Learning rate of A and the head; by default sgd's was tuned for method and epsilon, adamw's is 0.001."""
     lr_ratio: float | None = None
@@ -374,6 +375,10 @@ class RunConfig:
         )
         if federation.largest_rank is not None:
             self.model.r = federation.largest_rank
+        _require(
+            not method.own_optimizer or chosen.optimizer == "sgd",
+            f"{method.name} has an optimizer of its own: leave optimizer out.",
+        )
         if chosen.lr is None:
             sgd = chosen.optimizer == "sgd"
             # A client that is protected as a whole trains without noise of its own.

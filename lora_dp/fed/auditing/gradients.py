@@ -63,7 +63,7 @@ def most_gradients(game: Game) -> int:
     for trained in ("A", "B"):
         sizes: dict[str, int] = {}
         for name, tensor in state.items():
-            if factor(name) in (None, trained):
+            if name not in trainer.workspace.beside and factor(name) in (None, trained):
                 group = name.rpartition(".")[0] if by_layer else ""
                 sizes[group] = sizes.get(group, 0) + round(tensor.numel() * (share if factor(name) else 1))
         least.append(min(sizes.values()))
