@@ -302,7 +302,7 @@ class RunOptions:
 
 # What RunConfig.settle may change.
 _SETTLED = {
-    "model": ("features", "contrast", "whitening", "adapt_last"),
+    "model": ("features", "feature_blocks", "contrast", "whitening", "adapt_last"),
     "privacy": ("sums_share",),
     "optimization": ("balanced", "warm_start"),
 }
@@ -516,6 +516,8 @@ def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
             chosen.pop(of_examples, None)
     if options.get("sums_share") == 0:
         chosen.pop("balanced", None)
+    if options.get("features") == "unit":
+        chosen.pop("feature_blocks", None)
     if method.recipe_rates and options.get("optimizer", "sgd") == "sgd":
         budget = PrivacyConfig(epsilon=options.get("epsilon", PrivacyConfig.epsilon)).target
         chosen["lr"] = nearest_rate(method.recipe_rates, None if whole_clients else budget)

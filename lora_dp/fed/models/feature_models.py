@@ -18,7 +18,7 @@ _IMAGES, _IMAGES_AT_ONCE = 3000, 256
 _TEXTS, _TEXTS_AT_ONCE = 1000, 50
 _FEWEST_TOKENS, _MOST_TOKENS = 4, 30
 # Of whitening. Made-up texts have other correlations than written ones, so that they count for less.
-_RIDGE_OF_IMAGES, _RIDGE_OF_TEXTS = 0.03, 3.0
+_RIDGE_OF_IMAGES, _RIDGE_OF_TEXTS = 0.03, 1.0
 
 
 def blank_batch(spec: InputSpec) -> Batch:

@@ -81,6 +81,8 @@ def load_model(
             config = replace(config, whitening="made-up")
             if isinstance(spec, ImageSpec):
                 config = replace(config, contrast="model")
+        elif config.features == "fitting":
+            config = replace(config, feature_blocks=[-1])
         config = replace(config, features=features)
         if config.contrast == "model" and not isinstance(spec, ImageSpec):
             raise ValueError("contrast model is for images: leave it out for texts.")
