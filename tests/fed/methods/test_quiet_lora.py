@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from lora_dp.fed.config import PrivacyConfig, RunConfig, recipe
+from lora_dp.fed.config import RunConfig, recipe
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.methods.base import Layers
 from lora_dp.fed.rounds.setup import open_job
+from lora_dp.fed.run_options import PrivacyConfig
 from lora_dp.nn.feature_head import FeatureHead
 
 METHODS = ("quiet-lora", "head-only")
