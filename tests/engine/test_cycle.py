@@ -89,6 +89,20 @@ def test_a_step_beside_the_loaders_is_noticed():
     plain.check(0)  # every step draws from all
 
 
+def test_an_empty_draw_is_of_a_turn_too():
+    _, optimizer, loader = numbered(2, size=10, batch_size=1, engine=seeded())
+    loader.source.uniform = lambda n: torch.ones(n, dtype=torch.float64)  # nobody is drawn
+    taken = []
+
+    def by_hand(*_):
+        taken.append(optimizer.steps_taken)
+        optimizer._cycle.advance()  # what a step in a hook would do
+
+    optimizer.register_step_post_hook(by_hand)
+    assert_refuses(RuntimeError, "a step was taken beside", lambda: list(loader.take(3)))
+    assert taken == [0]
+
+
 def test_too_many_bands_for_the_data_are_refused():
     assert_refuses(ValueError, "choose at most 5 bands", lambda: numbered(6))
     _, optimizer, loader = numbered(5)
