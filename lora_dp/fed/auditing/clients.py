@@ -27,7 +27,6 @@ from lora_dp.fed.rounds.local_training import LocalSteps
 from lora_dp.fed.rounds.messages import Reply, Task
 from lora_dp.fed.rounds.regulators import regulators
 from lora_dp.nn.feature_sums import FeatureSums
-from lora_dp.nn.regulator import Regulator
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class _Run:
         flat = torch.zeros(sum(sizes), dtype=torch.float64)
         norm = 1.0 if task.sums and self._trainer.plan.server_adds_noise else self._canaries.norm
         flat[int(self._directions(start)[client])] = norm * self._bounds[task.sums]
-        rules = self._rules(task)
+        rules = regulators(self._trainer.method, task.state, task.round, task.turn)
         for name, part in zip(names, flat.split(sizes), strict=True):
             change = part.view_as(start[name])
             start[name] = (start[name].double() + (rules[name].restored(change) if name in rules else change)).to(
@@ -189,7 +188,7 @@ class _Run:
 
     def _projected(self, change: State, task: Task) -> Floats:
         """(m,): a change along each canary's direction, in units of the clip bound: 1 and noise, or noise."""
-        rules = self._rules(task)
+        rules = regulators(self._trainer.method, task.state, task.round, task.turn)
         flat = torch.cat(
             [
                 (rules[name].measured(part.double()) if name in rules else part.double()).flatten().cpu()
@@ -197,9 +196,6 @@ class _Run:
             ]
         )
         return np.asarray(flat.numpy()[self._directions(change)] / self._bounds[task.sums], dtype=np.float64)
-
-    def _rules(self, task: Task) -> dict[str, Regulator]:
-        return {} if task.sums else regulators(self._trainer.method, task.state, task.round, task.turn)
 
     def _likelihood(self, x: float | Floats, task: Task) -> float | Floats:
         """log of how much likelier x is with the canary than without, by the noise that this release claims."""
