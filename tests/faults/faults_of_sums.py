@@ -2,6 +2,7 @@
 
 from tests.faults.fed_plants import (
     noise_on_class_sums_only,
+    sums_barely_noised,
     sums_begun_again_beyond_the_budget,
     sums_counted_once,
     sums_noised_for_less,
@@ -11,7 +12,9 @@ from tests.faults.fed_plants import (
     sums_of_examples_not_clipped,
     warm_start_from_plain_sums,
 )
-from tests.faults.planting import Fault
+from tests.faults.planting import AUDIT, Fault
+from tests.fed.auditing.small_runs import CLIENTS, SMALL
+from tests.fed.auditing.small_runs import SUMS as SUMMED
 
 _HEAD_START = "tests/fed/rounds/test_head_start.py::"
 _NOISE = f"{_HEAD_START}test_each_number_has_the_noise_that_is_told_and_the_sensitivity_asks_for"
@@ -25,13 +28,22 @@ SUMS = [
         (
             f"{_HEAD_START}test_a_clients_whole_contribution_is_clipped[client]",
             f"{_HEAD_START}test_what_the_server_takes_from_one_client_is_clipped_to_the_bound",
+            AUDIT,
         ),
+        {**CLIENTS, **SUMMED, "noise_by": "client", "epsilon": 1.5},
     ),
     Fault(
         "feature sums of examples are clipped by another rule",
         "what they add hangs on their length, and the released means are no means.",
         sums_of_examples_not_clipped,
         (f"{_HEAD_START}test_an_example_adds_what_it_should_and_no_more_than_the_bound",),
+    ),
+    Fault(
+        "a fiftieth of the noise of feature sums",
+        "the ledger claims what is not there.",
+        sums_barely_noised,
+        (f"{_NOISE}[example-equal]", f"{_NOISE}[server-equal]", AUDIT),
+        {**SMALL, **SUMMED, "epsilon": 2.0},
     ),
     Fault(
         "noise of feature sums for a √2 smaller sensitivity",
@@ -64,7 +76,9 @@ SUMS = [
         (
             f"{_HEAD_START}test_what_fails_later_has_been_counted[apply]",
             "tests/fed/rounds/test_ledgers.py::test_sums_are_an_entry_of_their_own_in_every_ledger[example]",
+            AUDIT,
         ),
+        {**SMALL, **SUMMED},
     ),
     Fault(
         "feature sums are released twice and counted once",

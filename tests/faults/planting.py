@@ -51,7 +51,7 @@ class Fault:
         breaks: why ε is void with it, in one sentence.
         plant: plants it.
         caught_by: node ids of tests, or AUDIT, ISOLATION or REFUSED; each of them must catch it.
-        audited: options of the audited training.
+        audited: options of the audited training, or with ``sums_share`` of the audited run.
         run: runs an engine, for ISOLATION and REFUSED.
         refusal: words of the refusal.
     """

@@ -8,6 +8,7 @@ from lora_dp.privacy.mechanism import Mechanism
 from tests.auditing.tiny import training
 from tests.faults.planted import FAULTS
 from tests.faults.planting import AUDIT, FULL, ISOLATION, PHASE_A, REFUSED, ROOT, SAMPLED, Fault, Planting, verdicts
+from tests.fed.auditing.small_runs import audited
 
 NODES = sorted({catcher for fault in FAULTS for catcher in fault.caught_by if "::" in catcher})
 # What a test that has noticed something raises.
@@ -16,6 +17,8 @@ NOTICED = (AssertionError, pytest.fail.Exception)
 
 def violated(options: dict, seed: int = 0) -> bool:
     """Whether the audit of one training run refutes its claim, at a confidence of 95 %."""
+    if "sums_share" in options:
+        return audited(options, seed).violated
     trained = training(**options, first_seed=seed)
     return audit(trained, GradientCanaries(900), delta=1e-5, assume="independent", seed=seed).violated
 

@@ -2,8 +2,13 @@
 
 They are clients of a federation of the same plan: drawn, clipped, noised and counted as any other. The real clients
 stand aside, since the adversary that the guarantee speaks of knows what they add.
+
+A release of feature sums before the first round is attacked in the same way, by clients whose sums are as long. It has
+a bound and a noise of its own, and all clients take part in it. The server's own check leaves out whoever sends more
+than the bound: where it adds the noise, canaries send just that.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -13,7 +18,7 @@ import torch
 
 from lora_dp.auditing.bounds import Floats
 from lora_dp.auditing.canaries import Coins, Played
-from lora_dp.fed.auditing.game import Game, unchanged
+from lora_dp.fed.auditing.game import Game, no_sums, unchanged
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import State
 from lora_dp.fed.rounds.client import Trainer
@@ -21,11 +26,12 @@ from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.local_training import LocalSteps
 from lora_dp.fed.rounds.messages import Reply, Task
 from lora_dp.fed.rounds.regulators import regulators
+from lora_dp.nn.feature_sums import FeatureSums
 
 
 @dataclass(frozen=True)
 class _CanaryTrainer(Trainer):
-    """Puts a canary's weights in place of local training; all that follows is the client's own code."""
+    """Puts a canary's weights, or sums, in place of local training; all that follows is the client's own code."""
 
     planted: Callable[[int, Task], State] = lambda client, task: {}
 
@@ -37,7 +43,11 @@ class _CanaryTrainer(Trainer):
         on_step: Callable[[], None],
         steps: LocalSteps,
     ) -> None:
-        self.workspace.load({**task.state, **self.planted(place[0], task)}, task.rank)
+        planted = self.planted(place[0], task)
+        if task.sums:
+            next(m for m in self.workspace.model.modules() if isinstance(m, FeatureSums)).load_state_dict(planted)
+        else:
+            self.workspace.load({**task.state, **planted}, task.rank)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class ClientCanaries:
     Attributes:
         game: the run.
         count: m, how many.
-        norm: length of each update, in units of ``max_update_norm``; above 1, so that clipping is tested.
+        norm: length of each update, in units of ``max_update_norm``, and of what is added to feature sums, in units of
+            their sensitivity; above 1, so that clipping is tested.
 
     Raises:
         ValueError: more of them than a turn trains numbers, or a method whose sum is not that of the tensors trained.
@@ -108,7 +119,10 @@ class _Run:
             weighting="equal",
             fault_norm=math.inf,
         )
-        self._sigma = plan.turn_noise_multiplier(1)
+        # Of a turn, and of feature sums: bound, and deviation of the noise in units of it.
+        self._bounds, self._sigmas = {False: plan.max_update_norm}, {False: plan.turn_noise_multiplier(1)}
+        if (sums := plan.sums_event) is not None:
+            self._bounds[True], self._sigmas[True] = no_sums(job).sensitivity, sums.noise_multiplier
         self._evidence: Floats = np.zeros(count)
         # The turn under way, and what the server has released of it: nothing yet.
         self._task: Task | None = None
@@ -124,21 +138,29 @@ class _Run:
 
     def train(self, tasks: Iterable[tuple[int, Task]], on_step: Callable[[], None]) -> Iterator[Reply]:
         server, job = self.federation.server, self._game.job
-        task = server.task(self.federation.rounds_done, self._next_turn(), job.ranks[0])
+        tasks = iter(tasks)
+        first = next(tasks, None)  # none where no client was drawn
+        if first is None or not first[1].sums:
+            task = server.task(self.federation.rounds_done, self._next_turn(), job.ranks[0])
+        else:
+            task = first[1]
         self._task = replace(task, state=dict(task.state))  # the server goes on in the same dictionary
         self._pending = True
         examples = job.examples(0)
-        for client, given in tasks:
+        for client, given in tasks if first is None else itertools.chain([first], tasks):
             update = self._trainer.train(client, examples, given, on_step)
             if not self._trainer.plan.server_adds_noise:
-                change = {name: tensor - given.state[name] for name, tensor in update.tensors.items()}
-                self.scores[client] += self._likelihood(self._projected(change, given)[client])
+                start = unchanged(job, given)
+                change = {name: tensor - start[name] for name, tensor in update.tensors.items()}
+                self.scores[client] += self._likelihood(self._projected(change, given)[client], given)
             on_step()
             yield Reply(client, update)
 
     def _next_turn(self) -> int:
         before = self._task
-        return before.turn + 1 if before is not None and before.round == self.federation.rounds_done else 0
+        if before is None or before.sums or before.round != self.federation.rounds_done:
+            return 0
+        return before.turn + 1
 
     def _planted(self, client: int, task: Task) -> State:
         start = unchanged(self._game.job, task)
@@ -146,7 +168,8 @@ class _Run:
             return start
         names, sizes = list(start), [tensor.numel() for tensor in start.values()]
         flat = torch.zeros(sum(sizes), dtype=torch.float64)
-        flat[int(self._directions(start)[client])] = self._canaries.norm * self._trainer.plan.max_update_norm
+        norm = 1.0 if task.sums and self._trainer.plan.server_adds_noise else self._canaries.norm
+        flat[int(self._directions(start)[client])] = norm * self._bounds[task.sums]
         rules = regulators(self._trainer.method, task.state, task.round, task.turn)
         for name, part in zip(names, flat.split(sizes), strict=True):
             change = part.view_as(start[name])
@@ -172,22 +195,30 @@ class _Run:
                 for name, part in change.items()
             ]
         )
-        bound = self._trainer.plan.max_update_norm
-        return np.asarray(flat.numpy()[self._directions(change)] / bound, dtype=np.float64)
+        return np.asarray(flat.numpy()[self._directions(change)] / self._bounds[task.sums], dtype=np.float64)
 
-    def _likelihood(self, x: float | Floats) -> float | Floats:
-        return (x - 0.5) / self._sigma**2 if self._sigma else x
+    def _likelihood(self, x: float | Floats, task: Task) -> float | Floats:
+        """log of how much likelier x is with the canary than without, by the noise that this release claims."""
+        sigma = self._sigmas[task.sums]
+        return (x - 0.5) / sigma**2 if sigma else x
 
     def _observe_sum(self) -> None:
         task = self._task
         if task is None or not self._pending:
             return  # what the server begins a round with
         self._pending = False
-        plan, state = self._trainer.plan, self.federation.server.state
+        plan = self._trainer.plan
+        if task.sums:
+            assert self.federation.released_sums is not None
+            mean: State = {name: tensor.detach() for name, tensor in self.federation.released_sums.named_parameters()}
+            # All take part: nothing is drawn.
+            self.scores += self._likelihood(self._projected(mean, task) * self._canaries.count, task)
+            return
+        state = self.federation.server.state
         change = {
             name: state[name].double() - before.double() for name, before in unchanged(self._game.job, task).items()
         }
-        self._evidence += self._likelihood(self._projected(change, task) * plan.client_rate * plan.clients)
+        self._evidence += self._likelihood(self._projected(change, task) * plan.client_rate * plan.clients, task)
         if task.turn == self._trainer.method.turns - 1:
             # All turns of a round share its draw.
             self.scores += np.logaddexp(
@@ -198,11 +229,13 @@ class _Run:
 
 
 def most_clients(game: Game) -> int:
-    """Numbers that the turn trains which trains fewest."""
+    """Numbers that the turn trains which trains fewest; or those of the feature sums, where they are fewer."""
     trainer = game.job.trainer
     state = trainer.workspace.state()
-    return min(
+    sums = [] if trainer.plan.sums_event is None else [sum(p.numel() for p in no_sums(game.job).parameters())]
+    turns = [
         sum(tensor.numel() for name, tensor in state.items() if trainer.method.trains(name, index, turn))
         for index in range(trainer.plan.rounds)
         for turn in range(trainer.method.turns)
-    )
+    ]
+    return min(sums + turns)

@@ -105,11 +105,6 @@ def check_auditable(config: RunConfig, options: AuditConfig) -> None:
         )
     if privacy.target is None:
         raise ValueError("epsilon none claims nothing: there is no ε to audit.")
-    if privacy.sums_share:
-        raise ValueError(
-            "sums_share releases feature sums before the first round, in which no canary is planted: audit the run "
-            "without it."
-        )
     if config.federation.engine != "local":
         raise ValueError(
             f"engine {config.federation.engine} trains in other processes, where no canary can be planted: set engine "
@@ -138,10 +133,11 @@ def _count(game: Game, options: AuditConfig) -> int:
 def _steps(game: Game, options: AuditConfig, count: int) -> int:
     plan = game.job.trainer.plan
     trainings = options.runs if options.test == "two-world" else 1
+    sums = plan.sums_event is not None
     if plan.unit == "client":
-        return trainings * round(plan.rounds * plan.turns * plan.client_rate * count)
+        return trainings * round((plan.rounds * plan.turns * plan.client_rate + sums) * count)
     clients = 1 if options.canaries == "planted" else plan.clients
-    return trainings * round(plan.rounds * plan.turns * plan.steps * plan.client_rate * clients)
+    return trainings * round((plan.rounds * plan.turns * plan.steps * plan.client_rate + sums) * clients)
 
 
 def _play(game: Game, options: AuditConfig, count: int) -> AuditResult:

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.methods import State
 from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.head_start import start_head
 from lora_dp.fed.rounds.ledgers import Account
+from lora_dp.fed.rounds.local_training import SUM_WEIGHTS, summed_head
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.setup import Job
+from lora_dp.nn.feature_sums import FeatureSums
 from lora_dp.privacy.accounting import Ledger, PrivacyBudgetExceeded
 
 
@@ -37,7 +40,9 @@ class Game:
         self.job.trainer.workspace.load(self._start)
 
     def train(self, federation: Federation, clients: Sequence[int]) -> None:
-        """All rounds of a federation, and the largest ledger of these clients."""
+        """The feature sums, if planned, and all rounds of a federation; and the largest ledger of these clients."""
+        if federation.plan.sums_event is not None:
+            start_head(federation, self.on_step)
         while federation.rounds_done < self.config.federation.rounds:
             try:
                 federation.run_round(on_step=self.on_step, evaluate=False)
@@ -64,6 +69,8 @@ def largest_ledger(account: Account, clients: Sequence[int]) -> tuple[int, Ledge
 def most_exposed(config: RunConfig, job: Job) -> int:
     """The client that claims the largest ε when all rounds are done; who is drawn for which round is public."""
     federation = Federation.of_job(config, job)
+    if federation.plan.sums_event is not None:
+        federation.account.add_sums(range(federation.clients))
     for _ in range(config.federation.rounds):
         try:
             federation.account.add_round(federation.draw())
@@ -74,9 +81,20 @@ def most_exposed(config: RunConfig, job: Job) -> int:
 
 
 def unchanged(job: Job, task: Task) -> State:
-    """What a client sends that has changed nothing."""
+    """What a client sends that has changed nothing, or whose feature sums are zero."""
+    if task.sums:
+        return dict(no_sums(job).named_parameters())
     return {
         name: task.state[name]
         for name in job.trainer.workspace.names
         if job.trainer.method.trains(name, task.round, task.turn)
     }
+
+
+def no_sums(job: Job) -> FeatureSums:
+    """Feature sums of no examples, frozen, of the sizes that clients release.
+
+    Raises:
+        ValueError: the model has no feature head.
+    """
+    return summed_head(job.trainer.workspace.whole)[1].empty_sums(SUM_WEIGHTS).requires_grad_(False)

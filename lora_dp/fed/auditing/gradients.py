@@ -1,4 +1,7 @@
-"""White box, unit example: gradients planted in every private step that one client takes in the whole run."""
+"""White box, unit example: gradients planted in every private step that one client takes in the whole run.
+
+The release of feature sums is such a step, with a bound and a noise of its own.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -6,7 +9,7 @@ from dataclasses import dataclass, replace
 from lora_dp.auditing.canaries import PlantedCanaries
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.optimizer import PrivateOptimizer
-from lora_dp.fed.auditing.game import Game, unchanged
+from lora_dp.fed.auditing.game import Game, no_sums, unchanged
 from lora_dp.fed.methods import factor
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Reply, Task, Update
@@ -59,11 +62,16 @@ def most_gradients(game: Game) -> int:
     trainer, rank = game.job.trainer, game.job.ranks[game.client]
     by_layer, share = trainer.plan.clipping == "per_layer", rank / max(1, trainer.workspace.layers.r)
     state = trainer.workspace.state()
-    least = []
+    # What is set by the server is no step's, nor is what travels beside the model.
+    tunes = {
+        name: name not in trainer.workspace.beside and (factor(name) is not None or trainer.method.trains(name, 0))
+        for name in state
+    }
+    least = [] if trainer.plan.sums_event is None else [sum(p.numel() for p in no_sums(game.job).parameters())]
     for trained in ("A", "B"):
         sizes: dict[str, int] = {}
         for name, tensor in state.items():
-            if name not in trainer.workspace.beside and factor(name) in (None, trained):
+            if tunes[name] and factor(name) in (None, trained):
                 group = name.rpartition(".")[0] if by_layer else ""
                 sizes[group] = sizes.get(group, 0) + round(tensor.numel() * (share if factor(name) else 1))
         least.append(min(sizes.values()))

@@ -31,6 +31,7 @@ from lora_dp.fed.rounds.update_checks import fault
 from lora_dp.fed.rounds.update_statistics import UpdateRecorder, expected_noise_norm
 from lora_dp.fed.safe_text import described, harmless
 from lora_dp.isolation.check import check_isolation
+from lora_dp.nn.feature_sums import FeatureSums
 from lora_dp.privacy.accounting import PrivacyBudgetExceeded
 
 _TRIED = 4
@@ -88,6 +89,7 @@ class Federation:
         log: where rounds are written ahead; None for none.
         recorded: what the released updates of the last round say, turn by turn, ready for JSON; empty where single
             updates are not released.
+        released_sums: the mean of all clients' feature sums, noise included; None where this process released none.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Federation:
         self.rounds_done = 0
         self.log: AheadLog | None = None
         self.recorded: list[dict[str, Any]] = []
+        self.released_sums: FeatureSums | None = None
         self._per_round = clients_per_round or len(sizes)
         # Version of the global state that each client holds; not kept where the draw is secret.
         self.seen = np.full(len(sizes), -1, dtype=np.int64)

@@ -45,7 +45,9 @@ def start_head(federation: Federation, on_step: Callable[[], None] = lambda: Non
     federation.account.add_sums(clients)
     if federation.log is not None:
         federation.log.append(0, [] if federation.plan.server_adds_noise else clients)
-    moments, down, up = _mean_sums(federation, head.empty_sums(SUM_WEIGHTS), clients, on_step)
+    sums = head.empty_sums(SUM_WEIGHTS)
+    moments, down, up = _mean_sums(federation, sums, clients, on_step)
+    federation.released_sums = sums
     training = federation.trainer.training
     values = started_head(head, moments, balanced=training.balanced, warm=training.warm_start)
     federation.server.apply({f"{name}.{part}": value for part, value in values.items()})

@@ -116,10 +116,3 @@ def test_reproducible_configurations_are_audited_with_secret_noise(configuration
     configuration({**SMALL, "reproducible": True, "output": "somewhere"})
     config = command.read_options(AuditConfig(tmp_path).target)
     assert not config.run.reproducible and config.run.output is None
-
-
-@pytest.mark.parametrize("options", [SMALL, CLIENTS])
-def test_sums_that_no_canary_is_planted_in_are_refused(configuration, options, capsys):
-    path = configuration({**options, "features": "unit", "sums_share": 0.1})
-    assert cli.main(["audit", path]) == 2
-    assert "sums_share releases feature sums before the first round, in which no canary" in capsys.readouterr().err

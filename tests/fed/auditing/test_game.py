@@ -8,9 +8,12 @@ from tests.fed.auditing.small_runs import SMALL, opened
 
 
 @pytest.mark.slow
-def test_the_client_with_the_largest_claim_is_audited():
-    game = opened({**SMALL, "clients": 5, "clients_per_round": 2, "seed": 1})
+@pytest.mark.parametrize("more", [{}, {"features": "unit", "sums_share": 0.5}], ids=["rounds", "sums"])
+def test_the_client_with_the_largest_claim_is_audited(more):
+    game = opened({**SMALL, "clients": 5, "clients_per_round": 2, "seed": 1, **more})
     federation = Federation.of_job(game.config, game.job)
+    if more:
+        federation.account.add_sums(range(5))
     for index in range(2):
         federation.rounds_done = index
         federation.account.add_round(federation.draw())

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from lora_dp.fed import cli
@@ -46,13 +47,16 @@ def test_losses_of_private_examples_stay_out_of_the_folder_of_a_run(configuratio
 
 
 @pytest.mark.slow
-def test_the_coin_decides_which_mislabelled_examples_train(monkeypatch):
-    game = opened({**SMALL, "rounds": 1, "local_steps": 1})
-    seen = []
+@pytest.mark.parametrize("more", [{}, {"features": "unit", "sums_share": 0.5}], ids=["rounds", "sums"])
+def test_the_coin_decides_which_mislabelled_examples_train(monkeypatch, more):
+    """Each client is asked once for its sums, if they are released, and once to train: with the same examples."""
+    game = opened({**SMALL, "rounds": 1, "local_steps": 1, **more})
+    seen, asked = [], []
     train = Trainer.train
 
     def noted(self, client, examples, task, on_step=lambda: None):
         seen.append((client, examples.labels))
+        asked.append((client, task.sums))
         return train(self, client, examples, task, on_step)
 
     monkeypatch.setattr(Trainer, "train", noted)
@@ -60,6 +64,8 @@ def test_the_coin_decides_which_mislabelled_examples_train(monkeypatch):
     losses = canaries.train(canaries.indices[:5].tolist())
     assert set(losses) == set(canaries.indices.tolist())
     labels = dict(seen)
+    assert all(torch.equal(held, labels[client]) for client, held in seen)
+    assert sorted(asked) == [(client, sums) for client in range(2) for sums in ([False, True] if more else [False])]
     part = game.job.parts[game.client]
     assert len(labels[game.client]) == len(part) - 15
     assert len(labels[1 - game.client]) == len(game.job.parts[1 - game.client])
