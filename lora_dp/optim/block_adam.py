@@ -1,20 +1,19 @@
 """AdamW with one second moment for a whole parameter, the noise's known variance taken out of it."""
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_dp.argument_checks import check_number
-from lora_dp.optim.known_noise import NoiseStd
+from lora_dp.optim.known_noise import NoiseStd, ToldOptimizer
 
 # Without noise the floor is what Adam calls eps.
 _LEAST_FLOOR = 1e-8
 
 
-class BlockAdamW(torch.optim.Optimizer):
+class BlockAdamW(ToldOptimizer):
     """The client's steps of DP-FedAdamW (arXiv 2602.19945): θ ← (1 − lr·λ)·θ − lr · m̂ / √max(v̂, γ²) + d.
 
     m̂ is AdamW's first moment (arXiv 1711.05101). v is one number a parameter, with the known variance s² of the noise
@@ -60,7 +59,6 @@ class BlockAdamW(torch.optim.Optimizer):
         noise_std: float | None = None,
         weight_decay: float = 0.01,
     ):
-        self._told: dict[Tensor, NoiseStd] = {}
         numbers = {"lr": lr, "weight_decay": weight_decay} | ({} if noise_std is None else {"noise_std": noise_std})
         for name, value in [*numbers.items(), *(("Each of betas", beta) for beta in betas)]:
             check_number(name, value)
@@ -69,29 +67,6 @@ class BlockAdamW(torch.optim.Optimizer):
                     f"{name} must be {'in [0, 1)' if name not in numbers else 'finite and at least 0'}, got {value}."
                 )
         super().__init__(params, {"lr": lr, "betas": betas, "noise_std": noise_std, "weight_decay": weight_decay})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._told = {}  # what was told is of the steps of one optimizer, and no copy's
-
-    def set_noise_std(self, stds: Mapping[Tensor, NoiseStd]) -> None:
-        """Told by the private optimizer: s of the next step, by parameter.
-
-        Raises:
-            ValueError: a group has a ``noise_std`` of its own.
-
-        >>> weight = torch.nn.Parameter(torch.zeros(3))
-        >>> BlockAdamW([weight], noise_std=0.5).set_noise_std({weight: 0.4})
-        Traceback (most recent call last):
-        ValueError: BlockAdamW is told its noise by the private optimizer: leave out noise_std, here 0.5.
-        """
-        for group in self.param_groups:
-            if group["noise_std"] is not None:
-                raise ValueError(
-                    f"{type(self).__name__} is told its noise by the private optimizer: leave out noise_std, here "
-                    f"{group['noise_std']}."
-                )
-        self._told = dict(stds)
 
     def go_on(self, parameter: Tensor, second: Tensor, steps: int, drift: Tensor | None = None) -> None:
         """Goes on from a second moment of earlier steps; the first moment starts anew.
@@ -115,40 +90,9 @@ class BlockAdamW(torch.optim.Optimizer):
         if drift is not None:
             self.state[parameter]["drift"] = drift
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on what ``.grad`` holds.
-
-        Args:
-            closure: runs forward and backward once, as torch's; its value is returned.
-
-        Raises:
-            RuntimeError: the noise of a parameter is not known, or its gradient is sparse.
-        """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
-        due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        variances = [self._variance(p, group) for p, group in due]  # refuses before anything has moved
-        for (parameter, group), variance in zip(due, variances, strict=True):
-            self._update(parameter, group, variance)
-        return value
-
-    def _variance(self, parameter: Tensor, group: dict[str, Any]) -> float:
-        """The mean of s² over a parameter's numbers."""
-        assert parameter.grad is not None
-        if parameter.grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: set sparse=False.")
-        std = self._told.get(parameter, group["noise_std"])
-        if std is None:
-            raise RuntimeError(
-                f"{type(self).__name__} does not know the noise in the gradient of a parameter of shape "
-                f"{tuple(parameter.shape)}: give noise_std (0 for none), or let make_private wrap this optimizer."
-            )
-        return float(std.double().square().expand_as(parameter).mean()) if isinstance(std, Tensor) else std**2
-
-    def _update(self, parameter: Tensor, group: dict[str, Any], variance: float) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any], std: NoiseStd) -> None:
+        """One parameter's step."""
+        variance = float(std.double().square().expand_as(parameter).mean()) if isinstance(std, Tensor) else std**2
         if not self.state[parameter]:
             self.go_on(parameter, _zeros(parameter).new_zeros(1), 0)
         state, (beta1, beta2) = self.state[parameter], group["betas"]
