@@ -12,7 +12,7 @@ from lora_dp.extras import NotInstalled, needing
 from lora_dp.fed.did_you_mean import nearest
 from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 
-COMMANDS = ("run", "compare", "resume", "report", "inspect", "audit", "pretrain")
+COMMANDS = ("run", "compare", "resume", "report", "inspect", "audit", "pretrain", "advise")
 # What a process has done before this line is no more than starting Python.
 _BEGAN = time.monotonic()
 

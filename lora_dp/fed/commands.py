@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from lora_dp.errors import IsolationError, TooFewClients
 from lora_dp.extras import needing
+from lora_dp.fed.advise_options import AdviseConfig
 from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.config import RunConfig, heading, read_config
@@ -34,7 +35,7 @@ Fine-tune a model with LoRA over a federation of clients, each of which has an (
 Without options: a tiny vision transformer, scikit-learn's digits, 5 clients, la-lora, ε = 8; nothing is downloaded.
 Other commands (each has --help): compare runs a grid of methods, budgets and seeds; resume goes on with a run that
 was cut short; report makes a page of a run or comparison; inspect says why a method wins; audit tests
-whether a run keeps its ε; pretrain makes the model."""
+whether a run keeps its ε; advise says what to expect of so much data; pretrain makes the model."""
 COMPARE_HELP = """\
 Run methods × budgets × seeds and write the table (Markdown, CSV, LaTeX) with a plot:
   --methods la-lora,deer --epsilons 1,8,none --seeds 0,1,2
@@ -49,6 +50,9 @@ alignment of the clients' updates, the share of noise in them. Only validation d
 AUDIT_HELP = """\
 Attack the training that a configuration describes, and say how large its ε must at least be. It trains again, with
 canaries; exit code 1 means that the claimed ε is refuted at the stated confidence."""
+ADVISE_HELP = """\
+Say what accuracy a private head may reach on so much data, from what this project has measured, and how to begin.
+It reads no data, and so costs no ε."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
@@ -215,6 +219,23 @@ def pretrain_parser() -> _Parser:
     return parser
 
 
+def advise_parser() -> _Parser:
+    """Options of advise."""
+    prog = f"{PROG} advise"
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=prog, usage=f"{prog} --examples N", description=ADVISE_HELP, formatter_class=_Formatter)
+    parser.add_class_arguments(AdviseConfig)
+    return parser
+
+
+def _advise(options: dict[str, Any], console: Console, began: float) -> int:
+    chosen = AdviseConfig(**options)
+    from lora_dp.fed.advice import in_words
+
+    print(in_words(chosen))
+    return 0
+
+
 def _on_a_run(command: str, description: str) -> _Parser:
     """Options of a command that takes the folder of a run."""
     prog = f"{PROG} {command}"
@@ -329,6 +350,7 @@ COMMANDS: dict[str, tuple[Callable[[], _Parser], Action]] = {
     "inspect": (inspect_parser, _inspect),
     "audit": (audit_parser, _audit),
     "pretrain": (pretrain_parser, _pretrain),
+    "advise": (advise_parser, _advise),
 }
 
 
