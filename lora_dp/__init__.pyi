@@ -25,6 +25,7 @@ from .privacy.accounting import Ledger as Ledger
 from .privacy.accounting import PrivacyBudgetExceeded as PrivacyBudgetExceeded
 from .privacy.accounting import calibrate_noise_multiplier as calibrate_noise_multiplier
 from .privacy.adaptive_clipping import AdaptiveClipping as AdaptiveClipping
+from .privacy.correlated_noise import BandedNoise as BandedNoise
 from .privacy.filtering import GaussianFilter as GaussianFilter
 from .privacy.filtering import LaplacianFilter as LaplacianFilter
 from .privacy.shrinkage import JamesStein as JamesStein

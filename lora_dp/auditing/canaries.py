@@ -28,6 +28,7 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.nn.per_example import Pass, Slot
 from lora_dp.privacy.accounting import Ledger
 from lora_dp.privacy.clipping import PerLayerClipping
+from lora_dp.privacy.correlated_noise import CorrelatedMechanism
 from lora_dp.privacy.mechanism import total
 from lora_dp.privacy.sampling import PoissonSampler
 
@@ -169,8 +170,11 @@ class PlantedCanaries:
         """Let the canaries take part in every later step of ``optimizer``, at the sample rate of ``loader``.
 
         Raises:
-            ValueError: another optimizer with a ledger of its own has these canaries already, or nothing is clipped.
+            ValueError: another optimizer with a ledger of its own has these canaries already, or nothing is clipped; or
+                its noise is correlated, where a canary would have turns of its own, and rows that share their noise.
         """
+        if isinstance(optimizer.mechanism, CorrelatedMechanism):
+            raise ValueError("Gradient canaries take each step's noise for its own: audit without correlated_noise.")
         if math.isinf(optimizer.mechanism.rule.sensitivity):
             raise ValueError("max_grad_norm = inf clips nothing and claims nothing: there is no ε to audit.")
         if self.ledger is not None and self.ledger is not optimizer.ledger:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,9 +16,11 @@ from torch.utils.data import (
 )
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_kind
+from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.repeated_examples import first_repeated
 from lora_dp.isolation.collation.names import arguments
 from lora_dp.isolation.collation.trial import check_collation, drawn_for_test
+from lora_dp.privacy.cyclic_sampling import CyclicSampler, split_into_groups
 from lora_dp.privacy.sampling import PoissonSampler, UniformSource
 from lora_dp.privacy.secret_state import begin_fetch, collation, worker_init
 
@@ -90,9 +93,15 @@ class PrivateDataLoader:
         on_begin: called before the first draw of an iteration.
         on_end: called before each later draw, and after the last: the batch before must have been stepped by then.
         on_varying_width: called when the padding of an example turned out to depend on the others in its batch.
+        cycle: whose turn it is, where batches are drawn from groups in turn; by default each is drawn from all.
+
+    Attributes:
+        sample_rate: a batch's share of the data.
+        turn_rate: rate at which an example is drawn whose turn it is: the same, times the number of groups.
 
     Raises:
-        ValueError: no examples, one twice, no batch size, a batch size above the number of examples, or an own sampler.
+        ValueError: no examples, one twice, no batch size, a batch size above the number of examples, or an own sampler;
+            or groups that are smaller than a batch.
         TypeError: an iterable data set, which cannot be Poisson sampled.
 
     The examples of the methods go on from this one:
@@ -110,6 +119,7 @@ class PrivateDataLoader:
     dataset = Fixed[Any]()
     expected_batch_size = Fixed[int]()
     sample_rate = Fixed[float]()
+    turn_rate = Fixed[float]()
     source = Fixed[UniformSource]()
     batch_size, collate_fn, num_workers = Elsewhere(_LOADER), Elsewhere(_LOADER), Elsewhere(_LOADER)
     sampler, batch_sampler, drop_last = Elsewhere(_ORDER), Elsewhere(_ORDER), Elsewhere(_ORDER)
@@ -124,6 +134,7 @@ class PrivateDataLoader:
         on_begin: Callable[[], None] = lambda: None,
         on_end: Callable[[], None] = lambda: None,
         on_varying_width: Callable[[], None] = lambda: None,
+        cycle: Cycle | None = None,
     ):
         check_kind("data_loader", loader, DataLoader, "its batch size and data set say how to sample")
         dataset: Dataset[Any] = loader.dataset
@@ -147,9 +158,17 @@ class PrivateDataLoader:
             raise ValueError(
                 f"The batch size {loader.batch_size} is above the {size} examples there are: choose at most {size}."
             )
+        self._cycle = cycle or Cycle()
+        if loader.batch_size * self._cycle.groups > size:
+            raise ValueError(
+                f"{self._cycle.groups} groups of {size} examples are smaller than the batch size {loader.batch_size}: "
+                f"choose at most {size // loader.batch_size} bands, or a smaller batch."
+            )
+        self._groups: list[Tensor] | None = None
         self.dataset = dataset
         self.expected_batch_size = loader.batch_size
         self.sample_rate = loader.batch_size / size
+        self.turn_rate = loader.batch_size * self._cycle.groups / size
         self.steps_per_epoch = max(1, round(1 / self.sample_rate))
         self.source, self._on_batch, self._on_empty = source, on_batch, on_empty
         self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
@@ -201,19 +220,32 @@ class PrivateDataLoader:
 
     def _take(self, steps: int) -> Iterator[Any]:
         check_count("steps", steps, least=0)
-        size = len(self.dataset)
-        batches = _NonEmpty(PoissonSampler(size, self.sample_rate, steps, self.source))
+        step, batches = self._cycle.step, _NonEmpty(self._sampler(steps))
         self._on_begin()
         fetched = iter(DataLoader(self.dataset, batch_sampler=batches, **self._options))
         while (batch := self._fetch(fetched, batches.drawn)) is not _NO_MORE:
             empty, drawn = batches.drawn.popleft()
-            for _ in range(empty):
-                self._on_empty()
+            step = self._step_empty(step, empty)
+            self._cycle.check(step)
+            step += 1
             self._on_batch(len(drawn))
             yield batch
             self._on_end()
-        for _ in range(batches.empty_at_end):
+        self._step_empty(step, batches.empty_at_end)
+
+    def _sampler(self, steps: int) -> PoissonSampler:
+        size, groups = len(self.dataset), self._cycle.groups
+        if groups == 1:
+            return PoissonSampler(size, self.sample_rate, steps, self.source)
+        if self._groups is None:
+            self._groups = split_into_groups(size, groups, self.source)
+        return CyclicSampler(self._groups, self.turn_rate, steps, self.source, self._cycle.step)
+
+    def _step_empty(self, step: int, count: int) -> int:
+        for number in range(step, step + count):
+            self._cycle.check(number)
             self._on_empty()
+        return step + count
 
     def _fetch(self, fetched: Iterator[Any], drawn: deque[tuple[int, list[int]]]) -> Any:
         if not self._options["num_workers"]:  # whose own generators are secret from their start on

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number
+from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.foreign_wrappers import check_not_wrapped, check_one_process
 from lora_dp.engine.logical_batch import LEAVE_OUT, Drawn
@@ -35,9 +36,10 @@ from lora_dp.privacy.accounting.budget import Budget
 from lora_dp.privacy.accounting.history import History, read_runs
 from lora_dp.privacy.accounting.ledger import begins
 from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
-from lora_dp.privacy.clipping import ClippingName
+from lora_dp.privacy.clipping import ClippingName, make_clip_rule
+from lora_dp.privacy.correlated_noise import BandedNoise, CorrelatedMechanism
 from lora_dp.privacy.filtering import Filter
-from lora_dp.privacy.mechanism import make_mechanism
+from lora_dp.privacy.mechanism import Mechanism, make_mechanism
 from lora_dp.privacy.randomness import SecureSource, SeededSource
 from lora_dp.privacy.secret_state import renew
 from lora_dp.privacy.shrinkage import Shrinkage
@@ -122,6 +124,7 @@ class PrivacyEngine:
         regulate_noise: bool = False,
         shrinkage: Shrinkage | None = None,
         views: int = 1,
+        correlated_noise: BandedNoise | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """Make one training run private at a given noise.
 
@@ -146,6 +149,9 @@ class PrivacyEngine:
             views: K rows of a batch for each example, all of one after those of another: (N·K, …), as of K augmented
                 copies. Their gradients are averaged before the clip (De et al. 2022, arXiv 2204.13650), so that an
                 example still moves the sum by at most C. Losses are of rows, (N·K,); a mask is of examples, (N,).
+            correlated_noise: noise of b bands that later steps partly take back, and batches of b groups in turn
+                (:mod:`lora_dp.privacy.correlated_noise`). The ledger has one entry for each b steps, at b times the
+                rate; not with phases "BA", nor with what else knows or changes the noise.
 
         Masks of dropout and the like must be as secret as the noise: :meth:`renew_randomness` is called here. Who seeds
         torch afterwards must call it again before the next training pass, which else is refused.
@@ -166,7 +172,9 @@ class PrivacyEngine:
         >>> optimizer.sample_rate, optimizer.expected_batch_size, len(loader)
         (0.25, 16, 4)
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views)
+        options = StepOptions(
+            clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views, correlated_noise
+        )
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
     def make_private_with_epsilon(
@@ -188,6 +196,7 @@ class PrivacyEngine:
         regulate_noise: bool = False,
         shrinkage: Shrinkage | None = None,
         views: int = 1,
+        correlated_noise: BandedNoise | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         """As :meth:`make_private`, with the noise calibrated so that the whole run keeps (ε, δ).
 
@@ -208,7 +217,9 @@ class PrivacyEngine:
         >>> round(optimizer.noise_multiplier, 2)
         0.63
         """
-        options = StepOptions(clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views)
+        options = StepOptions(
+            clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views, correlated_noise
+        )
         check_number("target_epsilon", target_epsilon)
         check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)
@@ -221,16 +232,17 @@ class PrivacyEngine:
                 raise ValueError(f"epochs must be finite, got {epochs}: 3 is usual.")
         else:
             check_count("steps", steps, least=None)
-        probe = PrivateDataLoader(data_loader, self.source, lambda _: None, lambda: None)
+        probe = PrivateDataLoader(data_loader, self.source, lambda _: None, lambda: None, cycle=Cycle(options.groups))
         if steps is None:
             assert epochs is not None
             steps = math.ceil(epochs * probe.steps_per_epoch)
         if steps < 1:
             raise ValueError(f"The run must have at least one step, got {steps}.")
+        turns = -(-steps // options.groups)
         noise_multiplier = calibrate_noise_multiplier(
-            target_epsilon, target_delta, probe.sample_rate, steps, self.accountant
+            target_epsilon, target_delta, probe.turn_rate, turns, self.accountant
         )
-        budget = (target_epsilon, target_delta, steps)
+        budget = (target_epsilon, target_delta, turns)
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, budget)
 
     def _make(
@@ -253,7 +265,8 @@ class PrivacyEngine:
         check_not_wrapped(model)
         warn_of_half_precision(model)
         parameters = cover(model)
-        mechanism = make_mechanism(options.clipping, max_grad_norm, noise_multiplier, self.source)
+        mechanism = _mechanism(options, max_grad_norm, noise_multiplier, self.source)
+        cycle = Cycle(options.groups)
         loader = PrivateDataLoader(
             data_loader,
             self.source,
@@ -262,8 +275,9 @@ class PrivacyEngine:
             on_begin=lambda: private.batch.begin(),
             on_end=lambda: private.batch.check_stepped(),
             on_varying_width=lambda: private.recorder.expect_padding(),
+            cycle=cycle,
         )
-        event = PoissonGaussian(noise_multiplier, loader.sample_rate)
+        event = PoissonGaussian(noise_multiplier, loader.turn_rate)
         limit = Budget(self.ledger, event, *budget[:2], self.accountant, budget[2]) if budget else None
         # Imports the compiler, as any optimizer has by now: not at the top, for a quick start.
         from lora_dp.engine.hooks import is_watched, watch
@@ -288,6 +302,7 @@ class PrivacyEngine:
             before_release=limit.check if limit else lambda: None,
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
             drawn=drawn,
+            cycle=cycle,
         )
         # Last: a refusal above leaves the model as it was.
         self.renew_randomness()
@@ -450,6 +465,15 @@ class PrivacyEngine:
             )
             if recorder is not None and passed.criterion is not None:
                 recorder.losses.vouched.add(passed.criterion)
+
+
+def _mechanism(
+    options: StepOptions, max_grad_norm: float, noise_multiplier: float, source: SecureSource | SeededSource
+) -> Mechanism:
+    if options.correlated_noise is None or isinstance(options.clipping, AdaptiveClipping):
+        return make_mechanism(options.clipping, max_grad_norm, noise_multiplier, source)
+    rule = make_clip_rule(options.clipping, max_grad_norm)
+    return CorrelatedMechanism(rule, noise_multiplier, source, options.correlated_noise)
 
 
 def _call(batch: Any, criterion: LossFunction | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

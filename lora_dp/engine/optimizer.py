@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_flag, check_kind, check_number
+from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
 from lora_dp.engine.logical_batch import Clipped, Drawn, LogicalBatch
@@ -56,7 +57,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     Made by :meth:`lora_dp.PrivacyEngine.make_private`. Learning-rate schedulers take it as any optimizer; its
     state dict is the wrapped one's with ``steps_taken``. Each step appends its event to the ledger before the noised
-    gradient exists.
+    gradient exists; with :class:`lora_dp.BandedNoise` the first of each round does so for all of it.
 
     The examples of the methods go on from this one:
 
@@ -83,6 +84,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
     history = Fixed[History](_ACCOUNT)
     clipping, low_pass = Elsewhere(_OPTION), Elsewhere(_OPTION)
     norm_method, regulate_noise, shrinkage = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
+    correlated_noise = Elsewhere(_OPTION)
     phases = Elsewhere("call optimizer.set_phases")
 
     def __init__(
@@ -99,6 +101,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         before_release: Callable[[], None],
         adapters: Sequence[DPLoRALinear],
         drawn: Drawn,
+        cycle: Cycle,
     ):
         self.original_optimizer = optimizer
         self.mechanism, self.event, self.history, self.ledger = mechanism, event, history, history.ledger
@@ -116,6 +119,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.regulators: dict[int, Regulator] = {}
         self._clipper = PassClipper(self._covered, options.loss_reduction)
         self._drawn, self.batch = drawn, LogicalBatch(drawn)
+        self._cycle = cycle
         self._moving = mechanism.rule if isinstance(mechanism.rule, QuantileClipping) else None
         if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
             raise TypeError(
@@ -210,7 +214,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         ledger_steps, runs = _spent(state_dict, steps_taken)
         self._load_bounds(state_dict.get(_CLIP_BOUNDS))
         self.original_optimizer.load_state_dict(state_dict)
-        self.steps_taken, self._restored, self._restored_runs = steps_taken, max(steps_taken, ledger_steps), runs
+        self.steps_taken, self._restored, self._restored_runs = steps_taken, ledger_steps, runs
         if self._recorder.owner is self:
             self.activate()
 
@@ -508,8 +512,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "engine.load_state_dict(...) with what engine.state_dict() returned."
             )
         count, collected = self.batch.centred_count, self.batch.collect()
-        self._before_release()
-        self.ledger.append(self.event)
+        if self._cycle.begins:
+            self._before_release()
+            self.ledger.append(self.event)
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)
@@ -532,6 +537,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             with self.batch.whole_or_lost():
                 self._moving.follow(count, self.expected_batch_size)
         self.steps_taken += 1
+        self._cycle.advance()
         self._recorder.losses.steps += 1
         self.batch.stepped = True
         self.activate()

@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_dp.engine.step_options import StepOptions
 from lora_dp.engine.validation import PrivateParameter
 from lora_dp.nn.regulator import Regulator
+from lora_dp.optim.disk import DiSK
 from lora_dp.optim.known_noise import NoiseStd, noise_aware
 from lora_dp.privacy.filter_gain import filter_gain
 from lora_dp.privacy.filtering import Filter
@@ -19,10 +20,15 @@ def check_noise_can_be_told(optimizer: torch.optim.Optimizer, options: StepOptio
     """Refuse what an optimizer that uses the noise cannot be told.
 
     Raises:
-        ValueError: noise that shrinkage or a filter after a regulator would change; whatever the optimizer itself
-            refuses, as a noise that it was given.
+        ValueError: noise that is correlated, or that shrinkage or a filter after a regulator would change; whatever the
+            optimizer itself refuses, as a noise that it was given.
     """
     aware = noise_aware(optimizer)
+    if options.correlated_noise is not None and (aware is not None or isinstance(optimizer, DiSK)):
+        raise ValueError(
+            f"{type(optimizer).__name__} takes noise for independent from step to step, which correlated_noise makes "
+            "it not: leave out one of them."
+        )
     if aware is None:
         return
     if options.shrinkage is not None:

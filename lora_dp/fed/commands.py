@@ -20,20 +20,13 @@ from lora_dp.errors import IsolationError, TooFewClients
 from lora_dp.extras import needing
 from lora_dp.fed.auditing.options import AuditConfig, read_options
 from lora_dp.fed.compare.options import CompareConfig
-from lora_dp.fed.config import (
-    FederationConfig,
-    OptimizationConfig,
-    PrivacyConfig,
-    RunConfig,
-    RunOptions,
-    heading,
-    read_config,
-)
+from lora_dp.fed.config import RunConfig, heading, read_config
 from lora_dp.fed.data.options import DataConfig, check_place
 from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.interrupts import INTERRUPTED, quiet_interrupts
 from lora_dp.fed.methods import get_method
 from lora_dp.fed.models.options import ModelConfig, PretrainConfig
+from lora_dp.fed.run_options import FederationConfig, OptimizationConfig, PrivacyConfig, RunOptions
 
 PROG = "lora-dp"
 RUN_HELP = """\

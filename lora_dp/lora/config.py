@@ -31,8 +31,9 @@ class LoRAConfig:
             linear layer and LayerNorm; others, such as a convolution's, stay frozen).
         init_a: how A starts: "kaiming", or "orthonormal" with rows at right angles and of the same mean square
             (:class:`~lora_dp.DPLoRALinear`).
-        adapter: "lora", two factors; or "xs", a trained core (r, r) between frozen singular vectors of each weight
-            (LoRA-XS, arXiv 2405.17604), whose start leaves no choice to ``init_a``.
+        adapter: "lora", two factors; "xs", a trained core (r, r) between frozen singular vectors of each weight
+            (LoRA-XS, arXiv 2405.17604); or "tangent", coordinates of the tangent space at a frozen product (PRISM,
+            arXiv 2606.00944). The starts of the last two leave no choice to ``init_a``.
 
     Raises:
         ValueError: a value out of range.
@@ -69,11 +70,10 @@ class LoRAConfig:
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
         check_init_a(self.init_a)
         if self.adapter not in get_args(Adapter):
-            raise ValueError(f"adapter must be 'lora' or 'xs', got {self.adapter!r}.")
-        if self.adapter == "xs" and self.init_a != "kaiming":
-            raise ValueError(
-                f"init_a = {self.init_a!r} has no effect with adapter 'xs', whose A comes from the weight."
-            )
+            raise ValueError(f"adapter must be 'lora', 'xs' or 'tangent', got {self.adapter!r}.")
+        if self.adapter != "lora" and self.init_a != "kaiming":
+            whose = "comes from the weight" if self.adapter == "xs" else "is orthonormal anyway"
+            raise ValueError(f"init_a = {self.init_a!r} has no effect with adapter {self.adapter!r}, whose A {whose}.")
         if isinstance(self.trainable_modules, str):
             raise TypeError(f"trainable_modules must be a list of names: write [{self.trainable_modules!r}].")
         self.trainable_modules = _names("trainable_modules", self.trainable_modules, "[] trains none whole")

@@ -14,10 +14,14 @@ from lora_dp.lora.targets import (
     has_private_bias,
     private_kin,
 )
+from lora_dp.nn.adapter_start import Adapter
 from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.lora_tangent_linear import DPLoRATangentLinear
 from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 from lora_dp.nn.private_module import PrivateModule
 from lora_dp.ops.registry import wide_dtype
+
+_KINDS: dict[Adapter, type[DPLoRALinear]] = {"lora": DPLoRALinear, "xs": DPLoRAXSLinear, "tangent": DPLoRATangentLinear}
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -90,7 +94,7 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
     check_untied(model, trained)
 
     model.requires_grad_(False)
-    kind = DPLoRAXSLinear if config.adapter == "xs" else DPLoRALinear
+    kind = _KINDS[config.adapter]
     for name in targets:
         module = modules.names[name]
         replacements[id(module)] = kind.from_linear(

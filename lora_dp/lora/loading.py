@@ -15,6 +15,7 @@ from lora_dp.lora.merging import adapters_of, check_unmerged
 from lora_dp.lora.saving import injected_with, stored_shapes, tensors_of
 from lora_dp.lora.targets import Modules, is_linear, outermost
 from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.lora_tangent_linear import DPLoRATangentLinear, check_tangent_point
 from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 
 
@@ -74,6 +75,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     check_adapter_tensors(stored.tensors, expected, "The stored adapter")
     _check_values(stored.tensors)
     cores = _cores(adapters, stored.tensors)
+    _check_points(adapters, stored.tensors)
     if not adapters:
         inject_into(model, modules, config, targets, roots)
     model.lora_embeddings = sorted(embeddings)  # type: ignore[assignment]
@@ -86,6 +88,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             copy_whole(trained[name], stored.tensors[key])
         else:
             state[name].copy_(stored.tensors[key])
+    for adapter in adapters.values():
+        if isinstance(adapter, DPLoRATangentLinear):
+            adapter.lora_dA.zero_()
+            adapter.lora_dB.zero_()
     return model
 
 
@@ -106,6 +112,17 @@ def _cores(
                 raise ValueError(f"'{name}': {error}") from None
             found[f"{name}.lora_B"] = (layer, core)
     return found
+
+
+def _check_points(adapters: Mapping[str, DPLoRALinear], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for stored factors at which a layer has no tangent space; by name."""
+    for name, layer in adapters.items():
+        if isinstance(layer, DPLoRATangentLinear):
+            keys = (peft_format.peft_key(f"{name}.{factor}", adapters) for factor in ("lora_A", "lora_B"))
+            try:
+                check_tangent_point(*(tensors[key] for key in keys))
+            except ValueError as error:
+                raise ValueError(f"'{name}': {error}") from None
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:

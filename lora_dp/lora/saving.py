@@ -55,12 +55,13 @@ def injected_with(model: nn.Module) -> tuple[LoRAConfig, list[str]]:
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save adapters, modules trained whole and trained biases in PEFT's format; PEFT loads them onto the plain model.
 
-    The core of an "xs" adapter goes into its B, so that the file is that of a LoRA adapter. Neither file is ever seen
-    half-written. As in PEFT, ``bias="all"`` stores every bias of the model. Embeddings that came with a loaded adapter
-    go on with it.
+    The core of an "xs" adapter goes into its B, so that the file is that of a LoRA adapter. A "tangent" one is saved
+    where its coordinates are zero, as after each round. Neither file is ever seen half-written. As in PEFT,
+    ``bias="all"`` stores every bias of the model. Embeddings that came with a loaded adapter go on with it.
 
     Raises:
-        ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`.
+        ValueError: the model did not come from :func:`inject_lora` or :func:`load_adapter`; or the adapter stands
+            beside its point in the tangent space, so that its product has rank 2r.
         TypeError: no model, or no path.
 
     >>> from lora_dp import inject_lora
@@ -76,7 +77,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     names = [name for name, _ in model.named_modules() if name]
     state = tensors_of(model)
     shapes = stored_shapes(model, adapters, roots, config.bias, config.r)
-    state |= {f"{name}.lora_B": layer.factors()[0] for name, layer in adapters.items()}
+    for name, adapter in adapters.items():
+        state[f"{name}.lora_B"], state[f"{name}.lora_A"] = adapter.factors()
+        if state[f"{name}.lora_A"].shape[0] != config.r:
+            raise ValueError(
+                f"'{name}' stands beside its point in the tangent space, and so has rank {2 * config.r}: merge it, or "
+                f"cut B and A of its factors() to rank {config.r} and zero its coordinates."
+            )
     tensors = {peft_format.peft_key(name, adapters): state[name] for name in shapes}
     for name in getattr(model, "lora_embeddings", []):
         layer = adapters.get(name.rpartition(".")[0])

@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias, get_args
 
-Adapter: TypeAlias = Literal["lora", "xs"]
+Adapter: TypeAlias = Literal["lora", "xs", "tangent"]
 InitA: TypeAlias = Literal["kaiming", "orthonormal"]
 
 

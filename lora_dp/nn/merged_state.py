@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-_FACTORS = ("lora_A", "lora_B", "lora_R")
+_FACTORS = ("lora_A", "lora_B", "lora_R", "lora_dA", "lora_dB")
 
 
 class MergeableLayer(Protocol):

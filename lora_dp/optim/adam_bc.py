@@ -1,21 +1,20 @@
 """Adam for noisy gradients: the noise's known variance is taken out of the second moment."""
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_dp.argument_checks import check_number
-from lora_dp.optim.known_noise import NoiseStd
+from lora_dp.optim.known_noise import NoiseStd, ToldOptimizer
 
 # Without noise the floor is what Adam calls eps.
 _LEAST_FLOOR = 1e-8
 _MOMENTS = ("exp_avg", "exp_avg_sq", "noise_sq")
 
 
-class AdamBC(torch.optim.Optimizer):
+class AdamBC(ToldOptimizer):
     """DP-AdamBC (arXiv 2312.14334): θ ← θ − lr · m̂ / √max(v̂ − s², γ²), with s the deviation of the gradient's noise.
 
     m̂ and v̂ are Adam's (arXiv 1412.6980). Noise leaves E[m̂] as it is, and adds s² to E[v̂]. Where s is far above a
@@ -68,13 +67,8 @@ class AdamBC(torch.optim.Optimizer):
         floor: float | None = None,
         weight_decay: float = 0.0,
     ):
-        self._told: dict[Tensor, NoiseStd] = {}
         defaults = {"lr": lr, "betas": betas, "noise_std": noise_std, "floor": floor, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._told = {}  # what was told is of the steps of one optimizer, and no copy's
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's.
@@ -85,25 +79,6 @@ class AdamBC(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-
-    def set_noise_std(self, stds: Mapping[Tensor, NoiseStd]) -> None:
-        """Told by the private optimizer: s of the next step, by parameter.
-
-        Raises:
-            ValueError: a group has a ``noise_std`` of its own.
-
-        >>> weight = torch.nn.Parameter(torch.zeros(3))
-        >>> AdamBC([weight], noise_std=0.5).set_noise_std({weight: 0.4})
-        Traceback (most recent call last):
-        ValueError: AdamBC is told its noise by the private optimizer: leave out noise_std, here 0.5.
-        """
-        for group in self.param_groups:
-            if group["noise_std"] is not None:
-                raise ValueError(
-                    f"{type(self).__name__} is told its noise by the private optimizer: leave out noise_std, here "
-                    f"{group['noise_std']}."
-                )
-        self._told = dict(stds)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments of parameters in half precision stay in float32, as they were saved."""
@@ -116,42 +91,11 @@ class AdamBC(torch.optim.Optimizer):
                 if isinstance(value := saved.get(name), Tensor):
                     self.state[parameter][name] = value.to(parameter.device, kind, copy=True)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on what ``.grad`` holds.
-
-        Args:
-            closure: runs forward and backward once, as torch's; its value is returned.
-
-        Raises:
-            RuntimeError: the noise of a parameter is not known, or its gradient is sparse.
-        """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
-        due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        variances = [self._variance(p, group) for p, group in due]  # refuses before anything has moved
-        for (parameter, group), variance in zip(due, variances, strict=True):
-            self._update(parameter, group, variance)
-        return value
-
-    def _variance(self, parameter: Tensor, group: dict[str, Any]) -> NoiseStd:
-        assert parameter.grad is not None
-        if parameter.grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} takes no sparse gradients: set sparse=False.")
-        std = self._told.get(parameter, group["noise_std"])
-        if std is None:
-            raise RuntimeError(
-                f"{type(self).__name__} does not know the noise in the gradient of a parameter of shape "
-                f"{tuple(parameter.shape)}: give noise_std (0 for none), or let make_private wrap this optimizer."
-            )
-        if isinstance(std, Tensor):
-            std = std.to(parameter.device, _wide(parameter))
-        return std * std
-
-    def _update(self, parameter: Tensor, group: dict[str, Any], variance: NoiseStd) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any], std: NoiseStd) -> None:
+        """One parameter's step."""
         state, kind = self.state[parameter], _wide(parameter)
+        if isinstance(std, Tensor):
+            std = std.to(parameter.device, kind)
         if not state:
             state.update(step=0, noise_sq=0.0)
             for name in ("exp_avg", "exp_avg_sq"):
@@ -161,7 +105,7 @@ class AdamBC(torch.optim.Optimizer):
         state["step"] += 1
         mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        state["noise_sq"] = beta2 * state["noise_sq"] + (1 - beta2) * variance
+        state["noise_sq"] = beta2 * state["noise_sq"] + (1 - beta2) * std * std
         first, second = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
         noise = state["noise_sq"] / second
         # Σwᵢ² of the weights of v̂, which sum to 1.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear, LoRAConfig, inject_lora
+from lora_dp.nn.lora_tangent_linear import DPLoRATangentLinear
 from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 from tests.support import RULES, assert_close, brute_force, clip_and_sum, make_private, private_gradients
 from tests.tiny_models import HEADS, IMAGES, KINDS, build
@@ -139,6 +140,25 @@ def test_lora_xs_linear(n, tokens, d_in, d_out, r, rule, method, bias, transpose
     layer = DPLoRAXSLinear(d_in, d_out, r=min(r, d_in, d_out), alpha=3, fan_in_fan_out=transposed)
     layer.bias.requires_grad_(bias)
     nn.init.normal_(layer.lora_R, std=0.5)
+    compare(OneLayer(layer), torch.randn(n, *tokens, d_in), slice_of, mean_square, n, "AB", rule, method)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    **SIZES,
+    rule=st.sampled_from(RULES),
+    method=st.sampled_from(["auto", "direct", "ghost"]),
+    bias=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_lora_tangent_linear(n, tokens, d_in, d_out, r, rule, method, bias, transposed):
+    torch.manual_seed(n + 10 * d_in + 100 * d_out)
+    layer = DPLoRATangentLinear(d_in, d_out, r=min(r, d_in, d_out), alpha=3, fan_in_fan_out=transposed)
+    layer.bias.requires_grad_(bias)
+    nn.init.orthogonal_(layer.lora_B)
+    for coordinates in (layer.lora_dA, layer.lora_dB):
+        nn.init.normal_(coordinates, std=0.5)
     compare(OneLayer(layer), torch.randn(n, *tokens, d_in), slice_of, mean_square, n, "AB", rule, method)
 
 

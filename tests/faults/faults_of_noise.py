@@ -7,6 +7,7 @@ from tests.faults.plants import (
     count_without_noise,
     filter_before_the_noise,
     half_the_noise,
+    moments_before_the_noise,
     nan_passes,
     no_clipping,
     no_noise_on_accumulated_batches,
@@ -200,5 +201,14 @@ CLIPPING_AND_NOISE = [
         "what is private chooses the sensitivity, which the noise is not made for.",
         filter_before_the_noise,
         ("tests/engine/test_engine.py::test_filters_come_after_the_noise_and_touch_factors_only[low_pass0]",),
+    ),
+    Fault(
+        "second moments of gradients before their noise",
+        "a client sends its moments, and these tell what the gradients were.",
+        moments_before_the_noise,
+        (
+            "tests/fed/methods/test_dp_fedadamw.py::"
+            "test_what_a_client_says_of_its_moments_comes_from_its_noised_gradients",
+        ),
     ),
 ]

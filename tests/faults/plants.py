@@ -287,6 +287,20 @@ def filter_before_the_noise(planting: Planting) -> None:
     planting.replace(PrivateOptimizer, "_release", planted)
 
 
+def moments_before_the_noise(planting: Planting) -> None:
+    def planted(step: Any) -> Any:
+        def telling(self: PrivateOptimizer, trained: Sequence[PrivateParameter], sums: Sequence[Any]) -> None:
+            squares = [(total(value) / self.expected_batch_size).square().mean() for value in sums]
+            step(self, trained, sums)
+            for p, square in zip(trained, squares, strict=True):
+                if "second" in (state := self.original_optimizer.state[p.parameter]):
+                    state["second"].copy_(square)
+
+        return telling
+
+    planting.replace(PrivateOptimizer, "_step_by_torch", planted)
+
+
 # Batches and what counts as an example
 
 

@@ -18,6 +18,7 @@ from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.lora_linear import DPLoRALinear
+from lora_dp.nn.lora_tangent_linear import DPLoRATangentLinear
 from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 
 TRAINING = LocalTraining(
@@ -56,7 +57,7 @@ class Adapted(nn.Sequential):
     def __init__(self, r: int = 2, alpha: float | None = None, adapter: str = "lora") -> None:
         torch.manual_seed(0)
         head = DPLinear.from_linear(nn.Linear(6, 3))
-        layer = {"lora": DPLoRALinear, "xs": DPLoRAXSLinear}[adapter]
+        layer = {"lora": DPLoRALinear, "xs": DPLoRAXSLinear, "tangent": DPLoRATangentLinear}[adapter]
         super().__init__(nn.Flatten(), layer(12, 6, r=r, alpha=alpha), nn.Tanh(), layer(6, 6, r=r, alpha=alpha), head)
         self.double()
 
@@ -116,16 +117,26 @@ def updates(federation: Federation, turn: int = 0) -> list[dict[str, Tensor]]:
 
 
 def products(state: dict[str, Tensor], scaling: float = 1.0) -> dict[str, Tensor]:
-    """s·B·A plus what was merged, by layer."""
+    """s·B·A plus what was merged, and what the tangent's coordinates add, by layer."""
     layers = {name.rpartition(".")[0] for name in state if factor(name)}
     return {
         layer: scaling
         * state[f"{layer}.lora_B"]
         @ state.get(f"{layer}.lora_R", eye(state, layer))
         @ state[f"{layer}.lora_A"]
+        + scaling * tangent(state, layer)
         + state.get(f"{layer}.merged", 0)
         for layer in layers
     }
+
+
+def tangent(state: dict[str, Tensor], layer: str) -> Tensor | float:
+    """dB·A + U·dA·(I − AᵀA), where the adapter has such coordinates."""
+    if f"{layer}.lora_dA" not in state:
+        return 0.0
+    a, b, da, db = (state[f"{layer}.lora_{name}"] for name in ("A", "B", "dA", "dB"))
+    lengths = b.norm(dim=0)
+    return db @ a + b / torch.where(lengths > 0, lengths, 1) @ (da - da @ a.t() @ a)
 
 
 def eye(state: dict[str, Tensor], layer: str) -> Tensor:

@@ -102,7 +102,7 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--target_modules [nothing]", "nothing"),
         ("--method_options.rho 1", "The method la-lora has no option 'rho'"),
         ("--method flat-lora:nothing", "There is no method 'nothing'"),
-        ("--ranks [2,2,2,2,4]", "take flora or flexlora"),
+        ("--ranks [2,2,2,2,4]", "take flora, flexlora or fedask"),
         ("--method flora --r 8 --ranks 2,2,4,4,4", "r = 8 and ranks were both given: leave r out"),
         ("--noise_by client", "noise_by has no effect with unit example: leave it out"),
         ("--mechanism as-released --max_grad_norm 3", "max_grad_norm has no effect with mechanism as-released"),

@@ -6,13 +6,14 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from lora_dp.fed.config import FederationConfig, PrivacyConfig, RunConfig
+from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.flower.policy import read_sent_config
 from lora_dp.fed.flower.server import options_of
 from lora_dp.fed.methods import METHODS
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.rounds.setup import plan_of
+from lora_dp.fed.run_options import FederationConfig, PrivacyConfig
 from tests.fed.option_ways import CHOSEN, GROUPS, HINTS, WAYS, by_flower, choices
 
 

@@ -41,6 +41,13 @@ ENGINE: dict[str, Target] = {
     "lora_dp/privacy/adaptive_clipping.py": Target(
         ("tests/privacy/test_adaptive_clipping.py", "tests/engine/test_moving_bound.py")
     ),
+    "lora_dp/privacy/correlated_noise.py": Target(
+        ("tests/privacy/test_correlated_noise.py", "tests/engine/test_cycle.py")
+    ),
+    "lora_dp/privacy/cyclic_sampling.py": Target(
+        ("tests/privacy/test_cyclic_sampling.py", "tests/engine/test_cycle.py")
+    ),
+    "lora_dp/engine/cycle.py": Target(("tests/engine/test_cycle.py",)),
     "lora_dp/privacy/clipping.py": Target(
         ("tests/privacy/test_clipping.py", "tests/engine/test_setup_refusals.py", "tests/pitfalls/test_clipping.py")
     ),

@@ -38,7 +38,6 @@ SETTLED = (
     "lora_dp/isolation/model_state/parameters.py",
     "lora_dp/privacy/noise.py",
     "lora_dp/privacy/sampling.py",
-    "lora_dp/engine/data_loader.py",
     "lora_dp/isolation/batches/sizes.py",
     "lora_dp/isolation/batches/tables.py",
     "lora_dp/engine/recorder.py",

@@ -190,7 +190,7 @@ def test_a_sample_of_mutants_is_noticed(tmp_path):
     sample(SETTLED, 25, 6, str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mistakes_in_native_code(tmp_path):
     """What the compiler makes the same library of is told apart; a few mutants are noticed."""
     missing = [name for name in ("cmake", "ninja", "g++") if shutil.which(name) is None]

@@ -62,8 +62,11 @@ def most_gradients(game: Game) -> int:
     trainer, rank = game.job.trainer, game.job.ranks[game.client]
     by_layer, share = trainer.plan.clipping == "per_layer", rank / max(1, trainer.workspace.layers.r)
     state = trainer.workspace.state()
-    # What is set by the server is no step's.
-    tunes = {name: factor(name) is not None or trainer.method.trains(name, 0) for name in state}
+    # What is set by the server is no step's, nor is what travels beside the model.
+    tunes = {
+        name: name not in trainer.workspace.beside and (factor(name) is not None or trainer.method.trains(name, 0))
+        for name in state
+    }
     least = [] if trainer.plan.sums_event is None else [sum(p.numel() for p in no_sums(game.job).parameters())]
     for trained in ("A", "B"):
         sizes: dict[str, int] = {}

@@ -12,9 +12,10 @@ import yaml
 from lora_dp.fed.compare import tables
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.compare.search import MOST_OPTIONS, Places, Search
-from lora_dp.fed.config import FederationConfig, OptimizationConfig, PrivacyConfig, RunConfig
+from lora_dp.fed.config import RunConfig
 from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.models.options import ModelConfig
+from lora_dp.fed.run_options import FederationConfig, OptimizationConfig, PrivacyConfig
 
 DEFINITION = "compare.yaml"
 LR_FACTOR = "lr_factor"

@@ -51,26 +51,25 @@ def shared_activations() -> Iterator[None]:
 class KeptActivations(Examples):
     """Examples whose batches have ``activations``, float32: (N, d), or (N, T, d) with the T of the source's batch.
 
-        They are computed when they are first asked for, or by :meth:`prepare`.
+    They are computed when they are first asked for, or by :meth:`prepare`.
 
-        An example's activations hang on it alone, to the last bit: the front is given batches of one shape, and where a
-        trial on made-up inputs shows that a row's rounding hangs on its company, each example by itself. Who reads the
-        rounding of one example would else learn of others.
+    An example's activations hang on it alone, to the last bit: the front is given batches of one shape, and where a
+    trial on made-up inputs shows that a row's rounding hangs on its company, each example by itself. Who reads the
+    rounding of one example would else learn of others.
 
-        Args:
-            source: the examples.
-            front: activations of one of its batches, a function of each row alone up to rounding.
-            with_inputs: whether batches have the source's inputs, too.
-            vocabulary: number of tokens, for made-up texts.
-            front_digest: of all that the front's values follow from; None: other runs' activations are never taken.
+    Args:
+        source: the examples.
+        front: activations of one of its batches, a function of each row alone up to rounding.
+        with_inputs: whether batches have the source's inputs, too.
+        vocabulary: number of tokens, for made-up texts.
+        front_digest: of all that the front's values follow from; None: other runs' activations are never taken.
 
-        >>> from lora_dp.fed.data.content_digest import content_digest
-    from lora_dp.fed.data.examples import ImageExamples
-        >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
-        >>> kept = KeptActivations(images, lambda batch: batch["pixel_values"].flatten(1)[:, :2], with_inputs=False)
-        >>> kept.prepare()
-        >>> kept.batch([2, 0])["activations"].shape
-        torch.Size([2, 2])
+    >>> from lora_dp.fed.data.examples import ImageExamples
+    >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
+    >>> kept = KeptActivations(images, lambda batch: batch["pixel_values"].flatten(1)[:, :2], with_inputs=False)
+    >>> kept.prepare()
+    >>> kept.batch([2, 0])["activations"].shape
+    torch.Size([2, 2])
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from lora_dp.fed.methods.base import (
     Aggregation,
     Contribution,
     Layers,
+    LocalTurn,
     Method,
     Phases,
     State,
@@ -20,7 +21,9 @@ from lora_dp.fed.methods.base import (
     factor,
 )
 from lora_dp.fed.methods.deer import DEeR
+from lora_dp.fed.methods.dp_fedadamw import DPFedAdamW
 from lora_dp.fed.methods.dp_lora import DPLoRA
+from lora_dp.fed.methods.fedask import FedASK
 from lora_dp.fed.methods.fedsvd import FedSVD
 from lora_dp.fed.methods.ffa_lora import FFALoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
@@ -31,6 +34,7 @@ from lora_dp.fed.methods.head_only import HeadOnly
 from lora_dp.fed.methods.la_lora import LALoRA
 from lora_dp.fed.methods.lora_fair import LoRAFAIR
 from lora_dp.fed.methods.lora_xs import LoRAXS
+from lora_dp.fed.methods.prism import PRISM
 from lora_dp.fed.methods.quiet_lora import QuietLoRA
 from lora_dp.fed.methods.rac_lora import RACLoRA
 from lora_dp.fed.methods.rolora import RoLoRA
@@ -50,6 +54,9 @@ METHODS: dict[str, type[Method]] = {
         GaLore,
         FedSVD,
         LoRAXS,
+        PRISM,
+        FedASK,
+        DPFedAdamW,
         FlatLoRA,
         HeadOnly,
         QuietLoRA,
@@ -170,12 +177,15 @@ def _checked(method: str, option: str, value: Any, default: Any) -> Any:
 __all__ = [
     "MERGED",
     "METHODS",
+    "PRISM",
     "Aggregation",
     "Contribution",
     "DEeR",
+    "DPFedAdamW",
     "DPLoRA",
     "FFALoRA",
     "FLoRA",
+    "FedASK",
     "FedSVD",
     "FlatLoRA",
     "FlexLoRA",
@@ -185,6 +195,7 @@ __all__ = [
     "Layers",
     "LoRAFAIR",
     "LoRAXS",
+    "LocalTurn",
     "Method",
     "Phases",
     "QuietLoRA",

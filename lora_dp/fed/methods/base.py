@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -17,6 +17,7 @@ from lora_dp.nn.adapter_start import Adapter, InitA
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 State: TypeAlias = "dict[str, Tensor]"
 # What the server sums: tensors, and matrices of low rank that need not be formed.
@@ -76,6 +77,26 @@ class Layers:
             return (orthonormal(drawn).t() / math.sqrt(3)).to(like)
         uniform = torch.rand(r, d_in, generator=generator, dtype=torch.float64) * 2 - 1
         return (uniform / math.sqrt(d_in)).to(like)
+
+
+@dataclass(frozen=True)
+class LocalTurn:
+    """What a turn's optimizer is made from, at a client.
+
+    Attributes:
+        kind: that of the run, SGD or AdamW, which takes the groups alone.
+        groups: of the trained parameters, with their learning rates.
+        tensors: by name: all that is trained or exchanged, and what the method keeps beside it. They are the very ones
+            of the model, and hold what the server sent.
+        first: number of the first of the turn's steps in the run, from 0.
+        steps: of the turn.
+    """
+
+    kind: Callable[[list[dict[str, Any]]], Optimizer]
+    groups: list[dict[str, Any]]
+    tensors: Mapping[str, Tensor]
+    first: int
+    steps: int
 
 
 class Aggregation(ABC):
@@ -163,13 +184,15 @@ class Method(ABC):
         turns: exchanges of a round.
         ranks_may_differ: whether clients may have adapters of different ranks.
         regulates_noise: whether noise and clipping follow the product B·A (:mod:`lora_dp.nn.regulator`).
-        adapter: the adapters that the method trains: "lora", or "xs" (:mod:`lora_dp.nn.lora_xs_linear`).
+        adapter: the adapters that the method trains: "lora", "xs" (:mod:`lora_dp.nn.lora_xs_linear`), or "tangent"
+            (:mod:`lora_dp.nn.lora_tangent_linear`).
         released_mechanism: whether --mechanism as-released has what the authors' code does for this method.
         has_adapters: whether the model gets adapters; else its head alone is trained.
         adapts_last: the last so many blocks alone are adapted, where the model is a list of blocks and no option says
             otherwise; None for all.
         recipe: values of a run's options where they are left out; for a head on features of unit length.
         recipe_rates: learning rates with that recipe, as ``learning_rates``.
+        own_optimizer: whether :meth:`optimizer` makes one of the method's own, whatever the run's is.
 
     >>> class WarmUp(Method):
     ...     name = "warm-up"
@@ -193,6 +216,7 @@ class Method(ABC):
     adapts_last: ClassVar[int | None] = None
     recipe: ClassVar[Mapping[str, Any]] = {}
     recipe_rates: ClassVar[Mapping[float, float]] = {}
+    own_optimizer: ClassVar[bool] = False
 
     @abstractmethod
     def phases(self, round_index: int, turn: int = 0) -> Phases:
@@ -216,6 +240,22 @@ class Method(ABC):
         if which is None:
             return not parameter.endswith(_SET_BY_SERVER)
         return which in self.phases(round_index, turn)
+
+    def beside(self, state: State, whole_clients: bool) -> State:
+        """Tensors that are exchanged beside those of the model, as they start; by names that the model has not.
+
+        :meth:`trains` says which of them a client sends. What it sends is clipped and noised with the rest where whole
+        clients are protected; else it must be a function of noised gradients alone.
+
+        Args:
+            state: the tensors of the model.
+            whole_clients: whether the client is the unit of privacy, so that its steps carry no noise.
+        """
+        return {}
+
+    def optimizer(self, turn: LocalTurn) -> Optimizer:
+        """The optimizer of a client's turn, which sees noised gradients alone where examples are protected."""
+        return turn.kind(turn.groups)
 
     def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
         """Tensors that the server replaces before a round: fresh factors, for example. Public: it sees no client.

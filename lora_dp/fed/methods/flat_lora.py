@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lora_dp.fed.methods.base import Aggregation, Contribution, Layers, Method, Phases, State
+from lora_dp.fed.methods.base import Aggregation, Contribution, Layers, LocalTurn, Method, Phases, State
 from lora_dp.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from lora_dp.nn.lora_linear import DPLoRALinear
 
@@ -47,6 +48,7 @@ class FlatLoRA(Method):
             "ranks_may_differ",
             "regulates_noise",
             "has_adapters",
+            "own_optimizer",
             "adapter",
             "adapts_last",
             "recipe",
@@ -66,6 +68,12 @@ class FlatLoRA(Method):
 
     def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
         return self.base.trains(parameter, round_index, turn)
+
+    def beside(self, state: State, whole_clients: bool) -> State:
+        return self.base.beside(state, whole_clients)
+
+    def optimizer(self, turn: LocalTurn) -> Optimizer:
+        return self.base.optimizer(turn)
 
     def begin(self, state: State, layers: Layers, round_index: int, generator: torch.Generator) -> State:
         return self.base.begin(state, layers, round_index, generator)

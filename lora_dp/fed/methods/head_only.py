@@ -15,6 +15,7 @@ class HeadOnly(Method):
     # Noise is averaged before it is used: over examples, clients and rounds.
     recipe: ClassVar[Mapping[str, Any]] = {
         "features": "fitting",
+        "feature_blocks": [-3, -2, -1],
         "sums_share": 0.15,
         "balanced": True,
         "rounds": 60,

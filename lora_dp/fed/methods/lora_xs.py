@@ -25,4 +25,4 @@ class LoRAXS(Method):
         return "AB"
 
     def trains(self, parameter: str, round_index: int, turn: int = 0) -> bool:
-        return factor(parameter) is None
+        return factor(parameter) is None and super().trains(parameter, round_index, turn)

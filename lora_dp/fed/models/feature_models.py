@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from lora_dp.fed.data.encoding import ImageSpec, InputSpec
+from lora_dp.fed.data.encoding import ImageSpec, InputSpec, TextSpec
 from lora_dp.fed.data.examples import Batch, ImageExamples
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.models.pooling import TokenMeans, Whitening, random_fields
 from lora_dp.isolation.trials import modes_kept
 from lora_dp.nn.feature_head import FeatureHead
 
-_MADE_UP = 3000
-_AT_ONCE = 256
-_TEXTS, _TOKENS = 64, 16
+_IMAGES, _IMAGES_AT_ONCE = 3000, 256
+_TEXTS, _TEXTS_AT_ONCE = 1000, 50
+_FEWEST_TOKENS, _MOST_TOKENS = 4, 30
+# Of whitening. Made-up texts have other correlations than written ones, so that they count for less.
+_RIDGE_OF_IMAGES, _RIDGE_OF_TEXTS = 0.03, 1.0
 
 
 def blank_batch(spec: InputSpec) -> Batch:
@@ -65,7 +68,7 @@ def _usual_length(model: nn.Module, head: nn.Module, spec: InputSpec) -> Tensor:
     try:
         with modes_kept(model):
             model.eval()
-            for batch in _made_up(spec, vocabulary_of(model)):
+            for batch in made_up(spec, vocabulary_of(model)):
                 _called(model, batch)
     finally:
         handle.remove()
@@ -82,7 +85,7 @@ def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_l
         num_labels: number of classes.
 
     Raises:
-        ValueError: the model does not tell its blocks, or has no such ones; whitening for texts.
+        ValueError: the model does not tell its blocks, or has no such ones.
     """
     backbone: Any = model
     if hasattr(model, "forward_intermediates"):
@@ -100,9 +103,8 @@ def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_l
     except TypeError as error:
         raise ValueError(f"{config.name} does not tell its blocks: choose features unit or own.") from error
     if config.whitening == "made-up":
-        if not isinstance(spec, ImageSpec):
-            raise ValueError("whitening made-up is for images: leave it out for texts.")
-        pooled.whitening = Whitening(_made_up_features(pooled, spec))
+        ridge = _RIDGE_OF_IMAGES if isinstance(spec, ImageSpec) else _RIDGE_OF_TEXTS
+        pooled.whitening = Whitening(_made_up_features(pooled, spec), ridge)
     pooled.head = FeatureHead(width, num_labels)
     return pooled
 
@@ -115,18 +117,43 @@ def _called(model: nn.Module, batch: Batch) -> Tensor:
     return named
 
 
-def _made_up(spec: InputSpec, vocabulary: int) -> Iterator[Batch]:
-    """Made-up inputs, images prepared as private ones are."""
+def made_up(spec: InputSpec, vocabulary: int) -> Iterator[Batch]:
+    """Made-up inputs in batches: random fields, prepared as private images are; or texts of random tokens.
+
+    They hold nothing of anybody, and are the same in every call.
+
+    Args:
+        spec: what the model takes.
+        vocabulary: number of tokens that it knows.
+    """
     if not isinstance(spec, ImageSpec):
-        tokens = torch.randint(vocabulary, (_TEXTS, _TOKENS), generator=torch.Generator().manual_seed(0))
-        yield {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        yield from _made_up_texts(spec, vocabulary)
         return
-    pixels = random_fields(_MADE_UP, spec.height, spec.width, spec.channels)
-    examples = ImageExamples(spec.prepared(pixels), torch.zeros(_MADE_UP, dtype=torch.long), spec.mean, spec.std)
-    for batch in examples.batches(_AT_ONCE):
+    pixels = random_fields(_IMAGES, spec.height, spec.width, spec.channels)
+    examples = ImageExamples(spec.prepared(pixels), torch.zeros(_IMAGES, dtype=torch.long), spec.mean, spec.std)
+    for batch in examples.batches(_IMAGES_AT_ONCE):
         yield {"pixel_values": batch["pixel_values"]}
 
 
+def _made_up_texts(spec: TextSpec, vocabulary: int) -> Iterator[Batch]:
+    """Of 4 to 30 tokens, between those that the tokenizer puts around every text."""
+    generator, tokenizer = torch.Generator().manual_seed(0), spec.tokenizer
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    words = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
+    around = getattr(tokenizer, "build_inputs_with_special_tokens", lambda tokens: tokens)
+    longest = min(_MOST_TOKENS, max(spec.max_length - len(around([])), 1))
+    for _ in range(_TEXTS // _TEXTS_AT_ONCE):
+        rows = []
+        for _ in range(_TEXTS_AT_ONCE):
+            length = int(torch.randint(min(_FEWEST_TOKENS, longest), longest + 1, (), generator=generator))
+            drawn = words[torch.randint(len(words), (length,), generator=generator)]
+            rows.append(torch.tensor(around(drawn.tolist())))
+        padded = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
+        yield {"input_ids": padded, "attention_mask": mask}
+
+
 @torch.no_grad()
-def _made_up_features(pooled: TokenMeans, spec: ImageSpec) -> Tensor:
-    return torch.cat([_called(pooled, batch) for batch in _made_up(spec, 0)])
+def _made_up_features(pooled: TokenMeans, spec: InputSpec) -> Tensor:
+    return torch.cat([_called(pooled, batch) for batch in made_up(spec, vocabulary_of(pooled))])

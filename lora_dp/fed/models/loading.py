@@ -77,10 +77,13 @@ def load_model(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model, spec, heads, features, brings_head = _load(config, num_labels, kind)
-        if config.features == "fitting" and features == "mean" and isinstance(spec, ImageSpec):
-            config = replace(config, features=features, contrast="model", whitening="made-up")
-        else:
-            config = replace(config, features=features)
+        if config.features == "fitting" and features == "mean":
+            config = replace(config, whitening="made-up")
+            if isinstance(spec, ImageSpec):
+                config = replace(config, contrast="model")
+        elif config.features == "fitting":
+            config = replace(config, feature_blocks=[-1])
+        config = replace(config, features=features)
         if config.contrast == "model" and not isinstance(spec, ImageSpec):
             raise ValueError("contrast model is for images: leave it out for texts.")
         if isinstance(spec, ImageSpec):

@@ -37,13 +37,13 @@ class ModelConfig:
     features: Features = "auto"
     """What the head is given: own: the model's own head as it is; unit: what that head is given, at unit length; mean:
     means over tokens after feature_blocks; auto: mean where the model says so, else own; fitting: unit where the model
-    brings a head for these classes, else mean, with contrast model and whitening made-up for images."""
+    brings a head for these classes, else mean with whitening made-up and, for images, contrast model."""
     feature_blocks: list[int] = field(default_factory=lambda: [-1])
     """With features mean: after which blocks, from 1, or from the last as in -1; several are put side by side."""
     contrast: Literal["as-is", "model"] = "as-is"
     """For images: as they are, or each with the mean and deviation of those that the model was trained on."""
     whitening: Literal["none", "made-up"] = "none"
-    """With features mean, for images: turn and scale features by those of made-up images, which are public."""
+    """With features mean: turn and scale features by those of made-up images or texts, which are public."""
     pretrained: bool = True
     """Load a timm model's published weights (a download); false starts it at random."""
 

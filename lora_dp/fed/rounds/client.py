@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,12 @@ from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Examples
-from lora_dp.fed.methods import Method, State
+from lora_dp.fed.methods import LocalTurn, Method, State
 from lora_dp.fed.models.loading import logits
 from lora_dp.fed.rounds import as_released
 from lora_dp.fed.rounds.contained_failures import Failures, GivenUp, accumulate
 from lora_dp.fed.rounds.fixed_shapes import OneShape
-from lora_dp.fed.rounds.local_training import LocalSteps, LocalTraining, summing
+from lora_dp.fed.rounds.local_training import Kind, LocalSteps, LocalTraining, summing
 from lora_dp.fed.rounds.messages import Task, Update, Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.rounds.regulators import regulators
@@ -60,6 +61,10 @@ class Trainer:
     seed: int
     reproducible: bool = False
     on_turn: Callable[[int, PrivateOptimizer, PrivateDataLoader], None] | None = None
+
+    def __post_init__(self) -> None:
+        whole_clients = self.plan.private and not self.plan.examples_are_protected
+        self.workspace.keep_beside(lambda state: self.method.beside(state, whole_clients))
 
     def train(self, client: int, examples: Examples, task: Task, on_step: Callable[[], None] = lambda: None) -> Update:
         """One turn of a client.
@@ -121,20 +126,25 @@ class Trainer:
         training, plan = self.training, self.plan
         protected = plan.examples_are_protected
         batch_size = min(training.batch_size, len(examples))
+        # A cycle of phases goes on through the rounds: with an odd number of local steps too, each factor has its turn.
+        first = task.round * training.local_steps
+
+        def make(kind: Kind, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            turn = LocalTurn(kind, groups, self.workspace.tensors, first, training.local_steps)
+            return self.method.optimizer(turn)
+
         return LocalSteps(
             event=plan.event(len(examples)) if protected else PoissonGaussian(0.0, batch_size / len(examples)),
             batch_size=batch_size,
             rows=batch_size,
             count=training.local_steps,
-            # A cycle of phases goes on through the rounds: with an odd number of local steps too, each factor has its
-            # turn.
-            first=task.round * training.local_steps,
+            first=first,
             bound=plan.max_grad_norm if protected else float("inf"),
             clipping=plan.step_clipping if protected else "flat",
             phases=self.method.phases(task.round, task.turn),
             low_pass=make_filter(training.low_pass, training.low_pass_strength),
             regulate_noise=self.method.regulates_noise and protected,
-            optimizer=training.make_optimizer,
+            optimizer=lambda model: training.make_optimizer(model, make),
             loss=classification_loss,
             views=training.views,
         )

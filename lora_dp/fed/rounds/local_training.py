@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from lora_dp.privacy.clipping import ClippingName
 from lora_dp.privacy.filtering import Filter, FilterName
 
 SUM_WEIGHTS = SumWeights()
+Kind: TypeAlias = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+MakeOptimizer: TypeAlias = Callable[[Kind, list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,20 @@ class LocalTraining:
     warm_start: bool = False
     views: Views = Views()
 
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """A fresh optimizer over the model's trainable parameters, B's with its own learning rate."""
+    def make_optimizer(self, model: nn.Module, make: MakeOptimizer | None = None) -> torch.optim.Optimizer:
+        """A fresh optimizer over the model's trainable parameters, B's with its own learning rate.
+
+        Args:
+            model: with the parameters.
+            make: makes it, of a kind or another, from groups of parameters; by default that kind itself does.
+        """
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in trainable if factor(name) != "B"], "lr": self.learning_rate},
             {"params": [p for name, p in trainable if factor(name) == "B"], "lr": self.learning_rate * self.lr_ratio},
         ]
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(groups, lr=self.learning_rate)
+        kind: Kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.optimizer]
+        return kind(groups) if make is None else make(kind, groups)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Workspace:
 
     Attributes:
         layers: the adapted layers.
+        beside: names of tensors that are exchanged, and are no part of the model.
         rows_apart: of shapes of batches, whether each row's arithmetic hangs on that row alone
             (:mod:`lora_dp.fed.rounds.fixed_shapes`).
     """
@@ -83,12 +84,29 @@ class Workspace:
         )
         # A change of rank keeps the parameters the same objects.
         self._parameters: dict[str, Tensor] = {**exchanged_parameters(self.whole), **feature_statistics(self.whole)}
+        self.beside: frozenset[str] = frozenset()
         self._loaded: dict[str, Tensor] = {}
         self.rows_apart: dict[Hashable, bool] = {}
 
     def state(self, wanted: Callable[[str], bool] = lambda name: True) -> State:
         """Copies of the adapters and the head; of those names only that are wanted."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items() if wanted(name)}
+
+    def keep_beside(self, start: Callable[[State], State]) -> None:
+        """Lets tensors be exchanged that are no part of the model; those that are kept already stay as they are.
+
+        Args:
+            start: what they begin as, from the tensors of the model.
+        """
+        mine = {name: tensor.detach() for name, tensor in self._parameters.items() if name not in self.beside}
+        wanted = start(mine)
+        self._parameters |= {name: tensor for name, tensor in wanted.items() if name not in self._parameters}
+        self.beside = frozenset(wanted)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of :meth:`state` themselves."""
+        return dict(self._parameters)
 
     @property
     def names(self) -> list[str]:
@@ -116,7 +134,11 @@ class Workspace:
         Afterwards all is as it was.
         """
         held: list[tuple[Tensor, Tensor]] = []
-        scales = {f"{name}.lora_B": 1 / layer.scaling for name, layer in self._adapted.items()}
+        scales = {
+            f"{name}.lora_{outer}": 1 / layer.scaling
+            for name, layer in self._adapted.items()
+            for outer in ("B", "dA", "dB")
+        }
         with torch.no_grad():
             for name, layer in self._adapted.items():
                 if name in self._loaded:

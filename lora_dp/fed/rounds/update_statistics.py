@@ -134,14 +134,14 @@ def expected_noise(trainer: Trainer, task: Task, examples: int, noise_multiplier
 
     Returns:
         None where single updates carry no noise (no privacy, the server's noise), where the mechanism is not the sound
-        one, or where no such formula holds: private steps of AdamW, whose moments divide by the noise, or at a bound
-        that moves.
+        one, or where no such formula holds: private steps of AdamW, or of a method's own optimizer, whose moments
+        divide by the noise, or at a bound that moves.
     """
     plan, training, method = trainer.plan, trainer.training, trainer.method
     by_steps = plan.examples_are_protected
     if not plan.private or plan.server_adds_noise:
         return None
-    if by_steps and (training.optimizer != "sgd" or plan.clipping == "adaptive"):
+    if by_steps and (training.optimizer != "sgd" or method.own_optimizer or plan.clipping == "adaptive"):
         return None
     rules = regulators(method, task.state, task.round, task.turn)
     low_pass = make_filter(training.low_pass, training.low_pass_strength) if by_steps else None

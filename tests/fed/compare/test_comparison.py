@@ -120,6 +120,7 @@ def test_no_run_begins_when_the_minutes_are_up(tmp_path, fake, monkeypatch):
     assert len(fake.ran) == len(set(fake.ran)) == 12 and "are left" not in shown
 
 
+@pytest.mark.slow
 def test_trials_count_among_the_runs_that_are_left(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(module, "time", Clock(fake))
     options = {"epsilons": [1], "search": {"lr": [0.1, 1.0]}, "search_trials": 2}

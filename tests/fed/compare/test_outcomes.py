@@ -70,6 +70,7 @@ def test_all_methods_draw_the_same_and_cells_take_the_best(tmp_path, fake):
     assert set(cells["lr"]) == chosen(fake) and "max_grad_norm" in cells
 
 
+@pytest.mark.slow
 def test_rates_in_multiples_of_each_method_s_own(tmp_path, fake):
     searched(tmp_path / "grid", methods=["la-lora", "rolora"], search={"lr_factor": [0.1, 10.0]}, seeds=[5])
     for setting, config in trials(fake).items():
@@ -84,6 +85,7 @@ def test_whole_numbers_stay_whole_and_ranges_are_logarithmic():
     assert grid.values("la-lora", 1.0, {"rounds": 1.5, "sums_share": 1.5})["rounds"] == 240
 
 
+@pytest.mark.slow
 def test_a_share_is_never_widened_beyond_what_a_run_can_have(tmp_path, fake):
     fake.verdict = lambda config: (config.privacy.sums_share / 2, 0.7)
     searched(tmp_path / "grid", search={"sums_share": [0.3, 0.99]}, search_trials=6, seeds=[5], methods=["head-only"])
@@ -123,6 +125,7 @@ def test_what_diverged_is_not_chosen_nor_run_again(tmp_path, fake):
     assert fake.ran == fake.resumed == [] and not (tmp_path / "grid" / "failures.json").exists()
 
 
+@pytest.mark.slow
 def test_where_all_diverged_its_cells_are_not_run(tmp_path, fake):
     fake.verdict = lambda config: None if config.federation.method == "la-lora" else (0.6, 0.7)
     searched(tmp_path / "grid", seeds=[5])

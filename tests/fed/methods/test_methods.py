@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_dp.fed.methods import METHODS, factor, get_method
+from lora_dp.fed.methods import METHODS, LocalTurn, factor, get_method
 from lora_dp.fed.methods.dp_lora import DPLoRA
 from lora_dp.fed.methods.flat_lora import FlatLoRA
 from lora_dp.fed.rounds.messages import Workspace
@@ -31,6 +31,9 @@ from tests.fed.small import PLAIN, TRAINING, Adapted, make_federation, products,
         ("head-only", ["AB"] * 3),
         ("fedsvd", ["B"] * 3),
         ("lora-xs", ["AB"] * 3),
+        ("prism", ["AB"] * 3),
+        ("fedask", ["AB"] * 3),
+        ("dp-fedadamw", ["AB"] * 3),
         ("flat-lora", ["AB"] * 3),
         ("flat-lora:rolora", ["B", "A", "B"]),
     ],
@@ -82,6 +85,8 @@ def test_an_unknown_method_names_the_nearest(name, message):
         ("lora-fair", {"objective": "l1"}, "must be ridge or cosine"),
         ("lora-fair", {"regularisation": 0}, "must be positive"),
         ("rac-lora", {"trained": "AB"}, "must be A or B"),
+        ("dp-fedadamw", {"pull": 1}, "must be in \\[0, 1\\), not 1.0: 0.5 is usual"),
+        ("fedask", {"oversampling": -1}, "must not be negative, not -1: 8 is usual"),
         ("flat-lora", {"rho": -1}, "must not be negative"),
         ("flat-lora:deer", {"rho": "abc"}, "The option rho of flat-lora:deer must be a number, not 'abc'"),
         ("flat-lora", {"rho": math.inf}, "must be a number, not inf"),
@@ -111,6 +116,12 @@ class OwnWays(DPLoRA):
     def trains(self, parameter, round_index, turn=0):
         return parameter.endswith("lora_B")
 
+    def beside(self, state, whole_clients):
+        return {"own": torch.ones(1) if whole_clients else torch.zeros(1)}
+
+    def optimizer(self, turn):
+        return torch.optim.Rprop(turn.groups)
+
     @contextlib.contextmanager
     def local_step(self, model, step, steps, generator):
         model.entered = step
@@ -123,6 +134,10 @@ def test_flat_lora_passes_on_all_that_its_base_says():
     assert [name for name in ("1.lora_A", "1.lora_B", "4.weight") if wrapped.trains(name, 0)] == ["1.lora_B"]
     with wrapped.local_step(model, 5, 10, torch.Generator().manual_seed(0)):
         assert model.entered == 5
+    assert wrapped.beside({}, True) == {"own": torch.ones(1)} and wrapped.beside({}, False) == {"own": torch.zeros(1)}
+    turn = LocalTurn(torch.optim.SGD, [{"params": [model[4].weight], "lr": 0.1}], {}, 0, 1)
+    assert type(wrapped.optimizer(turn)) is torch.optim.Rprop
+    assert get_method("flat-lora:dp-fedadamw").own_optimizer and not wrapped.own_optimizer
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_dp.fed.data.encoding import ImageSpec, TextSpec
 from lora_dp.fed.data.examples import ImageExamples
-from lora_dp.fed.models.feature_models import blank_batch, on_token_means, put_feature_head
+from lora_dp.fed.models.feature_models import blank_batch, made_up, on_token_means, put_feature_head
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.models.pooling import random_fields
 from lora_dp.losses import feature_sums_loss
@@ -154,9 +154,31 @@ def test_whitening_is_by_made_up_images_prepared_as_private_ones_are() -> None:
     assert not torch.allclose(found[True], found[False], rtol=0.1)
 
 
-def test_whitening_of_texts_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^whitening made-up is for images: leave it out for texts\.$"):
-        on_token_means(bert(), TOKENS, config(whitening="made-up"), 5)
+def test_whitening_of_texts_is_by_random_tokens_between_those_around_every_text() -> None:
+    class Around(Words):
+        all_special_ids = (0, 7, 9)
+
+        def build_inputs_with_special_tokens(self, tokens: list[int]) -> list[int]:
+            return [7, *tokens, 9]
+
+    spec = TextSpec(Around(), 20)  # type: ignore[arg-type]
+    batches = list(made_up(spec, 40))
+    seen: set[int] = set()
+    for batch in batches:
+        lengths = batch["attention_mask"].sum(1)
+        assert int(lengths.min()) >= 6 and int(lengths.max()) <= 20
+        for ids, length in zip(batch["input_ids"].tolist(), lengths.tolist(), strict=True):
+            assert ids[0] == 7 and ids[length - 1] == 9 and not any(ids[length:])
+            seen |= set(ids[1 : length - 1])
+    assert sum(len(batch["input_ids"]) for batch in batches) == 1000 and seen == set(range(40)) - {0, 7, 9}
+    model = on_token_means(bert(), spec, config(whitening="made-up"), 5)
+    whitening, model.head, model.whitening = model.whitening, nn.Identity(), None
+    assert whitening is not None
+    with torch.no_grad():
+        raw = torch.cat([model(**batch) for batch in batches]).double()
+    white = torch.cov(whitening.double()(raw).t(), correction=0)
+    values = torch.linalg.eigvalsh(torch.cov(raw.t(), correction=0))
+    torch.testing.assert_close(white, torch.diag(values / (values + values.mean())), rtol=0, atol=1e-3)
 
 
 def test_a_blank_batch_is_one_example_of_what_the_model_takes() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from lora_dp.fed.data.encoding import ImageSpec, RawData, TextSpec, encode
 from lora_dp.fed.data.opening import open_data
@@ -370,12 +371,42 @@ def test_wrong_features_are_refused_in_a_sentence(tmp_path):
             {"name": name, "features": "mean", "feature_blocks": [4]},
             "has no blocks .4.: correct feature_blocks",
         ),
-        ("text", {"name": name, "features": "mean", "whitening": "made-up"}, "whitening made-up is for images"),
         ("text", {"name": name, "contrast": "model"}, "contrast model is for images"),
         ("image", {"features": "mean", "feature_blocks": [1, -5]}, "default has no blocks"),
     ):
         with pytest.raises(ValueError, match=message):
             load_model(ModelConfig(**options), 3, kind)
+
+
+def test_features_that_fit_are_told_by_whether_the_model_knows_the_classes(tmp_path):
+    """A head that it brings is kept, at unit length; else there is a new one on means, whitened."""
+    blocks = {"features": "fitting", "feature_blocks": [-2, -1]}
+    known = load_model(ModelConfig(**blocks), 10, "image")
+    assert (known.config.features, known.config.feature_blocks, known.head_is_new) == ("unit", [-1], False)
+    stored = load_file(DEFAULT_WEIGHTS)["head.weight"].float()
+    weight = known.model.head.linear.weight
+    torch.testing.assert_close(weight / weight.norm(), stored / stored.norm())
+    new = load_model(ModelConfig(**blocks), 3, "image")
+    assert (new.config.features, new.config.contrast, new.config.whitening) == ("mean", "model", "made-up")
+    assert new.config.feature_blocks == [-2, -1] and new.head_is_new and new.spec.contrast
+    text = load_model(ModelConfig(name=bert_folder(tmp_path), **blocks), 3, "text")
+    assert (text.config.features, text.config.contrast, text.config.whitening) == ("mean", "as-is", "made-up")
+    transformers.BertForSequenceClassification(
+        transformers.BertConfig.from_pretrained(tmp_path, num_labels=3)
+    ).save_pretrained(tmp_path)
+    kept = load_model(ModelConfig(name=str(tmp_path), **blocks), 3, "text")
+    assert (kept.config.features, kept.head_is_new) == ("unit", False)
+    assert load_model(ModelConfig(name=str(tmp_path), **blocks), 4, "text").config.features == "mean"
+
+
+@pytest.mark.parametrize(("method_s", "chosen", "found"), [(2, None, 2), (2, 1, 1), (None, None, None), (None, 1, 1)])
+def test_the_last_blocks_alone_are_adapted_where_the_method_or_the_user_says_so(method_s, chosen, found):
+    loaded = load_model(ModelConfig(adapt_last=chosen), 10, "image", adapts_last=method_s)
+    assert loaded.config.adapt_last == found
+    adapted = {name.split(".")[1] for name, m in loaded.model.named_modules() if isinstance(m, DPLoRALinear)}
+    assert len(adapted & {"0", "1", "2", "3"}) == (found or 4)
+    named = load_model(ModelConfig(target_modules=["qkv"]), 10, "image", adapts_last=method_s)
+    assert named.config.adapt_last is None
 
 
 def test_a_head_of_two_layers_has_no_features_of_its_own(tmp_path):

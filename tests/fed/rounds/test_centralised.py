@@ -12,7 +12,7 @@ from lora_dp.fed.data.examples import ImageExamples
 from lora_dp.fed.methods import METHODS, factor, get_method
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
 from lora_dp.nn.lora_linear import DPLoRALinear
-from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation
+from tests.fed.small import PLAIN, Adapted, federation_generators, make_examples, make_federation, tangent
 
 PLANNED_ROUNDS = 4
 MERGING = ("flora", "rac-lora", "galore")
@@ -32,6 +32,40 @@ def plain_step(model, optimizer, batch, trained: str, noise=lambda layer: 0.0) -
         if factor(name) is not None and factor(name) not in trained:
             p.grad = None
     optimizer.step()
+
+
+class BlockMeans:
+    """AdamW with one second moment a tensor that outlives rounds, and steps along the last round's change."""
+
+    def __init__(self, groups, memory, earlier, steps):
+        self.groups, self.memory, self.step_number, self.earlier, self.steps = groups, memory, 0, earlier, steps
+        for group in groups:
+            for p in group["params"]:
+                mine = memory.setdefault(p, {"v": 0.0, "change": torch.zeros_like(p)})
+                mine.update(m=torch.zeros_like(p), start=p.detach().clone())
+
+    def zero_grad(self):
+        for p in self.memory:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        self.step_number += 1
+        for group in self.groups:
+            for p in group["params"]:
+                mine = self.memory[p]
+                mine["m"] = 0.9 * mine["m"] + 0.1 * p.grad
+                mine["v"] = 0.999 * mine["v"] + 0.001 * p.grad.square().mean()
+                m = mine["m"] / (1 - 0.9**self.step_number)
+                v = mine["v"] / (1 - 0.999 ** (self.earlier + self.step_number))
+                p.mul_(1 - 0.01 * group["lr"])
+                # Beside a B of zero, A has no gradient, and no noise.
+                p.sub_(group["lr"] * m / max(v, 1e-16) ** 0.5).add_(0.5 * mine["change"] / self.steps)
+
+    @torch.no_grad()
+    def finish(self):
+        for p, mine in self.memory.items():
+            mine["change"] = p - mine["start"]
 
 
 def perturbation(method: str, place: tuple[int, int, int], step: int, steps: int):
@@ -55,7 +89,7 @@ def centralised(method: str, training, examples: ImageExamples, rounds: int) -> 
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, DPLoRALinear)}
     batch = examples.batch(range(len(examples)))
     made, base = get_method(method), method.removeprefix("flat-lora:")
-    random = federation_generators(rounds)
+    random, memory = federation_generators(rounds), {}
     for index in range(rounds):
         begin(base, adapted, index, random[index])
         for turn in range(made.turns):
@@ -64,20 +98,26 @@ def centralised(method: str, training, examples: ImageExamples, rounds: int) -> 
                 for name, p in model.named_parameters()
                 if p.requires_grad
             ]
-            optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer](groups)
+            if base == "dp-fedadamw":
+                optimizer = BlockMeans(groups, memory, index * training.local_steps, training.local_steps)
+            else:
+                optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[training.optimizer](groups)
             phases = made.phases(index, turn)
             cycle = ("AB",) if phases == "AB" else phases
             for step in range(index * training.local_steps, (index + 1) * training.local_steps):
                 noise = perturbation(method, (0, index, turn), step, PLANNED_ROUNDS * training.local_steps)
                 plain_step(model, optimizer, batch, cycle[step % len(cycle)], noise)
         finish(base, adapted, index)
+        if base == "dp-fedadamw":
+            optimizer.finish()
     head = {f"4.{n}": p.detach() for n, p in model[4].named_parameters()}
     return {**head, **{n: adapted_weight(m) for n, m in adapted.items()}}
 
 
 def adapted_weight(layer: DPLoRALinear) -> Tensor:
     core = getattr(layer, "lora_R", torch.eye(layer.r).double())
-    return (layer.weight + layer.lora_B @ core @ layer.lora_A).detach()
+    beside = tangent({f"x.{name}": p.detach() for name, p in layer.named_parameters()}, "x")
+    return (layer.weight + layer.lora_B @ core @ layer.lora_A + beside).detach()
 
 
 @torch.no_grad()
@@ -109,11 +149,18 @@ def finish(method: str, adapted, index: int) -> None:
         elif method == "galore":
             layer.lora_B.copy_(torch.linalg.qr(layer.lora_B)[0])
             layer.lora_A.zero_()
-        if method in ("flexlora", "fedsvd"):
-            u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
+        if method in ("flexlora", "fedsvd", "prism"):
+            u, s, vh = torch.linalg.svd(adapted_weight(layer) - layer.weight)
             r = layer.r
             layer.lora_B.copy_(u[:, :r] * s[:r])
             layer.lora_A.copy_(vh[:r])
+        if method == "fedask":
+            u, s, vh = torch.linalg.svd(layer.lora_B @ layer.lora_A)
+            layer.lora_B.copy_(u[:, : layer.r] * s[: layer.r].sqrt())
+            layer.lora_A.copy_(s[: layer.r, None].sqrt() * vh[: layer.r])
+        if method == "prism":
+            layer.lora_dA.zero_()
+            layer.lora_dB.zero_()
 
 
 @pytest.mark.slow

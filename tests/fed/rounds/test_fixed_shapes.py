@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lora_dp.fed.rounds.client
-from lora_dp.fed.config import FederationConfig, RunConfig
+from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.augmentation import Views
 from lora_dp.fed.methods import State
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.fixed_shapes import OneShape, rows_of_a_part
 from lora_dp.fed.rounds.messages import Task
+from lora_dp.fed.run_options import FederationConfig
 from lora_dp.privacy.sampling import PoissonSampler
 from tests.fed.rounds.failing_models import ONE_STEP
 from tests.fed.rounds.shaped_turns import apart, on_outputs, reading, sum_of, texts, tried

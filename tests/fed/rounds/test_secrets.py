@@ -113,7 +113,7 @@ def test_a_perturbation_does_not_tell_how_many_batches_before_it_were_empty(monk
     monkeypatch.setattr(PoissonSampler, "draw", lambda self: left.pop(0))
     monkeypatch.setattr(
         "lora_dp.fed.rounds.local_training.LocalTraining.make_optimizer",
-        lambda self, model: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-300),
+        lambda self, model, make: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-300),
     )
     federation.trainer.train(1, part, task)
     still = found[-1]

@@ -311,7 +311,7 @@ def test_clients_draw_noise_of_their_own():
         ({"mechanism": "as-released", "epsilon": "none"}, "needs the epsilon that its noise is set for"),
         ({"mechanism": "as-released", "unit": "client"}, "leave unit out"),
         ({"unit": "client", "weighting": "examples"}, "unit client needs weighting equal"),
-        ({"ranks": [2, 4, 4, 4, 4]}, "take flora or flexlora"),
+        ({"ranks": [2, 4, 4, 4, 4]}, "take flora, flexlora or fedask"),
         ({"method": "flora", "ranks": [2, 4]}, "one rank of at least 1 for each of the 5 clients"),
         ({"method": "flora", "ranks": {"2": -1.0}}, "a positive share"),
     ],

@@ -13,7 +13,7 @@ from lora_dp.fed.runs import checkpoint
 from lora_dp.fed.runs.checkpoint import DamagedCheckpoint
 from tests.fed.small import make_federation
 
-METHODS = ["la-lora", "deer", "flora", "galore", "lora-fair", "fedsvd", "lora-xs"]
+METHODS = ["la-lora", "deer", "flora", "galore", "lora-fair", "fedsvd", "lora-xs", "dp-fedadamw"]
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from tests.fed.tiny_runs import tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["la-lora", "galore", "flexlora", "lora-xs"])
+@pytest.mark.parametrize("method", ["la-lora", "galore", "flexlora", "lora-xs", "prism"])
 def test_the_result_on_disk_is_what_was_evaluated(tmp_path, method):
     from lora_dp.fed.rounds.evaluation import evaluate
     from lora_dp.fed.runs.results import load_result

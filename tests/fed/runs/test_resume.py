@@ -201,7 +201,7 @@ def test_a_run_killed_around_its_feature_sums_ends_with_the_same_bits(work, whol
     check_killed(work, whole, tmp_path / "run", kind, crash)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again_at_each_later_write(work, whole, tmp_path):
     """Every process gets one write further than the one before it, so that each write is the last of some process."""
     folder, options = tmp_path / "run", {**TINY, **KINDS["deer"]}

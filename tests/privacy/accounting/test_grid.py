@@ -149,7 +149,14 @@ def test_a_pld_where_the_rdp_bound_is_above_a_hundred():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "rate", "steps"),
-    [(0.01, 0.01, 1000), (20.0, 1e-4, 300), (32.5, 0.01, 1000), (50.0, 0.01, 1000), (99.0, 1.0, 3), (200.0, 1e-4, 300)],
+    [
+        (0.01, 0.01, 1000),
+        pytest.param(20.0, 1e-4, 300, marks=pytest.mark.long),
+        (32.5, 0.01, 1000),
+        pytest.param(50.0, 0.01, 1000, marks=pytest.mark.long),
+        (99.0, 1.0, 3),
+        pytest.param(200.0, 1e-4, 300, marks=pytest.mark.long),
+    ],
 )
 def test_calibration_has_no_gap_at_any_epsilon(target, rate, steps):
     noise = calibrate_noise_multiplier(target, 1e-5, rate, steps)
@@ -192,7 +199,7 @@ def test_the_size_of_a_grid_is_bounded(monkeypatch):
 # What floats round off
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_fourier_transform_rounds_off_is_not_taken_for_privacy():
     """At δ = 1e-12 the true δ of dp-accounting's own answer may be several times as large; of ours it never is."""
     relation, unsound = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, 0
