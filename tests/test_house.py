@@ -20,6 +20,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lora_dp/engine/step_options.py": ("tests/engine/test_setup_refusals.py", "tests/test_argument_checks.py"),
     "lora_dp/__main__.py": ("tests/test_capabilities.py",),
     "lora_dp/fed/__main__.py": ("tests/fed/test_cli.py",),
+    "lora_dp/fed/advise_options.py": ("tests/fed/test_advice.py",),
     "lora_dp/fed/run_options.py": ("tests/fed/test_config.py",),
     # Figures, and how they look, are seen on the pages.
     "lora_dp/fed/page/figures.py": ("tests/fed/page/test_run_page.py", "tests/fed/page/test_comparison_page.py"),

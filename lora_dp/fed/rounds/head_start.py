@@ -49,6 +49,7 @@ def start_head(federation: Federation, on_step: Callable[[], None] = lambda: Non
     moments, down, up = _mean_sums(federation, sums, clients, on_step)
     federation.released_sums = sums
     training = federation.trainer.training
+    federation.workspace.load(federation.server.state)  # the head goes on from what the server has
     values = started_head(head, moments, balanced=training.balanced, warm=training.warm_start)
     federation.server.apply({f"{name}.{part}": value for part, value in values.items()})
     return down, up
