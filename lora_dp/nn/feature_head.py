@@ -12,6 +12,7 @@ from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.private_module import check_sizes
 from lora_dp.privacy.shrinkage import JamesStein
 
+BIAS_SHARE = 0.1
 MEAN, SCALE, PRIOR = "feature_mean", "feature_scale", "class_prior"
 _LEAST_SHARE = 0.02  # of a class: noise must not make it rarer
 _LEAST_VARIANCE = 0.1  # of a feature, in units of the mean one
@@ -19,9 +20,10 @@ _LEAST_SPREAD = 1e-3  # of all features together: noise may make their mean long
 
 
 class FeatureHead(nn.Module):
-    """Logits W·(u − mean)·scale + b of features x, with u = x/‖x‖.
+    """Logits W·(u − mean)·scale + b/10 of features x, with u = x/‖x‖.
 
-    ``linear`` alone is trained. ``feature_mean`` and ``feature_scale`` (d,) are buffers, 0 and 1 at first: they are set
+    ``linear`` alone is trained. A tenth of its bias counts: with all of it, half of what an example may weigh would go
+    to the bias, whose noise is the features' too. ``feature_mean`` and ``feature_scale`` (d,) are buffers, 0 and 1 at first: they are set
     from public or released statistics, never from private examples. So is ``class_prior`` (K,), 0 at first: logarithms
     of the classes' shares, added to the logits in training alone. What is learnt then judges as if classes were equally
     common (logit adjustment, Menon et al. 2021, arXiv 2007.07314).
@@ -65,7 +67,8 @@ class FeatureHead(nn.Module):
         if self._sums is not None:
             scores: Tensor = self._sums(units)
             return scores
-        logits: Tensor = self.linear((units - self.feature_mean) * self.feature_scale)
+        # Of the same value as W·z + b/10, and the layer sees what its gradient is to be: z, and 1/10 for the bias.
+        logits: Tensor = BIAS_SHARE * self.linear((units - self.feature_mean) * self.feature_scale / BIAS_SHARE)
         return logits + self.class_prior if self.training else logits
 
     def empty_sums(self, weights: SumWeights) -> FeatureSums:
@@ -165,11 +168,12 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         means = sums / shares.unsqueeze(1) - mean
         means = torch.stack([shrunk(m, noise / float(p)) for m, p in zip(means, shares, strict=True)]) * scale
         values["linear.weight"] = means * d
-        values["linear.bias"] = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
+        bias = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
+        values["linear.bias"] = bias / BIAS_SHARE
         return values
-    # W·(u − m₀)·s₀ + b₀ in terms of (u − m)·s.
+    # W·(u − m₀)·s₀ + b₀/10 in terms of (u − m)·s.
     weight, bias = (head.linear.get_parameter(name).detach().to(sums) for name in ("weight", "bias"))
     plain = weight * head.feature_scale.to(sums)
     values["linear.weight"] = plain / scale
-    values["linear.bias"] = bias + plain @ (mean - head.feature_mean.to(sums))
+    values["linear.bias"] = bias + plain @ (mean - head.feature_mean.to(sums)) / BIAS_SHARE
     return values

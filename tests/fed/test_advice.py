@@ -1,6 +1,7 @@
 """Advice: the noise that it goes by, what lies between measured points, and what it does not promise."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,21 @@ def test_points_are_what_learning_may_have_measured() -> None:
     noises = sorted(point.noise for point in MEASURED)
     assert len(MEASURED) >= 10 and noises[0] < 0.03 and noises[-1] > 1
     assert max(MEASURED, key=lambda point: point.noise).kept < 0.5
+
+
+def table() -> str:
+    rows = [
+        f"| {p.data} | {p.examples} | {p.clients} | {p.numbers} | {p.epsilon:g} | {p.noise:.3f} | {p.accuracy:.1f} | "
+        f"{p.without:.1f} | {100 * p.kept:.0f} % |"
+        for p in sorted(MEASURED, key=lambda point: point.noise)
+    ]
+    head = "| data | n | K | p | ε | noise | accuracy, % | without privacy | kept |"
+    return "\n".join([head, "| --- |" + " ---: |" * 8, *rows])
+
+
+def test_the_page_has_what_was_measured() -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "choosing.md"
+    assert table() in page.read_text(encoding="utf-8")
 
 
 def test_beyond_what_was_measured_nothing_is_expected() -> None:

@@ -17,5 +17,6 @@ class QuietLoRA(LoRAXS):
 
     name = "quiet-lora"
     adapts_last: ClassVar[int | None] = 1
-    recipe: ClassVar[Mapping[str, Any]] = HeadOnly.recipe
-    recipe_rates: ClassVar = {1: 2.0, 3: 5.0, 8: 5.0, inf: 5.0}
+    # The cores' output is scaled by 1/r: their noise reaches the logits through more than the head's does.
+    recipe: ClassVar[Mapping[str, Any]] = {**HeadOnly.recipe, "alpha": 1.0}
+    recipe_rates: ClassVar = {1: 3.0, 3: 5.0, 8: 5.0, inf: 5.0}

@@ -12,7 +12,7 @@ from lora_dp.fed.data.examples import Batch, ImageExamples
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.models.pooling import TokenMeans, Whitening, random_fields
 from lora_dp.isolation.trials import modes_kept
-from lora_dp.nn.feature_head import FeatureHead
+from lora_dp.nn.feature_head import BIAS_SHARE, FeatureHead
 
 _IMAGES, _IMAGES_AT_ONCE = 3000, 256
 _TEXTS, _TEXTS_AT_ONCE = 1000, 50
@@ -55,7 +55,7 @@ def put_feature_head(model: nn.Module, heads: list[str], name: str, keep_for: In
         with torch.no_grad():
             new.linear.get_parameter("weight").copy_(head.weight * _usual_length(model, head, keep_for))
             if head.bias is not None:
-                new.linear.get_parameter("bias").copy_(head.bias)
+                new.linear.get_parameter("bias").copy_(head.bias / BIAS_SHARE)
     parent, _, child = heads[0].rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
