@@ -23,10 +23,12 @@ class FeatureHead(nn.Module):
     """Logits W·(u − mean)·scale + b/10 of features x, with u = x/‖x‖.
 
     ``linear`` alone is trained. A tenth of its bias counts: with all of it, half of what an example may weigh would go
-    to the bias, whose noise is the features' too. ``feature_mean`` and ``feature_scale`` (d,) are buffers, 0 and 1 at first: they are set
-    from public or released statistics, never from private examples. So is ``class_prior`` (K,), 0 at first: logarithms
-    of the classes' shares, added to the logits in training alone. What is learnt then judges as if classes were equally
-    common (logit adjustment, Menon et al. 2021, arXiv 2007.07314).
+    to the bias, whose noise is the features' too.
+
+    ``feature_mean`` and ``feature_scale`` (d,) are buffers, 0 and 1 at first: they are set from public or released
+    statistics, never from private examples. So is ``class_prior`` (K,), 0 at first: logarithms of the classes' shares,
+    added to the logits in training alone. What is learnt then judges as if classes were equally common (logit
+    adjustment, Menon et al. 2021, arXiv 2007.07314).
 
     Args:
         in_features: d.
