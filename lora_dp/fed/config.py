@@ -511,7 +511,8 @@ def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     {}
     """
     name = options.get("method", FederationConfig.method)
-    if not isinstance(name, str) or options.get("features", "fitting") in ("own", "auto"):
+    own = options.get("features", "fitting") in ("own", "auto")
+    if not isinstance(name, str) or own or options.get("mechanism") == "as-released":
         return {}
     method = get_method(name, options.get("method_options"))
     chosen = dict(method.recipe)
