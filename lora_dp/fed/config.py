@@ -20,14 +20,6 @@ from lora_dp.fed.run_options import FederationConfig, OptimizationConfig, Privac
 ADAMW_LEARNING_RATE = 1e-3
 
 
-# What RunConfig.settle may change.
-_SETTLED = {
-    "model": ("features", "feature_blocks", "contrast", "whitening", "adapt_last"),
-    "privacy": ("sums_share",),
-    "optimization": ("balanced", "warm_start"),
-}
-
-
 @dataclass
 class RunConfig:
     """Everything that defines a run.
@@ -164,11 +156,24 @@ class RunConfig:
         self.model = model
 
     def settled_as(self, other: "RunConfig") -> "RunConfig":
-        """This one with what another, of the same run, has settled (:meth:`settle`)."""
+        """This one with what another, of the same run, has settled (:meth:`settle`): what this one leaves open, alone.
+
+        >>> opened = RunConfig.from_flat({"features": "own", "adapt_last": 1})
+        >>> RunConfig.from_flat({"features": "auto"}).settled_as(opened) == opened
+        True
+        >>> RunConfig.from_flat({"features": "unit", "adapt_last": 2}).settled_as(opened).model.adapt_last
+        2
+        """
         mine, its = dataclasses.asdict(self), dataclasses.asdict(other)
-        for group, names in _SETTLED.items():
-            if self.model.features in ("fitting", "auto"):
-                mine[group] |= {name: its[group][name] for name in names}
+        settled = {"model": ["adapt_last"] if self.model.adapt_last is None else [], "privacy": [], "optimization": []}
+        if self.model.features in ("fitting", "auto"):
+            settled["model"].append("features")
+        if self.model.features == "fitting":
+            settled["model"] += ["feature_blocks"] if other.model.features == "unit" else ["contrast", "whitening"]
+            if not other.privacy.sums_share:
+                settled |= {"privacy": ["sums_share"], "optimization": ["balanced", "warm_start"]}
+        for group, names in settled.items():
+            mine[group] |= {name: its[group][name] for name in names}
         return RunConfig(**{f.name: f.default_factory(**mine[f.name]) for f in dataclasses.fields(self)})  # type: ignore
 
     @classmethod
@@ -226,7 +231,8 @@ def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     {}
     """
     name = options.get("method", FederationConfig.method)
-    if not isinstance(name, str) or options.get("features", "fitting") in ("own", "auto"):
+    own = options.get("features", "fitting") in ("own", "auto")
+    if not isinstance(name, str) or own or options.get("mechanism") == "as-released":
         return {}
     method = get_method(name, options.get("method_options"))
     chosen = dict(method.recipe)

@@ -113,6 +113,7 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--views 0", "views must be at least 1, not 0"),
         ("--mirror true", "mirror has no effect without views"),
         ("--views 2 --mechanism as-released", "mechanism as-released takes each image as it is: leave views out"),
+        ("--method quiet-lora --mechanism as-released", "mechanism as-released is there for la-lora and deer"),
         ("--views 2 --adapt_last 1", "views are of images that all of the model is trained on"),
         ("--clip_quantile 0.7", "clip_quantile has no effect with clipping automatic: choose adaptive"),
         ("--clipping adaptive --clip_quantile 1", "clip_quantile must lie between 0 and 1, not 1.0: try 0.5"),

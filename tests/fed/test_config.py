@@ -129,3 +129,35 @@ def test_every_option_has_one_name():
     names = list(yaml.safe_load(RunConfig().to_yaml()))
     groups = [group for name, group in asdict(RunConfig()).items()]
     assert len(names) == sum(len(group) for group in groups) - 1  # all but the output folder
+
+
+@pytest.mark.parametrize(
+    ("given", "opened"),
+    [
+        ({"method": "quiet-lora", "features": "own"}, {"adapt_last": 1}),
+        ({"features": "auto"}, {"features": "mean"}),
+        ({"features": "fitting", "feature_blocks": [-2, -1]}, {"features": "unit", "feature_blocks": [-1]}),
+        ({"features": "fitting"}, {"features": "mean", "whitening": "made-up", "contrast": "model"}),
+        ({"features": "fitting", "sums_share": 0.1, "balanced": True}, {"features": "unit", "sums_share": 0.0}),
+    ],
+)
+def test_what_a_model_settles_of_open_options_is_no_other_run(given, opened):
+    balanced = {"balanced": False} if "balanced" in given else {}
+    stored = RunConfig.from_flat({**given, **opened, **balanced})
+    assert RunConfig.from_flat(given).settled_as(stored).to_yaml() == stored.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ({"adapt_last": 2}, {"adapt_last": 1}),
+        ({"contrast": "model"}, {"features": "own"}),
+        ({"features": "mean"}, {"features": "own"}),
+        ({"features": "mean", "feature_blocks": [-2]}, {"features": "mean"}),
+        ({"features": "fitting", "feature_blocks": [-2]}, {"features": "mean", "feature_blocks": [-3]}),
+        ({"features": "fitting", "sums_share": 0.3}, {"features": "mean", "sums_share": 0.1}),
+    ],
+)
+def test_what_was_given_is_not_taken_from_a_stored_run(given, stored):
+    stored = RunConfig.from_flat(stored)
+    assert RunConfig.from_flat(given).settled_as(stored).to_yaml() != stored.to_yaml()

@@ -69,6 +69,19 @@ class Between:
 
 
 @dataclass(frozen=True)
+class AtMost:
+    """A list of at most so many: each of its entries costs time and memory."""
+
+    count: int
+
+    def admits(self, value: Any) -> bool:
+        return isinstance(value, list) and len(value) <= self.count
+
+    def __str__(self) -> str:
+        return f"a list of at most {self.count}"
+
+
+@dataclass(frozen=True)
 class Anything:
     """Whatever it is."""
 
@@ -107,7 +120,7 @@ RULES: Mapping[str, Rule] = {
     "model": OneOf(("default",)),
     "pretrained": OneOf((True,)),
     "adapt_last": Anything(),
-    "feature_blocks": Anything(),
+    "feature_blocks": AtMost(16),
     "contrast": OneOf(("as-is", "model")),
     "whitening": OneOf(("none", "made-up")),
     "features": OneOf(("auto", "own", "unit", "mean")),

@@ -15,7 +15,7 @@ from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
-from lora_dp.fed.models.feature_models import vocabulary_of
+from lora_dp.fed.models.feature_models import blank_batch, vocabulary_of
 from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks, head_is_last
 from lora_dp.fed.models.loading import LoadedModel, load_model
 from lora_dp.fed.models.pooling import blocks_of
@@ -204,6 +204,7 @@ def _without_front(
         # Blocks whose outputs are features, and the one before the first that is adapted.
         kept = {first - 1, *(place for place in places if place < first)}
         front = Front(model, precision, blocks=blocks[:first], kept=sorted(kept))
+        front(blank_batch(loaded.spec))  # it learns what blocks return, which kept activations do not tell
         rest = LastBlocks(model, front)
     else:
         return Workspace(model), splits.train, splits.validation

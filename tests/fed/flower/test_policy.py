@@ -60,6 +60,13 @@ def test_a_real_number_within_its_bounds_is_admitted(name):
     assert RULES[name].admits(None) == (name in NONE_TOO)
 
 
+def test_a_head_is_given_few_blocks():
+    """Their features stand side by side, and whitening takes the square of how many there are."""
+    rule = RULES["feature_blocks"]
+    assert rule.admits([-1]) and rule.admits([1] * 16) and not rule.admits([1] * 17) and not rule.admits("1")
+    assert str(rule) == "a list of at most 16"
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_number_within_its_bounds_is_admitted(name):
     low, high = WHOLE[name]

@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.models.frozen_front import LastBlocks
 from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.kept_data import data_kept
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.rounds.setup import open_job
 from tests.fed.data.word_tokenizer import write
-from tests.fed.models.tiny_texts import bert_folder
+from tests.fed.models.tiny_texts import bert_folder, small_tokenizer
 
 TINY = {"clients": 2, "rounds": 4, "local_steps": 1, "batch_size": 16, "accountant": "rdp", "device": "cpu"}
 
@@ -54,3 +56,21 @@ def test_a_round_on_the_last_blocks_is_that_of_the_whole_model(kind, tmp_path, m
     for name, tensor in states.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
     assert result.loss == pytest.approx(whole.loss, rel=1e-3) and result.bytes_up == whole.bytes_up
+
+
+@pytest.mark.slow
+def test_blocks_that_return_tuples_do_so_where_activations_are_shared(tmp_path):
+    """A second run on the same front calls none of its blocks, and knows nevertheless what they return."""
+    (tmp_path / "model").mkdir()
+    small_tokenizer(tmp_path / "model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 20}
+    config = transformers.MPNetConfig(vocab_size=4, max_position_embeddings=40, pad_token_id=0, **sizes)
+    transformers.MPNetModel(config).save_pretrained(tmp_path / "model")
+    data = write(tmp_path / "data", train={"text": [" ".join("ab" * 4)] * 24, "label": [0, 1] * 12})
+    options = {"method": "dp-lora", "adapt_last": 1, "dataset": data, "model": str(tmp_path / "model")}
+    with data_kept():
+        losses = [
+            Federation.from_config(RunConfig.from_flat({**TINY, **options, "features": "mean"})).evaluate()[0]
+            for _ in range(2)
+        ]
+    assert losses[0] == losses[1]
