@@ -12,7 +12,7 @@ from lora_dp.nn.layers import DPLinear
 from lora_dp.nn.private_module import check_sizes
 from lora_dp.privacy.shrinkage import JamesStein
 
-BIAS_SHARE = 0.1
+BIAS_SHARE = 0.3
 MEAN, SCALE, PRIOR = "feature_mean", "feature_scale", "class_prior"
 _LEAST_SHARE = 0.02  # of a class: noise must not make it rarer
 _LEAST_VARIANCE = 0.1  # of a feature, in units of the mean one
@@ -20,10 +20,10 @@ _LEAST_SPREAD = 1e-3  # of all features together: noise may make their mean long
 
 
 class FeatureHead(nn.Module):
-    """Logits W·(u − mean)·scale + b/10 of features x, with u = x/‖x‖.
+    """Logits W·(u − mean)·scale + 0.3·b of features x, with u = x/‖x‖.
 
-    ``linear`` alone is trained. A tenth of its bias counts: with all of it, half of what an example may weigh would go
-    to the bias, whose noise is the features' too.
+    ``linear`` alone is trained. Of its bias 0.3 counts: with all of it, half of what an example may weigh would go to
+    the bias, whose noise is the features' too.
 
     ``feature_mean`` and ``feature_scale`` (d,) are buffers, 0 and 1 at first: they are set from public or released
     statistics, never from private examples. So is ``class_prior`` (K,), 0 at first: logarithms of the classes' shares,
@@ -69,7 +69,7 @@ class FeatureHead(nn.Module):
         if self._sums is not None:
             scores: Tensor = self._sums(units)
             return scores
-        # Of the same value as W·z + b/10, and the layer sees what its gradient is to be: z, and 1/10 for the bias.
+        # Of the same value as W·z + 0.3·b, and the layer sees what its gradient is to be: z, and 0.3 for the bias.
         logits: Tensor = BIAS_SHARE * self.linear((units - self.feature_mean) * self.feature_scale / BIAS_SHARE)
         return logits + self.class_prior if self.training else logits
 
@@ -173,7 +173,7 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         bias = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
         values["linear.bias"] = bias / BIAS_SHARE
         return values
-    # W·(u − m₀)·s₀ + b₀/10 in terms of (u − m)·s.
+    # W·(u − m₀)·s₀ + 0.3·b₀ in terms of (u − m)·s.
     weight, bias = (head.linear.get_parameter(name).detach().to(sums) for name in ("weight", "bias"))
     plain = weight * head.feature_scale.to(sums)
     values["linear.weight"] = plain / scale

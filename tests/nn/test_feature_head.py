@@ -49,7 +49,7 @@ def test_logits_are_those_of_the_formula(dtype: torch.dtype) -> None:
     x = torch.randn(4, 5, dtype=dtype) * torch.tensor([1e-20, 1.0, 1e3, 1e15], dtype=dtype)[:, None]
     wide = {name: tensor.double() for name, tensor in head.state_dict().items()}
     units = x.double() / x.double().square().sum(1, keepdim=True).sqrt()
-    expected = ((units - wide[MEAN]) * wide[SCALE]) @ wide["linear.weight"].t() + wide["linear.bias"] / 10
+    expected = ((units - wide[MEAN]) * wide[SCALE]) @ wide["linear.weight"].t() + 0.3 * wide["linear.bias"]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(head.eval()(x).double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(head.train()(x).double(), expected + wide[PRIOR], rtol=tolerance, atol=tolerance)
@@ -59,18 +59,18 @@ def test_at_first_it_is_a_linear_layer_on_units() -> None:
     head = FeatureHead(4, 2)
     x = torch.randn(3, 4)
     for mode in (True, False):
-        expected = unit_length(x) @ head.linear.weight.t() + head.linear.bias / 10
+        expected = unit_length(x) @ head.linear.weight.t() + 0.3 * head.linear.bias
         torch.testing.assert_close(head.train(mode)(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_bias_takes_a_hundredth_of_an_examples_squared_gradient() -> None:
+def test_the_bias_takes_little_of_an_examples_squared_gradient() -> None:
     """That of the weight is as long as that of the logits, for features of unit length."""
     head = FeatureHead(4, 3, dtype=torch.float64)
     logits = head(torch.randn(1, 4, dtype=torch.float64))
     toward = torch.tensor([[0.3, -0.2, -0.1]], dtype=torch.float64)
     logits.backward(toward)
     assert float(head.linear.weight.grad.norm()) == pytest.approx(float(toward.norm()))
-    torch.testing.assert_close(head.linear.bias.grad, 0.1 * toward[0])
+    torch.testing.assert_close(head.linear.bias.grad, 0.3 * toward[0])
 
 
 def test_a_feature_of_zeros_has_finite_logits_and_gradients() -> None:
@@ -379,7 +379,7 @@ def test_a_class_mean_that_is_shrunk_is_nearest_to_itself() -> None:
     head = FeatureHead(6, 3, dtype=torch.float64)
     found = started_head(head, released, balanced=True, warm=True)
     means = found["linear.weight"] / 6
-    scores = means @ found["linear.weight"].t() + found["linear.bias"] / 10
+    scores = means @ found["linear.weight"].t() + 0.3 * found["linear.bias"]
     expected = -0.5 * 6 * torch.cdist(means, means).square()
     torch.testing.assert_close(scores - scores.diagonal()[:, None], expected)
 

@@ -44,7 +44,7 @@ def test_the_head_is_given_what_the_models_own_was(kind: str) -> None:
     head = model.get_submodule(HEADS[kind])
     assert isinstance(head, FeatureHead) and head.out_features == classes
     found = model.eval()(images())
-    expected = unit_length(seen[0]) @ head.linear.weight.t() + head.linear.bias / 10
+    expected = unit_length(seen[0]) @ head.linear.weight.t() + 0.3 * head.linear.bias
     torch.testing.assert_close(getattr(found, "logits", found), expected)
 
 
@@ -62,7 +62,7 @@ def test_a_head_that_is_kept_judges_as_before_up_to_the_features_length(kind: st
     torch.testing.assert_close(head.linear.weight, factor * weight)
     assert 0.5 * lengths[0].mean() < factor < 2 * lengths[0].mean()
     after = model(images(64))
-    before, after = (getattr(out, "logits", out) - head.linear.bias / 10 for out in (before, after))
+    before, after = (getattr(out, "logits", out) - 0.3 * head.linear.bias for out in (before, after))
     torch.testing.assert_close(after, before * (factor / lengths[0]).unsqueeze(1))
 
 
@@ -81,7 +81,7 @@ def test_a_decoder_has_one_on_each_token_and_sums_of_the_one_that_counts() -> No
         states = model.transformer(**texts()).last_hidden_state
     last = torch.stack([states[row, length - 1] for row, length in enumerate(LENGTHS)])
     head = model.score
-    expected = unit_length(last) @ head.linear.weight.t() + head.linear.bias / 10
+    expected = unit_length(last) @ head.linear.weight.t() + 0.3 * head.linear.bias
     torch.testing.assert_close(model(**texts()).logits, expected)
     with model.score.summing(SumWeights()) as sums:
         labels = torch.tensor([2, 0, 2])
