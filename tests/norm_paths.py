@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_dp import DPEmbedding, DPLayerNorm, DPLinear, DPLoRALinear
 from lora_dp.engine.optimizer import PrivateOptimizer
+from lora_dp.nn.lora_tangent_linear import DPLoRATangentLinear
 from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
 from lora_dp.privacy.clip_bounds import LARGEST_BOUND, LEAST_BOUND
 from lora_dp.privacy.mechanism import total
@@ -88,6 +89,12 @@ PATHS = {
     },
     **{
         f"core, {method}": Path(lambda: DPLoRAXSLinear(D_IN, D_OUT, r=3, alpha=2), {"norm_method": method}, factors=2)
+        for method in ("direct", "ghost")
+    },
+    **{
+        f"tangent, {method}": Path(
+            lambda: DPLoRATangentLinear(D_IN, D_OUT, r=3, alpha=2), {"norm_method": method}, factors=1
+        )
         for method in ("direct", "ghost")
     },
     "layer norm": Path(lambda: DPLayerNorm(D_IN), {}, inputs=0),

@@ -149,6 +149,11 @@ class RunConfig:
         Args:
             model: its options, with none left that the model is to decide.
             head_is_new: whether the head knows nothing of the classes. One that does needs no feature sums.
+
+        >>> opened = RunConfig.from_flat({"method": "head-only"})
+        >>> opened.settle(ModelConfig(features="unit"), head_is_new=False)
+        >>> opened.model.features, opened.privacy.sums_share
+        ('unit', 0.0)
         """
         if self.model.features == "fitting" and not head_is_new:
             self.privacy.sums_share = 0.0
@@ -230,11 +235,17 @@ def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     >>> recipe({"method": "la-lora"})
     {}
     """
-    name = options.get("method", FederationConfig.method)
+    name, of_method = options.get("method", FederationConfig.method), options.get("method_options", {})
     own = options.get("features", "fitting") in ("own", "auto")
-    if not isinstance(name, str) or own or options.get("mechanism") == "as-released":
+    # What has the wrong type is refused where it is checked.
+    if (
+        not isinstance(name, str)
+        or not isinstance(of_method, Mapping)
+        or own
+        or options.get("mechanism") == "as-released"
+    ):
         return {}
-    method = get_method(name, options.get("method_options"))
+    method = get_method(name, of_method)
     chosen = dict(method.recipe)
     whole_clients = options.get("unit") == "client"
     if whole_clients:

@@ -80,7 +80,7 @@ class DPLoRATangentLinear(DPLoRALinear):
         """B (d_out, k) and A (k, d_in), of LoRA's form s · B A: k is r where the coordinates are zero, else 2r.
 
         >>> [tuple(factor.shape) for factor in layer.factors()]
-        [(4, 3), (3, 6)]
+        [(4, 2), (2, 6)]
         """
         if not (self.lora_dA.any() or self.lora_dB.any()):
             return self.lora_B, self.lora_A

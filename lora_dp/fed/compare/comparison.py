@@ -206,11 +206,16 @@ def _check_definition(grid: Grid, folder: Path) -> None:
     different = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if different == ["search_trials"] and new["search_trials"] > old["search_trials"]:
         _write_definition(folder, new)  # further ones follow those that were drawn
-    elif different:
+    elif different and not (own_defaults().keys().isdisjoint(different) and _same_runs(grid, Grid.read(folder))):
         raise ValueError(
             f"{folder} holds another comparison ({', '.join(different)} differ): choose another --output, or go on "
             f"with its own {DEFINITION} as --config."
         )
+
+
+def _same_runs(one: Grid, other: Grid) -> bool:
+    """Whether two grids, of the same cells, run them alike: a default that is written out changes nothing."""
+    return all(one.config(cell, None).to_yaml() == other.config(cell, None).to_yaml() for cell in one.cells)
 
 
 def _write_definition(folder: Path, definition: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from lora_dp.fed.compare.grid import Grid
 from lora_dp.fed.compare.options import CompareConfig
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.methods import get_method
 
 FOLDER = Path(__file__).parents[3] / "experiments"
 CONFIGS = sorted(FOLDER.glob("**/*.yaml"))
@@ -130,7 +131,8 @@ def test_the_grid_can_be_run(path):
     assert len(grid.cells) == len(config.methods) * len(config.epsilons) * len(config.seeds) >= 10
     for name in (common["dataset"], common["model"]):
         assert not name.startswith(("/", ".", "~"))
-    assert config.search and len(config.tuning_seeds) > 1 and common["delta"] == 1e-5
+    assert config.search or all(get_method(method).recipe for method in config.methods)  # else nothing is tuned
+    assert len(config.tuning_seeds) > 1 and common["delta"] == 1e-5
     assert f"--config experiments/{path.relative_to(FOLDER)} " in path.read_text()
 
 
@@ -141,13 +143,14 @@ def test_the_grid_can_be_run(path):
     [pytest.param(p, id=p.stem, marks=[pytest.mark.long] if place % 3 else []) for place, p in enumerate(CONFIGS)],
 )
 def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
-    _, common = options(path)
+    config, common = options(path)
     # Windows of 7, images of 224, layers named as in Swin-B, with fewer channels and blocks.
     sizes = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: create(name, **more, **sizes))
     data = write_data(tmp_path / "data", DATA[path.stem](), common.get("subset"))
     model = write_model(tmp_path / "model", common["model"])
+    method = config.methods[0]
     code = main(
         [
             "compare",
@@ -158,7 +161,7 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
             "--model",
             model,
             "--methods",
-            "la-lora",
+            method,
             "--epsilons",
             "8",
             "--seeds",
@@ -188,7 +191,7 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
         ]
     )
     shown = capsys.readouterr().out
-    assert code == 0 and "failed" not in shown and "la-lora, ε = 8, seed 0   accuracy" in shown
+    assert code == 0 and "failed" not in shown and f"{method}, ε = 8, seed 0   accuracy" in shown
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tests.fed.compare.small_grids import SMALL, grid_config, quietly
 def test_another_definition_is_refused(tmp_path, fake):
     quietly(grid_config(tmp_path / "grid", epsilons=[8]))
     fake.ran.clear()
-    with pytest.raises(ValueError, match=r"another comparison \(rounds, seeds differ\)"):
+    with pytest.raises(ValueError, match=r"another comparison \(seeds, rounds differ\)"):
         quietly(grid_config(tmp_path / "grid", epsilons=[8], seeds=[0]), rounds=3)
     assert fake.ran == []
     quietly(grid_config(tmp_path / "grid", epsilons=[8.0], processes=1), max_grad_norm=1.0)  # a default, written out
