@@ -42,7 +42,7 @@ def test_points_are_what_learning_may_have_measured() -> None:
     """Each gains something without privacy, and privacy gives nothing; the noise spans what a user may ask about."""
     assert all(point.start < point.without <= 100 and point.kept < 1.02 for point in MEASURED)
     noises = sorted(point.noise for point in MEASURED)
-    assert len(MEASURED) >= 10 and noises[0] < 0.03 and noises[-1] > 1
+    assert len(MEASURED) >= 9 and noises[0] < 0.03 and noises[-1] > 1
     assert max(MEASURED, key=lambda point: point.noise).kept < 0.5
 
 
