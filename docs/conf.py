@@ -24,7 +24,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:(class|exc)", r"(?!lora_dp)\w+\..*"),
     ("py:(class|obj)", r".*\[.*"),
-    ("py:class", r"Tensor|State|Contribution|Matrix|AbstractContextManager|lora_dp\..*\.(T|Result|_Parser)"),
+    ("py:class", r"Tensor|Optimizer|State|Contribution|Matrix|AbstractContextManager|lora_dp\..*\.(T|Result|_Parser)"),
 ]
 
 myst_heading_anchors = 4

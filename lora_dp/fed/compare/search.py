@@ -71,7 +71,7 @@ def draws(seed: int, stream: int, count: int, options: int) -> np.ndarray:
         seed: of the search.
         stream: 0 for its first settings, then that of each extension.
         count: number of points.
-        options: number of options, at most :data:`MOST_OPTIONS`.
+        options: number of options, at most ``MOST_OPTIONS``.
 
     Returns:
         Float64 (count, options), in [0, 1).

@@ -35,7 +35,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         p_values: of several tests.
 
     Returns:
-        In their order: below 5 % where the test rejects with at most 5 % probability of any false rejection.
+        One for each, in their order. It is below 5 % where the test rejects, which it does wrongly for any of them
+        with at most that probability.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
