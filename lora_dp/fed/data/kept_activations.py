@@ -62,7 +62,8 @@ class KeptActivations(Examples):
         front: activations of one of its batches, a function of each row alone up to rounding.
         with_inputs: whether batches have the source's inputs, too.
         vocabulary: number of tokens, for made-up texts.
-        front_digest: of all that the front's values follow from; None: other runs' activations are never taken.
+        front_digest: tells of all that the front's values follow from, asked inside :func:`shared_activations` alone;
+            None: other runs' activations are never taken.
 
     >>> from lora_dp.fed.data.examples import ImageExamples
     >>> images = ImageExamples(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 1]), [0.0], [1.0])
@@ -79,13 +80,13 @@ class KeptActivations(Examples):
         *,
         with_inputs: bool,
         vocabulary: int = 2,
-        front_digest: str | None = None,
+        front_digest: Callable[[], str] | None = None,
     ) -> None:
         super().__init__(source.labels)
         self._source, self._front, self._with_inputs, self._vocabulary = source, front, with_inputs, vocabulary
         self._kept = _Store(torch.zeros(len(source), dtype=torch.bool), [], {})
         if _shared is not None and front_digest is not None:
-            self._kept = _shared.setdefault(f"{front_digest} {content_digest(source.content())}", self._kept)
+            self._kept = _shared.setdefault(f"{front_digest()} {content_digest(source.content())}", self._kept)
 
     @property
     def shapes_vary(self) -> bool:

@@ -1,5 +1,6 @@
 """What a configuration names, opened: the data, split over the clients, and the model with what trains it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -208,7 +209,9 @@ def _without_front(
         rest = LastBlocks(model, front)
     else:
         return Workspace(model), splits.train, splits.validation
-    vocabulary, made_by = vocabulary_of(model), front.digest(loaded.heads, config.model)
+    # Once for both parts, and never where no run shares them: it reads all weights.
+    made_by = functools.cache(lambda: front.digest(loaded.heads, config.model))
+    vocabulary = vocabulary_of(model)
     train, validation = (
         KeptActivations(part, front, with_inputs=first > 0, vocabulary=vocabulary, front_digest=made_by)
         for part in (splits.train, splits.validation)

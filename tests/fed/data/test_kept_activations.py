@@ -344,7 +344,7 @@ def test_runs_share_what_one_front_makes_of_the_same_examples() -> None:
 
     def computed(source: Examples, front_digest: str | None) -> int:
         front = ImageFront()
-        examples = kept(source, front, front_digest=front_digest)
+        examples = kept(source, front, front_digest=None if front_digest is None else lambda: front_digest)
         examples.prepare()
         assert torch.equal(examples.batch([7])[ACTIVATIONS], ImageFront()(source.batch([7])))
         return len(front.rows)
@@ -356,3 +356,10 @@ def test_runs_share_what_one_front_makes_of_the_same_examples() -> None:
         assert computed(images(149), "one") > 0
         assert computed(images(), None) > 0
     assert computed(images(), "one") > 0
+
+
+def test_a_run_that_shares_nothing_does_not_ask_what_its_front_is() -> None:
+    def asked() -> str:
+        raise AssertionError("all weights were read for nothing")
+
+    kept(images(), ImageFront(), front_digest=asked).prepare()
