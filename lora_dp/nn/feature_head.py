@@ -20,10 +20,13 @@ _LEAST_SPREAD = 1e-3  # of all features together: noise may make their mean long
 
 
 class FeatureHead(nn.Module):
-    """Logits W·(u − mean)·scale + 0.3·b of features x, with u = x/‖x‖.
+    """Logits s·(W·(u − mean)·scale + 0.3·b) of features x, with u = x/‖x‖ and s = √(K/2).
 
     ``linear`` alone is trained. Of its bias 0.3 counts: with all of it, half of what an example may weigh would go to
     the bias, whose noise is the features' too.
+
+    s makes one learning rate fit few classes and many. Of K classes each is told of by one example in K, so that a
+    step moves its weights by 1/K as much; noise forbids to make up for all of that.
 
     ``feature_mean`` and ``feature_scale`` (d,) are buffers, 0 and 1 at first: they are set from public or released
     statistics, never from private examples. So is ``class_prior`` (K,), 0 at first: logarithms of the classes' shares,
@@ -34,6 +37,9 @@ class FeatureHead(nn.Module):
         in_features: d.
         out_features: K, the number of classes.
         device, dtype: of parameters and buffers.
+
+    Attributes:
+        logit_scale: s.
 
     >>> head = FeatureHead(4, 2)
     >>> head(torch.randn(3, 4)).shape
@@ -58,6 +64,7 @@ class FeatureHead(nn.Module):
         check_sizes(in_features=in_features, out_features=out_features)
         self.linear: nn.Module = DPLinear(in_features, out_features, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
+        self.logit_scale = math.sqrt(max(out_features, 2) / 2)
         self.register_buffer(MEAN, torch.zeros(in_features, device=device, dtype=dtype))
         self.register_buffer(SCALE, torch.ones(in_features, device=device, dtype=dtype))
         self.register_buffer(PRIOR, torch.zeros(out_features, device=device, dtype=dtype))
@@ -69,8 +76,9 @@ class FeatureHead(nn.Module):
         if self._sums is not None:
             scores: Tensor = self._sums(units)
             return scores
-        # Of the same value as W·z + 0.3·b, and the layer sees what its gradient is to be: z, and 0.3 for the bias.
-        logits: Tensor = BIAS_SHARE * self.linear((units - self.feature_mean) * self.feature_scale / BIAS_SHARE)
+        # Of the same value as s·(W·z + 0.3·b), and the layer sees what its gradient is to be: z, and 0.3 for the bias.
+        scores = self.linear((units - self.feature_mean) * self.feature_scale / BIAS_SHARE)
+        logits: Tensor = self.logit_scale * BIAS_SHARE * scores
         return logits + self.class_prior if self.training else logits
 
     def empty_sums(self, weights: SumWeights) -> FeatureSums:
@@ -169,11 +177,11 @@ def started_head(head: FeatureHead, released: FeatureMoments, *, balanced: bool,
         # Shrunk before they are scaled: all numbers of one have the same noise there.
         means = sums / shares.unsqueeze(1) - mean
         means = torch.stack([shrunk(m, noise / float(p)) for m, p in zip(means, shares, strict=True)]) * scale
-        values["linear.weight"] = means * d
+        values["linear.weight"] = means * d / head.logit_scale
         bias = -0.5 * d * means.square().sum(1) + (0 if balanced else shares.log())
-        values["linear.bias"] = bias / BIAS_SHARE
+        values["linear.bias"] = bias / BIAS_SHARE / head.logit_scale
         return values
-    # W·(u − m₀)·s₀ + 0.3·b₀ in terms of (u − m)·s.
+    # W·(u − m₀)·scale₀ + 0.3·b₀ in terms of (u − m)·scale.
     weight, bias = (head.linear.get_parameter(name).detach().to(sums) for name in ("weight", "bias"))
     plain = weight * head.feature_scale.to(sums)
     values["linear.weight"] = plain / scale

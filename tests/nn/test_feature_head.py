@@ -50,6 +50,7 @@ def test_logits_are_those_of_the_formula(dtype: torch.dtype) -> None:
     wide = {name: tensor.double() for name, tensor in head.state_dict().items()}
     units = x.double() / x.double().square().sum(1, keepdim=True).sqrt()
     expected = ((units - wide[MEAN]) * wide[SCALE]) @ wide["linear.weight"].t() + 0.3 * wide["linear.bias"]
+    expected = math.sqrt(3 / 2) * expected
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(head.eval()(x).double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(head.train()(x).double(), expected + wide[PRIOR], rtol=tolerance, atol=tolerance)
@@ -69,8 +70,13 @@ def test_the_bias_takes_little_of_an_examples_squared_gradient() -> None:
     logits = head(torch.randn(1, 4, dtype=torch.float64))
     toward = torch.tensor([[0.3, -0.2, -0.1]], dtype=torch.float64)
     logits.backward(toward)
+    toward = math.sqrt(3 / 2) * toward
     assert float(head.linear.weight.grad.norm()) == pytest.approx(float(toward.norm()))
     torch.testing.assert_close(head.linear.bias.grad, 0.3 * toward[0])
+
+
+def test_logits_of_few_classes_and_of_many_differ_by_the_square_root() -> None:
+    assert [FeatureHead(4, classes).logit_scale for classes in (1, 2, 8, 200)] == [1, 1, 2, 10]
 
 
 def test_a_feature_of_zeros_has_finite_logits_and_gradients() -> None:
@@ -367,7 +373,7 @@ def test_the_warm_start_is_nearer_to_the_exact_one_than_the_released_means(narro
         found = started_head(head, noisy, balanced=True, warm=True)
         unshrunk = ((noisy.class_sums * classes) - found[MEAN]) * found[SCALE] * d
         truth = ((exact.class_sums * classes) - found[MEAN]) * found[SCALE] * d
-        risk += float((found["linear.weight"] - truth).square().sum())
+        risk += float((head.logit_scale * found["linear.weight"] - truth).square().sum())
         raw += float((unshrunk - truth).square().sum())
     assert risk < 0.8 * raw
 
@@ -378,8 +384,9 @@ def test_a_class_mean_that_is_shrunk_is_nearest_to_itself() -> None:
     released = replace(exact_moments(units, labels, 3), noise=0.02)
     head = FeatureHead(6, 3, dtype=torch.float64)
     found = started_head(head, released, balanced=True, warm=True)
-    means = found["linear.weight"] / 6
-    scores = means @ found["linear.weight"].t() + 0.3 * found["linear.bias"]
+    weight, bias = (head.logit_scale * found[name] for name in ("linear.weight", "linear.bias"))
+    means = weight / 6
+    scores = means @ weight.t() + 0.3 * bias
     expected = -0.5 * 6 * torch.cdist(means, means).square()
     torch.testing.assert_close(scores - scores.diagonal()[:, None], expected)
 

@@ -21,7 +21,7 @@ def caption(outcomes: Outcomes, cells: DataFrame) -> str:
         cells: its table of all cells (:meth:`~lora_dp.fed.compare.outcomes.Outcomes.cells_frame`).
     """
     grid = outcomes.grid
-    parts = [_what(grid), *_spread(grid, cells), *_budget(grid, cells)]
+    parts = [_what(grid), *_variants(grid), *_spread(grid, cells), *_budget(grid, cells)]
     before = 100 * cells.loc[cells["status"].isin(ENDED), tables.BEFORE[grid.metric]].astype(float)
     if len(before):
         low, high = f"{before.min():.1f}", f"{before.max():.1f}"
@@ -50,6 +50,15 @@ def _what(grid: Grid) -> str:
         f"{example.data.dataset}; model {example.model.name}, {federation.clients} clients{among}{drawn}, {rounds} "
         f"rounds of {steps} local steps{' as were chosen' if 'as many' in (rounds, steps) else ''}."
     )
+
+
+def _variants(grid: Grid) -> list[str]:
+    listed = [
+        f"{name} is {options['method']} with "
+        + (", ".join(f"{option} {value}" for option, value in options.items() if option != "method") or "nothing else")
+        for name, options in grid.variants.items()
+    ]
+    return [f"Variants: {'; '.join(listed)}."] if listed else []
 
 
 def _spread(grid: Grid, cells: DataFrame) -> list[str]:

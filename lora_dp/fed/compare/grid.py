@@ -1,4 +1,4 @@
-"""A grid of runs, methods × ε × seeds: its cells, the trials of settings before them, and how each is configured."""
+"""A grid of runs, methods and variants × ε × seeds: its cells, the trials of settings before them, and how each is configured."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from lora_dp.fed.run_options import FederationConfig, OptimizationConfig, Privac
 
 DEFINITION = "compare.yaml"
 LR_FACTOR = "lr_factor"
-_OWN = ("methods", "epsilons", "seeds", "metric", "search", "search_trials", "search_seed", "tuning_seeds")
+_OWN = ("methods", "variants", "epsilons", "seeds", "metric", "search", "search_trials", "search_seed", "tuning_seeds")
 _BY_GRID = ("method", "epsilon", "seed", "output")
 # What they say is the problem, not how a method solves it.
 _PROBLEM = ("epsilon", "delta", "clients", "dirichlet_alpha", "client_timeout")
@@ -31,6 +31,7 @@ class Cell:
     """One run of a comparison, or a trial before it.
 
     Attributes:
+        method: or the name of a variant.
         trial: name of the setting that is tried; None for a run of the table.
 
     >>> Cell("la-lora", 8.0, 100, "s3").path.as_posix()
@@ -60,7 +61,7 @@ class Grid:
     """All cells of a comparison, and what they have in common.
 
     Args:
-        config: methods, budgets, seeds and what is searched.
+        config: methods, variants, budgets, seeds and what is searched.
         common: options of a run as :meth:`~lora_dp.fed.RunConfig.from_flat` takes them, without those that
             the grid sets.
 
@@ -68,6 +69,7 @@ class Grid:
         cells: the runs of the table.
         searches: of each method and budget; empty where nothing is searched.
         common: as given: what is left out, each method may choose.
+        variants: as given, by name.
 
     Raises:
         ValueError: an option that the grid sets, one that cannot be searched, or one that does not fit a cell, which
@@ -83,13 +85,14 @@ class Grid:
     def __init__(self, config: CompareConfig, common: Mapping[str, Any]) -> None:
         if found := [name for name in _BY_GRID if name in common]:
             raise ValueError(f"The grid sets {found[0]} of its cells: leave it out of the common options.")
-        self.cells = [Cell(m, e, s) for m in config.methods for e in config.epsilons for s in config.seeds]
+        self.variants, rows = config.variants, [*config.methods, *config.variants]
+        self.cells = [Cell(row, e, s) for row in rows for e in config.epsilons for s in config.seeds]
         self.common = dict(common)
         self.metric, self.tuning_seeds, self._ranges = config.metric, list(config.tuning_seeds), config.search
         self._whole = _searchable()
         self._check_search()
         self._own = {name: getattr(config, name) for name in _OWN}
-        groups = [(m, e) for m in config.methods for e in config.epsilons] if self._ranges else []
+        groups = [(row, e) for row in rows for e in config.epsilons] if self._ranges else []
         self.searches = {
             (method, epsilon): Search(
                 list(self._ranges),
@@ -121,7 +124,7 @@ class Grid:
         """All that can be known before the first run is checked before it."""
         paths = {cell.path for cell in self.cells}
         if len(paths) < len(self.cells):
-            raise ValueError("Two cells of the grid would share a folder: leave out methods or budgets nearly alike.")
+            raise ValueError("Two cells of the grid would share a folder: leave out rows or budgets nearly alike.")
         for cell in self.cells:
             self._check(cell, None)
         for (method, epsilon), search in self.searches.items():
@@ -170,7 +173,8 @@ class Grid:
         return self._run(cell.method, cell.epsilon, cell.seed, tuned)
 
     def _run(self, method: str, epsilon: Budget, seed: int, tuned: Mapping[str, Any]) -> RunConfig:
-        return RunConfig.from_flat({**self.common, "method": method, "epsilon": epsilon, "seed": seed, **tuned})
+        own = self.variants.get(method, {"method": method})
+        return RunConfig.from_flat({**self.common, **own, "epsilon": epsilon, "seed": seed, **tuned})
 
     @property
     def example(self) -> RunConfig:

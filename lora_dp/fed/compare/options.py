@@ -1,8 +1,9 @@
 """Options of a comparison: its grid, and the search of settings before it."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Metric = Literal["accuracy", "balanced-accuracy"]
 
@@ -13,6 +14,9 @@ class CompareConfig:
 
     methods: list[str] = field(default_factory=lambda: ["la-lora", "dp-lora", "ffa-lora", "rolora"])
     """Methods to compare: the rows of the table."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further rows: by a name of your own, the options that differ from the others', as in
+    --variants "{plain-mean: {method: head-only, averaging: none}}"."""
     epsilons: list[float | Literal["none"]] = field(default_factory=lambda: [1.0, 3.0, 8.0, "none"])
     """Budgets of every client, none for no privacy: the columns."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -46,10 +50,22 @@ class CompareConfig:
             raise ValueError(f"minutes must not be negative, not {self.minutes}.")
         for name in ("methods", "epsilons", "seeds", "tuning_seeds"):
             values = getattr(self, name)
-            if not values:
+            if not values and not (name == "methods" and self.variants):
                 raise ValueError(f"{name} is empty: give at least one.")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has {max(values, key=values.count)} twice: leave one out.")
+        for name, options in self.variants.items():
+            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in self.methods:
+                raise ValueError(
+                    f"variants has {name!r}: give a name of letters, digits and ._+- alone, which is none of methods."
+                )
+            if not isinstance(options, dict) or "method" not in options:
+                raise ValueError(
+                    f"variants gives {name} no method: give it its options, as in {{method: head-only, rounds: 10}}."
+                )
+            searched = {"lr" if option == "lr_factor" else option for option in self.search}
+            if found := options.keys() & {"epsilon", "seed", "output", *searched}:
+                raise ValueError(f"The grid sets {min(found)} of its cells: leave it out of the variant {name}.")
         for name, ends in self.search.items():
             if len(ends) != 2 or not 0 < ends[0] < ends[1] < float("inf"):
                 raise ValueError(

@@ -18,7 +18,7 @@ _IMAGES, _IMAGES_AT_ONCE = 3000, 256
 _TEXTS, _TEXTS_AT_ONCE = 1000, 50
 _FEWEST_TOKENS, _MOST_TOKENS = 4, 30
 # Of whitening. Made-up texts have other correlations than written ones, so that they count for less.
-_RIDGE_OF_IMAGES, _RIDGE_OF_TEXTS = 0.03, 1.0
+_RIDGE_OF_IMAGES, _RIDGE_OF_TEXTS = 0.03, 3.0
 
 
 def blank_batch(spec: InputSpec) -> Batch:
@@ -53,9 +53,10 @@ def put_feature_head(model: nn.Module, heads: list[str], name: str, keep_for: In
     new = FeatureHead(head.in_features, head.out_features)
     if keep_for is not None:
         with torch.no_grad():
-            new.linear.get_parameter("weight").copy_(head.weight * _usual_length(model, head, keep_for))
+            length = _usual_length(model, head, keep_for)
+            new.linear.get_parameter("weight").copy_(head.weight * length / new.logit_scale)
             if head.bias is not None:
-                new.linear.get_parameter("bias").copy_(head.bias / BIAS_SHARE)
+                new.linear.get_parameter("bias").copy_(head.bias / BIAS_SHARE / new.logit_scale)
     parent, _, child = heads[0].rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -140,18 +141,27 @@ def _made_up_texts(spec: TextSpec, vocabulary: int) -> Iterator[Batch]:
     generator, tokenizer = torch.Generator().manual_seed(0), spec.tokenizer
     special = set(getattr(tokenizer, "all_special_ids", ()))
     words = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
-    around = getattr(tokenizer, "build_inputs_with_special_tokens", lambda tokens: tokens)
-    longest = min(_MOST_TOKENS, max(spec.max_length - len(around([])), 1))
+    before, after = _around(tokenizer)
+    longest = min(_MOST_TOKENS, max(spec.max_length - len(before) - len(after), 1))
     for _ in range(_TEXTS // _TEXTS_AT_ONCE):
         rows = []
         for _ in range(_TEXTS_AT_ONCE):
             length = int(torch.randint(min(_FEWEST_TOKENS, longest), longest + 1, (), generator=generator))
             drawn = words[torch.randint(len(words), (length,), generator=generator)]
-            rows.append(torch.tensor(around(drawn.tolist())))
+            rows.append(torch.tensor([*before, *drawn.tolist(), *after]))
         padded = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(padded.shape[1]) < lengths.unsqueeze(1)).long()
         yield {"input_ids": padded, "attention_mask": mask}
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and after every text: none where it does not tell."""
+    whole, bare = (tokenizer(["a"], add_special_tokens=special)["input_ids"][0] for special in (True, False))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 @torch.no_grad()

@@ -73,6 +73,10 @@ DATA = {
     "usps": lambda: images(16, "L", 10, "image", "label"),
     "pneumoniamnist": lambda: images(28, "L", 2, "image", "label"),
     "pneumoniamnist-head": lambda: images(28, "L", 2, "image", "label"),
+    "pneumoniamnist-rivals": lambda: images(28, "L", 2, "image", "label"),
+    "pneumoniamnist-published": lambda: images(28, "L", 2, "image", "label"),
+    "pneumoniamnist-ablation": lambda: images(28, "L", 2, "image", "label"),
+    "banking77-head": lambda: texts(77, "text"),
     "sst2": lambda: texts(2, "sentence"),
     "sst2-head": lambda: texts(2, "text"),
     "swin-tiny-imagenet": lambda: images(64, "RGB", 200, "image", "label"),
@@ -128,10 +132,12 @@ def test_the_grid_can_be_run(path):
     """As committed: every cell's configuration holds together, and its data and model have public names."""
     config, common = options(path)
     grid = Grid(config, common)
-    assert len(grid.cells) == len(config.methods) * len(config.epsilons) * len(config.seeds) >= 10
+    rows = len(config.methods) + len(config.variants)
+    assert len(grid.cells) == rows * len(config.epsilons) * len(config.seeds) >= 10
     for name in (common["dataset"], common["model"]):
         assert not name.startswith(("/", ".", "~"))
-    assert config.search or all(get_method(method).recipe for method in config.methods)  # else nothing is tuned
+    methods = [*config.methods, *(options["method"] for options in config.variants.values())]
+    assert config.search or all(get_method(method).recipe for method in methods)  # else nothing is tuned
     assert len(config.tuning_seeds) > 1 and common["delta"] == 1e-5
     assert f"--config experiments/{path.relative_to(FOLDER)} " in path.read_text()
 
@@ -162,6 +168,8 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
             model,
             "--methods",
             method,
+            "--variants",
+            "{}",
             "--epsilons",
             "8",
             "--seeds",

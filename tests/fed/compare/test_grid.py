@@ -64,6 +64,39 @@ def test_what_cannot_be_searched(search, common, message):
         Grid(CompareConfig(search=search), common)
 
 
+def test_variants_are_rows_with_options_of_their_own(tmp_path, fake):
+    """Searched as methods are; with a recipe where their method has one; and the same when read again."""
+    variants = {
+        "bare": {"method": "head-only", "averaging": "none"},
+        "slow": {"method": "la-lora", "rounds": 7},
+    }
+    config = grid_config(
+        tmp_path / "grid", methods=["la-lora"], variants=variants, epsilons=[1], seeds=[5], search={"lr": [0.1, 1.0]}
+    )
+    common = {name: value for name, value in SMALL.items() if name != "rounds"}
+    compare(config, common, Console(quiet=True))
+    grid = Grid.read(tmp_path / "grid")
+    assert [cell.method for cell in grid.cells] == ["la-lora", "bare", "slow"]
+    assert {row for row, _ in grid.searches} == {"la-lora", "bare", "slow"}
+    runs = {name: fake.configs[f"{name}/eps1/seed5"] for name in ("la-lora", "bare", "slow")}
+    assert [run.federation.method for run in runs.values()] == ["la-lora", "head-only", "la-lora"]
+    assert runs["bare"].optimization.averaging == "none" and runs["bare"].optimization.server_optimizer == "momentum"
+    assert [run.federation.rounds for run in runs.values()] == [20, 60, 7]
+    assert len({run.optimization.lr for run in runs.values()}) == 1  # the same draws, with equal results
+    text = (tmp_path / "grid" / "comparison.md").read_text()
+    assert "Variants: bare is head-only with averaging none; slow is la-lora with rounds 7." in text
+    assert "| `bare`" in text
+    config.variants = {}
+    with pytest.raises(ValueError, match=r"another comparison \(variants differ\)"):
+        compare(config, common, Console(quiet=True))
+
+
+def test_an_option_that_a_variant_cannot_have_is_named():
+    grid = CompareConfig(methods=[], variants={"bare": {"method": "la-lora", "roundz": 3}}, epsilons=[1.0], seeds=[0])
+    with pytest.raises(ValueError, match=r"The cell bare, ε = 1, seed 0 cannot be run: .*roundz"):
+        Grid(grid, {})
+
+
 def test_cells_folders():
     assert Cell("flat-lora:deer", 0.5, 3).path.as_posix() == "cells/flat-lora-deer/eps0.5/seed3"
     assert Cell("deer", 8.0, 100, "s3.1").path.as_posix() == "trials/deer/eps8/s3.1/seed100"

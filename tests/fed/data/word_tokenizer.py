@@ -8,11 +8,27 @@ SPEC = ImageSpec(16, 16, 1, (0.5,), (0.5,))
 
 
 class Words:
-    """A tokenizer of words: its ids are their lengths; it marks which text of a pair a word belongs to."""
+    """A tokenizer of words: its ids are their lengths; it marks which text of a pair a word belongs to.
+
+    Attributes:
+        around: what it puts before and after every text that is not cut.
+    """
 
     pad_token_id = 0
+    around = ([], [])
 
-    def __call__(self, texts, pairs, truncation, max_length, return_attention_mask):
+    def __call__(
+        self,
+        texts,
+        pairs=None,
+        truncation=False,
+        max_length=None,
+        return_attention_mask=True,
+        add_special_tokens=True,
+    ):
+        if max_length is None:
+            before, after = self.around if add_special_tokens else ([], [])
+            return {"input_ids": [[*before, *(len(word) for word in text.split()), *after] for text in texts]}
         assert truncation and not return_attention_mask
         if pairs is None:
             return {"input_ids": [[len(word) for word in text.split()][:max_length] for text in texts]}

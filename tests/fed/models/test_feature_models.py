@@ -44,7 +44,7 @@ def test_the_head_is_given_what_the_models_own_was(kind: str) -> None:
     head = model.get_submodule(HEADS[kind])
     assert isinstance(head, FeatureHead) and head.out_features == classes
     found = model.eval()(images())
-    expected = unit_length(seen[0]) @ head.linear.weight.t() + 0.3 * head.linear.bias
+    expected = head.logit_scale * (unit_length(seen[0]) @ head.linear.weight.t() + 0.3 * head.linear.bias)
     torch.testing.assert_close(getattr(found, "logits", found), expected)
 
 
@@ -58,11 +58,12 @@ def test_a_head_that_is_kept_judges_as_before_up_to_the_features_length(kind: st
     weight = model.get_submodule(name).weight.detach().clone()
     put_feature_head(model, [name], kind, PIXELS)
     head = model.get_submodule(name)
-    factor = head.linear.weight.norm() / weight.norm()
-    torch.testing.assert_close(head.linear.weight, factor * weight)
+    factor = head.logit_scale * head.linear.weight.norm() / weight.norm()
+    torch.testing.assert_close(head.linear.weight * head.logit_scale, factor * weight)
     assert 0.5 * lengths[0].mean() < factor < 2 * lengths[0].mean()
     after = model(images(64))
-    before, after = (getattr(out, "logits", out) - 0.3 * head.linear.bias for out in (before, after))
+    bias = head.logit_scale * 0.3 * head.linear.bias
+    before, after = (getattr(out, "logits", out) - bias for out in (before, after))
     torch.testing.assert_close(after, before * (factor / lengths[0]).unsqueeze(1))
 
 
@@ -71,7 +72,8 @@ def test_the_length_of_a_language_models_features_is_measured_on_made_up_tokens(
     model = build("gpt2").eval()
     weight = model.score.weight.detach().clone()
     put_feature_head(model, ["score"], "gpt2", TOKENS)
-    torch.testing.assert_close(model.score.linear.weight, weight * weight.shape[1] ** 0.5, rtol=1e-3, atol=0)
+    found = model.score.logit_scale * model.score.linear.weight
+    torch.testing.assert_close(found, weight * weight.shape[1] ** 0.5, rtol=1e-3, atol=0)
 
 
 def test_a_decoder_has_one_on_each_token_and_sums_of_the_one_that_counts() -> None:
@@ -81,7 +83,7 @@ def test_a_decoder_has_one_on_each_token_and_sums_of_the_one_that_counts() -> No
         states = model.transformer(**texts()).last_hidden_state
     last = torch.stack([states[row, length - 1] for row, length in enumerate(LENGTHS)])
     head = model.score
-    expected = unit_length(last) @ head.linear.weight.t() + 0.3 * head.linear.bias
+    expected = head.logit_scale * (unit_length(last) @ head.linear.weight.t() + 0.3 * head.linear.bias)
     torch.testing.assert_close(model(**texts()).logits, expected)
     with model.score.summing(SumWeights()) as sums:
         labels = torch.tensor([2, 0, 2])
@@ -157,12 +159,25 @@ def test_whitening_is_by_made_up_images_prepared_as_private_ones_are() -> None:
     assert not torch.allclose(found[True], found[False], rtol=0.1)
 
 
+def test_made_up_texts_are_between_what_a_real_tokenizer_puts_around_every_text() -> None:
+    letters = {letter: place + 5 for place, letter in enumerate("abcdefgh")}
+    marks = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    for tokenizer, before, after in (
+        (transformers.BertTokenizer(vocab=marks | letters), [2], [3]),
+        (transformers.GPT2Tokenizer(vocab={"<|endoftext|>": 0} | letters, merges=[], pad_token="<|endoftext|>"), [], []),
+    ):
+        own = set(tokenizer.all_special_ids)
+        for batch in made_up(TextSpec(tokenizer, 20), 13):
+            for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
+                text = ids[: sum(mask)]
+                drawn = text[len(before) : len(text) - len(after)]
+                assert text == [*before, *drawn, *after] and len(drawn) >= 4 and not own & set(drawn)
+
+
 def test_whitening_of_texts_is_by_random_tokens_between_those_around_every_text() -> None:
     class Around(Words):
         all_special_ids = (0, 7, 9)
-
-        def build_inputs_with_special_tokens(self, tokens: list[int]) -> list[int]:
-            return [7, *tokens, 9]
+        around = ([7], [9])
 
     spec = TextSpec(Around(), 20)  # type: ignore[arg-type]
     batches = list(made_up(spec, 40))
@@ -181,7 +196,7 @@ def test_whitening_of_texts_is_by_random_tokens_between_those_around_every_text(
         raw = torch.cat([model(**batch) for batch in batches]).double()
     white = torch.cov(whitening.double()(raw).t(), correction=0)
     values = torch.linalg.eigvalsh(torch.cov(raw.t(), correction=0))
-    torch.testing.assert_close(white, torch.diag(values / (values + values.mean())), rtol=0, atol=1e-3)
+    torch.testing.assert_close(white, torch.diag(values / (values + 3 * values.mean())), rtol=0, atol=1e-3)
 
 
 def test_a_blank_batch_is_one_example_of_what_the_model_takes() -> None:
