@@ -173,6 +173,8 @@ class RunConfig:
         settled = {"model": ["adapt_last"] if self.model.adapt_last is None else [], "privacy": [], "optimization": []}
         if self.model.features in ("fitting", "auto"):
             settled["model"].append("features")
+        if self.model.class_texts == "names":
+            settled["model"].append("class_texts")
         if self.model.features == "fitting":
             settled["model"] += ["feature_blocks"] if other.model.features == "unit" else ["contrast", "whitening"]
             if not other.privacy.sums_share:

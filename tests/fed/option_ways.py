@@ -14,9 +14,11 @@ HINTS = {name: (group, hint) for group in GROUPS.values() for name, hint in get_
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The words among which an option is one, if it is."""
+    """The words among which an option is one, if it is; none where it may be a list as well."""
     if get_origin(hint) is Literal:
         return get_args(hint)
+    if any(get_origin(part) is list for part in get_args(hint)):
+        return ()
     return tuple(word for part in get_args(hint) for word in choices(part))
 
 

@@ -84,6 +84,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "adapt_last": {"adapt_last": 1},
     "features": {"features": "unit"},
     "feature_blocks": {"features": "mean", "feature_blocks": [1, 2]},
+    "class_texts": {"features": "mean", "class_texts": ["bad", "good"]},
     "contrast": {"contrast": "model"},
     "whitening": {"features": "mean", "whitening": "made-up"},
     "precision": {"precision": "bf16"},

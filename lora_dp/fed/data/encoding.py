@@ -113,7 +113,7 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
         targets = torch.as_tensor(labels, dtype=torch.long)
         if isinstance(spec, ImageSpec):
             return ImageExamples(spec.prepared(_image_tensor(inputs, spec)), targets, spec.mean, spec.std)
-        return _text_examples(list(inputs), targets, spec, raw.max_length)
+        return text_examples(list(inputs), targets, spec, raw.max_length)
 
     train = encode_split(raw.train_inputs, raw.train_labels)
     return Splits(
@@ -140,7 +140,12 @@ def _image_tensor(images: Iterable[Image.Image | None], spec: ImageSpec) -> Tens
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def _text_examples(texts: list[Any], labels: Tensor, spec: TextSpec, max_length: int) -> TextExamples:
+def text_examples(texts: list[Any], labels: Tensor, spec: TextSpec, max_length: int) -> TextExamples:
+    """Texts, or pairs of texts, as tokens, each cut to the shorter of ``max_length`` and the model's limit.
+
+    Raises:
+        ValueError: a missing text.
+    """
     pairs = bool(texts) and isinstance(texts[0], tuple)
     for row, text in enumerate(texts):
         if not all(isinstance(part, str) for part in (text if pairs else (text,))):

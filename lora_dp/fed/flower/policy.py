@@ -124,6 +124,7 @@ RULES: Mapping[str, Rule] = {
     "contrast": OneOf(("as-is", "model")),
     "whitening": OneOf(("none", "made-up")),
     "features": OneOf(("auto", "own", "unit", "mean")),
+    "class_texts": OneOf((None,)),
     "target_modules": OneOf(("all-linear",)),
     "precision": OneOf(("float32",)),
     "dataset": OneOf(("digits",)),

@@ -26,7 +26,7 @@ class HeadOnly(Method):
         "server_optimizer": "momentum",
         "averaging": "tail",
     }
-    recipe_rates: ClassVar = {1: 5.0, 3: 5.0, 8: 5.0, inf: 5.0}
+    recipe_rates: ClassVar = {1: 2.0, 3: 4.0, 8: 6.0, inf: 6.0}
     has_adapters = False
 
     def phases(self, round_index: int, turn: int = 0) -> Phases:

@@ -1,7 +1,6 @@
 """QuietLoRA, our own: few trained numbers on features that fit them, and noise that is averaged before it is used."""
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any, ClassVar
 
 from lora_dp.fed.methods.head_only import HeadOnly
@@ -19,4 +18,4 @@ class QuietLoRA(LoRAXS):
     adapts_last: ClassVar[int | None] = 1
     # The cores' output is scaled by 1/r: their noise reaches the logits through more than the head's does.
     recipe: ClassVar[Mapping[str, Any]] = {**HeadOnly.recipe, "alpha": 1.0}
-    recipe_rates: ClassVar = {1: 3.0, 3: 5.0, 8: 5.0, inf: 5.0}
+    recipe_rates: ClassVar = HeadOnly.recipe_rates

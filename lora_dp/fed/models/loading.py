@@ -18,6 +18,7 @@ from lora_dp.fed.data.encoding import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.data.examples import Batch
 from lora_dp.fed.data.kept_activations import ACTIVATIONS
 from lora_dp.fed.hub import hub, reachable, unreachable
+from lora_dp.fed.models.class_texts import start_from_texts
 from lora_dp.fed.models.feature_models import on_token_means, put_feature_head
 from lora_dp.fed.models.options import DEFAULT_WEIGHTS, Features, ModelConfig, Precision
 from lora_dp.fed.models.pooling import blocks_of, is_list_of_blocks, says_mean, without_pooler
@@ -90,7 +91,14 @@ def load_model(
             spec = replace(spec, contrast=config.contrast == "model")
         if features == "mean":
             model, heads = on_token_means(model, spec, config, num_labels), ["head"]
-        elif features == "unit":
+            if isinstance(config.class_texts, list):
+                start_from_texts(model, spec, config.class_texts)
+        elif config.class_texts is not None:
+            raise ValueError(
+                f"class_texts start a new head on features mean, and {config.name} has features {features}: choose "
+                "features mean, or leave them out."
+            )
+        if features == "unit":
             put_feature_head(model, heads, config.name, spec if brings_head else None)
         if adapted and config.adapt_last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
             config = replace(config, adapt_last=adapts_last)

@@ -44,6 +44,9 @@ class ModelConfig:
     """For images: as they are, or each with the mean and deviation of those that the model was trained on."""
     whitening: Literal["none", "made-up"] = "none"
     """With features mean: turn and scale features by those of made-up images or texts, which are public."""
+    class_texts: list[str] | Literal["names"] | None = None
+    """With features mean, for texts: a new head begins with a public text about each class, in the order of the labels,
+    as in --class-texts "[a bad film, a good film]"; names: the data's own names of classes."""
     pretrained: bool = True
     """Load a timm model's published weights (a download); false starts it at random."""
 
@@ -60,6 +63,8 @@ class ModelConfig:
             )
         if self.features in ("own", "unit") and (self.feature_blocks != [-1] or self.whitening != "none"):
             raise ValueError("feature_blocks and whitening have no effect without features mean: leave them out.")
+        if self.class_texts is not None and self.features in ("own", "unit"):
+            raise ValueError("class_texts start a new head on features mean: leave them out, or choose these.")
         LoRAConfig(r=self.r, alpha=self.alpha, dropout=self.dropout)  # refuses what is out of range
 
 

@@ -52,10 +52,14 @@ class TokenMeans(nn.Module):
         return None if getter is None else getter()
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
-        """What the head says of the features of whatever the backbone takes."""
-        pooled = torch.cat([unit_length(mean) for mean in self._means(*args, **named)], 1)
-        logits: Tensor = self.head(pooled if self.whitening is None else self.whitening(pooled))
+        """What the head says of :meth:`features`."""
+        logits: Tensor = self.head(self.features(*args, **named))
         return logits
+
+    def features(self, *args: Tensor, **named: Tensor) -> Tensor:
+        """What the head is given, (N, d · number of blocks), of whatever the backbone takes."""
+        pooled = torch.cat([unit_length(mean) for mean in self._means(*args, **named)], 1)
+        return pooled if self.whitening is None else self.whitening(pooled)
 
     def _means(self, *args: Tensor, **named: Tensor) -> list[Tensor]:
         backbone: Any = self.backbone

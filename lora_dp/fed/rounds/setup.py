@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
+from lora_dp.fed.models.class_texts import texts_of_names
 from lora_dp.fed.models.feature_models import blank_batch, vocabulary_of
 from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks, head_is_last
 from lora_dp.fed.models.loading import LoadedModel, load_model
@@ -124,8 +125,11 @@ def open_job(
     own_data = raw is None
     raw = made_once("opened", config.data, lambda: open_data(config.data)) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r if config.method.has_adapters else 0, derived_seed(seed, Stream.RANKS))
+    model_config = config.model
+    if model_config.class_texts == "names":
+        model_config = replace(model_config, class_texts=texts_of_names(raw.label_names))
     loaded = load_model(
-        config.model,
+        model_config,
         raw.num_labels,
         raw.kind,
         seed=seed,

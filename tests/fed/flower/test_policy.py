@@ -82,6 +82,7 @@ def test_code_files_and_mechanism_are_those_of_the_default_run():
         "pretrained": True,
         "target_modules": "all-linear",
         "precision": "float32",
+        "class_texts": None,
         "dataset": "digits",
         "subset": None,
         "input_column": None,

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import ClassLabel, Features, Value
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.models.frozen_front import LastBlocks
 from lora_dp.fed.rounds.federation import Federation
+from lora_dp.fed.rounds.head_start import start_head
 from lora_dp.fed.rounds.kept_data import data_kept
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.rounds.setup import open_job
@@ -56,6 +58,24 @@ def test_a_round_on_the_last_blocks_is_that_of_the_whole_model(kind, tmp_path, m
     for name, tensor in states.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
     assert result.loss == pytest.approx(whole.loss, rel=1e-3) and result.bytes_up == whole.bytes_up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sums_share", [0.0, 0.2])
+def test_a_run_begins_with_the_datas_names_of_classes(sums_share, tmp_path):
+    """They tell its texts apart before the first round, also when a release has centred the features."""
+    (tmp_path / "model").mkdir()
+    names = ClassLabel(names=["a_a_a", "b"])
+    features = Features({"text": Value("string"), "label": names})
+    data = write(tmp_path / "data", features, train={"text": ["b b b", "a a"] * 20, "label": [1, 0] * 20})
+    options = {"dataset": data, "model": bert_folder(tmp_path / "model"), "features": "mean", "class_texts": "names"}
+    config = RunConfig.from_flat({**TINY, **options, "method": "head-only", "epsilon": "none", "sums_share": sums_share})
+    federation = Federation.from_config(config)
+    assert config.model.class_texts == ["a a a", "b"]
+    assert federation.evaluate()[1] == 1.0
+    if sums_share:
+        start_head(federation)
+        assert federation.evaluate()[1] == 1.0
 
 
 @pytest.mark.slow
