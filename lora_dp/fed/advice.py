@@ -152,7 +152,7 @@ def command(examples: int, clients: int, epsilon: float, model: str) -> str:
     >>> command(1000, clients=4, epsilon=1.0, model="default")
     'lora-dp --method head-only --clients 4 --epsilon 1 --batch-size 1000'
     """
-    named = "" if model == "default" else f" --model {model}"
+    named = "" if model == AdviseConfig.model else f" --model {model}"
     return f"lora-dp --method head-only{named} --clients {clients} --epsilon {epsilon:g} --batch-size {examples}"
 
 
@@ -188,5 +188,7 @@ def in_words(chosen: AdviseConfig) -> str:
         lines.append(
             f"Nine tenths would take {advice.examples_needed} examples a client, a larger ε, or fewer classes."
         )
+        if chosen.model != AdviseConfig.model:
+            lines.append("If it takes texts, let it begin with texts about the classes, which cost no ε: --class-texts.")
     lines.append(f"Begin with: {command(chosen.examples, chosen.clients, chosen.epsilon, chosen.model)}")
     return "\n".join(lines)

@@ -87,6 +87,13 @@ def test_it_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "A head of 386 numbers on default, 970 examples at each of 4 clients" in out and "Begin with: lora-dp" in out
 
 
+def test_texts_about_the_classes_are_named_where_little_can_be_learnt() -> None:
+    scarce = {"examples": 20, "clients": 1, "epsilon": 0.5, "classes": 10}
+    assert "--class-texts" in in_words(AdviseConfig(model="vit_tiny_patch16_224", **scarce))
+    assert "--class-texts" not in in_words(AdviseConfig(**scarce))
+    assert "--class-texts" not in in_words(AdviseConfig(examples=10**6, clients=4, model="vit_tiny_patch16_224"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,4 +1,4 @@
-"""A grid of runs, methods and variants × ε × seeds: its cells, the trials of settings before them, and how each is configured."""
+"""A grid of runs, rows × ε × seeds: its cells, the trials of settings before them, and how each is configured."""
 
 import functools
 import json

@@ -14,13 +14,13 @@ class CompareConfig:
 
     methods: list[str] = field(default_factory=lambda: ["la-lora", "dp-lora", "ffa-lora", "rolora"])
     """Methods to compare: the rows of the table."""
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Further rows: by a name of your own, the options that differ from the others', as in
-    --variants "{plain-mean: {method: head-only, averaging: none}}"."""
     epsilons: list[float | Literal["none"]] = field(default_factory=lambda: [1.0, 3.0, 8.0, "none"])
     """Budgets of every client, none for no privacy: the columns."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each cell is run once with each of these; the table has mean and confidence interval over them."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further rows: by a name of your own, the options that differ from the others', as in
+    --variants "{plain-mean: {method: head-only, averaging: none}}"."""
     metric: Metric = "accuracy"
     """What settings are chosen by and the table shows: accuracy, or its mean over classes."""
     search: dict[str, list[float]] = field(default_factory=dict)

@@ -66,10 +66,7 @@ def test_what_cannot_be_searched(search, common, message):
 
 def test_variants_are_rows_with_options_of_their_own(tmp_path, fake):
     """Searched as methods are; with a recipe where their method has one; and the same when read again."""
-    variants = {
-        "bare": {"method": "head-only", "averaging": "none"},
-        "slow": {"method": "la-lora", "rounds": 7},
-    }
+    variants = {"bare": {"method": "head-only", "averaging": "none"}, "slow": {"method": "la-lora", "rounds": 7}}
     config = grid_config(
         tmp_path / "grid", methods=["la-lora"], variants=variants, epsilons=[1], seeds=[5], search={"lr": [0.1, 1.0]}
     )

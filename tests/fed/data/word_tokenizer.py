@@ -18,13 +18,7 @@ class Words:
     around = ([], [])
 
     def __call__(
-        self,
-        texts,
-        pairs=None,
-        truncation=False,
-        max_length=None,
-        return_attention_mask=True,
-        add_special_tokens=True,
+        self, texts, pairs=None, truncation=False, max_length=None, return_attention_mask=True, add_special_tokens=True
     ):
         if max_length is None:
             before, after = self.around if add_special_tokens else ([], [])

@@ -164,7 +164,11 @@ def test_made_up_texts_are_between_what_a_real_tokenizer_puts_around_every_text(
     marks = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
     for tokenizer, before, after in (
         (transformers.BertTokenizer(vocab=marks | letters), [2], [3]),
-        (transformers.GPT2Tokenizer(vocab={"<|endoftext|>": 0} | letters, merges=[], pad_token="<|endoftext|>"), [], []),
+        (
+            transformers.GPT2Tokenizer(vocab={"<|endoftext|>": 0} | letters, merges=[], pad_token="<|endoftext|>"),
+            [],
+            [],
+        ),
     ):
         own = set(tokenizer.all_special_ids)
         for batch in made_up(TextSpec(tokenizer, 20), 13):

@@ -69,7 +69,9 @@ def test_a_run_begins_with_the_datas_names_of_classes(sums_share, tmp_path):
     features = Features({"text": Value("string"), "label": names})
     data = write(tmp_path / "data", features, train={"text": ["b b b", "a a"] * 20, "label": [1, 0] * 20})
     options = {"dataset": data, "model": bert_folder(tmp_path / "model"), "features": "mean", "class_texts": "names"}
-    config = RunConfig.from_flat({**TINY, **options, "method": "head-only", "epsilon": "none", "sums_share": sums_share})
+    config = RunConfig.from_flat(
+        {**TINY, **options, "method": "head-only", "epsilon": "none", "sums_share": sums_share}
+    )
     federation = Federation.from_config(config)
     assert config.model.class_texts == ["a a a", "b"]
     assert federation.evaluate()[1] == 1.0
