@@ -189,6 +189,8 @@ def in_words(chosen: AdviseConfig) -> str:
             f"Nine tenths would take {advice.examples_needed} examples a client, a larger ε, or fewer classes."
         )
         if chosen.model != AdviseConfig.model:
-            lines.append("If it takes texts, let it begin with texts about the classes, which cost no ε: --class-texts.")
+            lines.append(
+                "If it takes texts, let it begin with texts about the classes, which cost no ε: --class-texts."
+            )
     lines.append(f"Begin with: {command(chosen.examples, chosen.clients, chosen.epsilon, chosen.model)}")
     return "\n".join(lines)

@@ -91,14 +91,11 @@ def load_model(
             spec = replace(spec, contrast=config.contrast == "model")
         if features == "mean":
             model, heads = on_token_means(model, spec, config, num_labels), ["head"]
-            if isinstance(config.class_texts, list):
+            if config.class_texts == "names":
+                raise ValueError("class_texts are to be the data's names of classes, which a model does not know.")
+            if config.class_texts is not None:
                 start_from_texts(model, spec, config.class_texts)
-        elif config.class_texts is not None:
-            raise ValueError(
-                f"class_texts start a new head on features mean, and {config.name} has features {features}: choose "
-                "features mean, or leave them out."
-            )
-        if features == "unit":
+        elif features == "unit":
             put_feature_head(model, heads, config.name, spec if brings_head else None)
         if adapted and config.adapt_last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
             config = replace(config, adapt_last=adapts_last)

@@ -64,7 +64,9 @@ class ModelConfig:
         if self.features in ("own", "unit") and (self.feature_blocks != [-1] or self.whitening != "none"):
             raise ValueError("feature_blocks and whitening have no effect without features mean: leave them out.")
         if self.class_texts is not None and self.features in ("own", "unit"):
-            raise ValueError("class_texts start a new head on features mean: leave them out, or choose these.")
+            raise ValueError(
+                f"class_texts start a new head on features mean, not {self.features}: leave them out, or choose these."
+            )
         LoRAConfig(r=self.r, alpha=self.alpha, dropout=self.dropout)  # refuses what is out of range
 
 

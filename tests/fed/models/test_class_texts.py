@@ -1,5 +1,7 @@
 """Heads that begin with texts about the classes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +10,11 @@ from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.encoding import ImageSpec, TextSpec
 from lora_dp.fed.models.class_texts import start_from_texts, texts_of_names
 from lora_dp.fed.models.feature_models import on_token_means
+from lora_dp.fed.models.loading import load_model
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.nn.feature_sums import unit_length
 from tests.fed.data.word_tokenizer import Words
-from tests.fed.models.tiny_texts import bert
+from tests.fed.models.tiny_texts import bert, bert_folder
 from tests.fed.option_ways import WAYS
 
 TOKENS = TextSpec(Words(), 20)  # type: ignore[arg-type]
@@ -50,7 +53,7 @@ def test_a_text_that_is_too_long_is_cut() -> None:
     torch.testing.assert_close(model.head.linear.weight, short.head.linear.weight)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^class_texts has 2 texts, but the data have 3 classes: give one for each"):
         start_from_texts(model_of(), TOKENS, TEXTS[:2])
     with pytest.raises(ValueError, match="for a model that takes texts"):
@@ -58,6 +61,11 @@ def test_what_cannot_be_is_refused() -> None:
     for features in ("own", "unit"):
         with pytest.raises(ValueError, match="class_texts start a new head on features mean"):
             ModelConfig(features=features, class_texts=TEXTS)
+    folder = bert_folder(tmp_path)
+    with pytest.raises(ValueError, match="names of classes, which a model does not know"):
+        load_model(ModelConfig(name=folder, features="mean", class_texts="names"), 2, "text")
+    with pytest.raises(ValueError, match="class_texts start a new head on features mean, not own: leave them out"):
+        load_model(ModelConfig(class_texts=["a", "b"]), 2, "image")
     with pytest.raises(ValueError, match="which are numbers: give texts yourself"):
         texts_of_names(["0", "1"])
     assert texts_of_names(["0", "Refund_not  showing_up"]) == ["0", "Refund not showing up"]
