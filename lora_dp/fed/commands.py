@@ -310,7 +310,8 @@ def _compare(options: dict[str, Any], console: Console, began: float) -> int:
     for method in chosen.methods:
         get_method(method, options.get("method_options"))
     check_place(options.get("dataset", DataConfig.dataset))
-    with opening(console, f"a grid of {len(chosen.methods)} methods at {len(chosen.epsilons)} budgets"):
+    rows = len(chosen.methods) + len(chosen.variants)
+    with opening(console, f"a grid of {rows} rows at {len(chosen.epsilons)} budgets"):
         from lora_dp.fed.compare.comparison import compare
         from lora_dp.fed.compare.outcomes import read_failures
     return 1 if read_failures(compare(chosen, options, console)) else 0

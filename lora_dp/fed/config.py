@@ -101,6 +101,10 @@ class RunConfig:
             "balanced and warm_start need the release of feature sums: set sums_share, for example to 0.1.",
         )
         require_that(
+            not chosen.warm_start or self.model.class_texts is None,
+            "warm_start and class_texts both say where the head begins: leave one of them out.",
+        )
+        require_that(
             method.averages_factors
             or (chosen.server_optimizer, chosen.averaging) == ("average", "none")
             and chosen.server_lr in (None, 1),
@@ -173,7 +177,7 @@ class RunConfig:
         settled = {"model": ["adapt_last"] if self.model.adapt_last is None else [], "privacy": [], "optimization": []}
         if self.model.features in ("fitting", "auto"):
             settled["model"].append("features")
-        if self.model.class_texts == "names":
+        if self.model.class_texts == "names" and isinstance(other.model.class_texts, list):
             settled["model"].append("class_texts")
         if self.model.features == "fitting":
             settled["model"] += ["feature_blocks"] if other.model.features == "unit" else ["contrast", "whitening"]

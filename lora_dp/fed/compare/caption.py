@@ -105,7 +105,10 @@ def _budget(grid: Grid, cells: DataFrame) -> list[str]:
 
 def _rates(grid: Grid) -> str:
     rate = grid.common.get("lr")
-    return "Learning rates: " + ("each method's default for its ε." if rate is None else f"{rate:g} for all.")
+    others = " but variants that name their own" if any("lr" in own for own in grid.variants.values()) else ""
+    if rate is None:
+        return f"Learning rates: each method's default for its ε{',' * bool(others)}{others}."
+    return f"Learning rates: {rate:g} for all{others}."
 
 
 def _search(outcomes: Outcomes, cells: DataFrame) -> list[str]:

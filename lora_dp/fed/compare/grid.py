@@ -122,9 +122,13 @@ class Grid:
 
     def _check_cells(self) -> None:
         """All that can be known before the first run is checked before it."""
-        paths = {cell.path for cell in self.cells}
+        # A disk may tell no capitals from small letters.
+        paths = {cell.path.as_posix().lower() for cell in self.cells}
         if len(paths) < len(self.cells):
-            raise ValueError("Two cells of the grid would share a folder: leave out rows or budgets nearly alike.")
+            raise ValueError(
+                "Two cells of the grid would share a folder: rename a variant, or leave out methods or budgets nearly "
+                "alike."
+            )
         for cell in self.cells:
             self._check(cell, None)
         for (method, epsilon), search in self.searches.items():

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Metric = Literal["accuracy", "balanced-accuracy"]
+# What the guarantee below a table is about.
+_GUARANTEE = ("delta", "unit", "noise_by", "mechanism", "reproducible")
 
 
 @dataclass
@@ -55,17 +57,7 @@ class CompareConfig:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has {max(values, key=values.count)} twice: leave one out.")
         for name, options in self.variants.items():
-            if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in self.methods:
-                raise ValueError(
-                    f"variants has {name!r}: give a name of letters, digits and ._+- alone, which is none of methods."
-                )
-            if not isinstance(options, dict) or "method" not in options:
-                raise ValueError(
-                    f"variants gives {name} no method: give it its options, as in {{method: head-only, rounds: 10}}."
-                )
-            searched = {"lr" if option == "lr_factor" else option for option in self.search}
-            if found := options.keys() & {"epsilon", "seed", "output", *searched}:
-                raise ValueError(f"The grid sets {min(found)} of its cells: leave it out of the variant {name}.")
+            self._check_variant(name, options)
         for name, ends in self.search.items():
             if len(ends) != 2 or not 0 < ends[0] < ends[1] < float("inf"):
                 raise ValueError(
@@ -75,4 +67,23 @@ class CompareConfig:
             raise ValueError(
                 f"tuning_seeds and seeds both have {min(shared)}: leave it out of one, so that no run of the table has "
                 "chosen its own setting."
+            )
+
+    def _check_variant(self, name: str, options: dict[str, Any]) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) or name in self.methods:
+            raise ValueError(
+                f"variants has {name!r}: give a name of letters, digits and ._+- alone, which is none of methods, and "
+                "put what looks like a number or a truth value in quotes."
+            )
+        if not isinstance(options, dict) or "method" not in options:
+            raise ValueError(
+                f"variants gives {name} no method: give it its options, as in {{method: head-only, rounds: 10}}."
+            )
+        searched = {"lr" if option == "lr_factor" else option for option in self.search}
+        if found := options.keys() & {"epsilon", "seed", "output", *searched}:
+            raise ValueError(f"The grid sets {min(found)} of its cells: leave it out of the variant {name}.")
+        if found := options.keys() & set(_GUARANTEE):
+            raise ValueError(
+                f"The variant {name} has a {min(found)} of its own, but a table has one guarantee: give it for all "
+                "rows, or compare in another table."
             )

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from lora_dp.fed.compare import tables
 from lora_dp.fed.compare.options import Metric
@@ -16,6 +16,8 @@ from lora_dp.fed.runs.folder import ENDED
 _COLOURS = ("#2f6fde", "#e0702f", "#1f9d74", "#b0489a", "#8a6d1f", "#5b5fc7", "#c23b4b", "#2b8fa8", "#6b7280")
 _MARKERS = "osD^vPX<>*h"
 PROBE = "head-only"
+# How far apart rows may start, in points, for one line to tell of all.
+_ONE_START = 5.0
 
 
 def mark(index: int) -> tuple[str, str]:
@@ -81,12 +83,12 @@ def _panel(axes: Any, column: DataFrame, runs: DataFrame, metric: Metric, rows: 
         axes.set_xticks([])
         return
     values = 100 * runs[tables.KEYS[metric]].astype(float).to_numpy()
-    before = float(100 * runs[tables.BEFORE[metric]].astype(float).mean())
+    before = _start(100 * runs[tables.BEFORE[metric]].astype(float), runs["method"])
     left, right = _limits(column, values, before)
     axes.set_xlim(left, right)
     if left <= before <= right:
         axes.axvline(before, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1, label="before training")
-    else:
+    elif not np.isnan(before):
         way = f"◂ {before:.1f} before training" if before < left else f"before training {before:.1f} ▸"
         axes.annotate(
             way, (0, 1), (0, 4), "axes fraction", textcoords="offset points", va="bottom", fontsize=8, color=QUIET
@@ -130,6 +132,12 @@ def _panel(axes: Any, column: DataFrame, runs: DataFrame, metric: Metric, rows: 
             zorder=4,
             label=name,
         )
+
+
+def _start(before: Series, methods: Series) -> float:
+    """The mean start; NaN where rows start so far apart that no line tells of all."""
+    starts = before.groupby(methods).mean()
+    return float(before.mean()) if starts.max() - starts.min() <= _ONE_START else float("nan")
 
 
 def _limits(column: DataFrame, values: np.ndarray, before: float) -> tuple[float, float]:

@@ -13,6 +13,8 @@ from lora_dp.nn.feature_sums import unit_length
 # How far the logits of an example and of its opposite lie apart. Chosen on SST-2 and Banking77, from 5 to 40.
 _CERTAINTY = 10.0
 _AT_ONCE = 64
+# Some tokenizers name no limit of their model's.
+_MOST_TOKENS = 512
 
 
 def texts_of_names(names: Sequence[str]) -> list[str]:
@@ -53,7 +55,7 @@ def start_from_texts(model: TokenMeans, spec: InputSpec, texts: Sequence[str]) -
             f"class_texts has {len(texts)} texts, but the data have {head.out_features} classes: give one for each, in "
             "the order of the labels."
         )
-    examples = text_examples(list(texts), torch.zeros(len(texts), dtype=torch.long), spec, spec.max_length)
+    examples = text_examples(list(texts), torch.zeros(len(texts), dtype=torch.long), spec, _MOST_TOKENS)
     with modes_kept(model):
         model.eval()
         batches = [{k: v for k, v in b.items() if k != "labels"} for b in examples.batches(_AT_ONCE)]

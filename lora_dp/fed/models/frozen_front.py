@@ -134,7 +134,7 @@ class Front:
             or not name.startswith(tuple(f"{head}." for head in heads))
             and not name.rpartition(".")[2].startswith("lora_")
         }
-        options = replace(config, r=ModelConfig.r, alpha=None, dropout=0.0, init_a="kaiming")
+        options = replace(config, r=ModelConfig.r, alpha=None, dropout=0.0, init_a="kaiming", class_texts=None)
         return f"{content_digest(frozen)} {options} {inside} {self.kept}"
 
 

@@ -18,7 +18,7 @@ from lora_dp.atomic_files import write_atomically, write_bytes_atomically
 
 FOLDER = "checkpoints"
 KEPT = 2
-_FORMAT, _VERSION = "lora-dp federation checkpoint", 1
+_FORMAT, _VERSION = "lora-dp federation checkpoint", 2
 
 
 class DamagedCheckpoint(ValueError):

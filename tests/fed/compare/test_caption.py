@@ -42,3 +42,15 @@ def test_numbers_of_rounds_that_were_searched_are_not_told_as_if_all_had_them(tm
     compare(config, common, Console(quiet=True))
     text = (tmp_path / "grid" / "comparison.md").read_text()
     assert "2 clients, as many rounds of 1 local steps as were chosen" in text
+
+
+@pytest.mark.slow
+def test_a_variants_own_rate_is_not_told_as_that_of_all(tmp_path, fake):
+    variants = {"fast": {"method": "la-lora", "lr": 50.0}}
+    for name, common, words in (
+        ("given", {"lr": 5.0}, "Learning rates: 5 for all but variants that name their own."),
+        ("own", {}, "Learning rates: each method's default for its ε, but variants that name their own."),
+    ):
+        config = grid_config(tmp_path / name, methods=["dp-lora"], variants=variants, epsilons=[8])
+        quietly(config, **common)
+        assert words in (tmp_path / name / "comparison.md").read_text()

@@ -88,6 +88,13 @@ def test_variants_are_rows_with_options_of_their_own(tmp_path, fake):
         compare(config, common, Console(quiet=True))
 
 
+def test_rows_that_would_share_a_folder_are_refused():
+    for name in ("LA-lora", "flat-lora-deer"):
+        grid = CompareConfig(methods=["la-lora", "flat-lora:deer"], variants={name: {"method": "deer"}})
+        with pytest.raises(ValueError, match="would share a folder: rename a variant"):
+            Grid(grid, {})
+
+
 def test_an_option_that_a_variant_cannot_have_is_named():
     grid = CompareConfig(methods=[], variants={"bare": {"method": "la-lora", "roundz": 3}}, epsilons=[1.0], seeds=[0])
     with pytest.raises(ValueError, match=r"The cell bare, ε = 1, seed 0 cannot be run: .*roundz"):

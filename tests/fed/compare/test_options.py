@@ -18,6 +18,12 @@ from lora_dp.fed.compare.options import CompareConfig
         ({"variants": {"../up": {"method": "la-lora"}}}, "variants has '../up'"),
         ({"variants": {"la-lora": {"method": "dp-lora"}}}, "variants has 'la-lora': .* none of methods"),
         ({"variants": {"one": {"rounds": 3}}}, "variants gives one no method"),
+        ({"variants": {1: {"method": "la-lora"}}}, "variants has 1: .* in quotes"),
+        (
+            {"variants": {"one": {"method": "la-lora", "delta": 0.01}}},
+            "one has a delta of its own, but a table has one",
+        ),
+        ({"variants": {"one": {"method": "la-lora", "mechanism": "as-released"}}}, "has a mechanism of its own"),
         ({"variants": {"one": 3}}, "variants gives one no method"),
         ({"variants": {"one": {"method": "la-lora", "seed": 3}}}, "The grid sets seed of its cells: leave it out of"),
         (

@@ -65,6 +65,15 @@ def test_a_mean_far_below_all_others_does_not_squeeze_them():
     assert axes.get_xlim()[1] <= 101
 
 
+def test_starts_that_differ_from_row_to_row_have_no_line():
+    for other, drawn in ((0.62, True), (0.1, False)):
+        given = cells({8.0: {"a": [0.7, 0.72], "b": [0.6, 0.62]}})
+        given.loc[given["method"] == "b", "accuracy_before"] = other
+        axes = plot.draw(given, "accuracy").axes[0]
+        told = [*(line.get_label() for line in axes.get_lines()), *(text.get_text() for text in axes.texts)]
+        assert any("before training" in words for words in told) == drawn
+
+
 def test_a_budget_without_results_and_a_method_without_any():
     given = cells({1.0: {"a": [0.7], "b": [0.6]}, 8.0: {"a": [0.9], "b": [0.8]}})
     given.loc[(given["epsilon"] == 1.0) | (given["method"] == "b"), "status"] = "failed"

@@ -53,6 +53,15 @@ def test_a_text_that_is_too_long_is_cut() -> None:
     torch.testing.assert_close(model.head.linear.weight, short.head.linear.weight)
 
 
+def test_a_tokenizer_that_names_no_limit_has_one() -> None:
+    class Endless(Words):
+        def __call__(self, texts, pairs=None, truncation=False, max_length=None, **more):
+            assert max_length is None or max_length <= 512
+            return super().__call__(texts, pairs, truncation, max_length, **more)
+
+    start_from_texts(model_of(), TextSpec(Endless(), int(1e30)), TEXTS)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^class_texts has 2 texts, but the data have 3 classes: give one for each"):
         start_from_texts(model_of(), TOKENS, TEXTS[:2])
@@ -61,6 +70,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     for features in ("own", "unit"):
         with pytest.raises(ValueError, match="class_texts start a new head on features mean"):
             ModelConfig(features=features, class_texts=TEXTS)
+    with pytest.raises(ValueError, match="warm_start and class_texts both say where the head begins"):
+        RunConfig.from_flat({"method": "head-only", "class_texts": TEXTS, "warm_start": True})
     folder = bert_folder(tmp_path)
     with pytest.raises(ValueError, match="names of classes, which a model does not know"):
         load_model(ModelConfig(name=folder, features="mean", class_texts="names"), 2, "text")
@@ -83,5 +94,7 @@ def test_the_names_of_classes_stand_in_the_runs_configuration() -> None:
     given = RunConfig.from_flat({"features": "mean", "class_texts": "names"})
     stored = RunConfig.from_flat({"features": "mean", "class_texts": ["one", "two"]})
     assert given.settled_as(stored).model.class_texts == ["one", "two"]
+    without = RunConfig.from_flat({"features": "mean"})
+    assert given.settled_as(without).model.class_texts == "names"  # so that it is told from that one
     other = RunConfig.from_flat({"features": "mean", "class_texts": ["three", "two"]})
     assert other.settled_as(stored).model.class_texts == ["three", "two"]
