@@ -21,6 +21,13 @@ _SEED = 20261130
 _WIDTH = 8  # of texts, where there are none
 
 
+def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """What a model is called with for an encoded batch: arguments by place and by name."""
+    if "pixel_values" in batch and ACTIVATIONS not in batch:
+        return (batch["pixel_values"],), {}
+    return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
 class _Store(NamedTuple):
     """What is known of a source's activations. All views of it have one, and within :func:`shared_activations` all
     runs."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lora_dp.fed.data.encoding import InputSpec, TextSpec, text_examples
+from lora_dp.fed.data.kept_activations import model_inputs
 from lora_dp.fed.models.pooling import TokenMeans
 from lora_dp.isolation.trials import modes_kept
 from lora_dp.nn.feature_head import FeatureHead
@@ -58,7 +59,7 @@ def start_from_texts(model: TokenMeans, spec: InputSpec, texts: Sequence[str]) -
     examples = text_examples(list(texts), torch.zeros(len(texts), dtype=torch.long), spec, _MOST_TOKENS)
     with modes_kept(model):
         model.eval()
-        batches = [{k: v for k, v in b.items() if k != "labels"} for b in examples.batches(_AT_ONCE)]
-        units = torch.cat([unit_length(model.features(**batch)) for batch in batches])
+        called_with = [model_inputs(batch) for batch in examples.batches(_AT_ONCE)]
+        units = torch.cat([unit_length(model.features(*args, **named)) for args, named in called_with])
     head.linear.get_parameter("weight").copy_(_CERTAINTY * (units - units.mean(0)) / head.logit_scale)
     head.linear.get_parameter("bias").zero_()

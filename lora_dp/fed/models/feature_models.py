@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_dp.fed.data.encoding import ImageSpec, InputSpec, TextSpec
 from lora_dp.fed.data.examples import Batch, ImageExamples
+from lora_dp.fed.data.kept_activations import model_inputs
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.fed.models.pooling import TokenMeans, Whitening, random_fields
 from lora_dp.isolation.trials import modes_kept
@@ -111,11 +112,9 @@ def on_token_means(model: nn.Module, spec: InputSpec, config: ModelConfig, num_l
 
 
 def _called(model: nn.Module, batch: Batch) -> Tensor:
-    if "pixel_values" in batch:
-        features: Tensor = model(batch["pixel_values"])
-        return features
-    named: Tensor = model(**batch)
-    return named
+    args, named = model_inputs(batch)
+    found: Tensor = model(*args, **named)
+    return found
 
 
 def made_up(spec: InputSpec, vocabulary: int) -> Iterator[Batch]:

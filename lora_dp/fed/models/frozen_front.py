@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lora_dp.fed.data.content_digest import content_digest
 from lora_dp.fed.data.encoding import InputSpec
 from lora_dp.fed.data.examples import Batch
+from lora_dp.fed.data.kept_activations import model_inputs
 from lora_dp.fed.models.feature_models import blank_batch
-from lora_dp.fed.models.loading import logits, model_inputs
+from lora_dp.fed.models.loading import logits
 from lora_dp.fed.models.options import ModelConfig, Precision
 from lora_dp.isolation.trials import modes_kept
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_dp.fed.data.encoding import ImageSpec, InputSpec, Kind, TextSpec
 from lora_dp.fed.data.examples import Batch
-from lora_dp.fed.data.kept_activations import ACTIVATIONS
+from lora_dp.fed.data.kept_activations import model_inputs
 from lora_dp.fed.hub import hub, reachable, unreachable
 from lora_dp.fed.models.class_texts import start_from_texts
 from lora_dp.fed.models.feature_models import on_token_means, put_feature_head
@@ -166,13 +166,6 @@ def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> 
         output = model(*args, **named)
     scores: Tensor = getattr(output, "logits", output)
     return scores if scores.dtype == torch.float64 else scores.float()
-
-
-def model_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """What a model is called with for an encoded batch: arguments by place and by name."""
-    if "pixel_values" in batch and ACTIVATIONS not in batch:
-        return (batch["pixel_values"],), {}
-    return (), {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def build_default(architecture: dict[str, Any], num_labels: int) -> VisionTransformer:

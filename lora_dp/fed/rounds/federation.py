@@ -12,8 +12,8 @@ import torch
 from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.examples import Examples
+from lora_dp.fed.data.kept_activations import model_inputs
 from lora_dp.fed.methods import Aggregation
-from lora_dp.fed.models.loading import model_inputs
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.engines import Engine
