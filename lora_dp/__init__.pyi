@@ -30,5 +30,8 @@ from .privacy.filtering import GaussianFilter as GaussianFilter
 from .privacy.filtering import LaplacianFilter as LaplacianFilter
 from .privacy.shrinkage import JamesStein as JamesStein
 from .privacy.shrinkage import SpectralShrinkage as SpectralShrinkage
+from .trainers.privacy_arguments import PrivacyArguments as PrivacyArguments
+from .trainers.private_sft_trainer import PrivateSFTTrainer as PrivateSFTTrainer
+from .trainers.private_trainer import PrivateTrainer as PrivateTrainer
 
 __version__: str

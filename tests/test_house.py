@@ -125,7 +125,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"lora", "losses", "optim"},
         {"isolation"},
         {"engine"},
-        {"auditing"},
+        {"auditing", "trainers"},
         {"fed"},
         {"__main__"},
     ],

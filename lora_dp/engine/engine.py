@@ -1,14 +1,18 @@
 """PrivacyEngine: the only place where the privacy ideas meet."""
 
+import json
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number
+from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number, check_path
+from lora_dp.atomic_files import write_atomically
 from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.foreign_wrappers import check_not_wrapped, check_one_process
@@ -21,7 +25,7 @@ from lora_dp.engine.validation import attach, batch_size, cover, frozen_norms
 from lora_dp.isolation.check import check_isolation
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.isolation.trials import LossFunction, modes_kept
-from lora_dp.lora.adapters import warn_of_half_precision
+from lora_dp.lora.adapters import made_by_peft, warn_of_half_precision
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import NormMethod
 from lora_dp.privacy.accounting import (
@@ -129,7 +133,8 @@ class PrivacyEngine:
         """Make one training run private at a given noise.
 
         Args:
-            model: with private layers for everything that is trainable (:func:`lora_dp.inject_lora`).
+            model: with private layers for everything that is trainable (:func:`lora_dp.inject_lora`); or one with
+                PEFT's LoRA, whose layers become private in place (:mod:`lora_dp.lora.peft_layers`).
             optimizer: any of ``torch.optim`` over the model's trainable parameters.
             data_loader: its batch size is the expected batch size; batches are drawn by Poisson sampling.
             noise_multiplier: σ, in units of ``max_grad_norm``.
@@ -263,6 +268,8 @@ class PrivacyEngine:
         if hasattr(model, "_orig_mod"):
             raise TypeError("Give the model itself, not a compiled one: torch.compile what make_private returns.")
         check_not_wrapped(model)
+        if made_by_peft(model):
+            self._adopt_peft(model, options)
         warn_of_half_precision(model)
         parameters = cover(model)
         mechanism = _mechanism(options, max_grad_norm, noise_multiplier, self.source)
@@ -299,7 +306,7 @@ class PrivacyEngine:
             history=self.history,
             expected_batch_size=loader.expected_batch_size,
             options=options,
-            before_release=limit.check if limit else lambda: None,
+            budget=limit,
             adapters=[module for module in model.modules() if isinstance(module, DPLoRALinear)],
             drawn=drawn,
             cycle=cycle,
@@ -311,6 +318,17 @@ class PrivacyEngine:
         attach(model, recorder)
         self._drawn.append(drawn)
         return model, private, loader
+
+    def _adopt_peft(self, model: nn.Module, options: StepOptions) -> None:
+        if options.regulate_noise:
+            raise ValueError(
+                "regulate_noise works with adapters of inject_lora alone: save PEFT's and take them over by "
+                "load_adapter(base_model, folder)."
+            )
+        # Only who has PEFT's adapters has PEFT.
+        from lora_dp.lora.peft_layers import adopt_peft_layers
+
+        adopt_peft_layers(model)
 
     def renew_randomness(self) -> None:
         """Put torch's random generators, Python's and NumPy's into a new secret state of the operating system's.
@@ -361,6 +379,9 @@ class PrivacyEngine:
         ('pld', 4)
         """
         self._warn_of_waiting()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
         return {
             "accountant": self.accountant,
@@ -414,6 +435,44 @@ class PrivacyEngine:
         self.history.go_on_from(runs)
         if isinstance(self.source, SeededSource):
             self.source.load_state_dict(state["source"])
+
+    def keep_ledger(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` to a file before each step's noise is drawn, from now on.
+
+        After a crash the file has every step that was released. The run that goes on takes it up by
+        ``engine.load_state_dict(json.load(open(path)))``, and calls this again.
+
+        Args:
+            path: of a JSON file. If it is there already, its steps must be this engine's.
+
+        Raises:
+            ValueError: the file holds steps that this engine does not, or no ledger.
+            TypeError: no path.
+
+        >>> engine.keep_ledger("privacy_ledger.json")
+        >>> for x, y in loader.take(2):
+        ...     optimizer.backward(classification_loss(model(x), y))
+        ...     optimizer.step()
+        >>> resumed = PrivacyEngine()
+        >>> resumed.load_state_dict(json.loads(Path("privacy_ledger.json").read_text()))
+        >>> resumed.ledger.steps == engine.ledger.steps
+        True
+        """
+        check_path("path", path)
+        file = Path(path)
+        if file.exists():
+            try:
+                kept = Ledger()
+                kept.load_state_dict(json.loads(file.read_text(encoding="utf-8"))["ledger"])
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{os.fspath(path)!r} holds no ledger of an engine: choose another file.") from error
+            if not self.ledger.continues(kept):
+                raise ValueError(
+                    f"{os.fspath(path)!r} holds {kept.steps} steps, not all of which this engine knows: go on with "
+                    "them by engine.load_state_dict, or choose another file."
+                )
+        self.ledger.on_append = lambda: write_atomically(file, json.dumps(self._state()))
+        self.ledger.on_append()
 
     def check_isolation(self, model: nn.Module, batch: Any, criterion: LossFunction | None = None) -> None:
         """Prove on one batch that no example's rows, outputs or gradients depend on another (see

@@ -7,23 +7,17 @@ _PARALLEL = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Refuse a model that is spread over devices, or whose adapters are PEFT's.
+    """Refuse a model that is spread over devices.
 
     Raises:
         ValueError: naming the module and the wrapper.
     """
     for name, module in model.named_modules():
-        kind, where = type(module), f"'{name}'" if name else "The model"
-        if parallel := _PARALLEL.intersection(base.__name__ for base in kind.__mro__):
+        where = f"'{name}'" if name else "The model"
+        if parallel := _PARALLEL.intersection(base.__name__ for base in type(module).__mro__):
             raise ValueError(
                 f"{where} is wrapped in {parallel.pop()}, which sums or splits gradients outside the private step: "
                 "give the model inside it (model.module), unsharded, and train in one process on one device."
-            )
-        if kind.__module__.partition(".")[0] == "peft":
-            raise ValueError(
-                f"{where} is PEFT's {kind.__name__}, whose gradients no private layer clips: make adapters by "
-                "inject_lora(base_model, LoRAConfig(...)), or save PEFT's and take them over by "
-                "load_adapter(base_model, folder)."
             )
     for name, parameter in model.named_parameters():
         if "DTensor" in (type(parameter).__name__, type(parameter.data).__name__):

@@ -30,6 +30,7 @@ from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype
 from lora_dp.optim.known_noise import noise_aware
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
+from lora_dp.privacy.accounting.budget import Budget
 from lora_dp.privacy.accounting.history import History, Run, read_runs
 from lora_dp.privacy.adaptive_clipping import QuantileClipping
 from lora_dp.privacy.mechanism import Mechanism, total
@@ -98,7 +99,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         history: History,
         expected_batch_size: int,
         options: StepOptions,
-        before_release: Callable[[], None],
+        budget: Budget | None,
         adapters: Sequence[DPLoRALinear],
         drawn: Drawn,
         cycle: Cycle,
@@ -115,7 +116,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._dtypes = {id(p.parameter): p.parameter.dtype for p in parameters}
         self._phases = PhaseCycle(options.phases)
         self._options, self.loss_reduction, self.views = options, options.loss_reduction, options.views
-        self._before_release, self._adapters = before_release, adapters
+        self._budget, self._adapters = budget, adapters
         self.regulators: dict[int, Regulator] = {}
         self._clipper = PassClipper(self._covered, options.loss_reduction)
         self._drawn, self.batch = drawn, LogicalBatch(drawn)
@@ -458,6 +459,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.activate()
         self._release()
 
+    def check_budget(self) -> None:
+        """Refuse where the next step would overrun the target ε, before a batch is drawn for it.
+
+        Raises:
+            PrivacyBudgetExceeded: it would.
+
+        >>> optimizer.check_budget()  # no target ε was given
+        """
+        if self._budget is not None and self._cycle.begins:
+            self._budget.require_room()
+
     def _accumulate(self, mask: Tensor | None) -> None:
         if self._recorder.owner is not self:
             raise RuntimeError("Another private optimizer is recording on this model: call activate() before forward.")
@@ -513,7 +525,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
         count, collected = self.batch.centred_count, self.batch.collect()
         if self._cycle.begins:
-            self._before_release()
+            if self._budget is not None:
+                self._budget.check()
             self.ledger.append(self.event)
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.

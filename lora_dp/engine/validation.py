@@ -85,7 +85,7 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
                     f"'{full}' is {what} an adapter but requires grad: freeze it, or use DPLinear to train the layer "
                     "whole."
                 )
-            factor = {"lora_A": "A", "lora_B": "B"}.get(name)
+            factor = {"lora_A": "A", "lora_B": "B"}.get(name.partition(".")[0])
             covered.setdefault(id(parameter), PrivateParameter(full, parameter, number, factor))
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -26,6 +26,11 @@ def warn_of_half_precision(model: nn.Module) -> None:
         )
 
 
+def made_by_peft(model: nn.Module) -> bool:
+    """Whether a part of ``model`` is PEFT's; told by name, so as not to import PEFT."""
+    return any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
+
+
 def exchanged_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Both LoRA factors of each layer and all else that requires grad, named as the model does: what travels."""
     factors = {id(factor) for layer in adapters_of(model).values() for factor in (layer.lora_A, layer.lora_B)}

@@ -3,6 +3,8 @@
 Without an engine each is an ordinary differentiable module.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +26,18 @@ class PrivateModule(nn.Module):
         self.recorder = None
 
     def private_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of this very module that a private step can train, by name: those that require grad."""
+        """The parameters of this very module that a private step can train, by name: those that require grad.
+
+        A layer whose factors are modules of their own, as PEFT's are, names them from itself on.
+        """
         return {name: p for name, p in self.named_parameters(recurse=False) if p.requires_grad}
 
     def _slots(self, *names: str) -> dict[str, Slot | None] | None:
         """The slots of the named parameters, or None when nothing is being recorded."""
+        return self._slots_of({name: self._parameters.get(name) for name in names})
+
+    def _slots_of(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, Slot | None] | None:
+        """As :meth:`_slots`, of parameters that may lie beneath this module."""
         recorder = self.recorder
         if recorder is None:
             return None
@@ -41,11 +50,7 @@ class PrivateModule(nn.Module):
                     "model's own forward (or use torch.no_grad() to evaluate)."
                 )
             return None
-        slots: dict[str, Slot | None] = {}
-        for name in names:
-            parameter = self._parameters.get(name)
-            slots[name] = None if parameter is None else recorder.slot(parameter)
-        return slots
+        return {name: None if parameter is None else recorder.slot(parameter) for name, parameter in parameters.items()}
 
 
 def pass_recorder_of(model: nn.Module) -> PassRecorder | None:

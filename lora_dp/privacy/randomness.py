@@ -18,7 +18,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -170,12 +170,12 @@ class SeededSource(RandomSource):
         self._next += 1
         return (self.seed + 2**63) % 2**64 - 2**63, number
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, int]:
         """The place in the stream, under "draws", and which stream it is; the values that follow it repeat."""
-        return {"draws": torch.tensor(self._next), "seed": torch.tensor(self.seed % 2**62)}
+        return {"draws": self._next, "seed": self.seed % 2**62}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continues the stream where `state_dict` was taken.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the stream where `state_dict` was taken; an earlier version gave tensors of one whole number.
 
         Raises:
             ValueError: a state of another kind, or of another seed.
@@ -183,10 +183,7 @@ class SeededSource(RandomSource):
         if (
             not isinstance(state, dict)
             or set(state) != {"draws", "seed"}
-            or not all(
-                isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0 and int(value) >= 0
-                for value in state.values()
-            )
+            or not all(_whole_number(value) and int(value) >= 0 for value in state.values())
         ):
             raise ValueError("Not the state of a seeded source: it must hold the integers 'draws' and 'seed'.")
         if int(state["seed"]) != self.seed % 2**62:
@@ -198,6 +195,12 @@ class SeededSource(RandomSource):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _continued, (self.seed, self._next)
+
+
+def _whole_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dtype == torch.int64 and value.dim() == 0
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _continued(seed: int, draws: int) -> SeededSource:

@@ -86,12 +86,12 @@ def test_refused_batch_does_not_enter_a_later_step():
     model, optimizer, _ = private_run(
         engine, size=4, batch_size=4, lr=0.0, target_epsilon=1.0, target_delta=1e-3, steps=1
     )
-    optimizer._before_release, allow = (
+    optimizer._budget.check, allow = (
         lambda: (_ for _ in ()).throw(PrivacyBudgetExceeded("over")),
-        optimizer._before_release,
+        optimizer._budget.check,
     )
     assert_refuses(PrivacyBudgetExceeded, "over", lambda: take_step(model, optimizer, examples(4)))
-    optimizer._before_release = allow
+    optimizer._budget.check = allow
     optimizer.step_on_empty_batch()
     noise = flat(private_gradients(model))
     twin, other, _ = private_run(seeded(), size=4, batch_size=4, lr=0.0, target_epsilon=1.0, target_delta=1e-3, steps=1)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from lora_dp import LoRAConfig, inject_lora
 from tests.chosen_options import make
 from tests.models import examples, mlp, take_step
 from tests.support import make_private
@@ -68,13 +67,3 @@ def test_wrapped_models_are_refused_by_name(two_processes: None, monkeypatch: py
     spread[2].weight = nn.Parameter(distribute_tensor(spread[2].weight.detach(), mesh, [Replicate()]))
     with pytest.raises(ValueError, match=r"^'2\.weight' is sharded over processes \(DTensor\)"):
         make(model=spread)
-
-
-def test_a_model_of_pefts_names_the_two_ways() -> None:
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), peft.LoraConfig(target_modules=["0"]))
-    for given in (model, model.base_model.model):
-        with pytest.raises(ValueError, match=r"is PEFT's \w+, .*inject_lora\(base_model.*load_adapter\(base_model"):
-            make(model=given)
-    plain = inject_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), LoRAConfig(r=2, target_modules=["0"]))
-    make(model=plain, optimizer=torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1))

@@ -30,6 +30,16 @@ class Budget:
         Raises:
             PrivacyBudgetExceeded: there is none.
         """
+        self.require_room()
+        self._room -= 1
+        self._known.append(self.event)
+
+    def require_room(self) -> None:
+        """Refuse where :meth:`check` would, and take nothing.
+
+        Raises:
+            PrivacyBudgetExceeded: there is no room for a step.
+        """
         if self.ledger.entries != self._known.entries or self._room < 1:
             self._room = max_steps(self.ledger, self.event, self.epsilon, self.delta, self.accountant)
             self._known = Ledger()  # which may be ahead by a step that failed
@@ -40,5 +50,3 @@ class Budget:
                 f"{self.ledger.epsilon(self.delta, self.accountant):.4g} in {self.ledger.steps} steps): stop here, or "
                 "plan more steps with a larger noise_multiplier from the start."
             )
-        self._room -= 1
-        self._known.append(self.event)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,9 @@ class Ledger:
 
     Append a step *before* its result is used: a crash can then over-count but never under-count.
 
+    Attributes:
+        on_append: called after each :meth:`append`, so that a file can be written before the step's result is used.
+
     >>> ledger = Ledger()
     >>> ledger.append(PoissonGaussian(noise_multiplier=1.0, sample_rate=0.01), count=1000)
     >>> round(ledger.epsilon(delta=1e-5), 2)
@@ -74,6 +77,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
+        self.on_append: Callable[[], None] | None = None
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -115,6 +119,8 @@ class Ledger:
             self._entries[-1] = (event, self._entries[-1][1] + count)
         elif count:
             self._entries.append((event, count))
+        if self.on_append is not None:
+            self.on_append()
 
     def continues(self, earlier: Ledger) -> bool:
         """Whether this ledger begins with all that ``earlier`` holds.

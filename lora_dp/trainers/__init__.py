@@ -1,0 +1,1 @@
+"""The Trainers of Transformers and TRL, with the private step in place of theirs."""

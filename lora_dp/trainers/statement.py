@@ -1,0 +1,108 @@
+"""What a saved model says of its privacy: a section of its card, and the same in ``privacy.json``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_dp.atomic_files import write_atomically
+
+STATEMENT = "privacy.json"
+_TITLE = "## Differential privacy"
+_END = "<!-- end of the privacy statement -->"
+
+
+def privacy_statement(
+    *,
+    ledger: Mapping[str, Any],
+    epsilon: float,
+    delta: float,
+    clip_bound: float,
+    clipping: str,
+    accountant: str,
+    secret: bool,
+    logged_loss: bool,
+) -> dict[str, Any]:
+    """The guarantee of a run, and what it rests on, as plain numbers and sentences.
+
+    Args:
+        ledger: its state.
+        epsilon: spent at ``delta``.
+        delta: δ.
+        clip_bound: C.
+        clipping: how it was clipped.
+        accountant: by which ε was computed.
+        secret: whether sampling and noise were secret.
+        logged_loss: whether losses of training batches were logged.
+
+    >>> from lora_dp import Ledger
+    >>> statement = privacy_statement(ledger=Ledger().state_dict(), epsilon=0.0, delta=1e-5, clip_bound=1.0,
+    ...     clipping="flat", accountant="pld", secret=True, logged_loss=False)
+    >>> statement["unit"]
+    'one training example, added or removed'
+    """
+    caveats = []
+    if not secret:
+        caveats.append("Sampling and noise followed a seed: who guesses it is not kept from anything.")
+    if logged_loss:
+        caveats.append("Losses of training batches were logged, which ε does not cover.")
+    return {
+        "unit": "one training example, added or removed",
+        "epsilon": epsilon,
+        "delta": delta,
+        "mechanism": f"DP-SGD: gradients of single examples clipped ({clipping}) at C = {clip_bound:g}, Gaussian noise",
+        "sampling": "Poisson, each example on its own in each step",
+        "steps": [
+            {name: entry[name] for name in ("count", "noise_multiplier", "sample_rate")} for entry in ledger["entries"]
+        ],
+        "accountant": accountant,
+        "public": "the base model, all settings, the number of training examples, and the evaluation data",
+        "caveats": caveats,
+        "ledger_digest": ledger["digest"],
+    }
+
+
+def write_statement(folder: Path, statement: Mapping[str, Any]) -> None:
+    """Write ``privacy.json``, and the section of README.md in place of an earlier one.
+
+    >>> from lora_dp import Ledger
+    >>> write_statement(Path("."), privacy_statement(ledger=Ledger().state_dict(), epsilon=0.0, delta=1e-5,
+    ...     clip_bound=1.0, clipping="flat", accountant="pld", secret=True, logged_loss=False))
+    >>> Path("README.md").read_text().splitlines()[0]
+    '## Differential privacy'
+    """
+    write_atomically(folder / STATEMENT, json.dumps(statement, indent=1, ensure_ascii=False) + "\n")
+    card = folder / "README.md"
+    before, _, rest = (card.read_text(encoding="utf-8") if card.exists() else "").partition(_TITLE)
+    after = rest.partition(_END)[2] if rest else ""
+    body = before.rstrip() + "\n\n" if before.strip() else ""
+    write_atomically(card, body + _section(statement) + after.rstrip() + "\n")
+
+
+def _section(statement: Mapping[str, Any]) -> str:
+    steps = "; ".join(
+        f"{entry['count']} at σ = {entry['noise_multiplier']:.4g} and rate {entry['sample_rate']:.4g}"
+        for entry in statement["steps"]
+    )
+    rows = {
+        "Unit": statement["unit"],
+        "Mechanism": statement["mechanism"],
+        "Sampling": statement["sampling"],
+        "Steps": steps or "none",
+        "Accountant": statement["accountant"],
+        "Public": statement["public"],
+        "Digest of the ledger": f"`{statement['ledger_digest']}`",
+    }
+    lines = [
+        _TITLE,
+        "",
+        f"Trained with (ε, δ)-differential privacy: **ε = {statement['epsilon']:.4g} at δ = {statement['delta']:g}**.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *(f"\n{caveat}" for caveat in statement["caveats"]),
+        "",
+        _END,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,449 @@
+"""Transformers' Trainer with private steps: the step, the ledger, what is logged, kept and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, set_seed
+
+from lora_dp import IsolationError, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp.losses import causal_lm_loss
+from tests.language_models import ATTENTION, causal_lm, completions, stacked
+from tests.support import brute_force, clip_and_sum
+from tests.trainers.training import N, adapted, arguments, private_trainer
+
+
+def one_loss(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+    batch = stacked([row])
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return causal_lm_loss(logits, batch["labels"])[0]
+
+
+def of_trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# The step
+
+EVERYBODY = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 1, "optim": "sgd"}
+
+
+def moved(folder: Path, model: nn.Module, bound: float, **training: Any) -> dict[str, Tensor]:
+    """By one step of SGD at rate 1 in which all of ten examples are, in parts of five or fewer, without noise."""
+    before = of_trained(model)
+    trainer = private_trainer(
+        folder,
+        model,
+        train_dataset=completions(10),
+        privacy={"noise_multiplier": 0.0, "clip_bound": bound},
+        training={**EVERYBODY, "learning_rate": 1.0, "lr_scheduler_type": "constant", **training},
+    )
+    trainer.train()
+    return {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def expected_move(model: nn.Module) -> tuple[dict[str, Tensor], float]:
+    """Σᵢ cᵢ gᵢ / 10 by brute force in float64, and the bound, which clips half of the examples."""
+    gradients = brute_force(model, one_loss, completions(10), set(of_trained(model)))
+    norms = sorted(sum(float(g.square().sum()) for g in each.values()) ** 0.5 for each in gradients)
+    return {
+        name: total / 10 for name, total in clip_and_sum(gradients, "flat", norms[5], lambda name: name).items()
+    }, norms[5]
+
+
+@pytest.mark.parametrize("sizes", [(5, 2), (10, 1), (1, 10)], ids=["two-parts", "whole", "single"])
+def test_a_step_is_that_of_brute_force_whatever_the_parts(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    physical, accumulated = sizes
+    model = adapted(dtype=torch.float64)
+    expected, bound = expected_move(model)
+    found = moved(tmp_path, model, bound, per_device_train_batch_size=physical, gradient_accumulation_steps=accumulated)
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-5, atol=1e-6 * bound, msg=name)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"torch_compile": True},
+    ],
+    ids=["checkpoints", "reentrant", "compiled"],
+)
+def test_ways_to_compute_it_change_nothing(tmp_path: Path, training: dict[str, Any]) -> None:
+    model = adapted()
+    expected, bound = expected_move(model)
+    found = moved(tmp_path, model, bound, **training)
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name].double(), change, rtol=1e-3, atol=1e-4 * bound, msg=name)
+
+
+def test_autocast_to_bfloat16_is_near(tmp_path: Path) -> None:
+    model = adapted()
+    expected, bound = expected_move(model)
+    found = moved(tmp_path, model, bound, bf16=True)
+    for name, change in expected.items():
+        error = (found[name].double() - change).norm() / change.norm()
+        assert 1e-6 < error < 0.1, name
+
+
+def test_injected_adapters_train_alike(tmp_path: Path) -> None:
+    model = inject_lora(causal_lm("llama", torch.float64), LoRAConfig(r=3, target_modules=ATTENTION["llama"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    expected, bound = expected_move(model)
+    found = moved(tmp_path, model, bound)
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-5, atol=1e-6 * bound, msg=name)
+
+
+def test_a_loss_of_ones_own_gives_one_number_for_each_example(tmp_path: Path) -> None:
+    model = adapted(dtype=torch.float64)
+    expected, bound = expected_move(model)
+    own = private_trainer(
+        tmp_path / "own",
+        model,
+        train_dataset=completions(10),
+        privacy={"noise_multiplier": 0.0, "clip_bound": bound},
+        training={**EVERYBODY, "learning_rate": 1.0, "lr_scheduler_type": "constant"},
+        compute_loss_func=lambda outputs, labels: causal_lm_loss(outputs.logits, labels),
+    )
+    before = of_trained(model)
+    own.train()
+    for name, change in expected.items():
+        torch.testing.assert_close(before[name] - of_trained(model)[name], change, rtol=1e-5, atol=1e-6 * bound)
+    joined = private_trainer(
+        tmp_path / "joined", compute_loss_func=lambda outputs, labels: causal_lm_loss(outputs.logits, labels).mean()
+    )
+    with pytest.raises(ValueError, match=r"takes the loss of each of the \d+ examples"):
+        joined.train()
+
+
+# Sampling, noise and the ledger
+
+
+def test_every_draw_is_a_step_also_those_of_nobody(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Sizes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seen.append(state.global_step)
+
+    trainer = private_trainer(
+        tmp_path,
+        training={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 40},
+        callbacks=[Sizes()],
+    )
+    trainer.train()
+    # That none of 40 draws of 1 of 16 is empty has a probability of (1 − (15/16)¹⁶)⁴⁰ < 1e-7.
+    assert trainer.state.global_step == trainer.engine.ledger.steps == 40
+    assert seen == list(range(1, 41))
+    assert trainer.lr_scheduler is not None
+    assert trainer.lr_scheduler.last_epoch == 40
+
+
+def test_a_target_is_kept_and_reached(tmp_path: Path) -> None:
+    trainer = private_trainer(tmp_path, privacy={"target_epsilon": 4.0}, training={"max_steps": -1})
+    trainer.args.num_train_epochs = 2
+    trainer.train()
+    assert trainer.engine.ledger.steps == 8
+    assert 3.9 < trainer.epsilon() <= 4.0
+    assert trainer.epsilon() == trainer.engine.get_epsilon(1e-3)
+
+
+def test_the_seed_of_the_trainer_decides_neither_batches_nor_noise(tmp_path: Path) -> None:
+    ends = []
+    for run in range(2):
+        model = adapted()
+        private_trainer(tmp_path / str(run), model, training={"seed": 7, "data_seed": 7, "max_steps": 2}).train()
+        ends.append(torch.cat([p.flatten() for p in of_trained(model).values()]))
+    assert not torch.allclose(ends[0], ends[1])
+
+
+def test_a_reproducible_seed_does_for_research(tmp_path: Path) -> None:
+    ends = []
+    for run in range(2):
+        model = adapted()
+        trainer = private_trainer(tmp_path / str(run), model, privacy={"reproducible_seed": 3})
+        trainer.train()
+        ends.append(torch.cat([p.flatten() for p in of_trained(model).values()]))
+    assert torch.equal(ends[0], ends[1])
+    trainer.save_model()
+    assert "followed a seed" in (tmp_path / "1" / "README.md").read_text()
+
+
+def test_who_seeds_torch_later_is_refused(tmp_path: Path) -> None:
+    class Seeds(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            set_seed(1)
+
+    with pytest.raises(RuntimeError, match="seed"):
+        private_trainer(tmp_path, adapted(lora_dropout=0.1), callbacks=[Seeds()]).train()
+
+
+class Crash(TrainerCallback):
+    """Stops a run after some steps, as an interrupt would."""
+
+    def __init__(self, after: int):
+        self._after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._after:
+            raise KeyboardInterrupt
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+
+
+def test_steps_after_the_checkpoint_are_counted_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        private_trainer(tmp_path, training=SAVED, callbacks=[Crash(5)]).train()
+    resumed = private_trainer(tmp_path, training=SAVED)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert resumed.engine.ledger.steps == 5 + (8 - 3)
+    assert resumed.state.epoch == 8 / 4
+    kept = json.loads((tmp_path / "privacy_ledger.json").read_text())
+    assert sum(entry["count"] for entry in kept["ledger"]["entries"]) == 10
+
+
+def test_under_a_target_it_ends_when_the_budget_is_spent_and_the_model_is_kept(tmp_path: Path) -> None:
+    privacy = {"target_epsilon": 4.0}
+    with pytest.raises(KeyboardInterrupt):
+        private_trainer(tmp_path, privacy=privacy, training=SAVED, callbacks=[Crash(5)]).train()
+    resumed = private_trainer(tmp_path, privacy=privacy, training=SAVED)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.engine.ledger.steps == 8
+    assert resumed.state.global_step == 3 + (8 - 5)
+    assert resumed.epsilon() <= 4.0
+    resumed.save_model()
+    statement = json.loads((tmp_path / "privacy.json").read_text())
+    assert statement["epsilon"] == pytest.approx(resumed.epsilon())
+    assert sum(entry["count"] for entry in statement["steps"]) == 8
+
+
+def test_a_resumed_run_goes_on_from_the_weights_and_the_optimizer(tmp_path: Path) -> None:
+    first = private_trainer(tmp_path, training={**SAVED, "max_steps": 3})
+    first.train()
+    assert first.model is not None
+    saved = of_trained(first.model)
+    moments = [state["exp_avg"].clone() for state in first.optimizer.state.values()]
+    resumed = private_trainer(tmp_path, training={**SAVED, "max_steps": 4}, callbacks=[Crash(4)])
+    found: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *_: Any, model: Any, optimizer: Any, **__: Any) -> None:
+            found["weights"] = of_trained(model)
+            found["moments"] = [state["exp_avg"].clone() for state in optimizer.state.values()]
+
+    resumed.add_callback(Look())
+    with pytest.raises(KeyboardInterrupt):
+        resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(found["weights"][name], saved[name]) for name in saved)
+    assert all(torch.equal(one, other) for one, other in zip(found["moments"], moments, strict=True))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from tests.trainers.training import private_trainer
+
+class Kill(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, **_):
+        if state.global_step == 4:  # the fifth step is taken, and nothing of it is saved
+            os.kill(os.getpid(), signal.SIGKILL)
+
+private_trainer(
+    Path(sys.argv[1]), training={"save_strategy": "steps", "save_steps": 3, "max_steps": 8}, callbacks=[Kill()]
+).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_never_under_counts(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    resumed = private_trainer(tmp_path, training=SAVED)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.engine.ledger.steps == 5 + (8 - 3)
+
+
+def test_a_folder_with_the_steps_of_another_run_is_refused(tmp_path: Path) -> None:
+    private_trainer(tmp_path).train()
+    with pytest.raises(ValueError, match=r"holds the private steps of an earlier run: go on with it by"):
+        private_trainer(tmp_path).train()
+
+
+def test_a_checkpoint_without_a_ledger_is_refused(tmp_path: Path) -> None:
+    private_trainer(tmp_path, training=SAVED).train()
+    (tmp_path / "checkpoint-6" / "privacy_ledger.json").unlink()
+    with pytest.raises(ValueError, match="has no privacy_ledger.json"):
+        private_trainer(tmp_path, training={**SAVED, "max_steps": 9}).train(str(tmp_path / "checkpoint-6"))
+
+
+def test_a_checkpoint_apart_from_its_run_warns_of_what_it_cannot_know(tmp_path: Path) -> None:
+    private_trainer(tmp_path / "run", training=SAVED).train()
+    alone = tmp_path / "moved"
+    (tmp_path / "run" / "checkpoint-6").rename(alone)
+    with pytest.warns(UserWarning, match="is missing, where every step is written before"):
+        resumed = private_trainer(tmp_path / "next", training={**SAVED, "max_steps": 7})
+        resumed.train(str(alone))
+    assert resumed.engine.ledger.steps == 7
+
+
+# What is told
+
+
+def test_nothing_that_is_read_off_private_batches_is_logged(tmp_path: Path) -> None:
+    trainer = private_trainer(
+        tmp_path, eval_dataset=completions(4, seed=2), training={"eval_strategy": "steps", "eval_steps": 3, **SAVED}
+    )
+    result = trainer.train()
+    allowed = {"learning_rate", "epsilon", "epoch", "step"}
+    for entry in trainer.state.log_history:
+        assert entry.keys() <= allowed or all(name.startswith(("eval_", "train_")) for name in entry.keys() - allowed)
+        assert not entry.keys() & {"loss", "train_loss", "grad_norm", "total_flos", "num_tokens"}
+    spent = [entry["epsilon"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert len(spent) == 8
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(trainer.epsilon())
+    assert result.training_loss != result.training_loss
+    assert "train_loss" not in result.metrics
+    assert trainer.state.total_flos == 0
+    texts = "".join(path.read_text() for path in (tmp_path / "checkpoint-6").glob("*.json"))
+    assert '"loss"' not in texts
+
+
+def test_the_private_loss_is_logged_when_asked_for_and_that_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no ε covers it"):
+        trainer = private_trainer(tmp_path, privacy={"log_private_loss": True})
+    result = trainer.train()
+    assert result.training_loss > 0
+    assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "learning_rate" in entry)
+    trainer.save_model()
+    assert "Losses of training batches were logged" in (tmp_path / "README.md").read_text()
+
+
+def test_tensorboard_is_told_of_epsilon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = private_trainer(tmp_path / "run", training={"report_to": ["tensorboard"]})
+    trainer.train()
+    read = events.EventAccumulator(str(tmp_path / "events"))
+    read.Reload()
+    scalars = read.Tags()["scalars"]
+    assert "train/epsilon" in scalars
+    assert "train/loss" not in scalars
+    told = [event.value for event in read.Scalars("train/epsilon")]
+    assert told[-1] == pytest.approx(trainer.epsilon(), rel=1e-5)
+
+
+def test_what_is_saved_is_pefts_with_a_statement(tmp_path: Path) -> None:
+    model = adapted()
+    trainer = private_trainer(tmp_path, model)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model()  # the statement is there once
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Differential privacy") == 1
+    assert f"ε = {trainer.epsilon():.4g} at δ = 0.001" in card
+    assert trainer.engine.ledger.state_dict()["digest"] in card
+    assert "library_name: peft" in card
+    assert not list(tmp_path.rglob("rng_state*"))
+    opened = peft.PeftModel.from_pretrained(causal_lm("llama", torch.float32), tmp_path).eval()
+    batch = stacked(completions(3))
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(opened(**batch).logits, model(**batch).logits)
+
+
+def test_a_model_card_of_the_trainers_has_it_too(tmp_path: Path) -> None:
+    trainer = private_trainer(tmp_path)
+    trainer.train()
+    trainer.create_model_card(model_name="private")
+    assert "## Differential privacy" in (tmp_path / "README.md").read_text()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "training, words",
+    [
+        ({"max_grad_norm": 0.3}, r"give the bound of each example's as PrivacyArguments\(clip_bound=…\)"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size cannot be used in private training"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha cannot be used"),
+        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen counts private tokens"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is for classification alone"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_break_the_guarantee_are_refused(tmp_path: Path, training: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        private_trainer(tmp_path, training=training).train()
+
+
+def test_a_search_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="spends ε of its own"):
+        private_trainer(tmp_path).hyperparameter_search()
+
+
+def test_a_balancing_loss_of_experts_is_refused(tmp_path: Path) -> None:
+    model = adapted("mixtral")
+    model.get_base_model().config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"router's balancing loss .*output_router_logits = False"):
+        private_trainer(tmp_path, model).train()
+
+
+def test_privacy_is_to_be_privacy_arguments(tmp_path: Path) -> None:
+    from lora_dp import PrivateTrainer
+
+    with pytest.raises(TypeError, match="privacy"):
+        PrivateTrainer(model=adapted(), args=arguments(tmp_path), privacy={"target_epsilon": 1})
+
+
+class PlainTrainer(Trainer):
+    """Transformers' own, on a private loader and optimizer."""
+
+    loader: Any = None
+
+    def get_train_dataloader(self) -> Any:
+        return self.loader
+
+
+def test_the_plain_trainer_on_private_parts_is_refused(tmp_path: Path) -> None:
+    """Its loss is divided by the tokens of the batch."""
+    model, engine = adapted(), PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=torch.utils.data.DataLoader(completions(N), batch_size=8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    trainer = PlainTrainer(
+        model=model, args=arguments(tmp_path, gradient_accumulation_steps=1), optimizers=(optimizer, None)
+    )
+    trainer.loader = loader
+    with pytest.raises((IsolationError, RuntimeError)):
+        trainer.train()
+    assert engine.ledger.steps == 0
+
+
+def test_evaluation_between_steps_is_transformers_own(tmp_path: Path) -> None:
+    trainer = private_trainer(tmp_path, eval_dataset=completions(8, seed=3))
+    before = trainer.evaluate()
+    trainer.train()
+    assert before["eval_loss"] > 0
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -1,0 +1,57 @@
+"""A tiny run of PrivateTrainer, as the tests of this folder share it."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from lora_dp import PrivacyArguments, PrivateTrainer
+from tests.language_models import ATTENTION, causal_lm, completions
+
+N = 16
+
+
+def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A PeftModel of a tiny language model; B is not zero, so that both factors move."""
+    config = peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 6, "target_modules": ATTENTION[family], "task_type": "CAUSAL_LM", **options}
+    )
+    model = peft.get_peft_model(causal_lm(family, dtype), config, autocast_adapter_dtype=False)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype)
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    """Of six steps of 4 of 16 examples, in parts of 2, quiet and on a CPU."""
+    chosen = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        **options,
+    }
+    return TrainingArguments(str(folder), **chosen)
+
+
+def private_trainer(folder: Path, model: nn.Module | None = None, **options: Any) -> PrivateTrainer:
+    """Options of PrivacyArguments under ``privacy``, of TrainingArguments under ``training``, else of the Trainer."""
+    privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, **options.pop("privacy", {})}
+    if "target_epsilon" in privacy:
+        del privacy["noise_multiplier"]
+    return PrivateTrainer(
+        model=adapted() if model is None else model,
+        args=arguments(folder, **options.pop("training", {})),
+        privacy=PrivacyArguments(**privacy),
+        train_dataset=options.pop("train_dataset", completions(N)),
+        **options,
+    )
