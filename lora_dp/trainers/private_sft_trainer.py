@@ -45,6 +45,7 @@ class PrivateSFTTrainer(PrivateTrainer, SFTTrainer):
     ...     peft_config=LoraConfig(task_type="CAUSAL_LM"),
     ...     privacy=PrivacyArguments(target_epsilon=8, target_delta=1e-3))
     >>> trainer.train().global_step
+    {'train_runtime': ..., 'epsilon': '7...'...}
     2
     """
 

@@ -90,6 +90,7 @@ class PrivateTrainer(Trainer):
     ...     train_dataset=[{"input_ids": ids, "labels": ids} for ids in texts],
     ...     privacy=PrivacyArguments(target_epsilon=8, target_delta=1e-3))
     >>> _ = trainer.train()
+    {'train_runtime': ..., 'epsilon': '7...'...}
     >>> round(trainer.epsilon(), 1), trainer.engine.ledger.steps
     (8.0, 3)
     """
