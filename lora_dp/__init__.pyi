@@ -12,6 +12,7 @@ from .lora.config import LoRAConfig as LoRAConfig
 from .lora.injection import inject_lora as inject_lora
 from .lora.loading import load_adapter as load_adapter
 from .lora.merging import merge_adapters as merge_adapters
+from .lora.merging import merge_and_unload as merge_and_unload
 from .lora.merging import unmerge_adapters as unmerge_adapters
 from .lora.saving import save_adapter as save_adapter
 from .nn.layers import DPEmbedding as DPEmbedding

@@ -249,5 +249,6 @@ def is_watched(model: nn.Module) -> bool:
 def watch(model: nn.Module, recorder: Recorder) -> None:
     """Put the hooks on ``model``."""
     passes = ModelHooks(recorder)
-    model.register_forward_pre_hook(passes.before, with_kwargs=True)
-    model.register_forward_hook(passes.after, with_kwargs=True, always_call=True)
+    before = model.register_forward_pre_hook(passes.before, with_kwargs=True)
+    after = model.register_forward_hook(passes.after, with_kwargs=True, always_call=True)
+    recorder.on_leave = [before.remove, after.remove]

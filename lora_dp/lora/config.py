@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lora_dp.argument_checks import check_alpha, check_flag, check_number
 from lora_dp.nn.adapter_start import Adapter, InitA, check_init_a
@@ -13,9 +13,21 @@ ALL_LINEAR = "all-linear"
 Bias = Literal["none", "all", "lora_only"]
 
 
-@dataclass
+# PEFT's names for some of these settings.
+_PEFT_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "modules_to_save": "trainable_modules",
+    "use_rslora": "rslora",
+}
+
+
+@dataclass(init=False)
 class LoRAConfig:
     """What to train in a model.
+
+    PEFT's names are taken as well: ``lora_alpha``, ``lora_dropout``, ``modules_to_save`` and ``use_rslora``, for
+    ``alpha``, ``dropout``, ``trainable_modules`` and ``rslora``.
 
     Args:
         r: rank of the adapters, at least 1.
@@ -34,30 +46,68 @@ class LoRAConfig:
         adapter: "lora", two factors; "xs", a trained core (r, r) between frozen singular vectors of each weight
             (LoRA-XS, arXiv 2405.17604); or "tangent", coordinates of the tangent space at a frozen product (PRISM,
             arXiv 2606.00944). The starts of the last two leave no choice to ``init_a``.
+        exclude_modules: layers that ``target_modules`` names and that are left alone, as it names them.
+        layers_to_transform: numbers of the blocks whose layers are adapted, as [10, 11] of twelve; None for all. The
+            number is the last in a layer's name.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or a setting that is given by both its names.
         TypeError: ``target_modules`` or ``trainable_modules`` is no list of names, or a value of another type.
 
     >>> config = LoRAConfig(r=16, target_modules=["query", "value"], trainable_modules=["classifier"])
     >>> config.r, config.alpha, config.dropout
     (16, None, 0.0)
+    >>> LoRAConfig(r=16, lora_alpha=32, modules_to_save=["classifier"]).alpha
+    32
     >>> LoRAConfig(r=0)
     Traceback (most recent call last):
     ValueError: r must be a whole number of at least 1, got 0: 4 to 16 is usual.
     """
 
-    r: int = 8
-    alpha: float | None = None
-    target_modules: list[str] | str = ALL_LINEAR
-    trainable_modules: list[str] = field(default_factory=list)
-    dropout: float = 0.0
-    rslora: bool = False
-    bias: Bias = "none"
-    init_a: InitA = "kaiming"
-    adapter: Adapter = "lora"
+    r: int
+    alpha: float | None
+    target_modules: list[str] | str
+    trainable_modules: list[str]
+    dropout: float
+    rslora: bool
+    bias: Bias
+    init_a: InitA
+    adapter: Adapter
+    exclude_modules: list[str] | str
+    layers_to_transform: list[int] | None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: float | None = None,
+        target_modules: list[str] | str = ALL_LINEAR,
+        trainable_modules: list[str] | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        bias: Bias = "none",
+        init_a: InitA = "kaiming",
+        adapter: Adapter = "lora",
+        exclude_modules: list[str] | str | None = None,
+        layers_to_transform: list[int] | int | None = None,
+        *,
+        lora_alpha: float | None = None,
+        lora_dropout: float | None = None,
+        modules_to_save: list[str] | None = None,
+        use_rslora: bool | None = None,
+    ):
+        self.r, self.target_modules, self.bias, self.init_a, self.adapter = r, target_modules, bias, init_a, adapter
+        self.alpha = _one_of(alpha, lora_alpha, None, "lora_alpha")
+        self.dropout = _one_of(dropout, lora_dropout, 0.0, "lora_dropout")
+        self.trainable_modules = _one_of(trainable_modules, modules_to_save, None, "modules_to_save")
+        self.rslora = _one_of(rslora, use_rslora, False, "use_rslora")
+        self.trainable_modules = [] if self.trainable_modules is None else self.trainable_modules
+        self.exclude_modules = [] if exclude_modules is None else exclude_modules
+        self.layers_to_transform = (
+            [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+        )
+        self._check()
+
+    def _check(self) -> None:
         check_alpha(self.alpha)
         check_number("dropout", self.dropout)
         check_flag("rslora", self.rslora)
@@ -81,18 +131,26 @@ class LoRAConfig:
             self.target_modules = _names(
                 "target_modules", self.target_modules, "'all-linear' adapts every linear layer but the head"
             )
+        if not isinstance(self.exclude_modules, str):
+            self.exclude_modules = _names("exclude_modules", self.exclude_modules, "[] leaves none out")
+        _check_layers(self.layers_to_transform)
         if self.target_modules == "" or not all([*self.target_modules, *self.trainable_modules]):
             raise ValueError("target_modules or a module's name is empty: name the layers, or use 'all-linear'.")
         if not self.target_modules and not self.trainable_modules:
             raise ValueError("Neither target_modules nor trainable_modules name anything to train: use 'all-linear'.")
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules {self.target_modules!r} is no regular expression ({error}): "
-                    "correct it, or give a list of names."
-                ) from error
+        if self.target_modules != ALL_LINEAR:
+            _check_pattern("target_modules", self.target_modules)
+        _check_pattern("exclude_modules", self.exclude_modules)
+
+
+def _check_pattern(setting: str, names: list[str] | str) -> None:
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(
+                f"{setting} {names!r} is no regular expression ({error}): correct it, or give a list of names."
+            ) from error
 
 
 def _names(setting: str, given: object, remedy: str) -> list[str]:
@@ -103,3 +161,32 @@ def _names(setting: str, given: object, remedy: str) -> list[str]:
     ):
         return list(given)
     raise TypeError(f"{setting} must be a list of names, got {given!r}: {remedy}.")
+
+
+def _one_of(ours: Any, theirs: Any, default: Any, name: str) -> Any:
+    """What was given under either name of a setting."""
+    if theirs is None:
+        return ours
+    if ours != default:
+        raise ValueError(f"{name} is PEFT's name of {_PEFT_NAMES[name]}: give one of the two.")
+    return theirs
+
+
+def _check_layers(numbers: object) -> None:
+    if numbers is not None and not (
+        isinstance(numbers, list)
+        and numbers
+        and all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers)
+    ):
+        raise ValueError(
+            f"layers_to_transform must be numbers of blocks, from 0 on, such as [10, 11], got {numbers!r}: None adapts "
+            "those of all blocks."
+        )
+
+
+def _under(name: str) -> property:
+    return property(lambda self: getattr(self, _PEFT_NAMES[name]), doc=f"PEFT's name of ``{_PEFT_NAMES[name]}``.")
+
+
+for _name in _PEFT_NAMES:
+    setattr(LoRAConfig, _name, _under(_name))

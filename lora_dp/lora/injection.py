@@ -1,12 +1,16 @@
 """LoRA adapters and private layers put into a model."""
 
+from typing import Any
+
 from torch import nn
 
 from lora_dp.argument_checks import check_kind
+from lora_dp.lora import peft_format
 from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.saving import keep_adapters_when_saved
 from lora_dp.lora.targets import (
     Modules,
+    check_rank,
     check_targets,
     check_untied,
     find_roots,
@@ -24,7 +28,7 @@ from lora_dp.ops.registry import wide_dtype
 _KINDS: dict[Adapter, type[DPLoRALinear]] = {"lora": DPLoRALinear, "xs": DPLoRAXSLinear, "tangent": DPLoRATangentLinear}
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def inject_lora(model: nn.Module, config: Any) -> nn.Module:
     """Put LoRA adapters into ``model``, in place: everything is frozen but them and ``config.trainable_modules``.
 
     Layers are replaced by private ones that share their parameters and keep their names, device and mode; a layer that
@@ -36,6 +40,11 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     forward is bypassed or overridden, such as ``nn.MultiheadAttention.out_proj`` or Mamba's dt_proj; named explicitly
     they are an error. Those that are bypassed by some kernels only, such as Mamba's out_proj, have to be named.
     Nor does it adapt what runs on a table of positions once for a whole batch, such as Swin V2's cpb_mlp.
+
+    Args:
+        model: the plain model.
+        config: a :class:`LoRAConfig`, or a ``peft.LoraConfig`` of plain LoRA. For PEFT's other kinds give
+            ``get_peft_model(model, config)`` to :meth:`lora_dp.PrivacyEngine.make_private`.
 
     Returns:
         The same model, with ``model.lora_config`` set.
@@ -51,12 +60,16 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     ['0.lora_A', '0.lora_B', '2.weight', '2.bias']
     """
     check_kind("model", model, nn.Module, "give the plain model")
+    if type(config).__module__.startswith("peft."):
+        config = LoRAConfig(**peft_format.settings_of(config))
     check_kind("config", config, LoRAConfig, "LoRAConfig() adapts all linear layers but the head")
     check_without_adapters(model)
     modules = Modules.of(model)
     roots = find_roots(modules, config.trainable_modules)
     whole = modules.beneath(modules.names[root] for root in roots)
-    inject_into(model, modules, config, find_targets(model, modules, config.target_modules, whole), roots)
+    targets = find_targets(model, modules, config, whole)
+    check_rank(targets, modules, config.r)
+    inject_into(model, modules, config, targets, roots)
     return model
 
 
@@ -72,7 +85,7 @@ def check_without_adapters(model: nn.Module) -> None:
 
 def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets: list[str], roots: list[str]) -> None:
     """Replace ``targets`` and what lies beneath ``roots``, once all is known to fit."""
-    check_targets(targets, modules, config.r)
+    check_targets(targets, modules)
     replacements: dict[int, PrivateModule] = {}
     trained: set[int] = set()
     for key, name in modules.beneath(modules.names[root] for root in roots).items():
@@ -98,7 +111,13 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
     for name in targets:
         module = modules.names[name]
         replacements[id(module)] = kind.from_linear(
-            module, r=config.r, alpha=config.alpha, dropout=config.dropout, rslora=config.rslora, init_a=config.init_a
+            module,
+            r=config.r,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            rslora=config.rslora,
+            init_a=config.init_a,
+            any_rank=True,  # inject_lora has looked; what others have trained is loaded as it is
         )
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):

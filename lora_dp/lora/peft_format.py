@@ -136,8 +136,8 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
         config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text())
     except ValueError as error:
         raise ValueError(f"{source / CONFIG_NAME} is not JSON ({error}): save the adapter again.") from error
-    _check_types(config, source / CONFIG_NAME)
-    _check_supported(config, source / CONFIG_NAME)
+    _check_types(config, str(source / CONFIG_NAME))
+    _check_supported(config, str(source / CONFIG_NAME))
     targets, bias = config["target_modules"], config.get("bias", "none")
     try:
         tensors = load_file(source / WEIGHTS_NAME)
@@ -158,7 +158,27 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     )
 
 
-def _check_types(config: Any, path: Path) -> None:
+def settings_of(config: Any) -> dict[str, Any]:
+    """What a ``peft.LoraConfig`` sets, by the names that :class:`lora_dp.LoRAConfig` takes.
+
+    Raises:
+        ValueError: an option that is not supported here; by name.
+    """
+    given = {name: list(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    given["peft_type"] = str(getattr(given["peft_type"], "value", given["peft_type"]))
+    what = f"The {type(config).__name__}"
+    init = given["init_lora_weights"]
+    if init not in (True, "orthogonal"):
+        raise ValueError(
+            f"{what} sets init_lora_weights={init!r}, which get_peft_model does: give its model to make_private."
+        )
+    _check_supported(given, what, also_read=("exclude_modules", "layers_to_transform"))
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "modules_to_save")
+    settings = {name: given[name] for name in (*names, "exclude_modules", "layers_to_transform")}
+    return {**settings, "init_a": "orthonormal" if init == "orthogonal" else "kaiming"}
+
+
+def _check_types(config: Any, path: str) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not describe an adapter: save the adapter again.")
     names = "a list of names"
@@ -188,7 +208,7 @@ def _is_repeated(key: str, keys: Collection[str]) -> bool:
     return f"{module}.{leaf}" in keys or f"{module}.{leaf.partition('.')[2]}" in keys  # without the adapter's name
 
 
-def _check_supported(config: dict[str, Any], path: Path) -> None:
+def _check_supported(config: dict[str, Any], path: str, also_read: Collection[str] = ()) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} describes a {config.get('peft_type')!r} adapter: only 'LORA' is supported.")
     init = config.get("init_lora_weights", True)
@@ -196,7 +216,7 @@ def _check_supported(config: dict[str, Any], path: Path) -> None:
     for key, value in config.items():
         # Not plain falsehood: 0 is a layer's number.
         unset = value is None or value is False or value in ("", [], {})
-        if key not in _READ | _NOTES and not unset:
+        if key not in {*_READ, *_NOTES, *also_read} and not unset:
             unsupported[key] = value
     if unsupported:
         options = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))

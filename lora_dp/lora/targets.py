@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from lora_dp.lora import peft_format
 from lora_dp.lora.bypassed_layers import always_bypassed, runs_once, sometimes_bypassed
-from lora_dp.lora.config import ALL_LINEAR
+from lora_dp.lora.config import ALL_LINEAR, LoRAConfig
 from lora_dp.nn.layers import DPEmbedding, DPLayerNorm, DPLinear
 from lora_dp.nn.private_module import PrivateModule, linear_features
 
@@ -141,18 +142,43 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
     return [head for name in _HEAD_NAMES if isinstance(head := getattr(model, name, None), nn.Module)]
 
 
-def find_targets(model: nn.Module, modules: Modules, wanted: list[str] | str, whole: Collection[int]) -> list[str]:
+def find_targets(model: nn.Module, modules: Modules, config: LoRAConfig, whole: Collection[int]) -> list[str]:
     """The layers to adapt, by full name, in the model's order.
 
     Args:
         model: the model.
         modules: its modules.
-        wanted: as LoRAConfig.target_modules.
+        config: whose ``target_modules``, ``exclude_modules`` and ``layers_to_transform`` say which.
         whole: ids of the modules to train whole.
 
     Raises:
-        ValueError: a name that matches no linear layer, or only such as are trained whole.
+        ValueError: a name that matches no linear layer, or only such as are trained whole; or nothing is left.
     """
+    named = _named_targets(model, modules, config.target_modules, whole)
+    excluded, blocks = config.exclude_modules, config.layers_to_transform
+    for entry in excluded if isinstance(excluded, list) else []:
+        if not any(peft_format.matches_target(name, [entry]) for name in modules.names):
+            raise ValueError(f"exclude_modules: no module is named {entry!r}; {_nearest(entry, modules.names)}")
+    left = [
+        name
+        for name in named
+        if not peft_format.matches_target(name, excluded) and (blocks is None or _block_of(name) in blocks)
+    ]
+    if named and not left:
+        raise ValueError(
+            "exclude_modules and layers_to_transform leave none of the layers that target_modules names, the first "
+            f"'{named[0]}': name fewer to leave out, or other blocks."
+        )
+    return left
+
+
+def _block_of(name: str) -> int | None:
+    """The number of a layer's block: the last in its name, as PEFT takes it."""
+    found = re.match(r"(?:.*\.)?(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _named_targets(model: nn.Module, modules: Modules, wanted: list[str] | str, whole: Collection[int]) -> list[str]:
     linear = {n: m for n, m in modules.names.items() if is_linear(m)}
     if wanted == ALL_LINEAR:
         skipped = {*whole, *modules.beneath(_output_heads(model)), *modules.obstacles, *modules.doubtful}
@@ -186,14 +212,19 @@ def _own_names(names: Iterable[str], modules: Modules) -> list[str]:
     return [name for name in modules.names if name in own]
 
 
-def check_targets(targets: Iterable[str], modules: Modules, r: int) -> None:
-    """Raise ValueError for a layer that cannot be adapted, or is too small for rank ``r``."""
+def check_targets(targets: Iterable[str], modules: Modules) -> None:
+    """Raise ValueError for a layer that cannot be adapted."""
     for name in targets:
         module = modules.names[name]
         obstacle = modules.obstacles.get(id(module))
         if obstacle:
             raise ValueError(f"'{name}' cannot carry an adapter, since {obstacle}: leave it out of target_modules.")
-        in_features, out_features = linear_features(module)
+
+
+def check_rank(targets: Iterable[str], modules: Modules, r: int) -> None:
+    """Raise ValueError for a layer whose updates have no rank as high as ``r``."""
+    for name in targets:
+        in_features, out_features = linear_features(modules.names[name])
         if r > min(in_features, out_features):
             raise ValueError(
                 f"Rank {r} is above the size of '{name}' ({in_features} → {out_features}): choose r ≤ "

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp.nn import functional
-from lora_dp.nn.private_module import PrivateModule, adopt, check_sizes, is_transposed, linear_features
+from lora_dp.nn.private_module import PrivateModule, adopt, check_sizes, is_transposed, linear_features, plain_linear
 
 
 class DPLinear(PrivateModule):
@@ -73,6 +73,14 @@ class DPLinear(PrivateModule):
         return functional.linear(
             x, self.weight, self.bias, fan_in_fan_out=self.fan_in_fan_out, slots=self._slots("weight", "bias")
         )
+
+    def plain(self) -> nn.Module:
+        """An ``nn.Linear``, or a ``Conv1D``, of these very parameters.
+
+        >>> head.plain().weight is head.weight
+        True
+        """
+        return plain_linear(self.weight, self.bias, self.fan_in_fan_out, self.training)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -146,6 +154,17 @@ class DPLayerNorm(PrivateModule):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         return functional.affine(F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight, self.bias, slots)
 
+    def plain(self) -> nn.Module:
+        """An ``nn.LayerNorm`` of these very parameters.
+
+        >>> norm.plain().weight is norm.weight
+        True
+        """
+        layer = nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
+        adopt(layer, "weight", self.weight)
+        adopt(layer, "bias", self.bias)
+        return layer.train(self.training)
+
     def extra_repr(self) -> str:
         return f"{self.normalized_shape[0]}, eps={self.eps}"
 
@@ -211,6 +230,16 @@ class DPEmbedding(PrivateModule):
         slots = self._slots("weight")
         rows = functional.embedding(ids, self.weight, self.padding_idx, slot=None if slots is None else slots["weight"])
         return rows.to(self._rows.dtype)
+
+    def plain(self) -> nn.Module:
+        """An ``nn.Embedding`` of this very table.
+
+        >>> table.plain().weight is table.weight
+        True
+        """
+        layer = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        layer.weight = self.weight
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_dp.argument_checks import check_alpha, check_count, check_flag, check_number
 from lora_dp.nn import functional, merged_state
 from lora_dp.nn.adapter_start import InitA, check_init_a
-from lora_dp.nn.private_module import PrivateModule, adopt, check_sizes, is_transposed, linear_features
+from lora_dp.nn.private_module import PrivateModule, adopt, check_sizes, is_transposed, linear_features, plain_linear
 from lora_dp.nn.regulator import Regulator
 from lora_dp.ops.registry import wide_dtype
 
@@ -89,6 +89,7 @@ class DPLoRALinear(PrivateModule):
         rslora: bool,
         fan_in_fan_out: bool,
         init_a: InitA,
+        any_rank: bool = False,
     ) -> None:
         check_count("r", r, least=None)
         check_alpha(alpha)
@@ -97,7 +98,7 @@ class DPLoRALinear(PrivateModule):
         check_init_a(init_a)
         self.in_features, self.out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
         smaller = min(self.in_features, self.out_features)
-        if not 0 < r <= smaller:
+        if r < 1 or (r > smaller and not any_rank):
             raise ValueError(
                 f"Rank {r} does not fit a {self.in_features} → {self.out_features} layer: choose r from 1 to {smaller}."
             )
@@ -129,8 +130,11 @@ class DPLoRALinear(PrivateModule):
         dropout: float = 0.0,
         rslora: bool = False,
         init_a: InitA = "kaiming",
+        any_rank: bool = False,
     ) -> Self:
         """Adapt an ``nn.Linear`` or ``Conv1D``: takes over, and freezes, its very weight and bias parameters.
+
+        With ``any_rank`` a rank above the layer's size is taken, as adapters that others have trained may have.
 
         Raises:
             TypeError: not a linear layer, or as for the class.
@@ -145,7 +149,7 @@ class DPLoRALinear(PrivateModule):
         layer = cls.__new__(cls)
         PrivateModule.__init__(layer)
         transposed = is_transposed(linear)
-        layer._build(linear.weight, linear.bias, r, alpha, dropout, rslora, transposed, init_a)  # type: ignore[arg-type]
+        layer._build(linear.weight, linear.bias, r, alpha, dropout, rslora, transposed, init_a, any_rank)  # type: ignore[arg-type]
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
@@ -259,6 +263,15 @@ class DPLoRALinear(PrivateModule):
         if self.merged:
             self.weight.copy_(self.weight_with(-1))
             self.merged = False
+
+    def plain(self) -> nn.Module:
+        """The layer without its adapter, which is added into the weight first: ``nn.Linear``, or ``Conv1D``.
+
+        >>> type(layer.plain()).__name__
+        'Linear'
+        """
+        self.merge()
+        return plain_linear(self.weight, self.bias, self.fan_in_fan_out, self.training)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

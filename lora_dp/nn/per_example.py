@@ -10,7 +10,7 @@ formed.
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -332,6 +332,7 @@ class PassRecorder:
         suspended: inside an evaluation with gradients, which is not recorded; ``tried``, inside a trial.
         per_example: whether the unit of privacy is one example. Where it is a whole client, whose change is clipped as
             one, examples may meet: batches are not tried, losses not followed, and a batch's gradient is one.
+        on_leave: called when the model is private no more.
         uses_checked: whether a first pass was looked through for parameters that get no gradient.
     """
 
@@ -344,6 +345,7 @@ class PassRecorder:
         self.superseded: list[Pass] = []
         self.suspended = self.tried = self.uses_checked = False
         self.per_example = True
+        self.on_leave: list[Callable[[], None]] = []
 
     def open(self, rows: int) -> None:
         """Begin a pass over a micro-batch of so many rows: ``views`` of each example.

@@ -32,6 +32,14 @@ class PrivateModule(nn.Module):
         """
         return {name: p for name, p in self.named_parameters(recurse=False) if p.requires_grad}
 
+    def plain(self) -> nn.Module:
+        """The ordinary layer that computes the same, of these very parameters.
+
+        Raises:
+            NotImplementedError: there is none.
+        """
+        raise NotImplementedError(f"There is no ordinary layer for a {type(self).__name__}.")
+
     def _slots(self, *names: str) -> dict[str, Slot | None] | None:
         """The slots of the named parameters, or None when nothing is being recorded."""
         return self._slots_of({name: self._parameters.get(name) for name in names})
@@ -82,6 +90,20 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
         raise TypeError(f"Expected nn.Linear or transformers' Conv1D, got {type(linear).__name__}.")
     out_features, in_features = weight.shape
     return (out_features, in_features) if is_transposed(linear) else (in_features, out_features)
+
+
+def plain_linear(weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, training: bool) -> nn.Module:
+    """An ``nn.Linear``, or a ``Conv1D`` of Transformers' where the weight is stored as (d_in, d_out), of these very
+    parameters."""
+    if transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        layer: nn.Module = Conv1D(weight.shape[1], weight.shape[0])
+    else:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    adopt(layer, "weight", weight)
+    adopt(layer, "bias", bias)
+    return layer.train(training)
 
 
 def check_sizes(**sizes: object) -> None:

@@ -1,5 +1,7 @@
 """The settings of adapters: out of range, or no names, they are refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_dp import LoRAConfig
@@ -35,7 +37,7 @@ def test_bad_settings(settings, message):
 
 
 @pytest.mark.parametrize("setting", ["target_modules", "trainable_modules"])
-@pytest.mark.parametrize("given", [None, 5, [None], ["query", 3], True, iter(["query"]), b"query"])
+@pytest.mark.parametrize("given", [0, 5, [None], ["query", 3], True, iter(["query"]), b"query"])
 def test_names_are_a_list_of_names(setting, given):
     with pytest.raises(TypeError, match=f"^{setting} must be a list of names, got .*: .*\\.$") as refusal:
         LoRAConfig(**{setting: given})
@@ -50,3 +52,33 @@ def test_any_collection_of_names_will_do(given):
 def test_trainable_modules_is_a_list():
     with pytest.raises(TypeError, match=r"write \['classifier'\]"):
         LoRAConfig(trainable_modules="classifier")
+
+
+def test_pefts_names_are_taken_and_read():
+    ours = LoRAConfig(r=4, alpha=8, dropout=0.1, trainable_modules=["score"], rslora=True)
+    theirs = LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.1, modules_to_save=["score"], use_rslora=True)
+    assert ours == theirs
+    assert (theirs.lora_alpha, theirs.lora_dropout) == (8, 0.1)
+    assert (theirs.modules_to_save, theirs.use_rslora) == (["score"], True)
+    assert LoRAConfig(modules_to_save=None, lora_alpha=None) == LoRAConfig()
+
+
+def test_a_setting_by_both_its_names_is_refused():
+    with pytest.raises(ValueError, match="lora_alpha is PEFT's name of alpha: give one"):
+        LoRAConfig(alpha=4, lora_alpha=8)
+
+
+def test_a_config_is_changed_by_replace():
+    assert replace(LoRAConfig(lora_alpha=8, layers_to_transform=3), alpha=16).alpha == 16
+
+
+@pytest.mark.parametrize("given", [[], [-1], [1.5], [True], "3", [None]])
+def test_blocks_are_numbers_from_0_on(given):
+    with pytest.raises(ValueError, match=r"layers_to_transform must be numbers of blocks"):
+        LoRAConfig(layers_to_transform=given)
+    assert LoRAConfig(layers_to_transform=2).layers_to_transform == [2]
+
+
+def test_a_pattern_to_leave_out_is_a_regular_expression():
+    with pytest.raises(ValueError, match="exclude_modules '\\(' is no regular expression"):
+        LoRAConfig(exclude_modules="(")

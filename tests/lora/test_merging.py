@@ -5,9 +5,10 @@ import torch
 import transformers as tf
 
 from lora_dp import DPLoRALinear, LoRAConfig, inject_lora, load_adapter, save_adapter
-from lora_dp.lora.merging import merge_adapters, unmerge_adapters
+from lora_dp.lora.merging import merge_adapters, merge_and_unload, unmerge_adapters
 from tests.lora.merged_files import adapted
-from tests.tiny_models import KINDS, build, logits, randomise
+from tests.support import make_private
+from tests.tiny_models import HEADS, KINDS, build, logits, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -71,3 +72,49 @@ def test_tied_embeddings_beside_merged_layers(tmp_path):
     ids = torch.arange(1, 8)[None]
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unloaded_it_is_an_ordinary_model_that_says_the_same(kind):
+    model = build(kind)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    randomise(inject_lora(model, LoRAConfig(r=2, trainable_modules=[HEADS[kind]], bias="all")))
+    make_private(model, batch_size=2)
+    expected = logits(model.eval(), kind)
+    plain = merge_and_unload(model)
+    assert plain is model
+    found = {name: type(module) for name, module in plain.named_modules()}
+    # timm's own kinds of layers compute what torch's do, and are torch's now.
+    assert {name: kind for name, kind in found.items() if "timm" not in classes[name].__module__} == {
+        name: kind for name, kind in classes.items() if "timm" not in kind.__module__
+    }
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    torch.testing.assert_close(logits(plain, kind), expected, rtol=1e-4, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_hooks
+    if hasattr(plain, "save_pretrained"):
+        assert "save_pretrained" not in vars(plain)
+
+
+def test_a_model_in_half_precision_stays_one_when_unloaded():
+    model = build("llama").bfloat16()
+    randomise(inject_lora(model, LoRAConfig(r=2, trainable_modules=["score"], bias="all")))
+    assert model.score.weight.dtype == torch.float32
+    assert {p.dtype for p in merge_and_unload(model).parameters()} == {torch.bfloat16}
+    assert logits(model, "llama").isfinite().all()
+
+
+def test_a_layer_by_itself_is_replaced():
+    layer = DPLoRALinear(4, 3, r=2)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 4)
+    expected = layer(x)
+    torch.testing.assert_close(merge_and_unload(layer)(x), expected)
+
+
+def test_pefts_model_has_its_own():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"call model\.merge_and_unload\(\)"):
+        merge_and_unload(model)

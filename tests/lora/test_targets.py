@@ -123,3 +123,64 @@ def test_transformers_is_not_imported_for_a_model_without_it():
         "sys.exit('transformers' in sys.modules or 'timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query", "value"], "layers_to_transform": [1]},
+        {"target_modules": ["query", "value", "dense"], "exclude_modules": ["output.dense", "value"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
+        {"target_modules": ["dense"], "layers_to_transform": 0, "exclude_modules": ["attention.output.dense"]},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_what_is_left_out_is_what_peft_leaves_out(settings):
+    settings = {"modules_to_save": ["classifier"], **settings}
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(build("roberta"), peft.LoraConfig(r=2, **settings))
+    prefix = "base_model.model."
+    expected = {
+        name.removeprefix(prefix)
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert expected
+    assert adapted(inject_lora(build("roberta"), LoRAConfig(r=2, **settings))) == expected
+    given = peft.LoraConfig(r=2, **settings)  # itself
+    assert adapted(inject_lora(build("roberta"), given)) == expected
+
+
+def test_pefts_config_is_taken_with_all_it_says():
+    peft = pytest.importorskip("peft")
+    given = peft.LoraConfig(
+        r=3, lora_alpha=6, lora_dropout=0.1, use_rslora=True, bias="lora_only", target_modules=["query"]
+    )
+    model = inject_lora(build("roberta"), given)
+    assert model.lora_config == LoRAConfig(
+        r=3, alpha=6, dropout=0.1, rslora=True, bias="lora_only", target_modules=["query"]
+    )
+    start = inject_lora(build("roberta"), peft.LoraConfig(target_modules=["query"], init_lora_weights="orthogonal"))
+    assert start.lora_config.init_a == "orthonormal"
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"use_dora": True}, "The LoraConfig sets use_dora=True, which is not supported"),
+        ({"rank_pattern": {"query": 1}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "give its model to make_private"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_of_pefts_config_is_not_plain_lora_is_named(settings, words):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=words):
+        inject_lora(build("roberta"), peft.LoraConfig(target_modules=["query"], **settings))
+
+
+def test_names_to_leave_out_are_looked_up_too():
+    with pytest.raises(ValueError, match=r"exclude_modules: no module is named 'valeu'; did you mean 'value'"):
+        inject_lora(build("roberta"), LoRAConfig(r=2, exclude_modules=["valeu"]))
+    with pytest.raises(ValueError, match="leave none of the layers that target_modules names"):
+        inject_lora(build("roberta"), LoRAConfig(r=2, layers_to_transform=[7]))

@@ -153,7 +153,7 @@ def _adapted_layers(model: nn.Module, config: ModelConfig, heads: Sequence[str])
     modules = Modules.of(model)
     whole = modules.beneath(modules.names[root] for root in heads)
     last = tuple(f"{block}." for block in blocks[-config.adapt_last :])
-    return [name for name in find_targets(model, modules, ALL_LINEAR, whole) if name.startswith(last)]
+    return [name for name in find_targets(model, modules, LoRAConfig(), whole) if name.startswith(last)]
 
 
 def logits(model: nn.Module, batch: Batch, precision: Precision = "float32") -> Tensor:
