@@ -170,6 +170,7 @@ def test_embedding_tokens_add_up_before_the_norm():
 @pytest.mark.parametrize("api", ["legacy", "new"])
 def test_sums_are_exact_whatever_products_torch_allows(api):
     matmul = torch.backends.cuda.matmul
+    legacy = torch.get_float32_matmul_precision()
     before = matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     try:
         if api == "legacy":
@@ -182,6 +183,7 @@ def test_sums_are_exact_whatever_products_torch_allows(api):
         assert_close(clipped_sum_kept(gradients, coefficients), expected, 1e-6)
         assert matmul.fp32_precision == allowed
     finally:
+        torch.set_float32_matmul_precision(legacy)
         matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
 
 
