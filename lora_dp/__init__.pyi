@@ -2,6 +2,7 @@ from . import losses as losses
 from .auditing.audit import audit as audit
 from .capabilities import Backend as Backend
 from .capabilities import backends as backends
+from .engine.batch_memory import BatchMemoryManager as BatchMemoryManager
 from .engine.cuda_graphs import GraphedStep as GraphedStep
 from .engine.data_loader import PrivateDataLoader as PrivateDataLoader
 from .engine.engine import PrivacyEngine as PrivacyEngine

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.utils.data import (
@@ -28,6 +28,7 @@ _NO_MORE = object()
 # So many batches of other arguments are each tried: a batch whose entries are called by its examples is always other.
 _KINDS = 8
 _LOADER = "call make_private again with a DataLoader that has it"
+_SETTING = f"'{{name}}' would be without effect here: {_LOADER}."
 _ORDER = "batches are drawn by Poisson sampling, so give make_private a Subset to train on some of the examples"
 _UNFETCHED = (
     "A batch that the private loader drew ({} examples) could not be fetched ({}) and was never stepped: who goes on "
@@ -69,6 +70,8 @@ class _Batches(Iterator[Any]):
 
 def _draws_from_all(loader: DataLoader[Any]) -> bool:
     """Whether the loader's own order is one of those that a plain DataLoader makes: each example once."""
+    if isinstance(loader, PrivateDataLoader):
+        return True
     sampler = loader.sampler
     if type(loader.batch_sampler) is not BatchSampler or loader.batch_sampler.sampler is not sampler:
         return False
@@ -78,7 +81,7 @@ def _draws_from_all(loader: DataLoader[Any]) -> bool:
     return type(sampler) is SequentialSampler and sampler.data_source is loader.dataset
 
 
-class PrivateDataLoader:
+class PrivateDataLoader(DataLoader[Any]):
     """Iterates over Poisson batches of a data set.
 
     Each draw is a step of the mechanism. An empty draw cannot be shown to a model, so the loader takes that step
@@ -121,8 +124,14 @@ class PrivateDataLoader:
     sample_rate = Fixed[float]()
     turn_rate = Fixed[float]()
     source = Fixed[UniformSource]()
-    batch_size, collate_fn, num_workers = Elsewhere(_LOADER), Elsewhere(_LOADER), Elsewhere(_LOADER)
-    sampler, batch_sampler, drop_last = Elsewhere(_ORDER), Elsewhere(_ORDER), Elsewhere(_ORDER)
+    batch_size, drop_last = Fixed[Any](_SETTING), Fixed[Any](f"'{{name}}' would be without effect here: {_ORDER}.")
+    collate_fn, num_workers, pin_memory = Fixed[Any](_SETTING), Fixed[Any](_SETTING), Fixed[Any](_SETTING)
+    timeout, worker_init_fn, prefetch_factor = Fixed[Any](_SETTING), Fixed[Any](_SETTING), Fixed[Any](_SETTING)
+    multiprocessing_context, persistent_workers = Fixed[Any](_SETTING), Fixed[Any](_SETTING)
+    generator = Fixed[Any](_SETTING)
+    sampler = Elsewhere(_ORDER)
+    # Accelerate would make a plain loader of this one.
+    _is_accelerate_prepared = True
 
     def __init__(
         self,
@@ -166,7 +175,15 @@ class PrivateDataLoader:
             )
         self._groups: list[Tensor] | None = None
         self.dataset = dataset
-        self.expected_batch_size = loader.batch_size
+        self.expected_batch_size = self.batch_size = loader.batch_size
+        self.drop_last, self.persistent_workers, self.generator = False, False, None
+        self.collate_fn, self.num_workers, self.pin_memory = loader.collate_fn, loader.num_workers, loader.pin_memory
+        self.timeout, self.worker_init_fn, self.prefetch_factor = (
+            loader.timeout,
+            loader.worker_init_fn,
+            loader.prefetch_factor,
+        )
+        self.multiprocessing_context = loader.multiprocessing_context
         self.sample_rate = loader.batch_size / size
         self.turn_rate = loader.batch_size * self._cycle.groups / size
         self.steps_per_epoch = max(1, round(1 / self.sample_rate))
@@ -186,10 +203,23 @@ class PrivateDataLoader:
         if loader.num_workers:
             self._options["prefetch_factor"] = loader.prefetch_factor
 
+    @property
+    def batch_sampler(self) -> Sampler[list[int]]:
+        """Fresh draws of one pass. The optimizer steps what this loader has drawn, and no batch of another's.
+
+        >>> sum(map(len, loader.batch_sampler)) > 0
+        True
+        """
+        return self._sampler(self.steps_per_epoch)
+
+    @batch_sampler.setter
+    def batch_sampler(self, value: object) -> NoReturn:
+        raise AttributeError(f"'batch_sampler' would be without effect here: {_ORDER}.")
+
     def __len__(self) -> int:
         return self.steps_per_epoch
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self.take(self.steps_per_epoch)
 
     def take(self, steps: int) -> Iterator[Any]:

@@ -1,22 +1,24 @@
 """PrivacyEngine: the only place where the privacy ideas meet."""
 
+import io
 import json
 import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number, check_path
-from lora_dp.atomic_files import write_atomically
+from lora_dp.atomic_files import write_atomically, write_bytes_atomically
 from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.foreign_wrappers import check_not_wrapped, check_one_process
 from lora_dp.engine.logical_batch import LEAVE_OUT, Drawn
+from lora_dp.engine.opacus_names import OF_ENGINE, AccountantName, raise_for, tells_opacus_users
 from lora_dp.engine.optimizer import PrivateOptimizer, keep_out_of_graphs
 from lora_dp.engine.phases import Phases
 from lora_dp.engine.recorder import Recorder, recorder_of
@@ -106,12 +108,13 @@ class PrivacyEngine:
             check_count("reproducible_seed", reproducible_seed, least=0)
             if reproducible_seed >= 2**64:
                 raise ValueError(f"reproducible_seed must be below 2**64, got {reproducible_seed}.")
-        self.accountant: Accountant = accountant
+        self.accountant: Accountant = cast(Accountant, AccountantName(accountant))
         self.ledger = Ledger()
         self.history = History(self.ledger)
         self._drawn: list[Drawn] = []
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
 
+    @tells_opacus_users
     def make_private(
         self,
         *,
@@ -182,6 +185,7 @@ class PrivacyEngine:
         )
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
+    @tells_opacus_users
     def make_private_with_epsilon(
         self,
         *,
@@ -330,6 +334,9 @@ class PrivacyEngine:
 
         adopt_peft_layers(model)
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise_for(self, name, OF_ENGINE)
+
     def renew_randomness(self) -> None:
         """Put torch's random generators, Python's and NumPy's into a new secret state of the operating system's.
 
@@ -384,7 +391,7 @@ class PrivacyEngine:
     def _state(self) -> dict[str, Any]:
         source = self.source.state_dict() if isinstance(self.source, SeededSource) else None
         return {
-            "accountant": self.accountant,
+            "accountant": str(self.accountant),
             "ledger": self.ledger.state_dict(),
             "runs": [list(run) for run in self.history.runs],
             "source": source,
@@ -473,6 +480,59 @@ class PrivacyEngine:
                 )
         self.ledger.on_append = lambda: write_atomically(file, json.dumps(self._state()))
         self.ledger.on_append()
+
+    def save_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str],
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a run to one file: weights, the optimizer's state and this engine's, as Opacus' method of this name.
+
+        The file is either the old one or the new one after a crash. Steps after it are known to
+        :meth:`keep_ledger`'s file alone.
+
+        Args:
+            path: of the file.
+            module: the model.
+            optimizer: the private optimizer.
+            checkpoint_dict: what else is to be in the file, such as a scheduler's state.
+
+        >>> engine.save_checkpoint(path="run.pt", module=model, optimizer=optimizer)
+        >>> resumed = PrivacyEngine()
+        >>> sorted(resumed.load_checkpoint(path="run.pt", module=model))
+        ['engine', 'module', 'optimizer']
+        """
+        check_path("path", path)
+        held = {**(checkpoint_dict or {}), "module": module.state_dict(), "engine": self.state_dict()}
+        if optimizer is not None:
+            held["optimizer"] = optimizer.state_dict()
+        file = io.BytesIO()
+        torch.save(held, file)
+        write_bytes_atomically(Path(path), file.getvalue())
+
+    def load_checkpoint(
+        self, *, path: str | os.PathLike[str], module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, Any]:
+        """Take up what :meth:`save_checkpoint` wrote: weights, ledger, and the optimizer's state where one is given.
+
+        Returns:
+            All that the file holds.
+
+        Raises:
+            ValueError: no such file's content, or as of :meth:`load_state_dict`.
+        """
+        check_path("path", path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(held, dict) or not {"module", "engine"} <= held.keys():
+            raise ValueError(f"{os.fspath(path)!r} was not written by engine.save_checkpoint: give one that was.")
+        self.load_state_dict(held["engine"])
+        module.load_state_dict(held["module"])
+        if optimizer is not None:
+            optimizer.load_state_dict(held["optimizer"])
+        return held
 
     def check_isolation(self, model: nn.Module, batch: Any, criterion: LossFunction | None = None) -> None:
         """Prove on one batch that no example's rows, outputs or gradients depend on another (see

@@ -13,6 +13,7 @@ from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
 from lora_dp.engine.logical_batch import Clipped, Drawn, LogicalBatch
+from lora_dp.engine.opacus_names import OF_OPTIMIZER, raise_for
 from lora_dp.engine.pass_clipper import PassClipper
 from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
@@ -243,6 +244,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         check_kind("param_group", param_group, dict, "with its parameters under 'params'")
         self.original_optimizer.add_param_group(param_group)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise_for(self, name, OF_OPTIMIZER)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("A private optimizer cannot be copied or pickled, its noise would repeat: use state_dict().")

@@ -10,7 +10,7 @@ from lora_dp.lora.config import LoRAConfig
 from lora_dp.lora.saving import keep_adapters_when_saved
 from lora_dp.lora.targets import (
     Modules,
-    check_rank,
+    check_rank_fits,
     check_targets,
     check_untied,
     find_roots,
@@ -68,7 +68,7 @@ def inject_lora(model: nn.Module, config: Any) -> nn.Module:
     roots = find_roots(modules, config.trainable_modules)
     whole = modules.beneath(modules.names[root] for root in roots)
     targets = find_targets(model, modules, config, whole)
-    check_rank(targets, modules, config.r)
+    check_rank_fits(targets, modules, config.r)
     inject_into(model, modules, config, targets, roots)
     return model
 

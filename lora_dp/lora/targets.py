@@ -221,7 +221,7 @@ def check_targets(targets: Iterable[str], modules: Modules) -> None:
             raise ValueError(f"'{name}' cannot carry an adapter, since {obstacle}: leave it out of target_modules.")
 
 
-def check_rank(targets: Iterable[str], modules: Modules, r: int) -> None:
+def check_rank_fits(targets: Iterable[str], modules: Modules, r: int) -> None:
     """Raise ValueError for a layer whose updates have no rank as high as ``r``."""
     for name in targets:
         in_features, out_features = linear_features(modules.names[name])

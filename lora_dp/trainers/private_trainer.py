@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dp.argument_checks import check_kind
+from lora_dp.engine.batch_memory import parts_of
 from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.extras import needing
-from lora_dp.trainers.batch_parts import parts_of
 from lora_dp.trainers.every_draw import EMPTY, EveryDraw
 from lora_dp.trainers.example_losses import ExampleLosses, example_losses_of, split_labels
 from lora_dp.trainers.privacy_arguments import PrivacyArguments

@@ -109,12 +109,7 @@ def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> 
         ("optimizer", "regulate_noise", True, "call make_private again with another"),
         ("optimizer", "shrinkage", None, "call make_private again with another"),
         ("optimizer", "phases", "B", "call optimizer.set_phases"),
-        ("loader", "batch_size", 5, "call make_private again with a DataLoader that has it"),
-        ("loader", "collate_fn", list, "call make_private again with a DataLoader that has it"),
-        ("loader", "num_workers", 2, "call make_private again with a DataLoader that has it"),
         ("loader", "sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
-        ("loader", "batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
-        ("loader", "drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset"),
     ],
 )
 def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: Any, remedy: str) -> None:
@@ -126,6 +121,24 @@ def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: 
     assert not hasattr(holder, name)
     with pytest.raises(AttributeError, match=rf"^'{type(holder).__name__}' has no '{name}'\.$"):
         getattr(holder, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("batch_size", 5, "call make_private again with a DataLoader that has it"),
+        ("collate_fn", list, "call make_private again with a DataLoader that has it"),
+        ("num_workers", 2, "call make_private again with a DataLoader that has it"),
+        ("batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
+        ("drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset"),
+    ],
+)
+def test_what_a_loader_shows_is_not_set(name: str, value: Any, remedy: str) -> None:
+    _, _, loader = private_run(seeded())
+    before = repr(getattr(loader, name)).partition(" at ")[0]
+    with pytest.raises(AttributeError, match=rf"^'{name}' would be without effect here: {remedy}[^.]*\.$"):
+        setattr(loader, name, value)
+    assert repr(getattr(loader, name)).partition(" at ")[0] == before
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
