@@ -523,6 +523,12 @@ class PrivacyEngine:
 
         Raises:
             ValueError: no such file's content, or as of :meth:`load_state_dict`.
+
+        >>> engine.save_checkpoint(path="run.pt", module=model)
+        >>> resumed = PrivacyEngine()
+        >>> held = resumed.load_checkpoint(path="run.pt", module=model)
+        >>> resumed.ledger.steps == engine.ledger.steps
+        True
         """
         check_path("path", path)
         held = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,6 @@
 """The scripts in examples/ do what they say, each in a process and a folder of its own, without a network."""
 
+import difflib
 import json
 import os
 import re
@@ -7,8 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
+import peft
 import pytest
-from transformers import RobertaConfig, RobertaForSequenceClassification
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lora_dp import load_adapter
 
@@ -16,10 +30,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBER = r"([\d.]+)"
 
 
-def printed(script: str, folder: Path) -> str:
+def printed(script: str, folder: Path, *words: str) -> str:
     """What a script prints, as a user runs it; any attempt to ask a model hub is an error."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script],
+        [sys.executable, EXAMPLES / script, *words],
         cwd=folder,
         # The tests beside this one have the other cores.
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
@@ -106,3 +120,101 @@ def test_the_list_of_examples_is_whole() -> None:
     listed = set(re.findall(r"^\| \[(?:[\w.]+/?)\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE))
     there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb") or path.is_dir()}
     assert listed == there
+
+
+# Scripts made private, beside what they were
+
+
+def code_of(script: str) -> list[str]:
+    """Its lines after the docstring."""
+    return (EXAMPLES / script).read_text(encoding="utf-8").split('"""\n\n', 1)[1].splitlines()
+
+
+@pytest.mark.parametrize("page", ["from-opacus", "from-peft", "language-models"])
+def test_a_page_shows_what_changes_in_a_script(page: str) -> None:
+    text = (EXAMPLES.parent / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    [(before, after, shown)] = re.findall(
+        r"<!-- changes: examples/(\w+\.py) examples/(\w+\.py) -->\n```diff\n(.*?)\n```", text, re.DOTALL
+    )
+    lines = difflib.unified_diff(code_of(before), code_of(after), lineterm="", n=0)
+    assert [line for line in lines if not line.startswith(("---", "+++", "@@"))] == shown.splitlines()
+
+
+def test_a_trl_script_changes_in_an_import_and_a_line() -> None:
+    before, after = code_of("trl_sft.py"), code_of("trl_sft_private.py")
+    added = [line for line in after if line and line not in before]
+    assert [line for line in added if "import" not in line] == [
+        "    privacy=PrivacyArguments(target_epsilon=8, target_delta=1e-5),"
+    ]
+    assert all("import" in line for line in before if line not in after)
+    assert sum("lora_dp" in line for line in after) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["opacus", "peft"])
+def test_a_script_and_what_became_of_it(library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    original, ported = (
+        {"opacus": ("opacus_loop.py", "opacus_loop_ported.py"), "peft": ("peft_loop.py", "peft_loop_private.py")}
+    )[library]
+    before, after = printed(original, tmp_path), printed(ported, tmp_path)
+    reached = [float(re.search(rf"accuracy {NUMBER}", text)[1]) for text in (before, after)]
+    assert min(reached) > 0.7
+    assert 7.9 < float(re.search(rf"ε = {NUMBER}", after)[1]) <= 8
+    if library == "opacus":
+        sigmas = [float(re.search(rf"σ = {NUMBER}", text)[1]) for text in (before, after)]
+        assert abs(sigmas[0] - sigmas[1]) <= 0.01
+    else:
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_trl_script_trains_resumes_and_is_opened_by_peft(tmp_path: Path) -> None:
+    """A tiny model and made-up restaurants in place of what it downloads."""
+    pytest.importorskip("trl")
+    base = tiny_language_model(tmp_path / "model")
+    rows = [
+        {"meaning_representation": f"name[{name}], food[{food}]", "human_reference": f"{name} serves {food} food."}
+        for name in ("Alimentum", "Aromi", "Cocum", "Zizzi")
+        for food in ("Italian", "Indian", "French", "Chinese", "fast", "good", "cheap", "English")
+    ]
+    (tmp_path / "data").mkdir()
+    for split, part in (("train", rows), ("validation", rows * 2)):
+        pandas.DataFrame(part).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    words = ["--model", str(base), "--data", str(tmp_path / "data"), "--batch", "4", "--parts", "2"]
+    first = printed("trl_sft_private.py", tmp_path, *words, "--steps", "10")
+    assert re.search(rf"before: validation loss {NUMBER}", first)
+    resumed = printed("trl_sft_private.py", tmp_path, *words, "--steps", "10", "--resume")
+    assert re.search(rf"after: validation loss {NUMBER}", resumed)
+    card = (tmp_path / "runs" / "e2e" / "README.md").read_text(encoding="utf-8")
+    spent = float(re.search(rf"\*\*ε = {NUMBER} at δ = 1e-05\*\*", card)[1])
+    assert 7.5 < spent <= 8
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "runs" / "e2e")
+    assert model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] > 2
+
+
+def tiny_language_model(folder: Path) -> Path:
+    """With a tokenizer of words, in a folder as of the hub."""
+    words = [
+        "<pad>",
+        "</s>",
+        *["Describe", "the", "restaurant", ":", "name", "food", "[", "]", ",", ".", "serves", "good", "cheap", "fast"],
+    ]
+    words += ["Alimentum", "Aromi", "Cocum", "Zizzi", "Italian", "Indian", "French", "Chinese", "English"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
