@@ -7,8 +7,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig
 
-from lora_dp import PrivacyArguments
-from lora_dp import PrivateSFTTrainer as SFTTrainer
+from lora_dp import PrivacyArguments, PrivateSFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -27,7 +26,7 @@ data = load_dataset(options.data).map(
     },
     remove_columns=["meaning_representation", "human_reference"],
 )
-trainer = SFTTrainer(
+trainer = PrivateSFTTrainer(
     model=options.model,
     args=SFTConfig(
         options.output,
