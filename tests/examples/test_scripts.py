@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pandas
+import peft
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -178,10 +180,22 @@ def test_the_trl_script_trains_resumes_and_is_opened_by_peft(tmp_path: Path) -> 
     (tmp_path / "data").mkdir()
     for split, part in (("train", rows), ("validation", rows * 2)):
         pandas.DataFrame(part).to_parquet(tmp_path / "data" / f"{split}.parquet")
-    said = (
-        "Describe the restaurant : name food [ ] , . serves good cheap fast Alimentum Aromi Cocum Zizzi Italian Indian"
-    )
-    words = ["<pad>", "</s>", *said.split(), "French", "Chinese", "English"]
+    words = ["--model", str(base), "--data", str(tmp_path / "data"), "--batch", "4", "--parts", "2", "--steps", "10"]
+    first = printed("trl_sft_private.py", tmp_path, *words)
+    assert re.search(rf"before: validation loss {NUMBER}", first)
+    resumed = printed("trl_sft_private.py", tmp_path, *words, "--resume")
+    assert re.search(rf"after: validation loss {NUMBER}", resumed)
+    card = (tmp_path / "runs" / "e2e" / "README.md").read_text(encoding="utf-8")
+    spent = float(re.search(rf"\*\*ε = {NUMBER} at δ = 1e-05\*\*", card)[1])
+    assert 7.5 < spent <= 8
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "runs" / "e2e")
+    assert model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] > 2
+
+
+def tiny_language_model(folder: Path) -> Path:
+    """With a tokenizer of words, in a folder as of the hub."""
+    said = "Describe the restaurant : name food [ ] , . serves good cheap fast Alimentum Aromi Cocum Zizzi Italian"
+    words = ["<pad>", "</s>", *said.split(), "Indian", "French", "Chinese", "English"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
