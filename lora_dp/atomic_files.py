@@ -1,7 +1,7 @@
 """Files that a crash leaves either as they were or whole."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -11,6 +11,34 @@ def write_atomically(path: Path, text: str) -> None:
     When this returns, the new one is on the disk.
     """
     write_bytes_atomically(path, text.encode("utf-8"))
+
+
+class KeptFile:
+    """A file that one process alone writes, again and again.
+
+    Args:
+        path: of the file.
+        content: what to write.
+    """
+
+    def __init__(self, path: Path, content: Callable[[], str]):
+        self._path, self._content = path, content
+        self._last: str | None = None
+
+    def write(self) -> None:
+        """Replace the file by what it is to hold now.
+
+        Raises:
+            RuntimeError: somebody else has written to it since, or removed it.
+        """
+        if self._last is not None and (not self._path.exists() or self._path.read_text(encoding="utf-8") != self._last):
+            raise RuntimeError(
+                f"'{self._path}' is not as it was written last, so another run writes to it, or it was removed: give "
+                "each run a file of its own."
+            )
+        text = self._content()
+        write_atomically(self._path, text)
+        self._last = text
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:

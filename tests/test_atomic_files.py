@@ -1,8 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from lora_dp.atomic_files import write_atomically
+from lora_dp.atomic_files import KeptFile, write_atomically
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -15,3 +16,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(tmp_path / "ledger.json", "new")
     assert (tmp_path / "ledger.json").read_text() == "old"
+
+
+def test_a_kept_file_is_written_by_one_alone(tmp_path: Path) -> None:
+    path, number = tmp_path / "kept", iter(range(10))
+    kept = KeptFile(path, lambda: str(next(number)))
+    kept.write()
+    kept.write()
+    assert path.read_text() == "1"
+    path.write_text("other")
+    with pytest.raises(RuntimeError, match="another run writes to it"):
+        kept.write()
+    assert path.read_text() == "other"
+    path.unlink()
+    with pytest.raises(RuntimeError, match="or it was removed"):
+        kept.write()

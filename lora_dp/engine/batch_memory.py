@@ -95,13 +95,14 @@ def _examples(batch: Any) -> int | None:
 
 
 def _part(value: Any, n: int, start: int, size: int, name: str) -> Any:
-    if isinstance(value, Tensor):
-        if value.dim() and value.shape[0] != n:
+    if hasattr(value, "shape"):  # an array too
+        shape = tuple(value.shape)
+        if shape and shape[0] != n:
             raise ValueError(
-                f"{name} has the shape {tuple(value.shape)} in a batch of {n} examples and cannot be split: collate it "
+                f"{name} has the shape {shape} in a batch of {n} examples and cannot be split: collate it "
                 "with the examples in its first dimension."
             )
-        return value[start : start + size] if value.dim() else value
+        return value[start : start + size] if shape else value
     if hasattr(value, "items"):
         return {key: _part(inner, n, start, size, f"'{key}'") for key, inner in value.items()}
     if isinstance(value, list | tuple) and any(isinstance(inner, Tensor) for inner in value):

@@ -222,8 +222,12 @@ class PrivateDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return self.take(self.steps_per_epoch)
 
-    def take(self, steps: int) -> Iterator[Any]:
-        """The batches of exactly ``steps`` draws (empty ones are stepped, not yielded).
+    def take(self, steps: int, *, empty: Any = None) -> Iterator[Any]:
+        """The batches of exactly ``steps`` draws. An empty one is stepped, and not yielded unless ``empty`` is given.
+
+        Args:
+            steps: how many.
+            empty: what is yielded after the step of an empty draw.
 
         Raises:
             IsolationError: the collate function joins examples; tried on the first batch, and on some later in secret.
@@ -236,7 +240,7 @@ class PrivateDataLoader(DataLoader[Any]):
         >>> optimizer.steps_taken
         3
         """
-        return _Batches(self, self._take(steps))
+        return _Batches(self, self._take(steps, empty))
 
     def check_fetched(self) -> None:
         """Refuse to go on after a batch that was drawn and could not be fetched: that one example cannot be read would
@@ -248,20 +252,21 @@ class PrivateDataLoader(DataLoader[Any]):
         if self._unfetched is not None:
             raise RuntimeError(self._unfetched)
 
-    def _take(self, steps: int) -> Iterator[Any]:
+    def _take(self, steps: int, marker: Any) -> Iterator[Any]:
         check_count("steps", steps, least=0)
         step, batches = self._cycle.step, _NonEmpty(self._sampler(steps))
         self._on_begin()
         fetched = iter(DataLoader(self.dataset, batch_sampler=batches, **self._options))
         while (batch := self._fetch(fetched, batches.drawn)) is not _NO_MORE:
             empty, drawn = batches.drawn.popleft()
-            step = self._step_empty(step, empty)
+            yield from self._step_empty(step, empty, marker)
+            step += empty
             self._cycle.check(step)
             step += 1
             self._on_batch(len(drawn))
             yield batch
             self._on_end()
-        self._step_empty(step, batches.empty_at_end)
+        yield from self._step_empty(step, batches.empty_at_end, marker)
 
     def _sampler(self, steps: int) -> PoissonSampler:
         size, groups = len(self.dataset), self._cycle.groups
@@ -271,11 +276,12 @@ class PrivateDataLoader(DataLoader[Any]):
             self._groups = split_into_groups(size, groups, self.source)
         return CyclicSampler(self._groups, self.turn_rate, steps, self.source, self._cycle.step)
 
-    def _step_empty(self, step: int, count: int) -> int:
+    def _step_empty(self, step: int, count: int, marker: Any) -> Iterator[Any]:
         for number in range(step, step + count):
             self._cycle.check(number)
             self._on_empty()
-        return step + count
+            if marker is not None:
+                yield marker
 
     def _fetch(self, fetched: Iterator[Any], drawn: deque[tuple[int, list[int]]]) -> Any:
         if not self._options["num_workers"]:  # whose own generators are secret from their start on

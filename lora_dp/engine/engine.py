@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_count, check_kind, check_number, check_path
-from lora_dp.atomic_files import write_atomically, write_bytes_atomically
+from lora_dp.atomic_files import KeptFile, write_bytes_atomically
 from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.foreign_wrappers import check_not_wrapped, check_one_process
@@ -440,13 +440,16 @@ class PrivacyEngine:
             )
         self.ledger.load_state_dict(state["ledger"])
         self.history.go_on_from(runs)
+        if self.ledger.on_append is not None:
+            self.ledger.on_append()
         if isinstance(self.source, SeededSource):
             self.source.load_state_dict(state["source"])
 
     def keep_ledger(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`state_dict` to a file before each step's noise is drawn, from now on.
 
-        After a crash the file has every step that was released. The run that goes on takes it up by
+        After a crash the file has every step that was released. It is this engine's alone, and the one file: a second
+        call goes on in the other. The run that goes on takes it up by
         ``engine.load_state_dict(json.load(open(path)))``, and calls this again.
 
         Args:
@@ -454,6 +457,7 @@ class PrivacyEngine:
 
         Raises:
             ValueError: the file holds steps that this engine does not, or no ledger.
+            RuntimeError: at a step, if another run has written to the file meanwhile.
             TypeError: no path.
 
         >>> engine.keep_ledger("privacy_ledger.json")
@@ -478,7 +482,7 @@ class PrivacyEngine:
                     f"{os.fspath(path)!r} holds {kept.steps} steps, not all of which this engine knows: go on with "
                     "them by engine.load_state_dict, or choose another file."
                 )
-        self.ledger.on_append = lambda: write_atomically(file, json.dumps(self._state()))
+        self.ledger.on_append = KeptFile(file, lambda: json.dumps(self._state())).write
         self.ledger.on_append()
 
     def save_checkpoint(

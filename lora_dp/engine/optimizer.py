@@ -531,7 +531,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self._cycle.begins:
             if self._budget is not None:
                 self._budget.check()
-            self.ledger.append(self.event)
+            with self.batch.whole_or_lost():
+                self.ledger.append(self.event)
+        self._recorder.released = self.history
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.
         self.original_optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from lora_dp.isolation.model_state.parameters import Held, Versions
 from lora_dp.isolation.model_state.parts import ModelParts
 from lora_dp.nn.per_example import Pass, PassRecorder
 from lora_dp.nn.private_module import pass_recorder_of
+from lora_dp.privacy.accounting.history import History
 
 
 class Recorder(PassRecorder):
@@ -35,6 +36,7 @@ class Recorder(PassRecorder):
             a batch came in which that could be tried.
         widths: of the sequences of the last batch.
         sizes, shared: of the arguments of all batches; what among them all examples share.
+        released: whose steps have moved the model, or None; the last engine's.
         capturing: inside the capture of a CUDA graph, in which nothing can be tried.
     """
 
@@ -43,6 +45,7 @@ class Recorder(PassRecorder):
         self.frozen: list[Held] = []
         self.frozen_norms: list[tuple[str, nn.Module]] = []
         self.owner: object | None = None
+        self.released: History | None = None
         self.on_pass: Callable[[], None] = lambda: None
         self.losses = LossWatch()
         self.losses.after_backward = lambda: self.versions.check_backward()

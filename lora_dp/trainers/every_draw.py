@@ -62,18 +62,11 @@ class EveryDraw:
         return EveryDraw(self.loader, self.optimizer, self._on_spent, steps=len(self) - steps)
 
     def __iter__(self) -> Iterator[Any]:
-        begun = counted = self.optimizer.steps_taken
-        batches = self.loader.take(len(self))
+        batches = self.loader.take(len(self), empty=EMPTY)
         try:
-            while True:
-                if self.optimizer.steps_taken < begun + len(self):
-                    self.optimizer.check_budget()
-                batch = next(batches, None)
-                for _ in range(self.optimizer.steps_taken - counted):
-                    yield EMPTY
-                if batch is None:
-                    return
-                yield batch
-                counted = self.optimizer.steps_taken
+            for _ in range(len(self)):
+                self.optimizer.check_budget()  # before a batch is drawn, whatever it holds
+                yield next(batches)
+            next(batches, None)  # looks whether the last was stepped
         except PrivacyBudgetExceeded:
             self._on_spent()

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dp.extras import needing
+from lora_dp.isolation.trials import modes_kept
 from lora_dp.losses import causal_lm_loss, classification_loss, masked_lm_loss, question_answering_loss, regression_loss
 
 with needing("PrivateTrainer", "trainer"):
@@ -40,11 +42,12 @@ def example_losses_of(model: nn.Module, label_smoothing: float = 0.0) -> Example
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             "The router's balancing loss (output_router_logits) joins the tokens of all examples, so that no gradient "
-            "belongs to one: set model.config.output_router_logits = False."
+            "belongs to one: set model.config.output_router_logits = False (TRL: SFTConfig(router_aux_loss_coef=0.0))."
         )
     kind = getattr(base, "loss_type", None)
     if type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        kind = "ForCausalLM"  # GPT2LMHeadModel, too, has no loss type of its own
+        # GPT2LMHeadModel, too, has no loss type of its own; Bart's decoder is given labels that are shifted already.
+        kind = "ForCausalLM" if _shifts_labels(base) else "ForMaskedLM"
     if getattr(config, "is_encoder_decoder", False) and kind != "ForSequenceClassification":
         kind = "ForMaskedLM"  # its decoder is given the labels shifted already
     found = _BY_LOSS_TYPE.get(str(kind))
@@ -73,6 +76,27 @@ def split_labels(inputs: Mapping[str, Any], label_names: list[str]) -> tuple[dic
     )
 
 
+@torch.no_grad()
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether a language model's own loss is that of the next tokens, told by a made-up text.
+
+    Raises:
+        ValueError: it is neither that nor the loss of the tokens as they stand.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([[5, 3, 7, 4, 6]], device=device)
+    with modes_kept(model):
+        outputs: Any = model.eval()(input_ids=ids, labels=ids)
+    own = float(outputs.loss)
+    next_tokens, same = (float(loss(outputs.logits, ids)) for loss in (causal_lm_loss, masked_lm_loss))
+    if min(abs(own - next_tokens), abs(own - same)) > 0.02 * abs(own):
+        raise ValueError(
+            f"The loss of a {type(model).__name__} is not that of the next tokens: give compute_loss_func=lambda "
+            "outputs, labels: …, which returns one loss for each example, shape (N,)."
+        )
+    return abs(own - next_tokens) <= abs(own - same)
+
+
 def _causal_lm(outputs: Any, labels: Mapping[str, Tensor]) -> Tensor:
     return causal_lm_loss(outputs.logits, labels["labels"])
 
@@ -96,6 +120,8 @@ def _classification(
 ) -> Tensor:
     logits, given = outputs.logits, labels["labels"]
     problem = getattr(config, "problem_type", None)
+    if label_smoothing and (problem not in (None, "single_label_classification") or given.is_floating_point()):
+        raise ValueError("label_smoothing_factor is for one class an example: leave it out.")
     if problem == "regression" or (problem is None and logits.shape[-1] == 1):
         return regression_loss(logits.squeeze(-1) if logits.shape[-1] == 1 else logits, given.to(logits.dtype))
     if problem == "multi_label_classification" or (problem is None and given.is_floating_point()):

@@ -13,7 +13,7 @@ def _option(default: object, text: str) -> object:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrivacyArguments:
     """How private a run of :class:`lora_dp.PrivateTrainer` is. ``HfArgumentParser`` reads it from a command line.
 

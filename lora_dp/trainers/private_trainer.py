@@ -1,6 +1,5 @@
 """Transformers' Trainer with private steps."""
 
-import json
 import logging
 import math
 import warnings
@@ -18,26 +17,28 @@ from lora_dp.argument_checks import check_kind
 from lora_dp.engine.batch_memory import parts_of
 from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
+from lora_dp.engine.recorder import recorder_of
 from lora_dp.extras import needing
 from lora_dp.trainers.every_draw import EMPTY, EveryDraw
 from lora_dp.trainers.example_losses import ExampleLosses, example_losses_of, split_labels
 from lora_dp.trainers.privacy_arguments import PrivacyArguments
+from lora_dp.trainers.run_ledger import RunLedger
 from lora_dp.trainers.statement import privacy_statement, write_statement
 
 with needing("PrivateTrainer", "trainer"):
     import datasets
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
 
 _LOG = logging.getLogger(__name__)
 
-LEDGER = "privacy_ledger.json"
 # Of what the Trainer logs, this is read off private batches.
 _PRIVATE_LOGS = ("loss", "train_loss", "grad_norm", "total_flos")
 
 
 @dataclass(frozen=True)
 class _Run:
-    model: nn.Module
+    of: tuple[Any, ...]
     optimizer: PrivateOptimizer
     draws: EveryDraw
     losses: ExampleLosses
@@ -107,9 +108,18 @@ class PrivateTrainer(Trainer):
         check_kind("privacy", privacy, PrivacyArguments, "PrivacyArguments(target_epsilon=…, target_delta=…)")
         self.privacy = privacy
         self.engine = PrivacyEngine(privacy.accountant, reproducible_seed=privacy.reproducible_seed)
+        self._spent = RunLedger(self.engine, privacy)
         self._run: _Run | None = None
         self._steps_into_epoch = 0
+        if getattr(type(self).compute_loss, "__module__", "").partition(".")[0] not in ("transformers", "trl"):
+            raise TypeError(
+                "compute_loss gives one number for a batch, which training here does not use: override "
+                "compute_example_losses(model, inputs), which returns one loss for each example, (N,)."
+            )
         super().__init__(*args, **kwargs)
+        self._given_losses = self.compute_loss_func
+        if self._given_losses is not None:
+            self.compute_loss_func = self._mean_loss  # what evaluation calls
         self._check_settings()
         self.add_callback(_StateOfEpoch(self))
         if privacy.log_private_loss:
@@ -131,6 +141,8 @@ class PrivateTrainer(Trainer):
             )
         if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
             raise ValueError("include_num_input_tokens_seen counts private tokens without noise: leave it out.")
+        if not args.skip_memory_metrics:
+            raise ValueError("skip_memory_metrics=False tells of the largest private batch: leave it out.")
         if args.fp16:
             raise ValueError("fp16 scales the loss by what gradients hold: choose bf16=True, or float32.")
         if args.n_gpu > 1 or args.world_size > 1:
@@ -150,16 +162,12 @@ class PrivateTrainer(Trainer):
         assert self.model is not None
         return self.model
 
-    @property
-    def _physical_batch_size(self) -> int:
-        return int(self._user_batch_size)
-
     @contextmanager
     def _logical_batches(self) -> Iterator[None]:
         """Inside, the Trainer sees one batch a step, of the size that is expected."""
         args = self.args
         given = args.per_device_train_batch_size, args.gradient_accumulation_steps, self._train_batch_size
-        self._user_batch_size = args.per_device_train_batch_size
+        self._physical_batch_size = given[0]
         args.per_device_train_batch_size = self._train_batch_size = given[0] * given[1]
         args.gradient_accumulation_steps = 1
         try:
@@ -171,20 +179,32 @@ class PrivateTrainer(Trainer):
         """As the Trainer's; ``training_loss`` of what it returns is NaN, unless ``log_private_loss`` is set.
 
         Raises:
-            ValueError: ``output_dir`` holds the ledger of another run, or a checkpoint has none.
+            ValueError: ``output_dir`` holds the ledger of another run, or a checkpoint has none; nothing was loaded.
         """
-        ledger = self._output_dir / LEDGER
-        if not resume_from_checkpoint and ledger.exists() and not self.engine.ledger.steps:
-            raise ValueError(
-                f"'{ledger}' holds the private steps of an earlier run: go on with it by "
-                "train(resume_from_checkpoint=True), or choose another output_dir."
-            )
-        with self._logical_batches():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self._output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint in '{self._output_dir}': train without resuming.")
+        if resume_from_checkpoint:
+            self._spent.take_up(Path(str(resume_from_checkpoint)))  # before its weights are
+        else:
+            self._spent.check_new(self._output_dir)
+        try:
+            with self._logical_batches():
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            self._forget_run()  # a batch that was drawn and not stepped can be stepped no more
+            raise
         if self.privacy.log_private_loss:
             return result
         metrics = {name: value for name, value in result.metrics.items() if name not in _PRIVATE_LOGS}
         return result._replace(training_loss=math.nan, metrics=metrics)
+
+    def _forget_run(self) -> None:
+        """Let the next training be made private anew, by the same engine and on the same optimizer."""
+        if self._run is not None:
+            self.optimizer = self._run.optimizer.original_optimizer
+            self._run = None
 
     def get_train_dataloader(self) -> EveryDraw:  # type: ignore[override]
         """The private batches; the first call makes the model and the optimizer private.
@@ -192,14 +212,26 @@ class PrivateTrainer(Trainer):
         Raises:
             ValueError, TypeError: as of :meth:`lora_dp.PrivacyEngine.make_private`.
         """
-        if self._run is None or self._run.model is not self.model:
-            self._run = self._make_private()
+        of = (self.model, self.train_dataset, self.data_collator)
+        if self._run is not None and any(now is not then for now, then in zip(of, self._run.of, strict=True)):
+            if self._run.of[0] is self.model:
+                self._forget_run()
+            self._run = None
+        if self._run is None:
+            self._run = self._make_private(of)
             self.optimizer = self._run.optimizer
         return self._run.draws
 
-    def _make_private(self) -> _Run:
+    def _make_private(self, of: tuple[Any, ...]) -> _Run:
         if self.train_dataset is None:
             raise ValueError("Training needs a train_dataset: give one.")
+        recorder = recorder_of(self._model)
+        released = None if recorder is None else recorder.released
+        if released is not None and not self.engine.history.holds(released.runs):
+            raise ValueError(
+                f"The model has {released.ledger.steps} private steps of another engine, which ε here would leave out: "
+                "load them by trainer.engine.load_state_dict(engine.state_dict()), or begin with a new model."
+            )
         losses = self._own_losses or example_losses_of(self._model, self.args.label_smoothing_factor)
         privacy, args = self.privacy, self.args
         options: dict[str, Any] = {
@@ -221,7 +253,7 @@ class PrivateTrainer(Trainer):
                 **options, target_epsilon=privacy.target_epsilon, target_delta=privacy.delta, **length
             )
         _, optimizer, loader = made
-        return _Run(self._model, optimizer, EveryDraw(loader, optimizer, self._stop), losses)
+        return _Run(of, optimizer, EveryDraw(loader, optimizer, self._stop), losses)
 
     def _plain_loader(self) -> DataLoader[Any]:
         dataset: Any = self.train_dataset
@@ -232,7 +264,7 @@ class PrivateTrainer(Trainer):
             collate = self._get_collator_with_removed_columns(collate, description="training")
         return DataLoader(
             dataset,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             shuffle=True,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
@@ -243,10 +275,13 @@ class PrivateTrainer(Trainer):
 
     @property
     def _own_losses(self) -> ExampleLosses | None:
-        given = self.compute_loss_func
-        if given is None:
-            return None
-        return lambda outputs, labels: given(outputs, labels.get("labels", labels))
+        given = self._given_losses
+        return None if given is None else lambda outputs, labels: given(outputs, labels.get("labels", labels))
+
+    def _mean_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        assert self._given_losses is not None
+        losses: Tensor = self._given_losses(outputs, labels)
+        return losses.mean()
 
     def _stop(self) -> None:
         _LOG.warning("The privacy budget is spent: training stops, and the model is kept as it is.")
@@ -254,26 +289,8 @@ class PrivateTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None:
-            self._load_ledger(Path(resume_from_checkpoint))
-        self.engine.keep_ledger(self._output_dir / LEDGER)
+        self._spent.begin(self._output_dir)
         return prepared
-
-    def _load_ledger(self, checkpoint: Path) -> None:
-        own, beside = checkpoint / LEDGER, checkpoint.parent / LEDGER
-        if not own.exists():
-            raise ValueError(
-                f"'{checkpoint}' has no {LEDGER}, so that ε would leave out its steps: resume what a private Trainer "
-                "saved."
-            )
-        if not beside.exists():
-            warnings.warn(
-                f"'{beside}' is missing, where every step is written before it is taken: steps after '{checkpoint}' "
-                "are not counted.",
-                stacklevel=2,
-            )
-        found = beside if beside.exists() else own
-        self.engine.load_state_dict(json.loads(found.read_text(encoding="utf-8")))
 
     # The loop
 
@@ -355,7 +372,7 @@ class PrivateTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        (Path(output_dir) / LEDGER).write_text(json.dumps(self.engine.state_dict()), encoding="utf-8")
+        self._spent.save(Path(output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Random states are as secret as the noise: none is written."""
@@ -373,16 +390,14 @@ class PrivateTrainer(Trainer):
         self._write_statement(self._output_dir)
 
     def _write_statement(self, folder: Path) -> None:
-        privacy = self.privacy
+        if not self.engine.ledger.steps:
+            return  # nothing was trained here, of which there would be something to state
         statement = privacy_statement(
             ledger=self.engine.ledger.state_dict(),
             epsilon=self.epsilon(),
-            delta=privacy.delta,
-            clip_bound=privacy.clip_bound,
-            clipping=privacy.clipping,
-            accountant=privacy.accountant,
-            secret=privacy.reproducible_seed is None,
-            logged_loss=privacy.log_private_loss,
+            delta=self.privacy.delta,
+            accountant=self.privacy.accountant,
+            settings=self._spent.settings or [self.privacy.as_dict()],
         )
         write_statement(folder, statement)
 

@@ -1,7 +1,8 @@
 """What a saved model says of its privacy: a section of its card, and the same in ``privacy.json``."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,7 @@ _END = "<!-- end of the privacy statement -->"
 
 
 def privacy_statement(
-    *,
-    ledger: Mapping[str, Any],
-    epsilon: float,
-    delta: float,
-    clip_bound: float,
-    clipping: str,
-    accountant: str,
-    secret: bool,
-    logged_loss: bool,
+    *, ledger: Mapping[str, Any], epsilon: float, delta: float, accountant: str, settings: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The guarantee of a run, and what it rests on, as plain numbers and sentences.
 
@@ -29,28 +22,29 @@ def privacy_statement(
         ledger: its state.
         epsilon: spent at ``delta``.
         delta: δ.
-        clip_bound: C.
-        clipping: how it was clipped.
         accountant: by which ε was computed.
-        secret: whether sampling and noise were secret.
-        logged_loss: whether losses of training batches were logged.
+        settings: of each part of the run, as :meth:`~lora_dp.PrivacyArguments.as_dict` gives them.
 
-    >>> from lora_dp import Ledger
-    >>> statement = privacy_statement(ledger=Ledger().state_dict(), epsilon=0.0, delta=1e-5, clip_bound=1.0,
-    ...     clipping="flat", accountant="pld", secret=True, logged_loss=False)
+    >>> from lora_dp import Ledger, PrivacyArguments
+    >>> settings = [PrivacyArguments(noise_multiplier=1.0, target_delta=1e-5).as_dict()]
+    >>> statement = privacy_statement(
+    ...     ledger=Ledger().state_dict(), epsilon=0.0, delta=1e-5, accountant="pld", settings=settings)
     >>> statement["unit"]
     'one training example, added or removed'
     """
     caveats = []
-    if not secret:
+    if not math.isfinite(epsilon):
+        caveats.append("There were steps without noise: nothing is promised.")
+    if any(part["reproducible_seed"] is not None for part in settings):
         caveats.append("Sampling and noise followed a seed: who guesses it is not kept from anything.")
-    if logged_loss:
+    if any(part["log_private_loss"] for part in settings):
         caveats.append("Losses of training batches were logged, which ε does not cover.")
+    clipped = ", then ".join(dict.fromkeys(f"{part['clipping']} at C = {part['clip_bound']:g}" for part in settings))
     return {
         "unit": "one training example, added or removed",
-        "epsilon": epsilon,
+        "epsilon": epsilon if math.isfinite(epsilon) else None,
         "delta": delta,
-        "mechanism": f"DP-SGD: gradients of single examples clipped ({clipping}) at C = {clip_bound:g}, Gaussian noise",
+        "mechanism": f"DP-SGD: gradients of single examples clipped ({clipped}), Gaussian noise",
         "sampling": "Poisson, each example on its own in each step",
         "steps": [
             {name: entry[name] for name in ("count", "noise_multiplier", "sample_rate")} for entry in ledger["entries"]
@@ -65,9 +59,7 @@ def privacy_statement(
 def write_statement(folder: Path, statement: Mapping[str, Any]) -> None:
     """Write ``privacy.json``, and the section of README.md in place of an earlier one.
 
-    >>> from lora_dp import Ledger
-    >>> write_statement(Path("."), privacy_statement(ledger=Ledger().state_dict(), epsilon=0.0, delta=1e-5,
-    ...     clip_bound=1.0, clipping="flat", accountant="pld", secret=True, logged_loss=False))
+    >>> write_statement(Path("."), statement)
     >>> Path("README.md").read_text().splitlines()[0]
     '## Differential privacy'
     """
@@ -84,6 +76,7 @@ def _section(statement: Mapping[str, Any]) -> str:
         f"{entry['count']} at σ = {entry['noise_multiplier']:.4g} and rate {entry['sample_rate']:.4g}"
         for entry in statement["steps"]
     )
+    spent = "∞" if statement["epsilon"] is None else f"{statement['epsilon']:.4g}"
     rows = {
         "Unit": statement["unit"],
         "Mechanism": statement["mechanism"],
@@ -96,7 +89,7 @@ def _section(statement: Mapping[str, Any]) -> str:
     lines = [
         _TITLE,
         "",
-        f"Trained with (ε, δ)-differential privacy: **ε = {statement['epsilon']:.4g} at δ = {statement['delta']:g}**.",
+        f"Trained with (ε, δ)-differential privacy: **ε = {spent} at δ = {statement['delta']:g}**.",
         "",
         "| | |",
         "| --- | --- |",

@@ -41,7 +41,7 @@ def test_a_file_that_cannot_be_written_releases_nothing(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_dp.engine.engine.write_atomically", full)
+    monkeypatch.setattr("lora_dp.atomic_files.write_atomically", full)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(OSError, match="No space"):
         take_step(model, optimizer, examples(4))
@@ -74,3 +74,26 @@ def test_a_seeded_run_is_written_too(tmp_path: Path) -> None:
     resumed = PrivacyEngine(reproducible_seed=4)
     resumed.load_state_dict(json.loads((tmp_path / "ledger.json").read_text()))
     assert resumed.ledger.steps == 1
+
+
+def test_two_runs_of_one_file_are_told_apart(tmp_path: Path) -> None:
+    runs = []
+    for _ in range(2):
+        engine, model = PrivacyEngine(), mlp()
+        optimizer = make_private(model, batch_size=4, noise_multiplier=1.0, engine=engine)
+        engine.keep_ledger(tmp_path / "ledger.json")
+        runs.append((model, optimizer))
+    take_step(*runs[1], examples(4))
+    with pytest.raises(RuntimeError, match="another run writes to it"):
+        take_step(*runs[0], examples(4))
+    with pytest.raises(RuntimeError, match="A step failed before its batch had its noise"):
+        take_step(*runs[0], examples(4))  # and its batch is not passed over
+
+
+def test_a_state_that_is_taken_up_later_is_written_at_once(tmp_path: Path) -> None:
+    engine, model = PrivacyEngine(), mlp()
+    take_step(model, make_private(model, batch_size=4, noise_multiplier=1.0, engine=engine), examples(4))
+    resumed = PrivacyEngine()
+    resumed.keep_ledger(tmp_path / "ledger.json")
+    resumed.load_state_dict(engine.state_dict())
+    assert steps_in(tmp_path / "ledger.json") == 1

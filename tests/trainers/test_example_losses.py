@@ -55,9 +55,19 @@ def vit() -> nn.Module:
     return tf.ViTForImageClassification(config).eval()
 
 
+def bart() -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.BartConfig(
+        vocab_size=30, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=20, dropout=0.0
+    )
+    return tf.BartForCausalLM(config).eval()
+
+
 TOKENS = IDS.masked_fill(MASK == 0, -100)
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
     "causal": (gpt, {"input_ids": IDS, "attention_mask": MASK, "labels": TOKENS}),
+    # Its labels are shifted already.
+    "decoder": (bart, {"input_ids": IDS, "labels": TOKENS}),
     "masked": (lambda: bert("MaskedLM"), {"input_ids": IDS, "attention_mask": MASK, "labels": TOKENS}),
     "tokens": (
         lambda: bert("TokenClassification", num_labels=3),
@@ -119,6 +129,10 @@ def test_smoothing_is_torchs() -> None:
     torch.testing.assert_close(example_losses_of(model, 0.2)(outputs, labels), smooth)
     with pytest.raises(ValueError, match="for classification alone"):
         example_losses_of(gpt(), 0.2)
+    regression = bert("SequenceClassification", num_labels=1, problem_type="regression")
+    inputs, labels = split_labels(CASES["regression"][1], ["labels"])
+    with pytest.raises(ValueError, match="for one class an example"):
+        example_losses_of(regression, 0.2)(regression(**inputs), labels)
 
 
 def test_a_model_for_another_task_names_the_remedy() -> None:

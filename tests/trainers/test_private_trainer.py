@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from lora_dp import IsolationError, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp import IsolationError, LoRAConfig, PrivacyArguments, PrivacyEngine, PrivateTrainer, inject_lora
 from lora_dp.losses import causal_lm_loss
 from tests.language_models import ATTENTION, causal_lm, completions, stacked
 from tests.support import brute_force, clip_and_sum
 from tests.trainers.training import N, adapted, arguments, private_trainer
+
+ROWS = completions(N)
+PRIVACY = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3)
 
 
 def one_loss(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
@@ -407,8 +410,6 @@ def test_a_balancing_loss_of_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_privacy_is_to_be_privacy_arguments(tmp_path: Path) -> None:
-    from lora_dp import PrivateTrainer
-
     with pytest.raises(TypeError, match="privacy"):
         PrivateTrainer(model=adapted(), args=arguments(tmp_path), privacy={"target_epsilon": 1})
 
@@ -447,3 +448,112 @@ def test_evaluation_between_steps_is_transformers_own(tmp_path: Path) -> None:
     trainer.train()
     assert before["eval_loss"] > 0
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+# After mistakes
+
+
+def test_a_checkpoint_without_a_ledger_is_refused_before_its_weights_are_loaded(tmp_path: Path) -> None:
+    plain = Trainer(
+        model=adapted(), args=arguments(tmp_path / "plain", save_strategy="steps", save_steps=3), train_dataset=ROWS
+    )
+    plain.train()
+    model = adapted()
+    before = of_trained(model)
+    trainer = private_trainer(tmp_path / "private", model)
+    with pytest.raises(ValueError, match="has no privacy_ledger.json"):
+        trainer.train(str(tmp_path / "plain" / "checkpoint-3"))
+    assert all(torch.equal(before[name], weight) for name, weight in of_trained(model).items())
+
+
+def test_steps_of_another_engine_are_not_left_out(tmp_path: Path) -> None:
+    model = adapted()
+    first = private_trainer(tmp_path / "1", model)
+    first.train()
+    second = private_trainer(tmp_path / "2", model)
+    second.save_model()
+    assert not (tmp_path / "2" / "privacy.json").exists()
+    with pytest.raises(ValueError, match="has 6 private steps of another engine"):
+        second.train()
+    second.engine.load_state_dict(first.engine.state_dict())
+    second.train()
+    assert second.engine.ledger.steps == 12
+
+
+def test_no_run_of_empty_draws_is_told(tmp_path: Path) -> None:
+    """One step of the ledger for each step that is logged, though two draws in a row were empty."""
+    told: list[tuple[int, int]] = []
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            told.append((state.global_step, trainer.engine.ledger.steps))
+
+    trainer = private_trainer(
+        tmp_path,
+        training={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 60},
+        callbacks=[Steps()],
+    )
+    trainer.train()
+    assert told == [(step, step) for step in range(1, 61)]
+
+
+def test_a_budget_that_ends_among_empty_draws_ends_the_run(tmp_path: Path) -> None:
+    trainer = private_trainer(
+        tmp_path,
+        privacy={"target_epsilon": 4.0},
+        training={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 10},
+    )
+    trainer.train()
+    trainer.args.max_steps = 40
+    trainer.train()  # there is no room for a step more
+    assert trainer.engine.ledger.steps == 10
+    assert trainer.epsilon() <= 4.0
+
+
+def test_an_interrupted_trainer_trains_on(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2 and trainer.engine.ledger.steps == 2:
+                raise KeyboardInterrupt
+
+    trainer = private_trainer(tmp_path, callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert trainer.engine.ledger.steps == 2 + 6
+
+
+def test_another_data_set_is_trained_on(tmp_path: Path) -> None:
+    trainer = private_trainer(tmp_path)
+    looked = trainer.get_train_dataloader()
+    assert (looked.batch_size, len(looked)) == (4, 4)
+    other = completions(32, seed=9)
+    trainer.train_dataset = other
+    trainer.train()
+    assert trainer.get_train_dataloader().dataset is other
+    assert trainer.engine.ledger.entries[0][0].sample_rate == 4 / 32
+
+
+def test_a_loss_of_a_batch_is_refused(tmp_path: Path) -> None:
+    class Own(PrivateTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="override compute_example_losses"):
+        Own(model=adapted(), args=arguments(tmp_path), privacy=PRIVACY, train_dataset=ROWS)
+
+
+def test_a_loss_of_ones_own_is_averaged_in_evaluation(tmp_path: Path) -> None:
+    trainer = private_trainer(
+        tmp_path,
+        compute_loss_func=lambda outputs, labels: causal_lm_loss(outputs.logits, labels),
+        eval_dataset=completions(8, seed=3),
+    )
+    reference = private_trainer(tmp_path / "reference", eval_dataset=completions(8, seed=3))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(reference.evaluate()["eval_loss"], rel=0.3)
+    trainer.train()
+
+
+def test_memory_metrics_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="skip_memory_metrics=False tells of the largest private batch"):
+        private_trainer(tmp_path, training={"skip_memory_metrics": False})
