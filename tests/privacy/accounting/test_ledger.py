@@ -172,3 +172,12 @@ def test_an_interrupt_forgets_no_earlier_step():
                 sys.settrace(before)
             assert ledger.steps in (1000, 1005) and ledger.entries[0][1] >= 1000
     assert interrupted > 10
+
+
+def test_who_listens_is_told_of_each_append_once_it_is_counted() -> None:
+    ledger, told = Ledger(), []
+    ledger.on_append = lambda: told.append(ledger.steps)
+    for _ in range(2):
+        ledger.append(PoissonGaussian(1.0, 0.1))
+    ledger.append(PoissonGaussian(2.0, 0.1), 3)
+    assert told == [1, 2, 5]
