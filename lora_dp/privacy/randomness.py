@@ -180,15 +180,13 @@ class SeededSource(RandomSource):
         Raises:
             ValueError: a state of another kind, or of another seed.
         """
-        if (
-            not isinstance(state, dict)
-            or set(state) != {"draws", "seed"}
-            or not all(_whole_number(value) and int(value) >= 0 for value in state.values())
-        ):
+        held = {name: _whole_number(value) for name, value in state.items()} if isinstance(state, dict) else {}
+        if set(held) != {"draws", "seed"} or any(number is None or number < 0 for number in held.values()):
             raise ValueError("Not the state of a seeded source: it must hold the integers 'draws' and 'seed'.")
-        if int(state["seed"]) != self.seed % 2**62:
+        if held["seed"] != self.seed % 2**62:
             raise ValueError("The saved source had another seed: make this one with the same.")
-        self._next = int(state["draws"])
+        assert held["draws"] is not None
+        self._next = held["draws"]
 
     def __repr__(self) -> str:
         return f"SeededSource({self.seed})"
@@ -197,10 +195,10 @@ class SeededSource(RandomSource):
         return _continued, (self.seed, self._next)
 
 
-def _whole_number(value: object) -> bool:
-    if isinstance(value, Tensor):
-        return value.dtype == torch.int64 and value.dim() == 0
-    return isinstance(value, int) and not isinstance(value, bool)
+def _whole_number(value: Any) -> int | None:
+    if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0:
+        value = value.item()
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _continued(seed: int, draws: int) -> SeededSource:

@@ -319,3 +319,16 @@ def test_a_key_of_zeros_is_no_key() -> None:
     """What a page holds that a fork has emptied, in a process that has got its grandparent's number."""
     with pytest.raises(ValueError, match="is empty, as in a forked process"):
         draw_from(native.key_from(bytes(32)))
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor], ids=["number", "tensor"])
+def test_a_state_of_numbers_is_taken_and_one_of_tensors_as_an_earlier_version_wrote_it(kind: Any) -> None:
+    source = SeededSource(7)
+    source.uniform(1)
+    source.uniform(1)
+    expected = source.uniform(4)
+    resumed = SeededSource(7)
+    resumed.load_state_dict({"draws": kind(2), "seed": kind(7)})
+    assert torch.equal(resumed.uniform(4), expected)
+    assert resumed.state_dict() == source.state_dict()
+    assert type(resumed.state_dict()["draws"]) is int
