@@ -560,3 +560,31 @@ def test_a_loss_of_ones_own_is_averaged_in_evaluation(tmp_path: Path) -> None:
 def test_memory_metrics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="skip_memory_metrics=False tells of the largest private batch"):
         private_trainer(tmp_path, training={"skip_memory_metrics": False})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_other_trackers_are_told_of_epsilon_offline(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(tracker)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": kept,
+        "WANDB_SILENT": "true",
+        "TRACKIO_DIR": kept,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    code = f"""
+from pathlib import Path
+from tests.trainers.training import private_trainer
+private_trainer(Path({str(tmp_path / "run")!r}), training={{"report_to": [{tracker!r}], "max_steps": 3}}).train()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    written = b"".join(path.read_bytes() for path in kept.rglob("*") if path.is_file())
+    assert b"train/epsilon" in written
+    assert b"train/loss" not in written
