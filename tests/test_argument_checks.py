@@ -104,7 +104,7 @@ def test_objects_of_another_class(name: str, value: object) -> None:
     ("options", "words"),
     [
         ({"target_modules": None}, "target_modules must be a list of names, got None"),
-        ({"trainable_modules": None}, "trainable_modules must be a list of names, got None"),
+        ({"trainable_modules": 5}, "trainable_modules must be a list of names, got 5"),
         ({"dropout": "0.1"}, "dropout must be a number"),
         ({"dropout": None}, "dropout must be a number"),
         ({"alpha": "8"}, "alpha must be a number, got '8' (str)"),

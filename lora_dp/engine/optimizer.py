@@ -531,8 +531,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self._cycle.begins:
             if self._budget is not None:
                 self._budget.check()
-            with self.batch.whole_or_lost():
-                self.ledger.append(self.event)
+            self.ledger.append(self.event)
         self._recorder.released = self.history
         sums = [collected.get(id(p.parameter), _zeros_like(p.parameter)) for p in trained]
         # Whatever plain gradient was left on any parameter, frozen ones too, must not move it.

@@ -22,7 +22,7 @@ def warn_of_half_precision(model: nn.Module) -> None:
             f"{len(half)} trained parameters are in half precision, '{half[0]}' the first: most of their values never "
             "change at small learning rates. Convert the model before inject_lora, which keeps what is trained in "
             "float32.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

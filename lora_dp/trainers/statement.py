@@ -59,7 +59,10 @@ def privacy_statement(
 def write_statement(folder: Path, statement: Mapping[str, Any]) -> None:
     """Write ``privacy.json``, and the section of README.md in place of an earlier one.
 
-    >>> write_statement(Path("."), statement)
+    >>> from lora_dp import Ledger, PrivacyArguments
+    >>> settings = [PrivacyArguments(noise_multiplier=1.0, target_delta=1e-5).as_dict()]
+    >>> write_statement(Path("."), privacy_statement(
+    ...     ledger=Ledger().state_dict(), epsilon=0.0, delta=1e-5, accountant="pld", settings=settings))
     >>> Path("README.md").read_text().splitlines()[0]
     '## Differential privacy'
     """
