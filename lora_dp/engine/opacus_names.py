@@ -2,10 +2,9 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
-P = ParamSpec("P")
-R = TypeVar("R")
+T = TypeVar("T", bound=Callable[..., Any])
 
 OF_MAKE_PRIVATE = {
     "module": "give it as model=…",
@@ -65,7 +64,7 @@ def raise_for(holder: object, name: str, told: Mapping[str, str]) -> NoReturn:
     raise AttributeError(f"'{type(holder).__name__}' has no '{name}'.")
 
 
-def tells_opacus_users(function: Callable[P, R]) -> Callable[P, R]:
+def tells_opacus_users(function: T) -> T:
     """``function``, which refuses the arguments of Opacus' ``make_private`` with what to write instead.
 
     >>> tells_opacus_users(lambda **options: None)(poisson_sampling=False)
@@ -74,10 +73,10 @@ def tells_opacus_users(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name in OF_MAKE_PRIVATE:
                 raise TypeError(f"'{name}' is an argument of Opacus': {OF_MAKE_PRIVATE[name]}.")
         return function(*args, **kwargs)
 
-    return checked
+    return cast(T, checked)

@@ -75,7 +75,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         The model; a plain layer in its place where the model is a private layer itself.
 
     Raises:
-        ValueError: as of :func:`merge_adapters`.
+        ValueError: as of :func:`lora_dp.merge_adapters`.
         TypeError: no model, or PEFT's, which has a ``merge_and_unload`` of its own.
 
     >>> from lora_dp import LoRAConfig, inject_lora
