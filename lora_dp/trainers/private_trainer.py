@@ -111,6 +111,7 @@ class PrivateTrainer(Trainer):
         self._spent = RunLedger(self.engine, privacy)
         self._run: _Run | None = None
         self._steps_into_epoch = 0
+        self._physical_batch_size: int | None = None
         if getattr(type(self).compute_loss, "__module__", "").partition(".")[0] not in ("transformers", "trl"):
             raise TypeError(
                 "compute_loss gives one number for a batch, which training here does not use: override "
@@ -174,6 +175,7 @@ class PrivateTrainer(Trainer):
             yield
         finally:
             args.per_device_train_batch_size, args.gradient_accumulation_steps, self._train_batch_size = given
+            self._physical_batch_size = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; ``training_loss`` of what it returns is NaN, unless ``log_private_loss`` is set.
@@ -317,7 +319,7 @@ class PrivateTrainer(Trainer):
             # The loader has taken this step: Accelerate's optimizer takes none while gradients are not in sync.
             self.accelerator.gradient_state._set_sync_gradients(False)
             return torch.zeros((), device=self.args.device)
-        assert self._run is not None
+        assert self._run is not None and self._physical_batch_size is not None
         optimizer = self._run.optimizer
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -381,7 +383,15 @@ class PrivateTrainer(Trainer):
         """None is read: a state that is known would make masks known."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        args = self.args
+        shown = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if self._physical_batch_size is not None:  # while training, args tell the logical batch
+            args.per_device_train_batch_size = self._physical_batch_size
+            args.gradient_accumulation_steps = shown[0] // self._physical_batch_size
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            args.per_device_train_batch_size, args.gradient_accumulation_steps = shown
         self._write_statement(Path(output_dir or self._output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
