@@ -39,8 +39,7 @@ from lora_dp.privacy.accounting import (
     check_epsilon,
 )
 from lora_dp.privacy.accounting.budget import Budget
-from lora_dp.privacy.accounting.history import History, read_runs
-from lora_dp.privacy.accounting.ledger import begins
+from lora_dp.privacy.accounting.history import History, Spent
 from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName, make_clip_rule
 from lora_dp.privacy.correlated_noise import BandedNoise, CorrelatedMechanism
@@ -421,13 +420,11 @@ class PrivacyEngine:
                 f"The saved engine used the accountant '{state['accountant']}', this one '{self.accountant}': make "
                 "this one as the saved one was."
             )
-        loaded = Ledger()
-        loaded.load_state_dict(state["ledger"])
-        runs = read_runs(state.get("runs"), loaded.steps)
-        if not (loaded.continues(self.ledger) and begins(runs, self.history.runs)):
+        loaded = Spent.of(state)
+        if not loaded.continues(self.history.spent):
             remedy = (
                 "load the model and the optimizer alone, and keep the engine"
-                if self.history.holds(runs)
+                if self.history.holds(loaded.runs)
                 else ("load it into a new engine before the first step, and sum ε over both")
             )
             raise ValueError(
@@ -439,7 +436,7 @@ class PrivacyEngine:
                 "The saved engine and this one differ in reproducible_seed: make this one as the saved one was."
             )
         self.ledger.load_state_dict(state["ledger"])
-        self.history.go_on_from(runs)
+        self.history.go_on_from(loaded.runs)
         if self.ledger.on_append is not None:
             self.ledger.on_append()
         if isinstance(self.source, SeededSource):
@@ -473,14 +470,13 @@ class PrivacyEngine:
         file = Path(path)
         if file.exists():
             try:
-                kept = Ledger()
-                kept.load_state_dict(json.loads(file.read_text(encoding="utf-8"))["ledger"])
+                kept = Spent.of(json.loads(file.read_text(encoding="utf-8")))
             except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(f"{os.fspath(path)!r} holds no ledger of an engine: choose another file.") from error
-            if not self.ledger.continues(kept):
+            if not self.history.spent.continues(kept):
                 raise ValueError(
-                    f"{os.fspath(path)!r} holds {kept.steps} steps, not all of which this engine knows: go on with "
-                    "them by engine.load_state_dict, or choose another file."
+                    f"{os.fspath(path)!r} holds {kept.ledger.steps} steps, not all of which this engine knows: go on "
+                    "with them by engine.load_state_dict, or choose another file."
                 )
         self.ledger.on_append = KeptFile(file, lambda: json.dumps(self._state())).write
         self.ledger.on_append()

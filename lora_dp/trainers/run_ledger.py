@@ -7,9 +7,7 @@ from typing import Any
 
 from lora_dp.atomic_files import write_atomically
 from lora_dp.engine.engine import PrivacyEngine
-from lora_dp.privacy.accounting import Ledger
-from lora_dp.privacy.accounting.history import read_runs
-from lora_dp.privacy.accounting.ledger import begins
+from lora_dp.privacy.accounting.history import Spent
 from lora_dp.trainers.privacy_arguments import PrivacyArguments
 
 LEDGER, SETTINGS = "privacy_ledger.json", "privacy_settings.json"
@@ -44,7 +42,7 @@ class RunLedger:
         >>> kept.check_new(Path("run"))
         """
         file = folder / LEDGER
-        if not self._engine.ledger.steps and file.exists() and _ledger_in(_read(file)).steps:
+        if not self._engine.ledger.steps and file.exists() and _read(file)[1].ledger.steps:
             raise ValueError(
                 f"'{file}' holds the private steps of an earlier run: go on with it by "
                 "train(resume_from_checkpoint=True), or choose another output_dir."
@@ -64,22 +62,22 @@ class RunLedger:
                 f"'{checkpoint}' has no {LEDGER}, so that ε would leave out its steps: resume what a private Trainer "
                 "saved."
             )
-        state = _read(own)
+        state, spent = _read(own)
         if beside.exists():
-            later = _read(beside)
-            if not _continues(later, state):
+            state, later = _read(beside)
+            if not later.continues(spent):
                 raise ValueError(
                     f"'{beside}' lacks steps that '{own}' holds, so it is of another run: put the checkpoint back "
                     "beside its own ledger."
                 )
-            state = later
+            spent = later
         else:
             warnings.warn(
                 f"'{beside}' is missing, where every step is written before it is taken: steps after '{checkpoint}' "
                 "are not counted.",
                 stacklevel=2,
             )
-        if not self._engine.ledger.steps or not _continues(self._engine.state_dict(), state):
+        if not self._engine.history.spent.continues(spent):
             self._engine.load_state_dict(state)
         for folder in (checkpoint, checkpoint.parent):
             if (folder / SETTINGS).exists():
@@ -101,22 +99,10 @@ class RunLedger:
         self.settings += [part for part in settings if part not in self.settings]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> tuple[dict[str, Any], Spent]:
+    """The state in a file, and what it says was spent."""
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        _ledger_in(state)
+        return state, Spent.of(state)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"'{file}' holds no ledger ({error}): restore it from a backup.") from error
-    return dict(state)
-
-
-def _ledger_in(state: dict[str, Any]) -> Ledger:
-    ledger = Ledger()
-    ledger.load_state_dict(state["ledger"])
-    return ledger
-
-
-def _continues(later: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    ledgers = [_ledger_in(state) for state in (later, earlier)]
-    runs = [read_runs(state.get("runs"), ledger.steps) for state, ledger in zip((later, earlier), ledgers, strict=True)]
-    return ledgers[0].continues(ledgers[1]) and begins(*runs)

@@ -95,3 +95,15 @@ def test_a_state_that_is_taken_up_later_is_written_at_once(tmp_path: Path) -> No
     resumed.keep_ledger(tmp_path / "ledger.json")
     resumed.load_state_dict(engine.state_dict())
     assert steps_in(tmp_path / "ledger.json") == 1
+
+
+def test_as_many_steps_of_another_run_are_not_written_over(tmp_path: Path) -> None:
+    first, second = PrivacyEngine(), PrivacyEngine()
+    for engine in (first, second):
+        model = mlp()
+        take_step(model, make_private(model, batch_size=4, noise_multiplier=1.0, engine=engine), examples(4))
+    first.keep_ledger(tmp_path / "ledger.json")
+    before = (tmp_path / "ledger.json").read_text()
+    with pytest.raises(ValueError, match="holds 1 steps, not all of which this engine knows"):
+        second.keep_ledger(tmp_path / "ledger.json")
+    assert (tmp_path / "ledger.json").read_text() == before

@@ -1,8 +1,8 @@
 """Whose steps a ledger has: so that those of another history are told from as many of one's own."""
 
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lora_dp.privacy.accounting.ledger import Ledger, begins
 from lora_dp.privacy.accounting.steps import whole
@@ -32,6 +32,11 @@ class History:
         """Whether the ledger has all steps of these runs, and no others before or between them."""
         return begins(self.runs, runs)
 
+    @property
+    def spent(self) -> "Spent":
+        """The ledger and its runs, as they are now."""
+        return Spent(self.ledger, self.runs)
+
     def go_on_from(self, runs: Sequence[Run]) -> None:
         """The ledger has been made that of these runs."""
         self._earlier, self._name = list(runs), secrets.token_hex(8)
@@ -56,3 +61,25 @@ def read_runs(saved: Any, steps: int) -> list[Run]:
     if sum(count for _, count in runs) != steps:
         raise ValueError(f"The runs of a ledger have other steps than its {steps}: restore a backup.")
     return runs
+
+
+class Spent(NamedTuple):
+    """What an engine has spent: its steps, and whose they are."""
+
+    ledger: Ledger
+    runs: list[Run]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Spent":
+        """As an engine's state says.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is no such state, or damaged.
+        """
+        ledger = Ledger()
+        ledger.load_state_dict(state["ledger"])
+        return cls(ledger, read_runs(state.get("runs"), ledger.steps))
+
+    def continues(self, earlier: "Spent") -> bool:
+        """Whether this begins with all of ``earlier``, by the same runs."""
+        return self.ledger.continues(earlier.ledger) and begins(self.runs, earlier.runs)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_dp import Ledger, PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.privacy.accounting import PoissonGaussian
-from lora_dp.privacy.accounting.history import History, read_runs
+from lora_dp.privacy.accounting.history import History, Spent, read_runs
 from tests.models import assert_refuses, mlp
 from tests.support import make_private
 
@@ -178,3 +178,21 @@ def test_the_ledger_of_an_engine_is_its_own() -> None:
     engine.ledger.load_state_dict(saved.state_dict())
     optimizer.step_on_empty_batch()
     assert engine.ledger.steps == 6
+
+
+def test_what_was_spent_is_told_by_steps_and_by_runs() -> None:
+    first, optimizer = started(2)
+    before = Spent.of(first.state_dict())
+    assert (before.ledger.steps, before.runs) == (2, first.history.runs)
+    optimizer.step_on_empty_batch()
+    after = first.history.spent
+    assert after.continues(before)
+    assert not before.continues(after)
+    other, _ = started(5)  # as many steps and more, by another run
+    assert not other.history.spent.continues(before)
+    # The runs of the one with the steps of another kind
+    other_steps = Ledger()
+    other_steps.append(PoissonGaussian(2.0, 0.1), 3)
+    assert not Spent(other_steps, after.runs).continues(before)
+    with pytest.raises(KeyError):
+        Spent.of({})
