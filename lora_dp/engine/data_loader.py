@@ -191,7 +191,6 @@ class PrivateDataLoader(DataLoader[Any]):
         self._on_begin, self._on_end, self._on_varying_width = on_begin, on_end, on_varying_width
         self._collations_tested: set[frozenset[Any]] = set()
         self._unfetched: str | None = None
-        self._collate = loader.collate_fn
         self._options: dict[str, Any] = {
             "collate_fn": collation(loader.collate_fn, source),
             "num_workers": loader.num_workers,
@@ -307,6 +306,6 @@ class PrivateDataLoader(DataLoader[Any]):
         kinds, kind = self._collations_tested, arguments(batch)
         if len(drawn) < 2 or ((kind in kinds or len(kinds) >= _KINDS) and not drawn_for_test()):
             return
-        if check_collation(self.dataset, self._collate, drawn, batch):
+        if check_collation(self.dataset, self.collate_fn, drawn, batch):
             self._on_varying_width()
         kinds.add(kind)

@@ -22,7 +22,7 @@ from lora_dp.nn.adapter_start import Adapter
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.lora_tangent_linear import DPLoRATangentLinear
 from lora_dp.nn.lora_xs_linear import DPLoRAXSLinear
-from lora_dp.nn.private_module import PrivateModule
+from lora_dp.nn.private_module import PrivateModule, replace_modules
 from lora_dp.ops.registry import wide_dtype
 
 _KINDS: dict[Adapter, type[DPLoRALinear]] = {"lora": DPLoRALinear, "xs": DPLoRAXSLinear, "tangent": DPLoRATangentLinear}
@@ -119,10 +119,7 @@ def inject_into(model: nn.Module, modules: Modules, config: LoRAConfig, targets:
             init_a=config.init_a,
             any_rank=True,  # inject_lora has looked; what others have trained is loaded as it is
         )
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replacements:
-                setattr(parent, child_name, replacements[id(child)])
+    replace_modules(model, replacements)
     for parameter in model.parameters():
         if id(parameter) in trained:
             parameter.requires_grad_(True)

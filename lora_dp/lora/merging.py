@@ -5,7 +5,7 @@ from torch import nn
 
 from lora_dp.argument_checks import check_kind
 from lora_dp.nn.lora_linear import DPLoRALinear
-from lora_dp.nn.private_module import PrivateModule, pass_recorder_of
+from lora_dp.nn.private_module import PrivateModule, pass_recorder_of, replace_modules
 
 
 def adapters_of(model: nn.Module) -> dict[str, DPLoRALinear]:
@@ -99,10 +99,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         for parameter in layer.parameters():
             if frozen is not None and torch.promote_types(frozen, parameter.dtype) != frozen:
                 parameter.data = parameter.data.to(frozen)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in plain:
-                parent._modules[name] = plain[id(child)]
+    replace_modules(model, plain)
+    for parent in model.modules():
         for mark in ("lora_config", "lora_trained_modules", "lora_embeddings", "save_pretrained"):
             parent.__dict__.pop(mark, None)
     return plain.get(id(model), model).requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_dp.lora.targets import Modules, check_untied, is_linear, private_kin
 from lora_dp.nn import functional
 from lora_dp.nn.per_example import Slot
-from lora_dp.nn.private_module import PrivateModule, is_transposed
+from lora_dp.nn.private_module import PrivateModule, is_transposed, replace_modules
 
 
 class DPPeftLinear(PrivateModule, lora.Linear):
@@ -118,10 +118,7 @@ def adopt_peft_layers(model: nn.Module) -> None:
     for layer in adapted:
         layer.__class__ = DPPeftLinear
         layer.recorder = getattr(layer, "recorder", None)
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replacements:
-                parent._modules[child_name] = replacements[id(child)]
+    replace_modules(model, replacements)
 
 
 def _adapter_parameters(layer: Any) -> Iterable[nn.Parameter]:

@@ -92,6 +92,14 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
     return (out_features, in_features) if is_transposed(linear) else (in_features, out_features)
 
 
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put each replacement in every place of the module whose ``id`` it stands under."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+
+
 def plain_linear(weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, training: bool) -> nn.Module:
     """An ``nn.Linear``, or a ``Conv1D`` of Transformers' where the weight is stored as (d_in, d_out), of these very
     parameters."""

@@ -56,11 +56,11 @@ def example_losses_of(model: nn.Module, label_smoothing: float = 0.0) -> Example
             f"The losses of single examples are not known for a {type(base).__name__}: give "
             "compute_loss_func=lambda outputs, labels: …, which returns one loss for each example, shape (N,)."
         )
-    if label_smoothing and found is not _classification:
-        raise ValueError("label_smoothing_factor is for classification alone: leave it out.")
-    if found is _classification and label_smoothing:
+    if found is _classification:
         return lambda outputs, labels: _classification(outputs, labels, config, label_smoothing)
-    return (lambda outputs, labels: _classification(outputs, labels, config)) if found is _classification else found
+    if label_smoothing:
+        raise ValueError("label_smoothing_factor is for classification alone: leave it out.")
+    return found
 
 
 def split_labels(inputs: Mapping[str, Any], label_names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,9 +115,7 @@ def _answers(outputs: Any, labels: Mapping[str, Tensor]) -> Tensor:
     )
 
 
-def _classification(
-    outputs: Any, labels: Mapping[str, Tensor], config: Any = None, label_smoothing: float = 0.0
-) -> Tensor:
+def _classification(outputs: Any, labels: Mapping[str, Tensor], config: Any, label_smoothing: float) -> Tensor:
     logits, given = outputs.logits, labels["labels"]
     problem = getattr(config, "problem_type", None)
     if label_smoothing and (problem not in (None, "single_label_classification") or given.is_floating_point()):

@@ -1,6 +1,6 @@
 """What a private Trainer is told about privacy, beside ``TrainingArguments``."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import get_args
 
 from lora_dp.argument_checks import check_flag, check_number
@@ -83,4 +83,4 @@ class PrivacyArguments:
         >>> PrivacyArguments(noise_multiplier=1.0, target_delta=1e-5).as_dict()["phases"]
         'AB'
         """
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return asdict(self)
