@@ -1,8 +1,13 @@
 """Tiny causal language models of five families, in float64, with completion-only labels of uneven lengths."""
 
+from typing import Any
+
+import peft
 import torch
 import transformers as tf
 from torch import Tensor, nn
+
+from lora_dp.losses import causal_lm_loss
 
 VOCABULARY, IGNORED = 40, -100
 _SMALL = {
@@ -71,3 +76,27 @@ def completions(n: int, *, side: str = "right", seed: int = 1) -> list[dict[str,
 def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of them."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def adapted_causal_lm(family: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """With PEFT's adapters on its attention, whose B is not zero, so that both factors move."""
+    config = peft.LoraConfig(
+        **{"r": 3, "lora_alpha": 6, "target_modules": ATTENTION[family], "task_type": "CAUSAL_LM", **options}
+    )
+    model = peft.get_peft_model(causal_lm(family, dtype), config, autocast_adapter_dtype=False)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype).train()
+
+
+def losses_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(N,): of the next tokens, by the labels."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return causal_lm_loss(model(**inputs).logits, batch["labels"])
+
+
+def one_loss(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
+    """Of a text alone."""
+    return losses_of(model, stacked([row]))[0]

@@ -10,9 +10,17 @@ from torch import Tensor, nn
 
 from lora_dp import IsolationError, LoRAConfig, PrivacyEngine, inject_lora
 from lora_dp.lora.peft_layers import DPPeftLinear, adopt_peft_layers
-from lora_dp.losses import causal_lm_loss
 from lora_dp.nn.layers import DPLayerNorm, DPLinear
-from tests.language_models import ATTENTION, FAMILIES, causal_lm, completions, stacked
+from tests.language_models import (
+    ATTENTION,
+    FAMILIES,
+    adapted_causal_lm,
+    causal_lm,
+    completions,
+    losses_of,
+    one_loss,
+    stacked,
+)
 from tests.models import assert_refuses
 from tests.support import brute_force, clip_and_sum, make_private
 
@@ -22,22 +30,7 @@ ROWS = completions(6)
 
 
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-    """A PeftModel whose factors B are not zero."""
-    options = {"r": 3, "lora_alpha": 6, "target_modules": ATTENTION[family], "task_type": "CAUSAL_LM", **options}
-    model = peft.get_peft_model(causal_lm(family, dtype), peft.LoraConfig(**options), autocast_adapter_dtype=False)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).train()
-
-
-def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return causal_lm_loss(model(**inputs).logits, batch["labels"])
-
-
-def one_loss(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
-    return losses(model, stacked([row]))[0]
+    return adapted_causal_lm(family, dtype, **options)
 
 
 def trained(model: nn.Module) -> set[str]:
@@ -49,7 +42,7 @@ def private_sum(model: nn.Module, rows: list[dict[str, Tensor]], bound: float, *
     optimizer = make_private(model, batch_size=len(rows), max_grad_norm=bound, **options)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.batch.expect(len(rows))
-    optimizer.backward(losses(model, stacked(rows)))
+    optimizer.backward(losses_of(model, stacked(rows)))
     optimizer.step()
     return {name: (before[name] - p.detach()) * len(rows) for name, p in model.named_parameters() if p.requires_grad}
 
@@ -112,7 +105,7 @@ def test_prompt_tuning_is_refused_at_its_first_batch() -> None:
     model = peft.get_peft_model(causal_lm("llama"), config)
     make_private(model, batch_size=6)
     with pytest.raises(IsolationError, match=r"'prompt_encoder\.default\.embedding' works on .* freeze it"):
-        losses(model, stacked(ROWS))
+        losses_of(model, stacked(ROWS))
 
 
 def test_biases_alone_of_adapted_layers() -> None:
@@ -131,10 +124,10 @@ def test_several_adapters_the_trained_beside_a_frozen_one() -> None:
         if "other" in name:
             parameter.requires_grad_(False)
     assert not any("other" in name for name in trained(model))
-    with_both = losses(model, stacked(ROWS)).detach()
+    with_both = losses_of(model, stacked(ROWS)).detach()
     assert_sums(model, ROWS)
     model.base_model.set_adapter("default")
-    assert not torch.allclose(with_both, losses(model.eval(), stacked(ROWS)).detach())  # the frozen one counted
+    assert not torch.allclose(with_both, losses_of(model.eval(), stacked(ROWS)).detach())  # the frozen one counted
 
 
 def test_phases_train_one_factor() -> None:
@@ -148,17 +141,17 @@ def test_masks_of_dropout_are_drawn_and_scaled() -> None:
     plain = {id(layer): copy.deepcopy(layer.lora_dropout) for layer in model.modules() if type(layer) is DPPeftLinear}
     assert plain
     make_private(model, batch_size=6)
-    first, second = losses(model, stacked(ROWS)), losses(model, stacked(ROWS))
+    first, second = losses_of(model, stacked(ROWS)), losses_of(model, stacked(ROWS))
     assert not torch.equal(first, second)
     model.eval()
-    assert torch.equal(losses(model, stacked(ROWS)), losses(model, stacked(ROWS)))
+    assert torch.equal(losses_of(model, stacked(ROWS)), losses_of(model, stacked(ROWS)))
 
 
 def test_forwards_are_pefts_without_an_engine_and_after_training() -> None:
     model = adapted()
-    before = losses(model, stacked(ROWS)).detach()
+    before = losses_of(model, stacked(ROWS)).detach()
     adopt_peft_layers(model)
-    assert torch.equal(losses(model, stacked(ROWS)).detach(), before)
+    assert torch.equal(losses_of(model, stacked(ROWS)).detach(), before)
     assert any(type(module) is DPPeftLinear for module in model.modules())
     adopt_peft_layers(model)  # twice does no harm
 
@@ -170,22 +163,22 @@ def test_what_peft_does_with_a_trained_model(tmp_path: Path) -> None:
     private_sum(model, ROWS, 1.0)
     assert type(model.base_model.model.lm_head.modules_to_save["default"]) is DPLinear
     model.eval()
-    expected = losses(model, stacked(ROWS)).detach()
+    expected = losses_of(model, stacked(ROWS)).detach()
 
     with torch.no_grad(), model.disable_adapter():
-        plain = losses(model, stacked(ROWS))
+        plain = losses_of(model, stacked(ROWS))
     assert not torch.allclose(plain, expected)
-    assert torch.equal(losses(model, stacked(ROWS)).detach(), expected)
+    assert torch.equal(losses_of(model, stacked(ROWS)).detach(), expected)
 
     model.save_pretrained(tmp_path)
     opened = peft.PeftModel.from_pretrained(causal_lm("llama", torch.float32), tmp_path).eval()
-    torch.testing.assert_close(losses(opened, stacked(ROWS)).detach(), expected)
+    torch.testing.assert_close(losses_of(opened, stacked(ROWS)).detach(), expected)
 
     model.merge_adapter()
-    torch.testing.assert_close(losses(model, stacked(ROWS)).detach(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses_of(model, stacked(ROWS)).detach(), expected, rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
     merged = model.merge_and_unload()
-    torch.testing.assert_close(losses(merged, stacked(ROWS)).detach(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses_of(merged, stacked(ROWS)).detach(), expected, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name, _ in merged.named_modules())
     assert base.keys() > set()
 
@@ -209,7 +202,7 @@ def test_a_merged_adapter_and_adapters_by_example_are_refused_in_training() -> N
     make_private(model, batch_size=6)
     with torch.no_grad():
         model.merge_adapter()
-    assert_refuses(RuntimeError, "call unmerge_adapter", lambda: losses(model, stacked(ROWS)))
+    assert_refuses(RuntimeError, "call unmerge_adapter", lambda: losses_of(model, stacked(ROWS)))
     model.unmerge_adapter()
     layer = next(module for module in model.modules() if type(module) is DPPeftLinear)
     layer.recorder.open(2)
@@ -227,7 +220,7 @@ def test_an_adapter_that_comes_later_is_not_trained_unclipped() -> None:
 
     def step() -> None:
         optimizer.batch.expect(6)
-        optimizer.backward(losses(model, stacked(ROWS)))
+        optimizer.backward(losses_of(model, stacked(ROWS)))
         optimizer.step()
 
     with pytest.raises((RuntimeError, ValueError)):
@@ -280,5 +273,5 @@ def test_a_copy_is_to_be_made_private_itself() -> None:
     model = adapted()
     make_private(model, batch_size=6)
     twin = copy.deepcopy(model)
-    assert_refuses(RuntimeError, "copy of a private model", lambda: losses(twin, stacked(ROWS)))
+    assert_refuses(RuntimeError, "copy of a private model", lambda: losses_of(twin, stacked(ROWS)))
     assert PrivacyEngine().ledger.steps == 0

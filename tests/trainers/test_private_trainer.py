@@ -16,18 +16,12 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from lora_dp import IsolationError, LoRAConfig, PrivacyArguments, PrivacyEngine, PrivateTrainer, inject_lora
 from lora_dp.losses import causal_lm_loss
-from tests.language_models import ATTENTION, causal_lm, completions, stacked
+from tests.language_models import ATTENTION, causal_lm, completions, one_loss, stacked
 from tests.support import brute_force, clip_and_sum
 from tests.trainers.training import N, adapted, arguments, private_trainer
 
 ROWS = completions(N)
 PRIVACY = PrivacyArguments(noise_multiplier=1.0, target_delta=1e-3)
-
-
-def one_loss(model: nn.Module, row: dict[str, Tensor]) -> Tensor:
-    batch = stacked([row])
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    return causal_lm_loss(logits, batch["labels"])[0]
 
 
 def of_trained(model: nn.Module) -> dict[str, Tensor]:

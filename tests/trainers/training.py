@@ -3,28 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import TrainingArguments
 
 from lora_dp import PrivacyArguments, PrivateTrainer
-from tests.language_models import ATTENTION, causal_lm, completions
+from tests.language_models import adapted_causal_lm, completions
 
 N = 16
 
 
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """A PeftModel of a tiny language model; B is not zero, so that both factors move."""
-    config = peft.LoraConfig(
-        **{"r": 3, "lora_alpha": 6, "target_modules": ATTENTION[family], "task_type": "CAUSAL_LM", **options}
-    )
-    model = peft.get_peft_model(causal_lm(family, dtype), config, autocast_adapter_dtype=False)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
+    return adapted_causal_lm(family, dtype, **options)
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
