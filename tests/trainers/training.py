@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from lora_dp import PrivacyArguments, PrivateTrainer
 from tests.language_models import adapted_causal_lm, completions
 
 N = 16
+# Of a run that keeps checkpoints.
+SAVED = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
 
 
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -46,3 +48,7 @@ def private_trainer(folder: Path, model: nn.Module | None = None, **options: Any
         train_dataset=options.pop("train_dataset", completions(N)),
         **options,
     )
+
+
+def of_trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
