@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lora_dp.fed.data.options import DataConfig
+from lora_dp.fed.data.options import OF_LANGUAGE_MODELS, DataConfig, Task
 from lora_dp.fed.did_you_mean import closest
 from lora_dp.fed.methods import Method, get_method
 from lora_dp.fed.methods.base import nearest_rate
@@ -138,6 +138,51 @@ class RunConfig:
             )
             chosen.low_pass_strength = own_strength if same else 0.0
 
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """Raises ValueError where an option is for another task than the data's."""
+        if self.data.task != "causal-lm":
+            return
+        model, method = self.model, self.method
+        require_that(
+            method.has_adapters,
+            f"{method.name} trains a head that classifies, which no language model has: choose another method.",
+        )
+        of_classes = {
+            "features": model.features not in ("auto", "own"),
+            "feature_blocks": model.feature_blocks != [-1],
+            "contrast": model.contrast != "as-is",
+            "whitening": model.whitening != "none",
+            "class_texts": model.class_texts is not None,
+            "sums_share": self.privacy.sums_share > 0,
+            "views": self.optimization.views > 1,
+        }
+        if found := [name for name, given in of_classes.items() if given]:
+            raise ValueError(
+                f"{found[0]} is for classification: leave it out. Where the method's recipe sets it, name --task "
+                "causal-lm, for which there is none."
+            )
+        require_that(
+            self.federation.partition == "iid" or self.data.label_column is not None,
+            "partition dirichlet shares out classes, of which these data have none: name a label_column, or leave it "
+            "out.",
+        )
+
+    def settle_task(self, task: Task) -> None:
+        """Writes down what is learned, found out when the data were opened.
+
+        Raises:
+            ValueError: an option is for another task.
+
+        >>> opened = RunConfig.from_flat({"dataset": "texts.csv"})
+        >>> opened.settle_task("causal-lm")
+        >>> opened.data.task
+        'causal-lm'
+        """
+        self.data = dataclasses.replace(self.data, task=task)
+        self._check_task()
+
     @property
     def method(self) -> Method:
         """The method with its options.
@@ -174,7 +219,11 @@ class RunConfig:
         2
         """
         mine, its = dataclasses.asdict(self), dataclasses.asdict(other)
-        settled = {"model": ["adapt_last"] if self.model.adapt_last is None else [], "privacy": [], "optimization": []}
+        settled: dict[str, list[str]] = {name: [] for name in mine}
+        if self.model.adapt_last is None:
+            settled["model"].append("adapt_last")
+        if self.data.task == "auto":
+            settled["data"].append("task")
         if self.model.features in ("fitting", "auto"):
             settled["model"].append("features")
         if self.model.class_texts == "names" and isinstance(other.model.class_texts, list):
@@ -234,7 +283,7 @@ class RunConfig:
 def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the method of these flat options chooses for those that are left out, as far as it fits the others.
 
-    It is for a head on features of unit length: with features own or auto there is none.
+    It is for a head on features of unit length: with features own or auto, and for language models, there is none.
 
     >>> recipe({"method": "quiet-lora"})["server_optimizer"]
     'momentum'
@@ -243,6 +292,7 @@ def recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     name, of_method = options.get("method", FederationConfig.method), options.get("method_options", {})
     own = options.get("features", "fitting") in ("own", "auto")
+    own |= options.get("task") == "causal-lm" or any(options.get(name) for name in OF_LANGUAGE_MODELS)
     # What has the wrong type is refused where it is checked.
     if (
         not isinstance(name, str)

@@ -25,6 +25,7 @@ SERVERS_OWN = frozenset(
         "client_timeout",
         "fault_norm",
         "evaluate_every",
+        "generate",
         "checkpoint_every",
         "output",
         "device",

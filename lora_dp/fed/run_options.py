@@ -276,6 +276,9 @@ class RunOptions:
     """Let batches and noise follow the seed too: for research only, such a run must not be released."""
     evaluate_every: int = 1
     """Rounds from one evaluation on the validation data to the next; the last round is always evaluated."""
+    generate: int = 50
+    """For causal-lm: so many validation prompts are gone on from, before and after training, and the texts judged by
+    BLEU and ROUGE-L; 0 for none."""
     checkpoint_every: int = 1
     """Rounds from one checkpoint to the next, from which resume goes on."""
     output: Path | None = None
@@ -288,5 +291,6 @@ class RunOptions:
         if self.output is not None:
             self.output = Path(self.output)
         require_that(0 <= self.seed < 2**63, f"seed must be from 0 to 2^63 - 1, not {self.seed}.")
+        require_that(self.generate >= 0, f"generate must not be negative, not {self.generate}: 0 is for none.")
         for name in ("evaluate_every", "checkpoint_every"):
             require_that(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}.")

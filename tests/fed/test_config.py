@@ -34,6 +34,7 @@ def test_these_options_are_one_of_some_words():
         "partition",
         "precision",
         "server_optimizer",
+        "task",
         "unit",
         "weighting",
         "whitening",

@@ -1,18 +1,18 @@
-"""Black box: examples of one client with a wrong label, in or out by coin, scored by the final model's loss."""
+"""Black box: examples of one client with a wrong label, in or out by coin, scored by the final model's loss.
 
-import copy
+For a language model, they are examples whose completions are random tokens.
+"""
+
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from lora_dp.auditing import ExampleCanaries
 from lora_dp.fed.auditing.game import Game
-from lora_dp.fed.data.examples import Examples
-from lora_dp.fed.models.loading import logits
-from lora_dp.fed.rounds.evaluation import EVALUATION_BATCH
+from lora_dp.fed.models.task_losses import task_losses
+from lora_dp.fed.rounds.evaluation import evaluation_batches
 from lora_dp.fed.rounds.federation import Federation
 
 Losses = dict[int, float]
@@ -31,21 +31,16 @@ class MislabelledExamples:
     """
 
     def __init__(self, game: Game, count: int, rng: np.random.Generator) -> None:
-        own, classes = game.job.parts[game.client], int(game.job.train.labels.max()) + 1
+        own = game.job.parts[game.client]
         if not 1 <= count <= len(own) // 2:
             raise ValueError(
                 f"count must lie between 1 and {len(own) // 2}, half of the {len(own)} examples of the client with the "
                 f"largest ε, not {count}."
             )
-        if classes < 2:
-            raise ValueError("All examples have one label, so that none can have a wrong one: plant gradients instead.")
         self._game = game
         self.indices = rng.permutation(own)[:count]
         self._others = np.setdiff1d(own, self.indices)
-        labels = game.job.train.labels.clone()
-        shift = torch.from_numpy(rng.integers(1, classes, count))
-        labels[self.indices] = (labels[self.indices] + shift) % classes
-        self._train = _relabelled(game.job.train, labels)
+        self._train = game.job.train.with_wrong_targets(self.indices, rng)
 
     def canaries(self) -> ExampleCanaries:
         """What :func:`lora_dp.audit` plants: numbers of examples."""
@@ -67,16 +62,7 @@ class MislabelledExamples:
         model.eval()
         found = []
         with torch.no_grad():
-            for batch in self._train.subset(self.indices).batches(EVALUATION_BATCH):
+            for batch in evaluation_batches(self._train.subset(self.indices)):
                 batch = {name: tensor.to(federation.device) for name, tensor in batch.items()}
-                scores = logits(model, batch, precision).double()
-                found.append(F.cross_entropy(scores, batch["labels"], reduction="none"))
+                found.append(task_losses(model, batch, precision))
         return dict(zip(self.indices.tolist(), torch.cat(found).tolist(), strict=True))
-
-
-def _relabelled(examples: Examples, labels: torch.Tensor) -> Examples:
-    view = copy.copy(examples)
-    store = examples._labels.clone()
-    store[examples._rows] = labels
-    view._labels = store
-    return view

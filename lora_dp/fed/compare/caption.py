@@ -6,11 +6,10 @@ from pandas import DataFrame
 
 from lora_dp.fed.compare import search, tables
 from lora_dp.fed.compare.grid import LR_FACTOR, Cell, Grid
+from lora_dp.fed.compare.measures import MEASURES
 from lora_dp.fed.compare.outcomes import Outcomes
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.runs.folder import ENDED
-
-METRIC_NAMES = {"accuracy": "Accuracy", "balanced-accuracy": "Balanced accuracy (mean recall of the classes)"}
 
 
 def caption(outcomes: Outcomes, cells: DataFrame) -> str:
@@ -22,9 +21,10 @@ def caption(outcomes: Outcomes, cells: DataFrame) -> str:
     """
     grid = outcomes.grid
     parts = [_what(grid), *_variants(grid), *_spread(grid, cells), *_budget(grid, cells)]
-    before = 100 * cells.loc[cells["status"].isin(ENDED), tables.BEFORE[grid.metric]].astype(float)
+    measure = MEASURES[grid.metric]
+    before = measure.factor * cells.loc[cells["status"].isin(ENDED), measure.before].astype(float)
     if len(before):
-        low, high = f"{before.min():.1f}", f"{before.max():.1f}"
+        low, high = measure.number(before.min()), measure.number(before.max())
         parts.append(f"Before training: {low if low == high else f'{low} to {high}'}.")
     parts += _search(outcomes, cells) if grid.searches else [_rates(grid)]
     diverged = int((cells["status"] == "diverged").sum())
@@ -46,7 +46,7 @@ def _what(grid: Grid) -> str:
         "as many" if name in grid.searched else str(getattr(federation, name)) for name in ("rounds", "local_steps")
     )
     return (
-        f"{METRIC_NAMES[grid.metric]} after the last round, in percent of the validation data of "
+        f"{MEASURES[grid.metric].name} after the last round, {MEASURES[grid.metric].means} of "
         f"{example.data.dataset}; model {example.model.name}, {federation.clients} clients{among}{drawn}, {rounds} "
         f"rounds of {steps} local steps{' as were chosen' if 'as many' in (rounds, steps) else ''}."
     )

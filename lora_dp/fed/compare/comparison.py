@@ -23,6 +23,7 @@ from lora_dp.atomic_files import write_atomically, write_bytes_atomically
 from lora_dp.fed.compare import plot, tables
 from lora_dp.fed.compare.caption import caption
 from lora_dp.fed.compare.grid import DEFINITION, Cell, Grid, own_defaults, read_definition
+from lora_dp.fed.compare.measures import MEASURES
 from lora_dp.fed.compare.options import CompareConfig, Metric
 from lora_dp.fed.compare.outcomes import FAILURES, NOT_COMPLETE, Outcomes
 from lora_dp.fed.compare.workers import INTERRUPTED, Why, run_all
@@ -150,11 +151,11 @@ class _Work:
         self.outcomes.refresh(cell)
         if self.outcomes.ended(cell):
             summary = self.outcomes.summary(cell)
-            metric = summary[tables.KEYS[self.outcomes.grid.metric]]
+            measure = MEASURES[self.outcomes.grid.metric]
             note = "" if summary["status"] == "finished" else f"   {summary['status']}"
             note += "   no privacy guarantee (ε = ∞)" if summary.get("guarantee") else ""
             name = self.outcomes.grid.metric.replace("-", " ")
-            _say(self.console, f"{cell}   {name} {100 * metric:.1f} %{note}")
+            _say(self.console, f"{cell}   {name} {measure.shown(summary[measure.after])}{note}")
         elif self.outcomes.diverged(cell):
             _say(self.console, f"{cell}   diverged: {reason.in_full if reason else 'too few usable updates'}")
         else:

@@ -89,6 +89,11 @@ class Grid:
         self.cells = [Cell(row, e, s) for row in rows for e in config.epsilons for s in config.seeds]
         self.common = dict(common)
         self.metric, self.tuning_seeds, self._ranges = config.metric, list(config.tuning_seeds), config.search
+        if (self.metric == "perplexity") != (common.get("task") == "causal-lm") and self.metric != "accuracy":
+            raise ValueError(
+                f"metric {self.metric} is for task {'causal-lm' if self.metric == 'perplexity' else 'classification'}: "
+                "set task, or choose accuracy, which a language model has of its tokens."
+            )
         self._whole = _searchable()
         self._check_search()
         self._own = {name: getattr(config, name) for name in _OWN}

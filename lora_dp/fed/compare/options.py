@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Metric = Literal["accuracy", "balanced-accuracy"]
+Metric = Literal["accuracy", "balanced-accuracy", "perplexity"]
 # What the guarantee below a table is about.
 _GUARANTEE = ("delta", "unit", "noise_by", "mechanism", "reproducible")
 
@@ -24,7 +24,8 @@ class CompareConfig:
     """Further rows: by a name of your own, the options that differ from the others', as in
     --variants "{plain-mean: {method: head-only, averaging: none}}"."""
     metric: Metric = "accuracy"
-    """What settings are chosen by and the table shows: accuracy, or its mean over classes."""
+    """What settings are chosen by and the table shows: accuracy (of tokens, for language models), its mean over
+    classes, or perplexity."""
     search: dict[str, list[float]] = field(default_factory=dict)
     """Ranges of numeric options to search at random, on a log scale, for each method at each ε by itself, as in
     --search.lr 0.3,10; lr_factor is in multiples of the method's own lr. By default nothing is searched."""

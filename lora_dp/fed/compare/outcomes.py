@@ -10,6 +10,7 @@ from pandas import DataFrame
 
 from lora_dp.fed.compare import tables
 from lora_dp.fed.compare.grid import Budget, Cell, Grid
+from lora_dp.fed.compare.measures import MEASURES
 from lora_dp.fed.compare.search import DIVERGED, Places, Score, Standing
 from lora_dp.fed.runs.folder import ENDED
 
@@ -84,7 +85,8 @@ class Outcomes:
                 return DIVERGED
             if self.ended(cell):
                 summary = self.summary(cell)
-                found.append((summary[tables.KEYS[self.grid.metric]], summary["loss_after"]))
+                measure = MEASURES[self.grid.metric]
+                found.append((measure.sign * summary[measure.after], summary["loss_after"]))
         if len(found) < len(self.grid.tuning_seeds):
             return None
         return -sum(metric for metric, _ in found) / len(found), sum(loss for _, loss in found) / len(found)

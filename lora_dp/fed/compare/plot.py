@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pandas import DataFrame, Series
 
 from lora_dp.fed.compare import tables
+from lora_dp.fed.compare.measures import MEASURES, Measure
 from lora_dp.fed.compare.options import Metric
 from lora_dp.fed.plot_style import BLUE, INK, ORANGE, PURPLE, QUIET, marks_of
 from lora_dp.fed.runs.folder import ENDED
@@ -40,7 +41,10 @@ def draw(cells: DataFrame, metric: Metric, width: float = 10.0) -> Figure:
         metric: that is drawn.
         width: of the figure, in inches.
     """
+    measure = MEASURES[metric]
     numbers = tables.statistics(cells, metric)
+    # Turned round where less is better, so that better is always to the right.
+    numbers["mean"] = measure.sign * numbers["mean"]
     budgets = list(numbers["epsilon"].unique())
     first = numbers[numbers["epsilon"] == budgets[0]].set_index("method")["mean"]
     order = list(first.sort_values(ascending=True, na_position="first").index)
@@ -52,11 +56,15 @@ def draw(cells: DataFrame, metric: Metric, width: float = 10.0) -> Figure:
         column = numbers[numbers["epsilon"] == budget].dropna(subset="mean")
         runs = cells[(cells["epsilon"] == budget) & cells["status"].isin(ENDED)]
         axes.set_title(tables.budget_name(budget, kept=kept), fontsize=10, pad=16)
-        _panel(axes, column, runs, metric, rows)
+        _panel(axes, column, runs, measure, rows)
     panels[0].set_yticks(range(len(order)), order, color=INK)
     panels[0].set_ylim(-0.6, len(order) - 0.4)
     seeds = int(numbers["n"].max())
-    words = {"accuracy": "Accuracy (%)", "balanced-accuracy": "Balanced accuracy (%)"}[metric]
+    words = {
+        "accuracy": "Accuracy (%)",
+        "balanced-accuracy": "Balanced accuracy (%)",
+        "perplexity": "Perplexity (to the right is better)",
+    }[metric]
     spread = f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else ", one run each"
     marks = "".join(f"\n{said}" for said in marks_of(not kept, cells["release"].notna().any()))
     figure.supxlabel(f"{words}{spread}{marks}", fontsize=9.5, color=INK)
@@ -74,7 +82,7 @@ def draw(cells: DataFrame, metric: Metric, width: float = 10.0) -> Figure:
     return figure
 
 
-def _panel(axes: Any, column: DataFrame, runs: DataFrame, metric: Metric, rows: dict[str, int]) -> None:
+def _panel(axes: Any, column: DataFrame, runs: DataFrame, measure: Measure, rows: dict[str, int]) -> None:
     """One budget: its methods in their rows, in the axis that fits them."""
     axes.yaxis.grid(False)
     axes.tick_params(length=0)
@@ -82,14 +90,18 @@ def _panel(axes: Any, column: DataFrame, runs: DataFrame, metric: Metric, rows: 
     if not len(column):
         axes.set_xticks([])
         return
-    values = 100 * runs[tables.KEYS[metric]].astype(float).to_numpy()
-    before = _start(100 * runs[tables.BEFORE[metric]].astype(float), runs["method"])
-    left, right = _limits(column, values, before)
+    factor = measure.sign * measure.factor
+    values = factor * runs[measure.after].astype(float).to_numpy()
+    before = _start(factor * runs[measure.before].astype(float), runs["method"])
+    left, right = _limits(column, values, before, ceiling=100.0 if measure.sign > 0 else 0.0)
+    if measure.sign < 0:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
     axes.set_xlim(left, right)
     if left <= before <= right:
         axes.axvline(before, color=QUIET, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1, label="before training")
     elif not np.isnan(before):
-        way = f"◂ {before:.1f} before training" if before < left else f"before training {before:.1f} ▸"
+        said = measure.number(abs(before))
+        way = f"◂ {said} before training" if before < left else f"before training {said} ▸"
         axes.annotate(
             way, (0, 1), (0, 4), "axes fraction", textcoords="offset points", va="bottom", fontsize=8, color=QUIET
         )
@@ -105,7 +117,7 @@ def _panel(axes: Any, column: DataFrame, runs: DataFrame, metric: Metric, rows: 
         place, mean = rows[each["method"]], each["mean"]
         if mean < left:
             axes.annotate(
-                f"◂ {mean:.1f}",
+                f"◂ {measure.number(abs(mean))}",
                 (left, place),
                 (4, 0),
                 textcoords="offset points",
@@ -140,7 +152,7 @@ def _start(before: Series, methods: Series) -> float:
     return float(before.mean()) if starts.max() - starts.min() <= _ONE_START else float("nan")
 
 
-def _limits(column: DataFrame, values: np.ndarray, before: float) -> tuple[float, float]:
+def _limits(column: DataFrame, values: np.ndarray, before: float, ceiling: float) -> tuple[float, float]:
     """Ends of the axis: around the seeds of all methods but those far below, with intervals and the start as far as
     these do not squeeze them."""
     means, halves = column["mean"].to_numpy(float), np.nan_to_num(column["half_width"].to_numpy(float))
@@ -156,4 +168,4 @@ def _limits(column: DataFrame, values: np.ndarray, before: float) -> tuple[float
     if least - span <= before <= most + span:
         least, most = min(least, before), max(most, before)
     margin = 0.12 * max(most - least, 1.0)
-    return least - margin, min(most + margin, 100 + margin / 2)
+    return least - margin, min(most + margin, ceiling + margin / 2)

@@ -9,6 +9,7 @@ from pandas import DataFrame
 
 from lora_dp.atomic_files import write_atomically
 from lora_dp.extras import require
+from lora_dp.fed.compare.measures import MEASURES
 from lora_dp.fed.compare.options import Metric
 from lora_dp.fed.compare.significance import against_best, half_width
 from lora_dp.fed.runs.folder import ENDED
@@ -17,9 +18,6 @@ from lora_dp.fed.runs.folder import ENDED
 for _package in ("tabulate", "jinja2"):
     require("lora_dp.fed", _package, "fed")
 
-# Of a summary, what each metric is called at the end of a run, and at its start.
-KEYS: dict[Metric, str] = {"accuracy": "accuracy_after", "balanced-accuracy": "balanced_accuracy_after"}
-BEFORE: dict[Metric, str] = {"accuracy": "accuracy_before", "balanced-accuracy": "balanced_accuracy_before"}
 # Behind what cannot be told from the best.
 TIED = "†"
 _NUMBERS = (
@@ -30,6 +28,8 @@ _NUMBERS = (
     "balanced_accuracy_after",
     "loss_before",
     "loss_after",
+    "perplexity_before",
+    "perplexity_after",
     "target_epsilon",
     "worst_epsilon",
     "delta",
@@ -112,19 +112,21 @@ def statistics(cells: DataFrame, metric: Metric) -> DataFrame:
     """Over the seeds of each method and budget, in the order of the grid and budgets ascending.
 
     Returns:
-        Columns method, epsilon; mean and half the width of its 95 % confidence interval, in percent; n of the cells
-        that ended, planned; p of the paired test against the best of the budget and its pairs, None where there is no
+        Columns method, epsilon; mean and half the width of its 95 % confidence interval, as shown; n of the cells that
+        ended, planned; p of the paired test against the best of the budget and its pairs, None where there is no
         test. The interval is NaN for one seed.
     """
-    found = []
+    found, measure = [], MEASURES[metric]
     methods = list(cells["method"].unique())
     for epsilon in sorted(cells["epsilon"].unique(), key=lambda e: np.inf if e == "none" else e):
         column = cells[cells["epsilon"] == epsilon]
         results = {
-            method: dict(zip(group["seed"], 100 * group[KEYS[metric]].astype(float), strict=True))
+            method: dict(zip(group["seed"], measure.factor * group[measure.after].astype(float), strict=True))
             for method, group in column[column["status"].isin(ENDED)].groupby("method", sort=False)
         }
-        tests = against_best(results)
+        # By how good they are, with the best on top.
+        goodness = {method: {s: measure.sign * value for s, value in own.items()} for method, own in results.items()}
+        tests = against_best(goodness)
         for method in methods:
             values = list(results.get(method, {}).values())
             test = tests.get(method)
@@ -152,27 +154,29 @@ def table(
     text: Callable[[str], str] = str,
     name: Callable[[str], str] = str,
 ) -> DataFrame:
-    """Methods × ε as text: mean ± half of its 95 % confidence interval in percent, a dash where no seed ended.
+    """Methods × ε as text: mean ± half of its 95 % confidence interval, a dash where no seed ended.
 
     Args:
         bold: marks the best of a column (where several methods ended; all that are equal as printed).
         text: escapes everything else.
         name: marks a method's name, which was escaped.
     """
-    numbers, kept = statistics(cells, metric), are_kept(cells)
+    numbers, kept, measure = statistics(cells, metric), are_kept(cells), MEASURES[metric]
     methods = numbers["method"].unique()
     shown: dict[str, list[str]] = {}
     for epsilon in numbers["epsilon"].unique():
         column, group = [], numbers[numbers["epsilon"] == epsilon]
-        contested, best = (group["n"] > 0).sum() > 1, f"{group['mean'].max():.1f}"
+        contested = (group["n"] > 0).sum() > 1
+        best = measure.number(group["mean"].max() if measure.sign > 0 else group["mean"].min())
         for _, each in group.iterrows():
             if not each["n"]:
                 column.append(text("–"))
                 continue
-            entry = f"{each['mean']:.1f}" + (f" ± {each['half_width']:.1f}" if each["n"] > 1 else "")
+            mean, half = measure.number(each["mean"]), measure.number(each["half_width"])
+            entry = mean + (f" ± {half}" if each["n"] > 1 else "")
             entry += TIED if each["tied"] else ""
             entry += f" (n = {each['n']})" if each["n"] < each["planned"] else ""
-            wins = contested and f"{each['mean']:.1f}" == best
+            wins = contested and mean == best
             column.append(bold(text(entry)) if wins else text(entry))
         shown[text(budget_name(epsilon, kept=kept))] = column
     return DataFrame(shown, index=[name(text(method)) for method in methods]).rename_axis(text("method"))
@@ -210,11 +214,11 @@ def _escaped(text: str) -> str:
 def with_intervals(cells: DataFrame, metric: Metric) -> DataFrame:
     """The cells, each with the mean of its method and budget, the ends of its 95 % confidence interval, and p of the
     paired test against the best."""
-    numbers = statistics(cells, metric)
+    numbers, factor = statistics(cells, metric), MEASURES[metric].factor
     added = numbers[["method", "epsilon"]].assign(
-        mean=numbers["mean"] / 100,
-        interval_low=(numbers["mean"] - numbers["half_width"]) / 100,
-        interval_high=(numbers["mean"] + numbers["half_width"]) / 100,
+        mean=numbers["mean"] / factor,
+        interval_low=(numbers["mean"] - numbers["half_width"]) / factor,
+        interval_high=(numbers["mean"] + numbers["half_width"]) / factor,
         p_against_best=numbers["p"],
     )
     return cells.merge(added, on=["method", "epsilon"], how="left")

@@ -1,7 +1,7 @@
 """A data set opened by ``datasets``: its splits, its columns and its classes."""
 
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,18 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetsError
 
-from lora_dp.fed.data.encoding import Kind, RawData
+from lora_dp.fed.data.columns import check_columns, find_columns
+from lora_dp.fed.data.encoding import RawData
 from lora_dp.fed.data.options import FILES, DataConfig, check_place, is_path
 from lora_dp.fed.data.partition import hold_out
 from lora_dp.fed.data.split_files import check_apart, split_files
 from lora_dp.fed.hub import hub, reachable, unreachable
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "test")
-LABEL_NAMES = ("label", "labels", "target", "class", "category", "y")
-INPUT_NAMES = ("image", "img", "text", "sentence", "content", "review", "document", "question")
 
 
 def open_dataset(config: DataConfig) -> RawData:
-    """Opens a data set by ``datasets``, and finds its splits, input column, label column and classes.
+    """Opens a data set by ``datasets``, and finds its splits, its columns and its classes.
 
     Integer and string labels become 0, 1, … in sorted order of the train split's values. Where no split is there to
     evaluate on, some of train is held out.
@@ -31,31 +30,27 @@ def open_dataset(config: DataConfig) -> RawData:
         ValueError: data set, split or column missing or not recognised; no examples; labels not classes.
     """
     train_split, validation_split = _find_splits(_load(config), config)
-    label_column, input_column, kind = find_columns(train_split.features, config)
-    names, classes = _classes(train_split, label_column)
-    labels = _as_classes(train_split, label_column, classes)
+    columns = find_columns(train_split.features, config)
+    names, classes = ([], {}) if columns.label is None else _classes(train_split, columns.label)
+    labels = _as_classes(train_split, columns.label, classes)
     if validation_split is None:
         train, held_out = hold_out(labels, config)
         validation_split, validation_labels = train_split.select(held_out), labels[held_out]
         train_split, labels = train_split.select(train), labels[train]
     else:
-        wanted = {"label_column": label_column, "input_column": input_column, "pair_column": config.pair_column}
-        _check_columns(wanted, validation_split.features)
-        validation_labels = _as_classes(validation_split, label_column, classes)
+        check_columns(columns, validation_split.features)
+        validation_labels = _as_classes(validation_split, columns.label, classes)
     return RawData(
-        kind=kind,
+        kind=columns.kind,
         label_names=names,
-        train_inputs=_inputs(train_split, input_column, config.pair_column),
+        train_inputs=columns.examples({name: train_split[name] for name in columns.names}),
         train_labels=labels,
-        validation_inputs=_inputs(validation_split, input_column, config.pair_column),
+        validation_inputs=columns.examples({name: validation_split[name] for name in columns.names}),
         validation_labels=validation_labels,
         max_length=config.max_length,
+        task=columns.task,
+        chat=config.chat,
     )
-
-
-def _inputs(split: datasets.Dataset, column: str, pair_column: str | None) -> Sequence[Any]:
-    inputs: Sequence[Any] = split[column]
-    return inputs if pair_column is None else list(zip(inputs, split[pair_column], strict=True))
 
 
 def _load(config: DataConfig) -> datasets.DatasetDict:
@@ -115,75 +110,6 @@ def _find_splits(opened: datasets.DatasetDict, config: DataConfig) -> tuple[data
     return opened[train], opened[validation_name] if validation_name else None
 
 
-def _check_columns(wanted: Mapping[str, str | None], features: Mapping[str, Any]) -> None:
-    """Refuse columns that are not there, all of them at once; ``wanted`` by the option that names each."""
-    missing = {option: name for option, name in wanted.items() if name is not None and name not in features}
-    if missing:
-        which = f"column{'s' if len(missing) > 1 else ''} {' and '.join(missing.values())}"
-        raise ValueError(
-            f"no {which} in the data set: set {' and '.join(missing)} to {_one_of(missing)} {', '.join(features)}"
-        )
-
-
-def _one_of(options: Collection[str]) -> str:
-    return "one of" if len(options) == 1 else "some of"
-
-
-def _only_or_common(candidates: list[str], common: Sequence[str]) -> str | None:
-    if len(candidates) == 1:
-        return candidates[0]
-    return next((name for name in common if name in candidates), None)
-
-
-def find_columns(features: Mapping[str, Any], config: DataConfig) -> tuple[str, str, Kind]:
-    """The columns of labels and of inputs that are configured, or else can be told; and what the inputs are.
-
-    Raises:
-        ValueError: columns that are not there or cannot be told, all at once; or one that holds something else.
-    """
-    pair = config.pair_column
-    _check_columns(
-        {"label_column": config.label_column, "input_column": config.input_column, "pair_column": pair}, features
-    )
-    kinds = _kinds(features)
-    labels = config.label_column or _label_column(features)
-    column = config.input_column
-    if column is None:
-        images = [name for name, kind in kinds.items() if kind == "image" and name != labels]
-        texts = [name for name, kind in kinds.items() if kind == "text" and name not in (labels, pair)]
-        column = _only_or_common(images or texts, INPUT_NAMES)
-    told = {"label_column": (labels, "labels"), "input_column": (column, "images or texts")}
-    if untold := {option: what for option, (found, what) in told.items() if found is None}:
-        raise ValueError(
-            f"cannot tell the column{'s' if len(untold) > 1 else ''} of {' and of '.join(untold.values())}: "
-            f"set {' and '.join(untold)} to {_one_of(untold)} {', '.join(features)}"
-        )
-    assert labels is not None and column is not None
-    if pair is not None and kinds.get(pair) != "text":
-        raise ValueError(f"column {pair} holds no texts: set pair_column to one that does")
-    if column not in kinds:
-        raise ValueError(f"column {column} holds neither images nor texts: set input_column to one that does")
-    if pair is not None and kinds[column] != "text":
-        raise ValueError(f"column {column} holds images, which have no pair_column: leave it out")
-    return labels, column, kinds[column]
-
-
-def _kinds(features: Mapping[str, Any]) -> dict[str, Kind]:
-    """The columns of images and of texts."""
-    kinds: dict[str, Kind] = {}
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Image):
-            kinds[name] = "image"
-        elif isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-            kinds[name] = "text"
-    return kinds
-
-
-def _label_column(features: Mapping[str, Any]) -> str | None:
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    return _only_or_common(typed or [name for name in features if name in LABEL_NAMES], LABEL_NAMES)
-
-
 def _classes(split: datasets.Dataset, column: str) -> tuple[list[str], dict[Any, int]]:
     """Names of the classes, and the class of each label value."""
     feature = split.features[column]
@@ -200,7 +126,10 @@ def _classes(split: datasets.Dataset, column: str) -> tuple[list[str], dict[Any,
     return names, classes
 
 
-def _as_classes(split: datasets.Dataset, column: str, classes: dict[Any, int]) -> np.ndarray:
+def _as_classes(split: datasets.Dataset, column: str | None, classes: dict[Any, int]) -> np.ndarray:
+    """The class of each row, int64; all are of one where no column has any."""
+    if column is None:
+        return np.zeros(len(split), dtype=np.int64)
     labels = split[column]
     if unknown := [value for value in labels if value not in classes]:
         raise ValueError(

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_dp.fed.data.examples import Examples, ImageExamples, TextExamples, multiple_of_8
+from lora_dp.fed.data.completions import completion_examples
+from lora_dp.fed.data.examples import Examples, ImageExamples, TextExamples, multiple_of_8, padded_rows
+from lora_dp.fed.data.options import Task
 
 Kind = Literal["image", "text"]
 _AT_ONCE = 256
@@ -60,8 +62,11 @@ InputSpec = ImageSpec | TextSpec
 
 @dataclass(frozen=True)
 class RawData:
-    """A data set as opened: inputs are PIL images, strings or pairs of strings; labels int64 classes from 0, in a
-    client's own data −1 where an example has none of them."""
+    """A data set as opened: inputs are PIL images, strings or pairs of strings, for a language model (prompt,
+    completion); labels int64 classes from 0, in a client's own data −1 where an example has none of them.
+
+    Without classes, all labels are 0 and there are no names.
+    """
 
     kind: Kind
     label_names: list[str]
@@ -70,6 +75,8 @@ class RawData:
     validation_inputs: Sequence[Any]
     validation_labels: np.ndarray
     max_length: int
+    task: Task = "classification"
+    chat: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -113,6 +120,9 @@ def encode(raw: RawData, spec: InputSpec) -> Splits:
         targets = torch.as_tensor(labels, dtype=torch.long)
         if isinstance(spec, ImageSpec):
             return ImageExamples(spec.prepared(_image_tensor(inputs, spec)), targets, spec.mean, spec.std)
+        if raw.task == "causal-lm":
+            limit = min(raw.max_length, spec.max_length)
+            return completion_examples(list(inputs), targets, spec.tokenizer, limit, chat=raw.chat)
         return text_examples(list(inputs), targets, spec, raw.max_length)
 
     train = encode_split(raw.train_inputs, raw.train_labels)
@@ -160,13 +170,5 @@ def text_examples(texts: list[Any], labels: Tensor, spec: TextSpec, max_length: 
     width = min(multiple_of_8(int(lengths.max())), limit)
     # Models of BERT's kind are told which text a token belongs to.
     marks = encoded.get("token_type_ids") if pairs else None
-    segments = None if marks is None else _padded(marks, width, 0)
-    return TextExamples(_padded(rows, width, pad_id), lengths, labels, pad_id, segments)
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
-    """int32 (len(rows), width)."""
-    matrix = torch.full((len(rows), width), fill, dtype=torch.int32)
-    for row, numbers in zip(matrix, rows, strict=True):
-        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
-    return matrix
+    segments = None if marks is None else padded_rows(marks, width, 0)
+    return TextExamples(padded_rows(rows, width, pad_id), lengths, labels, pad_id, segments)

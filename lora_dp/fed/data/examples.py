@@ -1,5 +1,6 @@
 """Encoded examples as tensors: one store in memory, of which every client's part is a view."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+
+from lora_dp.losses import IGNORED
 
 Batch = dict[str, Tensor]
 Indices = Sequence[int] | np.ndarray | Tensor
@@ -27,10 +30,10 @@ class Shape(NamedTuple):
 
 
 class Examples(Dataset[Batch], ABC):
-    """Map-style data set of dict[str, Tensor] examples: "labels" (int64) and the model's inputs.
+    """Map-style data set of dict[str, Tensor] examples: the model's inputs, and "labels", int64, what it is to say.
 
-    ``[i]`` is one example; a DataLoader fetches a whole batch at once (``__getitems__``) and takes
-    ``collate`` as its collate_fn.
+    These are classes (N,), or for language models tokens (N, T), −100 where nothing is learned. ``[i]`` is one example;
+    a DataLoader fetches a whole batch at once (``__getitems__``) and takes ``collate`` as its collate_fn.
     """
 
     def __init__(self, labels: Tensor) -> None:
@@ -44,6 +47,10 @@ class Examples(Dataset[Batch], ABC):
     @abstractmethod
     def _store(self) -> dict[str, Tensor]:
         """What the inputs are made of, for all rows of the store."""
+
+    def _targets(self, rows: Tensor) -> Tensor:
+        """What the model is to say of these rows of the store: their classes."""
+        return self._labels[rows]
 
     @abstractmethod
     def _join(self, examples: Sequence[Batch]) -> Batch:
@@ -81,10 +88,34 @@ class Examples(Dataset[Batch], ABC):
                 found[name] = torch.randint(values, (count, width), generator=generator)
         return found
 
+    def made_up_targets(self, count: int, shape: Shape, vocabulary: int, generator: torch.Generator) -> Tensor:
+        """Targets of such a batch, drawn at random: tokens of the vocabulary, or numbers below 2³¹, whose remainder by
+        the number of classes is one."""
+        return torch.randint(2**31, (count,), generator=generator)
+
+    def with_wrong_targets(self, indices: Indices, rng: np.random.Generator) -> Self:
+        """The same examples, these of them with another class, drawn at random.
+
+        Raises:
+            ValueError: there is no other.
+        """
+        classes = int(self.labels.max()) + 1
+        if classes < 2:
+            raise ValueError("All examples have one label, so that none can have a wrong one: plant gradients instead.")
+        rows = self._rows[torch.as_tensor(indices, dtype=torch.long)]
+        view = copy.copy(self)
+        view._labels = self._labels.clone()
+        view._labels[rows] = (view._labels[rows] + torch.from_numpy(rng.integers(1, classes, len(rows)))) % classes
+        return view
+
     @property
     def labels(self) -> Tensor:
-        """Classes of all examples, int64 (N,)."""
+        """Classes of all examples, int64 (N,): by them data are split; 0 where there are none."""
         return self._labels[self._rows]
+
+    def targets(self, indices: Indices) -> Tensor:
+        """What the model is to say of the examples at these indices, as in :meth:`batch`."""
+        return self._targets(self._rows[torch.as_tensor(indices, dtype=torch.long)])
 
     def subset(self, indices: Indices) -> Self:
         """The examples at these indices, as a view: the tensors are shared, not copied."""
@@ -96,7 +127,7 @@ class Examples(Dataset[Batch], ABC):
     def batch(self, indices: Indices) -> Batch:
         """The examples at these indices (none is fine) as one batch, first dimension len(indices)."""
         rows = self._rows[torch.as_tensor(indices, dtype=torch.long)]
-        return {**self._inputs(rows), "labels": self._labels[rows]}
+        return {**self._inputs(rows), "labels": self._targets(rows)}
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All examples in order, ``size`` at a time, for evaluation."""
@@ -107,7 +138,9 @@ class Examples(Dataset[Batch], ABC):
         """A batch from what ``__getitems__`` returned (as it is) or from a list of single examples."""
         if isinstance(items, dict):
             return items
-        return {**self._join(items), "labels": torch.stack([item["labels"] for item in items])}
+        targets = [item["labels"] for item in items]
+        joined = pad_sequence(targets, True, IGNORED) if targets[0].dim() else torch.stack(targets)
+        return {**self._join(items), "labels": joined}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -162,12 +195,16 @@ class TextExamples(Examples):
 
     def _inputs(self, rows: Tensor) -> Batch:
         lengths = self._lengths[rows]
-        width = min(multiple_of_8(int(lengths.max()) if len(rows) else 1), self._ids.shape[1])
+        width = self._width(int(lengths.max()) if len(rows) else 1)
         mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
         batch = {"input_ids": self._ids[rows, :width].long(), "attention_mask": mask}
         if self._segments is not None:
             batch["token_type_ids"] = self._segments[rows, :width].long()
         return batch
+
+    def _width(self, length: int) -> int:
+        """Of a batch whose longest text has so many tokens."""
+        return min(multiple_of_8(length), self._ids.shape[1])
 
     def _store(self) -> dict[str, Tensor]:
         stored = {"ids": self._ids, "lengths": self._lengths, "padding": torch.tensor(self._pad_id)}
@@ -179,7 +216,7 @@ class TextExamples(Examples):
 
     def shapes(self, indices: Indices) -> list[Shape]:
         lengths = self._lengths[self._rows[torch.as_tensor(indices, dtype=torch.long)]].tolist()
-        widths = [min(multiple_of_8(length), self._ids.shape[1]) for length in lengths]
+        widths = [self._width(length) for length in lengths]
         return [Shape(width, length < width) for length, width in zip(lengths, widths, strict=True)]
 
     def _join(self, examples: Sequence[Batch]) -> Batch:
@@ -193,3 +230,11 @@ class TextExamples(Examples):
 def multiple_of_8(length: int) -> int:
     """The smallest multiple of 8 that is not below ``length``: matrix products like such sizes."""
     return -(-length // 8) * 8
+
+
+def padded_rows(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
+    """int32 (len(rows), width): rows of numbers, filled up at the end."""
+    matrix = torch.full((len(rows), width), fill, dtype=torch.int32)
+    for row, numbers in zip(matrix, rows, strict=True):
+        row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+    return matrix

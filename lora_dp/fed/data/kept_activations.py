@@ -1,10 +1,12 @@
 """Examples with what a model's frozen front makes of them, computed once and kept in memory."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -16,7 +18,6 @@ from lora_dp.fed.safe_text import described
 
 _LOG = logging.getLogger(__name__)
 ACTIVATIONS = "activations"
-_ROWS = 64
 _SEED = 20261130
 _WIDTH = 8  # of texts, where there are none
 
@@ -69,6 +70,7 @@ class KeptActivations(Examples):
         front: activations of one of its batches, a function of each row alone up to rounding.
         with_inputs: whether batches have the source's inputs, too.
         vocabulary: number of tokens, for made-up texts.
+        rows: that the front is given at once.
         front_digest: tells of all that the front's values follow from, asked inside :func:`shared_activations` alone;
             None: other runs' activations are never taken.
 
@@ -87,10 +89,12 @@ class KeptActivations(Examples):
         *,
         with_inputs: bool,
         vocabulary: int = 2,
+        rows: int = 64,
         front_digest: Callable[[], str] | None = None,
     ) -> None:
         super().__init__(source.labels)
         self._source, self._front, self._with_inputs, self._vocabulary = source, front, with_inputs, vocabulary
+        self._rows_at_once = rows
         self._kept = _Store(torch.zeros(len(source), dtype=torch.bool), [], {})
         if _shared is not None and front_digest is not None:
             self._kept = _shared.setdefault(f"{front_digest()} {content_digest(source.content())}", self._kept)
@@ -135,6 +139,24 @@ class KeptActivations(Examples):
             kept = kept[:, : next(iter(inputs.values())).shape[1]]
         return {ACTIVATIONS: kept, **inputs}
 
+    def _targets(self, rows: Tensor) -> Tensor:
+        return self._source.targets(rows)
+
+    def made_up_targets(self, count: int, shape: Shape, vocabulary: int, generator: torch.Generator) -> Tensor:
+        """As the source's."""
+        return self._source.made_up_targets(count, shape, vocabulary, generator)
+
+    def with_wrong_targets(self, indices: Indices, rng: np.random.Generator) -> Self:
+        """As the source's; what the front makes of these examples is computed anew."""
+        rows = self._rows[torch.as_tensor(indices, dtype=torch.long)]
+        view = copy.copy(self)
+        view._source = self._source.with_wrong_targets(rows, rng)
+        view._labels = view._source.labels
+        known = self._kept.known.clone()
+        known[rows] = False
+        view._kept = _Store(known, [tensor.clone() for tensor in self._kept.values], self._kept.apart)
+        return view
+
     def _store(self) -> dict[str, Tensor]:
         return self._source.content()
 
@@ -162,7 +184,7 @@ class KeptActivations(Examples):
         for row, shape in zip(unknown, self._source.shapes(unknown), strict=True):
             by_shape.setdefault(shape, []).append(row)
         for shape, alike in by_shape.items():
-            size = _ROWS if self._rows_apart(shape) else 1
+            size = self._rows_at_once if self._rows_apart(shape) else 1
             for start in range(0, len(alike), size):
                 part = alike[start : start + size]
                 whole = [part[place % len(part)] for place in range(size)]
@@ -182,7 +204,7 @@ class KeptActivations(Examples):
 
     def _try(self, shape: Shape) -> bool:
         generator = torch.Generator().manual_seed(_SEED)
-        batch, others = (self._source.made_up(_ROWS, shape, self._vocabulary, generator) for _ in range(2))
+        batch, others = (self._source.made_up(self._rows_at_once, shape, self._vocabulary, generator) for _ in range(2))
         try:
             return rows_stayed([self._front(company) for company in in_other_company(batch, others)])
         except Exception as error:

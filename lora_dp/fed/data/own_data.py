@@ -17,7 +17,8 @@ import datasets
 import fsspec
 import numpy as np
 
-from lora_dp.fed.data.datasets import failures_to_open, find_builder, find_columns, train_name
+from lora_dp.fed.data.columns import find_columns
+from lora_dp.fed.data.datasets import failures_to_open, find_builder, train_name
 from lora_dp.fed.data.encoding import RawData
 from lora_dp.fed.data.options import DataConfig, check_place
 from lora_dp.fed.data.own_rows import Row, csv_rows, json_rows
@@ -56,14 +57,17 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
     check_place(config.dataset)
     with failures_to_open(config.dataset), hub(config.dataset):
         table = _read(config)
-    label_column, input_column, kind = find_columns(table.features, config)
-    names, labels = _classes(table, label_column, classes)
-    inputs: Sequence[Any] = table.columns[input_column]
-    if kind == "text":
-        inputs = _values(inputs)
-        if config.pair_column is not None:
-            inputs = list(zip(inputs, _values(table.columns[config.pair_column]), strict=True))
-    return RawData(kind, names, inputs, labels, [], np.arange(0), config.max_length)
+    columns = find_columns(table.features, config)
+    names: list[str] = []
+    if columns.label is None:
+        labels = np.zeros(len(table.columns[columns.inputs[0]]), dtype=np.int64)
+    else:
+        names, labels = _classes(table, columns.label, classes)
+    read = {name: table.columns[name] for name in columns.names}
+    if columns.kind == "text":
+        read = {name: _values(values) for name, values in read.items()}
+    inputs = columns.examples(read)
+    return RawData(columns.kind, names, inputs, labels, [], np.arange(0), config.max_length, columns.task, config.chat)
 
 
 def _read(config: DataConfig) -> _Table:

@@ -51,6 +51,15 @@ class PartlyReadable(Examples):
             raise UnreadableExample("an example of this batch could not be encoded")
         return {name: tensor for name, tensor in self._readable.batch(places).items() if name != "labels"}
 
+    def _targets(self, rows: Tensor) -> Tensor:
+        return super()._targets(rows) if self._readable is None else self._readable.targets(self._places[rows])
+
+    def made_up_targets(self, count: int, shape: Shape, vocabulary: int, generator: torch.Generator) -> Tensor:
+        """As of those that can be read."""
+        if self._readable is None:
+            return super().made_up_targets(count, shape, vocabulary, generator)
+        return self._readable.made_up_targets(count, shape, vocabulary, generator)
+
     def _store(self) -> dict[str, Tensor]:
         readable = {} if self._readable is None else self._readable.content()
         return {"places": self._places, **{f"readable {name}": tensor for name, tensor in readable.items()}}

@@ -31,7 +31,7 @@ from lora_dp.fed.runs.results import load_result
 
 # So that the embedded model takes less than half a minute on a CPU, and one of 20 million parameters some minutes. The
 # number must depend on the model alone: sharpness on other examples is another sharpness.
-MOST_EXAMPLES, MOST_FOR_LARGE, LARGE = 512, 128, 10**7
+MOST_EXAMPLES, MOST_FOR_LARGE, MOST_TEXTS, LARGE = 512, 128, 16, 10**7
 # Bounds the memory of a second derivative.
 BATCH = 64
 
@@ -53,13 +53,17 @@ def inspect_run(folder: Path, console: Console) -> Path:
     _check_finished(folder)
     with console.status("opening the run"):
         job = open_job(config)
-        model = load_result(job.trainer.workspace.model, folder)
+        model, whole = job.trainer.workspace.model, job.trainer.workspace.whole
+        load_result(whole, folder)
         match_threads(model)
         large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
-        examples = _sample(job.validation, MOST_FOR_LARGE if large else MOST_EXAMPLES)
+        most = MOST_FOR_LARGE if large else MOST_EXAMPLES
+        # Each of them is scored for every token of the vocabulary, some hundred times.
+        most = MOST_TEXTS if config.data.task == "causal-lm" else most
+        examples = _sample(job.validation, most)
         device = next(model.parameters()).device
         batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in examples.batches(BATCH)]
-    report = measure(model, batches, console) | {
+    report = measure(model, batches, console, whole) | {
         "method": config.federation.method,
         "epsilon": _epsilon(config),
         **notes(config),
@@ -77,15 +81,21 @@ def inspect_run(folder: Path, console: Console) -> Path:
     return folder
 
 
-def measure(model: nn.Module, batches: Sequence[Batch], console: Console) -> dict[str, Any]:
+def measure(
+    model: nn.Module, batches: Sequence[Batch], console: Console, whole: nn.Module | None = None
+) -> dict[str, Any]:
     """Intruder dimensions and sharpness of a model, ready for JSON; it is left as it was.
 
     Args:
         model: with adapters.
         batches: public examples, on its device.
+        whole: the model that this is the rest of, by whose names layers are known; by default itself.
     """
     with console.status("intruder dimensions"):
-        found = {name: intruder_dimensions(*weight_and_update(layer)) for name, layer in adapted_layers(model).items()}
+        found = {
+            name: intruder_dimensions(*weight_and_update(layer))
+            for name, layer in adapted_layers(whole or model).items()
+        }
     with console.status("sharpness: top Hessian eigenvalue"):
         eigenvalue = top_eigenvalue(model, batches)
     with console.status("sharpness: loss along random directions"):
@@ -159,7 +169,7 @@ def _sample(examples: Examples, most: int) -> Examples:
 
 def _print(report: dict[str, Any], folder: Path, console: Console) -> None:
     intruders, sharpness, updates = report["intruder_dimensions"], report["sharpness"], report["updates"]
-    most = max(intruders["layers"], key=lambda name: intruders["layers"][name]["count"])
+    most = max(intruders["layers"], key=lambda name: intruders["layers"][name]["count"], default="")
     where = f" (most in {escape(most)}: {intruders['layers'][most]['count']})" if intruders["total"] else ""
     rise = "not finite" if sharpness["rise"] is None else f"{sharpness['rise']:+.3f} nats"
     table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)

@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_dp.fed.data.examples import Batch
 from lora_dp.fed.diagnostics.intruder import adapted_layers, weight_and_update
 from lora_dp.fed.methods import factor
-from lora_dp.fed.models.loading import logits
+from lora_dp.fed.models.task_losses import task_losses
 
 Space = Literal["weights", "factors"]
 
@@ -170,7 +169,7 @@ class _SummedLoss(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits(self.model, batch), batch["labels"], reduction="sum")
+        return task_losses(self.model, batch).sum()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_COLUMNS = ("input-column", "pair-column", "label-column")
+# What a node reads of its own data, by the words of its node-config, which are those of the options.
+_COLUMNS = ("input-column", "pair-column", "label-column", "prompt-column", "prompt-template", "completion-column")
 
 
 def client_app(*, simulated: bool = False) -> ClientApp:
@@ -222,16 +223,8 @@ def _opened(
     federation, alone = config.federation, config
     if folder is not None:
         # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
-        inputs, pairs, labels = columns
-        data = replace(
-            config.data,
-            dataset=str(folder),
-            subset=None,
-            validation_split=None,
-            input_column=inputs,
-            pair_column=pairs,
-            label_column=labels,
-        )
+        read: dict[str, Any] = {name.replace("-", "_"): own for name, own in zip(_COLUMNS, columns, strict=True)}
+        data = replace(config.data, dataset=str(folder), subset=None, validation_split=None, **read)
         alone = replace(
             config,
             data=data,

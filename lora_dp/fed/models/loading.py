@@ -28,7 +28,7 @@ from lora_dp.lora.targets import Modules, find_targets
 from lora_dp.nn.adapter_start import Adapter
 
 # Code that a repository brings along is never run, nor is anybody asked whether it should be.
-_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def load_model(
         lora = LoRAConfig(
             r=config.r,
             alpha=config.alpha,
-            target_modules=_adapted_layers(model, config, heads) if adapted else [],
+            target_modules=layers_to_adapt(model, config, heads) if adapted else [],
             trainable_modules=heads,
             dropout=config.dropout,
             init_a=config.init_a,
@@ -143,8 +143,17 @@ def _resolved(features: Features, brings_head: bool) -> Features:
     return "own" if features == "auto" else features
 
 
-def _adapted_layers(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
-    """As LoRAConfig.target_modules."""
+def layers_to_adapt(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
+    """Those that the options name, as LoRAConfig.target_modules.
+
+    Args:
+        model: without adapters.
+        config: its options.
+        heads: names of the modules trained in full.
+
+    Raises:
+        ValueError: more blocks than there are.
+    """
     if config.adapt_last is None:
         return config.target_modules
     blocks = blocks_of(model)
@@ -228,11 +237,11 @@ def _load_language_or_vision(name: str, num_labels: int, kind: Kind, features: F
 
 def _load_encoder(name: str) -> tuple[nn.Module, InputSpec]:
     try:
-        with hub(name), _quiet_transformers():
-            backbone = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **_NO_CODE)
-            spec = _text_spec(name, backbone.config)
+        with hub(name), quiet_transformers():
+            backbone = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **NO_CODE)
+            spec = text_spec(name, backbone.config)
     except (OSError, ValueError) as error:
-        raise _cannot_load(name, "an encoder of texts", error) from error
+        raise cannot_load(name, "an encoder of texts", error) from error
     if backbone.config.is_encoder_decoder:
         raise ValueError(f"{name} has a decoder, whose tokens are no features of a text: choose features own.")
     return without_pooler(backbone), spec
@@ -245,23 +254,23 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
         else transformers.AutoModelForSequenceClassification
     )
     try:
-        with hub(name), _quiet_transformers():
+        with hub(name), quiet_transformers():
             model, found = auto.from_pretrained(
                 name,
                 num_labels=num_labels,
                 ignore_mismatched_sizes=True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                **_NO_CODE,
+                **NO_CODE,
             )
             if getattr(model.config, "attention_type", None) == "block_sparse":
                 # BigBird does so by itself at the first batch of short texts, and keeps it for all that come later.
                 for module in model.modules():  # of BigBird-Pegasus, the encoder
                     if hasattr(module, "set_attention_type"):
                         module.set_attention_type("original_full")
-            spec = _image_spec(name, model.config) if kind == "image" else _text_spec(name, model.config)
+            spec = _image_spec(name, model.config) if kind == "image" else text_spec(name, model.config)
     except (OSError, ValueError) as error:
-        raise _cannot_load(name, f"a model that classifies {kind}s", error) from error
+        raise cannot_load(name, f"a model that classifies {kind}s", error) from error
     # whatever stands beside the backbone was added for classification: classifier, score, pre_classifier, …
     heads = [
         child
@@ -275,7 +284,14 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     return model, spec, heads, brings_head
 
 
-def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
+def cannot_load(name: str, what: str, error: Exception) -> ValueError:
+    """The error that says why a model of Transformers could not be loaded.
+
+    Args:
+        name: of the model.
+        what: it was to be, in words that end with what it is made for.
+        error: that was raised.
+    """
     why = _first_line(error) if Path(name).exists() or reachable() else unreachable(name)
     kind = what.rpartition(" ")[2]
     return ValueError(
@@ -299,8 +315,17 @@ def _image_spec(name: str, config: Any) -> ImageSpec:
     return ImageSpec(height, width, channels, tuple(mean), tuple(std))
 
 
-def _text_spec(name: str, config: Any) -> TextSpec:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **_NO_CODE)
+def text_spec(name: str, config: Any) -> TextSpec:
+    """The tokenizer of a model with its limit, and in the model's configuration the token that pads.
+
+    Args:
+        name: of the model.
+        config: Transformers', of the loaded model; it is changed.
+
+    Raises:
+        OSError, ValueError: there is no tokenizer, or none that can pad.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **NO_CODE)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -316,7 +341,7 @@ def _text_spec(name: str, config: Any) -> TextSpec:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hides the loading report: a new head is expected here, not worth a warning."""
     logging = transformers.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

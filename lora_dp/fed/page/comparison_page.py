@@ -8,13 +8,18 @@ import numpy as np
 import yaml
 
 from lora_dp.fed.compare import tables
-from lora_dp.fed.compare.caption import METRIC_NAMES, caption
+from lora_dp.fed.compare.caption import caption
 from lora_dp.fed.compare.grid import Grid
+from lora_dp.fed.compare.measures import MEASURES
 from lora_dp.fed.compare.options import Metric
 from lora_dp.fed.compare.outcomes import Outcomes
 from lora_dp.fed.page import figures
+from lora_dp.fed.rounds.evaluation import perplexity
 from lora_dp.fed.runs.folder import ENDED, read_results
 from lora_dp.fed.runs.report import notes
+
+# Of language models, and of classifiers.
+_BY_ROUND = {True: "Perplexity by round", False: "Accuracy by round"}
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -40,11 +45,12 @@ def content(folder: Path) -> dict[str, Any]:
         "finished": int(ended.sum()),
         "warnings": [text for text in notes(config).values() if text],
         "private": (cells["epsilon"] != "none").any() and config.privacy.mechanism == "sound",
-        "metric": METRIC_NAMES[grid.metric],
+        "metric": MEASURES[grid.metric].name,
         "table": _table(cells, grid.metric),
         "caption": caption(outcomes, cells),
         "plot": figures.grid(cells, grid.metric) if ended.any() else None,
-        "curves": _curves(folder, cells[ended], budgets),
+        "curves": _curves(folder, cells[ended], budgets, grid.metric),
+        "by_round": _BY_ROUND[grid.metric == "perplexity"],
         "cells": [_cell(folder, row, list(grid.searched)) for row in cells.to_dict("records")],
         "trials": [_cell(folder, row, list(grid.searched)) for row in trials.to_dict("records")],
         "failures": [
@@ -58,21 +64,26 @@ def content(folder: Path) -> dict[str, Any]:
     }
 
 
-def _curves(folder: Path, cells: Any, budgets: list[Any]) -> list[tuple[str, Any]]:
-    """A figure a budget: accuracy by round of every method, mean over seeds, where rounds between were evaluated."""
-    found = []
+def _curves(folder: Path, cells: Any, budgets: list[Any], metric: Metric) -> list[tuple[str, Any]]:
+    """A figure a budget: the metric by round of every method, mean over seeds, where rounds between were evaluated."""
+    found, causal = [], metric == "perplexity"
     for budget in budgets:
         lines: dict[str, tuple[list[int], list[float]]] = {}
         for method, rows in cells[cells["epsilon"] == budget].groupby("method", sort=False):
             runs = [
-                {result.round: result.accuracy for result in read_results(folder / row) if result.accuracy is not None}
+                {
+                    result.round: perplexity(result.loss or 0) if causal else result.accuracy
+                    for result in read_results(folder / row)
+                    if result.accuracy is not None
+                }
                 for row in rows["folder"]
             ]
             rounds = sorted(set.intersection(*(set(run) for run in runs)))
             lines[str(method)] = rounds, [float(np.mean([run[at] for run in runs])) for at in rounds]
         if any(len(rounds) > 2 for rounds, _ in lines.values()):
             name = tables.budget_name(budget, kept=tables.are_kept(cells))
-            found.append((name, figures.curves(lines, f"Accuracy by round, {name}")))
+            kind = "number" if causal else "percent"
+            found.append((name, figures.curves(lines, f"{_BY_ROUND[causal]}, {name}", kind)))
     return found
 
 

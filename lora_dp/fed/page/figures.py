@@ -74,8 +74,14 @@ def traffic(rounds: Sequence[int], up: Sequence[int], down: Sequence[int]) -> Ma
         return _svg(figure, "Bytes sent in each round")
 
 
-def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str) -> Markup:
-    """Accuracy by round of several methods: rounds and values by method."""
+def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str, kind: str = "percent") -> Markup:
+    """One quantity by round of several methods.
+
+    Args:
+        lines: rounds and values by method.
+        name: for those who cannot see the picture.
+        kind: number or percent, for the axis.
+    """
     with matplotlib.rc_context(_style()):
         figure = Figure(figsize=(_SIZE[0], _SIZE[1] + 0.22 * math.ceil(len(lines) / 3)), layout="constrained")
         axes = figure.subplots()
@@ -91,7 +97,7 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str
                 markeredgewidth=0,
                 label=method,
             )
-        _finish(axes, max((rounds for rounds, _ in lines.values()), key=len), "percent")
+        _finish(axes, max((rounds for rounds, _ in lines.values()), key=len), kind)
         figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
         return _svg(figure, name)
 
@@ -99,7 +105,7 @@ def curves(lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], name: str
 def grid(cells: Any, metric: Metric) -> Markup:
     """The picture of a comparison (:func:`lora_dp.fed.compare.plot.draw`)."""
     with matplotlib.rc_context(_style()):
-        return _svg(plot.draw(cells, metric, 8.0), "Accuracy by ε and method; the table has the numbers")
+        return _svg(plot.draw(cells, metric, 8.0), "Results by ε and method; the table has the numbers")
 
 
 def _finish(axes: Any, rounds: Sequence[int], kind: str) -> None:

@@ -10,15 +10,16 @@ import numpy as np
 from lora_dp.fed.config import read_config
 from lora_dp.fed.page import figures, number_format
 from lora_dp.fed.plot_style import GREEN, ORANGE
+from lora_dp.fed.rounds.evaluation import perplexity
 from lora_dp.fed.rounds.federation import RoundResult
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.rounds.setup import plan_of
-from lora_dp.fed.runs.folder import ENDED, read_results
+from lora_dp.fed.runs.folder import ENDED, SAMPLES, read_results
 from lora_dp.fed.runs.report import PUBLIC, PUBLIC_CLIENTS, notes, total_seconds
 
 # A page of all of 10,000 clients would be of no use to a reader.
-MOST_CLIENTS, MOST_FAILURES = 100, 100
+MOST_CLIENTS, MOST_FAILURES, MOST_SAMPLES = 100, 100, 5
 _ACCOUNTANTS = {"pld": "privacy loss distributions", "rdp": "Rényi divergences"}
 
 
@@ -54,6 +55,10 @@ def content(folder: Path) -> dict[str, Any]:
         "ended": status in ENDED,
         "rounds_done": results[-1].round if results else 0,
         "warnings": [text for name, own in notes(config).items() if (text := summary.get(name, own))],
+        "causal": config.data.task == "causal-lm",
+        "perplexities": [_perplexity(result) for result in (evaluated[:1] + evaluated[-1:])],
+        "generations": _read_json(folder / SAMPLES),
+        "samples": MOST_SAMPLES,
         "before": evaluated[0].accuracy if evaluated else None,
         "after": evaluated[-1].accuracy if evaluated else None,
         "after_by_class": evaluated[-1].balanced_accuracy if evaluated else None,
@@ -67,7 +72,7 @@ def content(folder: Path) -> dict[str, Any]:
         "up": sum(result.bytes_up for result in results),
         "down": sum(result.bytes_down for result in results),
         "secret": secret,
-        "curves": _curves(results, privacy.kept),
+        "curves": _curves(results, privacy.kept, causal=config.data.task == "causal-lm"),
         "traffic": _traffic(results),
         "ledger": None if ledger is None else _ledger(ledger),
         "failures": _failures(results),
@@ -79,7 +84,11 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _curves(results: list[RoundResult], target: float | None) -> list[tuple[str, Any]]:
+def _perplexity(result: RoundResult) -> float | None:
+    return None if result.loss is None else perplexity(result.loss)
+
+
+def _curves(results: list[RoundResult], target: float | None, *, causal: bool) -> list[tuple[str, Any]]:
     evaluated = [result for result in results if result.accuracy is not None]
     if not evaluated:
         return []
@@ -87,7 +96,7 @@ def _curves(results: list[RoundResult], target: float | None) -> list[tuple[str,
     accuracy = [float(result.accuracy or 0) for result in evaluated]
     found = [
         (
-            "Accuracy on validation data",
+            f"{'Token accuracy' if causal else 'Accuracy'} on validation data",
             figures.curve(
                 rounds,
                 accuracy,
@@ -97,6 +106,20 @@ def _curves(results: list[RoundResult], target: float | None) -> list[tuple[str,
             ),
         )
     ]
+    if causal:
+        known = [(result.round, value) for result in evaluated if (value := _perplexity(result)) is not None]
+        found.insert(
+            0,
+            (
+                "Perplexity on validation data",
+                figures.curve(
+                    [at for at, _ in known],
+                    [value for _, value in known],
+                    name="Perplexity by round",
+                    reference=(known[0][1], f"before: {known[0][1]:.4g}"),
+                ),
+            ),
+        )
     losses = [(result.round, result.loss) for result in results if result.loss is not None]
     if losses:
         found.append(

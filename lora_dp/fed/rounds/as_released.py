@@ -8,13 +8,12 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import LALoRA, Method, State, factor
-from lora_dp.fed.models.loading import logits
+from lora_dp.fed.models.task_losses import task_losses
 from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan
@@ -72,7 +71,7 @@ def train_la_lora(
                 break
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             optimizer.zero_grad()
-            F.cross_entropy(logits(model, batch, training.precision), batch["labels"]).backward()
+            task_losses(model, batch, training.precision).mean().backward()
             trained = "AB"[step % 2]
             gradients = {}
             for name, parameter in parameters.items():

@@ -15,7 +15,6 @@ from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.methods import LocalTurn, Method, State
-from lora_dp.fed.models.loading import logits
 from lora_dp.fed.rounds import as_released
 from lora_dp.fed.rounds.contained_failures import Failures, GivenUp, accumulate
 from lora_dp.fed.rounds.fixed_shapes import OneShape
@@ -24,7 +23,6 @@ from lora_dp.fed.rounds.messages import Task, Update, Workspace
 from lora_dp.fed.rounds.privacy_plan import PrivacyPlan, client_mechanism, clipped
 from lora_dp.fed.rounds.regulators import regulators
 from lora_dp.fed.rounds.seeds import Stream, derived_seed
-from lora_dp.losses import classification_loss
 from lora_dp.nn.regulator import Regulator
 from lora_dp.privacy.accounting import Ledger, PoissonGaussian
 from lora_dp.privacy.filtering import make_filter
@@ -145,7 +143,6 @@ class Trainer:
             low_pass=make_filter(training.low_pass, training.low_pass_strength),
             regulate_noise=self.method.regulates_noise and protected,
             optimizer=lambda model: training.make_optimizer(model, make),
-            loss=classification_loss,
             views=training.views,
         )
 
@@ -231,8 +228,7 @@ class Trainer:
                         derived_seed(self.seed, Stream.PERTURBATION, *place, step)
                     )
                     with self.method.local_step(model, step, planned, perturbation):
-                        scores = logits(model, batch, self.training.precision)
-                        optimizer.backward(steps.loss(scores, batch["labels"]))
+                        optimizer.backward(steps.losses(model, batch, self.training.precision))
 
                 if protected:
                     for part, size in shape.parts(rows):

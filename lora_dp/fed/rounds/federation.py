@@ -12,12 +12,13 @@ import torch
 from lora_dp.errors import TooFewClients
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.examples import Examples
-from lora_dp.fed.data.kept_activations import model_inputs
 from lora_dp.fed.methods import Aggregation
+from lora_dp.fed.models.task_losses import training_inputs
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.engines import Engine
 from lora_dp.fed.rounds.evaluation import Evaluation, evaluate
+from lora_dp.fed.rounds.generation import Prompts
 from lora_dp.fed.rounds.ledgers import Account, AheadLog
 from lora_dp.fed.rounds.local_engine import LocalEngine
 from lora_dp.fed.rounds.mean_noise import Averaged, noise_of_mean
@@ -84,6 +85,7 @@ class Federation:
         fault_norm: of a client's change, above which it is left out.
         weights: of each client where weighting is "examples"; its size if left out.
         origin: what tells this run from another, for its log.
+        prompts: that a language model is to go on from; None for none.
 
     Attributes:
         log: where rounds are written ahead; None for none.
@@ -106,8 +108,9 @@ class Federation:
         fault_norm: float = 1000.0,
         weights: Sequence[float] | None = None,
         origin: Origin | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
-        self.trainer, self.engine, self.validation = trainer, engine, validation
+        self.trainer, self.engine, self.validation, self.prompts = trainer, engine, validation, prompts
         self.workspace, self.method, self.plan = trainer.workspace, trainer.method, trainer.plan
         self.model = self.workspace.model
         self.device = next(self.model.parameters()).device
@@ -155,6 +158,7 @@ class Federation:
             fault_norm=chosen.fault_norm,
             weights=weights,
             origin=job.origin(config),
+            prompts=job.prompts,
         )
 
     @property
@@ -368,7 +372,7 @@ class Federation:
         if not self.plan.examples_are_protected or len(self.validation) < 2:
             return
         batch = self.validation.batch(range(min(_TRIED, len(self.validation))))
-        args, named = model_inputs({name: tensor.to(self.device) for name, tensor in batch.items()})
+        args, named = training_inputs({name: tensor.to(self.device) for name, tensor in batch.items()})
         mode = self.model.training
         try:
             check_isolation(self.model.train(), args, named, len(batch["labels"]))

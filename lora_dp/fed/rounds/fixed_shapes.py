@@ -32,7 +32,6 @@ from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Batch, Examples, Shape
 from lora_dp.fed.data.other_company import in_other_company, rows_stayed
 from lora_dp.fed.models.feature_models import vocabulary_of
-from lora_dp.fed.models.loading import logits
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.rounds.contained_failures import Failures
 from lora_dp.fed.rounds.local_training import LocalSteps
@@ -155,8 +154,8 @@ class OneShape:
             }
             for _ in range(2)
         )
-        labels = torch.randint(2**31, (self._rows,), generator=generator).to(device)
-        companies = in_other_company({**batch, "labels": labels}, {**others, "labels": labels + 1})
+        labels = self._examples.made_up_targets(self._rows, shape, vocabulary, generator).to(device)
+        companies = in_other_company({**batch, "labels": labels}, {**others, "labels": labels.roll(1)})
         with Ops(self._workspace.model, self._optimizer.recorder) as ops:
             found = [(self._found(views.spread(company)), ops.taken()) for company in companies]
         kept, (_, done) = [tensors for tensors, _ in found], found[0]
@@ -168,11 +167,9 @@ class OneShape:
 
     def _found(self, batch: Batch) -> list[Tensor]:
         """All that the private step would keep of each row."""
-        labels = batch["labels"]
         with Still():
-            scores = logits(self._workspace.model, batch, self._precision)
-            classes = scores.shape[1] - self._steps.spare_scores
-            self._optimizer.backward(self._steps.loss(scores, labels % classes))
+            losses = self._steps.losses(self._workspace.model, batch, self._precision, made_up=True)
+            self._optimizer.backward(losses)
             finished = self._optimizer.recorder.take()
             return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
 

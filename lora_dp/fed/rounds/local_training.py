@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from lora_dp.engine.phases import Phases
 from lora_dp.fed.data.augmentation import Views
+from lora_dp.fed.data.examples import Batch
 from lora_dp.fed.methods import factor
+from lora_dp.fed.models.loading import logits
 from lora_dp.fed.models.options import Precision
+from lora_dp.fed.models.task_losses import task_losses
 from lora_dp.fed.server_options import Averaging, ServerOptimizerName
-from lora_dp.losses import feature_sums_loss
+from lora_dp.losses import classification_loss, feature_sums_loss
 from lora_dp.nn.feature_head import FeatureHead, feature_head_of
 from lora_dp.nn.feature_sums import FeatureSums, SumWeights
 from lora_dp.privacy.accounting import PoissonGaussian
@@ -80,8 +83,7 @@ class LocalSteps:
         first: number of the first one in the run.
         bound, clipping, phases, low_pass, regulate_noise: as the engine takes them.
         optimizer: makes one over what is trained.
-        loss: of each example (N,), from scores and labels.
-        spare_scores: how many of the scores are no class's.
+        sums: whether the model's outputs are scores of feature sums.
         views: of each example.
     """
 
@@ -96,8 +98,7 @@ class LocalSteps:
     low_pass: Filter | None
     regulate_noise: bool
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    spare_scores: int = 0
+    sums: bool = False
     views: Views = Views()
 
     @classmethod
@@ -115,9 +116,23 @@ class LocalSteps:
             low_pass=None,
             regulate_noise=False,
             optimizer=lambda _: torch.optim.SGD(sums.parameters(), lr=1.0),
-            loss=feature_sums_loss,
-            spare_scores=1,
+            sums=True,
         )
+
+    def losses(self, model: nn.Module, batch: Batch, precision: Precision, *, made_up: bool = False) -> Tensor:
+        """Of each example of a batch, (N,).
+
+        Args:
+            model: that is trained.
+            batch: encoded, with "labels".
+            precision: in which the model runs.
+            made_up: the labels of classes are any numbers, of which the remainder counts.
+        """
+        if not (self.sums or made_up) or batch["labels"].dim() == 2:
+            return task_losses(model, batch, precision)
+        scores, labels = logits(model, batch, precision), batch["labels"]
+        labels = labels % (scores.shape[1] - self.sums) if made_up else labels
+        return feature_sums_loss(scores, labels) if self.sums else classification_loss(scores, labels)
 
 
 @contextmanager

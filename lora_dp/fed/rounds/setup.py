@@ -10,19 +10,23 @@ from torch import nn
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.augmentation import Views
-from lora_dp.fed.data.encoding import ImageSpec, InputSpec, RawData, Splits, encode
+from lora_dp.fed.data.completions import CompletionExamples
+from lora_dp.fed.data.encoding import ImageSpec, InputSpec, RawData, Splits, TextSpec, encode
 from lora_dp.fed.data.examples import Examples
 from lora_dp.fed.data.kept_activations import KeptActivations
 from lora_dp.fed.data.opening import open_data
 from lora_dp.fed.data.partition import partition
 from lora_dp.fed.methods import Method, WeightedAverage
+from lora_dp.fed.models.causal_models import load_causal_model
 from lora_dp.fed.models.class_texts import texts_of_names
+from lora_dp.fed.models.completion_loss import CompletionLoss
 from lora_dp.fed.models.feature_models import blank_batch, vocabulary_of
 from lora_dp.fed.models.frozen_front import Front, HeadAlone, LastBlocks, head_is_last
 from lora_dp.fed.models.loading import LoadedModel, load_model
 from lora_dp.fed.models.pooling import blocks_of
 from lora_dp.fed.origin import Origin, examples_digest, plain_options
 from lora_dp.fed.rounds.client import Trainer
+from lora_dp.fed.rounds.generation import Prompts
 from lora_dp.fed.rounds.kept_data import made_once
 from lora_dp.fed.rounds.local_training import LocalTraining
 from lora_dp.fed.rounds.messages import Workspace
@@ -40,6 +44,7 @@ class Job:
         parts: indices of each client's examples; a range where only their number is known.
         validation: public examples to evaluate on.
         ranks: of each client's adapters.
+        prompts: that a language model is to go on from before and after training; None for none.
     """
 
     trainer: Trainer
@@ -47,6 +52,7 @@ class Job:
     parts: Sequence[np.ndarray | range]
     validation: Examples
     ranks: list[int]
+    prompts: Prompts | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -128,15 +134,21 @@ def open_job(
     model_config = config.model
     if model_config.class_texts == "names":
         model_config = replace(model_config, class_texts=texts_of_names(raw.label_names))
-    loaded = load_model(
-        model_config,
-        raw.num_labels,
-        raw.kind,
-        seed=seed,
-        adapter=config.method.adapter,
-        adapted=config.method.has_adapters,
-        adapts_last=config.method.adapts_last,
-    )
+    config.settle_task(raw.task)
+    if raw.task == "causal-lm":
+        loaded = load_causal_model(
+            model_config, seed=seed, adapter=config.method.adapter, adapts_last=config.method.adapts_last
+        )
+    else:
+        loaded = load_model(
+            model_config,
+            raw.num_labels,
+            raw.kind,
+            seed=seed,
+            adapter=config.method.adapter,
+            adapted=config.method.has_adapters,
+            adapts_last=config.method.adapts_last,
+        )
     config.settle(loaded.config, head_is_new=loaded.head_is_new)
     if config.privacy.sums_share and config.model.features == "own":
         raise ValueError(
@@ -151,7 +163,8 @@ def open_job(
     else:
         splits = encode(raw, spec)
     model = loaded.model.to(device)
-    workspace, train, validation = _without_front(config, loaded, model, splits)
+    called = CompletionLoss(model) if raw.task == "causal-lm" else model
+    workspace, train, validation = _without_front(config, loaded, model, called, splits)
     if config.optimization.views > 1 and (raw.kind != "image" or isinstance(train, KeptActivations)):
         raise ValueError(
             "views are of images that all of the model is trained on: leave views out for texts, with adapt_last, and "
@@ -191,13 +204,23 @@ def open_job(
     plan.check(max(len(part) for part in parts))
     _check_method(method, plan)
     trainer = Trainer(workspace, method, training, plan, seed, config.run.reproducible)
-    return Job(trainer, train, parts, validation, ranks)
+    return Job(trainer, train, parts, validation, ranks, _prompts(config, splits.validation, spec))
+
+
+def _prompts(config: RunConfig, validation: Examples, spec: InputSpec) -> Prompts | None:
+    count = config.run.generate
+    if not (count and isinstance(validation, CompletionExamples) and isinstance(spec, TextSpec) and len(validation)):
+        return None
+    return Prompts(validation, spec.tokenizer, count, spec.max_length)
 
 
 def _without_front(
-    config: RunConfig, loaded: LoadedModel, model: nn.Module, splits: Splits
+    config: RunConfig, loaded: LoadedModel, model: nn.Module, called: nn.Module, splits: Splits
 ) -> tuple[Workspace, Examples, Examples]:
-    """The model and the examples; where a front of the model is frozen, the rest, on what the front makes of them."""
+    """The model and the examples; where a front of the model is frozen, the rest, on what the front makes of them.
+
+    ``called`` is what is given batches: the model, or what returns its losses.
+    """
     precision, first = config.model.precision, 0
     if not config.method.has_adapters and head_is_last(model, loaded.heads, loaded.spec):
         [head] = loaded.heads
@@ -210,17 +233,24 @@ def _without_front(
         kept = {first - 1, *(place for place in places if place < first)}
         front = Front(model, precision, blocks=blocks[:first], kept=sorted(kept))
         front(blank_batch(loaded.spec))  # it learns what blocks return, which kept activations do not tell
-        rest = LastBlocks(model, front)
+        rest = LastBlocks(called, front)
     else:
-        return Workspace(model), splits.train, splits.validation
+        return Workspace(called, model), splits.train, splits.validation
     # Once for both parts, and never where no run shares them: it reads all weights.
     made_by = functools.cache(lambda: front.digest(loaded.heads, config.model))
     vocabulary = vocabulary_of(model)
     train, validation = (
-        KeptActivations(part, front, with_inputs=first > 0, vocabulary=vocabulary, front_digest=made_by)
+        KeptActivations(
+            part, front, with_inputs=first > 0, vocabulary=vocabulary, rows=_rows(config), front_digest=made_by
+        )
         for part in (splits.train, splits.validation)
     )
     return Workspace(rest, model), train, validation
+
+
+def _rows(config: RunConfig) -> int:
+    """That a frozen front is given at once. A language model's is large, and tried with so many in each width."""
+    return 8 if config.data.task == "causal-lm" else 64
 
 
 def match_threads(model: nn.Module) -> None:

@@ -15,12 +15,14 @@ from torch import nn
 from lora_dp.atomic_files import append_durably, remove_durably, write_atomically
 from lora_dp.fed.config import RunConfig, read_config
 from lora_dp.fed.rounds.federation import RoundResult
+from lora_dp.fed.rounds.generation import Generations
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog
 from lora_dp.fed.rounds.privacy_plan import finite
 from lora_dp.lora.saving import save_adapter
 
 METRICS = "metrics.jsonl"
 UPDATES = "updates.jsonl"
+SAMPLES = "samples.json"
 SERVER_ONLY = "server-only.jsonl"
 ENDED = ("finished", "budget spent")
 # What says an ε, and is written (or drawn up by `report`) when a run has stopped.
@@ -136,6 +138,20 @@ class RunFolder:
     def write_adapter(self, model: nn.Module) -> None:
         """Saves the global adapter and head as PEFT saves them."""
         save_adapter(model, self.path / "adapter")
+
+    def write_generations(self, generations: Generations) -> None:
+        """Writes samples.json."""
+        text = json.dumps(asdict(generations), indent=1, ensure_ascii=False)
+        write_atomically(self.path / SAMPLES, text)
+
+    def read_texts(self) -> list[str] | None:
+        """What samples.json has from before training, in the order of the prompts; None where it has none."""
+        try:
+            texts = json.loads((self.path / SAMPLES).read_text(encoding="utf-8"))["texts"]
+            found = [each["before"] for each in texts]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if all(isinstance(text, str) for text in found) else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""

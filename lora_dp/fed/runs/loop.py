@@ -111,6 +111,11 @@ def _drive(
     folder.write_adapter(federation.workspace.whole)
     save_merged(federation.server.state, folder.path)
     summary = summarise(config, results, account, status, used_noise(federation))
+    if (prompts := federation.prompts) is not None:
+        report.generating(len(prompts.prompts))
+        found = prompts.compared(folder.read_texts(), _generated(federation))
+        folder.write_generations(found)
+        summary |= {"text_quality_before": found.before, "text_quality_after": found.after}
     draw_curves(results, config, folder.path / "curves.png")
     # Last: a run with a summary has ended, and nothing is missing.
     folder.write_summary(summary)
@@ -118,6 +123,13 @@ def _drive(
     if problem is not None:
         raise problem
     return Outcome(folder.path, summary, results)
+
+
+def _generated(federation: Federation) -> list[str]:
+    """What the global model goes on with from the prompts."""
+    assert federation.prompts is not None
+    federation.load_global_state()
+    return federation.prompts.generate(federation.workspace.whole, federation.trainer.training.precision)
 
 
 def _train(
@@ -129,6 +141,9 @@ def _train(
         if federation.plan.sums_event is not None:
             down, up = start_head(federation, report.step)
         result = federation.start(up, down)
+        if federation.prompts is not None:
+            report.generating(len(federation.prompts.prompts))
+            folder.write_generations(federation.prompts.compared(_generated(federation), None))
         results.append(result)
         folder.add_metrics(result)
         if federation.plan.sums_event is not None:  # what was released is not to be released again

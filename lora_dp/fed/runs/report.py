@@ -15,6 +15,7 @@ from lora_dp.extras import require
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.plot_style import BLUE, ORANGE, QUIET, STYLE, marks_of
 from lora_dp.fed.rounds import as_released
+from lora_dp.fed.rounds.evaluation import perplexity
 from lora_dp.fed.rounds.federation import Federation, RoundResult
 from lora_dp.fed.rounds.privacy_plan import AS_RELEASED, UNITS, finite, guarantee
 from lora_dp.fed.safe_text import harmless
@@ -59,6 +60,7 @@ def summarise(
         "balanced_accuracy_after": last.balanced_accuracy,
         "loss_before": first.loss,
         "loss_after": last.loss,
+        **_of_texts(config, first, last),
         "target_epsilon": config.privacy.target,
         "worst_epsilon": account["worst_epsilon"],
         "delta": config.privacy.delta,
@@ -77,6 +79,14 @@ def summarise(
     }
 
 
+def _of_texts(config: RunConfig, first: RoundResult, last: RoundResult) -> dict[str, Any]:
+    """What a language model's losses are in perplexity."""
+    if config.data.task != "causal-lm":
+        return {}
+    ends = {"perplexity_before": first.loss, "perplexity_after": last.loss}
+    return {name: None if loss is None else finite(perplexity(loss)) for name, loss in ends.items()}
+
+
 def used_noise(federation: Federation) -> list[float]:
     """The noise multipliers of a run: deviations over bounds."""
     if federation.plan.mechanism == "as-released":
@@ -91,22 +101,27 @@ def total_seconds(results: Sequence[RoundResult]) -> float | None:
 
 
 def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -> None:
-    """Draws accuracy and worst ε by round into a PNG."""
+    """Draws accuracy, or a language model's perplexity, and worst ε by round into a PNG."""
     import matplotlib  # half a second, at the end of a run alone
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    target = config.privacy.kept
+    target, causal = config.privacy.kept, config.data.task == "causal-lm"
     rounds = [result.round for result in results]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.8) if target is not None else (5.6, 3.8), layout="constrained", dpi=160)
         axes = figure.subplots(1, 1 if target is None else 2, squeeze=False)[0]
         evaluated = [result.round for result in results if result.accuracy is not None]
-        accuracy = [result.accuracy for result in results if result.accuracy is not None]
-        axes[0].axhline(accuracy[0], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+        values = [
+            perplexity(result.loss) if causal and result.loss is not None else result.accuracy
+            for result in results
+            if result.accuracy is not None
+        ]
+        form = ".3g" if causal else ".1%"
+        axes[0].axhline(values[0], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
         axes[0].annotate(
-            f"before: {accuracy[0]:.1%}",
-            (rounds[-1], accuracy[0]),
+            f"before: {values[0]:{form}}",
+            (rounds[-1], values[0]),
             xytext=(0, 3),
             textcoords="offset points",
             ha="right",
@@ -114,9 +129,10 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
             color=QUIET,
             fontsize=9,
         )
-        _curve(axes[0], evaluated, accuracy, BLUE, f"{accuracy[-1]:.1%}")
-        axes[0].set_title("Accuracy on validation data")
-        axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _curve(axes[0], evaluated, values, BLUE, f"{values[-1]:{form}}")
+        axes[0].set_title(f"{'Perplexity' if causal else 'Accuracy'} on validation data")
+        if not causal:
+            axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if target is not None:
             epsilon = [result.epsilon for result in results]
             axes[1].axhline(target, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
@@ -178,10 +194,12 @@ class ConsoleReport:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._causal = False
         self._per_round, self._begin = 0, time.monotonic() if began is None else began
 
     def begin(self, config: RunConfig, federation: Federation) -> None:
         """Says what is about to run."""
+        self._causal = config.data.task == "causal-lm"
         sizes = federation.account.sizes.tolist()
         noise = used_noise(federation)
         target, chosen = config.privacy.target, config.federation
@@ -239,7 +257,10 @@ class ConsoleReport:
         name = f"round {result.round:>{width}}/{rounds}" if result.round else "start".ljust(7 + 2 * width)
         loss = "     –" if result.loss is None else f"{result.loss:6.4f}"
         accuracy = "    – " if result.accuracy is None else f"{100 * result.accuracy:5.1f} %"
-        self._print(f"{name}   loss {loss}   accuracy {accuracy}   worst ε {epsilon}{sent}")
+        said = f"accuracy {accuracy}"
+        if self._causal:
+            said = f"perplexity {'–' if result.loss is None else f'{perplexity(result.loss):.4g}':>6}   token {said}"
+        self._print(f"{name}   loss {loss}   {said}   worst ε {epsilon}{sent}")
         for entry in result.failed:
             who = "a client" if entry["client"] is None else f"client {entry['client']}"
             self._alarm(f"left out: {who} {entry['reason']}")
@@ -248,14 +269,23 @@ class ConsoleReport:
             done, following = result.round * self._per_round, min(result.round + 1, rounds)
             self.progress.update(self._task, completed=done, description=f"round {following}")
 
+    def generating(self, count: int) -> None:
+        """Says that texts are generated, which takes a while."""
+        self._print(f"going on from {count} validation prompts …")
+
     def end(self, summary: dict[str, Any], folder: Path) -> None:
         """The table at the end. What whoever runs it may know besides, how long it took, stays on the console."""
         worst = "∞ (no privacy)" if summary["worst_epsilon"] is None else f"{summary['worst_epsilon']:.4g}"
         table = Table(title=None, show_header=False, box=None, padding=(0, 3, 0, 0))
         table.add_column(style="dim")
         table.add_column(overflow="fold")
-        table.add_row("accuracy before", f"{100 * summary['accuracy_before']:.1f} %")
-        table.add_row("accuracy after", f"[bold]{100 * summary['accuracy_after']:.1f} %[/]")
+        what = "token accuracy" if self._causal else "accuracy"
+        if self._causal:
+            for name, before, after in _text_rows(summary):
+                table.add_row(f"{name} before", before)
+                table.add_row(f"{name} after", f"[bold]{after}[/]")
+        table.add_row(f"{what} before", f"{100 * summary['accuracy_before']:.1f} %")
+        table.add_row(f"{what} after", f"[bold]{100 * summary['accuracy_after']:.1f} %[/]")
         if summary["balanced_accuracy_after"] is not None:  # resumed from rounds of an earlier version
             table.add_row("mean over classes", f"{100 * summary['balanced_accuracy_after']:.1f} %")
         table.add_row(f"worst ε at δ = {summary['delta']:g}", f"[bold]{worst}[/]")
@@ -281,6 +311,20 @@ class ConsoleReport:
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _text_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is said of a language model, before and after: perplexity, and where texts were generated their quality."""
+    rows = [("perplexity", _number(summary["perplexity_before"]), _number(summary["perplexity_after"]))]
+    found = {end: summary.get(f"text_quality_{end}") or {} for end in ("before", "after")}
+    for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rouge_l")):
+        if key in found["after"]:
+            rows.append((name, _number(found["before"].get(key)), _number(found["after"].get(key))))
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _span(values: Sequence[float], form: str) -> str:

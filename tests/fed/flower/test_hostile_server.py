@@ -18,7 +18,7 @@ import lora_dp.fed.flower.without_telemetry  # noqa: F401
 # isort: split
 from flwr.app import ConfigRecord, RecordDict
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower import client as flower_client
 from lora_dp.fed.flower import messages
@@ -196,7 +196,7 @@ def test_what_it_accepts_is_noised_as_its_ledger_says(options, node, state, monk
     def failing(*_: Any) -> None:
         raise IndexError("index out of range in self")
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", failing)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", failing)
     options = {"low_pass": "none", "lr_ratio": 1.0, **options}
     update = answer(sent(options, state), node)
     assert isinstance(update, Update), update

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from tests.fed.small import TRAINING, Doubles, make_examples
 
 ONE_STEP = replace(TRAINING, local_steps=1, batch_size=1000)
@@ -50,19 +50,19 @@ def same_as(examples: Doubles, kind: type[Doubles]) -> Doubles:
 
 def in_forward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     """The model raises where it sees the odd example."""
-    plain = lora_dp.fed.rounds.client.logits
+    plain = lora_dp.fed.models.task_losses.logits
 
     def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         if any(row.equal(mark) for row in batch["pixel_values"]):
             raise IndexError("index out of range in self")
         return plain(model, batch, *precision)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", raising)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", raising)
 
 
 def in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     """The gradient of a batch with the odd example cannot be computed."""
-    plain = lora_dp.fed.rounds.client.logits
+    plain = lora_dp.fed.models.task_losses.logits
 
     def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         scores = plain(model, batch, *precision)
@@ -74,12 +74,12 @@ def in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
             scores.register_hook(hook)
         return scores
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", raising)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", raising)
 
 
 def deep_in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     """The same, once the later layers have recorded the gradients of their parameters."""
-    plain = lora_dp.fed.rounds.client.logits
+    plain = lora_dp.fed.models.task_losses.logits
 
     def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         def hook(gradient: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ def deep_in_backward(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
         finally:
             handle.remove()
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", raising)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", raising)
 
 
 def dropped(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
     """The model leaves the odd example out of its batch."""
-    plain = lora_dp.fed.rounds.client.logits
+    plain = lora_dp.fed.models.task_losses.logits
 
     def fewer(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         kept = torch.tensor([not row.equal(mark) for row in batch["pixel_values"]])
@@ -108,7 +108,7 @@ def dropped(monkeypatch: pytest.MonkeyPatch, mark: Tensor) -> None:
             batch[name] = batch[name][kept]
         return plain(model, batch, *precision)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", fewer)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", fewer)
 
 
 Plant = Callable[[pytest.MonkeyPatch, Tensor], None]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
@@ -65,13 +65,13 @@ def test_noise_is_secret_unless_asked_otherwise():
 def test_what_torch_draws_in_a_reproducible_run_follows_its_seed_and_its_place(monkeypatch):
     """Dropout masks, say: whatever state torch is in, which is left as it was."""
     trainer = trainer_of(Adapted())
-    found, plain = [], lora_dp.fed.rounds.client.logits
+    found, plain = [], lora_dp.fed.models.task_losses.logits
 
     def noted(*arguments: Any) -> Tensor:
         found.append(torch.rand(()).item())
         return plain(*arguments)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", noted)
     state = trainer.workspace.state()
     for before, seed, client, index in ((1, 0, 1, 0), (2, 0, 1, 0), (2, 0, 2, 0), (2, 0, 1, 1), (2, 9, 1, 0)):
         with torch.random.fork_rng():
@@ -193,13 +193,13 @@ def test_a_turn_of_more_steps_than_planned_sends_nothing(more: Callable[[Private
 
 @pytest.mark.parametrize("privacy", [{}, WHOLE])
 def test_a_model_that_was_evaluated_trains_in_training_mode_again(privacy, monkeypatch):
-    modes, plain = [], lora_dp.fed.rounds.client.logits
+    modes, plain = [], lora_dp.fed.models.task_losses.logits
 
     def noted(model: nn.Module, *arguments: Any) -> Tensor:
         modes.append(model.training)
         return plain(model, *arguments)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", noted)
     trainer = trainer_of(Adapted().eval(), **privacy)
     turn(trainer, make_examples(COUNT, 1))
     assert modes and all(modes)

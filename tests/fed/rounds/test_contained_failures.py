@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.logical_batch import Clipped
 from lora_dp.engine.optimizer import PrivateOptimizer
@@ -109,7 +109,7 @@ def test_where_training_fails_on_all_the_update_is_noise_alone(monkeypatch, capl
     def raising(*_: Any) -> Tensor:
         raise IndexError("index out of range in self")
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", raising)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", raising)
     federation = make_federation("dp-lora", ONE_STEP, reproducible=False)
     steps, _ = sums_of_a_turn(federation, make_examples(COUNT, 1))
     assert steps == [{}]
@@ -153,7 +153,7 @@ def test_a_model_that_mixes_examples_trains_on_each_alone_and_its_owner_is_told(
 
 def test_once_it_is_seen_to_mix_nothing_is_trained_together_any_more(monkeypatch):
     """What passes a check in one part of a batch is no better for it."""
-    plain, sizes = lora_dp.fed.rounds.client.logits, []
+    plain, sizes = lora_dp.fed.models.task_losses.logits, []
 
     def once(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         sizes.append(len(batch["pixel_values"].unique(dim=0)))  # rows beyond are copies
@@ -161,7 +161,7 @@ def test_once_it_is_seen_to_mix_nothing_is_trained_together_any_more(monkeypatch
             raise IsolationError("seen in one batch alone")
         return plain(model, batch, *precision)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", once)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", once)
     federation = make_federation("dp-lora", replace(ONE_STEP, local_steps=3))
     sums_of_a_turn(federation, make_examples(COUNT, 1))
     assert sizes == [COUNT, COUNT] + 2 * COUNT * [1]
@@ -170,14 +170,14 @@ def test_once_it_is_seen_to_mix_nothing_is_trained_together_any_more(monkeypatch
 def test_a_failure_is_told_as_what_it_is_and_costs_few_passes(monkeypatch, caplog):
     """Parts of the batch in which nothing fails are trained on together: halving takes twice the logarithm."""
     federation, examples = make_federation("dp-lora", ONE_STEP), failing("forward", monkeypatch)
-    raising, sizes = lora_dp.fed.rounds.client.logits, []
+    raising, sizes = lora_dp.fed.models.task_losses.logits, []
 
     def counted(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         # Copies fill a part that is not full.
         sizes.append(len({tuple(image.flatten().tolist()) for image in batch["pixel_values"]}))
         return raising(model, batch, *precision)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", counted)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", counted)
     with caplog.at_level(logging.ERROR):
         sums_of_a_turn(federation, examples)
     assert len(sizes) <= 1 + 2 * math.ceil(math.log2(COUNT)) and sizes.count(1) == 3
@@ -256,6 +256,6 @@ def test_an_isolation_error_does_not_come_out_of_a_turn(monkeypatch):
     def raising(*_: Any) -> Tensor:
         raise IsolationError("seen in one batch alone")
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", raising)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", raising)
     federation = make_federation("dp-lora")
     assert federation.run_round().failed == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from lora_dp.fed.rounds.messages import Task
 from lora_dp.fed.rounds.seeds import Stream
 from lora_dp.privacy.sampling import PoissonSampler
@@ -37,13 +37,13 @@ def test_where_training_fails_on_public_data_no_run_of_whole_clients_begins(kind
 def test_whole_clients_are_tried_in_the_state_that_a_run_goes_on_from(monkeypatch):
     federation = make_federation("dp-lora", replace(ONE_STEP, batch_size=3), noise_by="server", **WHOLE)
     federation.server.state = {name: tensor + 1 for name, tensor in federation.server.state.items()}
-    plain, seen = lora_dp.fed.rounds.client.logits, []
+    plain, seen = lora_dp.fed.models.task_losses.logits, []
 
     def noted(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         seen.append((len(batch["labels"]), {name: t.detach().clone() for name, t in model.named_parameters()}))
         return plain(model, batch, *precision)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", noted)
     federation.check_model()
     [(count, state)] = seen
     assert count == 3 and all(state[name].equal(tensor) for name, tensor in federation.server.state.items())
@@ -52,9 +52,9 @@ def test_whole_clients_are_tried_in_the_state_that_a_run_goes_on_from(monkeypatc
 @pytest.mark.parametrize("noise_by", ["client", "server"])
 def test_examples_may_meet_within_a_client_that_is_protected_as_a_whole(noise_by, monkeypatch, caplog):
     """Its change is clipped as one: nothing is tried for mixing, no loss is followed, and nothing is remembered."""
-    plain = lora_dp.fed.rounds.client.classification_loss
+    plain = lora_dp.fed.models.task_losses.classification_loss
     monkeypatch.setattr(
-        lora_dp.fed.rounds.client,
+        lora_dp.fed.models.task_losses,
         "classification_loss",
         lambda *given: (found := plain(*given)) * found.detach().mean(),
     )

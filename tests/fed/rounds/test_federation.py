@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora_dp.fed.models.task_losses
 import lora_dp.fed.rounds.client
 import lora_dp.fed.rounds.federation
 from lora_dp.errors import IsolationError, TooFewClients
@@ -313,16 +314,16 @@ def test_whole_clients_are_tried_on_a_few_examples_and_refused_where_training_fa
     validation, batch_size, tried, monkeypatch
 ):
     federation = begun("deer", privacy=CLIENT, validation=validation, training=replace(TRAINING, batch_size=batch_size))
-    seen, plain = [], lora_dp.fed.rounds.client.logits
+    seen, plain = [], lora_dp.fed.models.task_losses.logits
 
     def noted(model, batch, *precision):
         seen.append(len(batch["labels"]))
         return plain(model, batch, *precision)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", noted)
     federation.check_model()
     assert seen == [tried]
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", lambda *_: 1 / 0)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=r"fails on validation data \(ZeroDivisionError: .*noise alone"):
         federation.check_model()
     begun("deer").check_model()
@@ -361,6 +362,7 @@ def test_a_federation_of_a_job_has_the_settings_of_its_configuration():
         validation=made.validation,
         ranks=[2, 1, 2],
         origin=lambda config: origin,
+        prompts="what to go on from",
     )
     chosen = SimpleNamespace(weighting="equal", client_timeout=7, clients_per_round=2, min_clients=2, fault_norm=5.0)
     config = SimpleNamespace(federation=chosen)
@@ -369,6 +371,7 @@ def test_a_federation_of_a_job_has_the_settings_of_its_configuration():
     assert (federation.weighting, federation.min_clients, federation.fault_norm) == ("equal", 2, 5.0)
     assert federation.clients == 3 and federation.ranks == [2, 1, 2] and len(federation.draw()) == 2
     assert federation.account.sizes.tolist() == [10, 30, 20] and federation.account.origin is origin
+    assert federation.prompts == "what to go on from"
     given = Federation.of_job(config, job, made.engine, weights=[1.0, 2.0, 3.0])
     assert given.engine is made.engine and given._weights.tolist() == [1, 2, 3]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.data.augmentation import Views
 from lora_dp.fed.methods import State
@@ -336,7 +336,7 @@ def test_how_many_rows_a_part_has_is_public(batch_size, examples, vary, rows):
 def test_what_is_left_of_a_part_on_which_training_fails_has_its_shape(monkeypatch):
     federation = make_federation("dp-lora", ONE_STEP)
     examples, state, calls = make_examples(20, 1), federation.server.state, []
-    bad, logits = examples.batch([6])["pixel_values"][0], lora_dp.fed.rounds.client.logits
+    bad, logits = examples.batch([6])["pixel_values"][0], lora_dp.fed.models.task_losses.logits
 
     def raising(model: nn.Module, batch: dict[str, Tensor], *precision: Any) -> Tensor:
         calls.append(batch["pixel_values"])
@@ -345,7 +345,7 @@ def test_what_is_left_of_a_part_on_which_training_fails_has_its_shape(monkeypatc
         return logits(model, batch, *precision)
 
     expected = sum_of(federation, state, [4, 9], examples)
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", raising)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", raising)
     found = sum_of(federation, state, [4, 6, 9], examples)
     assert [len(rows.unique(dim=0)) for rows in calls] == [3, 1, 2, 1, 1] and {len(rows) for rows in calls} == {24}
     assert apart(found, expected) < 1e-13

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_dp.fed.rounds.client
+import lora_dp.fed.models.task_losses
 from lora_dp.engine.recorder import recorder_of
 from lora_dp.fed.rounds.local_training import SUM_WEIGHTS, LocalSteps, summing
 from lora_dp.fed.rounds.messages import Task
-from lora_dp.losses import feature_sums_loss
 from lora_dp.privacy.accounting import PoissonGaussian
 from tests.fed.rounds.small_turns import COUNT, ONE_STEP, trainer_of
 from tests.fed.rounds.summed import Featured
@@ -31,7 +30,7 @@ def test_every_factor_b_has_its_own_learning_rate():
 
 def test_factors_that_take_turns_go_on_where_the_round_before_ended(monkeypatch):
     """With an odd number of steps, too: else one factor would have more of them."""
-    trained, plain = [], lora_dp.fed.rounds.client.logits
+    trained, plain = [], lora_dp.fed.models.task_losses.logits
 
     def noted(model: nn.Module, *arguments: Any) -> Tensor:
         recorder = recorder_of(model)
@@ -39,7 +38,7 @@ def test_factors_that_take_turns_go_on_where_the_round_before_ended(monkeypatch)
         trained.append("".join(f for f in "AB" if id(getattr(model[1], f"lora_{f}")) in recorder.trained))
         return plain(model, *arguments)
 
-    monkeypatch.setattr(lora_dp.fed.rounds.client, "logits", noted)
+    monkeypatch.setattr(lora_dp.fed.models.task_losses, "logits", noted)
     trainer = trainer_of(Adapted(), TRAINING, "la-lora")
     for index in range(3):
         trainer.train(1, make_examples(COUNT, 1), Task(index, 0, 2, trainer.workspace.state()))
@@ -71,7 +70,7 @@ def test_sums_are_one_step_on_all_examples_clipped_where_there_is_noise():
     sums = Featured()[4].empty_sums(SUM_WEIGHTS)
     loud = LocalSteps.of_sums(PoissonGaussian(2.0, 1.0), sums, 8, range(20))
     assert (loud.count, loud.batch_size, loud.rows, loud.bound, loud.clipping) == (1, 20, 8, sums.sensitivity, "flat")
-    assert loud.low_pass is None and not loud.regulate_noise and loud.loss is feature_sums_loss
+    assert loud.low_pass is None and not loud.regulate_noise and loud.sums
     [group] = loud.optimizer(Adapted()).param_groups
     assert group["lr"] == 1 and [id(p) for p in group["params"]] == [id(p) for p in sums.parameters()]
     assert LocalSteps.of_sums(PoissonGaussian(0.0, 1.0), sums, 8, range(20)).bound == float("inf")
