@@ -22,7 +22,7 @@ from lora_dp.fed.rounds.messages import Update
 from tests.fed.flower.asking_servers import answer, asking_model, policy, sent, texts
 from tests.fed.flower.node_data import GOOD
 
-COLUMNS = (None, None, None)
+COLUMNS = (None,) * len(flower_client._COLUMNS)
 
 
 @pytest.fixture(scope="module")
