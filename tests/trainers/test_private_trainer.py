@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from lora_dp import IsolationError, LoRAConfig, PrivacyArguments, PrivacyEngine, PrivateTrainer, inject_lora
 from lora_dp.losses import causal_lm_loss
-from tests.language_models import ATTENTION, causal_lm, completions, one_loss, stacked
+from tests.language_models import ATTENTION, causal_lm, completions, one_loss
 from tests.support import brute_force, clip_and_sum
 from tests.trainers.training import SAVED, N, adapted, arguments, of_trained, private_trainer
 
@@ -228,32 +227,6 @@ def test_tensorboard_is_told_of_epsilon(tmp_path: Path, monkeypatch: pytest.Monk
     assert "train/loss" not in scalars
     told = [event.value for event in read.Scalars("train/epsilon")]
     assert told[-1] == pytest.approx(trainer.epsilon(), rel=1e-5)
-
-
-def test_what_is_saved_is_pefts_with_a_statement(tmp_path: Path) -> None:
-    model = adapted()
-    trainer = private_trainer(tmp_path, model)
-    trainer.train()
-    trainer.save_model()
-    trainer.save_model()  # the statement is there once
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("## Differential privacy") == 1
-    assert f"ε = {trainer.epsilon():.4g} at δ = 0.001" in card
-    assert trainer.engine.ledger.state_dict()["digest"] in card
-    assert "library_name: peft" in card
-    assert not list(tmp_path.rglob("rng_state*"))
-    opened = peft.PeftModel.from_pretrained(causal_lm("llama", torch.float32), tmp_path).eval()
-    batch = stacked(completions(3))
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(opened(**batch).logits, model(**batch).logits)
-
-
-def test_a_model_card_of_the_trainers_has_it_too(tmp_path: Path) -> None:
-    trainer = private_trainer(tmp_path)
-    trainer.train()
-    trainer.create_model_card(model_name="private")
-    assert "## Differential privacy" in (tmp_path / "README.md").read_text()
 
 
 # Refusals

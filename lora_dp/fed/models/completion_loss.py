@@ -49,15 +49,20 @@ class CompletionLoss(nn.Module):
             scores = self.model(**inputs).logits
             return _counts(scores, targets) if counted else causal_lm_loss(scores, targets)
         hidden: Tensor = self.model.base_model(**inputs).last_hidden_state
-        of_each = (
-            self._of_one(states[:-1], following[1:], counted) for states, following in zip(hidden, targets, strict=True)
+        weight, kind = self._head.weight, hidden.device.type
+        if torch.is_autocast_enabled(kind):  # once, and not for each example
+            weight = weight.to(torch.get_autocast_dtype(kind))
+        return torch.stack(
+            [
+                self._of_one(states[:-1], following[1:], weight, counted)
+                for states, following in zip(hidden, targets, strict=True)
+            ]
         )
-        return torch.stack(list(of_each))
 
-    def _of_one(self, states: Tensor, following: Tensor, counted: bool) -> Tensor:
+    def _of_one(self, states: Tensor, following: Tensor, weight: Tensor, counted: bool) -> Tensor:
         """Of one example: (T, d) and (T,), where each state is to tell the token beside it."""
         assert self._head is not None
-        weight, bias = self._head.weight, self._head.bias
+        bias = self._head.bias
         learned = following >= 0
         if states.device.type == "cpu":  # elsewhere the host would wait for their number
             states, following, learned = states[learned], following[learned], learned[learned]

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import timm
 import torch
@@ -16,7 +17,13 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -68,6 +75,12 @@ def texts(classes: int, *names: str, **splits: str) -> dict[str, datasets.Datase
     return {"train": data, splits.get("validation", "validation"): data}
 
 
+def completions(*names: str) -> dict[str, datasets.Dataset]:
+    """Texts by column, and four kinds of them."""
+    found = texts(4, *names)
+    return {split: data.remove_columns("idx").rename_column("label", "category") for split, data in found.items()}
+
+
 # By configuration: the data set's columns and classes on the hub.
 DATA = {
     "digits": lambda: images(8, "L", 10, "image", "label"),
@@ -80,6 +93,9 @@ DATA = {
     "banking77-head": lambda: texts(77, "text"),
     "sst2": lambda: texts(2, "sentence"),
     "sst2-head": lambda: texts(2, "text"),
+    "llama-3.2-1b": lambda: completions("instruction", "context", "response"),
+    "qwen3-0.6b": lambda: completions("instruction", "context", "response"),
+    "gemma-3-1b": lambda: completions("instruction", "context", "response"),
     "swin-tiny-imagenet": lambda: images(64, "RGB", 200, "image", "label"),
     "swin-cifar100": lambda: images(32, "RGB", 100, "img", "fine_label", coarse_label=20),
     "roberta-sst2": lambda: texts(2, "sentence"),
@@ -117,7 +133,14 @@ def write_model(folder: Path, name: str) -> str:
         "max_position_embeddings": 132,
         "pad_token_id": 3,
     }
-    if "roberta" in name:
+    causal = {"num_key_value_heads": 1, "head_dim": 8, "eos_token_id": 1, **sizes}
+    if "Llama" in name:
+        LlamaForCausalLM(LlamaConfig(**causal)).save_pretrained(folder)
+    elif "Qwen3" in name:
+        Qwen3ForCausalLM(Qwen3Config(**causal)).save_pretrained(folder)
+    elif "gemma-3" in name:
+        Gemma3ForCausalLM(Gemma3TextConfig(**causal)).save_pretrained(folder)
+    elif "roberta" in name:
         RobertaForSequenceClassification(RobertaConfig(**sizes)).save_pretrained(folder)
     else:
         BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(folder)
@@ -192,6 +215,8 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
             "4",
             "--accountant",
             "rdp",
+            "--generate",
+            "4",
             "--device",
             "cpu",
             "--processes",
@@ -201,7 +226,22 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
         ]
     )
     shown = capsys.readouterr().out
-    assert code == 0 and "failed" not in shown and f"{method}, ε = 8, seed 0   accuracy" in shown
+    assert code == 0 and "failed" not in shown and f"{method}, ε = 8, seed 0   {config.metric}" in shown
+
+
+def test_e2e_as_published_becomes_a_folder(tmp_path):
+    pandas.DataFrame({"mr": ["name[A]", "name[B]"] * 3, "ref": ["A.", "B."] * 3}).to_csv(
+        tmp_path / "dev.csv", index=False
+    )
+    inputs = [f"name[{number}]" for number in range(80) for _ in range(2)]
+    pandas.DataFrame({"mr": inputs, "ref": [f"{text}." for text in inputs]}).to_csv(tmp_path / "test.csv", index=False)
+    script = FOLDER / "e2e.py"
+    files = [tmp_path / name for name in ("dev.csv", "test.csv", "data")]
+    subprocess.run([sys.executable, script, *files], check=True)
+    raw = open_data(DataConfig(dataset=str(tmp_path / "data")))
+    assert raw.task == "causal-lm" and len(raw.train_inputs) == 6
+    assert list(raw.train_inputs[:2]) == [("name[A]\n", "A."), ("name[B]\n", "B.")]
+    assert len(raw.validation_inputs) == 100 and len({prompt for prompt, _ in raw.validation_inputs}) == 50
 
 
 @pytest.mark.slow
