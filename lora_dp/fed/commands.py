@@ -56,7 +56,7 @@ It reads no data, and so costs no ε."""
 PRETRAIN_HELP = "Make the embedded default model: train a tiny vision transformer on public handwritten digits."
 MODEL_HELP = '"default" (the embedded tiny vision transformer), a timm name, a Transformers hub name or folder.'
 REPRODUCIBLE_HELP = "Let batches and noise follow the seed too: for research only, such a run must not be released."
-_LISTS = ("--methods", "--epsilons", "--seeds", "--tuning_seeds", "--ranks", "--search")
+_LISTS = ("--methods", "--epsilons", "--seeds", "--tuning_seeds", "--ranks", "--search", "--feature_blocks")
 # What jsonargparse says of types, in plain words.
 _PLAIN = (
     (r'Parser key "([\w.]+)": ', r"--\1: "),

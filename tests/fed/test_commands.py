@@ -193,6 +193,9 @@ def test_methods_options_ranks_and_units(ran):
     assert (ran[0].privacy.unit, ran[0].privacy.noise_by, ran[0].federation.weighting) == ("client", "client", "equal")
     assert ran[1].federation.client_ranks(4, 0).count(8) == 2 and ran[1].model.r == 8
     assert ran[2].federation.client_ranks(4, 0) == [2, 4, 8, 16, 2] and ran[2].model.r == 16
+    for blocks in ("-3,-1", "[-3,-1]"):
+        assert cli.main(["--features", "mean", "--feature-blocks", blocks]) == 0
+        assert ran[-1].model.feature_blocks == [-3, -1]
 
 
 @pytest.mark.parametrize(
