@@ -50,6 +50,11 @@ FEDERATION: dict[str, Target] = {
             "tests/fed/flower/test_keys.py",
         )
     ),
+    "lora_dp/fed/models/completion_loss.py": Target(
+        ("tests/fed/models/test_completion_loss.py", "tests/fed/models/test_task_losses.py")
+    ),
+    "lora_dp/fed/data/completions.py": Target(("tests/fed/data/test_completions.py",)),
+    "lora_dp/fed/data/columns.py": Target(("tests/fed/data/test_columns.py",)),
     "lora_dp/fed/rounds/client.py": Target(
         (
             "tests/fed/rounds/test_client.py",

@@ -344,3 +344,17 @@ def test_files_whose_rows_cannot_be_told_apart(tmp_path):
             open_own(DataConfig(dataset=str(tmp_path / f"{i}")))
     with pytest.raises(ValueError, match="no folder"):
         open_own(DataConfig(dataset=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_prompts_and_completions_have_no_classes_unless_a_column_is_named(kind: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{i}", "completion": f"b{i} c", "topic": "xy"[i % 2]} for i in range(12)]
+    name = folder(tmp_path / "own", rows, WRITERS[kind])
+    found = open_own(DataConfig(dataset=name))
+    assert (found.task, found.kind, found.label_names, found.max_length) == ("causal-lm", "text", [], 128)
+    assert list(found.train_inputs) == [(f"a{i}\n", f"b{i} c") for i in range(12)]
+    assert found.train_labels.tolist() == [0] * 12 and found.train_labels.dtype == np.int64
+    assert len(found.validation_inputs) == 0 and not found.chat
+    named = open_own(DataConfig(dataset=name, task="causal-lm", label_column="topic", chat=True))
+    assert named.label_names == ["x", "y"] and named.train_labels.tolist() == [0, 1] * 6 and named.chat
+    assert list(named.train_inputs)[0] == ("a0", "b0 c")

@@ -1,6 +1,7 @@
 """Examples that cannot be encoded: they keep their place and their label, no batch has them, and the log tells."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,3 +117,36 @@ def test_single_examples_are_joined_as_those_of_whole_data_are():
     examples, whole = encode_training(raw(with_odd([1])), TOKENS).train, encode(raw(TEXTS), TOKENS).train
     found, expected = (kind.collate([kind[0], kind[5]]) for kind in (examples, whole))
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
+
+
+def completions(pairs):
+    none = {"label_names": [], "validation_inputs": [], "validation_labels": np.arange(0)}
+    return replace(raw(pairs, np.zeros(len(pairs), dtype=np.int64)), task="causal-lm", **none)
+
+
+class Ending(Words):
+    eos_token_id = 9
+
+
+PAIRS = [("a bb", "ccc"), ("dddd", "e ff"), ("g", "hhh i jj")]
+
+
+def test_targets_of_completions_are_those_of_the_texts_that_can_be_read():
+    spec = TextSpec(Ending(), 40)
+    found = encode_training(completions([PAIRS[0], (None, "x"), *PAIRS[1:]]), spec).train
+    whole = encode(completions(PAIRS), spec).train
+    for row, other in ((0, 0), (2, 1), (3, 2)):
+        assert found.batch([row])["labels"].equal(whole.batch([other])["labels"])
+        assert found.targets([row]).equal(whole.targets([other]))
+    with pytest.raises(UnreadableExample):
+        found.batch([1])
+    shape = found.shapes([0])[0]
+    drawn = found.made_up_targets(5, shape, 7, torch.Generator().manual_seed(1))
+    assert drawn.equal(whole.made_up_targets(5, shape, 7, torch.Generator().manual_seed(1))) and drawn.dim() == 2
+
+
+def test_where_none_can_be_read_targets_are_classes():
+    found = encode_training(raw([None] * 3), TOKENS).train
+    assert found.targets([2, 0]).tolist() == [2, 0]
+    drawn = found.made_up_targets(5, found.shapes([0])[0], 7, torch.Generator().manual_seed(1))
+    assert drawn.shape == (5,)
