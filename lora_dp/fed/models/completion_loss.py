@@ -10,6 +10,9 @@ from lora_dp.isolation.trials import modes_kept
 from lora_dp.losses import causal_lm_loss
 from lora_dp.ops.registry import wide_dtype
 
+# Where learned tokens are picked out. Elsewhere the host would wait for their number.
+_SELECT_ON = ("cpu",)
+
 
 class CompletionLoss(nn.Module):
     """A causal language model that returns the loss of each example in place of its scores.
@@ -64,7 +67,7 @@ class CompletionLoss(nn.Module):
         assert self._head is not None
         bias = self._head.bias
         learned = following >= 0
-        if states.device.type == "cpu":  # elsewhere the host would wait for their number
+        if states.device.type in _SELECT_ON:
             states, following, learned = states[learned], following[learned], learned[learned]
         if counted:
             return _counts(F.linear(states, weight, bias), following, learned)
@@ -73,7 +76,7 @@ class CompletionLoss(nn.Module):
             loss: Tensor = _LinearCrossEntropy.apply(states, weight, bias, following.clamp(min=0), shares)
             return loss
         scores = F.linear(states, weight, bias)
-        nats = F.cross_entropy(scores.to(wide_dtype(scores.dtype)), following.clamp(min=0), reduction="none")
+        nats = F.cross_entropy(scores.to(wide_dtype(scores.dtype)), following, reduction="none")
         return (nats * shares.to(nats.dtype)).sum()
 
 
@@ -110,7 +113,7 @@ def _counts(scores: Tensor, targets: Tensor, learned: Tensor | None = None) -> T
     """
     if learned is None:
         return torch.stack([_counts(*one, one[1] >= 0) for one in zip(scores[:, :-1], targets[:, 1:], strict=True)])
-    nats = F.cross_entropy(scores.double(), targets.clamp(min=0), reduction="none")
+    nats = F.cross_entropy(scores.double(), targets, reduction="none")
     right = scores.argmax(-1) == targets
     return torch.stack([(nats * learned).sum(), learned.sum().double(), (right & learned).sum().double()])
 

@@ -346,6 +346,16 @@ def test_files_whose_rows_cannot_be_told_apart(tmp_path):
         open_own(DataConfig(dataset=str(tmp_path / "nowhere")))
 
 
+def test_values_are_read_one_by_one_where_not_all_can_be(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    texts = pa.array([b"\xff\xfe" if i == 2 else f"a {i}".encode() for i in range(6)], pa.binary())
+    table = pa.table({"text": texts, "label": ["x", "y"] * 3})
+    table = table.cast(pa.schema([("text", pa.string()), ("label", pa.string())]), safe=False)
+    pq.write_table(table, tmp_path / "own" / "train.parquet")
+    found = open_own(DataConfig(dataset=str(tmp_path / "own")))
+    assert found.train_inputs == ["a 0", "a 1", None, "a 3", "a 4", "a 5"]
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_prompts_and_completions_have_no_classes_unless_a_column_is_named(kind: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"a{i}", "completion": f"b{i} c", "topic": "xy"[i % 2]} for i in range(12)]

@@ -29,6 +29,14 @@ def batch(n: int = 5) -> tuple[dict[str, Tensor], Tensor]:
     return found, targets
 
 
+@pytest.fixture(params=["picked out", "weighted"])
+def learned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How learned tokens are told: as on a CPU, or as on a GPU."""
+    if request.param == "weighted":
+        monkeypatch.setattr(lora_dp.fed.models.completion_loss, "_SELECT_ON", ())
+
+
+@pytest.mark.usefixtures("learned")
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_the_models_scores(family: str, mode: str) -> None:
@@ -63,18 +71,23 @@ def test_scores_of_all_tokens_are_kept_for_no_batch(family: str) -> None:
     assert given == [(int((row[1:] >= 0).sum()), 16) for row in targets]
 
 
+@pytest.mark.usefixtures("learned")
 def test_an_example_in_which_nothing_is_learned_has_no_loss_and_no_gradient() -> None:
     model = adapted("llama")
     inputs, targets = batch()
     targets[1] = -100
     targets[2, 1:] = -100  # the first token follows from nothing
+    targets[3, 4:], targets[3, 3] = -100, 7  # one alone
+    expected = causal_lm_loss(model(**inputs).logits, targets)
     for loss in (CompletionLoss(model).train(), CompletionLoss(model).eval()):
         found = loss(targets, **inputs)
+        torch.testing.assert_close(found, expected)
         assert found[1:3].tolist() == [0, 0] and (found[[0, 3, 4]] > 0).all()
         gradients = torch.autograd.grad(found[1:3].sum(), [p for p in model.parameters() if p.requires_grad])
         assert all(not gradient.any() for gradient in gradients)
 
 
+@pytest.mark.usefixtures("learned")
 @pytest.mark.parametrize("plain", [True, False])
 def test_tokens_are_counted(plain: bool) -> None:
     model = adapted("qwen3").eval()
@@ -83,6 +96,7 @@ def test_tokens_are_counted(plain: bool) -> None:
         loss._head = None
     inputs, targets = batch()
     targets[3] = -100
+    targets[0, 5] = 0  # a token like any other, which is learned
     counts = loss(targets, counted=True, **inputs)
     scores = model(**inputs).logits
     learned = targets[:, 1:] >= 0
@@ -138,15 +152,17 @@ def test_in_half_precision_it_is_near() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_a_second_derivative_is_there_in_evaluation() -> None:
+def test_second_derivatives_are_there_in_evaluation() -> None:
     model = adapted("llama").eval()
     inputs, targets = batch()
     parameter = next(p for p in model.parameters() if p.requires_grad)
+    found = []
     with sdpa_kernel(SDPBackend.MATH):  # the others have none
-        loss = CompletionLoss(model).eval()(targets, **inputs).sum()
-    (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
-    (second,) = torch.autograd.grad(gradient.square().sum(), parameter)
-    assert second.isfinite().all() and second.any()
+        losses = CompletionLoss(model).eval()(targets, **inputs), causal_lm_loss(model(**inputs).logits, targets)
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss.sum(), parameter, create_graph=True)
+        found += torch.autograd.grad(gradient.square().sum(), parameter)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
