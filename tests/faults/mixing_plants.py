@@ -27,8 +27,8 @@ from lora_dp.engine.data_loader import PrivateDataLoader
 from lora_dp.engine.hooks import ModelHooks
 from lora_dp.engine.logical_batch import Clipped, LogicalBatch
 from lora_dp.engine.optimizer import PrivateOptimizer
+from lora_dp.fed.data.other_company import Ops
 from lora_dp.fed.flower.policy import Policy
-from lora_dp.fed.rounds.fixed_shapes import Ops
 from lora_dp.isolation.batches.shared_arguments import SharedArguments
 from lora_dp.isolation.loss_checks.watch import LossWatch
 from lora_dp.isolation.model_state.buffers import KeptBuffers

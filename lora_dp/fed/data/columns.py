@@ -201,6 +201,9 @@ def _of_language_model(features: Mapping[str, Any], config: DataConfig) -> Colum
         raise ValueError(
             f"prompt_template names {' and '.join(missing)}, but the data set has the columns {', '.join(features)}"
         )
+    if template is not None and (other := [name for name in fields(template) if _kinds(features).get(name) != "text"]):
+        # A library types a column by all of its rows: one of them would rewrite the numbers of all others.
+        raise ValueError(f"column {other[0]} holds no texts: name columns of texts in prompt_template")
     kinds, completion, prompt = _kinds(features), config.completion_column, config.prompt_column
     pair = _pair(features)
     if completion is None and pair is not None and prompt in (None, pair[0]):
@@ -218,9 +221,10 @@ def _of_language_model(features: Mapping[str, Any], config: DataConfig) -> Colum
         if name is not None and kinds.get(name) != "text":
             raise ValueError(f"column {name} holds no texts: set {option} to one that does")
     if prompt is not None:
-        braced = prompt.replace("{", "{{").replace("}", "}}")
-        if braced != prompt:
-            raise ValueError(f"column {prompt} has a brace in its name: rename it")
+        if prompt == completion:
+            raise ValueError(f"prompt_column and completion_column are both {prompt}: name two columns")
+        if set(prompt) & set("{}:!"):
+            raise ValueError(f"column {prompt} has one of {{}}:! in its name: rename it")
         # A chat template sets its own marks between the two.
         template = f"{{{prompt}}}" if config.chat else f"{{{prompt}}}\n"
     return Columns("causal-lm", "text", config.label_column, (completion,), template)

@@ -11,6 +11,9 @@ from torch import Tensor
 from lora_dp.fed.data.examples import Indices, Shape, TextExamples, padded_rows
 from lora_dp.losses import IGNORED
 
+# Some templates write today's date. Tokens must be the same tomorrow, when a run goes on.
+_SAME_DAY = "{%- macro strftime_now(form) -%}1 January 2026{%- endmacro -%}"
+
 
 class CompletionExamples(TextExamples):
     """Prompts and completions kept as one int32 matrix of token ids (N, longest), padded on the right.
@@ -74,6 +77,12 @@ class CompletionExamples(TextExamples):
         row = int(self._rows[index])
         return self._ids[row, int(self._starts[row]) : int(self._lengths[row])].long()
 
+    @property
+    def learned(self) -> int:
+        """How many tokens there are to learn. A text's first has nothing before it that it could follow from."""
+        tokens = self._lengths[self._rows] - self._starts[self._rows].clamp(min=1)
+        return int(tokens.clamp(min=0).sum())
+
     def _store(self) -> dict[str, Tensor]:
         return {**super()._store(), "starts": self._starts}
 
@@ -106,7 +115,7 @@ def completion_examples(
         chat: whether they are put into the tokenizer's chat template, as a user's words and an assistant's answer.
 
     Raises:
-        ValueError: a missing text; no token of any completion within the limit; no chat template, or none that fits.
+        ValueError: a missing text; no chat template, or none that fits.
     """
     for row, parts in enumerate(texts):
         if not all(isinstance(part, str) for part in parts):
@@ -124,9 +133,6 @@ def completion_examples(
     rows = [([*prompt, *completion] or [pad_id])[:limit] for prompt, completion in pairs]
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
     starts = torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.long).minimum(lengths)
-    # A text's first token has nothing before it that it could follow from.
-    if len(rows) and not bool((lengths > starts.clamp(min=1)).any()):
-        raise ValueError(f"no token of any completion lies within max_length {limit}: raise it, or shorten the prompts")
     width = min(width_of_texts(int(lengths.max())), limit) if len(rows) else 1
     return CompletionExamples(padded_rows(rows, width, pad_id), lengths, starts, labels, pad_id)
 
@@ -143,8 +149,9 @@ def _chat_tokens(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int
         raise ValueError("the model has no chat template: leave chat out, and write a prompt_template")
     asked = [{"role": "user", "content": prompt}]
     answered = [*asked, {"role": "assistant", "content": completion}]
-    given: list[int] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    whole: list[int] = tokenizer.apply_chat_template(answered, return_dict=False)
+    how: dict[str, Any] = {"return_dict": False, "chat_template": _SAME_DAY + tokenizer.get_chat_template()}
+    given: list[int] = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **how)
+    whole: list[int] = tokenizer.apply_chat_template(answered, **how)
     if whole[: len(given)] != given:
         raise ValueError(
             "the model's chat template does not begin an answer as it asks for one: leave chat out, and write a "

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_dp.fed.data.content_digest import content_digest
 from lora_dp.fed.data.examples import Batch, Examples, Indices, Shape
-from lora_dp.fed.data.other_company import in_other_company, rows_stayed
+from lora_dp.fed.data.other_company import Ops, in_other_company, rows_stayed
 from lora_dp.fed.safe_text import described
 
 _LOG = logging.getLogger(__name__)
@@ -206,7 +206,11 @@ class KeptActivations(Examples):
         generator = torch.Generator().manual_seed(_SEED)
         batch, others = (self._source.made_up(self._rows_at_once, shape, self._vocabulary, generator) for _ in range(2))
         try:
-            return rows_stayed([self._front(company) for company in in_other_company(batch, others)])
+            companies = in_other_company(batch, others)
+            with Ops() as ops:
+                found = [(self._front(company), ops.taken()) for company in companies]
+            same = all(done == found[0][1] for _, done in found)
+            return same and not ops.grouped and rows_stayed([activations for activations, _ in found])
         except Exception as error:
             _LOG.warning("A model's frozen part cannot be tried, so each example is by itself: %s", described(error))
             return False

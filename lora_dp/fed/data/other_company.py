@@ -1,14 +1,19 @@
 """Batches in which rows stand elsewhere and beside others: what hangs on a row alone stays the same in all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_dp.fed.data.examples import Batch
+from lora_dp.isolation.batches.calls import tensors_in
 
 # How much larger the inputs of the other company are.
 _LOUD = 100.0
+# Arguments of ops that are tensors and say where groups of rows begin: products of mixed experts, packed sequences.
+_GROUPS = frozenset(("offs", "offsets", "batch_sizes", "cum_seq_q", "cum_seq_k", "cu_seqlens_q", "cu_seqlens_k"))
 
 
 def in_other_company(batch: Batch, others: Batch) -> list[Batch]:
@@ -42,3 +47,41 @@ def rows_stayed(found: Sequence[Tensor]) -> bool:
 
 def _loud(tensor: Tensor) -> Tensor:
     return tensor * _LOUD if tensor.is_floating_point() else tensor
+
+
+class Ops(TorchDispatchMode):
+    """Takes note of each op and the shapes that it works on.
+
+    Args:
+        noting: whether it begins at once.
+
+    Attributes:
+        grouped: whether one of them was told by a tensor which rows belong together.
+
+    >>> with Ops() as ops:
+    ...     _ = torch.zeros(2) + 1
+    >>> len(ops.taken()), ops.grouped
+    (2, False)
+    """
+
+    def __init__(self, *, noting: bool = True) -> None:
+        super().__init__()
+        self.noting, self.grouped = noting, False
+        self._done: list[Hashable] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.noting:
+            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            self.grouped |= any(
+                isinstance(value, Tensor) and name in _GROUPS for name, value in {**given, **(kwargs or {})}.items()
+            )
+            self._done.append((func, *(tensor.shape for tensor in tensors_in((args, kwargs, result)))))
+        return result
+
+    def taken(self) -> list[Hashable]:
+        """What was done since it was asked for last."""
+        done, self._done = self._done, []
+        return done

@@ -17,7 +17,7 @@ import datasets
 import fsspec
 import numpy as np
 
-from lora_dp.fed.data.columns import find_columns
+from lora_dp.fed.data.columns import fields, find_columns
 from lora_dp.fed.data.datasets import failures_to_open, find_builder, train_name
 from lora_dp.fed.data.encoding import RawData
 from lora_dp.fed.data.options import DataConfig, check_place
@@ -57,7 +57,7 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
     check_place(config.dataset)
     with failures_to_open(config.dataset), hub(config.dataset):
         table = _read(config)
-    columns = find_columns(table.features, config)
+    columns = find_columns(_meant_as_texts(table, config), config)
     names: list[str] = []
     if columns.label is None:
         labels = np.zeros(len(table.columns[columns.inputs[0]]), dtype=np.int64)
@@ -68,6 +68,15 @@ def open_own(config: DataConfig, classes: Sequence[str] | None = None) -> RawDat
         read = {name: _values(values) for name, values in read.items()}
     inputs = columns.examples(read)
     return RawData(columns.kind, names, inputs, labels, [], np.arange(0), config.max_length, columns.task, config.chat)
+
+
+def _meant_as_texts(table: _Table, config: DataConfig) -> Mapping[str, Any]:
+    """Kinds of columns: where values have no kind of their own, those that an owner names for a language model are
+    texts, numbers though most of them may look."""
+    template = config.prompt_template
+    named = {config.prompt_column, config.completion_column, *(() if template is None else fields(template))}
+    found = {} if table.typed else dict.fromkeys(named & table.features.keys(), _TEXT)
+    return {**table.features, **found}
 
 
 def _read(config: DataConfig) -> _Table:

@@ -224,6 +224,8 @@ def _opened(
     if folder is not None:
         # All of the folder is this client's, and nothing of it is held out; the privacy is that of the whole run.
         read: dict[str, Any] = {name.replace("-", "_"): own for name, own in zip(_COLUMNS, columns, strict=True)}
+        # What its own columns are for, the server does not say either.
+        read |= {"task": "auto", "chat": False}
         data = replace(config.data, dataset=str(folder), subset=None, validation_split=None, **read)
         alone = replace(
             config,
@@ -240,11 +242,18 @@ def _opened(
         )
     try:
         raw = open_data(alone.data) if folder is None else open_own(alone.data, classes)
+        if folder is not None and raw.task == "causal-lm" and config.data.chat:
+            alone = replace(alone, data=replace(alone.data, chat=True))
+            raw = open_own(alone.data, classes)
         if not len(raw.train_labels):
             raise ValueError("there are no examples: put some into its files")
     except Exception as error:
         _LOG.error("This node's data cannot be opened: %s", described(error))
         raise Refused("cannot open its own data: its log says why") from None
+    if folder is not None and config.data.task not in ("auto", raw.task):
+        raise Refused(
+            f"has data for {raw.task}, but the run's task is {config.data.task}: name the columns in its node-config"
+        )
     job = open_job(alone, raw=raw, encode=encode_training)
     plan = replace(
         job.trainer.plan,

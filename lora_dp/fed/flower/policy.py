@@ -327,7 +327,8 @@ def _own_rules(written: dict[str, Any]) -> dict[str, Rule]:
     if unknown := sorted((written.keys() | allowed.keys()) - RULES.keys()):
         raise ValueError(f"it has options that no run has: {', '.join(map(str, unknown[:3]))}")
     # As a run would read them: none is None, and defaults that hang on others are filled in.
-    values = flat(RunConfig.from_flat(written))
+    # With another data set than the digits, which are no texts.
+    values = flat(RunConfig.from_flat({"dataset": "any", **written}))
     rules: dict[str, Rule] = {name: OneOf((values[name],)) for name in written if name not in _SERVERS}
     for name, said in allowed.items():
         rules[name] = _rule(said, RULES[name])

@@ -25,27 +25,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import Recorder
 from lora_dp.fed.data.examples import Batch, Examples, Shape
-from lora_dp.fed.data.other_company import in_other_company, rows_stayed
+from lora_dp.fed.data.other_company import Ops, in_other_company, rows_stayed
 from lora_dp.fed.models.feature_models import vocabulary_of
 from lora_dp.fed.models.options import Precision
 from lora_dp.fed.rounds.contained_failures import Failures
 from lora_dp.fed.rounds.local_training import LocalSteps
 from lora_dp.fed.rounds.messages import Workspace
 from lora_dp.fed.safe_text import described
-from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.deterministic import Still
 from lora_dp.nn.lora_linear import DPLoRALinear
 
 _LOG = logging.getLogger(__name__)
 _SEED = 20261129
 _ROWS = 8
-# Arguments of ops that are tensors and say where groups of rows begin: products of mixed experts, packed sequences.
-_GROUPS = frozenset(("offs", "offsets", "batch_sizes", "cum_seq_q", "cum_seq_k", "cu_seqlens_q", "cu_seqlens_k"))
 
 
 def rows_of_a_part(batch_size: int, examples: int, shapes_vary: bool) -> int:
@@ -156,7 +152,7 @@ class OneShape:
         )
         labels = self._examples.made_up_targets(self._rows, shape, vocabulary, generator).to(device)
         companies = in_other_company({**batch, "labels": labels}, {**others, "labels": labels.roll(1)})
-        with Ops(self._workspace.model, self._optimizer.recorder) as ops:
+        with TrainingOps(self._workspace.model, self._optimizer.recorder) as ops:
             found = [(self._found(views.spread(company)), ops.taken()) for company in companies]
         kept, (_, done) = [tensors for tensors, _ in found], found[0]
         return (
@@ -174,18 +170,11 @@ class OneShape:
             return [tensor for slot in finished.slots.values() if slot.filled for tensor in slot.by_example()]
 
 
-class Ops(TorchDispatchMode):
-    """Takes note of each op of a model's forward and the shapes that it works on, but for trials of isolation.
-
-    Attributes:
-        grouped: whether one of them was told by a tensor which rows belong together.
-    """
+class TrainingOps(Ops):
+    """The ops of a model's forward, but for those of trials of isolation."""
 
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
-        super().__init__()
-        self.grouped = False
-        self._done: list[Hashable] = []
-        self._inside = False
+        super().__init__(noting=False)
         self._hooks = (
             # Behind the hook that tries isolation.
             model.register_forward_pre_hook(lambda *_: self._set(not recorder.tried)),
@@ -197,22 +186,5 @@ class Ops(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._inside:
-            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-            self.grouped |= any(
-                isinstance(value, Tensor) and name in _GROUPS for name, value in {**given, **(kwargs or {})}.items()
-            )
-            self._done.append((func, *(tensor.shape for tensor in tensors_in((args, kwargs, result)))))
-        return result
-
-    def taken(self) -> list[Hashable]:
-        """What was done since it was asked for last."""
-        done, self._done = self._done, []
-        return done
-
-    def _set(self, inside: bool) -> None:
-        self._inside = inside
+    def _set(self, noting: bool) -> None:
+        self.noting = noting

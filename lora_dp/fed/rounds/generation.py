@@ -84,7 +84,8 @@ class Prompts:
         self._tokenizer = tokenizer
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for index in range(len(examples)):
-            by_prompt.setdefault(tuple(examples.prompt(index).tolist()), []).append(index)
+            if len(examples.completion(index)):  # nothing is left of others, whose prompts are too long
+                by_prompt.setdefault(tuple(examples.prompt(index).tolist()), []).append(index)
         order = torch.randperm(len(by_prompt), generator=torch.Generator().manual_seed(_SEED))[:count].tolist()
         groups = list(by_prompt.items())
         # A text must begin with some token.
@@ -174,8 +175,8 @@ def quality(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Qualit
         from rouge_score.rouge_scorer import RougeScorer
 
     most = max(len(each) for each in references)
-    streams = [[each[place] if place < len(each) else "" for each in references] for place in range(most)]
-    bleu = sacrebleu.corpus_bleu(list(texts), streams)
+    streams = [[each[place] if place < len(each) else None for each in references] for place in range(most)]
+    bleu = sacrebleu.corpus_bleu(list(texts), streams)  # type: ignore[arg-type]  # None where there is no further one
     scorer = RougeScorer(["rougeL"])
     found = (scorer.score_multi(list(own), text)["rougeL"] for text, own in zip(texts, references, strict=True))
     return Quality(round(bleu.score, 2), round(100 * sum(score.fmeasure for score in found) / len(texts), 2))

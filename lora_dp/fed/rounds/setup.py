@@ -162,6 +162,12 @@ def open_job(
         splits = made_once("encoded", (config.data, same), lambda: encode(raw, spec))
     else:
         splits = encode(raw, spec)
+    if isinstance(splits.validation, CompletionExamples) and len(splits.validation) and not splits.validation.learned:
+        # Of the validation data alone, which are public: at a node one private text could decide.
+        raise ValueError(
+            f"no token of any completion of the validation data lies within max_length {config.data.max_length}: raise "
+            "it, or shorten the prompts"
+        )
     model = loaded.model.to(device)
     called = CompletionLoss(model) if raw.task == "causal-lm" else model
     workspace, train, validation = _without_front(config, loaded, model, called, splits)

@@ -144,11 +144,12 @@ class RunFolder:
         text = json.dumps(asdict(generations), indent=1, ensure_ascii=False)
         write_atomically(self.path / SAMPLES, text)
 
-    def read_texts(self) -> list[str] | None:
-        """What samples.json has from before training, in the order of the prompts; None where it has none."""
+    def read_texts(self, prompts: Sequence[str]) -> list[str] | None:
+        """What samples.json has of these prompts from before training; None where it lacks one."""
         try:
             texts = json.loads((self.path / SAMPLES).read_text(encoding="utf-8"))["texts"]
-            found = [each["before"] for each in texts]
+            known = {each["prompt"]: each["before"] for each in texts}
+            found = [known[prompt] for prompt in prompts]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if all(isinstance(text, str) for text in found) else None

@@ -113,7 +113,7 @@ def _drive(
     summary = summarise(config, results, account, status, used_noise(federation))
     if (prompts := federation.prompts) is not None:
         report.generating(len(prompts.prompts))
-        found = prompts.compared(folder.read_texts(), _generated(federation))
+        found = prompts.compared(folder.read_texts([p.text for p in prompts.prompts]), _generated(federation))
         folder.write_generations(found)
         summary |= {"text_quality_before": found.before, "text_quality_after": found.after}
     draw_curves(results, config, folder.path / "curves.png")

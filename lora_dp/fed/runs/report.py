@@ -113,7 +113,7 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
         axes = figure.subplots(1, 1 if target is None else 2, squeeze=False)[0]
         evaluated = [result.round for result in results if result.accuracy is not None]
         values = [
-            perplexity(result.loss) if causal and result.loss is not None else result.accuracy
+            perplexity(result.loss or 0) if causal else result.accuracy
             for result in results
             if result.accuracy is not None
         ]

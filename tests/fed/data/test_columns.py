@@ -42,7 +42,7 @@ def test_a_column_of_labels_alone_makes_a_classifier() -> None:
         ({"prompt_column": "note"}, "{note}\n", None, None),
         ({"prompt_column": "note", "completion_column": "prompt"}, "{note}\n", "prompt", None),
         ({"completion_column": "note"}, None, "note", None),
-        ({"prompt_template": "{note}: {number} "}, "{note}: {number} ", "completion", None),
+        ({"prompt_template": "{note}: {prompt} "}, "{note}: {prompt} ", "completion", None),
         ({"label_column": "number"}, "{prompt}\n", "completion", "number"),
     ],
 )
@@ -72,12 +72,15 @@ def test_one_column_of_texts_is_learned_from_its_first_word() -> None:
         ({"prompt_template": "{question!r}", "completion_column": "answer"}, "more or less than a column's name"),
         ({"prompt_template": "{question", "completion_column": "answer"}, "cannot be read"),
         ({"prompt_template": "{}", "completion_column": "answer"}, "more or less than a column's name"),
-        ({"prompt_column": "a{b}", "completion_column": "answer"}, "brace in its name"),
+        ({"prompt_column": "a{b}", "completion_column": "answer"}, "has one of {}:! in its name: rename it"),
+        ({"prompt_column": "a:b", "completion_column": "answer"}, "has one of {}:! in its name"),
+        ({"prompt_column": "answer", "completion_column": "answer"}, "are both answer: name two columns"),
+        ({"prompt_template": "{number}", "completion_column": "answer"}, "column number holds no texts: name columns"),
         ({"task": "causal-lm"}, "cannot tell the column of completions"),
     ],
 )
 def test_what_is_not_there_is_told_with_the_remedy(options, words) -> None:
-    features = {"question": TEXT, "answer": TEXT, "number": NUMBER, "a{b}": TEXT}
+    features = {"question": TEXT, "answer": TEXT, "number": NUMBER, "a{b}": TEXT, "a:b": TEXT}
     if options == {"task": "causal-lm"}:
         features = {"left": TEXT, "right": TEXT}
     with pytest.raises(ValueError, match=words):

@@ -8,8 +8,10 @@ import torch
 import transformers
 
 from lora_dp.fed.data.completions import CompletionExamples, completion_examples, width_of_texts
+from lora_dp.fed.data.encoding import RawData, TextSpec
 from lora_dp.fed.data.examples import Shape
 from lora_dp.fed.data.kept_activations import KeptActivations
+from lora_dp.fed.data.unreadable import encode_training
 from tests.fed.tiny_language import tokenizer_folder
 
 PAD, BEGIN, END = 0, 1, 2
@@ -60,10 +62,20 @@ def test_prompt_and_completion_of_one_example(tmp_path: Path) -> None:
 def test_what_is_too_long_is_cut_at_its_end(tmp_path: Path) -> None:
     found = examples(tmp_path, [("w0 w1 w2", "w3 w4"), ("w0 w1 w2 w3 w4", "w5")], limit=4)
     assert found.batch([0, 1])["labels"].tolist() == [[-100, -100, -100, 7], [-100, -100, -100, -100]]
-    with pytest.raises(ValueError, match="no token of any completion lies within max_length 3: raise it"):
-        examples(tmp_path, [("w0 w1 w2", "w3 w4")], limit=3)
-    with pytest.raises(ValueError, match="no token of any completion"):  # the first is told by nothing
-        examples(tmp_path, [("", "w0")], limit=1)
+    assert found.learned == 1 and found.subset([1]).learned == 0 and found.subset([]).learned == 0
+    assert examples(tmp_path, [("", "w0")], limit=1).learned == 0  # the first is told by nothing
+    assert examples(tmp_path, [("", "w0"), ("w1", "w2 w3")]).learned == 1 + 3
+
+
+def test_whether_a_text_can_be_read_hangs_on_it_alone(tmp_path: Path) -> None:
+    """Else one text that fits would decide whether those that do not fit count in what is released of all."""
+    long = ("w0 " * 8, "w1")
+    spec = TextSpec(tokenizer(tmp_path), 32)
+    for others in ([], [TEXTS[0]], [(None, "w1")], [TEXTS[0], (None, "w1")]):
+        pairs = [long] * 5 + others
+        raw = RawData("text", [], pairs, np.zeros(len(pairs), dtype=np.int64), [], np.arange(0), 6, "causal-lm")
+        found = encode_training(raw, spec).train
+        assert all((found.batch([row])["labels"] == -100).all() for row in range(5))
 
 
 @pytest.mark.parametrize("texts", [[("w0", "w1"), (None, "w1")], [("w0", None)], [("w0", 3)]])
@@ -91,6 +103,14 @@ def test_a_chat_template_that_begins_an_answer_otherwise_is_refused(tmp_path: Pa
     words.chat_template = words.chat_template.replace("'<s> assistant '", "'<s> w1 '")
     with pytest.raises(ValueError, match="does not begin an answer as it asks for one"):
         completion_examples(TEXTS, torch.zeros(3).long(), words, 32, chat=True)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_any_day(tmp_path: Path) -> None:
+    words = tokenizer(tmp_path, chat=True)
+    plain = completion_examples(TEXTS, torch.zeros(3).long(), words, 32, chat=True)
+    words.chat_template = "{% if strftime_now('%Y') == '1 January 2026' %}w1 {% endif %}" + words.chat_template
+    found = completion_examples(TEXTS, torch.zeros(3).long(), words, 32, chat=True)
+    assert found.prompt(0).tolist() == [5, *plain.prompt(0).tolist()]
 
 
 def test_what_a_template_puts_behind_the_end_is_not_learned(tmp_path: Path) -> None:

@@ -363,3 +363,26 @@ def test_a_run_that_shares_nothing_does_not_ask_what_its_front_is() -> None:
         raise AssertionError("all weights were read for nothing")
 
     kept(images(), ImageFront(), front_digest=asked).prepare()
+
+
+@pytest.mark.parametrize("kind", ["grouped", "by what is in it"])
+def test_a_front_whose_ops_hang_on_company_is_given_each_example_by_itself(kind: str) -> None:
+    """As mixed experts: a row's rounding hangs on how many rows go with it, which few made-up rows may not show."""
+    table = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+
+    def front(batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        sizes.append(len(ids))
+        if kind == "grouped":
+            starts = torch.arange(0, ids.numel(), ids.shape[1])
+            sums = torch.nn.functional.embedding_bag(ids.flatten(), table, starts)
+            return sums.unsqueeze(1).expand(-1, ids.shape[1], -1)
+        found = table[ids]
+        chosen = ids[:, 0] > 2
+        found[chosen] = found[chosen] + 1
+        return found
+
+    examples = kept(texts([3, 4, 5]), front)
+    examples.batch([0, 1, 2])
+    assert sizes[-3:] == [1, 1, 1]

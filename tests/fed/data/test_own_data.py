@@ -346,6 +346,16 @@ def test_files_whose_rows_cannot_be_told_apart(tmp_path):
         open_own(DataConfig(dataset=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize("odd", ["3.5", "x", "", "1e3"])
+def test_numbers_that_an_owner_names_as_texts_stay_as_they_are_written(odd: str, tmp_path: Path) -> None:
+    rows = [f"{i:03d},{2000 + i},{i}" for i in range(8)]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.csv").write_text("\n".join(["code,year,answer", *rows, f"{odd},{odd},{odd}"]) + "\n")
+    named = {"prompt_template": "{code} {year}: ", "completion_column": "answer"}
+    found = open_own(DataConfig(dataset=str(tmp_path / "own"), **named))
+    assert list(found.train_inputs)[:8] == [(f"{i:03d} {2000 + i}: ", str(i)) for i in range(8)]
+
+
 def test_values_are_read_one_by_one_where_not_all_can_be(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     texts = pa.array([b"\xff\xfe" if i == 2 else f"a {i}".encode() for i in range(6)], pa.binary())

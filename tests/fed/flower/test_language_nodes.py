@@ -12,6 +12,7 @@ pytest.importorskip("flwr")
 
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.flower import client as flower_client
+from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.flower.server import connected
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Update
@@ -121,6 +122,26 @@ def test_a_node_says_itself_which_of_its_columns_are_read(tmp_path: Path, said, 
     batch = example.batch([0])
     assert batch["input_ids"][0][: len(prompt)].tolist() == prompt
     assert batch["labels"][0][batch["labels"][0] >= 0].tolist() == [*completion, 2]
+
+
+@pytest.mark.parametrize("options", [{"task": "causal-lm"}, {"task": "auto", "chat": True}])
+def test_the_server_does_not_choose_what_a_nodes_data_are_for(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Texts with labels are classified, though there are questions and answers beside them."""
+    rows = [{"text": "w1", "label": "ab"[i % 2], "question": "w2", "answer": "w3"} for i in range(20)]
+    own = own_rows(tmp_path / "own", rows)
+    config = tiny(model=language_model(tmp_path / "model", chat=True), dataset=pairs_folder(tmp_path / "data"), r=2)
+    text = yaml.safe_dump({**yaml.safe_load(text_of(config)), **options})
+    with pytest.raises((Refused, ValueError), match="has data for classification, but|default model|takes"):
+        opened(text, own)
+    named = tuple({"completion-column": "answer"}.get(name) for name in flower_client._COLUMNS)
+    assert opened(text, own, named).job.train.batch([0])["labels"].dim() == 2
+
+
+def test_a_chat_template_is_the_servers_choice(tmp_path: Path) -> None:
+    config = tiny(model=language_model(tmp_path / "model", chat=True), dataset=pairs_folder(tmp_path / "data"), r=2)
+    own = own_rows(tmp_path / "own", [{name: row[name] for name in ("prompt", "completion")} for row in pairs(20)])
+    text = yaml.safe_dump({**yaml.safe_load(text_of(config)), "chat": True})
+    assert opened(text, own).examples(0).batch([0])["input_ids"][0][:2].tolist() == [1, 3]  # <s> user
 
 
 def test_what_the_server_says_of_columns_is_not_read_there(tmp_path: Path) -> None:

@@ -101,6 +101,14 @@ def test_code_files_and_mechanism_are_those_of_the_default_run():
         assert not any(RULES[name].admits(other) for other in (not value, "else", 1, ["head"]))
 
 
+@pytest.mark.parametrize("written", ["task: causal-lm", "chat: true", "completion_column: x", "label_column: y"])
+def test_an_owner_may_pin_what_is_for_texts(written, tmp_path):
+    (tmp_path / "policy.yaml").write_text(written)
+    rules = Policy.of_node({"policy": str(tmp_path / "policy.yaml")}, budget=False).rules
+    name, value = written.split(": ")
+    assert rules[name].admits({"true": True}.get(value, value)) and not rules[name].admits("another")
+
+
 def test_a_run_that_no_rule_refuses_is_taken_part_in_and_no_other():
     Policy(RULES).check(RunConfig())
     with pytest.raises(Refused, match="no such run: r is 257, and by its policy must be a whole number from 1 to 256"):

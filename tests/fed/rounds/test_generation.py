@@ -46,6 +46,11 @@ def test_completions_of_one_prompt_are_references_of_one_another(tmp_path: Path)
     assert {prompt.text: prompt.references for prompt in prompts.prompts} == {"w0": ["w1", "w4 w5"], "w2": ["w3"]}
 
 
+def test_a_prompt_that_leaves_no_room_for_a_completion_is_left_out(tmp_path: Path) -> None:
+    prompts, _, _ = opened(tmp_path, [("w0 " * 40, "w1"), ("w2", "w3")])
+    assert [prompt.text for prompt in prompts.prompts] == ["w2"]
+
+
 def test_prompts_are_drawn_always_alike_and_no_more_than_asked(tmp_path: Path) -> None:
     rows = [(f"w{number}", "w1") for number in range(20)]
     few, again = (opened(tmp_path, rows, count=5)[0].prompts for _ in range(2))
@@ -82,6 +87,9 @@ def test_quality_takes_the_nearest_reference_of_each_text() -> None:
     found = quality(["the cat sat on the mat", "b c d e f"], references)
     # 4/5 of the words in order, both ways; the other text is perfect.
     assert found.rouge_l == 90.0 and 0 < found.bleu < 100
+    # A further reference of another text is none of this one's: it is too short for its own all the same.
+    short = quality(["a b c d e f", "a b c d e f g h"], [["a b c d e f g h"], ["a b c d e f g h", "zz"]])
+    assert short.bleu == quality(["a b c d e f", "a b c d e f g h"], [["a b c d e f g h"]] * 2).bleu < 100
     assert quality(["", "nothing at all of this"], references) == Quality(0.0, 0.0)
 
 

@@ -163,7 +163,11 @@ def test_a_run_is_audited(tmp_path: Path, canaries: str, adapt_last: int | None)
     assert 7.9 < result.claimed_epsilon <= 8 and not result.violated
 
 
-def test_an_interrupted_run_goes_on_with_its_first_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("generate", "kept"), [(3, True), (2, True), (5, False)])
+def test_an_interrupted_run_goes_on_with_its_first_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generate: int, kept: bool
+) -> None:
+    """Where more prompts are asked for than before, there is no text from before of all of them."""
     config, real = configured(tmp_path, rounds=2), Federation.run_round
 
     def once(self: Federation, *args: Any, **named: Any) -> Any:
@@ -176,9 +180,13 @@ def test_an_interrupted_run_goes_on_with_its_first_samples(tmp_path: Path, monke
     assert outcome.interrupted
     before = [each["before"] for each in json.loads((outcome.folder / "samples.json").read_text())["texts"]]
     monkeypatch.setattr(Federation, "run_round", real)
+    text = (outcome.folder / "config.yaml").read_text()
+    (outcome.folder / "config.yaml").write_text(text.replace("generate: 3", f"generate: {generate}"))
     assert launch.resume(outcome.folder, QUIET).summary["status"] == "finished"
     found = json.loads((outcome.folder / "samples.json").read_text())
-    assert [each["before"] for each in found["texts"]] == before and found["before"] and found["after"]
+    expected = before[:generate] if kept else [None] * generate
+    assert [each["before"] for each in found["texts"]] == expected
+    assert (found["before"] is not None) == kept and found["after"] and len(found["texts"]) == generate
 
 
 @pytest.mark.parametrize(
@@ -194,6 +202,11 @@ def test_an_interrupted_run_goes_on_with_its_first_samples(tmp_path: Path, monke
 def test_options_of_classification_are_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         open_job(configured(tmp_path, **options))
+
+
+def test_validation_texts_that_leave_nothing_to_learn_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no token of any completion of the validation data lies within max_length 1"):
+        open_job(configured(tmp_path, max_length=1))
 
 
 def test_classes_share_out_texts(tmp_path: Path) -> None:
