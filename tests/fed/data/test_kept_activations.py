@@ -379,7 +379,7 @@ def test_a_front_whose_ops_hang_on_company_is_given_each_example_by_itself(kind:
             sums = torch.nn.functional.embedding_bag(ids.flatten(), table, starts)
             return sums.unsqueeze(1).expand(-1, ids.shape[1], -1)
         found = table[ids]
-        chosen = ids[:, 0] > 2
+        chosen = ids[:, 0] % 2 == 0
         found[chosen] = found[chosen] + 1
         return found
 
