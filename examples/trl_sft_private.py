@@ -11,7 +11,7 @@ from lora_dp import PrivacyArguments, PrivateSFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-parser.add_argument("--data", default="tuetschek/e2e_nlg", help="with meaning_representation and human_reference")
+parser.add_argument("--data", default="tuetschek/e2e_nlg", help="as experiments/e2e.py makes it")
 parser.add_argument("--output", default="runs/e2e")
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--batch", type=int, default=16, help="texts that fit the memory")

@@ -15,15 +15,16 @@ from pathlib import Path
 import pandas as pd
 
 INPUTS = 50
+NAMES = {"mr": "meaning_representation", "ref": "human_reference"}
 
 
 def convert(train: Path, test: Path, folder: Path) -> None:
-    """Writes train.parquet and validation.parquet, with the columns mr (the attributes) and ref (a description)."""
+    """Writes train.parquet and validation.parquet, with the columns meaning_representation and human_reference."""
     folder.mkdir(parents=True, exist_ok=True)
-    pd.read_csv(train).to_parquet(folder / "train.parquet", index=False)
-    texts = pd.read_csv(test)
-    chosen = texts["mr"].drop_duplicates().sample(INPUTS, random_state=0)
-    texts[texts["mr"].isin(chosen)].to_parquet(folder / "validation.parquet", index=False)
+    learned, texts = (pd.read_csv(path).rename(columns=NAMES) for path in (train, test))
+    learned.to_parquet(folder / "train.parquet", index=False)
+    chosen = texts["meaning_representation"].drop_duplicates().sample(INPUTS, random_state=0)
+    texts[texts["meaning_representation"].isin(chosen)].to_parquet(folder / "validation.parquet", index=False)
 
 
 if __name__ == "__main__":

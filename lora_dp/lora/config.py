@@ -95,6 +95,8 @@ class LoRAConfig:
         modules_to_save: list[str] | None = None,
         use_rslora: bool | None = None,
     ):
+        if hasattr(r, "peft_type"):
+            raise TypeError("LoRAConfig takes PEFT's names one by one: give inject_lora PEFT's configuration itself.")
         self.r, self.target_modules, self.bias, self.init_a, self.adapter = r, target_modules, bias, init_a, adapter
         self.alpha = _one_of(alpha, lora_alpha, None, "lora_alpha")
         self.dropout = _one_of(dropout, lora_dropout, 0.0, "lora_dropout")

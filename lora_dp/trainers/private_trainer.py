@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,6 +260,8 @@ class PrivateTrainer(Trainer):
     def _plain_loader(self) -> DataLoader[Any]:
         dataset: Any = self.train_dataset
         collate, args = self.data_collator, self.args
+        if not isinstance(dataset, Sized):
+            raise ValueError("Poisson sampling needs to know how many examples there are: load the whole data set.")
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
@@ -341,6 +343,11 @@ class PrivateTrainer(Trainer):
         """The loss of each example, (N,), from a forward of ``model``: override it for a loss of your own."""
         assert self._run is not None
         rest, labels = split_labels(inputs, self.label_names)
+        if not labels and self._own_losses is None:
+            raise ValueError(
+                "A batch has no labels: give the data a column labels, or for a language model the data collator "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes them."
+            )
         base = self.accelerator.unwrap_model(model)
         if "labels" in labels and hasattr(base, "prepare_decoder_input_ids_from_labels"):
             rest.setdefault("decoder_input_ids", base.prepare_decoder_input_ids_from_labels(labels=labels["labels"]))

@@ -82,3 +82,9 @@ def test_blocks_are_numbers_from_0_on(given):
 def test_a_pattern_to_leave_out_is_a_regular_expression():
     with pytest.raises(ValueError, match="exclude_modules '\\(' is no regular expression"):
         LoRAConfig(exclude_modules="(")
+
+
+def test_pefts_configuration_goes_to_inject_lora() -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(TypeError, match="give inject_lora PEFT's configuration itself"):
+        LoRAConfig(peft.LoraConfig(r=4))

@@ -232,6 +232,21 @@ def test_tensorboard_is_told_of_epsilon(tmp_path: Path, monkeypatch: pytest.Monk
 # Refusals
 
 
+def test_batches_without_labels_are_told_what_makes_them(tmp_path: Path) -> None:
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in completions(N)]
+    with pytest.raises(ValueError, match=r"DataCollatorForLanguageModeling\(tokenizer, mlm=False\), which makes them"):
+        private_trainer(tmp_path, train_dataset=rows).train()
+
+
+def test_data_of_no_known_length_are_refused(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(completions(N))
+
+    with pytest.raises(ValueError, match="needs to know how many examples there are: load the whole data set"):
+        private_trainer(tmp_path, train_dataset=Stream()).train()
+
+
 @pytest.mark.parametrize(
     "training, words",
     [

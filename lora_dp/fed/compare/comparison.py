@@ -155,6 +155,7 @@ class _Work:
             note = "" if summary["status"] == "finished" else f"   {summary['status']}"
             note += "   no privacy guarantee (ε = ∞)" if summary.get("guarantee") else ""
             name = self.outcomes.grid.metric.replace("-", " ")
+            name = f"token {name}" if name == "accuracy" and "perplexity_after" in summary else name
             _say(self.console, f"{cell}   {name} {measure.shown(summary[measure.after])}{note}")
         elif self.outcomes.diverged(cell):
             _say(self.console, f"{cell}   diverged: {reason.in_full if reason else 'too few usable updates'}")

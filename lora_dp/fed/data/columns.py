@@ -163,6 +163,8 @@ def find_columns(features: Mapping[str, Any], config: DataConfig) -> Columns:
     told = {"label_column": (labels, "labels"), "input_column": (column, "images or texts")}
     if untold := {option: what for option, (found, what) in told.items() if found is None}:
         others = "; or, for a language model, completion_column" if "text" in kinds.values() else ""
+        if config.task == "auto" and _pair(features) is not None:
+            others = "; or, for a language model that goes on from prompts, set task causal-lm"
         raise ValueError(
             f"cannot tell the column{'s' if len(untold) > 1 else ''} of {' and of '.join(untold.values())}: "
             f"set {' and '.join(untold)} to {_one_of(untold)} {', '.join(features)}{others}"

@@ -1,14 +1,15 @@
 """Causal language models with adapters in place: what goes on from a prompt, and has no head of its own."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
-from lora_dp.fed.hub import hub
+from lora_dp.fed.hub import hub, reachable, unreachable
 from lora_dp.fed.models.feature_models import vocabulary_of
-from lora_dp.fed.models.loading import NO_CODE, LoadedModel, cannot_load, layers_to_adapt, quiet_transformers, text_spec
+from lora_dp.fed.models.loading import NO_CODE, LoadedModel, first_line, layers_to_adapt, quiet_transformers, text_spec
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.isolation.trials import modes_kept
 from lora_dp.lora.config import ALL_LINEAR, LoRAConfig
@@ -40,7 +41,10 @@ def load_causal_model(
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **NO_CODE)
             spec = text_spec(name, model.config)
     except (OSError, ValueError) as error:
-        raise cannot_load(name, "a causal language model, which goes on from texts", error) from error
+        why = first_line(error) if Path(name).exists() or reachable() else unreachable(name)
+        raise ValueError(
+            f"could not load {name} as a causal language model: give a Transformers hub name or folder of one ({why})"
+        ) from error
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} has an encoder, and no prompt in front: choose a causal language model.")
     if not _is_causal(model):

@@ -211,7 +211,7 @@ def _load_timm(
         with hub(name) if pretrained else contextlib.nullcontext():
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)
     except (OSError, RuntimeError) as error:
-        why = _first_line(error) if reachable() else unreachable(name)
+        why = first_line(error) if reachable() else unreachable(name)
         raise ValueError(f"could not load {name}: check name and network ({why})") from error
     data = timm.data.resolve_model_data_config(model)
     channels, height, width = data["input_size"]
@@ -241,7 +241,7 @@ def _load_encoder(name: str) -> tuple[nn.Module, InputSpec]:
             backbone = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **NO_CODE)
             spec = text_spec(name, backbone.config)
     except (OSError, ValueError) as error:
-        raise cannot_load(name, "an encoder of texts", error) from error
+        raise _cannot_load(name, "an encoder of texts", error) from error
     if backbone.config.is_encoder_decoder:
         raise ValueError(f"{name} has a decoder, whose tokens are no features of a text: choose features own.")
     return without_pooler(backbone), spec
@@ -270,7 +270,7 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
                         module.set_attention_type("original_full")
             spec = _image_spec(name, model.config) if kind == "image" else text_spec(name, model.config)
     except (OSError, ValueError) as error:
-        raise cannot_load(name, f"a model that classifies {kind}s", error) from error
+        raise _cannot_load(name, f"a model that classifies {kind}s", error) from error
     # whatever stands beside the backbone was added for classification: classifier, score, pre_classifier, …
     heads = [
         child
@@ -284,15 +284,8 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
     return model, spec, heads, brings_head
 
 
-def cannot_load(name: str, what: str, error: Exception) -> ValueError:
-    """The error that says why a model of Transformers could not be loaded.
-
-    Args:
-        name: of the model.
-        what: it was to be, in words that end with what it is made for.
-        error: that was raised.
-    """
-    why = _first_line(error) if Path(name).exists() or reachable() else unreachable(name)
+def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
+    why = first_line(error) if Path(name).exists() or reachable() else unreachable(name)
     kind = what.rpartition(" ")[2]
     return ValueError(
         f"could not load {name} as {what}: check that it is a timm name, or a Transformers hub name or folder made for "
@@ -355,6 +348,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

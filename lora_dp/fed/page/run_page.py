@@ -16,7 +16,7 @@ from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.privacy_plan import UNITS
 from lora_dp.fed.rounds.setup import plan_of
 from lora_dp.fed.runs.folder import ENDED, SAMPLES, read_results
-from lora_dp.fed.runs.report import PUBLIC, PUBLIC_CLIENTS, notes, total_seconds
+from lora_dp.fed.runs.report import notes, public, total_seconds
 
 # A page of all of 10,000 clients would be of no use to a reader.
 MOST_CLIENTS, MOST_FAILURES, MOST_SAMPLES = 100, 100, 5
@@ -67,7 +67,7 @@ def content(folder: Path) -> dict[str, Any]:
         "follows_seed": config.run.reproducible,
         "worst_epsilon": ledger["worst_epsilon"] if ledger is not None else results[-1].epsilon if results else 0.0,
         "unit": UNITS[privacy.unit],
-        "public": summary.get("public", PUBLIC if privacy.unit == "example" else PUBLIC_CLIENTS) or "",
+        "public": summary.get("public", public(config)) or "",
         "seconds": total_seconds(results),
         "up": sum(result.bytes_up for result in results),
         "down": sum(result.bytes_down for result in results),

@@ -131,10 +131,10 @@ def open_job(
     own_data = raw is None
     raw = made_once("opened", config.data, lambda: open_data(config.data)) if raw is None else raw
     ranks = chosen.client_ranks(config.model.r if config.method.has_adapters else 0, derived_seed(seed, Stream.RANKS))
+    config.settle_task(raw.task)
     model_config = config.model
     if model_config.class_texts == "names":
         model_config = replace(model_config, class_texts=texts_of_names(raw.label_names))
-    config.settle_task(raw.task)
     if raw.task == "causal-lm":
         loaded = load_causal_model(
             model_config, seed=seed, adapter=config.method.adapter, adapts_last=config.method.adapts_last

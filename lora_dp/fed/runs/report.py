@@ -32,6 +32,12 @@ PUBLIC_CLIENTS = (
 )
 
 
+def public(config: RunConfig) -> str:
+    """What a run takes to be public. A language model has no classes."""
+    said = PUBLIC if config.privacy.unit == "example" else PUBLIC_CLIENTS
+    return said.replace("the classes, ", "") if config.data.task == "causal-lm" else said
+
+
 def notes(config: RunConfig) -> dict[str, str | None]:
     """What must be said of a run wherever it shows itself: of its guarantee, and of a release."""
     return {
@@ -67,11 +73,7 @@ def summarise(
         "accountant": config.privacy.accountant,
         "privacy_unit": account["unit"],
         "noise_multiplier": {"smallest": min(noise), "largest": max(noise)} if noise else None,
-        "public": None
-        if config.privacy.kept is None
-        else PUBLIC
-        if config.privacy.unit == "example"
-        else PUBLIC_CLIENTS,
+        "public": None if config.privacy.kept is None else public(config),
         "bytes_up": sum(result.bytes_up for result in results),
         "bytes_down": sum(result.bytes_down for result in results),
         "failed_clients": None if secret else sum(len(result.failed) for result in results),

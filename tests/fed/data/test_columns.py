@@ -92,6 +92,13 @@ def test_without_labels_or_pairs_both_tasks_are_named() -> None:
         found({"left": TEXT, "right": TEXT}, input_column="left")
 
 
+def test_labels_beside_prompts_are_told_both_ways_on() -> None:
+    features = {"prompt": TEXT, "completion": TEXT, "topic": TEXT}
+    with pytest.raises(ValueError, match="or, for a language model that goes on from prompts, set task causal-lm"):
+        found(features, label_column="topic")
+    assert found(features, label_column="topic", task="causal-lm").label == "topic"
+
+
 def test_values_go_into_a_template_as_they_are() -> None:
     read = Columns("causal-lm", "text", None, ("b",), "{{x}} {a}{a}:{c}")
     assert read.prompt_columns == ["a", "c"] == fields("{{x}} {a}{a}:{c}")

@@ -77,7 +77,7 @@ def test_a_model_with_an_encoder_is_refused(tmp_path: Path) -> None:
     language_model(tmp_path / "words")
     config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="causal language model"):
+    with pytest.raises(ValueError, match="as a causal language model: give a Transformers hub name or folder of one"):
         load_causal_model(ModelConfig(name=str(tmp_path)))
 
 

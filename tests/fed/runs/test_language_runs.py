@@ -111,6 +111,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_configuration_says_what_was_found(finished: Path) -> None:
     config = RunConfig.from_flat({**_yaml(finished / "config.yaml")})
     assert config.data.task == "causal-lm" and config.model.features == "own"
+    assert "classes" not in json.loads((finished / "summary.json").read_text())["public"]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -193,8 +194,12 @@ def test_an_interrupted_run_goes_on_with_its_first_samples(
     ("options", "words"),
     [
         ({"method": "head-only", "task": "causal-lm"}, "head-only trains a head that classifies"),
-        ({"method": "quiet-lora"}, "features is for classification.*name --task causal-lm"),
-        ({"features": "mean"}, "features is for classification"),
+        (
+            {"method": "quiet-lora"},
+            "features is for classification.*quiet-lora's recipe, which task causal-lm",
+        ),
+        ({"features": "mean"}, "features is for classification: leave it out.$"),
+        ({"class_texts": "names"}, "class_texts is for classification"),
         ({"sums_share": 0.1, "features": "own"}, "sums_share is for classification"),
         ({"partition": "dirichlet"}, "partition dirichlet shares out classes, of which these data have none"),
     ],
