@@ -80,6 +80,7 @@ def test_what_is_right_is_taken():
                     **{
                         name: word,
                         **({"unit": "client"} if name == "noise_by" else {}),
+                        **({"dataset": "texts"} if name == "task" else {}),
                         **({"low_pass_strength": 1.0} if name == "low_pass" and word != "none" else {}),
                     }
                 )

@@ -47,7 +47,7 @@ def test_a_round_on_the_last_blocks_is_that_of_the_whole_model(kind, tmp_path, m
         if not apart:
             monkeypatch.setattr(
                 "lora_dp.fed.rounds.setup._without_front",
-                lambda config, loaded, model, splits: (Workspace(model), splits.train, splits.validation),
+                lambda config, loaded, model, called, splits: (Workspace(model), splits.train, splits.validation),
             )
         federation = Federation.from_config(RunConfig.from_flat({**TINY, **options}))
         assert isinstance(federation.model, LastBlocks) == apart
