@@ -11,6 +11,7 @@ class Measure:
 
     Attributes:
         name: in words.
+        axis: what stands at the axis of a picture.
         after, before: of a run, what its summary calls the value at the end and at the start.
         factor: by which the summary's value is multiplied to be shown.
         unit: behind a shown value.
@@ -23,6 +24,7 @@ class Measure:
     """
 
     name: str
+    axis: str
     after: str
     before: str
     factor: float = 100.0
@@ -41,12 +43,16 @@ class Measure:
 
 
 MEASURES: dict[Metric, Measure] = {
-    "accuracy": Measure("Accuracy", "accuracy_after", "accuracy_before"),
+    "accuracy": Measure("Accuracy", "Accuracy (%)", "accuracy_after", "accuracy_before"),
     "balanced-accuracy": Measure(
-        "Balanced accuracy (mean recall of the classes)", "balanced_accuracy_after", "balanced_accuracy_before"
+        "Balanced accuracy (mean recall of the classes)",
+        "Balanced accuracy (%)",
+        "balanced_accuracy_after",
+        "balanced_accuracy_before",
     ),
     "perplexity": Measure(
         "Perplexity (lower is better)",
+        "Perplexity (to the right is better)",
         "perplexity_after",
         "perplexity_before",
         factor=1.0,

@@ -60,14 +60,9 @@ def draw(cells: DataFrame, metric: Metric, width: float = 10.0) -> Figure:
     panels[0].set_yticks(range(len(order)), order, color=INK)
     panels[0].set_ylim(-0.6, len(order) - 0.4)
     seeds = int(numbers["n"].max())
-    words = {
-        "accuracy": "Accuracy (%)",
-        "balanced-accuracy": "Balanced accuracy (%)",
-        "perplexity": "Perplexity (to the right is better)",
-    }[metric]
     spread = f", mean and 95 % interval of {seeds} seeds" if seeds > 1 else ", one run each"
     marks = "".join(f"\n{said}" for said in marks_of(not kept, cells["release"].notna().any()))
-    figure.supxlabel(f"{words}{spread}{marks}", fontsize=9.5, color=INK)
+    figure.supxlabel(f"{measure.axis}{spread}{marks}", fontsize=9.5, color=INK)
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines() if line.get_label()[0] != "_"}
     figure.legend(
         lines.values(),

@@ -74,9 +74,9 @@ class Columns:
             return first if len(self.inputs) == 1 else list(zip(first, columns[self.inputs[1]], strict=True))
         if self.prompt is None:
             return [("", completion) for completion in first]
-        names = self.prompt_columns
+        names, parts = self.prompt_columns, _parts(self.prompt)
         rows = zip(*(columns[name] for name in names), strict=True) if names else (() for _ in first)
-        prompts = [_filled(self.prompt, dict(zip(names, row, strict=True))) for row in rows]
+        prompts = [_filled(parts, dict(zip(names, row, strict=True))) for row in rows]
         return list(zip(prompts, first, strict=True))
 
 
@@ -89,6 +89,11 @@ def fields(template: str) -> list[str]:
     >>> fields("{question} ({subject}) {{A}}")
     ['question', 'subject']
     """
+    return list(dict.fromkeys(name for _, name in _parts(template) if name is not None))
+
+
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    """Pieces of text, each with the column whose value comes behind it; None at the end where there is none."""
     try:
         found = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -96,15 +101,14 @@ def fields(template: str) -> list[str]:
     for _, name, form, conversion in found:
         if name is not None and (not name or form or conversion):
             raise ValueError("prompt_template has braces with more or less than a column's name: write {question}")
-    return list(dict.fromkeys(name for _, name, _, _ in found if name is not None))
+    return [(text, name) for text, name, _, _ in found]
 
 
-def _filled(template: str, row: Mapping[str, Any]) -> str | None:
+def _filled(parts: Sequence[tuple[str, str | None]], row: Mapping[str, Any]) -> str | None:
     """The prompt of one row, None where a value is missing; values stay as they are, whatever braces they have."""
     if any(value is None for value in row.values()):
         return None
-    parts = string.Formatter().parse(template)
-    return "".join(text + ("" if name is None else str(row[name])) for text, name, _, _ in parts)
+    return "".join(text + ("" if name is None else str(row[name])) for text, name in parts)
 
 
 def check_columns(read: Columns, features: Mapping[str, Any]) -> None:
@@ -192,27 +196,28 @@ def _pair(features: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _of_language_model(features: Mapping[str, Any], config: DataConfig) -> Columns:
-    template = config.prompt_template
+    template, kinds = config.prompt_template, _kinds(features)
+    named = [] if template is None else fields(template)
     wanted = {
         "label_column": config.label_column,
         "prompt_column": config.prompt_column,
         "completion_column": config.completion_column,
     }
     _check_columns(wanted, features)
-    if template is not None and (missing := [name for name in fields(template) if name not in features]):
+    if missing := [name for name in named if name not in features]:
         raise ValueError(
             f"prompt_template names {' and '.join(missing)}, but the data set has the columns {', '.join(features)}"
         )
-    if template is not None and (other := [name for name in fields(template) if _kinds(features).get(name) != "text"]):
+    if other := [name for name in named if kinds.get(name) != "text"]:
         # A library types a column by all of its rows: one of them would rewrite the numbers of all others.
         raise ValueError(f"column {other[0]} holds no texts: name columns of texts in prompt_template")
-    kinds, completion, prompt = _kinds(features), config.completion_column, config.prompt_column
+    completion, prompt = config.completion_column, config.prompt_column
     pair = _pair(features)
     if completion is None and pair is not None and prompt in (None, pair[0]):
         completion = pair[1]
         prompt = pair[0] if template is None else None
     if completion is None:
-        read = {prompt, config.label_column, *([] if template is None else fields(template))}
+        read = {prompt, config.label_column, *named}
         texts = [name for name, kind in kinds.items() if kind == "text" and name not in read]
         completion = _only_or_common(texts, INPUT_NAMES if template is None and prompt is None else ())
     if completion is None:

@@ -1,19 +1,16 @@
 """Causal language models with adapters in place: what goes on from a prompt, and has no head of its own."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
-from lora_dp.fed.hub import hub, reachable, unreachable
+from lora_dp.fed.hub import hub
 from lora_dp.fed.models.feature_models import vocabulary_of
-from lora_dp.fed.models.loading import NO_CODE, LoadedModel, first_line, layers_to_adapt, quiet_transformers, text_spec
+from lora_dp.fed.models.loading import NO_CODE, LoadedModel, quiet_transformers, text_spec, why_unloaded, with_adapters
 from lora_dp.fed.models.options import ModelConfig
 from lora_dp.isolation.trials import modes_kept
-from lora_dp.lora.config import ALL_LINEAR, LoRAConfig
-from lora_dp.lora.injection import inject_lora
 from lora_dp.nn.adapter_start import Adapter
 
 
@@ -41,29 +38,20 @@ def load_causal_model(
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **NO_CODE)
             spec = text_spec(name, model.config)
     except (OSError, ValueError) as error:
-        why = first_line(error) if Path(name).exists() or reachable() else unreachable(name)
         raise ValueError(
-            f"could not load {name} as a causal language model: give a Transformers hub name or folder of one ({why})"
+            f"could not load {name} as a causal language model: give a Transformers hub name or folder of one "
+            f"({why_unloaded(name, error)})"
         ) from error
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} has an encoder, and no prompt in front: choose a causal language model.")
     if not _is_causal(model):
         raise ValueError(f"{name} sees the whole text at each of its tokens: choose a causal language model.")
-    config = replace(config, features="own")
-    if config.adapt_last is None and config.target_modules == ALL_LINEAR:
-        config = replace(config, adapt_last=adapts_last)
     model.config.use_cache = False  # what a cache keeps is of no use to a backward pass
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        lora = LoRAConfig(
-            r=config.r,
-            alpha=config.alpha,
-            target_modules=layers_to_adapt(model, config, []),
-            dropout=config.dropout,
-            init_a=config.init_a,
-            adapter=adapter,
-        )
-        return LoadedModel(inject_lora(model, lora).train(), spec, [], config, head_is_new=False)
+        own = replace(config, features="own")
+        adapted, config = with_adapters(model, own, [], adapter=adapter, adapts_last=adapts_last)
+    return LoadedModel(adapted, spec, [], config, head_is_new=False)
 
 
 @torch.no_grad()

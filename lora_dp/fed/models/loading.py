@@ -97,18 +97,42 @@ def load_model(
                 start_from_texts(model, spec, config.class_texts)
         elif features == "unit":
             put_feature_head(model, heads, config.name, spec if brings_head else None)
-        if adapted and config.adapt_last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
-            config = replace(config, adapt_last=adapts_last)
-        lora = LoRAConfig(
-            r=config.r,
-            alpha=config.alpha,
-            target_modules=layers_to_adapt(model, config, heads) if adapted else [],
-            trainable_modules=heads,
-            dropout=config.dropout,
-            init_a=config.init_a,
-            adapter=adapter,
-        )
-        return LoadedModel(inject_lora(model, lora).train(), spec, heads, config, not brings_head)
+        model, config = with_adapters(model, config, heads, adapter=adapter, adapted=adapted, adapts_last=adapts_last)
+        return LoadedModel(model, spec, heads, config, not brings_head)
+
+
+def with_adapters(
+    model: nn.Module,
+    config: ModelConfig,
+    heads: list[str],
+    *,
+    adapter: Adapter = "lora",
+    adapted: bool = True,
+    adapts_last: int | None = None,
+) -> tuple[nn.Module, ModelConfig]:
+    """The model with adapters in place, in training mode, and its options with ``adapt_last`` as it was decided.
+
+    Args:
+        model: changed in place; torch's random state decides how its adapters start.
+        config: its options.
+        heads: names of the modules trained in full.
+        adapter, adapted, adapts_last: as of :func:`load_model`.
+
+    Raises:
+        ValueError: more blocks than there are; wrong adapter settings.
+    """
+    if adapted and config.adapt_last is None and config.target_modules == ALL_LINEAR and is_list_of_blocks(model):
+        config = replace(config, adapt_last=adapts_last)
+    lora = LoRAConfig(
+        r=config.r,
+        alpha=config.alpha,
+        target_modules=_layers_to_adapt(model, config, heads) if adapted else [],
+        trainable_modules=heads,
+        dropout=config.dropout,
+        init_a=config.init_a,
+        adapter=adapter,
+    )
+    return inject_lora(model, lora).train(), config
 
 
 class _Loaded(NamedTuple):
@@ -143,17 +167,8 @@ def _resolved(features: Features, brings_head: bool) -> Features:
     return "own" if features == "auto" else features
 
 
-def layers_to_adapt(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
-    """Those that the options name, as LoRAConfig.target_modules.
-
-    Args:
-        model: without adapters.
-        config: its options.
-        heads: names of the modules trained in full.
-
-    Raises:
-        ValueError: more blocks than there are.
-    """
+def _layers_to_adapt(model: nn.Module, config: ModelConfig, heads: Sequence[str]) -> list[str] | str:
+    """As LoRAConfig.target_modules."""
     if config.adapt_last is None:
         return config.target_modules
     blocks = blocks_of(model)
@@ -211,7 +226,7 @@ def _load_timm(
         with hub(name) if pretrained else contextlib.nullcontext():
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_labels)
     except (OSError, RuntimeError) as error:
-        why = first_line(error) if reachable() else unreachable(name)
+        why = _first_line(error) if reachable() else unreachable(name)
         raise ValueError(f"could not load {name}: check name and network ({why})") from error
     data = timm.data.resolve_model_data_config(model)
     channels, height, width = data["input_size"]
@@ -285,12 +300,16 @@ def _load_transformers(name: str, num_labels: int, kind: Kind) -> tuple[nn.Modul
 
 
 def _cannot_load(name: str, what: str, error: Exception) -> ValueError:
-    why = first_line(error) if Path(name).exists() or reachable() else unreachable(name)
     kind = what.rpartition(" ")[2]
     return ValueError(
         f"could not load {name} as {what}: check that it is a timm name, or a Transformers hub name or folder made for "
-        f"{kind} ({why})"
+        f"{kind} ({why_unloaded(name, error)})"
     )
+
+
+def why_unloaded(name: str, error: Exception) -> str:
+    """Why a model of Transformers could not be loaded: what the error says first, or that the hub is out of reach."""
+    return _first_line(error) if Path(name).exists() or reachable() else unreachable(name)
 
 
 def _image_spec(name: str, config: Any) -> ImageSpec:
@@ -348,7 +367,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first, or its kind where it says nothing."""
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

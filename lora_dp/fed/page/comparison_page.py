@@ -14,7 +14,6 @@ from lora_dp.fed.compare.measures import MEASURES
 from lora_dp.fed.compare.options import Metric
 from lora_dp.fed.compare.outcomes import Outcomes
 from lora_dp.fed.page import figures
-from lora_dp.fed.rounds.evaluation import perplexity
 from lora_dp.fed.runs.folder import ENDED, read_results
 from lora_dp.fed.runs.report import notes
 
@@ -72,7 +71,7 @@ def _curves(folder: Path, cells: Any, budgets: list[Any], metric: Metric) -> lis
         for method, rows in cells[cells["epsilon"] == budget].groupby("method", sort=False):
             runs = [
                 {
-                    result.round: perplexity(result.loss or 0) if causal else result.accuracy
+                    result.round: result.perplexity if causal else result.accuracy
                     for result in read_results(folder / row)
                     if result.accuracy is not None
                 }

@@ -10,7 +10,6 @@ import numpy as np
 from lora_dp.fed.config import read_config
 from lora_dp.fed.page import figures, number_format
 from lora_dp.fed.plot_style import GREEN, ORANGE
-from lora_dp.fed.rounds.evaluation import perplexity
 from lora_dp.fed.rounds.federation import RoundResult
 from lora_dp.fed.rounds.ledgers import LOG, AheadLog, LogError
 from lora_dp.fed.rounds.privacy_plan import UNITS
@@ -56,7 +55,7 @@ def content(folder: Path) -> dict[str, Any]:
         "rounds_done": results[-1].round if results else 0,
         "warnings": [text for name, own in notes(config).items() if (text := summary.get(name, own))],
         "causal": config.data.task == "causal-lm",
-        "perplexities": [_perplexity(result) for result in (evaluated[:1] + evaluated[-1:])],
+        "perplexities": [result.perplexity for result in (evaluated[:1] + evaluated[-1:])],
         "generations": _read_json(folder / SAMPLES),
         "samples": MOST_SAMPLES,
         "before": evaluated[0].accuracy if evaluated else None,
@@ -84,10 +83,6 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _perplexity(result: RoundResult) -> float | None:
-    return None if result.loss is None else perplexity(result.loss)
-
-
 def _curves(results: list[RoundResult], target: float | None, *, causal: bool) -> list[tuple[str, Any]]:
     evaluated = [result for result in results if result.accuracy is not None]
     if not evaluated:
@@ -107,7 +102,7 @@ def _curves(results: list[RoundResult], target: float | None, *, causal: bool) -
         )
     ]
     if causal:
-        known = [(result.round, value) for result in evaluated if (value := _perplexity(result)) is not None]
+        known = [(result.round, value) for result in evaluated if (value := result.perplexity) is not None]
         found.insert(
             0,
             (

@@ -51,7 +51,11 @@ def perplexity(loss: float) -> float:
 
 def evaluation_batches(examples: Examples) -> Iterator[Batch]:
     """All examples in order, as many at a time as memory has room for without gradients."""
-    return examples.batches(_TEXTS_AT_ONCE if examples.targets([]).dim() == 2 else EVALUATION_BATCH)
+    return examples.batches(_TEXTS_AT_ONCE if _are_texts_to_learn(examples) else EVALUATION_BATCH)
+
+
+def _are_texts_to_learn(examples: Examples) -> bool:
+    return examples.targets([]).dim() == 2
 
 
 def evaluate(
@@ -63,23 +67,27 @@ def evaluate(
         RuntimeError: there are no examples.
     """
     model.eval()
-    total, counts = 0.0, torch.zeros(3, dtype=torch.float64)
-    labels, right = [], []
+    batches = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in evaluation_batches(examples))
     with torch.no_grad():
-        for batch in evaluation_batches(examples):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            targets = batch["labels"]
-            if targets.dim() == 2:
-                counts += token_counts(model, batch, precision).sum(0).cpu()
-                continue
-            scores = logits(model, batch, precision)
-            total += F.cross_entropy(scores, targets, reduction="sum").item()
-            labels.append(targets.cpu())
-            right.append((scores.argmax(1) == targets).cpu())
-    if counts[1]:
-        nats, tokens, said = counts.tolist()
-        return Evaluation(nats / tokens, said / tokens, None)
+        evaluated = _of_tokens if _are_texts_to_learn(examples) else _of_classes
+        return evaluated(model, batches, precision)
+
+
+def _of_tokens(model: nn.Module, batches: Iterator[Batch], precision: Precision) -> Evaluation:
+    counts = torch.stack([token_counts(model, batch, precision).sum(0).cpu() for batch in batches]).sum(0)
+    nats, tokens, right = counts.tolist()
+    return Evaluation(nats / tokens, right / tokens, None)
+
+
+def _of_classes(model: nn.Module, batches: Iterator[Batch], precision: Precision) -> Evaluation:
+    total = 0.0
+    labels, right = [], []
+    for batch in batches:
+        scores = logits(model, batch, precision)
+        total += F.cross_entropy(scores, batch["labels"], reduction="sum").item()
+        labels.append(batch["labels"].cpu())
+        right.append((scores.argmax(1) == batch["labels"]).cpu())
     classes, hit = torch.cat(labels), torch.cat(right)
     there = classes.bincount() > 0
     recalls = classes.bincount(hit.double())[there] / classes.bincount()[there]
-    return Evaluation(total / len(examples), int(hit.sum()) / len(examples), float(recalls.mean()))
+    return Evaluation(total / len(classes), int(hit.sum()) / len(classes), float(recalls.mean()))

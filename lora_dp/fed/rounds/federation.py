@@ -17,7 +17,7 @@ from lora_dp.fed.models.task_losses import training_inputs
 from lora_dp.fed.origin import Origin
 from lora_dp.fed.rounds.client import Trainer
 from lora_dp.fed.rounds.engines import Engine
-from lora_dp.fed.rounds.evaluation import Evaluation, evaluate
+from lora_dp.fed.rounds.evaluation import Evaluation, evaluate, perplexity
 from lora_dp.fed.rounds.generation import Prompts
 from lora_dp.fed.rounds.ledgers import Account, AheadLog
 from lora_dp.fed.rounds.local_engine import LocalEngine
@@ -68,6 +68,11 @@ class RoundResult:
     seconds: float | None
     failed: list[dict[str, Any]] = field(default_factory=list)
     balanced_accuracy: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of a language model's loss; None in a round that is not evaluated."""
+        return None if self.loss is None else perplexity(self.loss)
 
 
 class Federation:

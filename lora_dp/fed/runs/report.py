@@ -15,7 +15,6 @@ from lora_dp.extras import require
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.plot_style import BLUE, ORANGE, QUIET, STYLE, marks_of
 from lora_dp.fed.rounds import as_released
-from lora_dp.fed.rounds.evaluation import perplexity
 from lora_dp.fed.rounds.federation import Federation, RoundResult
 from lora_dp.fed.rounds.privacy_plan import AS_RELEASED, UNITS, finite, guarantee
 from lora_dp.fed.safe_text import harmless
@@ -85,8 +84,8 @@ def _of_texts(config: RunConfig, first: RoundResult, last: RoundResult) -> dict[
     """What a language model's losses are in perplexity."""
     if config.data.task != "causal-lm":
         return {}
-    ends = {"perplexity_before": first.loss, "perplexity_after": last.loss}
-    return {name: None if loss is None else finite(perplexity(loss)) for name, loss in ends.items()}
+    ends = {"perplexity_before": first.perplexity, "perplexity_after": last.perplexity}
+    return {name: None if value is None else finite(value) for name, value in ends.items()}
 
 
 def used_noise(federation: Federation) -> list[float]:
@@ -114,11 +113,8 @@ def draw_curves(results: Sequence[RoundResult], config: RunConfig, path: Path) -
         figure = Figure(figsize=(9.6, 3.8) if target is not None else (5.6, 3.8), layout="constrained", dpi=160)
         axes = figure.subplots(1, 1 if target is None else 2, squeeze=False)[0]
         evaluated = [result.round for result in results if result.accuracy is not None]
-        values = [
-            perplexity(result.loss or 0) if causal else result.accuracy
-            for result in results
-            if result.accuracy is not None
-        ]
+        shown = [result.perplexity if causal else result.accuracy for result in results]
+        values = [value for value in shown if value is not None]
         form = ".3g" if causal else ".1%"
         axes[0].axhline(values[0], color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
         axes[0].annotate(
@@ -261,7 +257,7 @@ class ConsoleReport:
         accuracy = "    – " if result.accuracy is None else f"{100 * result.accuracy:5.1f} %"
         said = f"accuracy {accuracy}"
         if self._causal:
-            said = f"perplexity {'–' if result.loss is None else f'{perplexity(result.loss):.4g}':>6}   token {said}"
+            said = f"perplexity {_number(result.perplexity):>6}   token {said}"
         self._print(f"{name}   loss {loss}   {said}   worst ε {epsilon}{sent}")
         for entry in result.failed:
             who = "a client" if entry["client"] is None else f"client {entry['client']}"

@@ -38,6 +38,18 @@ def policy(path: Path, text: str | dict[str, Any]) -> str:
     return str(path)
 
 
+def private_node(folder: Path, own: Path, model: str) -> dict[str, Any]:
+    """The configuration of the first client's node: data of its own, a ledger, and a policy that admits a model."""
+    return {
+        "partition-id": 0,
+        "data": str(own),
+        "ledger": str(folder / "ledger.json"),
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "policy": policy(folder / "policy.yaml", {"model": model}),
+    }
+
+
 # A failure is no bit
 
 

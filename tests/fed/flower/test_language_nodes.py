@@ -16,7 +16,7 @@ from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.flower.server import connected
 from lora_dp.fed.rounds.federation import Federation
 from lora_dp.fed.rounds.messages import Update
-from tests.fed.flower.asking_servers import answer, policy, sent
+from tests.fed.flower.asking_servers import answer, policy, private_node, sent
 from tests.fed.flower.loopback import LoopbackGrid
 from tests.fed.flower.small_deployments import nodes, tiny
 from tests.fed.tiny_language import language_model, pairs, pairs_folder
@@ -91,14 +91,7 @@ def test_an_odd_row_of_a_nodes_own_texts_is_no_bit(tmp_path: Path, odd: dict[str
 def test_a_node_takes_part_with_an_odd_row_under_its_policy(tmp_path: Path) -> None:
     config = configured(tmp_path)
     own = own_rows(tmp_path / "own", [*pairs(20), {"prompt": None, "completion": "w1"}])
-    node = {
-        "partition-id": 0,
-        "data": str(own),
-        "ledger": str(tmp_path / "ledger.json"),
-        "epsilon": 8.0,
-        "delta": 1e-5,
-        "policy": policy(tmp_path / "policy.yaml", {"model": config.model.name}),
-    }
+    node = private_node(tmp_path, own, config.model.name)
     text = text_of(config)
     state = opened(text, own).trainer.workspace.state()
     assert isinstance(answer(sent(text, state, (0, 0, 2)), node), Update)

@@ -19,7 +19,7 @@ from lora_dp.fed.flower import client as flower_client
 from lora_dp.fed.flower import messages
 from lora_dp.fed.flower.ledger import Refused
 from lora_dp.fed.rounds.messages import Update
-from tests.fed.flower.asking_servers import answer, asking_model, policy, sent, texts
+from tests.fed.flower.asking_servers import answer, asking_model, private_node, sent, texts
 from tests.fed.flower.node_data import GOOD
 
 COLUMNS = (None,) * len(flower_client._COLUMNS)
@@ -54,14 +54,7 @@ def test_an_odd_row_of_a_nodes_own_data_is_no_bit(odd, classes, words, tmp_path,
     without = opened(text, own, classes).examples(0)
     rows = (own / "train.csv").read_bytes().splitlines()
     (own / "train.csv").write_bytes(b"\n".join([*rows[:7], odd, *rows[7:]]) + b"\n")
-    node = {
-        "partition-id": 0,
-        "data": str(own),
-        "ledger": str(tmp_path / "ledger.json"),
-        "epsilon": 8.0,
-        "delta": 1e-5,
-        "policy": policy(tmp_path / "policy.yaml", {"model": str(words)}),
-    }
+    node = private_node(tmp_path, own, str(words))
     if classes is not None:
         node["classes"] = classes
     flower_client._opened.cache_clear()

@@ -1,5 +1,7 @@
 """The loss of a causal language model, without keeping its scores."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.fed.models.completion_loss import CompletionLoss
 from lora_dp.losses import causal_lm_loss
 from tests.language_models import FAMILIES, causal_lm, completions, stacked
+from tests.support import brute_force, clip_and_sum
 
 
 def adapted(family: str) -> nn.Module:
@@ -165,19 +168,21 @@ def test_second_derivatives_are_there_in_evaluation() -> None:
     torch.testing.assert_close(*found)
 
 
+def scores_loss(model: Any, row: dict[str, Tensor]) -> Tensor:
+    """Of one text, from the model's own scores."""
+    inputs = {name: tensor.unsqueeze(0) for name, tensor in row.items()}
+    targets = inputs.pop("labels")
+    return causal_lm_loss(model(**inputs).logits, targets).sum()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_step_clips_each_example_by_itself(family: str) -> None:
     """Against brute force: each example's gradient alone, from the model's own scores, clipped and added up."""
     model = adapted(family).train()
     inputs, targets = batch(4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    expected = {name: torch.zeros_like(p) for name, p in trained.items()}
-    for row in range(4):
-        scores = model(**{name: tensor[row : row + 1] for name, tensor in inputs.items()}).logits
-        alone = torch.autograd.grad(causal_lm_loss(scores, targets[row : row + 1]).sum(), list(trained.values()))
-        norm = torch.stack([gradient.square().sum() for gradient in alone]).sum().sqrt()
-        for name, gradient in zip(trained, alone, strict=True):
-            expected[name] += gradient * (0.1 / norm).clamp(max=1)
+    alone = brute_force(model, scores_loss, completions(4), set(trained))
+    expected = clip_and_sum(alone, "flat", 0.1, layer_of=lambda name: name)
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     loader = torch.utils.data.DataLoader(list(range(4)), batch_size=4)
     private, optimizer, batches = PrivacyEngine().make_private(
