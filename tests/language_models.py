@@ -40,10 +40,9 @@ def causal_lm(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
         model = tf.MixtralForCausalLM(tf.MixtralConfig(num_local_experts=4, **_SMALL))
         model.set_experts_implementation("eager")  # the grouped product has no float64
     else:
+        small = {name: value for name, value in _SMALL.items() if name != "num_key_value_heads"}
         model = tf.GPT2LMHeadModel(
-            tf.GPT2Config(
-                n_embd=16, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **_SMALL
-            )
+            tf.GPT2Config(n_layer=2, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **small)
         )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -116,7 +116,7 @@ def test_no_two_public_classes_or_functions_share_a_name() -> None:
 LEVELS: dict[str, list[set[str]]] = {
     "lora_dp": [
         {"lazy_torch"},
-        {"errors", "extras", "argument_checks", "atomic_files"},
+        {"errors", "extras", "argument_checks", "atomic_files", "opacus_names"},
         {"hash_chain"},
         {"kernels"},
         {"ops"},

@@ -15,7 +15,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lora_dp.argument_checks import Elsewhere, Fixed, check_count, check_kind
+from lora_dp.argument_checks import Fixed, check_count, check_kind
 from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.repeated_examples import first_repeated
 from lora_dp.isolation.collation.names import arguments
@@ -128,8 +128,9 @@ class PrivateDataLoader(DataLoader[Any]):
     collate_fn, num_workers, pin_memory = Fixed[Any](_SETTING), Fixed[Any](_SETTING), Fixed[Any](_SETTING)
     timeout, worker_init_fn, prefetch_factor = Fixed[Any](_SETTING), Fixed[Any](_SETTING), Fixed[Any](_SETTING)
     multiprocessing_context, persistent_workers = Fixed[Any](_SETTING), Fixed[Any](_SETTING)
-    generator = Fixed[Any](_SETTING)
-    sampler = Elsewhere(_ORDER)
+    generator, pin_memory_device, in_order = Fixed[Any](_SETTING), Fixed[Any](_SETTING), Fixed[Any](_SETTING)
+    # As any loader of batches has one, and makes no use of it.
+    sampler = Fixed[Any](f"'{{name}}' would be without effect here: {_ORDER}.")
     # Accelerate would make a plain loader of this one.
     _is_accelerate_prepared = True
 
@@ -183,7 +184,8 @@ class PrivateDataLoader(DataLoader[Any]):
             loader.worker_init_fn,
             loader.prefetch_factor,
         )
-        self.multiprocessing_context = loader.multiprocessing_context
+        self.multiprocessing_context, self.pin_memory_device = loader.multiprocessing_context, loader.pin_memory_device
+        self.sampler, self.in_order = SequentialSampler(dataset), True
         self.sample_rate = loader.batch_size / size
         self.turn_rate = loader.batch_size * self._cycle.groups / size
         self.steps_per_epoch = max(1, round(1 / self.sample_rate))
@@ -195,6 +197,7 @@ class PrivateDataLoader(DataLoader[Any]):
             "collate_fn": collation(loader.collate_fn, source),
             "num_workers": loader.num_workers,
             "pin_memory": loader.pin_memory,
+            "pin_memory_device": loader.pin_memory_device,
             "timeout": loader.timeout,
             "worker_init_fn": worker_init(loader.worker_init_fn, source),
             "multiprocessing_context": loader.multiprocessing_context,
@@ -209,7 +212,7 @@ class PrivateDataLoader(DataLoader[Any]):
         >>> sum(map(len, loader.batch_sampler)) > 0
         True
         """
-        return self._sampler(self.steps_per_epoch)
+        return self._draws(self.steps_per_epoch)
 
     @batch_sampler.setter
     def batch_sampler(self, value: object) -> NoReturn:
@@ -253,7 +256,7 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def _take(self, steps: int, marker: Any) -> Iterator[Any]:
         check_count("steps", steps, least=0)
-        step, batches = self._cycle.step, _NonEmpty(self._sampler(steps))
+        step, batches = self._cycle.step, _NonEmpty(self._draws(steps))
         self._on_begin()
         fetched = iter(DataLoader(self.dataset, batch_sampler=batches, **self._options))
         while (batch := self._fetch(fetched, batches.drawn)) is not _NO_MORE:
@@ -267,7 +270,7 @@ class PrivateDataLoader(DataLoader[Any]):
             self._on_end()
         yield from self._step_empty(step, batches.empty_at_end, marker)
 
-    def _sampler(self, steps: int) -> PoissonSampler:
+    def _draws(self, steps: int) -> PoissonSampler:
         size, groups = len(self.dataset), self._cycle.groups
         if groups == 1:
             return PoissonSampler(size, self.sample_rate, steps, self.source)

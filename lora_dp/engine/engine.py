@@ -16,9 +16,8 @@ from lora_dp.argument_checks import Elsewhere, Fixed, check_callable, check_coun
 from lora_dp.atomic_files import KeptFile, write_bytes_atomically
 from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.data_loader import PrivateDataLoader
-from lora_dp.engine.foreign_wrappers import check_not_wrapped, check_one_process
+from lora_dp.engine.foreign_wrappers import check_not_prepared, check_not_wrapped, check_one_process
 from lora_dp.engine.logical_batch import LEAVE_OUT, Drawn
-from lora_dp.engine.opacus_names import OF_ENGINE, AccountantName, raise_for, tells_opacus_users
 from lora_dp.engine.optimizer import PrivateOptimizer, keep_out_of_graphs
 from lora_dp.engine.phases import Phases
 from lora_dp.engine.recorder import Recorder, recorder_of
@@ -30,6 +29,14 @@ from lora_dp.isolation.trials import LossFunction, modes_kept
 from lora_dp.lora.adapters import made_by_peft, warn_of_half_precision
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import NormMethod
+from lora_dp.opacus_names import (
+    OF_ENGINE,
+    OF_MAKE_PRIVATE,
+    OF_NEW_ENGINE,
+    AccountantName,
+    raise_for,
+    tells_opacus_users,
+)
 from lora_dp.privacy.accounting import (
     Accountant,
     Ledger,
@@ -100,6 +107,7 @@ class PrivacyEngine:
     noise_multiplier, max_grad_norm, clipping = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
     sample_rate, expected_batch_size = Elsewhere(_LOADER), Elsewhere(_LOADER)
 
+    @tells_opacus_users(OF_NEW_ENGINE)
     def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"Unknown accountant '{accountant}': choose 'pld' or 'rdp'.")
@@ -113,7 +121,7 @@ class PrivacyEngine:
         self._drawn: list[Drawn] = []
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
 
-    @tells_opacus_users
+    @tells_opacus_users(OF_MAKE_PRIVATE)
     def make_private(
         self,
         *,
@@ -184,7 +192,7 @@ class PrivacyEngine:
         )
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
-    @tells_opacus_users
+    @tells_opacus_users(OF_MAKE_PRIVATE)
     def make_private_with_epsilon(
         self,
         *,
@@ -228,6 +236,7 @@ class PrivacyEngine:
         options = StepOptions(
             clipping, phases, loss_reduction, low_pass, norm_method, regulate_noise, shrinkage, views, correlated_noise
         )
+        check_not_prepared(optimizer, data_loader)
         check_number("target_epsilon", target_epsilon)
         check_number("target_delta", target_delta)
         check_epsilon(target_epsilon)
@@ -264,6 +273,7 @@ class PrivacyEngine:
         budget: tuple[float, float, int] | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateDataLoader]:
         check_one_process()
+        check_not_prepared(optimizer, data_loader)
         check_kind("model", model, nn.Module, "inject_lora makes one ready")
         check_kind("optimizer", optimizer, torch.optim.Optimizer, "make one of torch.optim over the trained parameters")
         check_number("noise_multiplier", noise_multiplier)

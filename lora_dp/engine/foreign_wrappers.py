@@ -26,6 +26,20 @@ def check_not_wrapped(model: nn.Module) -> None:
             )
 
 
+def check_not_prepared(optimizer: object, data_loader: object) -> None:
+    """Refuse what Accelerate has wrapped: its loader draws batches of its own, its optimizer decides when to step.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    for name, given in (("optimizer", optimizer), ("data_loader", data_loader)):
+        if type(given).__module__.startswith("accelerate."):
+            raise TypeError(
+                f"The {name} has been through accelerator.prepare: call make_private first, and hand what it returns "
+                "to accelerator.prepare."
+            )
+
+
 def check_one_process() -> None:
     """Refuse training in several processes at once, whose ledgers and noise would each know a part of it alone.
 

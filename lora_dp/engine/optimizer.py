@@ -13,7 +13,6 @@ from lora_dp.engine.cycle import Cycle
 from lora_dp.engine.foreign_wrappers import check_one_process
 from lora_dp.engine.fused_step import find_fused_step
 from lora_dp.engine.logical_batch import Clipped, Drawn, LogicalBatch
-from lora_dp.engine.opacus_names import OF_OPTIMIZER, raise_for
 from lora_dp.engine.pass_clipper import PassClipper
 from lora_dp.engine.phases import PhaseCycle, Phases
 from lora_dp.engine.recorder import Recorder
@@ -26,6 +25,7 @@ from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import Pass
 from lora_dp.nn.regulator import Regulator
+from lora_dp.opacus_names import OF_OPTIMIZER, raise_for
 from lora_dp.ops.native import refuse_capture
 from lora_dp.ops.private_update import ExampleSum
 from lora_dp.ops.registry import wide_dtype

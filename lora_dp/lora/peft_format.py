@@ -137,7 +137,8 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     except ValueError as error:
         raise ValueError(f"{source / CONFIG_NAME} is not JSON ({error}): save the adapter again.") from error
     _check_types(config, str(source / CONFIG_NAME))
-    _check_supported(config, str(source / CONFIG_NAME))
+    again = "save the adapter again with PEFT or save_adapter"
+    _check_supported(config, str(source / CONFIG_NAME), "train a plain LoRA adapter without it", again)
     targets, bias = config["target_modules"], config.get("bias", "none")
     try:
         tensors = load_file(source / WEIGHTS_NAME)
@@ -167,12 +168,19 @@ def settings_of(config: Any) -> dict[str, Any]:
     given = {name: list(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     given["peft_type"] = str(getattr(given["peft_type"], "value", given["peft_type"]))
     what = f"The {type(config).__name__}"
-    init = given["init_lora_weights"]
+    init = given.get("init_lora_weights", True)
     if init not in (True, "orthogonal"):
         raise ValueError(
             f"{what} sets init_lora_weights={init!r}, which get_peft_model does: give its model to make_private."
         )
-    _check_supported(given, what, also_read=("exclude_modules", "layers_to_transform"))
+    peft_does = "give make_private the model of get_peft_model"
+    _check_supported(
+        given,
+        what,
+        f"leave it out, or, for patterns of ranks and scalings, {peft_does}",
+        f"name the layers, or {peft_does}, which knows them by the model",
+        also_read=("exclude_modules", "layers_to_transform"),
+    )
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "modules_to_save")
     settings = {name: given[name] for name in (*names, "exclude_modules", "layers_to_transform")}
     return {**settings, "init_a": "orthonormal" if init == "orthogonal" else "kaiming"}
@@ -208,9 +216,11 @@ def _is_repeated(key: str, keys: Collection[str]) -> bool:
     return f"{module}.{leaf}" in keys or f"{module}.{leaf.partition('.')[2]}" in keys  # without the adapter's name
 
 
-def _check_supported(config: dict[str, Any], path: str, also_read: Collection[str] = ()) -> None:
+def _check_supported(
+    config: dict[str, Any], what: str, remedy: str, without_targets: str, also_read: Collection[str] = ()
+) -> None:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} describes a {config.get('peft_type')!r} adapter: only 'LORA' is supported.")
+        raise ValueError(f"{what} describes a {config.get('peft_type')!r} adapter: only 'LORA' is supported.")
     init = config.get("init_lora_weights", True)
     unsupported = {} if init in _PLAIN_INITS else {"init_lora_weights": init}
     for key, value in config.items():
@@ -220,10 +230,10 @@ def _check_supported(config: dict[str, Any], path: str, also_read: Collection[st
             unsupported[key] = value
     if unsupported:
         options = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
-        raise ValueError(f"{path} sets {options}, which is not supported: train a plain LoRA adapter without it.")
+        raise ValueError(f"{what} sets {options}, which is not supported: {remedy}.")
     # Ours may adapt nothing beside modules that are trained whole; PEFT itself has no such adapter.
     if not (config.get("target_modules") or (config.get("target_modules") == [] and config.get("modules_to_save"))):
-        raise ValueError(f"{path} names no target_modules: save the adapter again with PEFT or save_adapter.")
+        raise ValueError(f"{what} names no target_modules: {without_targets}.")
 
 
 def peft_key(name: str, adapted: Collection[str]) -> str:

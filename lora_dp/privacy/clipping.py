@@ -133,7 +133,7 @@ def make_clip_rule(name: ClippingName, max_grad_norm: float) -> ClipRule:
     """
     rules: dict[str, type] = {"flat": FlatClipping, "per_layer": PerLayerClipping, "automatic": AutomaticClipping}
     if not isinstance(name, str) or name not in rules:
-        raise ValueError(f"Unknown clipping '{name}': choose one of {', '.join(rules)}.")
+        raise ValueError(f"Unknown clipping '{name}': choose one of {', '.join(rules)}, or give an AdaptiveClipping.")
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}: 1.0 is a usual start.")
     if math.isinf(max_grad_norm) and name != "flat":

@@ -1,7 +1,7 @@
 """What a private Trainer is told about privacy, beside ``TrainingArguments``."""
 
 from dataclasses import asdict, dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from lora_dp.argument_checks import check_flag, check_number
 from lora_dp.engine.phases import Phases
@@ -24,6 +24,7 @@ class PrivacyArguments:
         clip_bound: C, the most that one example's gradient may weigh in a step's sum, in the L2 norm.
         clipping: "flat", "per_layer" or "automatic", as of :meth:`lora_dp.PrivacyEngine.make_private`.
         phases: which of LoRA's factors each step trains: "AB" (both), "BA" (in turn), "B" or "A".
+        unit: of privacy, what two neighbouring data sets differ by: "example", one of them.
         accountant: "pld" (tighter) or "rdp".
         reproducible_seed: sampling and noise follow this seed: for research only, since who guesses it sees through
             the noise.
@@ -46,6 +47,7 @@ class PrivacyArguments:
     clip_bound: float = _option(1.0, "C, the bound on the norm of each example's gradient.")  # type: ignore[assignment]
     clipping: ClippingName = _option("flat", "How gradients are clipped.")  # type: ignore[assignment]
     phases: Phases = _option("AB", "Which of LoRA's factors each step trains.")  # type: ignore[assignment]
+    unit: Literal["example"] = _option("example", "The unit of privacy.")  # type: ignore[assignment]
     accountant: Accountant = _option("pld", "Which accountant computes ε.")  # type: ignore[assignment]
     reproducible_seed: int | None = _option(None, "Seed of sampling and noise: for research only.")  # type: ignore[assignment]
     log_private_loss: bool = _option(False, "Log the training loss, which no ε covers.")  # type: ignore[assignment]
@@ -65,6 +67,11 @@ class PrivacyArguments:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(repr(choice) for choice in get_args(kind))
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.unit != "example":
+            raise ValueError(
+                f"unit must be 'example', got {self.unit!r}: keep all data of a user in one row, or train each user as "
+                "a client of lora_dp.fed with unit client."
+            )
         check_flag("log_private_loss", self.log_private_loss)
 
     @property

@@ -108,6 +108,13 @@ def test_prompt_tuning_is_refused_at_its_first_batch() -> None:
         losses_of(model, stacked(ROWS))
 
 
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_tuning_gives_every_text_its_own_row_of_prefixes(family: str, projected: bool) -> None:
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=projected)
+    assert_sums(peft.get_peft_model(causal_lm(family), config).double().train(), ROWS)
+
+
 def test_biases_alone_of_adapted_layers() -> None:
     assert_sums(adapted("gpt2", bias="lora_only"), ROWS)
 

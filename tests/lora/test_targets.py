@@ -168,7 +168,8 @@ def test_pefts_config_is_taken_with_all_it_says():
     "settings, words",
     [
         ({"use_dora": True}, "The LoraConfig sets use_dora=True, which is not supported"),
-        ({"rank_pattern": {"query": 1}}, "rank_pattern"),
+        ({"rank_pattern": {"query": 1}}, "for patterns of ranks and scalings, give make_private the model of get_peft"),
+        ({"target_modules": None}, "names no target_modules: name the layers, or give make_private the model of"),
         ({"init_lora_weights": "pissa"}, "give its model to make_private"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -176,7 +177,13 @@ def test_pefts_config_is_taken_with_all_it_says():
 def test_what_of_pefts_config_is_not_plain_lora_is_named(settings, words):
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match=words):
-        inject_lora(build("roberta"), peft.LoraConfig(target_modules=["query"], **settings))
+        inject_lora(build("roberta"), peft.LoraConfig(**{"target_modules": ["query"], **settings}))
+
+
+def test_another_kind_of_pefts_is_named():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="PrefixTuningConfig describes a 'PREFIX_TUNING' adapter: only 'LORA'"):
+        inject_lora(build("roberta"), peft.PrefixTuningConfig(num_virtual_tokens=3))
 
 
 def test_names_to_leave_out_are_looked_up_too():

@@ -27,6 +27,7 @@ def test_it_is_read_from_a_command_line_beside_the_trainers() -> None:
         ({"noise_multiplier": 1.0, "target_delta": 1e-5, "clipping": "norm"}, ValueError, "clipping must be one of"),
         ({"noise_multiplier": 1.0, "target_delta": 1e-5, "phases": "C"}, ValueError, "phases must be one of 'A'|'B'"),
         ({"noise_multiplier": 1.0, "target_delta": 1e-5, "accountant": "gdp"}, ValueError, "accountant must be one of"),
+        ({"noise_multiplier": 1.0, "target_delta": 1e-5, "unit": "user"}, ValueError, "all data of a user in one row"),
         ({"noise_multiplier": 1.0, "target_delta": 1e-5, "log_private_loss": 1}, TypeError, "log_private_loss"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from lora_dp.fed.compare import tables
-from lora_dp.fed.compare.options import CompareConfig
+from lora_dp.fed.compare.options import CompareConfig, Metric
 from lora_dp.fed.compare.search import MOST_OPTIONS, Places, Search
 from lora_dp.fed.config import RunConfig
 from lora_dp.fed.did_you_mean import closest
@@ -88,15 +88,17 @@ class Grid:
         self.variants, rows = config.variants, [*config.methods, *config.variants]
         self.cells = [Cell(row, e, s) for row in rows for e in config.epsilons for s in config.seeds]
         self.common = dict(common)
-        self.metric, self.tuning_seeds, self._ranges = config.metric, list(config.tuning_seeds), config.search
-        if (self.metric == "perplexity") != (common.get("task") == "causal-lm") and self.metric != "accuracy":
+        self.tuning_seeds, self._ranges = list(config.tuning_seeds), config.search
+        writes = common.get("task") == "causal-lm"
+        self.metric: Metric = config.metric or ("perplexity" if writes else "accuracy")
+        if (self.metric == "perplexity") != writes and self.metric != "accuracy":
             raise ValueError(
                 f"metric {self.metric} is for task {'causal-lm' if self.metric == 'perplexity' else 'classification'}: "
                 "set task, or choose accuracy, which a language model has of its tokens."
             )
         self._whole = _searchable()
         self._check_search()
-        self._own = {name: getattr(config, name) for name in _OWN}
+        self._own = {name: getattr(config, name) for name in _OWN} | {"metric": self.metric}
         groups = [(row, e) for row in rows for e in config.epsilons] if self._ranges else []
         self.searches = {
             (method, epsilon): Search(

@@ -23,9 +23,9 @@ class CompareConfig:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further rows: by a name of your own, the options that differ from the others', as in
     --variants "{plain-mean: {method: head-only, averaging: none}}"."""
-    metric: Metric = "accuracy"
+    metric: Metric | None = None
     """What settings are chosen by and the table shows: accuracy (of tokens, for language models), its mean over
-    classes, or perplexity."""
+    classes, or perplexity, which is the default with task causal-lm."""
     search: dict[str, list[float]] = field(default_factory=dict)
     """Ranges of numeric options to search at random, on a log scale, for each method at each ε by itself, as in
     --search.lr 0.3,10; lr_factor is in multiples of the method's own lr. By default nothing is searched."""

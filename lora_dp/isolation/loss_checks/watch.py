@@ -38,7 +38,10 @@ from lora_dp.isolation.loss_checks.own_scales import (
     summed_up,
 )
 
-_REMEDY = "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them)"
+_REMEDY = (
+    "hand the losses of the single examples, (N,), to optimizer.backward (lora_dp.losses has them), or their mean to "
+    "accelerator.backward"
+)
 _RELATIVE = 1e-5
 _ELSEWHERE = (
     "The losses do not depend on what the model returned in its last training forward: compute them from its "

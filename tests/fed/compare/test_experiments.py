@@ -229,7 +229,7 @@ def test_it_runs_on_a_tiny_model(path, tmp_path, capsys, monkeypatch):
         ]
     )
     shown = capsys.readouterr().out
-    assert code == 0 and "failed" not in shown and f"{method}, ε = 8, seed 0   {config.metric}" in shown
+    assert code == 0 and "failed" not in shown and f"{method}, ε = 8, seed 0   {config.metric or 'accuracy'}" in shown
 
 
 def test_e2e_as_published_becomes_a_folder(tmp_path):

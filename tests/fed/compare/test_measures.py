@@ -48,6 +48,12 @@ def test_a_language_model_has_both_accuracy_and_perplexity(metric: Metric) -> No
     assert Grid(config, {"dataset": "elsewhere", "task": "causal-lm"}).metric == metric
 
 
+def test_language_models_are_chosen_by_perplexity_unless_told_otherwise() -> None:
+    config = CompareConfig(methods=["la-lora"], epsilons=[8], seeds=[0])
+    assert Grid(config, {"dataset": "elsewhere", "task": "causal-lm"}).metric == "perplexity"
+    assert Grid(config, {"dataset": "elsewhere"}).metric == "accuracy"
+
+
 def cells(results: dict[str, list[float]], before: float) -> DataFrame:
     """Runs of one budget with these perplexities, seed by seed."""
     return tables.frame(

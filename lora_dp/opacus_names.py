@@ -6,6 +6,18 @@ from typing import Any, NoReturn, TypeVar, cast
 
 T = TypeVar("T", bound=Callable[..., Any])
 
+OF_PACKAGE = {
+    "get_noise_multiplier": "calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps)",
+    "GradSampleModule": "inject_lora(model, config), and make_private, which wraps nothing",
+    "ModuleValidator": "PrivacyEngine().make_private, which refuses by name what it cannot make private",
+    "DPDataLoader": "PrivacyEngine().make_private, which returns the private loader",
+    "DPOptimizer": "PrivacyEngine().make_private, which returns the private optimizer",
+}
+OF_CALIBRATION = {
+    "epochs": "give steps, which are epochs / sample_rate, rounded up",
+    "epsilon_tolerance": "leave it out, for the noise found is within 0.1 % of ε and never above it",
+}
+OF_NEW_ENGINE = {"secure_mode": "leave it out, for noise and sampling are secure unless there is a reproducible_seed"}
 OF_MAKE_PRIVATE = {
     "module": "give it as model=…",
     "poisson_sampling": "leave it out, for batches are always drawn by Poisson sampling, on which ε rests",
@@ -64,19 +76,22 @@ def raise_for(holder: object, name: str, told: Mapping[str, str]) -> NoReturn:
     raise AttributeError(f"'{type(holder).__name__}' has no '{name}'.")
 
 
-def tells_opacus_users(function: T) -> T:
-    """``function``, which refuses the arguments of Opacus' ``make_private`` with what to write instead.
+def tells_opacus_users(told: Mapping[str, str]) -> Callable[[T], T]:
+    """A decorator: the function refuses the arguments that ``told`` has, with what to write instead.
 
-    >>> tells_opacus_users(lambda **options: None)(poisson_sampling=False)
+    >>> tells_opacus_users(OF_MAKE_PRIVATE)(lambda **options: None)(poisson_sampling=False)
     Traceback (most recent call last):
     TypeError: 'poisson_sampling' is an argument of Opacus': leave it out, for batches are always drawn by Poisson ...
     """
 
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name in OF_MAKE_PRIVATE:
-                raise TypeError(f"'{name}' is an argument of Opacus': {OF_MAKE_PRIVATE[name]}.")
-        return function(*args, **kwargs)
+    def decorated(function: T) -> T:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name in told:
+                    raise TypeError(f"'{name}' is an argument of Opacus': {told[name]}.")
+            return function(*args, **kwargs)
 
-    return cast(T, checked)
+        return cast(T, checked)
+
+    return decorated

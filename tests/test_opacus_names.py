@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lora_dp import BatchMemoryManager, PrivacyEngine
-from lora_dp.engine.opacus_names import OF_ACCOUNTANT, OF_ENGINE, OF_MAKE_PRIVATE, OF_OPTIMIZER
+import lora_dp
+from lora_dp import BatchMemoryManager, PrivacyEngine, calibrate_noise_multiplier
+from lora_dp.opacus_names import (
+    OF_ACCOUNTANT,
+    OF_CALIBRATION,
+    OF_ENGINE,
+    OF_MAKE_PRIVATE,
+    OF_NEW_ENGINE,
+    OF_OPTIMIZER,
+    OF_PACKAGE,
+)
 from tests.models import cross_entropy, examples, flat, mlp, snapshot, take_step
 from tests.support import make_private, private_gradients
 
@@ -18,6 +27,28 @@ from tests.support import make_private, private_gradients
 def test_an_argument_of_opacus_is_refused_with_what_to_write(name: str, method: str) -> None:
     with pytest.raises(TypeError, match=rf"^'{name}' is an argument of Opacus': .*\.$"):
         getattr(PrivacyEngine(), method)(**{name: None})
+
+
+@pytest.mark.parametrize(
+    "called, names", [(PrivacyEngine, OF_NEW_ENGINE), (calibrate_noise_multiplier, OF_CALIBRATION)]
+)
+def test_and_so_is_one_of_a_new_engine_and_of_the_calibration(called: Any, names: dict[str, str]) -> None:
+    for name in names:
+        with pytest.raises(TypeError, match=rf"^'{name}' is an argument of Opacus': .*\.$"):
+            called(**{name: None})
+
+
+def test_a_name_that_is_imported_is_told_too() -> None:
+    for name in OF_PACKAGE:
+        with pytest.raises(ImportError, match=rf"^'{name}' is Opacus' name: write .*\.$"):
+            exec(f"from lora_dp import {name}")
+    with pytest.raises(AttributeError, match="No lora_dp attribute nothing"):
+        lora_dp.nothing  # noqa: B018
+
+
+def test_adaptive_clipping_is_told() -> None:
+    with pytest.raises(ValueError, match="Unknown clipping 'adaptive': .*, or give an AdaptiveClipping"):
+        make_private(mlp(), batch_size=4, clipping="adaptive")
 
 
 def test_another_unknown_argument_is_pythons_business() -> None:
@@ -89,10 +120,13 @@ def test_the_private_loader_is_a_data_loader_with_its_attributes() -> None:
     assert isinstance(loader, DataLoader)
     assert (loader.batch_size, loader.num_workers, loader.drop_last) == (2, 0, False)
     assert (loader.pin_memory, loader.timeout, loader.generator) == (False, 0, None)
+    assert (loader.in_order, loader.pin_memory_device) == (True, "")
+    assert list(loader.sampler) == list(range(8))  # as of any loader of batches, which makes no use of it
     assert len(loader.dataset) == 8
     drawn = list(loader.batch_sampler)
     assert len(drawn) == len(loader) == 4
-    for name in ("batch_size", "drop_last", "batch_sampler", "sampler", "num_workers", "collate_fn"):
+    public = {name for name in vars(DataLoader(loader.dataset)) if not name.startswith("_")} | {"batch_sampler"}
+    for name in public - {"dataset"}:
         with pytest.raises(AttributeError, match="without effect"):
             setattr(loader, name, None)
     # A loader that is made of its parts hands out batches that are no step.
@@ -135,6 +169,22 @@ def test_parts_of_a_batch_add_up_to_it(size: int) -> None:
     moved = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
     expected = private_gradients(whole)
     torch.testing.assert_close(flat(moved), flat(expected), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("prepared", ["optimizer", "data_loader"])
+def test_what_accelerate_has_prepared_before_is_refused(prepared: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = mlp()
+    given: dict[str, Any] = {
+        "optimizer": torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0),
+        "data_loader": DataLoader([(x, y) for x, y in zip(*examples(16), strict=True)], batch_size=4),
+    }
+    given[prepared] = accelerate.Accelerator(cpu=True).prepare(given[prepared])
+    options: dict[str, Any] = {"model": model, "max_grad_norm": 1.0, **given}
+    with pytest.raises(TypeError, match=rf"^The {prepared} has been through .*: call make_private first"):
+        PrivacyEngine().make_private(noise_multiplier=1.0, **options)
+    with pytest.raises(TypeError, match="has been through"):
+        PrivacyEngine().make_private_with_epsilon(target_epsilon=8, target_delta=1e-5, epochs=1, **options)
 
 
 def test_accelerate_leaves_the_private_loader_as_it_is(tmp_path: Path) -> None:
