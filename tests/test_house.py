@@ -152,7 +152,7 @@ LEVELS: dict[str, list[set[str]]] = {
         {"deterministic", "seeding"},
         {"model_state", "trial_values"},
         {"batches"},
-        {"collation"},
+        {"collation", "full_precision"},
         {"loss_checks"},
         {"trials"},
         {"other_batches"},

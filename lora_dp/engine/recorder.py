@@ -81,7 +81,7 @@ class Recorder(PassRecorder):
     def padding_untried(self, call: Any, n: int) -> bool:
         """Whether this batch is the first in which less padding can be tried."""
         wanted = self.padding_varies and not (self.padding_tried or self.sizes_fixed)
-        return wanted and n > 1 and next(narrowed(call, n), None) is not None
+        return wanted and n > 1 and next(narrowed(call, n, masks=self.sizes.masks), None) is not None
 
     def expect_padding(self) -> None:
         """Told by the loader: its batches are padded to different widths."""

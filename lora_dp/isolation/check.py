@@ -22,8 +22,7 @@ They catch batch normalisation, window-major orders, tables shared across the ba
 reduced otherwise than declared, models that look at padding, and counts of a batch's tokens.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -35,8 +34,10 @@ from lora_dp.isolation.batches import calls as batch_calls
 from lora_dp.isolation.batches import kinds as batch_kinds
 from lora_dp.isolation.batches.lists import as_tensors, has_lists, other_lists
 from lora_dp.isolation.batches.objects import check_opened, take_apart
+from lora_dp.isolation.batches.padding import telling_masks
 from lora_dp.isolation.batches.sizes import Seen, Sizes
 from lora_dp.isolation.batches.tables import set_apart
+from lora_dp.isolation.full_precision import in_full_precision
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.isolation.loss_checks.watch import LossWatch
 from lora_dp.isolation.other_batches import (
@@ -179,7 +180,7 @@ def check_larger(
     def check(call: Any, _: Seen, positional: tuple[str, ...]) -> frozenset[int]:
         if batch_calls.of_whole_batch(call, n):
             return losses
-        with _in_full_precision(call), Trials(model, None, positional) as trials:
+        with Trials(model, None, positional) as trials:
             return check_whole(trials, (*call[:2], None), n, reduction, losses, everybody=True)
 
     return _taken_apart(model, args, kwargs, None, n, seen, check)
@@ -194,7 +195,8 @@ def _taken_apart(
     seen: Seen | None,
     check: Callable[[Any, Seen, tuple[str, ...]], T],
 ) -> T:
-    """What ``check`` says of a call in which entries of the examples are told from what they share."""
+    """What ``check`` says of a call in which entries of the examples are told from what they share, in full
+    precision."""
     positional = batch_calls.argument_names(model.forward, len(args))
     by_place: Any = take_apart((args, kwargs, targets))
     plain, call = (
@@ -206,13 +208,13 @@ def _taken_apart(
     # What the model says if tables hold rows of the examples after all, or a list is of N numbers by chance.
     for assumed in ([set_apart(call, seen.tables)] if seen.tables else []) + ([call] if has_lists(call) else []):
         try:
-            return check(assumed, seen, positional)
+            return in_full_precision(model, assumed, lambda call: check(call, seen, positional))
         except IsolationError:
             raise
         except Exception:
             pass
     check_opened(plain)
-    return check(plain, seen, positional)
+    return in_full_precision(model, plain, lambda call: check(call, seen, positional))
 
 
 def _check(
@@ -232,10 +234,11 @@ def _check(
 ) -> Passed:
     apart = not batch_calls.of_whole_batch(call, n)
     whole, examples = call, n
+    seen.masks.update(telling_masks(call, n))
     if apart and n > FEW:
         rows = batch_kinds.chosen(call, n, FEW)
         call, n = batch_calls.take(call, rows, n), len(rows)
-    with _in_full_precision(call), Trials(model, criterion, positional) as trials:
+    with Trials(model, criterion, positional) as trials:
         try:
             base = trials.run(call)
         except Exception as error:
@@ -277,10 +280,10 @@ def _check(
                 if not copies:
                     check_choices(trials, steady, call, n)
                 padding = padding_varies is not False and check_padding(
-                    trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen.varied
+                    trials, steady, call, n, reduction, passed or frozenset(), padding_varies is True, seen
                 )
                 if one_width:
-                    warn_of_width(trials, steady, call, n, reduction)
+                    warn_of_width(trials, steady, call, n, reduction, seen)
             check_shared_arguments(trials, steady, call, n, earlier)
         shape = None if criterion is None else LossWatch().shape_of(base.losses[0], base.result)
         return Passed(
@@ -289,16 +292,6 @@ def _check(
             shape,
             apart and number_varies and not copies and not steady.elsewhere,
         )
-
-
-@contextlib.contextmanager
-def _in_full_precision(call: Any) -> Iterator[None]:
-    """Without autocast, where the inputs allow it: its rounding hides what is small, and follows the padding."""
-    with contextlib.ExitStack() as stack:
-        if not any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in batch_calls.tensors_in(call)):
-            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _replace(trials: Trials, base: Trace, call: Any, n: int, apart: bool) -> list[tuple[int, Trace]]:

@@ -15,6 +15,7 @@ from lora_dp.errors import IsolationError
 from lora_dp.isolation.batches import calls as batch_calls
 from lora_dp.isolation.batches import padding as batch_padding
 from lora_dp.isolation.batches.shared_arguments import with_shared
+from lora_dp.isolation.batches.sizes import Seen
 from lora_dp.isolation.loss_checks.graph import LossReduction
 from lora_dp.isolation.model_state.buffers import same
 from lora_dp.isolation.trial_values import (
@@ -40,6 +41,7 @@ REMEDY = (
     "labels out of the model's call)"
 )
 
+_NO_CACHE = " If it is the cache of keys and values that a language model returns, call it with use_cache=False."
 _OWN_TABLES = "have its forward make what has to fit the batch (a causal mask, positions) rather than be given it"
 _UNTRIED_PADDING = (
     "Batches are padded to different widths, but the model takes none of the same examples with less padding, so that "
@@ -324,7 +326,7 @@ def check_padding(
     reduction: LossReduction | None,
     passed: frozenset[int],
     known: bool,
-    varied: frozenset[tuple[str, int]],
+    seen: Seen,
 ) -> bool:
     """With less padding: what the longest example of a batch does to all others. Whether some was there.
 
@@ -333,7 +335,7 @@ def check_padding(
             has been of several sizes.
     """
     tried, untried = set(), set()
-    for lengths in batch_padding.narrowed(call, n, by_runs=known, least=True, each=True):
+    for lengths in batch_padding.narrowed(call, n, by_runs=known, least=True, each=True, masks=seen.masks):
         for narrow in lengths:
             # A model of one fixed width cannot be padded otherwise; one of blocks takes the next length.
             other = attempt(trials, narrow.call, ragged=True, still=steady.still)
@@ -342,17 +344,19 @@ def check_padding(
                 _compare_narrowed(steady, other, narrow, n, reduction, passed)
                 break
         else:
-            if known and (lengths[0].name, lengths[0].place) in varied:
+            if known and (lengths[0].name, lengths[0].place) in seen.varied:
                 untried.add(lengths[0].tokens)
     if untried - tried:
         raise IsolationError(_UNTRIED_PADDING)
     return bool(tried)
 
 
-def warn_of_width(trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None) -> None:
+def warn_of_width(
+    trials: Trials, steady: Trace, call: Any, n: int, reduction: LossReduction | None, seen: Seen
+) -> None:
     """Warn where all batches have one width so far, and the model looks at padding: nobody can tell whether that width
     is a public number or the longest example of the data, which would then move all others."""
-    for lengths in batch_padding.narrowed(call, n, by_runs="whole numbers"):
+    for lengths in batch_padding.narrowed(call, n, by_runs="whole numbers", masks=seen.masks):
         for narrow in lengths:
             if (other := attempt(trials, narrow.call, ragged=True, still=steady.still)) is not None:
                 break
@@ -379,8 +383,9 @@ def _compare_narrowed(
     passed: frozenset[int],
 ) -> None:
     m = len(narrow.rows)
+    cached = getattr(steady.result, "past_key_values", None) is not None
     for left, right in steady.beside(other, n, m):
-        _compare_padded(left, right, narrow, n, "output", masked=True)
+        _compare_padded(left, right, narrow, n, "output", masked=True, remedy=_NO_CACHE if cached else "")
     for name, left, right in calls_in_both(steady.inputs, other.inputs):
         _compare_padded(left, right, narrow, n, f"input of '{name}'")
     for place, (loss, other_loss) in enumerate(zip(steady.losses, other.losses, strict=False)):
@@ -401,6 +406,7 @@ def _compare_padded(
     *,
     summed: bool = False,
     masked: bool = False,
+    remedy: str = "",
 ) -> None:
     """An example's values at its own tokens, or all of them where they do not go by token.
 
@@ -428,7 +434,7 @@ def _compare_padded(
             raise IsolationError(
                 f"The {what} of example {narrow.rows[row]} changes with the padding of the batch, so with its longest "
                 f"example ({tokens} or {columns} long): pad every batch to one public width, or use a model that "
-                "passes over padding (by its attention mask, in pooling too)."
+                f"passes over padding (by its attention mask, in pooling too).{remedy}"
             )
 
 

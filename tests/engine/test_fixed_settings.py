@@ -109,7 +109,6 @@ def test_nor_what_the_engine_gave_to_them(name: str, value: Any, words: str) -> 
         ("optimizer", "regulate_noise", True, "call make_private again with another"),
         ("optimizer", "shrinkage", None, "call make_private again with another"),
         ("optimizer", "phases", "B", "call optimizer.set_phases"),
-        ("loader", "sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
     ],
 )
 def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: Any, remedy: str) -> None:
@@ -130,6 +129,7 @@ def test_what_would_be_set_without_effect_is_refused(of: str, name: str, value: 
         ("collate_fn", list, "call make_private again with a DataLoader that has it"),
         ("num_workers", 2, "call make_private again with a DataLoader that has it"),
         ("batch_sampler", [[1]], "batches are drawn by Poisson sampling, so give make_private a Subset"),
+        ("sampler", range(5), "batches are drawn by Poisson sampling, so give make_private a Subset"),
         ("drop_last", True, "batches are drawn by Poisson sampling, so give make_private a Subset"),
     ],
 )

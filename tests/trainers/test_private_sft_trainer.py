@@ -15,6 +15,7 @@ from lora_dp import PrivacyArguments, PrivateSFTTrainer
 from lora_dp.losses import causal_lm_loss
 from tests.language_models import causal_lm
 from tests.support import brute_force, clip_and_sum
+from tests.trainers.training import Crash, hub_of_folders
 
 trl = pytest.importorskip("trl")
 
@@ -58,7 +59,7 @@ ADAPTERS = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSA
 
 
 def sft(folder: Path, data: Dataset, *, side: str = "right", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    privacy = options.pop("privacy", {"noise_multiplier": 1.0})
+    privacy, callbacks = options.pop("privacy", {"noise_multiplier": 1.0}), options.pop("callbacks", None)
     training = {
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,
@@ -76,6 +77,7 @@ def sft(folder: Path, data: Dataset, *, side: str = "right", dtype: torch.dtype 
         train_dataset=data,
         processing_class=tokenizer(side),
         peft_config=ADAPTERS,
+        callbacks=callbacks,
         privacy=PrivacyArguments(target_delta=1e-3, **privacy),
     )
 
@@ -133,19 +135,21 @@ def test_the_defaults_of_trl_checkpoints_and_bfloat16_train(tmp_path: Path) -> N
     assert trainer.engine.ledger.steps == 2
 
 
-def test_it_resumes_is_saved_and_opened_by_peft(tmp_path: Path) -> None:
-    saved = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "privacy": {"target_epsilon": 8.0}}
-    sft(tmp_path, PROMPTED, **{**saved, "max_steps": 4}).train()
-    resumed = sft(tmp_path, PROMPTED, **saved)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.engine.ledger.steps == 4  # the budget was spent by the first run
-    assert resumed.state.global_step == 2
-    resumed.save_model()
-    opened = PeftModel.from_pretrained(causal_lm("llama", torch.float32), tmp_path).eval()
+def test_it_resumes_is_pushed_and_opened_by_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, pushed = tmp_path / "out", hub_of_folders(monkeypatch, tmp_path / "hub")
+    saved = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "privacy": {"target_epsilon": 8.0}}
+    with pytest.raises(KeyboardInterrupt):
+        sft(folder, PROMPTED, callbacks=[Crash(3)], **saved).train()
+    resumed = sft(folder, PROMPTED, **saved)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.engine.ledger.steps == 6  # of which one was lost by the crash
+    assert resumed.state.global_step == 5
+    resumed.push_to_hub()
+    opened = PeftModel.from_pretrained(causal_lm("llama", torch.float32), pushed).eval()
     words = tokenizer()("name : Alimentum", return_tensors="pt")
     written = opened.generate(input_ids=words["input_ids"], max_new_tokens=3, do_sample=False)
     assert written.shape[1] > 3
-    assert "## Differential privacy" in (tmp_path / "README.md").read_text()
+    assert f"ε = {resumed.epsilon():.4g} at δ = 0.001" in (pushed / "README.md").read_text()
 
 
 def test_no_metric_of_private_batches_is_logged(tmp_path: Path) -> None:

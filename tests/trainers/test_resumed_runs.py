@@ -12,18 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.trainers.training import SAVED, of_trained, private_trainer
-
-
-class Crash(TrainerCallback):
-    """Stops a run after some steps, as an interrupt would."""
-
-    def __init__(self, after: int):
-        self._after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._after:
-            raise KeyboardInterrupt
+from tests.trainers.training import SAVED, Crash, of_trained, private_trainer
 
 
 def test_steps_after_the_checkpoint_are_counted_by_the_run_that_goes_on(tmp_path: Path) -> None:

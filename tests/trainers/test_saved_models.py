@@ -1,15 +1,13 @@
 """What a private Trainer saves and pushes: PEFT's adapter, with a privacy statement."""
 
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 
 from tests.language_models import causal_lm, completions, stacked
-from tests.trainers.training import adapted, private_trainer
+from tests.trainers.training import adapted, hub_of_folders, private_trainer
 
 
 def test_what_is_saved_is_pefts_with_a_statement(tmp_path: Path) -> None:
@@ -41,17 +39,7 @@ def test_a_model_card_of_the_trainers_has_it_too(tmp_path: Path) -> None:
 def test_what_is_pushed_to_a_hub_is_the_adapter_with_its_statement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hub that is a folder: what would be uploaded is copied there."""
-    pushed = tmp_path / "hub"
-
-    class Hub:
-        def create_repo(self, name, **_):
-            return SimpleNamespace(repo_id=f"someone/{name}")
-
-        def upload_folder(self, *, folder_path, ignore_patterns, **_):
-            shutil.copytree(folder_path, pushed, ignore=shutil.ignore_patterns(*ignore_patterns))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    pushed = hub_of_folders(monkeypatch, tmp_path / "hub")
     model = adapted()
     trainer = private_trainer(tmp_path / "out", model, training={"save_strategy": "steps", "save_steps": 1})
     trainer.train()

@@ -1,11 +1,14 @@
 """A tiny run of PrivateTrainer, as the tests of this folder share it."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from lora_dp import PrivacyArguments, PrivateTrainer
 from tests.language_models import adapted_causal_lm, completions
@@ -48,6 +51,31 @@ def private_trainer(folder: Path, model: nn.Module | None = None, **options: Any
         train_dataset=options.pop("train_dataset", completions(N)),
         **options,
     )
+
+
+class Crash(TrainerCallback):
+    """Stops a run after some steps, as an interrupt would."""
+
+    def __init__(self, after: int):
+        self._after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._after:
+            raise KeyboardInterrupt
+
+
+def hub_of_folders(monkeypatch: pytest.MonkeyPatch, pushed: Path) -> Path:
+    """A hub that is a folder: what would be uploaded is copied there."""
+
+    class Hub:
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=f"someone/{name}")
+
+        def upload_folder(self, *, folder_path: str, ignore_patterns: list[str], **_: Any) -> None:
+            shutil.copytree(folder_path, pushed, ignore=shutil.ignore_patterns(*ignore_patterns))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    return pushed
 
 
 def of_trained(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Padding in a batch: which tokens are padding, told by masks, ignored labels or runs of one value; and less of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,16 +44,22 @@ class _Room(NamedTuple):
     used: Tensor
 
 
-def _rooms(tree: Any, n: int, by_runs: bool | Literal["whole numbers"]) -> Iterator[_Room]:
+def telling_masks(tree: Any, n: int) -> set[str]:
+    """The names of masks that show padding."""
+    return {
+        name
+        for name, leaf in named_leaves(tree)
+        if is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
+    }
+
+
+def _rooms(tree: Any, n: int, by_runs: bool | Literal["whole numbers"], masks: Collection[str] = ()) -> Iterator[_Room]:
     """By masks, by labels that are ignored, and by runs of one value at the start or end of any dimension.
 
-    Each by itself: a mask of ones says nothing against the zeros that end the rows beside it.
+    Each by itself: a mask of ones says nothing against the zeros that end the rows beside it, if it always was.
     """
     # Where a mask knows of padding, it tells all: a text may end in one word twice, an image in black.
-    told = any(
-        is_by_example(leaf, n) and leaf.dim() > 1 and "mask" in name and not bool(leaf.all())
-        for name, leaf in named_leaves(tree)
-    )
+    told = bool(telling_masks(tree, n)) or any(name in masks for name, _ in named_leaves(tree))
     for name, leaf in named_leaves(tree):
         if not is_by_example(leaf, n) or not leaf.numel():
             continue
@@ -122,7 +128,13 @@ _BLOCKS = (1, 2, 8, 16, 64)
 
 
 def narrowed(
-    tree: Any, n: int, *, by_runs: bool | Literal["whole numbers"] = True, least: bool = False, each: bool = False
+    tree: Any,
+    n: int,
+    *,
+    by_runs: bool | Literal["whole numbers"] = True,
+    least: bool = False,
+    each: bool = False,
+    masks: Collection[str] = (),
 ) -> Iterator[list[Narrowed]]:
     """For each piece of evidence and each end: the call for some examples with less padding, in lengths to try in turn
     until the model takes one; what else has that width is cut in one way after the other.
@@ -134,8 +146,9 @@ def narrowed(
         least: whether to end with one token less, which models take that need some.
         each: whether every padded example comes without any padding, too, beside itself: a model that takes a maximum
             looks at the padding of some of them only.
+        masks: names of those that have shown padding in another batch.
     """
-    for evidence in _rooms(tree, n, by_runs):
+    for evidence in _rooms(tree, n, by_runs, masks):
         _, _, size, used = evidence
         columns = torch.arange(size, device=used.device)
         anything = used.any(1)

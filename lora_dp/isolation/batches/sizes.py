@@ -17,6 +17,7 @@ class Seen(NamedTuple):
         varied: name and dimension of what examples hold, where it has been of several sizes.
         number: whether there have been several numbers of examples.
         lists: names of the lists that were of another length than the batch, and hold no entry for each example.
+        masks: names of those that have shown padding in a batch that was tried.
         sideways: name of each tensor in which another dimension than the first, which comes with it, was as long as
             every batch so far, of several numbers of examples.
     """
@@ -25,6 +26,7 @@ class Seen(NamedTuple):
     varied: frozenset[tuple[str, int]]
     number: bool
     lists: set[str]
+    masks: set[str]
     sideways: Mapping[str, int]
 
 
@@ -38,10 +40,12 @@ class Sizes:
 
     Attributes:
         lists: names of the lists that were once of another length than the batch.
+        masks: names of those that have shown padding in a batch that was tried.
     """
 
     def __init__(self) -> None:
         self.lists: set[str] = set()
+        self.masks: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._firsts: dict[str, set[int]] = {}
         self._beside: dict[str, set[int]] = {}
@@ -77,7 +81,7 @@ class Sizes:
             if n and shape[0] != n
             for place in self._following(name, shape, n)
         }
-        return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists, sideways)
+        return Seen(tables, frozenset(self._varied), len(self._numbers) > 1, self.lists, self.masks, sideways)
 
     def _following(self, name: str, shape: tuple[int, ...], n: int) -> set[int]:
         same = {place for place, size in enumerate(shape) if size == n}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_dp.isolation.batches.calls import take
-from lora_dp.isolation.batches.padding import cut, narrowed, used_tokens
+from lora_dp.isolation.batches.padding import cut, narrowed, telling_masks, used_tokens
 from tests.isolation.batches.call_values import N, zeros
 
 
@@ -20,6 +20,18 @@ def padded(*lengths: int, width: int = 9, left: bool = False, fill: int = 0) -> 
 
 def first_cuts(tree: Any, n: int, **options: Any) -> list[tuple[int, list[int], int, slice]]:
     return [(parts[0].place, parts[0].rows, parts[0].tokens, parts[0].kept) for parts in narrowed(tree, n, **options)]
+
+
+def test_a_mask_that_has_told_of_padding_tells_that_there_is_none() -> None:
+    """A text that begins with one word twice, in a batch of texts of one length."""
+    ids = padded(9, 9)
+    ids[1, 1] = ids[1, 0]
+    tree = {"attention_mask": torch.ones_like(ids), "ids": ids}
+    assert first_cuts(tree, 2) == [(1, [1], 9, slice(2, 9))]  # always of ones, it says nothing
+    assert telling_masks(tree, 2) == set()
+    [name] = telling_masks({**tree, "attention_mask": (padded(9, 4) != 0).long()}, 2)
+    assert first_cuts(tree, 2, masks={name}) == []
+    assert first_cuts({"ids": ids}, 2, masks={name}) != []
 
 
 def test_padding_is_found_by_masks_labels_and_runs():
