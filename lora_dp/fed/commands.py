@@ -65,6 +65,10 @@ _PLAIN = (
     (r"Does not validate .*? Errors: - (.*) Given value type: .* Given value: ?", r"\1. Got value: "),
     (r" - Expected a <class 'NoneType'>| - expected NoneType", ""),
     (r" - expected (one of )?", " or "),
+    (
+        r"expected str\. Got value: (True|False)",
+        "expected text, in quotes where YAML has another meaning for it (yes, no, on, off)",
+    ),
 )
 
 

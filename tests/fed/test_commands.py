@@ -85,6 +85,10 @@ def test_the_configuration_of_a_run_is_such_a_file(ran, tmp_path):
         ("--low_pass none --low_pass_strength 1", "has no effect with low_pass none"),
         ("--method fedavg", "There is no method 'fedavg': choose la-lora, dp-lora, ffa-lora, rolora"),
         ("--epsilon 0", "epsilon must be positive (or none), not 0.0"),
+        (
+            "--class_texts [no,yes]",
+            "--class-texts: expected text, in quotes where YAML has another meaning for it (yes, no, on, off) or",
+        ),
         ("--epsilon lots", "--epsilon: expected float or 'none', 'inf'. Got value: lots"),
         ("--delta 1", "delta must lie between 0 and 1, not 1.0: try 1e-5"),
         ("--lr -1", "lr must be positive, not -1.0"),

@@ -136,8 +136,20 @@ class Grid:
                 "Two cells of the grid would share a folder: rename a variant, or leave out methods or budgets nearly "
                 "alike."
             )
+        refused = []
         for cell in self.cells:
-            self._check(cell, None)
+            try:
+                self._check(cell, None)
+            except ValueError as error:
+                refused.append((cell, error))
+        if refused:
+            first = refused[0][1]
+            others = list(dict.fromkeys(f"{cell.method}, {tables.budget_name(cell.epsilon)}" for cell, _ in refused))[
+                1:
+            ]
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            some = others and len(refused) < len(self.cells)
+            raise ValueError(f"{first} Nor can {'; '.join(others[:3])}{more}." if some else str(first)) from first
         for (method, epsilon), search in self.searches.items():
             for setting in search.standing({}).settings:
                 for seed in self.tuning_seeds:

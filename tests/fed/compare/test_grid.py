@@ -39,6 +39,9 @@ def test_compare_yaml_defines_the_same_grid(tmp_path, fake):
 def test_all_cells_are_checked_before_the_first_runs(tmp_path, fake):
     with pytest.raises(ValueError, match=r"cell la-lora, no privacy, seed 0 cannot be run: mechanism as-released"):
         quietly(grid_config(tmp_path / "grid", methods=["la-lora"], epsilons=[8, "none"]), mechanism="as-released")
+    methods = ["la-lora", "dp-lora", "rolora", "deer", "flora"]
+    with pytest.raises(ValueError, match="Nor can dp-lora, ε = 8; dp-lora, no privacy; rolora, ε = 8 and 4 more"):
+        quietly(grid_config(tmp_path / "grid", methods=methods, epsilons=[8, "none"]), mechanism="as-released")
     with pytest.raises(ValueError, match="no method 'lalora'"):
         quietly(grid_config(tmp_path / "grid", methods=["la-lora", "lalora"]))
     with pytest.raises(ValueError, match="The grid sets epsilon"):
