@@ -60,9 +60,21 @@ class PrivateSFTTrainer(PrivateTrainer, SFTTrainer):
             self._check_unsupported(args)
             if getattr(args, "loss_type", "nll") == "dft":
                 raise ValueError("loss_type='dft' is not offered in private training: choose 'nll'.")
+        if kwargs.get("formatting_func") is None:
+            _check_columns(kwargs.get("train_dataset"), getattr(args, "dataset_text_field", "text"))
         super().__init__(model, args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """As :meth:`lora_dp.PrivateTrainer.training_step`, with TRL's offloading of activations."""
         with self.maybe_activation_offload_context:
             return super().training_step(model, inputs, num_items_in_batch)
+
+
+def _check_columns(data: Any, text: str) -> None:
+    columns = getattr(data, "column_names", None)
+    known = {text, "messages", "conversations", "completion", "input_ids", "images", "image"}
+    if isinstance(columns, list) and not known & set(columns):
+        raise ValueError(
+            f"The training data have no texts that TRL knows, but {', '.join(columns)}: name their column by "
+            "SFTConfig(dataset_text_field=…), or give prompt and completion, or messages."
+        )

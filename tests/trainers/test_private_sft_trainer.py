@@ -152,6 +152,12 @@ def test_it_resumes_is_pushed_and_opened_by_peft(tmp_path: Path, monkeypatch: py
     assert f"ε = {resumed.epsilon():.4g} at δ = 0.001" in (pushed / "README.md").read_text()
 
 
+def test_data_without_texts_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no texts that TRL knows, but mr, ref: name their column by SFTConfig\(data"):
+        sft(tmp_path, Dataset.from_dict({"mr": ["name"], "ref": ["a"]}))
+    sft(tmp_path, Dataset.from_dict({"ref": ["name : Alimentum"] * 6}), dataset_text_field="ref")
+
+
 def test_no_metric_of_private_batches_is_logged(tmp_path: Path) -> None:
     trainer = sft(tmp_path, PROMPTED, max_steps=2)
     trainer.train()
