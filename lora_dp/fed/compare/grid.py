@@ -144,12 +144,10 @@ class Grid:
                 refused.append((cell, error))
         if refused:
             first = refused[0][1]
-            others = list(dict.fromkeys(f"{cell.method}, {tables.budget_name(cell.epsilon)}" for cell, _ in refused))[
-                1:
-            ]
+            named = dict.fromkeys(f"{cell.method}, {tables.budget_name(cell.epsilon)}" for cell, _ in refused)
+            others = list(named)[1:] if len(refused) < len(self.cells) else []
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            some = others and len(refused) < len(self.cells)
-            raise ValueError(f"{first} Nor can {'; '.join(others[:3])}{more}." if some else str(first)) from first
+            raise ValueError(f"{first} Nor can {'; '.join(others[:3])}{more}." if others else str(first)) from first
         for (method, epsilon), search in self.searches.items():
             for setting in search.standing({}).settings:
                 for seed in self.tuning_seeds:
