@@ -59,6 +59,8 @@ def attempt(trials: Trials, call: Any, *, ragged: bool, still: bool = False) -> 
     """A pass; None where rows of all examples lie in one tensor, which the changed batch no longer fits."""
     try:
         return trials.run(call, still=still)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a model says to a size that it does not take
         if ragged:
             return None

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.batches.tables import Table, put_back
 from lora_dp.isolation.deterministic import Still
-from lora_dp.isolation.model_state.parameters import Unwritten
+from lora_dp.isolation.model_state.parameters import Unwritten, originals
 from lora_dp.isolation.seeding import other_states, seeded, torch_states
 from lora_dp.isolation.trial_values import Gradients, rows_of, sum_of
 from lora_dp.nn.private_module import PrivateModule, pass_recorder_of
 
-_SETTING = (str, bool, int, float, NoneType)
+# Tensors too, which a forward may have cached in the dtype of a trial.
+_SETTING = (str, bool, int, float, NoneType, Tensor)
 LossFunction = Callable[[Any, Any], Tensor]
 
 
@@ -94,7 +95,7 @@ class Trace:
 
     def backward(self, scalar: Tensor) -> dict[str, list[Tensor]]:
         """Gradients of ``scalar`` at the outputs of the trained layers, by name; the parameters' are left alone."""
-        before = [(p, p.grad) for p in self.model.parameters()]
+        before = [(p, p.grad) for p in originals(self.model.parameters())]
         for parameter, _ in before:
             parameter.grad = None
         self.gradients = {}
@@ -297,6 +298,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, _SETTING)})
         for module in model.modules()
     ]
+    known = [(attributes, set(attributes)) for attributes, _ in settings]
     copies: dict[int, Tensor] = {}
     for held, buffers in owned:
         held.update(
@@ -316,3 +318,6 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
             held.update(buffers)
         for attributes, before in settings:
             attributes.update(before)
+        for attributes, names in known:
+            for name in [name for name, value in attributes.items() if name not in names and isinstance(value, Tensor)]:
+                del attributes[name]

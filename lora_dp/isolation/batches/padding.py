@@ -58,8 +58,14 @@ def _rooms(tree: Any, n: int, by_runs: bool | Literal["whole numbers"], masks: C
 
     Each by itself: a mask of ones says nothing against the zeros that end the rows beside it, if it always was.
     """
-    # Where a mask knows of padding, it tells all: a text may end in one word twice, an image in black.
-    told = bool(telling_masks(tree, n)) or any(name in masks for name, _ in named_leaves(tree))
+    # Where a mask knows of padding, it tells all that is as wide: a text may end in one word twice, an image in black.
+    telling = {*telling_masks(tree, n), *masks}
+    told = {
+        size
+        for name, leaf in named_leaves(tree)
+        if name in telling and isinstance(leaf, Tensor)
+        for size in leaf.shape[1:]
+    }
     for name, leaf in named_leaves(tree):
         if not is_by_example(leaf, n) or not leaf.numel():
             continue
@@ -69,7 +75,9 @@ def _rooms(tree: Any, n: int, by_runs: bool | Literal["whole numbers"], masks: C
         if leaf.dim() == 2 and "label" in name and not leaf.is_floating_point():
             yield _Room(name, 1, leaf.shape[1], leaf != IGNORED)
         runs = by_runs is True or (by_runs and not leaf.is_floating_point())
-        for place in range(1, leaf.dim()) if runs and ("mask" in name or not told) else ():
+        for place in range(1, leaf.dim()) if runs else ():
+            if leaf.shape[place] in told and "mask" not in name:
+                continue
             if (found := _without_runs(leaf, place)) is not None:
                 yield _Room(name, place, leaf.shape[place], found)
 

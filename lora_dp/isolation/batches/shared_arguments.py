@@ -44,8 +44,9 @@ def with_shared(call: Any, values: Mapping[str, Any]) -> Any:
 
     def one(path: Any, leaf: Any) -> Any:
         value = values.get(pytree.keystr(path), leaf)
-        if isinstance(value, Tensor) and value.is_floating_point():  # trials may be in another precision
-            value = value.to(leaf.tensor.dtype if isinstance(leaf, Table) else getattr(leaf, "dtype", value.dtype))
+        own = leaf.tensor if isinstance(leaf, Table) else leaf
+        if all(isinstance(each, Tensor) and each.is_floating_point() for each in (value, own)):
+            value = value.to(own.dtype)  # trials may be in another precision
         return Table(value, leaf.free) if isinstance(leaf, Table) and isinstance(value, Tensor) else value
 
     args, kwargs, *rest = pytree.tree_map_with_path(one, call)

@@ -4,9 +4,10 @@ What it wrote into one of the examples would be kept, and never clipped: an embe
 which rows were looked up, and a running centre kept as a frozen parameter.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,12 +22,38 @@ def written(name: str) -> IsolationError:
     )
 
 
+def stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """A float32 copy, for a while in the place of a parameter of half precision, which it knows.
+
+    >>> import torch
+    >>> half = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    >>> [one is half for one in originals([stand_in(half), half])]
+    [False, True, True]
+    """
+    copy = nn.Parameter(parameter.detach().to(torch.float32), requires_grad=parameter.requires_grad)
+    copy.stands_for = parameter  # type: ignore[attr-defined]
+    return copy
+
+
+def originals(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+    """These, and behind each stand-in the parameter in whose place it is."""
+    for parameter in parameters:
+        yield parameter
+        if (original := getattr(parameter, "stands_for", None)) is not None:
+            yield original
+
+
 class Unwritten(TorchDispatchMode):
     """Inside this context no operation writes to a parameter of the model; refused before it does."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self._names = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.numel()}
+        self._names = {
+            each.untyped_storage().data_ptr(): name
+            for name, parameter in model.named_parameters()
+            for each in originals([parameter])
+            if each.numel()
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
