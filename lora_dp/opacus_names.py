@@ -76,10 +76,10 @@ def raise_for(holder: object, name: str, told: Mapping[str, str]) -> NoReturn:
     raise AttributeError(f"'{type(holder).__name__}' has no '{name}'.")
 
 
-def tells_opacus_users(told: Mapping[str, str]) -> Callable[[T], T]:
+def tells_users_of(library: str, told: Mapping[str, str]) -> Callable[[T], T]:
     """A decorator: the function refuses the arguments that ``told`` has, with what to write instead.
 
-    >>> tells_opacus_users(OF_MAKE_PRIVATE)(lambda **options: None)(poisson_sampling=False)
+    >>> tells_users_of("Opacus", OF_MAKE_PRIVATE)(lambda **options: None)(poisson_sampling=False)
     Traceback (most recent call last):
     TypeError: 'poisson_sampling' is an argument of Opacus': leave it out, for batches are always drawn by Poisson ...
     """
@@ -89,7 +89,7 @@ def tells_opacus_users(told: Mapping[str, str]) -> Callable[[T], T]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs:
                 if name in told:
-                    raise TypeError(f"'{name}' is an argument of Opacus': {told[name]}.")
+                    raise TypeError(f"'{name}' is an argument of {library}': {told[name]}.")
             return function(*args, **kwargs)
 
         return cast(T, checked)

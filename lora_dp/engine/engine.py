@@ -29,14 +29,7 @@ from lora_dp.isolation.trials import LossFunction, modes_kept
 from lora_dp.lora.adapters import made_by_peft, warn_of_half_precision
 from lora_dp.nn.lora_linear import DPLoRALinear
 from lora_dp.nn.per_example import NormMethod
-from lora_dp.opacus_names import (
-    OF_ENGINE,
-    OF_MAKE_PRIVATE,
-    OF_NEW_ENGINE,
-    AccountantName,
-    raise_for,
-    tells_opacus_users,
-)
+from lora_dp.opacus_names import OF_ENGINE, OF_MAKE_PRIVATE, OF_NEW_ENGINE, AccountantName, raise_for, tells_users_of
 from lora_dp.privacy.accounting import (
     Accountant,
     Ledger,
@@ -44,6 +37,7 @@ from lora_dp.privacy.accounting import (
     calibrate_noise_multiplier,
     check_delta,
     check_epsilon,
+    check_promise,
 )
 from lora_dp.privacy.accounting.budget import Budget
 from lora_dp.privacy.accounting.history import History, Spent
@@ -107,7 +101,7 @@ class PrivacyEngine:
     noise_multiplier, max_grad_norm, clipping = Elsewhere(_OPTION), Elsewhere(_OPTION), Elsewhere(_OPTION)
     sample_rate, expected_batch_size = Elsewhere(_LOADER), Elsewhere(_LOADER)
 
-    @tells_opacus_users(OF_NEW_ENGINE)
+    @tells_users_of("Opacus", OF_NEW_ENGINE)
     def __init__(self, accountant: Accountant = "pld", *, reproducible_seed: int | None = None):
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"Unknown accountant '{accountant}': choose 'pld' or 'rdp'.")
@@ -121,7 +115,7 @@ class PrivacyEngine:
         self._drawn: list[Drawn] = []
         self.source = SecureSource() if reproducible_seed is None else SeededSource(reproducible_seed)
 
-    @tells_opacus_users(OF_MAKE_PRIVATE)
+    @tells_users_of("Opacus", OF_MAKE_PRIVATE)
     def make_private(
         self,
         *,
@@ -192,7 +186,7 @@ class PrivacyEngine:
         )
         return self._make(model, optimizer, data_loader, noise_multiplier, max_grad_norm, options, None)
 
-    @tells_opacus_users(OF_MAKE_PRIVATE)
+    @tells_users_of("Opacus", OF_MAKE_PRIVATE)
     def make_private_with_epsilon(
         self,
         *,
@@ -224,7 +218,8 @@ class PrivacyEngine:
             steps: length of the run in steps.
 
         Raises:
-            ValueError: as above, ε ≤ 0, δ outside (0, 1), or not exactly one of epochs and steps.
+            ValueError: as above, ε ≤ 0, δ outside (0, 1) or not below 1 / number of examples, or not exactly one of
+                epochs and steps.
             PrivacyBudgetExceeded: by the optimizer, before a step that would overrun the target.
 
         >>> model, optimizer, loader = engine.make_private_with_epsilon(
@@ -250,6 +245,7 @@ class PrivacyEngine:
         else:
             check_count("steps", steps, least=None)
         probe = PrivateDataLoader(data_loader, self.source, lambda _: None, lambda: None, cycle=Cycle(options.groups))
+        check_promise(target_delta, len(probe.dataset), "examples")
         if steps is None:
             assert epochs is not None
             steps = math.ceil(epochs * probe.steps_per_epoch)

@@ -126,7 +126,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if isinstance(optimizer, PrivateOptimizer | torch.optim.LBFGS):
             raise TypeError(
                 f"{type(optimizer).__name__} cannot be made private: give a torch.optim optimizer that takes one "
-                "gradient a step, and not yet a private one."
+                "gradient a step, and not yet a private one (optimizer.original_optimizer is within)."
             )
         check_optimizer(optimizer, self._covered)
         check_holds(optimizer, [p for p in parameters if p.factor is None or p.factor in self._phases.all_factors])

@@ -94,7 +94,7 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
                 raise ValueError(
                     f"'{full}' is trainable but no private layer covers it: freeze it (requires_grad_(False)), or name "
                     "its module in LoRAConfig.trainable_modules (Linear, Conv1D, LayerNorm and Embedding can be "
-                    "covered)."
+                    "covered), or begin with adapters (inject_lora, or PEFT's get_peft_model and peft_config)."
                 )
             if parameter.requires_grad and covered[id(parameter)].name != full:
                 raise ValueError(
@@ -102,7 +102,10 @@ def cover(model: nn.Module) -> list[PrivateParameter]:
                     "freeze it."
                 )
     if not covered:
-        raise ValueError("The model has nothing to train: inject adapters with inject_lora first.")
+        raise ValueError(
+            "The model has nothing to train: inject adapters with inject_lora first, or load PEFT's with "
+            "is_trainable=True."
+        )
     return list(covered.values())
 
 

@@ -160,8 +160,10 @@ class RunConfig:
         }
         if found := [name for name, given in of_classes.items() if given]:
             raise ValueError(
-                f"{found[0]} is for classification: leave it out."
-                + f" It is of {method.name}'s recipe, which task causal-lm leaves out: name it." * bool(method.recipe)
+                f"{found[0]} is for classification: leave it out"
+                + f", or, where {method.name}'s recipe sets it, name task causal-lm, for which it does not"
+                * bool(method.recipe)
+                + "."
             )
         require_that(
             self.federation.partition == "iid" or self.data.label_column is not None,

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from lora_dp.argument_checks import check_alpha, check_flag, check_number
 from lora_dp.nn.adapter_start import Adapter, InitA, check_init_a
+from lora_dp.opacus_names import tells_users_of
 
 ALL_LINEAR = "all-linear"
 Bias = Literal["none", "all", "lora_only"]
@@ -19,6 +20,21 @@ _PEFT_NAMES = {
     "lora_dropout": "dropout",
     "modules_to_save": "trainable_modules",
     "use_rslora": "rslora",
+}
+
+
+_OWN_CONFIG = "give inject_lora, or get_peft_model and make_private, a peft.LoraConfig that has it"
+# What only PEFT's configuration has.
+_OF_PEFT = {
+    "task_type": "leave it out, for all tasks are alike here",
+    "inference_mode": "leave it out, for adapters are trained",
+    "fan_in_fan_out": "leave it out, for it is read off the layer",
+    "init_lora_weights": f"leave it out, or {_OWN_CONFIG}",
+    "rank_pattern": _OWN_CONFIG,
+    "alpha_pattern": _OWN_CONFIG,
+    "layers_pattern": _OWN_CONFIG,
+    "use_dora": "leave it out, for it is not offered in private training",
+    "target_parameters": "leave it out, for it is not offered in private training",
 }
 
 
@@ -76,6 +92,7 @@ class LoRAConfig:
     exclude_modules: list[str] | str
     layers_to_transform: list[int] | None
 
+    @tells_users_of("PEFT", _OF_PEFT)
     def __init__(
         self,
         r: int = 8,

@@ -19,6 +19,7 @@ from lora_dp.engine.engine import PrivacyEngine
 from lora_dp.engine.optimizer import PrivateOptimizer
 from lora_dp.engine.recorder import recorder_of
 from lora_dp.extras import needing
+from lora_dp.privacy.accounting import check_promise
 from lora_dp.trainers.every_draw import EMPTY, EveryDraw
 from lora_dp.trainers.example_losses import ExampleLosses, example_losses_of, split_labels
 from lora_dp.trainers.privacy_arguments import PrivacyArguments
@@ -117,6 +118,11 @@ class PrivateTrainer(Trainer):
                 "compute_loss gives one number for a batch, which training here does not use: override "
                 "compute_example_losses(model, inputs), which returns one loss for each example, (N,)."
             )
+        if type(self).get_train_dataloader is not PrivateTrainer.get_train_dataloader:
+            raise TypeError(
+                "get_train_dataloader cannot be overridden, for ε rests on how batches are drawn: give train_dataset "
+                "and data_collator."
+            )
         super().__init__(*args, **kwargs)
         self._given_losses = self.compute_loss_func
         if self._given_losses is not None:
@@ -135,7 +141,7 @@ class PrivateTrainer(Trainer):
     def _check_settings(self) -> None:
         args = self.args
         self._check_unsupported(args)
-        if args.max_grad_norm != TrainingArguments.max_grad_norm:
+        if args.max_grad_norm not in (0, TrainingArguments.max_grad_norm):
             raise ValueError(
                 f"max_grad_norm = {args.max_grad_norm:g} clips the gradient of a whole batch: leave it out, and give "
                 "the bound of each example's as PrivacyArguments(clip_bound=…)."
@@ -255,6 +261,7 @@ class PrivateTrainer(Trainer):
                 **options, target_epsilon=privacy.target_epsilon, target_delta=privacy.delta, **length
             )
         _, optimizer, loader = made
+        check_promise(privacy.delta, len(loader.dataset), "examples")
         return _Run(of, optimizer, EveryDraw(loader, optimizer, self._stop), losses)
 
     def _plain_loader(self) -> DataLoader[Any]:

@@ -50,7 +50,8 @@ def privacy_statement(
             {name: entry[name] for name in ("count", "noise_multiplier", "sample_rate")} for entry in ledger["entries"]
         ],
         "accountant": accountant,
-        "public": "the base model, all settings, the number of training examples, and the evaluation data",
+        "public": "the model as it was at the start (what training on the same data spent before adds to ε), all "
+        "settings, the number of training examples, and the evaluation data",
         "caveats": caveats,
         "ledger_digest": ledger["digest"],
     }

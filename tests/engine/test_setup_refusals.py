@@ -54,6 +54,7 @@ def make(model: nn.Module | None = None, loader: Any = None, **options: Any) -> 
         ({"phases": "C"}, "choose one of B, A, AB, BA"),
         ({"loss_reduction": "none"}, "choose 'mean' or 'sum'"),
         ({"norm_method": "fast"}, "'auto', 'direct' or 'ghost'"),
+        ({"target_epsilon": 1.0, "target_delta": 0.5, "steps": 3}, "promises nothing to one of 20 examples"),
         ({"target_epsilon": 0.0, "target_delta": 1e-5, "steps": 3}, "epsilon must be a positive"),
         ({"target_epsilon": -1.0, "target_delta": 1e-5, "steps": 3}, "epsilon must be a positive"),
         ({"target_epsilon": math.inf, "target_delta": 1e-5, "steps": 3}, "epsilon must be a positive"),

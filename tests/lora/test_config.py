@@ -84,6 +84,20 @@ def test_a_pattern_to_leave_out_is_a_regular_expression():
         LoRAConfig(exclude_modules="(")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("task_type", "leave it out, for all tasks are alike here"),
+        ("init_lora_weights", r"give inject_lora, or get_peft_model and make_private, a peft\.LoraConfig"),
+        ("rank_pattern", r"give inject_lora, or get_peft_model and make_private, a peft\.LoraConfig"),
+        ("use_dora", "it is not offered in private training"),
+    ],
+)
+def test_what_only_pefts_has_is_told(name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=rf"^'{name}' is an argument of PEFT': .*{words}"):
+        LoRAConfig(r=8, **{name: None})  # type: ignore[arg-type]
+
+
 def test_pefts_configuration_goes_to_inject_lora() -> None:
     peft = pytest.importorskip("peft")
     with pytest.raises(TypeError, match="give inject_lora PEFT's configuration itself"):

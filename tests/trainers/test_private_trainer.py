@@ -263,6 +263,24 @@ def test_settings_that_break_the_guarantee_are_refused(tmp_path: Path, training:
         private_trainer(tmp_path, training=training).train()
 
 
+def test_a_delta_that_promises_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"delta 0\.1 promises nothing to one of 16 examples"):
+        private_trainer(tmp_path, privacy={"target_delta": 0.1}).train()
+
+
+def test_batches_of_ones_own_are_refused(tmp_path: Path) -> None:
+    class Own(PrivateTrainer):
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(completions(N), batch_size=2)
+
+    with pytest.raises(TypeError, match="get_train_dataloader cannot be overridden"):
+        Own(model=adapted(), args=arguments(tmp_path), privacy=PrivacyArguments(noise_multiplier=1, target_delta=1e-3))
+
+
+def test_no_clip_of_a_batch_may_be_said(tmp_path: Path) -> None:
+    private_trainer(tmp_path, training={"max_grad_norm": 0.0, "max_steps": 1}).train()
+
+
 def test_a_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="spends ε of its own"):
         private_trainer(tmp_path).hyperparameter_search()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_dp.fed.methods import State
 from lora_dp.fed.option_types import check_types
-from lora_dp.privacy.accounting import Accountant, Ledger, PoissonGaussian, calibrate_noise_multiplier
+from lora_dp.privacy.accounting import Accountant, Ledger, PoissonGaussian, calibrate_noise_multiplier, check_promise
 from lora_dp.privacy.adaptive_clipping import AdaptiveClipping
 from lora_dp.privacy.clipping import ClippingName, make_clip_rule
 from lora_dp.privacy.mechanism import Mechanism
@@ -97,11 +97,8 @@ class PrivacyPlan:
             largest: number of examples of the client that has most.
         """
         count, what = (largest, "examples at a client") if self.unit == "example" else (self.clients, "clients")
-        if self.private and self.delta * count >= 1:
-            raise ValueError(
-                f"delta {self.delta:g} promises nothing to one of {count} {what}, since all of one may be published "
-                f"with that probability: take one well below 1/{count}, for example 1e-5."
-            )
+        if self.private:
+            check_promise(self.delta, count, what)
 
     @property
     def private(self) -> bool:

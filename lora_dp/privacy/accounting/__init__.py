@@ -15,7 +15,7 @@ numbers, so that what was planned and what is reported never disagree.
 from lora_dp.privacy.accounting.epsilon import Accountant
 from lora_dp.privacy.accounting.ledger import Ledger, PrivacyBudgetExceeded
 from lora_dp.privacy.accounting.planning import calibrate_noise_multiplier, max_steps
-from lora_dp.privacy.accounting.steps import PoissonGaussian, check_delta, check_epsilon
+from lora_dp.privacy.accounting.steps import PoissonGaussian, check_delta, check_epsilon, check_promise
 
 __all__ = [
     "Accountant",
@@ -25,5 +25,6 @@ __all__ = [
     "calibrate_noise_multiplier",
     "check_delta",
     "check_epsilon",
+    "check_promise",
     "max_steps",
 ]

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 
-from lora_dp.opacus_names import OF_CALIBRATION, tells_opacus_users
+from lora_dp.opacus_names import OF_CALIBRATION, tells_users_of
 from lora_dp.privacy.accounting.epsilon import Accountant, check_accountant, composed_epsilon
 from lora_dp.privacy.accounting.ledger import Ledger
 from lora_dp.privacy.accounting.steps import Entry, PoissonGaussian, check_delta, check_epsilon, gathered, whole
@@ -20,7 +20,7 @@ _AHEAD = (0.02, 0.01, 0.005)  # how far beyond a jump of ε max_steps looks
 _MOST_STEPS = 10**9
 
 
-@tells_opacus_users(OF_CALIBRATION)
+@tells_users_of("Opacus", OF_CALIBRATION)
 def calibrate_noise_multiplier(
     target_epsilon: float,
     target_delta: float,

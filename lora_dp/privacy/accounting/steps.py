@@ -52,6 +52,21 @@ def check_delta(delta: float) -> None:
         raise ValueError(f"delta must lie strictly between 0 and 1, not {delta}: {remedy}")
 
 
+def check_promise(delta: float, count: int, units: str) -> None:
+    """Raise ValueError where ``delta`` promises next to nothing to one of so many.
+
+    >>> check_promise(1e-5, 1000, "examples")
+    >>> check_promise(0.5, 20, "examples")
+    Traceback (most recent call last):
+    ValueError: delta 0.5 promises nothing to one of 20 examples, since all of one may be published with that ...
+    """
+    if delta * count >= 1:
+        raise ValueError(
+            f"delta {delta:g} promises nothing to one of {count} {units}, since all of one may be published with that "
+            f"probability: take one well below 1/{count}, for example 1e-5."
+        )
+
+
 @dataclass(frozen=True)
 class PoissonGaussian:
     """One private step: every example joins with probability ``sample_rate``; Gaussian noise is added to the sum.

@@ -194,7 +194,7 @@ def test_an_interrupted_run_goes_on_with_its_first_samples(
     ("options", "words"),
     [
         ({"method": "head-only", "task": "causal-lm"}, "head-only trains a head that classifies"),
-        ({"method": "quiet-lora"}, "features is for classification.*quiet-lora's recipe, which task causal-lm"),
+        ({"method": "quiet-lora"}, "features is for classification.*quiet-lora's recipe sets it, name task causal-lm"),
         ({"features": "mean"}, "features is for classification: leave it out.$"),
         ({"class_texts": "names"}, "class_texts is for classification"),
         ({"sums_share": 0.1, "features": "own"}, "sums_share is for classification"),
