@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 from lora_dp.argument_checks import check_alpha, check_flag, check_number
+from lora_dp.lora.peft_format import settings_of
 from lora_dp.nn.adapter_start import Adapter, InitA, check_init_a
 from lora_dp.opacus_names import tells_users_of
 
@@ -46,7 +47,7 @@ class LoRAConfig:
     ``alpha``, ``dropout``, ``trainable_modules`` and ``rslora``.
 
     Args:
-        r: rank of the adapters, at least 1.
+        r: rank of the adapters, at least 1; or a ``peft.LoraConfig``, alone, for all settings.
         alpha: scaling is alpha / r; None means alpha = r.
         target_modules: layers to adapt (``nn.Linear``, and Transformers' ``Conv1D``): a list of names or name endings
             ("query", "attn.qkv"), a regular expression for the whole name, or "all-linear": every one outside
@@ -113,7 +114,8 @@ class LoRAConfig:
         use_rslora: bool | None = None,
     ):
         if hasattr(r, "peft_type"):
-            raise TypeError("LoRAConfig takes PEFT's names one by one: give inject_lora PEFT's configuration itself.")
+            self.__init__(**settings_of(r))  # type: ignore[misc]
+            return
         self.r, self.target_modules, self.bias, self.init_a, self.adapter = r, target_modules, bias, init_a, adapter
         self.alpha = _one_of(alpha, lora_alpha, None, "lora_alpha")
         self.dropout = _one_of(dropout, lora_dropout, 0.0, "lora_dropout")

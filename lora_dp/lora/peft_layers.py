@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch.nn.functional as F
+from peft import PeftType
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -85,6 +86,10 @@ class DPPeftLinear(PrivateModule, lora.Linear):
         return lora_A, lora_B, float(self.scaling[adapter]), own
 
 
+# Each gives a whole batch one row of virtual tokens.
+_OF_WHOLE_BATCHES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
+
+
 def adopt_peft_layers(model: nn.Module) -> None:
     """Make all that a model with PEFT's adapters trains private, in place; parameters stay the same objects.
 
@@ -103,6 +108,13 @@ def adopt_peft_layers(model: nn.Module) -> None:
     ValueError: 'base_model.model.0' has PEFT's DoRA, ...
     """
     modules = Modules.of(model)
+    for name, module in model.named_modules():
+        if getattr(module, "peft_type", None) in _OF_WHOLE_BATCHES:
+            raise ValueError(
+                f"{repr(name) if name else 'The model'} has PEFT's {module.peft_type.value}, whose tokens are looked up "
+                "once for a whole batch, so that no gradient belongs to one example: take PrefixTuningConfig, or "
+                "LoraConfig."
+            )
     adapted: list[Any] = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and any(p.requires_grad for p in _adapter_parameters(module)):

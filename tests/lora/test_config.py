@@ -98,7 +98,7 @@ def test_what_only_pefts_has_is_told(name: str, words: str) -> None:
         LoRAConfig(r=8, **{name: None})  # type: ignore[arg-type]
 
 
-def test_pefts_configuration_goes_to_inject_lora() -> None:
+def test_pefts_configuration_is_taken() -> None:
     peft = pytest.importorskip("peft")
-    with pytest.raises(TypeError, match="give inject_lora PEFT's configuration itself"):
-        LoRAConfig(peft.LoraConfig(r=4))
+    given = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS")
+    assert LoRAConfig(given) == LoRAConfig(r=4, alpha=8, target_modules=["query"])

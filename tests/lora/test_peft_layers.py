@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_dp import IsolationError, LoRAConfig, PrivacyEngine, inject_lora
+from lora_dp import LoRAConfig, PrivacyEngine, inject_lora
 from lora_dp.lora.peft_layers import DPPeftLinear, adopt_peft_layers
 from lora_dp.nn.layers import DPLayerNorm, DPLinear
 from tests.language_models import (
@@ -99,13 +99,12 @@ def test_settings_of_lora(options: dict[str, Any]) -> None:
     assert_sums(model, ROWS)
 
 
-def test_prompt_tuning_is_refused_at_its_first_batch() -> None:
-    """Its tokens are looked up once for a whole batch."""
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_that_are_one_for_a_whole_batch_are_refused(kind: str) -> None:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(causal_lm("llama"), config)
-    make_private(model, batch_size=6)
-    with pytest.raises(IsolationError, match=r"'prompt_encoder\.default\.embedding' works on .* freeze it"):
-        losses_of(model, stacked(ROWS))
+    with pytest.raises(ValueError, match=r"PEFT's P.*_TUNING, whose .*: take PrefixTuningConfig, or LoraConfig"):
+        make_private(model, batch_size=6)
 
 
 @pytest.mark.parametrize("projected", [False, True])
