@@ -111,8 +111,8 @@ def adopt_peft_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "peft_type", None) in _OF_WHOLE_BATCHES:
             raise ValueError(
-                f"{repr(name) if name else 'The model'} has PEFT's {module.peft_type.value}, whose tokens are looked up "
-                "once for a whole batch, so that no gradient belongs to one example: take PrefixTuningConfig, or "
+                f"{repr(name) if name else 'The model'} has PEFT's {module.peft_type.value}, whose tokens are looked "
+                "up once for a whole batch, so that no gradient belongs to one example: take PrefixTuningConfig, or "
                 "LoraConfig."
             )
     adapted: list[Any] = []

@@ -152,6 +152,11 @@ class PrivateTrainer(Trainer):
             raise ValueError("skip_memory_metrics=False tells of the largest private batch: leave it out.")
         if args.fp16:
             raise ValueError("fp16 scales the loss by what gradients hold: choose bf16=True, or float32.")
+        if type(self.data_collator).__name__ == "DataCollatorWithFlattening":
+            raise ValueError(
+                "DataCollatorWithFlattening joins all texts of a batch in one row, and a clip: give a data collator "
+                "that pads, such as DataCollatorForSeq2Seq(tokenizer)."
+            )
         if args.n_gpu > 1 or args.world_size > 1:
             raise ValueError(
                 "Private training runs in one process on one device: set CUDA_VISIBLE_DEVICES to one, and start it "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, set_seed
 
 from lora_dp import IsolationError, LoRAConfig, PrivacyArguments, PrivacyEngine, PrivateTrainer, inject_lora
 from lora_dp.losses import causal_lm_loss
@@ -275,6 +275,11 @@ def test_batches_of_ones_own_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="get_train_dataloader cannot be overridden"):
         Own(model=adapted(), args=arguments(tmp_path), privacy=PrivacyArguments(noise_multiplier=1, target_delta=1e-3))
+
+
+def test_texts_in_one_row_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="joins all texts of a batch in one row"):
+        private_trainer(tmp_path, data_collator=DataCollatorWithFlattening())
 
 
 def test_no_clip_of_a_batch_may_be_said(tmp_path: Path) -> None:
