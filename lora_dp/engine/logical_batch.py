@@ -125,8 +125,8 @@ class LogicalBatch:
         if self._lost is None and (self._drawn or self.examples):
             sizes = ", ".join(map(str, self._drawn)) or "of several micro-batches"
             self._lose(
-                f"A batch that the private loader drew ({sizes} examples) was never stepped: step every batch once "
-                f"(gradient_accumulation_steps=1, and BatchMemoryManager for parts), and {LEAVE_OUT}"
+                f"A batch that the private loader drew ({sizes} examples) was never stepped (for gradient "
+                f"accumulation there is BatchMemoryManager): step every batch once, and {LEAVE_OUT}"
             )
         self.check_not_lost()
 
