@@ -7,7 +7,6 @@ from numbers import Integral
 from typing import Any, Literal, get_args
 
 from lora_dp.argument_checks import check_alpha, check_flag, check_number
-from lora_dp.lora.peft_format import settings_of
 from lora_dp.nn.adapter_start import Adapter, InitA, check_init_a
 from lora_dp.opacus_names import tells_users_of
 
@@ -114,6 +113,8 @@ class LoRAConfig:
         use_rslora: bool | None = None,
     ):
         if hasattr(r, "peft_type"):
+            from lora_dp.lora.peft_format import settings_of  # which imports torch
+
             self.__init__(**settings_of(r))  # type: ignore[misc]
             return
         self.r, self.target_modules, self.bias, self.init_a, self.adapter = r, target_modules, bias, init_a, adapter
