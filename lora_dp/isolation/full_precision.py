@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_dp.errors import IsolationError
 from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.batches.tables import Table
-from lora_dp.isolation.model_state.parameters import stand_in
+from lora_dp.isolation.model_state.parameters import replaced, stand_in
 
 T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
@@ -90,34 +90,22 @@ def _wide(leaf: Any) -> Any:
 @contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers of half precision stand in float32 copies."""
-    held: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (tensors, dict(tensors)) for module in model.modules() for tensors in (module._parameters, module._buffers)
-    ]
     # Recurrent layers keep lists of their weights, and flatten them anew where they find others.
     lists = [
         (vars(module), {name: vars(module)[name] for name in ("_flat_weights", "_flat_weight_refs")})
         for module in model.modules()
         if isinstance(module, nn.RNNBase)
     ]
-    copies: dict[int, Tensor] = {}
 
-    def wide(tensor: Any) -> Any:
-        if tensor is None or tensor.dtype not in _HALF:
+    def wide(tensor: Tensor) -> Tensor:
+        if tensor.dtype not in _HALF:
             return tensor
-        if id(tensor) not in copies:
-            copies[id(tensor)] = (
-                stand_in(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().to(torch.float32)
-            )
-        return copies[id(tensor)]
+        return stand_in(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().to(torch.float32)
 
     try:
-        for tensors, before in held:
-            tensors.update({name: wide(tensor) for name, tensor in before.items()})
-        yield
+        with replaced((held for module in model.modules() for held in (module._parameters, module._buffers)), wide):
+            yield
     finally:
-        for tensors, before in held:
-            tensors.clear()
-            tensors.update(before)
         for attributes, before in lists:
             attributes.update(before)
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lora_dp.isolation.batches.calls import tensors_in
 from lora_dp.isolation.batches.tables import Table, put_back
 from lora_dp.isolation.deterministic import Still
-from lora_dp.isolation.model_state.parameters import Unwritten, originals
+from lora_dp.isolation.model_state.parameters import Unwritten, originals, replaced
 from lora_dp.isolation.seeding import other_states, seeded, torch_states
 from lora_dp.isolation.trial_values import Gradients, rows_of, sum_of
 from lora_dp.nn.private_module import PrivateModule, pass_recorder_of
@@ -291,33 +291,21 @@ def _suspended(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Random numbers follow the seed, and they, buffers and settings are afterwards as they were before."""
-    # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
-    owned = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     # Which table is in a buffer, say, as rotary embeddings of texts that are longer than ever.
     settings = [
-        (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, _SETTING)})
+        (
+            vars(module),
+            set(vars(module)),
+            {n: value for n, value in vars(module).items() if isinstance(value, _SETTING)},
+        )
         for module in model.modules()
     ]
-    known = [(attributes, set(attributes)) for attributes, _ in settings]
-    copies: dict[int, Tensor] = {}
-    for held, buffers in owned:
-        held.update(
-            {
-                name: copies.setdefault(id(buffer), buffer.clone())
-                for name, buffer in buffers.items()
-                if buffer is not None
-            }
-        )
     try:
-        with seeded(seed):
+        # Copies stand in for the buffers: written back in place, they would spoil what a graph has saved of them.
+        with replaced((module._buffers for module in model.modules()), Tensor.clone), seeded(seed):
             yield
     finally:
-        # Those too that were None, or not there.
-        for held, buffers in owned:
-            held.clear()
-            held.update(buffers)
-        for attributes, before in settings:
+        for attributes, names, before in settings:
             attributes.update(before)
-        for attributes, names in known:
             for name in [name for name, value in attributes.items() if name not in names and isinstance(value, Tensor)]:
                 del attributes[name]

@@ -4,7 +4,8 @@ What it wrote into one of the examples would be kept, and never clipped: an embe
 which rows were looked up, and a running centre kept as a frozen parameter.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,31 @@ def originals(parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
         yield parameter
         if (original := getattr(parameter, "stands_for", None)) is not None:
             yield original
+
+
+@contextmanager
+def replaced(holders: Iterable[dict[str, Any]], copy: Callable[[Any], Any]) -> Iterator[None]:
+    """For a while each tensor in these dictionaries, as of a module's parameters, is its copy, the same for the same
+    one. Afterwards they are as they were, those too that were None or not there.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> with replaced([layer._parameters], stand_in):
+    ...     next(originals([layer.weight])) is layer.weight
+    True
+    """
+    held, copies = [(tensors, dict(tensors)) for tensors in holders], {}
+    try:
+        for tensors, before in held:
+            for name, tensor in before.items():
+                if tensor is not None:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = copy(tensor)
+                    tensors[name] = copies[id(tensor)]
+        yield
+    finally:
+        for tensors, before in held:
+            tensors.clear()
+            tensors.update(before)
 
 
 class Unwritten(TorchDispatchMode):
