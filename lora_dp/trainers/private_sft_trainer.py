@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lora_dp.extras import needing
 from lora_dp.trainers.private_trainer import PrivateTrainer
+from lora_dp.trainers.refused_settings import check_unsupported
 
 with needing("PrivateSFTTrainer", "trl"):
     from trl import SFTTrainer
@@ -57,7 +58,7 @@ class PrivateSFTTrainer(PrivateTrainer, SFTTrainer):
 
     def __init__(self, model: Any, args: Any = None, **kwargs: Any):
         if args is not None:
-            self._check_unsupported(args)
+            check_unsupported(args, self.unsupported)
             if getattr(args, "loss_type", "nll") == "dft":
                 raise ValueError("loss_type='dft' is not offered in private training: choose 'nll'.")
         if kwargs.get("formatting_func") is None:

@@ -23,12 +23,13 @@ from lora_dp.privacy.accounting import check_promise
 from lora_dp.trainers.every_draw import EMPTY, EveryDraw
 from lora_dp.trainers.example_losses import ExampleLosses, example_losses_of, split_labels
 from lora_dp.trainers.privacy_arguments import PrivacyArguments
+from lora_dp.trainers.refused_settings import check_not_overridden, check_refused_settings
 from lora_dp.trainers.run_ledger import RunLedger
 from lora_dp.trainers.statement import privacy_statement, write_statement
 
 with needing("PrivateTrainer", "trainer"):
     import datasets
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -113,55 +114,15 @@ class PrivateTrainer(Trainer):
         self._run: _Run | None = None
         self._steps_into_epoch = 0
         self._physical_batch_size: int | None = None
-        if getattr(type(self).compute_loss, "__module__", "").partition(".")[0] not in ("transformers", "trl"):
-            raise TypeError(
-                "compute_loss gives one number for a batch, which training here does not use: override "
-                "compute_example_losses(model, inputs), which returns one loss for each example, (N,)."
-            )
-        if type(self).get_train_dataloader is not PrivateTrainer.get_train_dataloader:
-            raise TypeError(
-                "get_train_dataloader cannot be overridden, for ε rests on how batches are drawn: give train_dataset "
-                "and data_collator."
-            )
+        check_not_overridden(type(self), PrivateTrainer)
         super().__init__(*args, **kwargs)
         self._given_losses = self.compute_loss_func
         if self._given_losses is not None:
             self.compute_loss_func = self._mean_loss  # what evaluation calls
-        self._check_settings()
+        check_refused_settings(self.args, self.data_collator, self.unsupported)
         self.add_callback(_StateOfEpoch(self))
         if privacy.log_private_loss:
             warnings.warn("The training loss is logged, as log_private_loss says: no ε covers it.", stacklevel=2)
-
-    @classmethod
-    def _check_unsupported(cls, args: TrainingArguments) -> None:
-        for name, why in cls.unsupported.items():
-            if getattr(args, name, None):
-                raise ValueError(f"{name} cannot be used in private training, since {why}: leave it out.")
-
-    def _check_settings(self) -> None:
-        args = self.args
-        self._check_unsupported(args)
-        if args.max_grad_norm not in (0, TrainingArguments.max_grad_norm):
-            raise ValueError(
-                f"max_grad_norm = {args.max_grad_norm:g} clips the gradient of a whole batch: leave it out, and give "
-                "the bound of each example's as PrivacyArguments(clip_bound=…)."
-            )
-        if getattr(args, "include_num_input_tokens_seen", "no") not in ("no", False):
-            raise ValueError("include_num_input_tokens_seen counts private tokens without noise: leave it out.")
-        if not args.skip_memory_metrics:
-            raise ValueError("skip_memory_metrics=False tells of the largest private batch: leave it out.")
-        if args.fp16:
-            raise ValueError("fp16 scales the loss by what gradients hold: choose bf16=True, or float32.")
-        if type(self.data_collator).__name__ == "DataCollatorWithFlattening":
-            raise ValueError(
-                "DataCollatorWithFlattening joins all texts of a batch in one row, and a clip: give a data collator "
-                "that pads, such as DataCollatorForSeq2Seq(tokenizer)."
-            )
-        if args.n_gpu > 1 or args.world_size > 1:
-            raise ValueError(
-                "Private training runs in one process on one device: set CUDA_VISIBLE_DEVICES to one, and start it "
-                "without torchrun."
-            )
 
     # Set-up
 
